@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dual head is, in numbers: sizes, gate, mixture. Plain data; needs nothing but Python."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+GATE_NAMES = ("attention", "fixed", "linear")
+MIX_NAMES = ("logits", "probs")
+
+
+@dataclass
+class DualHeadConfig:
+    """Sizes and choices of a dual head.
+
+    Args:
+        hidden_size: d, the backbone's hidden size.
+        vocab_size: V, rows of the LM head.
+        gate: ``"attention"`` (the model: causal multi-head attention over the hidden states),
+            ``"fixed"`` (alpha = ``gate_alpha`` everywhere) or ``"linear"`` (sigmoid(w.h + b), no attention).
+        gate_num_heads: H. Default 8.
+        gate_head_dim: d_k. Default 48, so that g = H * d_k = 384: 4.87M gate parameters at d = 4096.
+        gate_alpha: the constant of ``gate="fixed"``, in [0, 1]. Unused otherwise.
+        mix: ``"logits"``: z = (1-a) z_LM + a z_RM. ``"probs"``: pi = (1-a) softmax(z_LM) + a softmax(z_RM).
+        num_objectives: K, the number of reward heads.
+        bias: whether both heads carry a bias (read from the LM head by ``from_lm_head``).
+        logit_scale: first half of the backbone's post-processing f(z) = cap(logit_scale * z).
+        logit_softcap: second half, cap(z) = c tanh(z / c); 0 means no cap.
+
+    Raises:
+        ValueError: a value out of range, naming it and what was expected.
+        TypeError: a size that is not an integer.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    gate: str = "attention"
+    gate_num_heads: int = 8
+    gate_head_dim: int = 48
+    gate_alpha: float = 0.5
+    mix: str = "logits"
+    num_objectives: int = 1
+    bias: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "vocab_size", "gate_num_heads", "gate_head_dim", "num_objectives")
+        for name in sizes:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"DualHeadConfig: {name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"DualHeadConfig: {name} must be at least 1, got {value}")
+        for name, names in (("gate", GATE_NAMES), ("mix", MIX_NAMES)):
+            if getattr(self, name) not in names:
+                raise ValueError(
+                    f"DualHeadConfig: {name} must be one of {', '.join(names)}, got {getattr(self, name)!r}"
+                )
+        for name in ("gate_alpha", "logit_scale", "logit_softcap"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"DualHeadConfig: {name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"DualHeadConfig: {name} must be finite, got {value}")
+        if not 0.0 <= self.gate_alpha <= 1.0:
+            raise ValueError(f"DualHeadConfig: gate_alpha must be in [0, 1], got {self.gate_alpha}")
+        if self.logit_softcap < 0.0:
+            raise ValueError(f"DualHeadConfig: logit_softcap must be >= 0, got {self.logit_softcap}")
+        if self.logit_scale == 0.0:
+            raise ValueError("DualHeadConfig: logit_scale must not be 0")
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"DualHeadConfig: bias must be a bool, got {self.bias!r}")
+
+    @property
+    def gate_size(self) -> int:
+        """g = H * d_k, the inner width of the attention gate."""
+        return self.gate_num_heads * self.gate_head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dict, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DualHeadConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: unknown or missing keys, naming them (a file of a newer format must not be half read).
+        """
+        names = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise ValueError(f"DualHeadConfig: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+        missing = sorted({"hidden_size", "vocab_size"} - set(values))
+        if missing:
+            raise ValueError(f"DualHeadConfig: missing keys {', '.join(missing)}")
+        return cls(**values)

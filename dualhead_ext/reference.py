@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dual head in plain PyTorch: what the kernels mean, what runs where none applies, what benchmarks compare with.
+
+Written to be read beside the paper, in its order: the gate, the two heads, their mixture, the choice of a
+token, one decode step. Any floating dtype; products run in the dtype of the weights, everything after them in
+fp32 (float64 for float64). Dimensions: B batch, T tokens, d hidden, V vocabulary, K objectives, H gate heads,
+d_k their size, g = H d_k, S cache columns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STATUS_OK, STATUS_NON_FINITE, STATUS_CACHE_FULL = 0, 1, 2
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, alpha and log-probabilities: float64 for float64, fp32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- the gate -------------------------------------------------------------------------------------------
+
+
+def attention_gate_logit(
+    hidden: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    num_heads: int,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """The context-aware gate, as printed (paper, Methodology) and causal.
+
+    ``a_t = W_O Concat_i softmax_{s<=t}(q_{t,i}.k_{s,i} / sqrt(d_k)) v_{s,i}``; ``logit_t = w_g.a_t + b_g``.
+
+    Args:
+        hidden: (B, T, d). q_weight, k_weight, v_weight: (g, d). o_weight: (g, g). out_weight: (1, g). out_bias: (1,).
+        attention_mask: (B, T), nonzero = real token. A position that sees no real token gets ``b_g``.
+    Returns: (B, T), fp32 or float64; alpha is its sigmoid.
+    """
+    batch, length, _ = hidden.shape
+    q, k, v = (F.linear(hidden, w).unflatten(-1, (num_heads, -1)).transpose(1, 2) for w in (q_weight, k_weight, v_weight))
+    accumulate = accumulator_dtype(hidden.dtype)
+    scores = (q.to(accumulate) @ k.to(accumulate).transpose(-1, -2)) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    visible = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None, None]
+    if attention_mask is not None:
+        visible = visible & attention_mask.bool()[:, None, None, :]
+    weights = masked_softmax(scores, visible)
+    context = (weights @ v.to(accumulate)).transpose(1, 2).reshape(batch, length, -1)  # (B, T, g)
+    context = F.linear(context, o_weight.to(accumulate))
+    return F.linear(context, out_weight.to(accumulate), out_bias.to(accumulate)).squeeze(-1)
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the last dimension where ``visible``; a row that sees nothing is all zero, never NaN."""
+    weights = scores.masked_fill(~visible, -torch.inf)
+    seen = visible.any(-1, keepdim=True)
+    # Rows that see nothing get finite scores first: softmax of a row of -inf is NaN, also in backward.
+    return torch.softmax(weights.masked_fill(~seen, 0.0), dim=-1).masked_fill(~visible, 0.0)
+
+
+def fold_values(v_weight: Tensor, o_weight: Tensor, out_weight: Tensor, num_heads: int) -> Tensor:
+    """Folded value rows U: with c = W_O^T w_g, ``U_i = W_V,i^T c_i``, so that ``u_{s,i} = U_i.h_s`` is all the
+    gate needs of a past position's value: ``logit_t = sum_i sum_s p_{t,i,s} u_{s,i} + b_g`` (exact in real
+    arithmetic). v_weight (g, d), o_weight (g, g), out_weight (1, g) -> (H, d), fp32 or float64.
+    """
+    accumulate = accumulator_dtype(v_weight.dtype)
+    c = out_weight.to(accumulate) @ o_weight.to(accumulate)  # (1, g)
+    return torch.einsum("hk,hkd->hd", c.view(num_heads, -1), v_weight.to(accumulate).unflatten(0, (num_heads, -1)))
+
+
+def mixing_weight(gate_logit: Tensor, alpha: Tensor | None = None, strength: Tensor | None = None) -> Tensor:
+    """alpha from the gate's logit and the caller's controls, in this order: ``sigmoid(gate_logit)``, or ``alpha``
+    where given; then ``clamp(strength * alpha, 0, 1)``, with strength 0 giving 0 whatever alpha is (NaN too).
+    All shapes broadcast.
+    """
+    weight = torch.sigmoid(gate_logit) if alpha is None else alpha.to(gate_logit.dtype).expand_as(gate_logit)
+    if strength is not None:
+        strength = strength.to(gate_logit.dtype)
+        weight = torch.where(strength == 0, torch.zeros_like(weight), (strength * weight).clamp(0.0, 1.0))
+    return weight
+
+
+# --- the heads and their mixture ------------------------------------------------------------------------
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``W h + b``: hidden (..., d), weight (V, d), bias (V,) -> (..., V) in fp32 or float64."""
+    logits = F.linear(hidden, weight, bias)
+    return logits.to(accumulator_dtype(logits.dtype))
+
+
+def reward_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, objective_weights: Tensor | None) -> Tensor:
+    """``z_RM = sum_k w_k (W_RM,k h + b_k)``.
+
+    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by 1/K.
+    Returns (B, ..., V).
+    """
+    num_objectives = weight.shape[0]
+    total = None
+    for k in range(num_objectives):
+        logits = head_logits(hidden, weight[k], None if bias is None else bias[k])
+        if objective_weights is not None:
+            scale = objective_weights[:, k].to(logits.dtype)
+            logits = logits * scale.view(-1, *(1,) * (logits.dim() - 1))
+        elif num_objectives > 1:
+            logits = logits / num_objectives
+        total = logits if total is None else total + logits
+    return total
+
+
+def postprocess(logits: Tensor, logit_scale: float = 1.0, logit_softcap: float = 0.0) -> Tensor:
+    """The backbone's own f: ``cap(logit_scale * z)``, ``cap(z) = c tanh(z / c)``; c = 0 means no cap."""
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if logit_softcap > 0.0:
+        logits = torch.tanh(logits / logit_softcap) * logit_softcap
+    return logits
+
+
+def mix_logits(
+    z_lm: Tensor, z_rm: Tensor, alpha: Tensor, mix: str = "logits", logit_scale: float = 1.0, logit_softcap: float = 0.0
+) -> Tensor:
+    """The mixture of both heads: z_lm, z_rm (..., V) and alpha (...) -> (..., V).
+
+    ``mix="logits"``: ``f((1-a) z_LM + a z_RM)`` (paper, Methodology). ``mix="probs"``: the log of
+    ``(1-a) softmax(f(z_LM)) + a softmax(f(z_RM))`` (paper, Analysis). a = 0 and a = 1 select, so that an
+    infinite or NaN value of the head that is switched off does not matter.
+    """
+    a = alpha.unsqueeze(-1)
+    if mix == "logits":
+        mixed = (1 - a) * z_lm + a * z_rm
+        return postprocess(torch.where(a == 0, z_lm, torch.where(a == 1, z_rm, mixed)), logit_scale, logit_softcap)
+    lp_lm = torch.log_softmax(postprocess(z_lm, logit_scale, logit_softcap), dim=-1)
+    lp_rm = torch.log_softmax(postprocess(z_rm, logit_scale, logit_softcap), dim=-1)
+    # log 0 is kept out of the graph: its gradient, inf * 0, would be NaN.
+    inside = torch.where((a > 0) & (a < 1), a, torch.full_like(a, 0.5))
+    mixed = torch.logaddexp(torch.log1p(-inside) + lp_lm, torch.log(inside) + lp_rm)
+    mixed = torch.where(torch.isnan(a), a, mixed)
+    return torch.where(a == 0, lp_lm, torch.where(a == 1, lp_rm, mixed))
+
+
+# --- the token ------------------------------------------------------------------------------------------
+
+_PHILOX_ROUNDS = 10
+_MASK32 = 0xFFFFFFFF
+
+
+def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
+    """One uniform number in (0, 1) per row and vocabulary entry, a pure function of (seed, draw, index).
+
+    Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (v div 4, 0, draw low, draw high), word
+    v mod 4; ``(word + 0.5) 2^-32`` in fp32, at most 1 - 2^-24. seeds, draws (B,) int64 -> (B, V) fp32.
+    """
+    blocks = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=seeds.device)
+    low, high = (lambda x: x & _MASK32), (lambda x: (x >> 32) & _MASK32)
+    c0 = blocks.expand(seeds.shape[0], -1)
+    c1 = torch.zeros_like(c0)
+    c2, c3 = low(draws)[:, None].expand_as(c0), high(draws)[:, None].expand_as(c0)
+    k0, k1 = low(seeds)[:, None], high(seeds)[:, None]
+    for _ in range(_PHILOX_ROUNDS):
+        # int64 products wrap, which leaves both 32-bit halves right.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0)
+        k0, k1 = low(k0 + 0x9E3779B9), low(k1 + 0xBB67AE85)
+    words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :vocab_size]
+    return ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
+def keep_mask(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
+    """Which tokens the filters leave: top-k, then top-p on the renormalised rest, then min-p (Hugging Face's order).
+
+    Tokens rank by (value descending, index ascending), so equal values at a cut keep the lowest indices. top-p keeps a
+    token iff the mass ranked above it is < top_p; min-p keeps it iff p >= min_p * p_max. The first always stays.
+    scaled (B, V): logits / temperature; top_k int32, top_p, min_p fp32 (B,), None or top_k <= 0, top_p >= 1,
+    min_p <= 0 switch off. Returns bool (B, V).
+    """
+    values, order = torch.sort(scaled.double(), dim=-1, descending=True, stable=True)
+    rank = torch.arange(scaled.shape[-1], device=scaled.device).expand_as(order)
+    keep = torch.ones_like(rank, dtype=torch.bool)
+    if top_k is not None:
+        keep = keep & ((rank < top_k[:, None]) | (top_k[:, None] <= 0))
+    if top_p is not None:
+        p = torch.softmax(values.masked_fill(~keep, -torch.inf), dim=-1)
+        above = torch.cumsum(p, dim=-1) - p
+        keep = keep & ((above < top_p[:, None].double()) | (top_p[:, None] >= 1))
+    if min_p is not None:
+        threshold = values[:, :1] + torch.log(min_p[:, None].double())
+        keep = keep & ((values >= threshold) | (min_p[:, None] <= 0))
+    keep = keep | (rank == 0)
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def sample_token(
+    logits: Tensor,
+    seeds: Tensor,
+    draws: Tensor,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> Tensor:
+    """A token per row from softmax(logits / temperature) after the filters: the exponential race
+    ``argmax_v x_v - log E_v``, ``E_v = -log(1 - uniform_v)``, exact for any filter; ties go to the lowest index.
+    A row with temperature 0 takes the argmax. logits (B, V); all else (B,). Returns int64 (B,).
+    """
+    greedy = torch.argmax(logits, dim=-1)
+    scaled = logits
+    if temperature is not None:
+        scaled = logits / torch.where(temperature > 0, temperature, torch.ones_like(temperature))[:, None]
+    noise = -torch.log(-torch.log1p(-philox_uniform(seeds, draws, logits.shape[-1])))
+    keep = keep_mask(scaled, top_k, top_p, min_p)
+    token = torch.argmax((scaled + noise).masked_fill(~keep, -torch.inf), dim=-1)
+    return token if temperature is None else torch.where(temperature > 0, token, greedy)
+
+
+# --- one decode step ------------------------------------------------------------------------------------
+
+
+class DecodeOutput(NamedTuple):
+    """What one step returns; shapes in :func:`decode_step`."""
+
+    logits: Tensor
+    alpha: Tensor
+    gate_logit: Tensor
+    token: Tensor
+    logprob: Tensor
+    status: Tensor
+    attention: Tensor
+
+
+def append_and_attend(
+    hidden: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    u_weight: Tensor,
+    cache_k: Tensor,
+    cache_u: Tensor,
+    cache_valid: Tensor,
+    cache_length: Tensor,
+    new_valid: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the new position's key and folded value, then attend over the cache. Rows that are full stay untouched.
+
+    Returns (gate logit without b_g (B,), attention rows (B, H, S), full (B,) bool). Reads lengths on the device: no
+    synchronisation.
+    """
+    batch, heads, capacity, head_dim = cache_k.shape
+    accumulate = accumulator_dtype(hidden.dtype)
+    full = cache_length >= capacity
+    rows, column = torch.arange(batch, device=hidden.device), cache_length.clamp(max=capacity - 1).long()
+    fresh_k = F.linear(hidden, k_weight).unflatten(-1, (heads, head_dim))
+    fresh_u = F.linear(hidden.to(accumulate), u_weight.to(accumulate))
+    fresh_valid = torch.ones_like(full) if new_valid is None else new_valid
+    cache_k[rows, :, column] = torch.where(full[:, None, None], cache_k[rows, :, column], fresh_k)
+    cache_u[rows, :, column] = torch.where(full[:, None], cache_u[rows, :, column], fresh_u.to(cache_u.dtype))
+    cache_valid[rows, column] = torch.where(full, cache_valid[rows, column], fresh_valid)
+    cache_length += (~full).to(cache_length.dtype)
+
+    q = F.linear(hidden, q_weight).unflatten(-1, (heads, head_dim)).to(accumulate)
+    scores = torch.einsum("bhk,bhsk->bhs", q, cache_k.to(accumulate)) / math.sqrt(head_dim)
+    filled = torch.arange(capacity, device=hidden.device) < cache_length[:, None]
+    visible = (filled & cache_valid & ~full[:, None])[:, None, :].expand_as(scores)
+    weights = masked_softmax(scores, visible)
+    # Unfilled columns hold anything, NaN too; 0 * NaN must not reach the sum.
+    values = cache_u.to(accumulate).masked_fill(~visible, 0.0)
+    return (weights * values).sum((1, 2)), weights, full
+
+
+def decode_step(
+    *,
+    hidden: Tensor,
+    lm_weight: Tensor,
+    lm_bias: Tensor | None = None,
+    reward_weight: Tensor,
+    reward_bias: Tensor | None = None,
+    objective_weights: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    u_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    cache_k: Tensor | None = None,
+    cache_u: Tensor | None = None,
+    cache_valid: Tensor | None = None,
+    cache_length: Tensor | None = None,
+    new_valid: Tensor | None = None,
+    gate_logit: Tensor | None = None,
+    gate_offset: Tensor | None = None,
+    strength: Tensor | None = None,
+    alpha: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seeds: Tensor | None = None,
+    draws: Tensor | None = None,
+    mix_probs: bool = False,
+    logit_scale: float = 1.0,
+    logit_softcap: float = 0.0,
+    return_logits: bool = True,
+    record_attention: bool = False,
+) -> DecodeOutput:
+    """One decode step, hidden state in, token out; the meaning of the operator ``dualhead::decode_step``.
+
+    Arguments and results are those of :func:`dualhead_ext.ops.decode_step`, which documents them.
+    """
+    batch = hidden.shape[0]
+    accumulate = accumulator_dtype(hidden.dtype)
+    full = torch.zeros(batch, dtype=torch.bool, device=hidden.device)
+    attention = hidden.new_empty(0, dtype=accumulate)
+    if gate_logit is None:
+        context, rows, full = append_and_attend(
+            hidden, q_weight, k_weight, u_weight, cache_k, cache_u, cache_valid, cache_length, new_valid
+        )
+        gate_logit = context + gate_bias.to(accumulate)
+        attention = rows if record_attention else attention
+    gate_logit = gate_logit.to(accumulate)
+    if gate_offset is not None:
+        gate_logit = gate_logit + gate_offset.to(accumulate)
+    weight = mixing_weight(gate_logit, alpha, strength)
+
+    z_lm = head_logits(hidden, lm_weight, lm_bias)
+    z_rm = reward_logits(hidden, reward_weight, reward_bias, objective_weights)
+    logits = mix_logits(z_lm, z_rm, weight, "probs" if mix_probs else "logits", logit_scale, logit_softcap)
+
+    nan = torch.full_like(weight, torch.nan)
+    weight, gate_logit = torch.where(full, nan, weight), torch.where(full, nan, gate_logit)
+    logits = torch.where(full[:, None], nan[:, None], logits)
+    lse = torch.logsumexp(logits, dim=-1)
+    failed = torch.isnan(weight) | ~torch.isfinite(lse)
+    usable = torch.where(failed[:, None], torch.zeros_like(logits), logits)
+    if seeds is None:
+        token = torch.argmax(usable, dim=-1)
+    else:
+        token = sample_token(usable, seeds, draws, temperature, top_k, top_p, min_p)
+        draws += (~full).to(draws.dtype)
+    token = torch.where(failed, torch.zeros_like(token), token)
+    logprob = torch.where(failed, nan, logits.gather(-1, token[:, None]).squeeze(-1) - lse)
+    status = failed.int() * STATUS_NON_FINITE
+    status = torch.where(full, torch.full_like(status, STATUS_CACHE_FULL), status)
+    logits = logits if return_logits else logits.new_empty(0)
+    return DecodeOutput(logits, weight, gate_logit, token, logprob, status, attention)
