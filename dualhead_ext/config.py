@@ -19,11 +19,14 @@ class DualHeadConfig:
         hidden_size: d, the backbone's hidden size.
         vocab_size: V, rows of the LM head.
         gate: ``"attention"`` (the model: causal multi-head attention over the hidden states),
-            ``"fixed"`` (alpha = ``gate_alpha`` everywhere) or ``"linear"`` (sigmoid(w.h + b), no attention).
+            ``"fixed"`` (alpha = ``gate_alpha`` everywhere) or ``"linear"`` (sigmoid(w.h + b), no
+            attention).
         gate_num_heads: H. Default 8.
-        gate_head_dim: d_k. Default 48, so that g = H * d_k = 384: 4.87M gate parameters at d = 4096.
+        gate_head_dim: d_k. Default 48, so that g = H * d_k = 384: 4.87M gate parameters at d =
+        4096.
         gate_alpha: the constant of ``gate="fixed"``, in [0, 1]. Unused otherwise.
-        mix: ``"logits"``: z = (1-a) z_LM + a z_RM. ``"probs"``: pi = (1-a) softmax(z_LM) + a softmax(z_RM).
+        mix: ``"logits"``: z = (1-a) z_LM + a z_RM. ``"probs"``: pi = (1-a) softmax(z_LM) + a
+        softmax(z_RM).
         num_objectives: K, the number of reward heads.
         bias: whether both heads carry a bias (read from the LM head by ``from_lm_head``).
         logit_scale: first half of the backbone's post-processing f(z) = cap(logit_scale * z).
@@ -57,7 +60,8 @@ class DualHeadConfig:
         for name, names in (("gate", GATE_NAMES), ("mix", MIX_NAMES)):
             if getattr(self, name) not in names:
                 raise ValueError(
-                    f"DualHeadConfig: {name} must be one of {', '.join(names)}, got {getattr(self, name)!r}"
+                    f"DualHeadConfig: {name} must be one of {', '.join(names)}, "
+                    f"got {getattr(self, name)!r}"
                 )
         for name in ("gate_alpha", "logit_scale", "logit_softcap"):
             value = getattr(self, name)
@@ -68,7 +72,9 @@ class DualHeadConfig:
         if not 0.0 <= self.gate_alpha <= 1.0:
             raise ValueError(f"DualHeadConfig: gate_alpha must be in [0, 1], got {self.gate_alpha}")
         if self.logit_softcap < 0.0:
-            raise ValueError(f"DualHeadConfig: logit_softcap must be >= 0, got {self.logit_softcap}")
+            raise ValueError(
+                f"DualHeadConfig: logit_softcap must be >= 0, got {self.logit_softcap}"
+            )
         if self.logit_scale == 0.0:
             raise ValueError("DualHeadConfig: logit_scale must not be 0")
         if not isinstance(self.bias, bool):
@@ -88,12 +94,16 @@ class DualHeadConfig:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: unknown or missing keys, naming them (a file of a newer format must not be half read).
+            ValueError: unknown or missing keys, naming them (a file of a newer format must not be
+            half read).
         """
         names = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
-            raise ValueError(f"DualHeadConfig: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+            raise ValueError(
+                f"DualHeadConfig: unknown keys {', '.join(unknown)}; "
+                f"known are {', '.join(sorted(names))}"
+            )
         missing = sorted({"hidden_size", "vocab_size"} - set(values))
         if missing:
             raise ValueError(f"DualHeadConfig: missing keys {', '.join(missing)}")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dual head in plain PyTorch: what the kernels mean, what runs where none applies, what benchmarks compare with.
+"""The dual head in plain PyTorch: what the kernels mean, what runs where none applies, what
+benchmarks compare with.
 
-Written to be read beside the paper, in its order: the gate, the two heads, their mixture, the choice of a
-token, one decode step. Any floating dtype; products run in the dtype of the weights, everything after them in
-fp32 (float64 for float64). Dimensions: B batch, T tokens, d hidden, V vocabulary, K objectives, H gate heads,
-d_k their size, g = H d_k, S cache columns.
+Written to be read beside the paper, in its order: the gate, the two heads, their mixture, the
+choice of a token, one decode step. Any floating dtype; products run in the dtype of the weights,
+everything after them in fp32 (float64 for float64). Dimensions: B batch, T tokens, d hidden, V
+vocabulary, K objectives, H gate heads, d_k their size, g = H d_k, S cache columns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- the gate -------------------------------------------------------------------------------------------
+# --- the gate ------------------------------------------------------------------------------------
 
 
 def attention_gate_logit(
@@ -40,17 +41,25 @@ def attention_gate_logit(
 ) -> Tensor:
     """The context-aware gate, as printed (paper, Methodology) and causal.
 
-    ``a_t = W_O Concat_i softmax_{s<=t}(q_{t,i}.k_{s,i} / sqrt(d_k)) v_{s,i}``; ``logit_t = w_g.a_t + b_g``.
+    ``a_t = W_O Concat_i softmax_{s<=t}(q_{t,i}.k_{s,i} / sqrt(d_k)) v_{s,i}``; ``logit_t = w_g.a_t
+    + b_g``.
 
     Args:
-        hidden: (B, T, d). q_weight, k_weight, v_weight: (g, d). o_weight: (g, g). out_weight: (1, g). out_bias: (1,).
-        attention_mask: (B, T), nonzero = real token. A position that sees no real token gets ``b_g``.
+        hidden: (B, T, d). q_weight, k_weight, v_weight: (g, d). o_weight: (g, g). out_weight: (1,
+        g). out_bias: (1,).
+        attention_mask: (B, T), nonzero = real token. A position that sees no real token gets
+        ``b_g``.
     Returns: (B, T), fp32 or float64; alpha is its sigmoid.
     """
     batch, length, _ = hidden.shape
-    q, k, v = (F.linear(hidden, w).unflatten(-1, (num_heads, -1)).transpose(1, 2) for w in (q_weight, k_weight, v_weight))
+    q, k, v = (
+        F.linear(hidden, w).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        for w in (q_weight, k_weight, v_weight)
+    )
     accumulate = accumulator_dtype(hidden.dtype)
-    scores = (q.to(accumulate) @ k.to(accumulate).transpose(-1, -2)) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    scores = (q.to(accumulate) @ k.to(accumulate).transpose(-1, -2)) / math.sqrt(
+        q.shape[-1]
+    )  # (B, H, T, T)
     visible = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None, None]
     if attention_mask is not None:
         visible = visible & attention_mask.bool()[:, None, None, :]
@@ -61,36 +70,49 @@ def attention_gate_logit(
 
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over the last dimension where ``visible``; a row that sees nothing is all zero, never NaN."""
+    """Softmax over the last dimension where ``visible``; a row that sees nothing is all zero, never
+    NaN."""
     weights = scores.masked_fill(~visible, -torch.inf)
     seen = visible.any(-1, keepdim=True)
-    # Rows that see nothing get finite scores first: softmax of a row of -inf is NaN, also in backward.
+    # Rows that see nothing get finite scores first: softmax of a row of -inf is NaN, also in
+    # backward.
     return torch.softmax(weights.masked_fill(~seen, 0.0), dim=-1).masked_fill(~visible, 0.0)
 
 
 def fold_values(v_weight: Tensor, o_weight: Tensor, out_weight: Tensor, num_heads: int) -> Tensor:
-    """Folded value rows U: with c = W_O^T w_g, ``U_i = W_V,i^T c_i``, so that ``u_{s,i} = U_i.h_s`` is all the
-    gate needs of a past position's value: ``logit_t = sum_i sum_s p_{t,i,s} u_{s,i} + b_g`` (exact in real
-    arithmetic). v_weight (g, d), o_weight (g, g), out_weight (1, g) -> (H, d), fp32 or float64.
+    """Folded value rows U: with c = W_O^T w_g, ``U_i = W_V,i^T c_i``, so that ``u_{s,i} = U_i.h_s``
+    is all the gate needs of a past position's value: ``logit_t = sum_i sum_s p_{t,i,s} u_{s,i} +
+    b_g`` (exact in real arithmetic). v_weight (g, d), o_weight (g, g), out_weight (1, g) -> (H, d),
+    fp32 or float64.
     """
     accumulate = accumulator_dtype(v_weight.dtype)
     c = out_weight.to(accumulate) @ o_weight.to(accumulate)  # (1, g)
-    return torch.einsum("hk,hkd->hd", c.view(num_heads, -1), v_weight.to(accumulate).unflatten(0, (num_heads, -1)))
+    return torch.einsum(
+        "hk,hkd->hd", c.view(num_heads, -1), v_weight.to(accumulate).unflatten(0, (num_heads, -1))
+    )
 
 
-def mixing_weight(gate_logit: Tensor, alpha: Tensor | None = None, strength: Tensor | None = None) -> Tensor:
-    """alpha from the gate's logit and the caller's controls, in this order: ``sigmoid(gate_logit)``, or ``alpha``
-    where given; then ``clamp(strength * alpha, 0, 1)``, with strength 0 giving 0 whatever alpha is (NaN too).
-    All shapes broadcast.
+def mixing_weight(
+    gate_logit: Tensor, alpha: Tensor | None = None, strength: Tensor | None = None
+) -> Tensor:
+    """alpha from the gate's logit and the caller's controls, in this order:
+    ``sigmoid(gate_logit)``, or ``alpha`` where given; then ``clamp(strength * alpha, 0, 1)``, with
+    strength 0 giving 0 whatever alpha is (NaN too). All shapes broadcast.
     """
-    weight = torch.sigmoid(gate_logit) if alpha is None else alpha.to(gate_logit.dtype).expand_as(gate_logit)
+    weight = (
+        torch.sigmoid(gate_logit)
+        if alpha is None
+        else alpha.to(gate_logit.dtype).expand_as(gate_logit)
+    )
     if strength is not None:
         strength = strength.to(gate_logit.dtype)
-        weight = torch.where(strength == 0, torch.zeros_like(weight), (strength * weight).clamp(0.0, 1.0))
+        weight = torch.where(
+            strength == 0, torch.zeros_like(weight), (strength * weight).clamp(0.0, 1.0)
+        )
     return weight
 
 
-# --- the heads and their mixture ------------------------------------------------------------------------
+# --- the heads and their mixture -----------------------------------------------------------------
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,10 +121,13 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits.to(accumulator_dtype(logits.dtype))
 
 
-def reward_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, objective_weights: Tensor | None) -> Tensor:
+def reward_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, objective_weights: Tensor | None
+) -> Tensor:
     """``z_RM = sum_k w_k (W_RM,k h + b_k)``.
 
-    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by 1/K.
+    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by
+    1/K.
     Returns (B, ..., V).
     """
     num_objectives = weight.shape[0]
@@ -119,7 +144,8 @@ def reward_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, objective
 
 
 def postprocess(logits: Tensor, logit_scale: float = 1.0, logit_softcap: float = 0.0) -> Tensor:
-    """The backbone's own f: ``cap(logit_scale * z)``, ``cap(z) = c tanh(z / c)``; c = 0 means no cap."""
+    """The backbone's own f: ``cap(logit_scale * z)``, ``cap(z) = c tanh(z / c)``; c = 0 means no
+    cap."""
     if logit_scale != 1.0:
         logits = logits * logit_scale
     if logit_softcap > 0.0:
@@ -128,18 +154,25 @@ def postprocess(logits: Tensor, logit_scale: float = 1.0, logit_softcap: float =
 
 
 def mix_logits(
-    z_lm: Tensor, z_rm: Tensor, alpha: Tensor, mix: str = "logits", logit_scale: float = 1.0, logit_softcap: float = 0.0
+    z_lm: Tensor,
+    z_rm: Tensor,
+    alpha: Tensor,
+    mix: str = "logits",
+    logit_scale: float = 1.0,
+    logit_softcap: float = 0.0,
 ) -> Tensor:
     """The mixture of both heads: z_lm, z_rm (..., V) and alpha (...) -> (..., V).
 
     ``mix="logits"``: ``f((1-a) z_LM + a z_RM)`` (paper, Methodology). ``mix="probs"``: the log of
-    ``(1-a) softmax(f(z_LM)) + a softmax(f(z_RM))`` (paper, Analysis). a = 0 and a = 1 select, so that an
-    infinite or NaN value of the head that is switched off does not matter.
+    ``(1-a) softmax(f(z_LM)) + a softmax(f(z_RM))`` (paper, Analysis). a = 0 and a = 1 select, so
+    that an infinite or NaN value of the head that is switched off does not matter.
     """
     a = alpha.unsqueeze(-1)
     if mix == "logits":
         mixed = (1 - a) * z_lm + a * z_rm
-        return postprocess(torch.where(a == 0, z_lm, torch.where(a == 1, z_rm, mixed)), logit_scale, logit_softcap)
+        return postprocess(
+            torch.where(a == 0, z_lm, torch.where(a == 1, z_rm, mixed)), logit_scale, logit_softcap
+        )
     lp_lm = torch.log_softmax(postprocess(z_lm, logit_scale, logit_softcap), dim=-1)
     lp_rm = torch.log_softmax(postprocess(z_rm, logit_scale, logit_softcap), dim=-1)
     # log 0 is kept out of the graph: its gradient, inf * 0, would be NaN.
@@ -149,17 +182,19 @@ def mix_logits(
     return torch.where(a == 0, lp_lm, torch.where(a == 1, lp_rm, mixed))
 
 
-# --- the token ------------------------------------------------------------------------------------------
+# --- the token -----------------------------------------------------------------------------------
 
 _PHILOX_ROUNDS = 10
 _MASK32 = 0xFFFFFFFF
 
 
 def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
-    """One uniform number in (0, 1) per row and vocabulary entry, a pure function of (seed, draw, index).
+    """One uniform number in (0, 1) per row and vocabulary entry, a pure function of (seed, draw,
+    index).
 
-    Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (v div 4, 0, draw low, draw high), word
-    v mod 4; ``(word + 0.5) 2^-32`` in fp32, at most 1 - 2^-24. seeds, draws (B,) int64 -> (B, V) fp32.
+    Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (v div 4, 0, draw low, draw
+    high), word v mod 4; ``(word + 0.5) 2^-32`` in fp32, at most 1 - 2^-24. seeds, draws (B,) int64
+    -> (B, V) fp32.
     """
     blocks = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=seeds.device)
     low, high = (lambda x: x & _MASK32), (lambda x: (x >> 32) & _MASK32)
@@ -176,13 +211,16 @@ def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
     return ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
-def keep_mask(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
-    """Which tokens the filters leave: top-k, then top-p on the renormalised rest, then min-p (Hugging Face's order).
+def keep_mask(
+    scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """Which tokens the filters leave: top-k, then top-p on the renormalised rest, then min-p
+    (Hugging Face's order).
 
-    Tokens rank by (value descending, index ascending), so equal values at a cut keep the lowest indices. top-p keeps a
-    token iff the mass ranked above it is < top_p; min-p keeps it iff p >= min_p * p_max. The first always stays.
-    scaled (B, V): logits / temperature; top_k int32, top_p, min_p fp32 (B,), None or top_k <= 0, top_p >= 1,
-    min_p <= 0 switch off. Returns bool (B, V).
+    Tokens rank by (value descending, index ascending), so equal values at a cut keep the lowest
+    indices. top-p keeps a token iff the mass ranked above it is < top_p; min-p keeps it iff p >=
+    min_p * p_max. The first always stays. scaled (B, V): logits / temperature; top_k int32, top_p,
+    min_p fp32 (B,), None or top_k <= 0, top_p >= 1, min_p <= 0 switch off. Returns bool (B, V).
     """
     values, order = torch.sort(scaled.double(), dim=-1, descending=True, stable=True)
     rank = torch.arange(scaled.shape[-1], device=scaled.device).expand_as(order)
@@ -210,20 +248,24 @@ def sample_token(
     min_p: Tensor | None = None,
 ) -> Tensor:
     """A token per row from softmax(logits / temperature) after the filters: the exponential race
-    ``argmax_v x_v - log E_v``, ``E_v = -log(1 - uniform_v)``, exact for any filter; ties go to the lowest index.
-    A row with temperature 0 takes the argmax. logits (B, V); all else (B,). Returns int64 (B,).
+    ``argmax_v x_v - log E_v``, ``E_v = -log(1 - uniform_v)``, exact for any filter; ties go to the
+    lowest index. A row with temperature 0 takes the argmax. logits (B, V); all else (B,). Returns
+    int64 (B,).
     """
     greedy = torch.argmax(logits, dim=-1)
     scaled = logits
     if temperature is not None:
-        scaled = logits / torch.where(temperature > 0, temperature, torch.ones_like(temperature))[:, None]
+        scaled = (
+            logits
+            / torch.where(temperature > 0, temperature, torch.ones_like(temperature))[:, None]
+        )
     noise = -torch.log(-torch.log1p(-philox_uniform(seeds, draws, logits.shape[-1])))
     keep = keep_mask(scaled, top_k, top_p, min_p)
     token = torch.argmax((scaled + noise).masked_fill(~keep, -torch.inf), dim=-1)
     return token if temperature is None else torch.where(temperature > 0, token, greedy)
 
 
-# --- one decode step ------------------------------------------------------------------------------------
+# --- one decode step -----------------------------------------------------------------------------
 
 
 class DecodeOutput(NamedTuple):
@@ -249,20 +291,26 @@ def append_and_attend(
     cache_length: Tensor,
     new_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the new position's key and folded value, then attend over the cache. Rows that are full stay untouched.
+    """Write the new position's key and folded value, then attend over the cache. Rows that are full
+    stay untouched.
 
-    Returns (gate logit without b_g (B,), attention rows (B, H, S), full (B,) bool). Reads lengths on the device: no
-    synchronisation.
+    Returns (gate logit without b_g (B,), attention rows (B, H, S), full (B,) bool). Reads lengths
+    on the device: no synchronisation.
     """
     batch, heads, capacity, head_dim = cache_k.shape
     accumulate = accumulator_dtype(hidden.dtype)
     full = cache_length >= capacity
-    rows, column = torch.arange(batch, device=hidden.device), cache_length.clamp(max=capacity - 1).long()
+    rows, column = (
+        torch.arange(batch, device=hidden.device),
+        cache_length.clamp(max=capacity - 1).long(),
+    )
     fresh_k = F.linear(hidden, k_weight).unflatten(-1, (heads, head_dim))
     fresh_u = F.linear(hidden.to(accumulate), u_weight.to(accumulate))
     fresh_valid = torch.ones_like(full) if new_valid is None else new_valid
     cache_k[rows, :, column] = torch.where(full[:, None, None], cache_k[rows, :, column], fresh_k)
-    cache_u[rows, :, column] = torch.where(full[:, None], cache_u[rows, :, column], fresh_u.to(cache_u.dtype))
+    cache_u[rows, :, column] = torch.where(
+        full[:, None], cache_u[rows, :, column], fresh_u.to(cache_u.dtype)
+    )
     cache_valid[rows, column] = torch.where(full, cache_valid[rows, column], fresh_valid)
     cache_length += (~full).to(cache_length.dtype)
 
@@ -309,7 +357,8 @@ def decode_step(
     return_logits: bool = True,
     record_attention: bool = False,
 ) -> DecodeOutput:
-    """One decode step, hidden state in, token out; the meaning of the operator ``dualhead::decode_step``.
+    """One decode step, hidden state in, token out; the meaning of the operator
+    ``dualhead::decode_step``.
 
     Arguments and results are those of :func:`dualhead_ext.ops.decode_step`, which documents them.
     """
@@ -319,7 +368,15 @@ def decode_step(
     attention = hidden.new_empty(0, dtype=accumulate)
     if gate_logit is None:
         context, rows, full = append_and_attend(
-            hidden, q_weight, k_weight, u_weight, cache_k, cache_u, cache_valid, cache_length, new_valid
+            hidden,
+            q_weight,
+            k_weight,
+            u_weight,
+            cache_k,
+            cache_u,
+            cache_valid,
+            cache_length,
+            new_valid,
         )
         gate_logit = context + gate_bias.to(accumulate)
         attention = rows if record_attention else attention
@@ -330,7 +387,9 @@ def decode_step(
 
     z_lm = head_logits(hidden, lm_weight, lm_bias)
     z_rm = reward_logits(hidden, reward_weight, reward_bias, objective_weights)
-    logits = mix_logits(z_lm, z_rm, weight, "probs" if mix_probs else "logits", logit_scale, logit_softcap)
+    logits = mix_logits(
+        z_lm, z_rm, weight, "probs" if mix_probs else "logits", logit_scale, logit_softcap
+    )
 
     nan = torch.full_like(weight, torch.nan)
     weight, gate_logit = torch.where(full, nan, weight), torch.where(full, nan, gate_logit)

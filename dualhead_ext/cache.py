@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate's memory while decoding: keys and folded values of every past position, O(T (g + H))
+numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DecodeWeights:
+    """The tensors that ``decode_step`` reads, as they were when the cache was made.
+
+    The very parameters where their dtype is the LM head's, casts of them otherwise (heads are
+    trained in fp32 beside a bf16 backbone), and the folded value rows. Shared, never copied, by
+    copies of a cache.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor | None], stamp: tuple) -> None:
+        self.tensors = tensors
+        self.stamp = stamp
+
+    def __deepcopy__(self, memo: dict) -> DecodeWeights:
+        return self
+
+
+def parameter_stamp(parameters: list[Tensor]) -> tuple:
+    """Identifies the current values of parameters: changes with an update in place, a cast, a move
+    or a load."""
+    return tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters)
+
+
+class GateCache:
+    """State of one batch of requests. Make it with ``head.new_cache``, fill it with ``prefill`` and
+    ``step``.
+
+    Attributes:
+        k: (B, H, S, d_k), keys, in the head's dtype. None, as ``u``, for a gate without attention.
+        u: (B, H, S) fp32 (float64 for float64), folded values.
+        valid: (B, S) bool, False for padding.
+        length: (B,) int32 on the device: columns filled, padding included. What kernels read.
+        seeds: (B,) int64 or None: drawn at the first sampled step.
+        draws: (B,) int64: sampled steps so far.
+        weights: what the cache was filled with.
+    """
+
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        batch_size: int,
+        max_length: int,
+        *,
+        heads: tuple[int, int] | None,
+        dtype: torch.dtype,
+        value_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.weights = weights
+        self.k = self.u = None
+        if heads is not None:
+            num_heads, head_dim = heads
+            self.k = torch.zeros(
+                batch_size, num_heads, max_length, head_dim, dtype=dtype, device=device
+            )
+            self.u = torch.zeros(
+                batch_size, num_heads, max_length, dtype=value_dtype, device=device
+            )
+        self.valid = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
+        self.length = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.seeds: Tensor | None = None
+        self.draws = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._columns: int | None = 0
+        self._rows: dict = {}
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.valid.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        """S, the columns there is room for."""
+        return self.valid.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lives."""
+        return self.valid.device
+
+    @property
+    def columns(self) -> int:
+        """Columns filled, as the host knows it. Synchronises once after steps that only the device
+        has counted (a compiled or graph-captured step).
+        """
+        if self._columns is None:
+            self._columns = int(self.length.max()) if self.batch_size else 0
+        return self._columns
+
+    def advanced_on_device(self) -> None:
+        """Tell the cache that ``length`` has grown without the host counting; see
+        :attr:`columns`."""
+        self._columns = None
+
+    def require_room(self, operator: str, count: int) -> None:
+        """Raise ValueError unless ``count`` more columns fit."""
+        if self.columns + count > self.max_length:
+            raise ValueError(
+                f"{operator}: cache holds {self.columns} of max_length = {self.max_length} "
+                f"columns, {count} more do not fit; make it with a larger max_length"
+            )
+
+    def append(self, k: Tensor | None, u: Tensor | None, valid: Tensor) -> None:
+        """Write n new columns: k (B, H, n, d_k), u (B, H, n), valid (B, n)."""
+        start, count = self.columns, valid.shape[1]
+        self.require_room("GateCache.append", count)
+        if self.k is not None:
+            self.k[:, :, start : start + count] = k
+            self.u[:, :, start : start + count] = u
+        self.valid[:, start : start + count] = valid
+        self.length += count
+        self._columns = start + count
+
+    def count_step(self) -> None:
+        """Host-side bookkeeping of one fused step, which has written its column itself."""
+        self._columns = self.columns + 1
+
+    def reserve(self, max_length: int) -> None:
+        """Make room for at least ``max_length`` columns, keeping what is there."""
+        extra = max_length - self.max_length
+        if extra <= 0:
+            return
+        if self.k is not None:
+            self.k = torch.cat(
+                (self.k, self.k.new_zeros(*self.k.shape[:2], extra, self.k.shape[3])), dim=2
+            )
+            self.u = torch.cat((self.u, self.u.new_zeros(*self.u.shape[:2], extra)), dim=2)
+        self.valid = torch.cat((self.valid, self.valid.new_zeros(self.batch_size, extra)), dim=1)
+
+    def select(self, indices: Tensor) -> None:
+        """Keep, reorder or repeat rows: row b becomes the old row ``indices[b]`` (beam search)."""
+        indices = indices.to(self.device)
+        for name in ("k", "u", "valid", "length", "seeds", "draws"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.index_select(0, indices))
+        self._rows.clear()
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times in a row. Copies draw from seeds of their own: equal seeds
+        would sample equal text."""
+        self.select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+        if self.seeds is not None:
+            self.seeds = self.seeds + torch.arange(repeats, device=self.device).repeat(
+                self.batch_size // repeats
+            )
+
+    def crop(self, columns: int) -> None:
+        """Forget all but the first ``columns`` columns."""
+        if not 0 <= columns:
+            raise ValueError(f"GateCache.crop: columns must be >= 0, got {columns}")
+        self.length.clamp_(max=columns)
+        self._columns = min(self.columns, columns)
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory. The next sampled step draws new seeds."""
+        self.length.zero_()
+        self.valid.zero_()
+        self.draws.zero_()
+        self.seeds = None
+        self._columns = 0
+
+    def per_row(self, name: str, value: float, dtype: torch.dtype) -> Tensor:
+        """A (B,) tensor of one Python number, made once per cache and value: steps are called in
+        tight loops."""
+        key = (name, value, dtype)
+        if key not in self._rows:
+            if (
+                len(self._rows) >= 64
+            ):  # a caller that changes its temperature every step must not leak
+                self._rows.clear()
+            self._rows[key] = torch.full((self.batch_size,), value, dtype=dtype, device=self.device)
+        return self._rows[key]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns what callers pass per request (numbers, lists, tensors) into the (B,) tensors of the
+operators, or raises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# name: (lowest, highest, what a person reads). Tensors on a device are not looked into: that would
+# synchronise.
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "strength": (0.0, math.inf, "a number >= 0"),
+    "gate_offset": (-math.inf, math.inf, "a number"),
+    "alpha": (0.0, 1.0, "a number in [0, 1]"),
+    "temperature": (0.0, math.inf, "a number >= 0 (0 is greedy)"),
+    "top_k": (0, 2**31 - 1, "an integer >= 0 (0 is off)"),
+    "top_p": (0.0, 1.0, "a number in (0, 1] (1 is off)"),
+    "min_p": (0.0, 1.0, "a number in [0, 1] (0 is off)"),
+}
+
+
+def per_row(
+    operator: str,
+    name: str,
+    value: Any,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Callable[[str, float, torch.dtype], Tensor] | None = None,
+) -> Tensor | None:
+    """``value`` as a (B,) tensor of ``dtype`` on ``device``; None stays None.
+
+    A Python number applies to every row; a list or tensor gives each row its own. ``fill`` makes
+    the tensor of a number (a cache's memo), default ``torch.full``.
+
+    Raises:
+        TypeError: not a number, list or tensor. ValueError: out of range, not finite, or of another
+        length than B.
+    """
+    if value is None:
+        return None
+    lowest, highest, expected = _RANGES[name]
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(
+                f"{operator}: {name} must hold {expected}, got a tensor of {value.dtype}"
+            )
+        if value.dim() == 0:
+            value = value.expand(batch_size)
+        if value.shape != (batch_size,):
+            raise ValueError(
+                f"{operator}: {name} must be ({batch_size},), got {tuple(value.shape)}"
+            )
+        return value.to(device=device, dtype=dtype)
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(
+                f"{operator}: {name} must be {expected}, or one per row, got {number!r}"
+            )
+        integral = dtype == torch.int32 and number != int(number) if math.isfinite(number) else True
+        if integral or not lowest <= number <= highest or (name == "top_p" and number == 0):
+            raise ValueError(f"{operator}: {name} must be {expected}, got {number!r}")
+    if isinstance(value, (list, tuple)):
+        if len(numbers) != batch_size:
+            raise ValueError(f"{operator}: {name} must be ({batch_size},), got ({len(numbers)},)")
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    if fill is not None:
+        return fill(name, value, dtype)
+    return torch.full((batch_size,), value, dtype=dtype, device=device)
+
+
+def objective_rows(
+    operator: str,
+    value: Any,
+    batch_size: int,
+    num_objectives: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    """Objective weights as (B, K) from (K,) or (B, K); None stays None (1/K each).
+
+    Raises:
+        ValueError: another shape, naming K and B, or a number that is not finite.
+    """
+    if value is None:
+        return None
+    weights = torch.as_tensor(value)
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise TypeError(f"{operator}: objective_weights must hold numbers, got {weights.dtype}")
+    if not isinstance(value, Tensor) and not torch.isfinite(weights.double()).all():
+        raise ValueError(f"{operator}: objective_weights must be finite, got {value!r}")
+    if weights.shape not in ((num_objectives,), (batch_size, num_objectives)):
+        raise ValueError(
+            f"{operator}: objective_weights must be (K,) = ({num_objectives},) or (B, K) = "
+            f"({batch_size}, {num_objectives}), got {tuple(weights.shape)}"
+        )
+    weights = weights.to(device=device, dtype=dtype)
+    return weights.expand(batch_size, num_objectives).contiguous()

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dual head: two linear heads and a gate on the hidden states of a backbone.
+
+`GatedHead` is all of it except where the LM head's weight lives: `DualHead` here owns an
+`nn.Linear`, `modeling.DualHeadLMHead` is the backbone's own lm_head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import DualHeadConfig
+from .controls import objective_rows, per_row
+from .head_base import RewardHead
+from .head_decode import DecodingHead
+from .reference import accumulator_dtype
+
+
+class GatedHead(DecodingHead):
+    """Gate, reward head, decoding, and the simpler heads that equal this one in special cases."""
+
+    @torch.no_grad()
+    def merge_objectives(self, weights: Tensor | list[float]) -> DualHead:
+        """A K = 1 head with ``sum_k w_k W_RM,k`` as its reward head, sharing LM head and gate with
+        this one.
+
+        weights: (K,). Decodes as ``objective_weights=weights`` does, at the cost of one reward
+        head.
+        """
+        dtype = accumulator_dtype(self.reward_head.weight.dtype)
+        row = objective_rows(
+            "merge_objectives", weights, 1, self.config.num_objectives, dtype, self.lm_weight.device
+        )
+        config = DualHeadConfig(**{**self.config.to_dict(), "num_objectives": 1})
+        merged = DualHead._sharing(self, config)
+        merged.reward_head.weight.copy_(
+            torch.einsum("k,kvd->vd", row[0], self.reward_head.weight.to(dtype))[None]
+        )
+        if self.reward_head.bias is not None:
+            merged.reward_head.bias.copy_(row @ self.reward_head.bias.to(dtype))
+        return merged
+
+    @torch.no_grad()
+    def merge_fixed(
+        self, alpha: float | None = None, objective_weights: Tensor | None = None
+    ) -> nn.Linear:
+        """The plain linear head ``(1-a) W_LM + a W_RM`` that a fixed alpha amounts to under the
+        logits mix (exact in real arithmetic), at no decoding cost. Its logits are those before the
+        backbone's post-processing.
+
+        Args:
+            alpha: in [0, 1]; default ``config.gate_alpha`` of a fixed gate.
+        Raises:
+            ValueError: the probability mix (not linear), or no alpha for a gate that is not fixed.
+        """
+        if self.config.mix != "logits":
+            raise ValueError(
+                'merge_fixed: needs mix="logits"; a mixture of probabilities is not one linear head'
+            )
+        if alpha is None and self.config.gate != "fixed":
+            raise ValueError(f'merge_fixed: alpha must be given for gate="{self.config.gate}"')
+        dtype, device = accumulator_dtype(self.lm_weight.dtype), self.lm_weight.device
+        a = self.config.gate_alpha if alpha is None else alpha
+        a = per_row("merge_fixed", "alpha", a, 1, dtype, device)[0]
+        shares = objective_rows(
+            "merge_fixed", objective_weights, 1, self.config.num_objectives, dtype, device
+        )
+        if shares is None:
+            shares = torch.full(
+                (1, self.config.num_objectives),
+                1 / self.config.num_objectives,
+                dtype=dtype,
+                device=device,
+            )
+        linear = nn.Linear(
+            self.config.hidden_size, self.config.vocab_size, bias=self.config.bias, device="meta"
+        )
+        rm = torch.einsum("k,kvd->vd", shares[0], self.reward_head.weight.to(dtype))
+        linear.weight = nn.Parameter(
+            ((1 - a) * self.lm_weight.to(dtype) + a * rm).to(self.lm_weight.dtype)
+        )
+        if self.config.bias:
+            bias = (1 - a) * self.lm_bias.to(dtype) + a * (
+                shares @ self.reward_head.bias.to(dtype)
+            )[0]
+            linear.bias = nn.Parameter(bias.to(self.lm_bias.dtype))
+        return linear
+
+
+class DualHead(GatedHead):
+    """A dual head of its own: ``out = DualHead(config)(hidden)``.
+
+    state_dict: lm_head.weight (V, d), lm_head.bias?, reward_head.weight (K, V, d),
+    reward_head.bias? (K, V), and the gate's gate.{q,k,v}_proj.weight (g, d), gate.o_proj.weight (g,
+    g), gate.out.weight (1, g), gate.out.bias (1,). The LM head is frozen (``requires_grad=False``);
+    the reward head starts as its copy.
+    """
+
+    def __init__(self, config: DualHeadConfig) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
+        self.lm_head.requires_grad_(False)
+        self._add_gate_and_reward_head(config)
+        self.reward_head.copy_from(self.lm_head.weight, self.lm_head.bias)
+
+    @property
+    def lm_weight(self) -> Tensor:
+        return self.lm_head.weight
+
+    @property
+    def lm_bias(self) -> Tensor | None:
+        return self.lm_head.bias
+
+    @classmethod
+    def from_lm_head(cls, lm_head: nn.Linear, **config: Any) -> DualHead:
+        """A dual head around a backbone's ``nn.Linear`` (V, d): the very same module, shared and
+        frozen, not copied.
+
+        config: fields of :class:`DualHeadConfig`; sizes and bias are read from the linear layer.
+
+        Raises:
+            TypeError: not an nn.Linear. ValueError: sizes in ``config`` that contradict it.
+        """
+        if not isinstance(lm_head, nn.Linear):
+            raise TypeError(
+                f"DualHead.from_lm_head: lm_head must be an nn.Linear, got {type(lm_head).__name__}"
+            )
+        read = {
+            "hidden_size": lm_head.in_features,
+            "vocab_size": lm_head.out_features,
+            "bias": lm_head.bias is not None,
+        }
+        for name, value in read.items():
+            if config.setdefault(name, value) != value:
+                raise ValueError(
+                    f"DualHead.from_lm_head: {name} is {value} in lm_head, got {config[name]}"
+                )
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head.lm_head = lm_head.requires_grad_(False)
+        head._add_gate_and_reward_head(DualHeadConfig(**config))
+        head.reward_head.to(lm_head.weight)
+        head.gate.to(lm_head.weight)
+        head.reward_head.copy_from(lm_head.weight, lm_head.bias)
+        return head
+
+    @classmethod
+    def _sharing(cls, other: GatedHead, config: DualHeadConfig) -> DualHead:
+        """A head with ``other``'s LM head and gate and a fresh reward head."""
+        linear = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias, device="meta")
+        linear.weight = other.lm_weight
+        if config.bias:
+            linear.bias = other.lm_bias
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head.lm_head, head.config, head.gate = linear, config, other.gate
+        head.reward_head = RewardHead(config).to(other.reward_head.weight)
+        return head

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two heads, a gate and their mixture over whole sequences; decoding is added in `head_decode`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .config import DualHeadConfig
+from .controls import objective_rows, per_row
+from .gate import GATES
+from .reference import accumulator_dtype
+
+
+@dataclass
+class DualHeadOutput:
+    """Of a full pass or a prefill: logits (B, T, V); alpha and gate_logit (B, T); fp32 (float64 for
+    float64)."""
+
+    logits: Tensor
+    alpha: Tensor
+    gate_logit: Tensor
+
+
+@dataclass
+class StepOutput:
+    """Of one decode step; see :meth:`GatedHead.step`."""
+
+    logits: Tensor | None
+    alpha: Tensor
+    gate_logit: Tensor
+    token: Tensor
+    logprob: Tensor
+    status: Tensor
+    attention: Tensor | None
+
+
+class RewardHead(nn.Module):
+    """K linear heads: weight (K, V, d), bias (K, V) or None."""
+
+    def __init__(self, config: DualHeadConfig) -> None:
+        super().__init__()
+        k, v, d = config.num_objectives, config.vocab_size, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(k, v, d))
+        self.bias = nn.Parameter(torch.zeros(k, v)) if config.bias else None
+
+    @torch.no_grad()
+    def copy_from(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Start every objective at the LM head: weight (V, d), bias (V,). A copy, never tied."""
+        self.weight.copy_(weight.expand_as(self.weight))
+        if self.bias is not None:
+            self.bias.copy_(bias.expand_as(self.bias))
+
+
+class HeadBase(nn.Module):
+    """Gate, reward head and mixture. Subclasses give `lm_weight` and `lm_bias`."""
+
+    config: DualHeadConfig
+    reward_head: RewardHead
+    gate: nn.Module
+
+    def _add_gate_and_reward_head(self, config: DualHeadConfig) -> None:
+        self.config = config
+        self.reward_head = RewardHead(config)
+        self.gate = GATES[config.gate](config)
+
+    @property
+    def lm_weight(self) -> Tensor:
+        """W_LM, (V, d)."""
+        raise NotImplementedError(f"{type(self).__name__} must define lm_weight")
+
+    @property
+    def lm_bias(self) -> Tensor | None:
+        """b_LM, (V,), or None."""
+        raise NotImplementedError(f"{type(self).__name__} must define lm_bias")
+
+    # --- whole sequences ---
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        strength: float | Tensor | None = None,
+        gate_offset: float | Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        objective_weights: Tensor | None = None,
+    ) -> DualHeadOutput:
+        """Logits of every position: ``z_t = (1-a_t) z_LM,t + a_t z_RM,t`` and their like for
+        ``mix="probs"``.
+
+        Differentiable, causal. DESIGN: paper, Methodology.
+
+        Args:
+            hidden: (B, T, d), in the LM head's dtype.
+            attention_mask: (B, T), nonzero = real token; left, right or ragged padding. Default:
+            all real.
+            strength: scales alpha, ``a <- clamp(s a, 0, 1)``; >= 0; 0 gives z_LM itself. A number
+            or (B,).
+            gate_offset: added to the gate's logit. A number or (B,).
+            alpha: replaces the gate's value, in [0, 1]. A number or (B,).
+            objective_weights: (K,) or (B, K); default 1/K each.
+        Raises:
+            ValueError: wrong shapes or values. TypeError: wrong dtypes.
+        """
+        self._check_hidden("DualHead.forward", hidden, 3)
+        self._check_mask("DualHead.forward", attention_mask, hidden.shape[0], hidden.shape[1])
+        gate_logit = self.gate(hidden, attention_mask)
+        return self._mixed(
+            "DualHead.forward", hidden, gate_logit, strength, gate_offset, alpha, objective_weights
+        )
+
+    def _mixed(
+        self,
+        operator: str,
+        hidden: Tensor,
+        gate_logit: Tensor,
+        strength: Any,
+        gate_offset: Any,
+        alpha: Any,
+        objective_weights: Any,
+        post_process: bool = True,
+    ) -> DualHeadOutput:
+        """Both heads and their mixture at positions whose gate logits are known: hidden (B, N, d),
+        gate_logit (B, N).
+
+        ``post_process=False`` leaves out the backbone's own f, for a backbone that applies it
+        itself (logits mix only).
+        """
+        batch, dtype, device = hidden.shape[0], gate_logit.dtype, hidden.device
+        rows = {
+            name: per_row(operator, name, value, batch, dtype, device)
+            for name, value in (
+                ("strength", strength),
+                ("gate_offset", gate_offset),
+                ("alpha", alpha),
+            )
+        }
+        rows = {name: None if row is None else row[:, None] for name, row in rows.items()}
+        weights = objective_rows(
+            operator, objective_weights, batch, self.config.num_objectives, dtype, device
+        )
+        if rows["gate_offset"] is not None:
+            gate_logit = gate_logit + rows["gate_offset"]
+        a = reference.mixing_weight(gate_logit, rows["alpha"], rows["strength"])
+        z_lm = reference.head_logits(hidden, *self._cast(hidden, self.lm_weight, self.lm_bias))
+        reward = self._cast(hidden, self.reward_head.weight, self.reward_head.bias)
+        z_rm = reference.reward_logits(hidden, *reward, weights)
+        post = (self.config.logit_scale, self.config.logit_softcap) if post_process else (1.0, 0.0)
+        return DualHeadOutput(
+            reference.mix_logits(z_lm, z_rm, a, self.config.mix, *post), a, gate_logit
+        )
+
+    @staticmethod
+    def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights in the dtype of ``hidden`` (heads train in fp32 beside a bf16 backbone); autocast
+        does this itself."""
+        if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+            return weight, bias
+        return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
+    # --- checks ---
+
+    def _check_hidden(self, operator: str, hidden: Tensor, dim: int) -> None:
+        shape = (
+            f"(B, T, {self.config.hidden_size})" if dim == 3 else f"(B, {self.config.hidden_size})"
+        )
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"{operator}: hidden must be a tensor {shape}, got {type(hidden).__name__}"
+            )
+        if hidden.dim() != dim or hidden.shape[-1] != self.config.hidden_size or 0 in hidden.shape:
+            raise ValueError(
+                f"{operator}: hidden must be {shape} and not empty, got {tuple(hidden.shape)}"
+            )
+        weight = self.lm_weight
+        if hidden.device != weight.device:
+            raise ValueError(
+                f"{operator}: hidden must be on {weight.device}, "
+                f"as the LM head, got {hidden.device}"
+            )
+        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(
+                f"{operator}: hidden must be {weight.dtype}, as the LM head, got {hidden.dtype}"
+            )
+
+    @staticmethod
+    def _check_mask(operator: str, mask: Tensor | None, batch: int, length: int) -> None:
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                f"{operator}: attention_mask must be a tensor, got {type(mask).__name__}"
+            )
+        if mask.shape != (batch, length):
+            raise ValueError(
+                f"{operator}: attention_mask must be ({batch}, {length}), got {tuple(mask.shape)}"
+            )
+
+    def _check_controls(
+        self, operator, batch, strength, gate_offset, alpha, objective_weights, device
+    ) -> None:
+        dtype = accumulator_dtype(self.lm_weight.dtype)
+        for name, value in (("strength", strength), ("gate_offset", gate_offset), ("alpha", alpha)):
+            per_row(operator, name, value, batch, dtype, device)
+        objective_rows(
+            operator, objective_weights, batch, self.config.num_objectives, dtype, device
+        )
