@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate's memory while decoding: keys and folded values of every past position, O(T (g + H))
-numbers."""
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class DecodeWeights:
 
 def parameter_stamp(parameters: list[Tensor]) -> tuple:
     """Identifies the current values of parameters: changes with an update in place, a cast, a move
-    or a load."""
+    or a load.
+    """
     return tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters)
 
 
@@ -97,8 +99,7 @@ class GateCache:
         return self._columns
 
     def advanced_on_device(self) -> None:
-        """Tell the cache that ``length`` has grown without the host counting; see
-        :attr:`columns`."""
+        """``length`` has grown without the host counting; see :attr:`columns`."""
         self._columns = None
 
     def require_room(self, operator: str, count: int) -> None:
@@ -147,7 +148,8 @@ class GateCache:
 
     def repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times in a row. Copies draw from seeds of their own: equal seeds
-        would sample equal text."""
+        would sample equal text.
+        """
         self.select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
         if self.seeds is not None:
             self.seeds = self.seeds + torch.arange(repeats, device=self.device).repeat(
@@ -171,7 +173,8 @@ class GateCache:
 
     def per_row(self, name: str, value: float, dtype: torch.dtype) -> Tensor:
         """A (B,) tensor of one Python number, made once per cache and value: steps are called in
-        tight loops."""
+        tight loops.
+        """
         key = (name, value, dtype)
         if key not in self._rows:
             if (

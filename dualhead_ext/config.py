@@ -23,10 +23,10 @@ class DualHeadConfig:
             attention).
         gate_num_heads: H. Default 8.
         gate_head_dim: d_k. Default 48, so that g = H * d_k = 384: 4.87M gate parameters at d =
-        4096.
+            4096.
         gate_alpha: the constant of ``gate="fixed"``, in [0, 1]. Unused otherwise.
         mix: ``"logits"``: z = (1-a) z_LM + a z_RM. ``"probs"``: pi = (1-a) softmax(z_LM) + a
-        softmax(z_RM).
+            softmax(z_RM).
         num_objectives: K, the number of reward heads.
         bias: whether both heads carry a bias (read from the LM head by ``from_lm_head``).
         logit_scale: first half of the backbone's post-processing f(z) = cap(logit_scale * z).
@@ -95,7 +95,7 @@ class DualHeadConfig:
 
         Raises:
             ValueError: unknown or missing keys, naming them (a file of a newer format must not be
-            half read).
+                half read).
         """
         names = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - names)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns what callers pass per request (numbers, lists, tensors) into the (B,) tensors of the
-operators, or raises."""
+operators, or raises.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def per_row(
 
     Raises:
         TypeError: not a number, list or tensor. ValueError: out of range, not finite, or of another
-        length than B.
+            length than B.
     """
     if value is None:
         return None

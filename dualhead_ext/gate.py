@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gates: modules that turn hidden states into the logit of alpha. A new gate is one class and a
-line in GATES."""
+line in GATES.
+"""
 
 from __future__ import annotations
 
@@ -83,14 +84,16 @@ class AttentionGate(nn.Module):
 
     def folded_values(self) -> Tensor:
         """The folded value rows U (H, d), fp32 or float64: see
-        :func:`dualhead_ext.reference.fold_values`."""
+        :func:`dualhead_ext.reference.fold_values`.
+        """
         return fold_values(
             self.v_proj.weight, self.o_proj.weight, self.out.weight, self.num_heads
         ).detach()
 
     def keys_and_values(self, hidden: Tensor, u_weight: Tensor) -> tuple[Tensor, Tensor]:
         """What the cache keeps of hidden (B, T, d): k (B, H, T, d_k) in its dtype, u (B, H, T) fp32
-        or float64."""
+        or float64.
+        """
         k = self._split(linear(hidden, self.k_proj))
         u = F.linear(hidden.to(u_weight.dtype), u_weight).transpose(1, 2)
         return k, u
@@ -117,8 +120,7 @@ class AttentionGate(nn.Module):
 
 
 class LinearGate(nn.Module):
-    """The control without attention: ``logit_t = w.h_t + b``; d + 1 parameters, starting at
-    zero."""
+    """The control without attention: ``logit_t = w.h_t + b``; d + 1 parameters, zero at first."""
 
     has_state = False
 
@@ -140,7 +142,8 @@ class LinearGate(nn.Module):
 
 class FixedGate(nn.Module):
     """alpha = ``config.gate_alpha`` for every token: the logit is log(a / (1 - a)), -inf at 0 and
-    +inf at 1."""
+    +inf at 1.
+    """
 
     has_state = False
 

@@ -19,7 +19,8 @@ from .reference import accumulator_dtype
 @dataclass
 class DualHeadOutput:
     """Of a full pass or a prefill: logits (B, T, V); alpha and gate_logit (B, T); fp32 (float64 for
-    float64)."""
+    float64).
+    """
 
     logits: Tensor
     alpha: Tensor
@@ -92,14 +93,14 @@ class HeadBase(nn.Module):
         """Logits of every position: ``z_t = (1-a_t) z_LM,t + a_t z_RM,t`` and their like for
         ``mix="probs"``.
 
-        Differentiable, causal. DESIGN: paper, Methodology.
+        Differentiable and causal. Source: the paper, Methodology.
 
         Args:
             hidden: (B, T, d), in the LM head's dtype.
             attention_mask: (B, T), nonzero = real token; left, right or ragged padding. Default:
-            all real.
+                all real.
             strength: scales alpha, ``a <- clamp(s a, 0, 1)``; >= 0; 0 gives z_LM itself. A number
-            or (B,).
+                or (B,).
             gate_offset: added to the gate's logit. A number or (B,).
             alpha: replaces the gate's value, in [0, 1]. A number or (B,).
             objective_weights: (K,) or (B, K); default 1/K each.
@@ -157,7 +158,8 @@ class HeadBase(nn.Module):
     @staticmethod
     def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weights in the dtype of ``hidden`` (heads train in fp32 beside a bf16 backbone); autocast
-        does this itself."""
+        does this itself.
+        """
         if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
             return weight, bias
         return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)

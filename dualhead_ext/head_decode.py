@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding with a gated head: the cache, the prompt, one step. See `reference.decode_step` for what
-a step computes."""
+a step computes.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +32,8 @@ class DecodingHead(HeadBase):
         included.
 
         Folds the gate's value path once (``u_{s,i} = (W_V,i^T c_i).h_s``, ``c = W_O^T w_g``). The
-        cache is bound to the
-        weights it is made with: after an update, cast, move or load, `prefill` and `step` refuse
-        it.
+        cache is bound to the weights it is made with: after an update, cast, move or load,
+        `prefill` and `step` refuse it.
 
         Args:
             dtype, device: of the keys; must be the head's, which is the default.
@@ -91,7 +91,8 @@ class DecodingHead(HeadBase):
 
     def check_cache(self, operator: str, cache: GateCache, batch_size: int) -> None:
         """Raise unless ``cache`` was made by this head with its present weights, for this many
-        rows."""
+        rows.
+        """
         if not isinstance(cache, GateCache):
             raise TypeError(
                 f"{operator}: cache must be a GateCache from new_cache, got {type(cache).__name__}"
@@ -123,15 +124,15 @@ class DecodingHead(HeadBase):
         Args:
             hidden: (B, T, d). Any chunking gives the same cache.
             attention_mask: (B, columns + T), over what the cache holds and the new positions, as in
-            Hugging Face.
+                Hugging Face.
             logits_to_keep: N, positions to return logits for, counted back from each row's last
-            real one; 0 means
-                all T in their order. A row with fewer than N positions repeats its first.
+                real one; 0 means all T in their order. A row with fewer than N positions repeats
+                its first.
             Controls: as in :meth:`forward`.
         Returns: logits (B, N, V), alpha and gate_logit (B, N).
         Raises:
             ValueError: shapes, no room (the cache is left as it was). RuntimeError: the head's
-            weights have changed.
+                weights have changed.
         """
         operator = "DualHead.prefill"
         self._check_hidden(operator, hidden, 3)
@@ -173,7 +174,8 @@ class DecodingHead(HeadBase):
         self, hidden: Tensor, cache: GateCache, valid: Tensor, queries: Tensor, columns: Tensor
     ) -> Tensor:
         """Write (B, T, d) into the cache and return the gate logits (B, N) of queries (B, N, d) at
-        ``columns`` (B, N)."""
+        ``columns`` (B, N).
+        """
         if not self.gate.has_state:
             cache.append(None, None, valid)
             return self.gate(queries)
@@ -210,21 +212,20 @@ class DecodingHead(HeadBase):
             cache: from :meth:`new_cache`; grows by one column.
             do_sample: False takes the argmax (ties: the lowest index).
             temperature, top_k, top_p, min_p: numbers or (B,) tensors, applied in this order as
-            Hugging Face does.
-                temperature 0 is greedy.
-            strength, gate_offset, alpha, objective_weights: as in :meth:`forward`.
+                Hugging Face does. temperature 0 is greedy. strength, gate_offset, alpha,
+                objective_weights: as in :meth:`forward`.
             seeds: (B,) int64. Default: drawn from ``generator`` once per cache. Token n of a
-            request depends on its seed,
-                n and its distribution alone, not on its place in a batch.
+                request depends on its seed, n and its distribution alone, not on its place in a
+                batch.
             return_logits: whether out.logits is wanted; record_attention: whether the attention
-            rows are.
+                rows are.
         Returns:
             logits (B, V) or None; alpha, gate_logit, logprob (B,), of the mixture at temperature 1
-            before filters; token (B,) int64; status (B,) int32: 0 fine, 1 the row is not finite
-            (token 0), 2 its cache is full (nothing written); attention (B, H, T) or None.
+                before filters; token (B,) int64; status (B,) int32: 0 fine, 1 the row is not finite
+                (token 0), 2 its cache is full (nothing written); attention (B, H, T) or None.
         Raises:
             ValueError, TypeError: arguments. RuntimeError: the head's weights have changed since
-            the cache was made.
+                the cache was made.
         """
         operator = "DualHead.step"
         self._check_hidden(operator, hidden, 2)
@@ -312,7 +313,8 @@ class DecodingHead(HeadBase):
     @staticmethod
     def _decode_function(hidden: Tensor):
         """The compiled kernel where one applies; otherwise the reference, with one warning where
-        that is a surprise."""
+        that is a surprise.
+        """
         if ops.kernel_for(hidden.device.type, hidden.dtype):
             return ops.decode_step
         if hidden.dtype != torch.float64:
@@ -325,7 +327,8 @@ _warned: set[tuple[str, torch.dtype]] = set()
 
 def warn_of_reference(device_type: str, dtype: torch.dtype) -> None:
     """Say once per device type and dtype that eager PyTorch computes where a user would expect the
-    kernel."""
+    kernel.
+    """
     if (device_type, dtype) in _warned:
         return
     _warned.add((device_type, dtype))
@@ -339,5 +342,6 @@ def warn_of_reference(device_type: str, dtype: torch.dtype) -> None:
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured: the host's count of columns then says nothing about
-    the replays."""
+    the replays.
+    """
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -46,9 +46,9 @@ def attention_gate_logit(
 
     Args:
         hidden: (B, T, d). q_weight, k_weight, v_weight: (g, d). o_weight: (g, g). out_weight: (1,
-        g). out_bias: (1,).
+            g). out_bias: (1,).
         attention_mask: (B, T), nonzero = real token. A position that sees no real token gets
-        ``b_g``.
+            ``b_g``.
     Returns: (B, T), fp32 or float64; alpha is its sigmoid.
     """
     batch, length, _ = hidden.shape
@@ -71,7 +71,8 @@ def attention_gate_logit(
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
     """Softmax over the last dimension where ``visible``; a row that sees nothing is all zero, never
-    NaN."""
+    NaN.
+    """
     weights = scores.masked_fill(~visible, -torch.inf)
     seen = visible.any(-1, keepdim=True)
     # Rows that see nothing get finite scores first: softmax of a row of -inf is NaN, also in
@@ -127,8 +128,7 @@ def reward_logits(
     """``z_RM = sum_k w_k (W_RM,k h + b_k)``.
 
     hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by
-    1/K.
-    Returns (B, ..., V).
+    1/K. Returns (B, ..., V).
     """
     num_objectives = weight.shape[0]
     total = None
@@ -145,7 +145,8 @@ def reward_logits(
 
 def postprocess(logits: Tensor, logit_scale: float = 1.0, logit_softcap: float = 0.0) -> Tensor:
     """The backbone's own f: ``cap(logit_scale * z)``, ``cap(z) = c tanh(z / c)``; c = 0 means no
-    cap."""
+    cap.
+    """
     if logit_scale != 1.0:
         logits = logits * logit_scale
     if logit_softcap > 0.0:
