@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+// From the tensors of the operator dualhead::decode_step to the plain DecodeParams of the kernels,
+// the same for every device: check everything, allocate the outputs, fill in pointers. Shapes and
+// meaning of each argument: kernels/params.h.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <limits>
+#include <tuple>
+#include <utility>
+
+#include "checks.h"
+#include "kernels/params.h"
+
+namespace dualhead {
+
+constexpr const char* kDecodeStep = "decode_step";
+
+// The tensor arguments, by the schema's names.
+struct DecodeArguments {
+  Tensor hidden, lm_weight;
+  MaybeTensor lm_bias;
+  Tensor reward_weight;
+  MaybeTensor reward_bias, objective_weights;
+  MaybeTensor q_weight, k_weight, u_weight, gate_bias;
+  MaybeTensor cache_k, cache_u, cache_valid, cache_length, new_valid;
+  MaybeTensor gate_logit, gate_offset, strength, alpha;
+  MaybeTensor temperature, top_k, top_p, min_p, seeds, draws;
+  bool mix_probs;
+  double logit_scale, logit_softcap;
+  bool return_logits, record_attention;
+};
+
+// logits, alpha, gate_logit, token, logprob, status, attention.
+using DecodeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// A fresh contiguous tensor beside `like`. The shim is the cheapest allocation the stable ABI has.
+template <size_t N>
+Tensor allocate(std::array<int64_t, N> sizes, ScalarType dtype, const Tensor& like) {
+  std::array<int64_t, N> strides;
+  int64_t stride = 1;
+  for (size_t i = N; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+T* data(const MaybeTensor& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+// --- checks -----------------------------------------------------------------------------------------
+
+// An optional read-only argument: checked, and replaced by a contiguous copy where it is not (an
+// expanded scalar, a column): all of these are small.
+inline void check_small(const char* name, MaybeTensor& tensor, const Tensor& like, ScalarType dtype,
+                        std::initializer_list<Dim> dims) {
+  if (!tensor.has_value()) return;
+  check_device(kDecodeStep, name, *tensor, like);
+  check_dtype(kDecodeStep, name, *tensor, dtype);
+  check_shape(kDecodeStep, name, *tensor, dims);
+  if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
+}
+
+// An argument that is written, or too large to copy.
+inline void check_in_place(const char* name, const MaybeTensor& tensor, const Tensor& like,
+                           ScalarType dtype, std::initializer_list<Dim> dims) {
+  check_device(kDecodeStep, name, *tensor, like);
+  check_dtype(kDecodeStep, name, *tensor, dtype);
+  check_shape(kDecodeStep, name, *tensor, dims);
+  check_contiguous(kDecodeStep, name, *tensor);
+}
+
+inline void check_heads(DecodeArguments& a) {
+  const Tensor& like = a.hidden;
+  const ScalarType weight_dtype = a.lm_weight.scalar_type();
+  check_shape(kDecodeStep, "lm_weight", a.lm_weight, {"V", "d"});
+  const int64_t V = a.lm_weight.size(0), d = a.lm_weight.size(1);
+  if (V < 1 || d < 1 || V > std::numeric_limits<int32_t>::max()) {
+    fail(kDecodeStep, "lm_weight must be (V, d) with 1 <= V < 2^31 and d >= 1, got " +
+                          shape_text(a.lm_weight));
+  }
+  check_shape(kDecodeStep, "hidden", a.hidden, {"B", d});
+  check_dtype(kDecodeStep, "hidden", a.hidden, weight_dtype);
+  check_device(kDecodeStep, "lm_weight", a.lm_weight, like);
+  check_adjacent(kDecodeStep, "lm_weight", a.lm_weight);
+  check_device(kDecodeStep, "reward_weight", a.reward_weight, like);
+  check_dtype(kDecodeStep, "reward_weight", a.reward_weight, weight_dtype);
+  check_shape(kDecodeStep, "reward_weight", a.reward_weight, {"K", V, d});
+  check_adjacent(kDecodeStep, "reward_weight", a.reward_weight);
+  const int64_t B = a.hidden.size(0), K = a.reward_weight.size(0);
+  if (K < 1) {
+    fail(kDecodeStep, "reward_weight must be (K, V, d) with K >= 1, got " +
+                          shape_text(a.reward_weight));
+  }
+  if (d > 1 && a.hidden.stride(1) != 1) a.hidden = torch::stable::contiguous(a.hidden);
+  check_small("lm_bias", a.lm_bias, like, weight_dtype, {V});
+  check_small("reward_bias", a.reward_bias, like, weight_dtype, {K, V});
+  check_small("objective_weights", a.objective_weights, like, ScalarType::Float, {B, K});
+}
+
+// The attention gate comes as a whole, or gate_logit comes in its place.
+inline void check_gate(DecodeArguments& a) {
+  const std::pair<const char*, const MaybeTensor*> parts[] = {
+      {"q_weight", &a.q_weight},       {"k_weight", &a.k_weight},
+      {"u_weight", &a.u_weight},       {"gate_bias", &a.gate_bias},
+      {"cache_k", &a.cache_k},         {"cache_u", &a.cache_u},
+      {"cache_valid", &a.cache_valid}, {"cache_length", &a.cache_length}};
+  const bool attention = !a.gate_logit.has_value();
+  for (const auto& [name, part] : parts) {
+    if (part->has_value() == attention) continue;
+    fail(kDecodeStep, attention ? std::string(name) + " must be given, got None (the attention "
+                                                      "gate needs it; gate_logit replaces it)"
+                                : std::string(name) + " must be None beside gate_logit, got a tensor");
+  }
+  const Tensor& like = a.hidden;
+  const ScalarType weight_dtype = a.hidden.scalar_type();
+  const int64_t B = a.hidden.size(0), d = a.hidden.size(1);
+  check_small("gate_logit", a.gate_logit, like, ScalarType::Float, {B});
+  if (!attention) {
+    if (a.new_valid.has_value()) {
+      fail(kDecodeStep, "new_valid must be None beside gate_logit, got a tensor");
+    }
+    return;
+  }
+  check_shape(kDecodeStep, "cache_k", *a.cache_k, {B, "H", "S", "d_k"});
+  const int64_t H = a.cache_k->size(1), S = a.cache_k->size(2), d_k = a.cache_k->size(3);
+  if (H < 1 || d_k < 1 || S > std::numeric_limits<int32_t>::max()) {
+    fail(kDecodeStep, "cache_k must be (B, H, S, d_k) with H >= 1, d_k >= 1 and S < 2^31, got " +
+                          shape_text(*a.cache_k));
+  }
+  check_small("q_weight", a.q_weight, like, weight_dtype, {H * d_k, d});
+  check_small("k_weight", a.k_weight, like, weight_dtype, {H * d_k, d});
+  check_small("u_weight", a.u_weight, like, ScalarType::Float, {H, d});
+  check_small("gate_bias", a.gate_bias, like, ScalarType::Float, {1});
+  check_in_place("cache_k", a.cache_k, like, weight_dtype, {B, H, S, d_k});
+  check_in_place("cache_u", a.cache_u, like, ScalarType::Float, {B, H, S});
+  check_in_place("cache_valid", a.cache_valid, like, ScalarType::Bool, {B, S});
+  check_in_place("cache_length", a.cache_length, like, ScalarType::Int, {B});
+  check_small("new_valid", a.new_valid, like, ScalarType::Bool, {B});
+}
+
+inline void check_controls(DecodeArguments& a) {
+  const Tensor& like = a.hidden;
+  const int64_t B = a.hidden.size(0);
+  check_small("gate_offset", a.gate_offset, like, ScalarType::Float, {B});
+  check_small("strength", a.strength, like, ScalarType::Float, {B});
+  check_small("alpha", a.alpha, like, ScalarType::Float, {B});
+  check_small("temperature", a.temperature, like, ScalarType::Float, {B});
+  check_small("top_k", a.top_k, like, ScalarType::Int, {B});
+  check_small("top_p", a.top_p, like, ScalarType::Float, {B});
+  check_small("min_p", a.min_p, like, ScalarType::Float, {B});
+  check_small("seeds", a.seeds, like, ScalarType::Long, {B});
+  if (a.seeds.has_value() != a.draws.has_value()) {
+    fail(kDecodeStep, a.draws ? "seeds must be given with draws, got None"
+                              : "draws must be given with seeds, got None");
+  }
+  if (a.draws.has_value()) check_in_place("draws", a.draws, like, ScalarType::Long, {B});
+  if (!(a.logit_softcap >= 0.0) || a.logit_softcap > std::numeric_limits<float>::max()) {
+    fail(kDecodeStep, "logit_softcap must be finite and >= 0, got " +
+                          std::to_string(a.logit_softcap));
+  }
+  if (!(a.logit_scale >= -std::numeric_limits<float>::max() &&
+        a.logit_scale <= std::numeric_limits<float>::max())) {
+    fail(kDecodeStep, "logit_scale must be finite, got " + std::to_string(a.logit_scale));
+  }
+}
+
+// --- binding ----------------------------------------------------------------------------------------
+
+// Checked arguments, fresh outputs, and the params that point into both.
+struct BoundDecode {
+  DecodeArguments arguments;
+  Tensor logits;  // lent to the kernel even if the caller wants none
+  DecodeResult result;
+  DecodeParams params;
+};
+
+inline DType kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float      ? DType::kFloat32
+         : dtype == ScalarType::BFloat16 ? DType::kBFloat16
+                                         : DType::kFloat16;
+}
+
+inline void allocate_outputs(BoundDecode& bound) {
+  const DecodeArguments& a = bound.arguments;
+  const Tensor& like = a.hidden;
+  const int64_t B = like.size(0), V = a.lm_weight.size(0);
+  const ScalarType f32 = ScalarType::Float;
+  bound.logits = allocate<2>({B, V}, f32, like);
+  const bool record = a.record_attention && a.cache_k.has_value();
+  bound.result = DecodeResult(
+      a.return_logits ? bound.logits : allocate<1>({0}, f32, like), allocate<1>({B}, f32, like),
+      allocate<1>({B}, f32, like), allocate<1>({B}, ScalarType::Long, like),
+      allocate<1>({B}, f32, like), allocate<1>({B}, ScalarType::Int, like),
+      record ? allocate<3>({B, a.cache_k->size(1), a.cache_k->size(2)}, f32, like)
+             : allocate<1>({0}, f32, like));
+}
+
+inline void fill_params(BoundDecode& bound) {
+  const DecodeArguments& a = bound.arguments;
+  DecodeParams& p = bound.params;
+  p = DecodeParams{};
+  p.B = a.hidden.size(0), p.d = a.hidden.size(1), p.V = a.lm_weight.size(0);
+  p.K = a.reward_weight.size(0);
+  p.dtype = kernel_dtype(a.hidden.scalar_type());
+  if (a.cache_k.has_value()) {
+    p.H = a.cache_k->size(1), p.S = a.cache_k->size(2), p.d_k = a.cache_k->size(3);
+  }
+  p.hidden = a.hidden.data_ptr(), p.hidden_stride = a.hidden.stride(0);
+  p.lm_weight = a.lm_weight.data_ptr(), p.lm_weight_stride = a.lm_weight.stride(0);
+  p.lm_bias = data<const void>(a.lm_bias);
+  p.reward_weight = a.reward_weight.data_ptr();
+  p.reward_weight_stride_k = a.reward_weight.stride(0);
+  p.reward_weight_stride = a.reward_weight.stride(1);
+  p.reward_bias = data<const void>(a.reward_bias);
+  p.objective_weights = data<const float>(a.objective_weights);
+  p.q_weight = data<const void>(a.q_weight), p.k_weight = data<const void>(a.k_weight);
+  p.u_weight = data<const float>(a.u_weight), p.gate_bias = data<const float>(a.gate_bias);
+  p.cache_k = data<void>(a.cache_k), p.cache_u = data<float>(a.cache_u);
+  p.cache_valid = data<uint8_t>(a.cache_valid), p.cache_length = data<int32_t>(a.cache_length);
+  p.new_valid = data<const uint8_t>(a.new_valid);
+  p.gate_logit_in = data<const float>(a.gate_logit);
+  p.gate_offset = data<const float>(a.gate_offset);
+  p.strength = data<const float>(a.strength), p.alpha = data<const float>(a.alpha);
+  p.mix_probs = a.mix_probs;
+  p.logit_scale = static_cast<float>(a.logit_scale);
+  p.logit_softcap = static_cast<float>(a.logit_softcap);
+  p.temperature = data<const float>(a.temperature), p.top_k = data<const int32_t>(a.top_k);
+  p.top_p = data<const float>(a.top_p), p.min_p = data<const float>(a.min_p);
+  p.seeds = data<const int64_t>(a.seeds), p.draws = data<int64_t>(a.draws);
+  p.out_logits = data<float>(bound.logits);
+  const auto& [logits, alpha, gate_logit, token, logprob, status, attention] = bound.result;
+  p.out_alpha = data<float>(alpha), p.out_gate_logit = data<float>(gate_logit);
+  p.out_token = data<int64_t>(token), p.out_logprob = data<float>(logprob);
+  p.out_status = data<int32_t>(status);
+  p.out_attention = attention.dim() == 3 ? data<float>(attention) : nullptr;
+}
+
+// `dtypes`: what the device's kernel is built for.
+inline BoundDecode bind_decode_step(DecodeArguments&& arguments,
+                                    std::initializer_list<ScalarType> dtypes) {
+  BoundDecode bound{std::move(arguments), Tensor(), {}, {}};
+  bool known = false;
+  std::string names;
+  for (ScalarType dtype : dtypes) {
+    known = known || bound.arguments.lm_weight.scalar_type() == dtype;
+    names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  }
+  if (!known) {
+    fail(kDecodeStep, "lm_weight must have dtype " + names + ", got " +
+                          dtype_name(bound.arguments.lm_weight.scalar_type()));
+  }
+  check_heads(bound.arguments);
+  check_gate(bound.arguments);
+  check_controls(bound.arguments);
+  allocate_outputs(bound);
+  fill_params(bound);
+  return bound;
+}
+
+// The operator as the dispatcher calls it, for TORCH_BOX: the one place that lists its arguments in
+// C++. Implementation: what a device does with them.
+template <DecodeResult (*Implementation)(DecodeArguments&&)>
+DecodeResult decode_step_entry(
+    Tensor hidden, Tensor lm_weight, MaybeTensor lm_bias, Tensor reward_weight,
+    MaybeTensor reward_bias, MaybeTensor objective_weights, MaybeTensor q_weight,
+    MaybeTensor k_weight, MaybeTensor u_weight, MaybeTensor gate_bias, MaybeTensor cache_k,
+    MaybeTensor cache_u, MaybeTensor cache_valid, MaybeTensor cache_length, MaybeTensor new_valid,
+    MaybeTensor gate_logit, MaybeTensor gate_offset, MaybeTensor strength, MaybeTensor alpha,
+    MaybeTensor temperature, MaybeTensor top_k, MaybeTensor top_p, MaybeTensor min_p,
+    MaybeTensor seeds, MaybeTensor draws, bool mix_probs, double logit_scale, double logit_softcap,
+    bool return_logits, bool record_attention) {
+  return Implementation(DecodeArguments{
+      std::move(hidden), std::move(lm_weight), std::move(lm_bias), std::move(reward_weight),
+      std::move(reward_bias), std::move(objective_weights), std::move(q_weight),
+      std::move(k_weight), std::move(u_weight), std::move(gate_bias), std::move(cache_k),
+      std::move(cache_u), std::move(cache_valid), std::move(cache_length), std::move(new_valid),
+      std::move(gate_logit), std::move(gate_offset), std::move(strength), std::move(alpha),
+      std::move(temperature), std::move(top_k), std::move(top_p), std::move(min_p),
+      std::move(seeds), std::move(draws), mix_probs, logit_scale, logit_softcap, return_logits,
+      record_attention});
+}
+
+}  // namespace dualhead
