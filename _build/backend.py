@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PEP 517 backend: setuptools', asking for torch only where the environment has none.
+
+The extension needs torch's headers to compile and runs on any torch from 2.11 on. With torch in
+``[build-system] requires``, pip would download its newest CUDA build into the isolated build
+environment although the right one is installed beside it.
+"""
+
+import os
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403 - the hooks that stay as they are
+from torch_location import find_installed_torch
+
+
+def _torch_requirement():
+    if find_installed_torch() is not None:
+        return []
+    return [os.environ.get("DUALHEAD_BUILD_TORCH", "torch>=2.11")]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()

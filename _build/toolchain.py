@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compilers and their flags: $CXX or the system's C++ compiler, and nvcc where it is found.
+
+nvcc is called directly: torch.utils.cpp_extension refuses to build CUDA beside a CPU-only torch, and
+takes the folder above a wrapper script on PATH for the toolkit's root.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
+# The stable ABI's version: with it the libraries run on this torch and every later one.
+TORCH_TARGET = "0x020b000000000000"  # 2.11
+
+# -ffp-contract=off: whether a*b+c is rounded once or twice must not depend on the compiler or on the
+# instruction set; where one rounding is meant, the sources say fmaf.
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
+
+class BuildError(Exception):
+    """One sentence for the person who builds."""
+
+
+def find_cxx() -> list[str]:
+    """The C++ compiler as the start of a command line."""
+    if os.environ.get("CXX", "").strip():
+        command = shlex.split(os.environ["CXX"])
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"CXX names the C++ compiler {command[0]!r}, which is not found.")
+        return command
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError(
+        "no C++ compiler found: install g++ (Debian, Ubuntu: apt install g++) or set CXX to one."
+    )
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    program: str
+    version: str
+
+    def library_folders(self) -> list[Path]:
+        """Where libcudart_static.a is, as nvcc itself says: the root cannot be told from the
+        program's path when that is a wrapper script."""
+        trace = subprocess.run(
+            [self.program, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        line = re.search(r"(?m)^#\$ LIBRARIES=(.*)$", trace)
+        folders = re.findall(r'-L([^"]+)"', line[1]) if line else []
+        folders = [Path(folder) for folder in folders if Path(folder).name != "stubs"]
+        if not any((folder / "libcudart_static.a").is_file() for folder in folders):
+            raise BuildError(f"{self.program} has no libcudart_static.a beside it.")
+        return folders
+
+
+def find_nvcc() -> Nvcc | None:
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [str(Path(root, "bin", "nvcc")) for root in roots if root] + ["nvcc"]
+    program = next((path for path in map(shutil.which, places) if path), None)
+    if program is None:
+        return None
+    text = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+\.\d+)", text)
+    if version is None:
+        raise BuildError(f"{program} --version does not name a CUDA release.")
+    return Nvcc(program, version[1])
+
+
+def choose_cuda() -> Nvcc | None:
+    """What DUALHEAD_CUDA = auto | 0 | 1 asks for: nvcc for the CUDA library, None for none."""
+    switch = os.environ.get("DUALHEAD_CUDA", "auto")
+    if switch not in ("auto", "0", "1"):
+        raise BuildError(f"DUALHEAD_CUDA must be auto, 0 or 1, got {switch!r}.")
+    if switch == "0":
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None and switch == "1":
+        raise BuildError(
+            "DUALHEAD_CUDA=1 asks for the CUDA library, but no nvcc was found in CUDA_HOME, "
+            "CUDA_PATH, /usr/local/cuda or PATH: install the CUDA toolkit, or set DUALHEAD_CUDA=0."
+        )
+    return nvcc
+
+
+def cuda_archs() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as torch spells it: '8.0;9.0a' or '8.0 9.0+PTX'."""
+    archs = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    archs = [arch for arch in archs if arch] or DEFAULT_ARCHS.split(";")
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST must list archs like 8.0;9.0a;10.0+PTX, got {arch!r}."
+            )
+    return archs
+
+
+def gencode_flags(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        code = f"sm_{number}" + (f",compute_{number}" if arch.endswith("+PTX") else "")
+        flags.append(f"-gencode=arch=compute_{number},code=[{code}]")
+    return flags

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dual-head gated decoding: two linear heads and a per-token gate on a language model's hidden
+states. docs/ and README.md show how; `reference` says what everything means.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .build_info import build_info
+
+__version__ = "0.1.0"
+
+# Public name -> module. Imported on first use: the core needs torch alone, and `import dualhead_ext`
+# must not pull in transformers.
+_EXPORTS = {
+    "DualHeadConfig": "config",
+    "DualHead": "head",
+    "DualHeadForCausalLM": "modeling",
+    "detach": "modeling",
+    "DualHeadTrainer": "trainer",
+    "DualHeadTrainingArguments": "trainer",
+}
+_MODULES = ("data", "functional", "ops", "reference")
+
+__all__ = ["__version__", "build_info", *_EXPORTS, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
