@@ -46,8 +46,8 @@ inline const char* dtype_name(ScalarType dtype) {
 
 // A dimension as a check expects it: a size, or a letter where any size will do.
 struct Dim {
-  Dim(int64_t size) : size(size), letter(nullptr) {}       // NOLINT: {B, d} reads as a shape
-  Dim(const char* letter) : size(-1), letter(letter) {}    // NOLINT
+  Dim(int64_t size) : size(size), letter(nullptr) {}     // NOLINT: {B, d} reads as a shape
+  Dim(const char* letter) : size(-1), letter(letter) {}  // NOLINT
   int64_t size;
   const char* letter;
 };

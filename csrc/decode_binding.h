@@ -51,22 +51,24 @@ Tensor allocate(std::array<int64_t, N> sizes, ScalarType dtype, const Tensor& li
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      device_type, like.get_device_index(), &handle));
+      N, sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
 template <typename T>
-T* data(const Tensor& tensor) {
+T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
 template <typename T>
-T* data(const MaybeTensor& tensor) {
+T* pointer(const MaybeTensor& tensor) {
   return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-// --- checks -----------------------------------------------------------------------------------------
+// --- checks
+// -----------------------------------------------------------------------------------------
 
 // An optional read-only argument: checked, and replaced by a contiguous copy where it is not (an
 // expanded scalar, a column): all of these are small.
@@ -94,8 +96,8 @@ inline void check_heads(DecodeArguments& a) {
   check_shape(kDecodeStep, "lm_weight", a.lm_weight, {"V", "d"});
   const int64_t V = a.lm_weight.size(0), d = a.lm_weight.size(1);
   if (V < 1 || d < 1 || V > std::numeric_limits<int32_t>::max()) {
-    fail(kDecodeStep, "lm_weight must be (V, d) with 1 <= V < 2^31 and d >= 1, got " +
-                          shape_text(a.lm_weight));
+    fail(kDecodeStep,
+         "lm_weight must be (V, d) with 1 <= V < 2^31 and d >= 1, got " + shape_text(a.lm_weight));
   }
   check_shape(kDecodeStep, "hidden", a.hidden, {"B", d});
   check_dtype(kDecodeStep, "hidden", a.hidden, weight_dtype);
@@ -107,8 +109,8 @@ inline void check_heads(DecodeArguments& a) {
   check_adjacent(kDecodeStep, "reward_weight", a.reward_weight);
   const int64_t B = a.hidden.size(0), K = a.reward_weight.size(0);
   if (K < 1) {
-    fail(kDecodeStep, "reward_weight must be (K, V, d) with K >= 1, got " +
-                          shape_text(a.reward_weight));
+    fail(kDecodeStep,
+         "reward_weight must be (K, V, d) with K >= 1, got " + shape_text(a.reward_weight));
   }
   if (d > 1 && a.hidden.stride(1) != 1) a.hidden = torch::stable::contiguous(a.hidden);
   check_small("lm_bias", a.lm_bias, like, weight_dtype, {V});
@@ -119,16 +121,17 @@ inline void check_heads(DecodeArguments& a) {
 // The attention gate comes as a whole, or gate_logit comes in its place.
 inline void check_gate(DecodeArguments& a) {
   const std::pair<const char*, const MaybeTensor*> parts[] = {
-      {"q_weight", &a.q_weight},       {"k_weight", &a.k_weight},
-      {"u_weight", &a.u_weight},       {"gate_bias", &a.gate_bias},
-      {"cache_k", &a.cache_k},         {"cache_u", &a.cache_u},
+      {"q_weight", &a.q_weight},       {"k_weight", &a.k_weight},        {"u_weight", &a.u_weight},
+      {"gate_bias", &a.gate_bias},     {"cache_k", &a.cache_k},          {"cache_u", &a.cache_u},
       {"cache_valid", &a.cache_valid}, {"cache_length", &a.cache_length}};
   const bool attention = !a.gate_logit.has_value();
   for (const auto& [name, part] : parts) {
     if (part->has_value() == attention) continue;
-    fail(kDecodeStep, attention ? std::string(name) + " must be given, got None (the attention "
-                                                      "gate needs it; gate_logit replaces it)"
-                                : std::string(name) + " must be None beside gate_logit, got a tensor");
+    fail(kDecodeStep, attention
+                          ? std::string(name) +
+                                " must be given, got None (the attention "
+                                "gate needs it; gate_logit replaces it)"
+                          : std::string(name) + " must be None beside gate_logit, got a tensor");
   }
   const Tensor& like = a.hidden;
   const ScalarType weight_dtype = a.hidden.scalar_type();
@@ -174,8 +177,8 @@ inline void check_controls(DecodeArguments& a) {
   }
   if (a.draws.has_value()) check_in_place("draws", a.draws, like, ScalarType::Long, {B});
   if (!(a.logit_softcap >= 0.0) || a.logit_softcap > std::numeric_limits<float>::max()) {
-    fail(kDecodeStep, "logit_softcap must be finite and >= 0, got " +
-                          std::to_string(a.logit_softcap));
+    fail(kDecodeStep,
+         "logit_softcap must be finite and >= 0, got " + std::to_string(a.logit_softcap));
   }
   if (!(a.logit_scale >= -std::numeric_limits<float>::max() &&
         a.logit_scale <= std::numeric_limits<float>::max())) {
@@ -183,7 +186,8 @@ inline void check_controls(DecodeArguments& a) {
   }
 }
 
-// --- binding ----------------------------------------------------------------------------------------
+// --- binding
+// ----------------------------------------------------------------------------------------
 
 // Checked arguments, fresh outputs, and the params that point into both.
 struct BoundDecode {
@@ -226,32 +230,33 @@ inline void fill_params(BoundDecode& bound) {
   }
   p.hidden = a.hidden.data_ptr(), p.hidden_stride = a.hidden.stride(0);
   p.lm_weight = a.lm_weight.data_ptr(), p.lm_weight_stride = a.lm_weight.stride(0);
-  p.lm_bias = data<const void>(a.lm_bias);
+  p.lm_bias = pointer<const void>(a.lm_bias);
   p.reward_weight = a.reward_weight.data_ptr();
   p.reward_weight_stride_k = a.reward_weight.stride(0);
   p.reward_weight_stride = a.reward_weight.stride(1);
-  p.reward_bias = data<const void>(a.reward_bias);
-  p.objective_weights = data<const float>(a.objective_weights);
-  p.q_weight = data<const void>(a.q_weight), p.k_weight = data<const void>(a.k_weight);
-  p.u_weight = data<const float>(a.u_weight), p.gate_bias = data<const float>(a.gate_bias);
-  p.cache_k = data<void>(a.cache_k), p.cache_u = data<float>(a.cache_u);
-  p.cache_valid = data<uint8_t>(a.cache_valid), p.cache_length = data<int32_t>(a.cache_length);
-  p.new_valid = data<const uint8_t>(a.new_valid);
-  p.gate_logit_in = data<const float>(a.gate_logit);
-  p.gate_offset = data<const float>(a.gate_offset);
-  p.strength = data<const float>(a.strength), p.alpha = data<const float>(a.alpha);
+  p.reward_bias = pointer<const void>(a.reward_bias);
+  p.objective_weights = pointer<const float>(a.objective_weights);
+  p.q_weight = pointer<const void>(a.q_weight), p.k_weight = pointer<const void>(a.k_weight);
+  p.u_weight = pointer<const float>(a.u_weight), p.gate_bias = pointer<const float>(a.gate_bias);
+  p.cache_k = pointer<void>(a.cache_k), p.cache_u = pointer<float>(a.cache_u);
+  p.cache_valid = pointer<uint8_t>(a.cache_valid),
+  p.cache_length = pointer<int32_t>(a.cache_length);
+  p.new_valid = pointer<const uint8_t>(a.new_valid);
+  p.gate_logit_in = pointer<const float>(a.gate_logit);
+  p.gate_offset = pointer<const float>(a.gate_offset);
+  p.strength = pointer<const float>(a.strength), p.alpha = pointer<const float>(a.alpha);
   p.mix_probs = a.mix_probs;
   p.logit_scale = static_cast<float>(a.logit_scale);
   p.logit_softcap = static_cast<float>(a.logit_softcap);
-  p.temperature = data<const float>(a.temperature), p.top_k = data<const int32_t>(a.top_k);
-  p.top_p = data<const float>(a.top_p), p.min_p = data<const float>(a.min_p);
-  p.seeds = data<const int64_t>(a.seeds), p.draws = data<int64_t>(a.draws);
-  p.out_logits = data<float>(bound.logits);
+  p.temperature = pointer<const float>(a.temperature), p.top_k = pointer<const int32_t>(a.top_k);
+  p.top_p = pointer<const float>(a.top_p), p.min_p = pointer<const float>(a.min_p);
+  p.seeds = pointer<const int64_t>(a.seeds), p.draws = pointer<int64_t>(a.draws);
+  p.out_logits = pointer<float>(bound.logits);
   const auto& [logits, alpha, gate_logit, token, logprob, status, attention] = bound.result;
-  p.out_alpha = data<float>(alpha), p.out_gate_logit = data<float>(gate_logit);
-  p.out_token = data<int64_t>(token), p.out_logprob = data<float>(logprob);
-  p.out_status = data<int32_t>(status);
-  p.out_attention = attention.dim() == 3 ? data<float>(attention) : nullptr;
+  p.out_alpha = pointer<float>(alpha), p.out_gate_logit = pointer<float>(gate_logit);
+  p.out_token = pointer<int64_t>(token), p.out_logprob = pointer<float>(logprob);
+  p.out_status = pointer<int32_t>(status);
+  p.out_attention = attention.dim() == 3 ? pointer<float>(attention) : nullptr;
 }
 
 // `dtypes`: what the device's kernel is built for.
@@ -288,15 +293,36 @@ DecodeResult decode_step_entry(
     MaybeTensor temperature, MaybeTensor top_k, MaybeTensor top_p, MaybeTensor min_p,
     MaybeTensor seeds, MaybeTensor draws, bool mix_probs, double logit_scale, double logit_softcap,
     bool return_logits, bool record_attention) {
-  return Implementation(DecodeArguments{
-      std::move(hidden), std::move(lm_weight), std::move(lm_bias), std::move(reward_weight),
-      std::move(reward_bias), std::move(objective_weights), std::move(q_weight),
-      std::move(k_weight), std::move(u_weight), std::move(gate_bias), std::move(cache_k),
-      std::move(cache_u), std::move(cache_valid), std::move(cache_length), std::move(new_valid),
-      std::move(gate_logit), std::move(gate_offset), std::move(strength), std::move(alpha),
-      std::move(temperature), std::move(top_k), std::move(top_p), std::move(min_p),
-      std::move(seeds), std::move(draws), mix_probs, logit_scale, logit_softcap, return_logits,
-      record_attention});
+  return Implementation(DecodeArguments{std::move(hidden),
+                                        std::move(lm_weight),
+                                        std::move(lm_bias),
+                                        std::move(reward_weight),
+                                        std::move(reward_bias),
+                                        std::move(objective_weights),
+                                        std::move(q_weight),
+                                        std::move(k_weight),
+                                        std::move(u_weight),
+                                        std::move(gate_bias),
+                                        std::move(cache_k),
+                                        std::move(cache_u),
+                                        std::move(cache_valid),
+                                        std::move(cache_length),
+                                        std::move(new_valid),
+                                        std::move(gate_logit),
+                                        std::move(gate_offset),
+                                        std::move(strength),
+                                        std::move(alpha),
+                                        std::move(temperature),
+                                        std::move(top_k),
+                                        std::move(top_p),
+                                        std::move(min_p),
+                                        std::move(seeds),
+                                        std::move(draws),
+                                        mix_probs,
+                                        logit_scale,
+                                        logit_softcap,
+                                        return_logits,
+                                        record_attention});
 }
 
 }  // namespace dualhead

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What one decode step reads and writes, as plain pointers and sizes; no torch below csrc/kernels/.
 //
-// The step (docs/paper.md, DecodeParams in words): append the new position's key and folded value to
-// the gate's cache, attend over the cache, alpha = sigmoid(gate logit), both V x d products, their
-// mixture, its log-sum-exp, and a token. Dimensions: B batch, d hidden, V vocabulary, K objectives,
-// H gate heads, d_k gate head size, g = H * d_k, S cache capacity in columns.
-// All strides are in elements, not bytes. The innermost dimension of every tensor has stride 1; a
+// The step (docs/paper.md, DecodeParams in words): append the new position's key and folded value
+// to the gate's cache, attend over the cache, alpha = sigmoid(gate logit), both V x d products,
+// their mixture, its log-sum-exp, and a token. Dimensions: B batch, d hidden, V vocabulary, K
+// objectives, H gate heads, d_k gate head size, g = H * d_k, S cache capacity in columns. All
+// strides are in elements, not bytes. The innermost dimension of every tensor has stride 1; a
 // tensor whose stride is not listed is contiguous. The binding checks shapes, kernels assume them.
 #pragma once
 
@@ -37,14 +37,14 @@ struct DecodeParams {
   const float* objective_weights;  // (B, K) or null: 1/K each
 
   // --- attention gate; all null when gate_logit_in is given ---
-  const void* q_weight;     // (g, d)
-  const void* k_weight;     // (g, d)
-  const float* u_weight;    // (H, d): folded value rows, W_V,i^T (W_O^T w_g)_i
-  const float* gate_bias;   // (1,): b_g
-  void* cache_k;            // (B, H, S, d_k), written at column length[b]
-  float* cache_u;           // (B, H, S), likewise
-  uint8_t* cache_valid;     // (B, S): 0 = padding
-  int32_t* cache_length;    // (B,): columns filled, padding included; +1 per step
+  const void* q_weight;      // (g, d)
+  const void* k_weight;      // (g, d)
+  const float* u_weight;     // (H, d): folded value rows, W_V,i^T (W_O^T w_g)_i
+  const float* gate_bias;    // (1,): b_g
+  void* cache_k;             // (B, H, S, d_k), written at column length[b]
+  float* cache_u;            // (B, H, S), likewise
+  uint8_t* cache_valid;      // (B, S): 0 = padding
+  int32_t* cache_length;     // (B,): columns filled, padding included; +1 per step
   const uint8_t* new_valid;  // (B,) or null: every new position is valid
 
   // --- gate without attention, and per-request controls; null = not given ---
@@ -64,11 +64,11 @@ struct DecodeParams {
   const float* top_p;        // (B,) or null; >= 1 = off
   const float* min_p;        // (B,) or null; <= 0 = off
   const int64_t* seeds;      // (B,)
-  int64_t* draws;            // (B,): how often the row has drawn; +1 per sampled step; null if greedy
+  int64_t* draws;  // (B,): how often the row has drawn; +1 per sampled step; null if greedy
 
   // --- outputs ---
-  float* out_logits;      // (B, V); always given: the binding lends scratch when the caller wants none
-  float* out_alpha;       // (B,)
+  float* out_logits;  // (B, V); always given: the binding lends scratch when the caller wants none
+  float* out_alpha;   // (B,)
   float* out_gate_logit;  // (B,): with gate_offset
   int64_t* out_token;     // (B,)
   float* out_logprob;     // (B,): of the token, mixture at temperature 1, before filters

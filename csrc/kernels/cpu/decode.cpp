@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+// The phases of a step. What is proportional to the weights runs in units shared by threads; the
+// rest is a few numbers per row. Every reduction has a fixed order, whatever the number of threads.
+#include "decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../sampling.h"
+#include "../weight_format.h"
+#include "sample.h"
+
+namespace dualhead::cpu {
+namespace {
+
+// A thread's share is at least this many bytes of weights or cache: waking one costs microseconds.
+constexpr int64_t kBytesPerThread = 64 * 1024;
+
+// --- scratch
+// ----------------------------------------------------------------------------------------
+
+// Hands out 64-byte aligned pieces of one buffer; with a null buffer, only measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(at);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+Step lay_out(const DecodeParams& p, Arena& arena) {
+  Step s{};
+  s.params = &p;
+  const int64_t stats = p.B * units(p.V, kUnit);
+  s.hidden_f32 = static_cast<const float*>(p.hidden);
+  s.hidden_f32_stride = p.hidden_stride;
+  if (p.dtype != DType::kFloat32) {
+    s.hidden_f32 = arena.take<float>(p.B * p.d);
+    s.hidden_f32_stride = p.d;
+  }
+  s.column = arena.take<int32_t>(p.B);
+  s.q = arena.take<float>(p.B * p.H * p.d_k);
+  s.head_context = arena.take<float>(p.B * p.H);
+  s.unit_max = arena.take<float>(stats);
+  s.unit_sum = arena.take<float>(stats);
+  if (p.mix_probs) {
+    s.reward_logits = arena.take<float>(p.B * p.V);
+    s.lm_shift = arena.take<float>(p.B * 2);
+    s.rm_shift = arena.take<float>(p.B * 2);
+    s.rm_unit_max = arena.take<float>(stats);
+    s.rm_unit_sum = arena.take<float>(stats);
+  }
+  return s;
+}
+
+// A call of one of the kernels' range functions, as ParallelFor wants it.
+struct RangeCall {
+  void (*kernel)(const Step&, int64_t, int64_t);
+  const Step* step;
+};
+
+void run_range(int64_t begin, int64_t end, void* context) {
+  const RangeCall& call = *static_cast<const RangeCall*>(context);
+  call.kernel(*call.step, begin, end);
+}
+
+// `bytes`: what one of `count` items reads.
+void share(ParallelFor parallel, const Step& step, void (*kernel)(const Step&, int64_t, int64_t),
+           int64_t count, int64_t bytes) {
+  RangeCall call{kernel, &step};
+  const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, bytes));
+  if (count <= grain) {
+    kernel(step, 0, count);
+  } else {
+    parallel(count, grain, &run_range, &call);
+  }
+}
+
+// --- the gate
+// ---------------------------------------------------------------------------------------
+
+void widen_hidden(const Step& s) {
+  const DecodeParams& p = *s.params;
+  float* out = const_cast<float*>(s.hidden_f32);
+  for (int64_t b = 0; b < p.B; ++b) {
+    const BFloat16* row = static_cast<const BFloat16*>(p.hidden) + b * p.hidden_stride;
+    for (int64_t k = 0; k < p.d; ++k) out[b * p.d + k] = to_float(row[k]);
+  }
+}
+
+// Where each row's new position goes. A length that no cache can have counts as full.
+void place_columns(const Step& s) {
+  const DecodeParams& p = *s.params;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int32_t length = p.cache_length[b];
+    s.column[b] = length >= 0 && length < p.S ? length : -1;
+  }
+}
+
+void run_attention_gate(const Step& s, const Kernels& kernels, ParallelFor parallel) {
+  const DecodeParams& p = *s.params;
+  place_columns(s);
+  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  share(parallel, s, kernels.project, projection_units(p), kProjectionUnit * p.d * element);
+  int64_t columns = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    if (s.column[b] < 0) continue;
+    p.cache_valid[b * p.S + s.column[b]] = p.new_valid ? p.new_valid[b] : 1;
+    p.cache_length[b] = s.column[b] + 1;
+    columns += s.column[b] + 1;
+  }
+  const int64_t bytes = columns / std::max<int64_t>(1, p.B) * p.d_k * element;
+  share(parallel, s, kernels.attend, p.B * p.H, bytes);
+}
+
+bool is_full(const Step& s, int64_t b) { return s.params->cache_k && s.column[b] < 0; }
+
+// alpha of one row from its gate logit and controls; see reference.mixing_weight.
+float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
+  float a = p.alpha ? p.alpha[b] : static_cast<float>(1.0 / (1.0 + std::exp(-double{gate_logit})));
+  if (!p.strength) return a;
+  if (p.strength[b] == 0.0f) return 0.0f;
+  a *= p.strength[b];
+  return a < 0.0f ? 0.0f : (a > 1.0f ? 1.0f : a);  // NaN passes through
+}
+
+void finish_gate(const Step& s) {
+  const DecodeParams& p = *s.params;
+  for (int64_t b = 0; b < p.B; ++b) {
+    if (is_full(s, b)) {
+      p.out_gate_logit[b] = p.out_alpha[b] = std::numeric_limits<float>::quiet_NaN();
+      continue;
+    }
+    float logit = 0.0f;
+    if (p.gate_logit_in) {
+      logit = p.gate_logit_in[b];
+    } else {
+      for (int64_t h = 0; h < p.H; ++h) logit += s.head_context[b * p.H + h];
+      logit += p.gate_bias[0];
+    }
+    if (p.gate_offset) logit += p.gate_offset[b];
+    p.out_gate_logit[b] = logit;
+    p.out_alpha[b] = mixing_weight(p, b, logit);
+  }
+}
+
+// --- softmax sums and tokens
+// ------------------------------------------------------------------------
+
+// A row's log-sum-exp in two parts, max + log_sum: z - max first, then - log_sum, loses least.
+struct RowSum {
+  float max;
+  double log_sum;
+};
+
+RowSum merge_units(const float* unit_max, const float* unit_sum, int64_t count) {
+  float max = -INFINITY;
+  for (int64_t i = 0; i < count; ++i) max = std::max(max, unit_max[i]);
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    // A unit of -inf alone has nothing to add, but a NaN in it must come through.
+    const double scale =
+        unit_max[i] == -INFINITY ? 1.0 : std::exp(double{unit_max[i]} - double{max});
+    sum += unit_sum[i] * scale;
+  }
+  return RowSum{max, std::log(sum)};
+}
+
+void normalise_rows(const Step& s, int64_t begin, int64_t end) {
+  const int64_t count = units(s.params->V, kUnit);
+  for (int64_t b = begin; b < end; ++b) {
+    const RowSum lm = merge_units(s.unit_max + b * count, s.unit_sum + b * count, count);
+    const RowSum rm = merge_units(s.rm_unit_max + b * count, s.rm_unit_sum + b * count, count);
+    s.lm_shift[2 * b] = lm.max, s.lm_shift[2 * b + 1] = static_cast<float>(lm.log_sum);
+    s.rm_shift[2 * b] = rm.max, s.rm_shift[2 * b + 1] = static_cast<float>(rm.log_sum);
+  }
+}
+
+// The first index of the largest logit: in the first unit that has it.
+int64_t argmax(const Step& s, int64_t b, float max) {
+  const DecodeParams& p = *s.params;
+  const int64_t count = units(p.V, kUnit);
+  int64_t unit = 0;
+  while (unit + 1 < count && s.unit_max[b * count + unit] != max) ++unit;
+  int64_t v = unit * kUnit;
+  while (v + 1 < p.V && p.out_logits[b * p.V + v] != max) ++v;
+  return v;
+}
+
+int64_t choose_token(const Step& s, int64_t b, float max) {
+  const DecodeParams& p = *s.params;
+  const int64_t top = argmax(s, b, max);
+  const float temperature = p.temperature ? p.temperature[b] : 1.0f;
+  if (!p.seeds || !(temperature > 0.0f)) return top;
+  SampleRow row{};
+  row.logits = p.out_logits + b * p.V;
+  row.V = p.V, row.top = top, row.temperature = temperature;
+  row.top_k = p.top_k ? p.top_k[b] : 0;
+  row.top_p = p.top_p ? p.top_p[b] : 1.0f;
+  row.min_p = p.min_p ? p.min_p[b] : 0.0f;
+  row.seed = static_cast<uint64_t>(p.seeds[b]), row.draw = static_cast<uint64_t>(p.draws[b]);
+  return sample_token(row);
+}
+
+void finish_rows(const Step& s, int64_t begin, int64_t end) {
+  const DecodeParams& p = *s.params;
+  const int64_t count = units(p.V, kUnit);
+  for (int64_t b = begin; b < end; ++b) {
+    const RowSum sum = merge_units(s.unit_max + b * count, s.unit_sum + b * count, count);
+    const bool full = is_full(s, b);
+    const bool finite = std::isfinite(sum.max + sum.log_sum) && !std::isnan(p.out_alpha[b]);
+    p.out_token[b] = 0;
+    p.out_logprob[b] = std::numeric_limits<float>::quiet_NaN();
+    p.out_status[b] = full ? kCacheFull : (finite ? kOk : kNonFinite);
+    if (finite && !full) {
+      const int64_t token = choose_token(s, b, sum.max);
+      p.out_token[b] = token;
+      p.out_logprob[b] = static_cast<float>(
+          (double{p.out_logits[b * p.V + token]} - double{sum.max}) - sum.log_sum);
+    }
+    if (p.draws && !full) ++p.draws[b];
+  }
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const DecodeParams& params) {
+  Arena arena(nullptr);
+  lay_out(params, arena);
+  return arena.used();
+}
+
+void decode_step(const DecodeParams& params, const Kernels& kernels, void* workspace,
+                 ParallelFor parallel) {
+  if (params.B == 0) return;
+  Arena arena(workspace);
+  const Step step = lay_out(params, arena);
+  if (params.dtype != DType::kFloat32) widen_hidden(step);
+  if (params.cache_k) run_attention_gate(step, kernels, parallel);
+  finish_gate(step);
+
+  const int64_t element = params.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t vocabulary_units = units(params.V, kUnit);
+  share(parallel, step, kernels.vocabulary, vocabulary_units,
+        kUnit * params.d * element * (1 + params.K));
+  if (params.mix_probs) {
+    share(parallel, step, &normalise_rows, params.B, params.V * 4);
+    share(parallel, step, kernels.mix_probabilities, vocabulary_units, params.B * kUnit * 8);
+  }
+  share(parallel, step, &finish_rows, params.B, params.V * 4);
+}
+
+}  // namespace dualhead::cpu

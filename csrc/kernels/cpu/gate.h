@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention gate of one step: projections of the new position, then attention over the cache.
+// Included inside a target region. alpha itself is made from the heads' contexts in decode.cpp.
+
+// Storage of weights of dtype W, and the hidden states that meet them.
+template <class W, class X>
+struct Hidden;
+template <class W>
+struct Hidden<W, float> {
+  static const float* data(const Step& s) { return s.hidden_f32; }
+  static int64_t stride(const Step& s) { return s.hidden_f32_stride; }
+};
+template <class W>
+struct Hidden<W, BFloat16> {
+  static const BFloat16* data(const Step& s) {
+    return static_cast<const BFloat16*>(s.params->hidden);
+  }
+  static int64_t stride(const Step& s) { return s.params->hidden_stride; }
+};
+
+inline void store_as(float* p, float x) { *p = x; }
+inline void store_as(BFloat16* p, float x) { *p = to_bfloat16(x); }
+
+// Rows [row, row + 4) of [W_Q; W_K] (2g of them; rows past the end repeat the last) for all
+// requests.
+template <class W>
+void project_keys_and_queries(const Step& s, int64_t row, int64_t end) {
+  typedef typename OperandOf<W>::Type X;
+  const DecodeParams& p = *s.params;
+  const int64_t g = p.H * p.d_k;
+  const W* rows[4];
+  for (int64_t r = 0; r < 4; ++r) {
+    const int64_t i = smaller(row + r, end - 1);
+    rows[r] = (i < g ? static_cast<const W*>(p.q_weight) + i * p.d
+                     : static_cast<const W*>(p.k_weight) + (i - g) * p.d);
+  }
+  float out[kBatchBlock][4];
+  for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
+    const int64_t batch = smaller(kBatchBlock, p.B - b0);
+    const X* x = Hidden<W, X>::data(s) + b0 * Hidden<W, X>::stride(s);
+    dot_rows<W, X>(rows, 4 * p.d * sizeof(W), x, Hidden<W, X>::stride(s), batch, p.d, out);
+    for (int64_t b = b0; b < b0 + batch; ++b) {
+      for (int64_t i = row; i < smaller(row + 4, end); ++i) {
+        const float value = out[b - b0][i - row];
+        if (i < g) {
+          s.q[b * g + i] = value;
+        } else if (s.column[b] >= 0) {
+          const int64_t h = (i - g) / p.d_k, j = (i - g) % p.d_k;
+          W* cache = static_cast<W*>(p.cache_k);
+          store_as(cache + ((b * p.H + h) * p.S + s.column[b]) * p.d_k + j, value);
+        }
+      }
+    }
+  }
+}
+
+// Rows [row, row + 4) of U (H of them), in fp32 whatever the weights' dtype.
+inline void project_values(const Step& s, int64_t row, int64_t end) {
+  const DecodeParams& p = *s.params;
+  const float* rows[4];
+  for (int64_t r = 0; r < 4; ++r) rows[r] = p.u_weight + smaller(row + r, end - 1) * p.d;
+  float out[kBatchBlock][4];
+  for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
+    const int64_t batch = smaller(kBatchBlock, p.B - b0);
+    const float* x = s.hidden_f32 + b0 * s.hidden_f32_stride;
+    dot_rows<float, float>(rows, 4 * p.d * sizeof(float), x, s.hidden_f32_stride, batch, p.d, out);
+    for (int64_t b = b0; b < b0 + batch; ++b) {
+      if (s.column[b] < 0) continue;
+      for (int64_t h = row; h < smaller(row + 4, end); ++h) {
+        p.cache_u[(b * p.H + h) * p.S + s.column[b]] = out[b - b0][h - row];
+      }
+    }
+  }
+}
+
+template <class W>
+void project_units(const Step& s, int64_t begin, int64_t end) {
+  const DecodeParams& p = *s.params;
+  const int64_t key_rows = 2 * p.H * p.d_k, key_units = units(key_rows, kProjectionUnit);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const bool keys = unit < key_units;
+    const int64_t first = (keys ? unit : unit - key_units) * kProjectionUnit;
+    const int64_t last = smaller(first + kProjectionUnit, keys ? key_rows : p.H);
+    for (int64_t row = first; row < last; row += 4) {
+      if (keys) {
+        project_keys_and_queries<W>(s, row, last);
+      } else {
+        project_values(s, row, last);
+      }
+    }
+  }
+}
+
+void project(const Step& s, int64_t begin, int64_t end) {
+  if (s.params->dtype == DType::kFloat32) {
+    project_units<float>(s, begin, end);
+  } else {
+    project_units<BFloat16>(s, begin, end);
+  }
+}
+
+// --- attention
+// --------------------------------------------------------------------------------------
+
+// Columns are taken kUnit at a time, so that the scores of a long cache need no memory.
+struct RunningSoftmax {
+  float max = -__builtin_inff();
+  float sum = 0.0f;      // of exp(score - max) over the visible columns so far
+  float context = 0.0f;  // of exp(score - max) * u
+  bool seen = false;     // whether any column was visible
+};
+
+// Adds kUnit columns: scores (-inf where not visible) and values u (0 where not visible).
+inline void add_columns(RunningSoftmax& run, const float* scores, const float* values) {
+  F32 best = splat(run.max);
+  for (int64_t i = 0; i < kUnit; i += kLanes) best = max_skipping_nan(best, load(scores + i));
+  const float max = reduce_max(best);
+  const float shift = max == -__builtin_inff() ? 0.0f : max;  // -inf - (-inf) would be NaN
+  F32 sum = {}, context = {};
+  for (int64_t i = 0; i < kUnit; i += kLanes) {
+    const F32 weight = exp_nonpositive(load(scores + i) - shift);
+    sum = sum + weight;
+    context = fma(weight, load(values + i), context);
+  }
+  const float kept =
+      run.max == -__builtin_inff() ? 1.0f : exp_nonpositive(splat(run.max - shift))[0];
+  run.sum = run.sum * kept + reduce_add(sum);
+  run.context = run.context * kept + reduce_add(context);
+  run.max = max;
+}
+
+// q . k of columns [first, first + count) of one head, scaled; -inf and 0 where not visible.
+template <class W>
+void score_columns(const Step& s, int64_t b, int64_t h, int64_t first, int64_t count, float* scores,
+                   float* values, bool* seen) {
+  const DecodeParams& p = *s.params;
+  const int64_t pair = b * p.H + h;
+  const W* k = static_cast<const W*>(p.cache_k) + (pair * p.S + first) * p.d_k;
+  const float* u = p.cache_u + pair * p.S + first;
+  const uint8_t* valid = p.cache_valid + b * p.S + first;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(p.d_k));
+  for (int64_t i = 0; i < kUnit; i += 4) {
+    float out[1][4] = {};
+    if (i < count) {
+      const W* rows[4];
+      for (int64_t r = 0; r < 4; ++r) rows[r] = k + smaller(i + r, count - 1) * p.d_k;
+      const float* q = s.q + pair * p.d_k;
+      dot_tile<W, float, 1, true>(rows, 16 * p.d_k * sizeof(W), q, 0, p.d_k, out);
+    }
+    for (int64_t r = 0; r < 4; ++r) {
+      const bool visible = i + r < count && valid[i + r];
+      scores[i + r] = visible ? out[0][r] * scale : -__builtin_inff();
+      values[i + r] = visible ? u[i + r] : 0.0f;
+      *seen = *seen || visible;
+    }
+  }
+}
+
+// The attention row of one head, from its scores.
+inline void finish_attention_row(float* row, const uint8_t* valid, int64_t length, int64_t capacity,
+                                 const RunningSoftmax& run) {
+  for (int64_t i = 0; i < capacity; ++i) {
+    const bool visible = i < length && valid[i];
+    row[i] = visible ? exp_nonpositive(splat(row[i] - run.max))[0] / run.sum : 0.0f;
+  }
+}
+
+template <class W>
+void attend_pairs(const Step& s, int64_t begin, int64_t end) {
+  const DecodeParams& p = *s.params;
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const int64_t b = pair / p.H, h = pair % p.H;
+    const int64_t length = s.column[b] + 1;  // 0 when the row is full: nothing is visible
+    float* recorded = p.out_attention ? p.out_attention + pair * p.S : nullptr;
+    RunningSoftmax run;
+    for (int64_t first = 0; first < length; first += kUnit) {
+      float scores[kUnit], values[kUnit];
+      const int64_t count = smaller(kUnit, length - first);
+      score_columns<W>(s, b, h, first, count, scores, values, &run.seen);
+      add_columns(run, scores, values);
+      if (recorded) __builtin_memcpy(recorded + first, scores, count * sizeof(float));
+    }
+    // A position that sees nothing gives 0, so that alpha = sigmoid(b_g).
+    s.head_context[pair] = run.seen ? run.context / run.sum : 0.0f;
+    if (recorded) finish_attention_row(recorded, p.cache_valid + b * p.S, length, p.S, run);
+  }
+}
+
+void attend(const Step& s, int64_t begin, int64_t end) {
+  if (s.params->dtype == DType::kFloat32) {
+    attend_pairs<float>(s, begin, end);
+  } else {
+    attend_pairs<BFloat16>(s, begin, end);
+  }
+}

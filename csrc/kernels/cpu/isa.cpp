@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace dualhead::cpu {
+
+#if defined(__x86_64__)
+extern const Kernels avx512bf16_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels avx2_kernels;
+#endif
+extern const Kernels portable_kernels;
+
+namespace {
+
+// Best first.
+const Kernels* const kLevels[] = {
+#if defined(__x86_64__)
+    &avx512bf16_kernels, &avx512_kernels, &avx2_kernels,
+#endif
+    &portable_kernels};
+
+std::string names(bool supported_only) {
+  std::string text;
+  for (const Kernels* level : kLevels) {
+    if (supported_only && !level->supported()) continue;
+    text += (text.empty() ? "" : ",") + std::string(level->name);
+  }
+  return text;
+}
+
+// `source` names the place the name came from, for the error.
+const Kernels* find(const std::string& name, const char* source) {
+  for (const Kernels* level : kLevels) {
+    if (name != level->name) continue;
+    if (level->supported()) return level;
+    throw std::runtime_error(std::string(source) + ": this machine cannot run '" + name +
+                             "'; it runs " + names(true));
+  }
+  throw std::runtime_error(std::string(source) + " must be one of " + names(false) + ", got '" +
+                           name + "'");
+}
+
+const Kernels* best() {
+  for (const Kernels* level : kLevels) {
+    if (level->supported()) return level;
+  }
+  return &portable_kernels;
+}
+
+std::atomic<const Kernels*> forced{nullptr};
+
+}  // namespace
+
+const Kernels& chosen_kernels() {
+  if (const Kernels* kernels = forced.load(std::memory_order_relaxed)) return *kernels;
+  // Read once: a process does not change its instruction set half way. A bad name throws each time.
+  static const Kernels* const chosen = [] {
+    const char* name = std::getenv("DUALHEAD_FORCE_ISA");
+    return name && *name ? find(name, "DUALHEAD_FORCE_ISA") : best();
+  }();
+  return *chosen;
+}
+
+void force_kernels(const std::string& name) {
+  forced.store(name.empty() ? nullptr : find(name, "_force_cpu_isa: isa"),
+               std::memory_order_relaxed);
+}
+
+std::string available_levels() { return names(true); }
+
+}  // namespace dualhead::cpu

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The choice among the kernels compiled for several instruction sets, and what each of them offers.
+// The algorithms (dot_tile.h, gate.h, vocabulary.h) are written once and compiled once per
+// instruction set by the isa_*.cpp files; only simd_*.h there contain intrinsics.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../params.h"
+
+namespace dualhead::cpu {
+
+// Vocabulary rows per unit of work: fixed, so that no bit of the result depends on the thread
+// count.
+constexpr int64_t kUnit = 64;
+// Projection rows of the gate per unit of work.
+constexpr int64_t kProjectionUnit = 16;
+// Requests whose logits of one unit are kept on the stack at a time.
+constexpr int64_t kBatchBlock = 64;
+
+inline int64_t units(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// One step in flight: the caller's params and what the phases hand to each other.
+struct Step {
+  const DecodeParams* params;
+  const float* hidden_f32;  // (B, d): hidden, widened; params->hidden itself for fp32
+  int64_t hidden_f32_stride;
+  int32_t* column;       // (B,): where the new position goes; -1 = the cache is full
+  float* q;              // (B, g)
+  float* head_context;   // (B, H): sum_s p_s u_s of each head
+  float* reward_logits;  // (B, V), probability mix only: f(z_RM) between its two passes
+  float* lm_shift;       // (B, 2), probability mix only: max and log-sum of f(z_LM) - max
+  float* rm_shift;       // (B, 2), likewise for f(z_RM)
+  float* unit_max;       // (B, units): largest logit; of f(z_LM) in the first pass of mix_probs
+  float* unit_sum;       // (B, units): sum of exp(logit - unit_max)
+  float* rm_unit_max;    // likewise for f(z_RM), probability mix only
+  float* rm_unit_sum;
+};
+
+// Work in ranges [begin, end) that threads share.
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  // Units of kProjectionUnit rows: W_Q (g), W_K (g), then U (H), for the whole batch. Writes q and
+  // the cache's new column.
+  void (*project)(const Step&, int64_t begin, int64_t end);
+  // (row, head) pairs: attention over the cache into head_context and out_attention.
+  void (*attend)(const Step&, int64_t begin, int64_t end);
+  // Units of kUnit vocabulary rows, for the whole batch: both products, the mixture (or, for the
+  // probability mix, f of both), and each unit's softmax sums.
+  void (*vocabulary)(const Step&, int64_t begin, int64_t end);
+  // Units again: the probability mix, once both log-sum-exps are known.
+  void (*mix_probabilities)(const Step&, int64_t begin, int64_t end);
+};
+
+// Rows of the gate's projections, in units.
+inline int64_t projection_units(const DecodeParams& p) {
+  return units(2 * p.H * p.d_k, kProjectionUnit) + units(p.H, kProjectionUnit);
+}
+
+// The kernels in use: the best that this machine runs, or those that DUALHEAD_FORCE_ISA or
+// force_kernels named. Throws std::runtime_error for a name that is unknown or that this machine
+// cannot run.
+const Kernels& chosen_kernels();
+
+// "" goes back to the automatic choice. For tests: takes effect for steps that start afterwards.
+void force_kernels(const std::string& name);
+
+// Names that this build has and this machine runs, best first, separated by commas.
+std::string available_levels();
+
+}  // namespace dualhead::cpu

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 with FMA (Haswell, Zen 1 and later): bf16 weights are widened to fp32.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "../weight_format.h"
+#include "isa.h"
+
+#define DUALHEAD_ISA avx2
+#define DUALHEAD_NATIVE_BF16 0
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+namespace dualhead::cpu::avx2 {
+#include "simd_avx2.h"
+// ^ before the rest: they use it.
+#include "kernels.h"
+}  // namespace dualhead::cpu::avx2
+
+#pragma GCC pop_options
+
+namespace dualhead::cpu {
+
+namespace {
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+}  // namespace
+
+extern const Kernels avx2_kernels{"avx2",        &supported,        &avx2::project,
+                                  &avx2::attend, &avx2::vocabulary, &avx2::mix_probabilities};
+
+}  // namespace dualhead::cpu
+
+#endif  // __x86_64__

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 (Skylake-X and later): bf16 weights are widened to fp32.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "../weight_format.h"
+#include "isa.h"
+
+#define DUALHEAD_ISA avx512
+#define DUALHEAD_NATIVE_BF16 0
+
+// GCC 12's own headers trip over its warning (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+
+namespace dualhead::cpu::avx512 {
+#include "simd_avx512.h"
+// ^ before the rest: they use it.
+#include "kernels.h"
+}  // namespace dualhead::cpu::avx512
+
+#pragma GCC pop_options
+
+namespace dualhead::cpu {
+
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+}  // namespace
+
+extern const Kernels avx512_kernels{
+    "avx512",        &supported,          &avx512::project,
+    &avx512::attend, &avx512::vocabulary, &avx512::mix_probabilities};
+
+}  // namespace dualhead::cpu
+
+#endif  // __x86_64__

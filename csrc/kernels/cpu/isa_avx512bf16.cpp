@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 with AVX512_BF16 (Zen 4, Cooper Lake, Sapphire Rapids and later): bf16 products in one
+// instruction.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "../weight_format.h"
+#include "isa.h"
+
+#define DUALHEAD_ISA avx512bf16
+#define DUALHEAD_NATIVE_BF16 1
+
+// GCC 12's own headers trip over its warning (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+
+namespace dualhead::cpu::avx512bf16 {
+#include "simd_avx512.h"
+// ^ before the rest: they use it.
+#include "kernels.h"
+}  // namespace dualhead::cpu::avx512bf16
+
+#pragma GCC pop_options
+
+namespace dualhead::cpu {
+
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma");
+}
+}  // namespace
+
+extern const Kernels avx512bf16_kernels{"avx512bf16",
+                                        &supported,
+                                        &avx512bf16::project,
+                                        &avx512bf16::attend,
+                                        &avx512bf16::vocabulary,
+                                        &avx512bf16::mix_probabilities};
+
+}  // namespace dualhead::cpu
+
+#endif  // __x86_64__

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// Any machine: what the compiler makes of 16-byte vectors on its baseline.
+
+#include "../weight_format.h"
+#include "isa.h"
+
+#define DUALHEAD_ISA portable
+#define DUALHEAD_NATIVE_BF16 0
+
+namespace dualhead::cpu::portable {
+#include "simd_portable.h"
+// ^ before the rest: they use it.
+#include "kernels.h"
+}  // namespace dualhead::cpu::portable
+
+namespace dualhead::cpu {
+
+namespace {
+bool supported() { return true; }
+}  // namespace
+
+extern const Kernels portable_kernels{"portable",
+                                      &supported,
+                                      &portable::project,
+                                      &portable::attend,
+                                      &portable::vocabulary,
+                                      &portable::mix_probabilities};
+
+}  // namespace dualhead::cpu

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// The algorithms, for one instruction set: included by each isa_*.cpp inside its namespace and
+// target region, after its simd_*.h. No guard and no includes: it is meant to be compiled several
+// times.
+//
+// Nothing in here may instantiate a template or inline function of another namespace that is not
+// already compiled for the baseline (std::min, std::vector, ...): the linker keeps one copy of
+// each, and one made with AVX-512 would then run on machines without it.
+
+#include "vector_math.h"
+// ^ before the rest: they use it.
+#include "dot_tile.h"
+// ^ before the rest: they use it.
+#include "gate.h"
+#include "vocabulary.h"

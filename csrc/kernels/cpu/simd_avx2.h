@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 with FMA: 8 fp32 lanes, tails through a zero-padded copy. Included inside a target region.
+
+constexpr int kLanes = 8;
+constexpr int kMaxBatchTile = 3;  // 4 x 3 accumulators + 3 operands + 1 weight of 16 registers
+constexpr bool kNativeBf16 = false;
+
+typedef float F32 __attribute__((vector_size(32)));
+typedef int32_t I32 __attribute__((vector_size(32)));
+
+inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
+inline F32 load(const BFloat16* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+template <class T>
+inline F32 load_partial(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+
+// out[i] = sum of the lanes of the i-th argument, each by the same tree, whichever place it has.
+inline void reduce4(float* out, F32 a, F32 b, F32 c, F32 d) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const __m256 abcd =
+      _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
+
+inline float reduce_add(F32 x) {
+  float lanes[4];
+  reduce4(lanes, x, x, x, x);
+  return lanes[0];
+}
+inline float reduce_max(F32 x) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}

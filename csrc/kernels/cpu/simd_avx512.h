@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 (F, BW, VL, DQ): 16 fp32 lanes, masked tails. Included inside a target region; the bf16
+// products of AVX512_BF16 are added where DUALHEAD_NATIVE_BF16 is 1.
+
+constexpr int kLanes = 16;
+constexpr int kMaxBatchTile = 6;  // 4 x 6 accumulators + 6 operands + 1 weight of 32 registers
+constexpr bool kNativeBf16 = DUALHEAD_NATIVE_BF16;
+
+typedef float F32 __attribute__((vector_size(64)));
+typedef int32_t I32 __attribute__((vector_size(64)));
+
+inline __mmask16 lanes_below(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline F32 load_partial(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(lanes_below(n), p);
+}
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+
+inline F32 widen(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline F32 load(const BFloat16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F32 load_partial(const BFloat16* p, int64_t n) {
+  return widen(_mm256_maskz_loadu_epi16(lanes_below(n), p));
+}
+
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
+inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
+
+// out[i] = sum of the lanes of the i-th argument, each by the same tree, whichever place it has.
+inline void reduce4(float* out, F32 a, F32 b, F32 c, F32 d) {
+  const auto fold = [](__m512 x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  };
+  const __m256 a8 = fold(a), b8 = fold(b), c8 = fold(c), d8 = fold(d);
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a8, b8), _mm256_unpackhi_ps(a8, b8));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c8, d8), _mm256_unpackhi_ps(c8, d8));
+  const __m256 abcd =
+      _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
+
+#if DUALHEAD_NATIVE_BF16
+// 32 pairs' products per instruction, summed in fp32; denormals count as zero.
+struct NativeBf16Product {
+  static constexpr int kStep = 32;
+  typedef __m512i Vector;
+  static Vector load(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  static Vector load_partial(const BFloat16* p, int64_t n) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
+  }
+  static F32 accumulate(F32 sum, Vector w, Vector x) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+};
+#endif

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Plain C++ with the compiler's 16-byte vectors: SSE2 on any x86-64, NEON on ARM. No intrinsics.
+
+constexpr int kLanes = 4;
+constexpr int kMaxBatchTile = 2;  // 4 x 2 accumulators + 2 operands + 1 weight of 16 registers
+constexpr bool kNativeBf16 = false;
+
+typedef float F32 __attribute__((vector_size(16)));
+typedef int32_t I32 __attribute__((vector_size(16)));
+typedef uint16_t U16 __attribute__((vector_size(8)));
+
+inline F32 load(const float* p) {
+  F32 x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+inline void store(float* p, F32 x) { __builtin_memcpy(p, &x, sizeof(x)); }
+inline F32 load(const BFloat16* p) {
+  U16 x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return reinterpret_cast<F32>(__builtin_convertvector(x, I32) << 16);
+}
+template <class T>
+inline F32 load_partial(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+
+inline float reduce_add(F32 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float reduce_max(F32 x) {
+  const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+  return a > b ? a : b;
+}
+
+// out[i] = sum of the lanes of the i-th argument, each by the same tree, whichever place it has.
+inline void reduce4(float* out, F32 a, F32 b, F32 c, F32 d) {
+  out[0] = reduce_add(a);
+  out[1] = reduce_add(b);
+  out[2] = reduce_add(c);
+  out[3] = reduce_add(d);
+}

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled operators: typed wrappers, shapes for the compiler (fake kernels), and their
+documentation. The schemas are in csrc/ops.cpp, the meaning in :mod:`dualhead_ext.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _extension
+from .reference import DecodeOutput
+
+# Device type -> dtypes its kernel is built for; the bindings in csrc/ops_*.cpp refuse others.
+_KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def kernel_for(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether :func:`decode_step` has a compiled kernel for heads of ``dtype`` on ``device_type``.
+
+    Where it has none, :func:`dualhead_ext.reference.decode_step` takes the same arguments.
+    """
+    dtypes = _KERNEL_DTYPES.get(device_type, ())
+    return dtype in dtypes and _extension.problem(device_type) is None
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: the best of :func:`cpu_isa_levels`, or the one
+    that the environment variable DUALHEAD_FORCE_ISA names.
+
+    Raises:
+        RuntimeError: DUALHEAD_FORCE_ISA names one that is unknown or that this machine lacks, or the
+        compiled library is missing.
+    """
+    _extension.require("cpu")
+    return torch.ops.dualhead.cpu_isa()
+
+
+def cpu_isa_levels() -> list[str]:
+    """The instruction sets that are built in and that this machine runs, best first.
+
+    Raises:
+        RuntimeError: the compiled library is missing.
+    """
+    _extension.require("cpu")
+    return torch.ops.dualhead.cpu_isa_levels().split(",")
+
+
+def decode_step(
+    *,
+    hidden: Tensor,
+    lm_weight: Tensor,
+    lm_bias: Tensor | None = None,
+    reward_weight: Tensor,
+    reward_bias: Tensor | None = None,
+    objective_weights: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    u_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    cache_k: Tensor | None = None,
+    cache_u: Tensor | None = None,
+    cache_valid: Tensor | None = None,
+    cache_length: Tensor | None = None,
+    new_valid: Tensor | None = None,
+    gate_logit: Tensor | None = None,
+    gate_offset: Tensor | None = None,
+    strength: Tensor | None = None,
+    alpha: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seeds: Tensor | None = None,
+    draws: Tensor | None = None,
+    mix_probs: bool = False,
+    logit_scale: float = 1.0,
+    logit_softcap: float = 0.0,
+    return_logits: bool = True,
+    record_attention: bool = False,
+) -> DecodeOutput:
+    """One decode step in one operator call: hidden state in, token out.
+
+    Appends the new position to the gate's cache, attends over it, mixes both heads and picks a
+    token::
+
+        l = sum_i sum_s softmax_s(q_i . k_{s,i} / sqrt(d_k)) u_{s,i} + gate_bias     (+ gate_offset)
+        a = clamp(strength * (alpha or sigmoid(l)), 0, 1)
+        z = f((1 - a) z_LM + a z_RM),  z_RM = sum_k w_k z_RM,k      or, with mix_probs,
+        z = log((1 - a) softmax(f(z_LM)) + a softmax(f(z_RM)))
+        token = argmax z, or a draw from softmax(z / temperature) after top-k, top-p and min-p
+
+    with ``f(z) = cap tanh(logit_scale z / cap)`` (``logit_softcap`` = cap; 0: no cap). Equals
+    :func:`dualhead_ext.reference.decode_step` up to rounding, with fp32 sums everywhere. The result
+    is deterministic: a row's bits depend neither on the batch it is in nor on the number of threads.
+
+    All tensors are on one device. W is float32 or bfloat16 (CUDA: also float16). Elements within a
+    weight's row are adjacent; rows may be any distance apart.
+
+    Args:
+        hidden: (B, d) W.
+        lm_weight, lm_bias: (V, d) and (V,) W.
+        reward_weight, reward_bias: (K, V, d) and (K, V) W.
+        objective_weights: (B, K) fp32, w. Default: 1/K each.
+        q_weight, k_weight: (g, d) W, g = H d_k; u_weight: (H, d) fp32, the folded value rows
+            (``reference.fold_values``); gate_bias: (1,) fp32.
+        cache_k: (B, H, S, d_k) W; cache_u: (B, H, S) fp32; cache_valid: (B, S) bool; cache_length:
+            (B,) int32, columns filled. All four are written: column ``cache_length[b]``, then the
+            length grows by one.
+        new_valid: (B,) bool, False where the new position is padding. Default: all True.
+        gate_logit: (B,) fp32, a fixed or linear gate's logit (-inf and inf: alpha 0 and 1); the
+            eight arguments of the attention gate are then None.
+        gate_offset, strength, alpha: (B,) fp32 controls. strength 0 selects z_LM, bit for bit.
+        temperature, top_p, min_p: (B,) fp32; top_k: (B,) int32. Filters of sampled rows, in this
+            order; temperature 0 is greedy, top_k <= 0, top_p >= 1 and min_p <= 0 are off.
+        seeds: (B,) int64, or None for greedy decoding; draws: (B,) int64, given with it: how often
+            each row has drawn, grows by one. Noise is a function of (seed, draw, token) alone.
+        mix_probs: the mixture, see above. logit_scale, logit_softcap: f.
+        return_logits, record_attention: whether those outputs are wanted.
+
+    Returns:
+        DecodeOutput: logits (B, V) (log-probabilities with mix_probs), alpha (B,), gate_logit (B,)
+        fp32; token (B,) int64; logprob (B,) fp32, of the token under softmax(logits), before
+        temperature and filters; status (B,) int32: 0 fine, 1 the row is not finite (token 0, logprob
+        NaN), 2 its cache is full (nothing of it written, all outputs NaN or 0); attention (B, H, S)
+        fp32. What was not asked for has shape (0,).
+
+    Raises:
+        TypeError: a dtype, or something that is not a tensor. ValueError: a shape, a device, a layout,
+        or arguments that do not go together. RuntimeError: an argument requires a gradient while
+        gradients are recorded (there is none), or the library is missing. Nothing has been written.
+    """
+    arguments = (
+        hidden,
+        lm_weight,
+        lm_bias,
+        reward_weight,
+        reward_bias,
+        objective_weights,
+        q_weight,
+        k_weight,
+        u_weight,
+        gate_bias,
+        cache_k,
+        cache_u,
+        cache_valid,
+        cache_length,
+        new_valid,
+        gate_logit,
+        gate_offset,
+        strength,
+        alpha,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seeds,
+        draws,
+    )
+    if torch.is_grad_enabled():
+        _refuse_gradients(arguments)
+    options = (mix_probs, logit_scale, logit_softcap, return_logits, record_attention)
+    if torch.compiler.is_compiling():
+        return DecodeOutput(*_decode_step(*arguments, *options))
+    try:
+        return DecodeOutput(*_decode_step(*arguments, *options))
+    except RuntimeError as error:
+        raise _as_python_error(error, arguments) from None
+
+
+def _refuse_gradients(tensors: tuple[Tensor | None, ...]) -> None:
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "decode_step: has no gradient, and an argument requires one; call it under "
+            "torch.no_grad(), or use reference.decode_step"
+        )
+
+
+def _as_python_error(error: RuntimeError, arguments: tuple[Tensor | None, ...]) -> Exception:
+    """The exception type that Python users expect; only RuntimeError crosses the stable ABI. Costs
+    nothing until something is wrong, and leaves the text in one place, csrc/decode_binding.h."""
+    for value, schema in zip(arguments, _decode_step._schema.arguments, strict=False):
+        optional = isinstance(schema.type, torch.OptionalType)
+        if not isinstance(value, Tensor) and not (optional and value is None):
+            expected = "a tensor or None" if optional else "a tensor"
+            got = type(value).__name__
+            return TypeError(f"decode_step: {schema.name} must be {expected}, got {got}")
+    text = str(error)
+    if not text.startswith("decode_step: "):
+        return error
+    return TypeError(text) if " must have dtype " in text else ValueError(text)
+
+
+def _decode_step(*arguments):
+    """Stands for the operator while the library is missing; says why it is."""
+    _extension.require("cpu")
+
+
+if _extension.problem("cpu") is None:
+    _decode_step = torch.ops.dualhead.decode_step.default
+
+    @torch.library.register_fake("dualhead::decode_step")
+    def _decode_step_fake(
+        hidden,
+        lm_weight,
+        lm_bias,
+        reward_weight,
+        reward_bias,
+        objective_weights,
+        q_weight,
+        k_weight,
+        u_weight,
+        gate_bias,
+        cache_k,
+        *rest,
+    ):
+        batch = hidden.shape[0]
+        return_logits, record_attention = rest[-2:]
+        fp32 = {"dtype": torch.float32}
+        nothing = (0,)
+        recorded = record_attention and cache_k is not None
+        return (
+            hidden.new_empty((batch, lm_weight.shape[0]) if return_logits else nothing, **fp32),
+            hidden.new_empty((batch,), **fp32),
+            hidden.new_empty((batch,), **fp32),
+            hidden.new_empty((batch,), dtype=torch.int64),
+            hidden.new_empty((batch,), **fp32),
+            hidden.new_empty((batch,), dtype=torch.int32),
+            hidden.new_empty(cache_k.shape[:3] if recorded else nothing, **fp32),
+        )
