@@ -80,8 +80,8 @@ def _compile_step(source: Path, objects: Path, cxx: list[str], nvcc: Nvcc | None
 def _link_step(
     output: Path, objects: list[Path], cxx: list[str], nvcc: Nvcc | None, torch: Torch
 ) -> Step:
-    # libtorch.so is needed by name although nothing of it is used: on a CUDA torch it is what brings
-    # libtorch_cuda.so into scope, so one file serves both.
+    # libtorch.so is needed by name although nothing of it is used: on a CUDA torch it is what
+    # brings libtorch_cuda.so into scope, so one file serves both.
     command = [*cxx, "-shared", "-o", str(output), *map(str, objects), f"-L{torch.lib}"]
     command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
     if nvcc is not None:

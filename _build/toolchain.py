@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compilers and their flags: $CXX or the system's C++ compiler, and nvcc where it is found.
 
-nvcc is called directly: torch.utils.cpp_extension refuses to build CUDA beside a CPU-only torch, and
-takes the folder above a wrapper script on PATH for the toolkit's root.
+nvcc is called directly: torch.utils.cpp_extension refuses to build CUDA beside a CPU-only torch,
+and takes the folder above a wrapper script on PATH for the toolkit's root.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 # The stable ABI's version: with it the libraries run on this torch and every later one.
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 
-# -ffp-contract=off: whether a*b+c is rounded once or twice must not depend on the compiler or on the
+# -ffp-contract=off: whether a*b+c is rounded once or twice must not depend on the compiler or the
 # instruction set; where one rounding is meant, the sources say fmaf.
+# -Wno-...uninitialized: GCC warns of its own AVX-512 intrinsics (GCC bug 105593), 6000 lines of it.
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -30,6 +31,8 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     "-Wall",
     "-Wextra",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 

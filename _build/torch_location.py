@@ -60,9 +60,7 @@ def _torch_in(folder: str) -> Torch | None:
     if version is None or (int(version[1]), int(version[2])) < MINIMUM:
         return None
     cuda = re.search(r"(?m)^cuda[^=\n]*=\s*['\"]([^'\"]+)['\"]", text)
-    return Torch(
-        version_file.parent, f"{version[1]}.{version[2]}{version[3]}", cuda and cuda[1]
-    )
+    return Torch(version_file.parent, f"{version[1]}.{version[2]}{version[3]}", cuda and cuda[1])
 
 
 def find_installed_torch() -> Torch | None:

@@ -12,7 +12,7 @@ from .build_info import build_info
 
 __version__ = "0.1.0"
 
-# Public name -> module. Imported on first use: the core needs torch alone, and `import dualhead_ext`
+# Public name -> module. Imported on first use: the core needs torch alone, so `import dualhead_ext`
 # must not pull in transformers.
 _EXPORTS = {
     "DualHeadConfig": "config",

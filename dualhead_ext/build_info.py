@@ -29,11 +29,11 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: ``version``, ``commit`` (with "-dirty" after local changes; None
-        outside a checkout), ``csrc_sha256``, ``compiler``, ``machine``, ``torch_built`` (the headers
-        compiled against), ``torch_minimum``, ``torch`` (the one running), ``torch_cuda``, ``nvcc``,
-        ``cuda_archs`` (empty without the CUDA library), ``cpu_isa_levels`` (built, and run by this
-        machine, best first), ``cpu_isa`` (chosen), ``cpu_problem`` and ``cuda_problem`` (why the
-        kernels of that device are not in use, or None).
+        outside a checkout), ``csrc_sha256``, ``compiler``, ``machine``, ``torch_built`` (the
+        headers compiled against), ``torch_minimum``, ``torch`` (the one running), ``torch_cuda``,
+        ``nvcc``, ``cuda_archs`` (empty without the CUDA library), ``cpu_isa_levels`` (built, and
+        run by this machine, best first), ``cpu_isa`` (chosen), ``cpu_problem`` and
+        ``cuda_problem`` (why the kernels of that device are not in use, or None).
     """
     import torch
 
