@@ -1,6 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-PYTHON ?= .venv/bin/python
+# make install   .venv with everything, this package in it (editable); a second run does nothing
+# make demo      train and decode on real preference pairs, a few minutes
+# make test      C++ tests, then pytest; what continuous integration runs
+# make build     recompile what changed under csrc/
+# make lint      ruff and clang-format on every file;  make format puts them right
+# make bench     the benchmarks
+# make gpu-check the GPU tests, in the environment of $(PYTHON), none skipped
+#
+# PYTHON (default python3) is what .venv is made from. How to build: DUALHEAD_CUDA=auto|0|1,
+# TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS (see setup.py).
 
-.PHONY: build
-build:
-	$(PYTHON) setup.py --quiet build_ext --inplace
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+INSTALLED := .venv/.dualhead-installed
+CMAKE_FOLDER := build/cmake
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Larger real data for tests and benchmarks, where it lies beside the checkout.
+ifneq ($(wildcard ../shared/data),)
+export DUALHEAD_DATA ?= $(abspath ../shared/data)
+endif
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+# Nothing here needs a model hub; without this, transformers asks one for files it already has.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install build demo test cpp-test lint format bench gpu-check clean
+
+install: $(INSTALLED)
+
+# Adopts a .venv made by hand. Torch and setuptools come first because compiling needs them; the
+# libraries are compiled before pip asks for them, since pip would hide the compilers' messages.
+$(INSTALLED): pyproject.toml setup.py constraints.txt | $(VENV_PYTHON)
+	$(VENV_PYTHON) -m pip install -c constraints.txt setuptools torch
+	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
+	$(VENV_PYTHON) -m pip install -c constraints.txt --no-build-isolation -e '.[all]'
+	@touch $@
+
+$(VENV_PYTHON):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than 3.10: set PYTHON to a newer Python." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear .venv || \
+	  { echo "No virtual environment could be made (Debian, Ubuntu: apt install python3-venv)." >&2; \
+	    exit 1; }
+
+build: $(INSTALLED)
+	@$(VENV_PYTHON) setup.py --quiet build_ext --inplace
+
+demo: build
+	$(VENV_PYTHON) -m dualhead_ext.cli demo
+
+test: cpp-test
+	$(VENV_PYTHON) -m pytest
+
+cpp-test: build
+	@$(VENV_PYTHON) python_tests/native.py
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" ctest --test-dir $(CMAKE_FOLDER) --output-on-failure
+
+lint: $(INSTALLED)
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(INSTALLED)
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+	.venv/bin/clang-format -i $(CPP_FILES)
+
+bench: build
+	$(VENV_PYTHON) -m pytest --benchmark
+
+gpu-check:
+	$(PYTHON) python_tests/gpu_check.py
+
+clean:
+	rm -rf build dist *.egg-info dualhead_ext/*.so dualhead_ext/_build_info.json

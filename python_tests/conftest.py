@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: the machine in the header, seeds, the rule for GPU tests, bare kernels."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from types import ModuleType
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
+import native
+import numpy
+import pytest
+import torch
+
+import dualhead_ext
+
+NO_CUDA = "needs a CUDA device"
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    info = dualhead_ext.build_info()
+    threads = torch.get_num_threads()
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
+    else:
+        gpus = "none"
+    levels = ", ".join(info["cpu_isa_levels"]) or "none"
+    return [
+        f"torch {info['torch']}; CPU: {threads} threads; CUDA devices: {gpus}",
+        f"kernels: CPU {info['cpu_isa']} of {levels}; CUDA archs "
+        f"{', '.join(info['cuda_archs']) or 'none'}; commit {info['commit']}",
+        *(f"no CPU kernels: {info['cpu_problem']}" for _ in [0] if info["cpu_problem"]),
+        f"seed: {config.option.seed} (--seed N for another)",
+    ]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A number for this test's own generators, from --seed and the test's name."""
+    return zlib.crc32(f"{request.config.option.seed} {request.node.nodeid}".encode())
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed: int) -> None:
+    """The same random numbers whatever ran before."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def testing_module() -> ModuleType:
+    """The bare kernels (CPU ones, and the CUDA ones on the host backend) over NumPy arrays."""
+    return native.testing_module()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip(NO_CUDA)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """With --require-cuda, a GPU test that skips, for whatever reason, has failed."""
+    report = yield
+    required = item.config.option.require_cuda and item.get_closest_marker("cuda")
+    if required and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"skipped although --require-cuda was given: {reason}"
+    return report
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """With --require-cuda, a run without a single GPU test proves nothing."""
+    if session.config.option.require_cuda and not any(
+        item.get_closest_marker("cuda") for item in session.items
+    ):
+        raise pytest.UsageError("--require-cuda: no test marked cuda was collected")

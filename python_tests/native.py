@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds what CMakeLists.txt describes, into build/cmake: the C++ tests, and the Python module of
+the bare kernels. `make cpp-test` runs this file; tests take the module from the fixture
+``testing_module``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "cmake"
+
+
+def _tool(name: str) -> str:
+    """A program of this environment, else of PATH."""
+    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if path is None:
+        raise RuntimeError(f"{name} is not installed: pip install '.[test]' brings it")
+    return path
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}")
+
+
+def build(folder: Path = FOLDER, *options: str) -> Path:
+    """Configures and compiles what is out of date; safe to call from several processes at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        python = [f"-DPython_EXECUTABLE={sys.executable}", "-DDUALHEAD_PYTHON=ON"]
+        ninja = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+        _run(_tool("cmake"), "-S", str(ROOT), "-B", str(folder), *ninja, *python, *options)
+        _run(_tool("cmake"), "--build", str(folder))
+    return folder
+
+
+def testing_module() -> ModuleType:
+    """The pybind11 module of csrc/testing, of this build, not of any other on the path."""
+    found = list(build().glob("dualhead_testing*.so"))
+    if len(found) != 1:
+        raise RuntimeError(f"one dualhead_testing*.so must be in {FOLDER}, found {len(found)}")
+    spec = importlib.util.spec_from_file_location("dualhead_testing", found[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except RuntimeError as error:
+        sys.exit(str(error))
