@@ -3,20 +3,21 @@
 
 The extension needs torch's headers to compile and runs on any torch from 2.11 on. With torch in
 ``[build-system] requires``, pip would download its newest CUDA build into the isolated build
-environment although the right one is installed beside it.
+environment although the right one is installed beside it. DUALHEAD_BUILD_TORCH names another
+requirement than "torch>=2.11" for the case that there is none.
 """
 
 import os
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 - the hooks that stay as they are
-from torch_location import find_installed_torch
+from torch_location import MINIMUM, find_installed_torch
 
 
 def _torch_requirement():
     if find_installed_torch() is not None:
         return []
-    return [os.environ.get("DUALHEAD_BUILD_TORCH", "torch>=2.11")]
+    return [os.environ.get("DUALHEAD_BUILD_TORCH") or f"torch>={MINIMUM[0]}.{MINIMUM[1]}"]
 
 
 def get_requires_for_build_wheel(config_settings=None):

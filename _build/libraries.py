@@ -11,13 +11,13 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
-from compile import ROOT, Step, build_lock, run_steps
+from incremental import ROOT, Step, build_lock, run_steps
 from toolchain import (
     CXX_FLAGS,
     NVCC_FLAGS,
-    TORCH_TARGET,
     BuildError,
     Nvcc,
     choose_cuda,
@@ -25,12 +25,36 @@ from toolchain import (
     find_cxx,
     gencode_flags,
 )
-from torch_location import Torch, find_torch
+from torch_location import MINIMUM, Torch, find_torch
 
+TORCH_MINIMUM = ".".join(map(str, MINIMUM))
 CPU_LIBRARY = "_C.so"
 CUDA_LIBRARY = "_C_cuda.so"
 BUILD_INFO = "_build_info.json"
 PRODUCTS = (CPU_LIBRARY, CUDA_LIBRARY, BUILD_INFO)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a build uses. nvcc: None for no CUDA library."""
+
+    cxx: list[str]
+    cxx_version: str
+    nvcc: Nvcc | None
+    torch: Torch
+
+
+def find_tools() -> Tools:
+    torch = find_torch()
+    if torch is None:
+        raise BuildError(
+            f"torch >= {TORCH_MINIMUM} is not installed in this environment, and its headers are "
+            f"needed to compile: pip install 'torch>={TORCH_MINIMUM}' first, or build without "
+            "--no-build-isolation."
+        )
+    cxx = find_cxx()
+    text = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
+    return Tools(cxx, text.partition("\n")[0], choose_cuda(), torch)
 
 
 def sources(kind: str) -> list[Path]:
@@ -48,7 +72,7 @@ def sources(kind: str) -> list[Path]:
 def _binding_flags(torch: Torch) -> list[str]:
     return [
         "-DTORCH_STABLE_ONLY",
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        f"-DTORCH_TARGET_VERSION=0x{MINIMUM[0]:02x}{MINIMUM[1]:02x}000000000000",
         # Headers put their own path into error messages: not the build machine's.
         f"-fmacro-prefix-map={torch.include}=torch",
         "-isystem",
@@ -58,37 +82,46 @@ def _binding_flags(torch: Torch) -> list[str]:
     ]
 
 
-def _compile_step(source: Path, objects: Path, cxx: list[str], nvcc: Nvcc | None, torch: Torch):
-    output = objects / source.with_name(source.name + ".o")
-    depfile = output.with_name(output.name + ".d")
+def _from_root(path: Path) -> str:
+    return os.path.relpath(path, ROOT)
+
+
+def _host_compiler(cxx: list[str]) -> str:
+    """What of "ccache g++" nvcc can use."""
+    return next(word for word in cxx if Path(word).name not in ("ccache", "sccache"))
+
+
+def _compile_step(source: Path, folder: Path, tools: Tools) -> Step:
+    output = folder / source.with_name(source.name + ".o")
+    stamp = tools.cxx_version
     if source.suffix == ".cu":
-        assert nvcc is not None
-        command = [nvcc.program, *NVCC_FLAGS, *gencode_flags(cuda_archs()), "--threads=0"]
-        command += ["-ccbin", cxx[0]] if os.environ.get("CXX") else []
-        stamp = nvcc.version
+        command = [tools.nvcc.program, *NVCC_FLAGS, *gencode_flags(cuda_archs()), "--threads=0"]
+        command += ["-ccbin", _host_compiler(tools.cxx)]
+        stamp += tools.nvcc.version
     else:
-        command = [*cxx, *CXX_FLAGS, f"-fmacro-prefix-map={ROOT}/="]
-        stamp = torch.version
+        command = [*tools.cxx, *CXX_FLAGS]
         if len(source.parts) == 2:  # csrc/*.cpp are the bindings; below are the kernels, torch-free
-            command += _binding_flags(torch)
+            command += _binding_flags(tools.torch)
+            stamp += tools.torch.version
         if source.stem.endswith("_cuda"):
             command += ["-DUSE_CUDA"]  # declares the shim of the current CUDA stream
-    command += ["-Icsrc", "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
+    command += ["-Icsrc", "-MMD", "-MF", _from_root(output) + ".d"]
+    command += ["-c", str(source), "-o", _from_root(output)]
     return Step(output, command, f"compile {source}", stamp)
 
 
-def _link_step(
-    output: Path, objects: list[Path], cxx: list[str], nvcc: Nvcc | None, torch: Torch
-) -> Step:
+def _link_step(output: Path, objects: list[Path], tools: Tools, cuda: bool) -> Step:
+    command = [*tools.cxx, "-shared", "-o", _from_root(output), *map(_from_root, objects)]
     # libtorch.so is needed by name although nothing of it is used: on a CUDA torch it is what
     # brings libtorch_cuda.so into scope, so one file serves both.
-    command = [*cxx, "-shared", "-o", str(output), *map(str, objects), f"-L{torch.lib}"]
-    command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
-    if nvcc is not None:
-        command += [f"-L{folder}" for folder in nvcc.library_folders()]
+    command += [f"-L{tools.torch.lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command += ["-Wl,--as-needed"]
+    if cuda:
+        command += [f"-L{folder}" for folder in tools.nvcc.library_folders()]
         command += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     command += ["-Wl,--exclude-libs,ALL"]
-    return Step(output, command, f"link {output.name}", torch.version, inputs=objects)
+    stamp = tools.cxx_version + tools.torch.version
+    return Step(output, command, f"link {output.name}", stamp, inputs=objects)
 
 
 def _git(*arguments: str) -> str | None:
@@ -113,50 +146,44 @@ def csrc_hash() -> str:
     return digest.hexdigest()
 
 
-def _build_info(cxx: list[str], nvcc: Nvcc | None, torch: Torch) -> dict:
+def _build_info(tools: Tools) -> dict:
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no") or ""
-    first_line = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
     return {
-        "torch": torch.version,
-        "torch_minimum": "2.11",
+        "torch": tools.torch.version,
+        "torch_minimum": TORCH_MINIMUM,
         "machine": platform.machine(),
-        "compiler": first_line.partition("\n")[0],
-        "nvcc": nvcc and nvcc.version,
-        "cuda_archs": cuda_archs() if nvcc else [],
+        "compiler": tools.cxx_version,
+        "nvcc": tools.nvcc and tools.nvcc.version,
+        "cuda_archs": cuda_archs() if tools.nvcc else [],
         "commit": commit and commit.strip() + ("-dirty" if changed.strip() else ""),
         "csrc_sha256": csrc_hash(),
     }
 
 
+def compile_steps(kind: str, folder: Path, tools: Tools) -> list[Step]:
+    return [_compile_step(source, folder, tools) for source in sources(kind)]
+
+
 def build(folder: Path) -> dict[str, Path]:
     """Builds what is out of date below `folder`. Returns the path of each product by its name; no
     CUDA_LIBRARY where none was asked for."""
-    torch = find_torch()
-    if torch is None:
-        raise BuildError(
-            "torch >= 2.11 is not installed in this environment, and its headers are needed to "
-            "compile: pip install 'torch>=2.11' first, or build without --no-build-isolation."
-        )
-    cxx = find_cxx()
-    nvcc = choose_cuda() if sources("cuda") else None
-    kinds = {"cpu": CPU_LIBRARY} | ({"cuda": CUDA_LIBRARY} if nvcc else {})
+    tools = find_tools()
+    kinds = {"cpu": CPU_LIBRARY} | ({"cuda": CUDA_LIBRARY} if tools.nvcc else {})
     with build_lock(folder):
-        steps = {
-            kind: [_compile_step(src, folder, cxx, nvcc, torch) for src in sources(kind)]
-            for kind in kinds
+        steps = {kind: compile_steps(kind, folder, tools) for kind in kinds}
+        # CUDA sources first: they take longest.
+        run_steps([step for kind in reversed(kinds) for step in steps[kind]])
+        links = {
+            name: _link_step(
+                folder / name, [step.output for step in steps[kind]], tools, kind == "cuda"
+            )
+            for kind, name in kinds.items()
         }
-        run_steps([step for kind in kinds for step in steps[kind]])
-        products = {}
-        for kind, name in kinds.items():
-            objects = [step.output for step in steps[kind]]
-            link = _link_step(folder / name, objects, cxx, nvcc if kind == "cuda" else None, torch)
-            run_steps([link])
-            products[name] = link.output
+        run_steps(list(links.values()))
         info = folder / BUILD_INFO
-        info.write_text(json.dumps(_build_info(cxx, nvcc, torch), indent=2) + "\n")
-        products[BUILD_INFO] = info
-    return products
+        info.write_text(json.dumps(_build_info(tools), indent=2) + "\n")
+    return {**{name: link.output for name, link in links.items()}, BUILD_INFO: info}
 
 
 def install(products: dict[str, Path], package: Path) -> None:

@@ -13,6 +13,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+# Built for the stable ABI of this torch, the libraries run on it and every later one.
 MINIMUM = (2, 11)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,12 +20,16 @@ from toolchain import BuildError
 
 ROOT = Path(__file__).resolve().parent.parent  # commands run here: sources are named from here
 
+# What `nvcc -Xptxas=-v` says of each kernel: for the log, not for the terminal.
+_RESOURCES = re.compile(r"ptxas info|\s+\d+ bytes stack frame|\s*$")
+
 
 @dataclass
 class Step:
-    """One command and the file it makes.
+    """One command and the file it makes; what the command says is kept in ``log``.
 
-    stamp: what else the result depends on, such as torch's version, as text.
+    command: runs in ROOT; paths below it are relative, so a moved checkout is not out of date.
+    stamp: what else the result depends on, such as the compiler's version, as text.
     inputs: files it reads, beside those that the compiler lists in ``output + '.d'``.
     """
 
@@ -35,11 +40,15 @@ class Step:
     inputs: list[Path] = field(default_factory=list)
 
     @property
+    def log(self) -> Path:
+        return self.output.with_name(self.output.name + ".log")
+
+    @property
     def _record(self) -> Path:
         return self.output.with_name(self.output.name + ".command")
 
     def _signature(self) -> str:
-        text = "\n".join([*self.command, self.stamp, *map(str, self.inputs)])
+        text = "\n".join([*self.command, self.stamp])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _dependencies(self) -> list[Path]:
@@ -67,8 +76,10 @@ class Step:
         done = subprocess.run(
             self.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        if done.stdout.strip():
-            print(done.stdout.rstrip(), file=sys.stderr, flush=True)
+        self.log.write_text(done.stdout)
+        shown = [line for line in done.stdout.splitlines() if not _RESOURCES.match(line)]
+        if shown:
+            print("\n".join(shown), file=sys.stderr, flush=True)
         if done.returncode != 0:
             raise BuildError(
                 f"{Path(self.command[0]).name} could not {self.title} (its messages are above)."
