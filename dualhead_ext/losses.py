@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The terms of the training objective, one short function each, and the options that choose them.
+
+A new regulariser or reduction is a function and a line in its dict; `LossOptions` states every
+option and default once. `reference_loss` puts the terms together. P pairs, N response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import MIX_NAMES
+
+# A sigmoid within 1 % of 0 or 1 counts as saturated: |logit| > log 99.
+SATURATION_LOGIT = math.log(99.0)
+
+# --- the gate's regulariser ----------------------------------------------------------------------
+
+
+def gate_entropy(gate_logit: Tensor) -> Tensor:
+    """``H(a) = -a log a - (1-a) log(1-a)`` of ``a = sigmoid(l)``, from the logit: ``-a logsigmoid
+    (l) - (1-a) logsigmoid(-l)``, never the log of a saturated a. ``dH/dl = -l a (1-a)``. Infinite
+    logits (a fixed a of 0 or 1) give 0 and no gradient. Any shape.
+    """
+    fixed = torch.isinf(gate_logit)
+    logit = gate_logit.masked_fill(fixed, 0.0)  # inf * 0 is kept out of the graph
+    entropy = -torch.sigmoid(logit) * F.logsigmoid(logit)
+    entropy = entropy - torch.sigmoid(-logit) * F.logsigmoid(-logit)
+    return entropy.masked_fill(fixed, 0.0)
+
+
+def maximize_entropy(entropy: Tensor) -> Tensor:
+    """``-E_t[H(a_t)]``: lowest at a = 1/2, as the paper's text asks."""
+    return -entropy
+
+
+def minimize_entropy(entropy: Tensor) -> Tensor:
+    """``-E_t[a log a + (1-a) log(1-a)] = +E_t[H(a_t)]``: the paper's formula as printed, lowest at
+    a = 0 and a = 1: it collapses the gate.
+    """
+    return entropy
+
+
+def ignore_entropy(entropy: Tensor) -> Tensor:
+    """0: the ablation. Still a function of the gate: DDP waits for every parameter's gradient."""
+    return 0.0 * entropy
+
+
+# name: mean entropy -> L_gate / lambda_G
+GATE_REGULARIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "entropy": maximize_entropy,
+    "entropy_as_printed": minimize_entropy,
+    "none": ignore_entropy,
+}
+
+# --- the language model term ---------------------------------------------------------------------
+
+
+def per_sequence(counts: LossCounts) -> Any:
+    """``-E_{(x,y)} sum_t log P(y_t)``: sums over tokens, mean over sequences, as printed."""
+    return counts.sequences
+
+
+def per_token(counts: LossCounts) -> Any:
+    """``-E_t log P(y_t)``: mean over all tokens of the term."""
+    return counts.lm_tokens
+
+
+# name: LossCounts -> what the summed term is divided by
+LM_REDUCTIONS: dict[str, Callable[[LossCounts], Any]] = {"sum": per_sequence, "mean": per_token}
+
+# --- the preference term -------------------------------------------------------------------------
+
+
+def sum_log_probs(logps: Tensor, lengths: Tensor) -> Tensor:
+    """``sum_t log pi_r(y_t)``, as printed. logps, lengths (P,)."""
+    return logps
+
+
+def mean_log_probs(logps: Tensor, lengths: Tensor) -> Tensor:
+    """``(1/|y|) sum_t log pi_r(y_t)``, as SimPO: no reward for length. 0 for an empty response."""
+    return logps / lengths.clamp(min=1).to(logps.dtype)
+
+
+# name: (summed log-probabilities, lengths) -> log-probabilities of the margin
+PREFERENCE_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": sum_log_probs,
+    "mean": mean_log_probs,
+}
+
+# Whose log-probabilities the preference term compares: pi_r = softmax(f(z_RM)), or the mixture.
+PREFERENCE_DISTRIBUTIONS = ("reward", "mixed")
+
+
+def pair_loss(margin: Tensor, label_smoothing: float) -> Tensor:
+    """``-(1-e) log sigmoid(m) - e log sigmoid(-m)`` with ``m = beta_r (s+ - s-) - gamma``. margin
+    (P,), e = label_smoothing -> (P,).
+    """
+    loss = -F.logsigmoid(margin)
+    if label_smoothing > 0.0:
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin)
+    return loss
+
+
+# --- options, counts, output ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Everything about the objective that is not a tensor.
+
+    Args:
+        mix: ``"logits"`` or ``"probs"``, how the two heads are mixed.
+        beta_r: scales the preference margin, once. Default 0.1 (the paper gives none).
+        lambda_r: weight of the preference term.
+        lambda_g: weight of the gate's term.
+        gate_regularizer: a name of `GATE_REGULARIZERS`.
+        lm_reduction: a name of `LM_REDUCTIONS`.
+        pref_on: ``"reward"``: the preference term compares pi_r. ``"mixed"``: the mixed
+            distribution, so that the gate sees the rejected side too.
+        pref_reduction: a name of `PREFERENCE_REDUCTIONS`.
+        gamma: target margin, subtracted from the scaled one.
+        label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 0.5).
+        lm_on_chosen: whether the chosen responses are the language model term's data.
+        logit_scale, logit_softcap: the backbone's own f(z) = cap(scale z); cap 0 = none.
+
+    Raises:
+        ValueError, TypeError: a value out of range or of the wrong type, naming it.
+    """
+
+    mix: str = "logits"
+    beta_r: float = 0.1
+    lambda_r: float = 1.0
+    lambda_g: float = 0.01
+    gate_regularizer: str = "entropy"
+    lm_reduction: str = "sum"
+    pref_on: str = "reward"
+    pref_reduction: str = "sum"
+    gamma: float = 0.0
+    label_smoothing: float = 0.0
+    lm_on_chosen: bool = True
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, names in (
+            ("mix", MIX_NAMES),
+            ("gate_regularizer", GATE_REGULARIZERS),
+            ("lm_reduction", LM_REDUCTIONS),
+            ("pref_on", PREFERENCE_DISTRIBUTIONS),
+            ("pref_reduction", PREFERENCE_REDUCTIONS),
+        ):
+            value = getattr(self, name)
+            if value not in tuple(names):
+                raise ValueError(
+                    f"dual_head_loss: {name} must be one of {', '.join(names)}, got {value!r}"
+                )
+        self._check_number("beta_r", "a number > 0", lambda x: x > 0)
+        for name in ("lambda_r", "lambda_g", "gamma", "logit_softcap"):
+            self._check_number(name, "a number >= 0", lambda x: x >= 0)
+        self._check_number("label_smoothing", "a number in [0, 0.5)", lambda x: 0 <= x < 0.5)
+        self._check_number("logit_scale", "a number other than 0", lambda x: x != 0)
+        if not isinstance(self.lm_on_chosen, bool):
+            raise TypeError(
+                f"dual_head_loss: lm_on_chosen must be a bool, got {self.lm_on_chosen!r}"
+            )
+
+    def _check_number(self, name: str, expected: str, accept: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"dual_head_loss: {name} must be {expected}, got {value!r}")
+        if not math.isfinite(value) or not accept(value):
+            raise ValueError(f"dual_head_loss: {name} must be {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """What the means of the objective divide by; numbers or 0-d tensors. They add up, so that the
+    losses of the parts of a batch, each divided by the counts of the whole, do so too.
+
+    Args:
+        sequences: rows of the language model term, empty responses included.
+        lm_tokens: their response tokens.
+        pairs: P.
+        tokens: all response tokens, for the gate's term.
+    """
+
+    sequences: Any
+    lm_tokens: Any
+    pairs: Any
+    tokens: Any
+
+    @classmethod
+    def of_batch(
+        cls, mask: Tensor, num_pairs: int | None = None, lm_on_chosen: bool = True
+    ) -> LossCounts:
+        """The counts of one batch, on the device of ``mask`` (R, T) and without waiting for it."""
+        pairs = mask.shape[0] // 2 if num_pairs is None else num_pairs
+        lengths = mask.bool().sum(-1)
+        extra = mask.shape[0] - 2 * pairs
+        lm_tokens = lengths[2 * pairs :].sum()
+        if lm_on_chosen:
+            lm_tokens = lm_tokens + lengths[:pairs].sum()
+        sequences = extra + (pairs if lm_on_chosen else 0)
+        return cls(sequences, lm_tokens, pairs, lengths.sum())
+
+    def __add__(self, other: LossCounts) -> LossCounts:
+        return LossCounts(
+            self.sequences + other.sequences,
+            self.lm_tokens + other.lm_tokens,
+            self.pairs + other.pairs,
+            self.tokens + other.tokens,
+        )
+
+
+# What `DualHeadLossOutput.totals` holds, in order: counts, and sums over sequences, pairs, tokens.
+TOTAL_NAMES = (
+    "sequences",
+    "lm_tokens",
+    "pairs",
+    "tokens",
+    "lm_nll",
+    "pair_loss",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_rewards",
+    "rejected_rewards",
+    "correct_pairs",
+    "saturated_pairs",
+    "alpha",
+    "alpha_squared",
+    "entropy",
+    "saturated_tokens",
+)
+
+
+@dataclass
+class DualHeadLossOutput:
+    """What `functional.dual_head_loss` returns; all fp32 (float64 for float64) unless noted.
+
+    Args:
+        loss: 0-d, differentiable: ``lm_loss + lambda_R preference_loss + gate_loss``.
+        lm_loss, preference_loss, gate_loss: 0-d, detached; gate_loss includes lambda_G.
+        chosen_logps, rejected_logps: (P,), detached, ``sum_t log pi(y_t)`` of the distribution that
+            the preference term compares.
+        chosen_rewards, rejected_rewards: (P,), detached, beta_r times the (reduced)
+            log-probabilities: their difference less gamma is the margin.
+        totals: (len(TOTAL_NAMES),) float64, detached: counts and sums that add up over batches and
+            processes; `metrics_of_totals` turns them into means.
+    """
+
+    loss: Tensor
+    lm_loss: Tensor
+    preference_loss: Tensor
+    gate_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    totals: Tensor
+
+
+def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
+    """Means for a log, in the names that TRL users know, from summed `DualHeadLossOutput.totals`.
+
+    ``loss, lm_loss, preference_loss, gate_loss``; ``rewards/chosen|rejected|accuracies|margins``,
+    ``logps/chosen|rejected``, ``preference/saturation`` (share of pairs whose sigmoid is within 1 %
+    of 0 or 1); ``gate/mean|std|entropy|saturation``. Groups that counted nothing are left out.
+    """
+    t = dict(zip(TOTAL_NAMES, totals.tolist(), strict=True))
+    counts = LossCounts(t["sequences"], t["lm_tokens"], t["pairs"], t["tokens"])
+    metrics = {"loss": 0.0}
+    lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
+    if lm_count:
+        metrics["lm_loss"] = t["lm_nll"] / lm_count
+        metrics["loss"] += metrics["lm_loss"]
+    if t["pairs"]:
+        metrics["preference_loss"] = t["pair_loss"] / t["pairs"]
+        metrics["loss"] += options.lambda_r * metrics["preference_loss"]
+        metrics["rewards/chosen"] = t["chosen_rewards"] / t["pairs"]
+        metrics["rewards/rejected"] = t["rejected_rewards"] / t["pairs"]
+        metrics["rewards/accuracies"] = t["correct_pairs"] / t["pairs"]
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics["logps/chosen"] = t["chosen_logps"] / t["pairs"]
+        metrics["logps/rejected"] = t["rejected_logps"] / t["pairs"]
+        metrics["preference/saturation"] = t["saturated_pairs"] / t["pairs"]
+    if t["tokens"]:
+        mean, entropy = t["alpha"] / t["tokens"], t["entropy"] / t["tokens"]
+        regularizer = GATE_REGULARIZERS[options.gate_regularizer]
+        metrics["gate_loss"] = options.lambda_g * float(regularizer(torch.tensor(entropy).double()))
+        metrics["loss"] += metrics["gate_loss"]
+        metrics["gate/mean"] = mean
+        variance = t["alpha_squared"] / t["tokens"] - mean * mean
+        metrics["gate/std"] = math.sqrt(max(variance, 0.0))
+        metrics["gate/entropy"] = entropy
+        metrics["gate/saturation"] = t["saturated_tokens"] / t["tokens"]
+    return metrics
