@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// The decode step on CUDA, as the binding and the tests call it: one cooperative launch from hidden
+// states to tokens. Not yet run on a GPU: it compiles for sm_80, sm_90a and sm_100, and the same
+// source is tested on the host backend (csrc/testing).
+#pragma once
+
+#include <cstddef>
+
+#include "../params.h"
+
+struct CUstream_st;  // what the toolkit's cudaStream_t points to; its headers are not needed here
+
+namespace dualhead {
+namespace cuda {
+
+// How many blocks of how many threads; 0 = as many as the work fills and the device holds at once,
+// of the largest size. Results do not depend on either.
+struct LaunchShape {
+  int blocks;
+  int threads;
+};
+
+// Bytes of scratch that decode_step needs, aligned to 256; its contents may be anything.
+size_t decode_workspace_bytes(const DecodeParams& params);
+
+// Launches the step on `stream` of `device`, without synchronising; an empty batch launches
+// nothing. Returns a cudaError_t, 0 if the launch was accepted. Among the errors:
+// cudaErrorNotSupported, the device has no cooperative launch; cudaErrorCooperativeLaunchTooLarge,
+// the grid does not fit on the device at once; cudaErrorInvalidValue, shape.threads is no multiple
+// of 32 up to 256.
+int decode_step(const DecodeParams& params, void* workspace, int device, CUstream_st* stream,
+                LaunchShape shape = {0, 0});
+
+// "cudaErrorNotSupported: operation not supported", for the caller's message.
+const char* error_text(int error);
+
+}  // namespace cuda
+}  // namespace dualhead

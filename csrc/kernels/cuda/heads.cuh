@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// Both heads of the decode step and their mixture: logits, and per chunk of vocabulary rows a
+// softmax part and the first-ranked token. Each function is one phase of the launch.
+#pragma once
+
+#include "dot.cuh"
+#include "primitives.cuh"
+#include "workspace.h"
+
+namespace dualhead {
+namespace cuda {
+
+// z_LM and z_RM of one chunk and batch tile, in shared memory.
+struct ChunkLogits {
+  float lm[kTile][kChunk];
+  float reward[kTile][kChunk];
+};
+
+// f: what the backbone does to its logits.
+__device__ __forceinline__ float postprocess(const DecodeParams& p, float z) {
+  z *= p.logit_scale;
+  return p.logit_softcap > 0.0f ? p.logit_softcap * tanhf(z / p.logit_softcap) : z;
+}
+
+// f((1 - a) z_LM + a z_RM); a = 0 and a = 1 select, so that what the other head holds cannot
+// matter.
+__device__ __forceinline__ float mix_logits(const DecodeParams& p, float a, float lm,
+                                            float reward) {
+  const float mixed = fmaf(a, reward, (1.0f - a) * lm);
+  return postprocess(p, a == 0.0f ? lm : a == 1.0f ? reward : mixed);
+}
+
+// log((1 - a) exp(lm) + a exp(reward)) of log-probabilities; a = 0 and a = 1 select.
+__device__ __forceinline__ float mix_log_probabilities(float a, float lm, float reward) {
+  if (a == 0.0f) return lm;
+  if (a == 1.0f) return reward;
+  const float x = log1pf(-a) + lm, y = logf(a) + reward;
+  const float max = x > y ? x : y, min = x > y ? y : x;
+  return max == -INFINITY ? max : max + log1pf(expf(min - max));  // both -inf: no mass, not NaN
+}
+
+// The softmax part of a warp's 32 logits, one per lane. A NaN among them makes the sum NaN.
+__device__ __forceinline__ SoftmaxPart warp_softmax_part(float z) {
+  const float max = warp_max(z);
+  // exp(-inf - (-inf)) would be NaN: a chunk without mass has sum 0, or its NaN's.
+  const float e = z == -INFINITY ? 0.0f : expf(z - max);
+  return SoftmaxPart{max, warp_sum(e)};
+}
+
+// Stores what the token phase needs of 32 mixed logits of row b: z belongs to vocabulary entry v.
+__device__ __forceinline__ void summarize_chunk(const DecodeParams& p, const Workspace& ws,
+                                                int64_t b, int64_t chunk, int64_t v, float z) {
+  const int64_t slot = b * ceil_div(p.V, kChunk) + chunk;
+  const SoftmaxPart part = warp_softmax_part(z);
+  const unsigned long long key = warp_max(v < p.V ? rank_key(z, v) : 0ull);
+  if (lane_index() == 0) ws.part[0][slot] = part, ws.top_key[slot] = key;
+}
+
+// z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
+// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order.
+template <typename W>
+__device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
+                                               int count, ChunkLogits* out) {
+  const W* hidden = static_cast<const W*>(p.hidden) + b0 * p.hidden_stride;
+  for (int j = warp_in_block(); j < kChunk && v0 + j < p.V; j += warps_per_block()) {
+    const int64_t v = v0 + j;
+    float dots[kTile];
+    const W* lm_row = static_cast<const W*>(p.lm_weight) + v * p.lm_weight_stride;
+    dot_tile(lm_row, hidden, p.hidden_stride, p.d, count, dots);
+    const float lm_bias = p.lm_bias ? to_float(static_cast<const W*>(p.lm_bias)[v]) : 0.0f;
+    const float lm = pick_own(dots) + lm_bias;
+    float reward = 0.0f;
+    for (int64_t k = 0; k < p.K; ++k) {
+      const W* row = static_cast<const W*>(p.reward_weight) + k * p.reward_weight_stride_k +
+                     v * p.reward_weight_stride;
+      dot_tile(row, hidden, p.hidden_stride, p.d, count, dots);
+      if (lane_index() >= count) continue;  // the row's objective weights end with the batch
+      const float bias =
+          p.reward_bias ? to_float(static_cast<const W*>(p.reward_bias)[k * p.V + v]) : 0.0f;
+      const float weight = p.objective_weights ? p.objective_weights[(b0 + lane_index()) * p.K + k]
+                                               : 1.0f / static_cast<float>(p.K);
+      reward = fmaf(weight, pick_own(dots) + bias, reward);
+    }
+    if (lane_index() < count) {
+      out->lm[lane_index()][j] = lm;
+      out->reward[lane_index()][j] = reward;
+    }
+  }
+}
+
+// Phase 4: both products; then either the mixed logits and their summary, or (mix_probs) f of both
+// heads' logits, each with its softmax parts. A block per chunk and batch tile.
+template <typename W>
+__device__ void heads(const DecodeParams& p, const Workspace& ws) {
+  ChunkLogits* z = reinterpret_cast<ChunkLogits*>(shared_memory());
+  const int64_t chunks = ceil_div(p.V, kChunk), tiles = ceil_div(p.B, kTile);
+  for (int64_t item = blockIdx.x; item < chunks * tiles; item += gridDim.x) {
+    const int64_t chunk = item / tiles, v0 = chunk * kChunk, b0 = item % tiles * kTile;
+    const int count = static_cast<int>(p.B - b0 < kTile ? p.B - b0 : kTile);
+    chunk_products<W>(p, v0, b0, count, z);
+    block_barrier();  // the warps below read what other warps computed
+    const int64_t v = v0 + lane_index();
+    for (int t = warp_in_block(); t < count; t += warps_per_block()) {
+      const int64_t b = b0 + t;
+      const float lm = v < p.V ? z->lm[t][lane_index()] : -INFINITY;
+      const float reward = v < p.V ? z->reward[t][lane_index()] : -INFINITY;
+      if (p.mix_probs) {
+        const float f_lm = v < p.V ? postprocess(p, lm) : -INFINITY;
+        const float f_reward = v < p.V ? postprocess(p, reward) : -INFINITY;
+        if (v < p.V) p.out_logits[b * p.V + v] = f_lm, ws.reward_logits[b * p.V + v] = f_reward;
+        const SoftmaxPart part_lm = warp_softmax_part(f_lm);
+        const SoftmaxPart part_reward = warp_softmax_part(f_reward);
+        if (lane_index() == 0) {
+          ws.part[0][b * chunks + chunk] = part_lm, ws.part[1][b * chunks + chunk] = part_reward;
+        }
+      } else {
+        const float mixed = v < p.V ? mix_logits(p, p.out_alpha[b], lm, reward) : -INFINITY;
+        if (v < p.V) p.out_logits[b * p.V + v] = mixed;
+        summarize_chunk(p, ws, b, chunk, v, mixed);
+      }
+    }
+    block_barrier();  // the next chunk overwrites z
+  }
+}
+
+// The softmax part of a whole row from its chunks' parts, the same bits in every lane.
+__device__ __forceinline__ SoftmaxPart row_part(const DecodeParams& p, const SoftmaxPart* parts,
+                                                int64_t b) {
+  const int64_t chunks = ceil_div(p.V, kChunk);
+  SoftmaxPart part = empty_part();
+  for (int64_t i = lane_index(); i < chunks; i += kWarp) {
+    part = merge_parts(part, parts[b * chunks + i]);
+  }
+  return warp_merge(part);
+}
+
+// Phase 5, mix_probs only: log-sum-exp of each head's row, by a warp.
+__device__ __forceinline__ void normalizers(const DecodeParams& p, const Workspace& ws) {
+  for (int64_t item = warp_in_grid(); item < 2 * p.B; item += warps_in_grid()) {
+    const int64_t head = item / p.B, b = item % p.B;
+    const float normalizer = log_sum_exp(row_part(p, ws.part[head], b));
+    if (lane_index() == 0) ws.normalizer[head][b] = normalizer;
+  }
+}
+
+// Phase 6, mix_probs only: log-probabilities of the mixture in place of f(z_LM), and their summary.
+// A warp per chunk and batch row.
+__device__ __forceinline__ void mix_distributions(const DecodeParams& p, const Workspace& ws) {
+  const int64_t chunks = ceil_div(p.V, kChunk);
+  for (int64_t item = warp_in_grid(); item < p.B * chunks; item += warps_in_grid()) {
+    const int64_t b = item / chunks, chunk = item % chunks, v = chunk * kChunk + lane_index();
+    float z = -INFINITY;
+    if (v < p.V) {
+      const float lm = p.out_logits[b * p.V + v] - ws.normalizer[0][b];
+      const float reward = ws.reward_logits[b * p.V + v] - ws.normalizer[1][b];
+      z = mix_log_probabilities(p.out_alpha[b], lm, reward);
+      p.out_logits[b * p.V + v] = z;
+    }
+    summarize_chunk(p, ws, b, chunk, v, z);
+  }
+}
+
+}  // namespace cuda
+}  // namespace dualhead

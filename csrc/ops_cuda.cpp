@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA side of the operators: check, allocate, launch on torch's current stream. Not yet run on
+// a GPU (kernels/cuda/decode.h).
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <utility>
+
+#include "decode_binding.h"
+#include "kernels/cuda/decode.h"
+
+namespace dualhead {
+namespace {
+
+// The workspace is lent by torch's caching allocator for this call: the allocator hands it out
+// again only in this stream's order, or, under capture, keeps it for the graph. So streams, threads
+// and graphs never share scratch, and nothing is cached here.
+DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
+  BoundDecode bound = bind_decode_step(std::move(arguments),
+                                       {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  const DecodeParams& params = bound.params;
+  const Tensor& hidden = bound.arguments.hidden;
+  const auto device = hidden.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int64_t bytes = static_cast<int64_t>(cuda::decode_workspace_bytes(params));
+  const Tensor workspace = allocate<1>({bytes}, ScalarType::Byte, hidden);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int error =
+      cuda::decode_step(params, workspace.data_ptr(), device, static_cast<CUstream_st*>(stream));
+  if (error != 0) {
+    fail(kDecodeStep, "the kernel must start on CUDA device " + std::to_string(device) +
+                          " as one cooperative launch, got " + cuda::error_text(error));
+  }
+  return std::move(bound.result);
+}
+
+}  // namespace
+}  // namespace dualhead
+
+STABLE_TORCH_LIBRARY_IMPL(dualhead, CUDA, m) {
+  m.impl("decode_step", TORCH_BOX(&dualhead::decode_step_entry<dualhead::decode_step_cuda>));
+}

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Half-precision conversions of the host backend, by hand: not every host compiler has the type.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct __half {
+  uint16_t bits;
+};
+
+inline __half __ushort_as_half(uint16_t bits) { return __half{bits}; }
+
+inline uint16_t __half_as_ushort(__half x) { return x.bits; }
+
+inline float __half2float(__half x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  float magnitude;
+  if (exponent == 31) {
+    magnitude = fraction ? NAN : INFINITY;
+  } else if (exponent == 0) {
+    magnitude = std::ldexp(static_cast<float>(fraction), -24);
+  } else {
+    magnitude = std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  }
+  return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// Round to nearest, ties to even.
+inline __half __float2half_rn(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (magnitude != magnitude) return __half{0x7FFF};
+  if (magnitude >= 65520.0f) return __half{static_cast<uint16_t>(sign | 0x7C00)};  // rounds to inf
+  int exponent;
+  std::frexp(magnitude, &exponent);                       // magnitude < 2^exponent
+  const int unit = exponent < -13 ? -24 : exponent - 11;  // exponent of the last place
+  const float places = std::nearbyint(std::ldexp(magnitude, -unit));
+  // `places` units; with the leading 1 at bit 10 it carries into the exponent by plain addition.
+  const int biased = unit == -24 ? 0 : unit + 24;
+  return __half{static_cast<uint16_t>(sign | ((biased << 10) + static_cast<int>(places)))};
+}

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// The host backend's device: one, number 0.
+#include "cuda_runtime.h"
+
+#include <map>
+
+namespace dualhead {
+namespace host_cuda {
+namespace {
+
+constexpr size_t kSharedBytes = 48 * 1024;       // without cudaFuncSetAttribute
+constexpr size_t kMostSharedBytes = 227 * 1024;  // with it
+constexpr unsigned kMostThreads = 1024;
+
+cudaError_t last_error = cudaSuccess;
+
+std::map<const void*, size_t>& shared_limits() {
+  static std::map<const void*, size_t> limits;
+  return limits;
+}
+
+cudaError_t record(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+cudaError_t refusal(const cudaLaunchConfig_t& config, const void* kernel, bool cooperative) {
+  const auto limit = shared_limits().find(kernel);
+  const size_t shared_limit = limit == shared_limits().end() ? kSharedBytes : limit->second;
+  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > kMostThreads) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (config.dynamicSmemBytes > shared_limit) return cudaErrorInvalidValue;
+  if (cooperative && !device().cooperative_launch) return cudaErrorNotSupported;
+  const int64_t resident =
+      static_cast<int64_t>(device().multiprocessors) * device().blocks_per_multiprocessor;
+  if (cooperative && config.gridDim.x > resident) return cudaErrorCooperativeLaunchTooLarge;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+Device& device() {
+  static Device the_device;
+  return the_device;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& body) {
+  bool cooperative = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeCooperative) {
+      cooperative = config.attrs[i].val.cooperative != 0;
+    }
+  }
+  const cudaError_t error = refusal(config, kernel, cooperative);
+  if (error != cudaSuccess) return record(error);
+  run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, cooperative, device().schedule,
+           body);
+  return cudaSuccess;
+}
+
+}  // namespace host_cuda
+}  // namespace dualhead
+
+using dualhead::host_cuda::device;
+using dualhead::host_cuda::record;
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "cudaErrorCooperativeLaunchTooLarge";
+  }
+  return "an unknown error";
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "refused by the host backend";
+}
+
+cudaError_t cudaSetDevice(int index) {
+  return record(index == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = dualhead::host_cuda::last_error;
+  dualhead::host_cuda::last_error = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+  if (index != 0) return record(cudaErrorInvalidDevice);
+  *value = attribute == cudaDevAttrCooperativeLaunch ? device().cooperative_launch
+                                                     : device().multiprocessors;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (value < 0 || static_cast<size_t>(value) > dualhead::host_cuda::kMostSharedBytes) {
+    return record(cudaErrorInvalidValue);
+  }
+  dualhead::host_cuda::shared_limits()[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                          size_t) {
+  if (threads < 1) return record(cudaErrorInvalidValue);
+  *blocks = device().blocks_per_multiprocessor;
+  return cudaSuccess;
+}

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of the CUDA runtime and language that the kernels use, with a meaning on the CPU: found
+// in the toolkit's place by the include path of the test build. Streams are ignored, a launch has
+// run when it returns.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+#include <type_traits>
+
+#include "grid.h"
+
+// --- language ------------------------------------------------------------------------------------
+
+#define __host__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+using dualhead::host_cuda::blockDim;
+using dualhead::host_cuda::blockIdx;
+using dualhead::host_cuda::gridDim;
+using dualhead::host_cuda::threadIdx;
+
+inline void __syncthreads() { ::dualhead::host_cuda::wait_for_block(); }
+
+inline void __syncwarp() { ::dualhead::host_cuda::wait_for_warp(); }
+
+inline void __threadfence() {}
+
+inline void __nanosleep(unsigned) { ::dualhead::host_cuda::nap(); }
+
+template <typename T>
+T host_cuda_exchange(T value, int source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "shuffles move at most 64 bits");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = ::dualhead::host_cuda::exchange(bits, source);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// Whole warps only: the mask is that of all lanes.
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  return host_cuda_exchange(value, static_cast<int>(threadIdx.x % 32) ^ lanes);
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return host_cuda_exchange(value, source % 32);
+}
+
+template <typename T, typename U>
+T atomicAdd(T* address, U value) {
+  ::dualhead::host_cuda::step_back();
+  const T old = *address;
+  *address = static_cast<T>(old + static_cast<T>(value));
+  return old;
+}
+
+template <typename T, typename U>
+T atomicMax(T* address, U value) {
+  ::dualhead::host_cuda::step_back();
+  const T old = *address;
+  if (static_cast<T>(value) > old) *address = static_cast<T>(value);
+  return old;
+}
+
+template <typename T>
+T atomicCAS(T* address, T expected, T value) {
+  ::dualhead::host_cuda::step_back();
+  const T old = *address;
+  if (old == expected) *address = value;
+  return old;
+}
+
+// --- runtime -------------------------------------------------------------------------------------
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNotSupported = 801,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+};
+
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrCooperativeLaunch = 95,
+};
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+struct dim3 : ::dualhead::host_cuda::Index3 {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : Index3{x, y, z} {}  // NOLINT
+};
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetLastError();
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                          int threads, size_t shared_bytes);
+
+namespace dualhead {
+namespace host_cuda {
+
+// What the one device, number 0, claims to be, and how it schedules.
+struct Device {
+  int multiprocessors = 4;
+  int blocks_per_multiprocessor = 2;
+  bool cooperative_launch = true;
+  Schedule schedule;
+};
+
+Device& device();
+
+// Refuses what a device would; else runs body once per thread.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& body);
+
+}  // namespace host_cuda
+}  // namespace dualhead
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const std::tuple<std::decay_t<Parameters>...> copied(arguments...);
+  return ::dualhead::host_cuda::launch(*config, reinterpret_cast<const void*>(kernel),
+                                       [&] { std::apply(kernel, copied); });
+}

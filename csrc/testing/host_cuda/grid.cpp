@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scheduler behind grid.h. Threads wait in meetings; whoever completes a meeting makes all of
+// it ready; whoever must wait hands over directly to a ready thread. None ready: a deadlock.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to leave a stack for another
+#include "grid.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace dualhead {
+namespace host_cuda {
+
+Index3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+constexpr int kWarp = 32;
+
+struct Fiber;
+
+// A point that `expected` threads must reach before any goes on. Can be reused at once: nobody
+// arrives again before all have left.
+struct Meeting {
+  size_t expected = 0;
+  const char* name = nullptr;  // what the waiting threads called
+  std::vector<Fiber*> waiting;
+};
+
+struct Warp {
+  Meeting meeting;
+  // Two sets of slots in turn: a fast lane may give its next value while slow ones read the last.
+  uint64_t slot[2][kWarp];
+};
+
+struct Block {
+  Index3 index;
+  Meeting meeting;
+  std::unique_ptr<unsigned char[]> shared;
+  std::vector<Fiber*> ready;
+};
+
+// A stack and where its execution stands.
+struct Execution {
+  ucontext_t context;
+  jmp_buf jump;
+  const void* stack = nullptr;
+  size_t stack_bytes = 0;
+  void* fake_stack = nullptr;  // AddressSanitizer's own
+  bool started = false;
+};
+
+struct Fiber {
+  Execution execution;
+  Index3 thread;
+  int lane;
+  unsigned exchanges = 0;
+  int grid_barriers = 0, block_barriers = 0;
+  Warp* warp;
+  Block* block;
+  const char* waits_for = nullptr;
+};
+
+struct Grid {
+  size_t shared_bytes;
+  bool cooperative;
+  Schedule schedule;
+  uint64_t random;
+  const std::function<void()>* body;
+  Meeting meeting;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<Block> blocks;
+  std::vector<Block*> ready_blocks;  // those with a ready thread
+  size_t finished = 0;
+  size_t naps = 0;  // since a meeting was completed or a thread finished
+  std::string error;
+  Execution host;  // the thread that called run_grid
+};
+
+Grid* grid_now = nullptr;    // one grid at a time
+Fiber* fiber_now = nullptr;  // null while the host's own stack runs
+
+// --- stacks and switches -------------------------------------------------------------------------
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStackBytes = 256 * 1024;
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+#endif
+
+// Stacks are kept between grids. Below each lies a page that faults, so that an overflow is a crash
+// and not damage to a neighbour.
+unsigned char* stack_of(size_t i) {
+  static std::vector<unsigned char*> stacks;
+  while (stacks.size() <= i) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    void* memory = mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) throw std::bad_alloc();
+    stacks.push_back(static_cast<unsigned char*>(memory) + page);
+  }
+  return stacks[i];
+}
+
+// Leaves `from`, to come back when another switch names it; `last`: never.
+void switch_stacks(Execution* from, Execution* to, bool last) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(last ? nullptr : &from->fake_stack, to->stack, to->stack_bytes);
+  swapcontext(&from->context, &to->context);
+  __sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
+#else
+  // ucontext makes the stacks, but each of its switches is a system call; these are not.
+  (void)last;
+  if (_setjmp(from->jump) != 0) return;
+  if (to->started) _longjmp(to->jump, 1);
+  to->started = true;
+  setcontext(&to->context);
+#endif
+}
+
+void run(Fiber* next, bool last = false) {
+  Fiber* previous = fiber_now;
+  if (next == previous) return;
+  fiber_now = next;
+  if (next) threadIdx = next->thread, blockIdx = next->block->index;
+  switch_stacks(previous ? &previous->execution : &grid_now->host,
+                next ? &next->execution : &grid_now->host, last);
+}
+
+// --- whose turn it is ----------------------------------------------------------------------------
+
+uint64_t next_random() {  // splitmix64
+  uint64_t z = grid_now->random += 0x9E3779B97F4A7C15ull;
+  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+  return z ^ z >> 31;
+}
+
+void make_ready(Fiber* fiber) {
+  fiber->waits_for = nullptr;
+  if (fiber->block->ready.empty()) grid_now->ready_blocks.push_back(fiber->block);
+  fiber->block->ready.push_back(fiber);
+}
+
+// A ready thread, no longer counted as such; null if there is none. The block at the front of the
+// line is the one that goes as far as it can.
+Fiber* take_ready(bool another_block) {
+  std::vector<Block*>& line = grid_now->ready_blocks;
+  if (line.empty()) return nullptr;
+  const bool drawn = grid_now->schedule.seed != 0;
+  if (another_block && !drawn) std::rotate(line.begin(), line.begin() + 1, line.end());
+  const bool front_goes_on =
+      grid_now->schedule.seed % 2 == 1 && fiber_now && line.front() == fiber_now->block;
+  if (drawn && (another_block || !front_goes_on)) {
+    std::swap(line.front(), line[next_random() % line.size()]);
+  }
+  std::vector<Fiber*>& ready = line.front()->ready;
+  const size_t i = drawn ? next_random() % ready.size() : 0;
+  Fiber* fiber = ready[i];
+  ready.erase(ready.begin() + static_cast<std::ptrdiff_t>(i));
+  if (ready.empty()) line.erase(line.begin());
+  return fiber;
+}
+
+std::string place(const Fiber& fiber) {
+  return "block " + std::to_string(fiber.block->index.x) + " thread " +
+         std::to_string(fiber.thread.x);
+}
+
+// Ends the grid: its threads are abandoned where they stand.
+void stop(const std::string& error) {
+  grid_now->error = error;
+  run(nullptr, true);
+}
+
+void report_deadlock() {
+  std::map<std::string, std::pair<size_t, std::string>> places;  // what: how many, for example
+  for (const Fiber& fiber : grid_now->fibers) {
+    if (!fiber.waits_for) continue;
+    auto& [count, example] = places[fiber.waits_for];
+    if (count++ == 0) example = place(fiber);
+  }
+  std::string text = "deadlock: " + std::to_string(grid_now->finished) + " of " +
+                     std::to_string(grid_now->fibers.size()) + " threads finished";
+  for (const auto& [what, who] : places) {
+    text += ", " + std::to_string(who.first) + " wait in " + what + " (" + who.second + ")";
+  }
+  stop(text);
+}
+
+void run_next(bool another_block = false, bool last = false) {
+  Fiber* next = take_ready(another_block);
+  if (!next) {
+    report_deadlock();
+  } else {
+    run(next, last);
+  }
+}
+
+void meet(Meeting* meeting, const char* name) {
+  Fiber* self = fiber_now;
+  if (meeting->waiting.empty()) meeting->name = name;
+  if (std::strcmp(meeting->name, name) != 0) {
+    stop("diverged: " + place(*self) + " is in " + name + " while " +
+         place(*meeting->waiting.front()) + " waits in " + meeting->name);
+  }
+  if (meeting->waiting.size() + 1 < meeting->expected) {
+    self->waits_for = name;
+    meeting->waiting.push_back(self);
+    run_next();
+    return;
+  }
+  grid_now->naps = 0;
+  for (Fiber* fiber : meeting->waiting) make_ready(fiber);
+  meeting->waiting.clear();
+  step_back();  // the last to arrive need not be the first to leave
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  // The first fiber comes from the host's stack and so learns where that lies.
+  Execution& host = grid_now->host;
+  if (host.stack) {
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+  } else {
+    __sanitizer_finish_switch_fiber(nullptr, &host.stack, &host.stack_bytes);
+  }
+#endif
+  (*grid_now->body)();
+  grid_now->naps = 0;
+  if (++grid_now->finished == grid_now->fibers.size()) {
+    run(nullptr, true);
+  } else {
+    run_next(false, true);
+  }
+}
+
+// --- the grid ------------------------------------------------------------------------------------
+
+void make_threads(Grid* grid) {
+  const size_t blocks = gridDim.x, threads = blockDim.x;
+  grid->blocks.resize(blocks);
+  grid->warps.resize(blocks * threads / kWarp);
+  grid->fibers.resize(blocks * threads);
+  grid->meeting.expected = grid->fibers.size();
+  for (Warp& warp : grid->warps) warp.meeting.expected = kWarp;
+  for (size_t i = 0; i < grid->fibers.size(); ++i) {
+    Fiber& fiber = grid->fibers[i];
+    fiber.thread = {static_cast<unsigned>(i % threads), 0, 0};
+    fiber.lane = static_cast<int>(i % kWarp);
+    fiber.warp = &grid->warps[i / kWarp];
+    fiber.block = &grid->blocks[i / threads];
+    Execution& execution = fiber.execution;
+    execution.stack = stack_of(i);
+    execution.stack_bytes = kStackBytes;
+    getcontext(&execution.context);
+    execution.context.uc_stack.ss_sp = const_cast<void*>(execution.stack);
+    execution.context.uc_stack.ss_size = kStackBytes;
+    execution.context.uc_link = nullptr;
+    makecontext(&execution.context, fiber_main, 0);
+  }
+  for (size_t b = 0; b < blocks; ++b) {
+    Block& block = grid->blocks[b];
+    block.index = {static_cast<unsigned>(b), 0, 0};
+    block.meeting.expected = threads;
+    block.shared.reset(new unsigned char[grid->shared_bytes]);
+    std::memset(block.shared.get(), 0xFF, grid->shared_bytes);
+    for (size_t i = 0; i < threads; ++i) make_ready(&grid->fibers[b * threads + i]);
+  }
+}
+
+}  // namespace
+
+void run_grid(Index3 grid, Index3 block, size_t shared_bytes, bool cooperative, Schedule schedule,
+              const std::function<void()>& body) {
+  if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.x == 0 || block.y != 1 || block.z != 1 ||
+      block.x % kWarp != 0) {
+    throw std::runtime_error("run_grid: only one-dimensional grids of whole warps");
+  }
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  Grid now{};
+  gridDim = grid, blockDim = block;
+  now.shared_bytes = shared_bytes, now.cooperative = cooperative;
+  now.schedule = schedule, now.random = schedule.seed;
+  now.body = &body;
+  now.host.started = true;
+  grid_now = &now;
+  fiber_now = nullptr;
+  make_threads(&now);
+  run_next();
+  grid_now = nullptr;
+  if (!now.error.empty()) throw std::runtime_error(now.error);
+}
+
+unsigned char* shared_memory() { return fiber_now->block->shared.get(); }
+
+void wait_for_block() {
+  if (fiber_now->block_barriers++ == grid_now->schedule.skipped_block_barrier) return;
+  meet(&fiber_now->block->meeting, "__syncthreads");
+}
+
+void wait_for_warp() { meet(&fiber_now->warp->meeting, "__syncwarp"); }
+
+void wait_for_grid() {
+  if (!grid_now->cooperative) stop("a grid barrier in a launch that is not cooperative");
+  if (fiber_now->grid_barriers++ == grid_now->schedule.skipped_grid_barrier) return;
+  meet(&grid_now->meeting, "the grid barrier");
+}
+
+void nap() {
+  // Each nap lets others run up to their next wait, so this many in a row are nobody's progress.
+  if (++grid_now->naps > 1000 + 100 * grid_now->fibers.size()) {
+    stop("no progress: " + place(*fiber_now) + " and others only sleep and look again");
+  }
+  make_ready(fiber_now);
+  run_next(true);
+}
+
+void step_back() {
+  if (grid_now->schedule.seed == 0) return;
+  make_ready(fiber_now);
+  run_next();
+}
+
+uint64_t exchange(uint64_t value, int source) {
+  Warp* warp = fiber_now->warp;
+  uint64_t* slot = warp->slot[fiber_now->exchanges++ % 2];
+  slot[fiber_now->lane] = value;
+  meet(&warp->meeting, "a warp exchange");
+  return slot[source];
+}
+
+}  // namespace host_cuda
+}  // namespace dualhead

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a CUDA grid on the CPU, for tests: each CUDA thread is a fiber (ucontext), all blocks of the
+// grid are alive at once, and one host thread switches between them. A fiber runs until it waits (a
+// barrier, an exchange within a warp, __nanosleep) or meets an atomic, and which one goes on next
+// is drawn from a seed, so that code which lacks a barrier meets orders that break it.
+//
+// Not the device: memory is sequentially consistent, lanes of a warp do not run in step, expf and
+// its like are the host's. What it finds: wrong indices, missing or diverging barriers, reads of
+// what nobody wrote (shared memory is poisoned), deadlocks, and under sanitizers stray accesses.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace dualhead {
+namespace host_cuda {
+
+struct Index3 {
+  unsigned x, y, z;
+};
+
+struct Schedule {
+  // 0 = in turn, a block as far as it goes; odd = drawn from this seed, a block as far as it goes;
+  // even = drawn from this seed, any thread next.
+  uint64_t seed = 0;
+  // Seeded bugs, to show that tests see them: every thread walks through its n-th barrier (from 0)
+  // of the kind without waiting. -1: none.
+  int skipped_grid_barrier = -1;
+  int skipped_block_barrier = -1;
+};
+
+// Runs body once per thread of the grid; throws std::runtime_error, saying who waits where, if the
+// threads can never all finish. Shared memory is filled with 0xFF bytes (floats: NaN) before.
+void run_grid(Index3 grid, Index3 block, size_t shared_bytes, bool cooperative, Schedule schedule,
+              const std::function<void()>& body);
+
+// --- what a running thread sees ------------------------------------------------------------------
+
+extern Index3 threadIdx, blockIdx, blockDim, gridDim;  // set at every switch
+unsigned char* shared_memory();
+
+void wait_for_block();  // __syncthreads: all threads of the block
+void wait_for_warp();   // __syncwarp: all 32 lanes
+void wait_for_grid();   // the grid barrier; an error unless the grid was launched as cooperative
+void nap();             // __nanosleep: lets other blocks go first
+void step_back();       // before an atomic: lets any ready thread go first
+
+// Every lane of the warp gives a value and gets that of lane `source`; all 32 must call.
+uint64_t exchange(uint64_t value, int source);
+
+}  // namespace host_cuda
+}  // namespace dualhead

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bare CUDA kernels on the host backend, for pytest: NumPy arrays in, results written in place.
+// bfloat16 and float16 arrays come as their uint16 bits. Strides are read from the arrays; shapes
+// are not checked: that is the operators' binding's part.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../kernels/cuda/decode.h"
+#include "../kernels/cuda/primitives.cuh"
+
+namespace py = pybind11;
+
+namespace dualhead {
+namespace {
+
+// The data of arguments[name], whose items must have T's size; null if it is missing or None.
+template <typename T>
+T* pointer(const py::dict& arguments, const char* name) {
+  if (!arguments.contains(name) || arguments[name].is_none()) return nullptr;
+  const auto array = py::reinterpret_borrow<py::array>(arguments[name]);
+  if constexpr (!std::is_void_v<T>) {
+    if (static_cast<size_t>(array.itemsize()) != sizeof(T)) {
+      throw std::invalid_argument(std::string(name) + " must have items of " +
+                                  std::to_string(sizeof(T)) + " bytes, got " +
+                                  std::to_string(array.itemsize()));
+    }
+  }
+  return static_cast<T*>(const_cast<void*>(array.data()));
+}
+
+int64_t stride(const py::array& array, int dimension) {
+  return array.strides(dimension) / array.itemsize();
+}
+
+DecodeParams params_from(const py::dict& a, DType dtype) {
+  const auto hidden = py::array(a["hidden"]), lm_weight = py::array(a["lm_weight"]),
+             reward_weight = py::array(a["reward_weight"]);
+  DecodeParams p{};
+  p.B = hidden.shape(0), p.d = hidden.shape(1), p.V = lm_weight.shape(0);
+  p.K = reward_weight.shape(0);
+  p.dtype = dtype;
+  if (a.contains("cache_k")) {
+    const auto cache_k = py::array(a["cache_k"]);
+    p.H = cache_k.shape(1), p.S = cache_k.shape(2), p.d_k = cache_k.shape(3);
+  }
+  p.hidden = pointer<void>(a, "hidden"), p.hidden_stride = stride(hidden, 0);
+  p.lm_weight = pointer<void>(a, "lm_weight"), p.lm_weight_stride = stride(lm_weight, 0);
+  p.lm_bias = pointer<void>(a, "lm_bias");
+  p.reward_weight = pointer<void>(a, "reward_weight");
+  p.reward_weight_stride_k = stride(reward_weight, 0);
+  p.reward_weight_stride = stride(reward_weight, 1);
+  p.reward_bias = pointer<void>(a, "reward_bias");
+  p.objective_weights = pointer<float>(a, "objective_weights");
+  p.q_weight = pointer<void>(a, "q_weight"), p.k_weight = pointer<void>(a, "k_weight");
+  p.u_weight = pointer<float>(a, "u_weight"), p.gate_bias = pointer<float>(a, "gate_bias");
+  p.cache_k = pointer<void>(a, "cache_k"), p.cache_u = pointer<float>(a, "cache_u");
+  p.cache_valid = pointer<uint8_t>(a, "cache_valid");
+  p.cache_length = pointer<int32_t>(a, "cache_length");
+  p.new_valid = pointer<uint8_t>(a, "new_valid");
+  p.gate_logit_in = pointer<float>(a, "gate_logit");
+  p.gate_offset = pointer<float>(a, "gate_offset"), p.strength = pointer<float>(a, "strength");
+  p.alpha = pointer<float>(a, "alpha");
+  p.mix_probs = a["mix_probs"].cast<bool>();
+  p.logit_scale = a["logit_scale"].cast<float>();
+  p.logit_softcap = a["logit_softcap"].cast<float>();
+  p.temperature = pointer<float>(a, "temperature"), p.top_k = pointer<int32_t>(a, "top_k");
+  p.top_p = pointer<float>(a, "top_p"), p.min_p = pointer<float>(a, "min_p");
+  p.seeds = pointer<int64_t>(a, "seeds"), p.draws = pointer<int64_t>(a, "draws");
+  p.out_logits = pointer<float>(a, "out_logits"), p.out_alpha = pointer<float>(a, "out_alpha");
+  p.out_gate_logit = pointer<float>(a, "out_gate_logit");
+  p.out_token = pointer<int64_t>(a, "out_token");
+  p.out_logprob = pointer<float>(a, "out_logprob");
+  p.out_status = pointer<int32_t>(a, "out_status");
+  p.out_attention = pointer<float>(a, "out_attention");
+  return p;
+}
+
+DType dtype_from(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+// Runs one step and returns the launch's error by name. The workspace has exactly the size asked
+// for, and every byte of it is `dirt` before.
+std::string decode_step(const py::dict& arguments, const std::string& dtype, int blocks,
+                        int threads, int device, uint8_t dirt) {
+  const DecodeParams params = params_from(arguments, dtype_from(dtype));
+  const size_t bytes = cuda::decode_workspace_bytes(params);
+  const std::unique_ptr<void, void (*)(void*)> workspace(std::aligned_alloc(256, bytes), std::free);
+  std::memset(workspace.get(), dirt, bytes);
+  return cudaGetErrorName(static_cast<cudaError_t>(
+      cuda::decode_step(params, workspace.get(), device, nullptr, {blocks, threads})));
+}
+
+void set_device(int multiprocessors, int blocks_per_multiprocessor, bool cooperative_launch,
+                uint64_t seed, int skipped_grid_barrier, int skipped_block_barrier) {
+  host_cuda::device() = {multiprocessors,
+                         blocks_per_multiprocessor,
+                         cooperative_launch,
+                         {seed, skipped_grid_barrier, skipped_block_barrier}};
+}
+
+template <typename T>
+py::array_t<float> widened(const py::array_t<uint16_t>& bits) {
+  py::array_t<float> out(bits.size());
+  for (py::ssize_t i = 0; i < bits.size(); ++i) {
+    out.mutable_data()[i] = cuda::to_float(T{bits.data()[i]});
+  }
+  return out;
+}
+
+template <typename T>
+py::array_t<uint16_t> rounded(const py::array_t<float>& values) {
+  py::array_t<uint16_t> out(values.size());
+  for (py::ssize_t i = 0; i < values.size(); ++i) {
+    out.mutable_data()[i] = cuda::from_float<T>(values.data()[i]).bits;
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace dualhead
+
+PYBIND11_MODULE(dualhead_testing, m) {
+  using namespace dualhead;  // NOLINT: one list of names
+  m.def("decode_step", &decode_step, py::arg("arguments"), py::arg("dtype"), py::arg("blocks") = 0,
+        py::arg("threads") = 0, py::arg("device") = 0, py::arg("dirt") = 0xFF);
+  m.def("set_device", &set_device, py::kw_only(), py::arg("multiprocessors") = 4,
+        py::arg("blocks_per_multiprocessor") = 2, py::arg("cooperative_launch") = true,
+        py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,
+        py::arg("skipped_block_barrier") = -1);
+  m.def("bfloat16_to_float", &widened<cuda::BFloat16>);
+  m.def("float16_to_float", &widened<cuda::Float16>);
+  m.def("float_to_bfloat16", &rounded<cuda::BFloat16>);
+  m.def("float_to_float16", &rounded<cuda::Float16>);
+}
