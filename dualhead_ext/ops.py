@@ -32,8 +32,8 @@ def cpu_isa() -> str:
     that the environment variable DUALHEAD_FORCE_ISA names.
 
     Raises:
-        RuntimeError: DUALHEAD_FORCE_ISA names one that is unknown or that this machine lacks, or the
-        compiled library is missing.
+        RuntimeError: DUALHEAD_FORCE_ISA names one that is unknown or that this machine lacks, or
+        the compiled library is missing.
     """
     _extension.require("cpu")
     return torch.ops.dualhead.cpu_isa()
@@ -94,8 +94,9 @@ def decode_step(
         token = argmax z, or a draw from softmax(z / temperature) after top-k, top-p and min-p
 
     with ``f(z) = cap tanh(logit_scale z / cap)`` (``logit_softcap`` = cap; 0: no cap). Equals
-    :func:`dualhead_ext.reference.decode_step` up to rounding, with fp32 sums everywhere. The result
-    is deterministic: a row's bits depend neither on the batch it is in nor on the number of threads.
+    :func:`dualhead_ext.reference.decode_step` up to rounding, with fp32 sums everywhere. The
+    result is deterministic: a row's bits depend neither on the batch that it is in nor on the
+    number of threads.
 
     All tensors are on one device. W is float32 or bfloat16 (CUDA: also float16). Elements within a
     weight's row are adjacent; rows may be any distance apart.
@@ -124,14 +125,15 @@ def decode_step(
     Returns:
         DecodeOutput: logits (B, V) (log-probabilities with mix_probs), alpha (B,), gate_logit (B,)
         fp32; token (B,) int64; logprob (B,) fp32, of the token under softmax(logits), before
-        temperature and filters; status (B,) int32: 0 fine, 1 the row is not finite (token 0, logprob
-        NaN), 2 its cache is full (nothing of it written, all outputs NaN or 0); attention (B, H, S)
-        fp32. What was not asked for has shape (0,).
+        temperature and filters; status (B,) int32: 0 fine, 1 the row is not finite (token 0,
+        logprob NaN), 2 its cache is full (nothing of it written, all outputs NaN or 0); attention
+        (B, H, S) fp32. What was not asked for has shape (0,).
 
     Raises:
-        TypeError: a dtype, or something that is not a tensor. ValueError: a shape, a device, a layout,
-        or arguments that do not go together. RuntimeError: an argument requires a gradient while
-        gradients are recorded (there is none), or the library is missing. Nothing has been written.
+        TypeError: a dtype, or something that is not a tensor. ValueError: a shape, a device, a
+        layout, or arguments that do not go together. RuntimeError: an argument requires a gradient
+        while gradients are recorded (there is none), or the library is missing. Nothing has been
+        written.
     """
     arguments = (
         hidden,
@@ -159,39 +161,54 @@ def decode_step(
         min_p,
         seeds,
         draws,
+        mix_probs,
+        logit_scale,
+        logit_softcap,
+        return_logits,
+        record_attention,
     )
+    # The dispatcher would take anything truthy for a bool.
+    if not type(mix_probs) is type(return_logits) is type(record_attention) is bool:
+        raise _as_python_error(RuntimeError(), arguments)
     if torch.is_grad_enabled():
         _refuse_gradients(arguments)
-    options = (mix_probs, logit_scale, logit_softcap, return_logits, record_attention)
     if torch.compiler.is_compiling():
-        return DecodeOutput(*_decode_step(*arguments, *options))
+        return DecodeOutput(*_decode_step(*arguments))
     try:
-        return DecodeOutput(*_decode_step(*arguments, *options))
+        return DecodeOutput(*_decode_step(*arguments))
     except RuntimeError as error:
         raise _as_python_error(error, arguments) from None
 
 
-def _refuse_gradients(tensors: tuple[Tensor | None, ...]) -> None:
-    if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+def _refuse_gradients(arguments: tuple) -> None:
+    if any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
         raise RuntimeError(
             "decode_step: has no gradient, and an argument requires one; call it under "
             "torch.no_grad(), or use reference.decode_step"
         )
 
 
-def _as_python_error(error: RuntimeError, arguments: tuple[Tensor | None, ...]) -> Exception:
+def _as_python_error(error: RuntimeError, arguments: tuple) -> Exception:
     """The exception type that Python users expect; only RuntimeError crosses the stable ABI. Costs
     nothing until something is wrong, and leaves the text in one place, csrc/decode_binding.h."""
-    for value, schema in zip(arguments, _decode_step._schema.arguments, strict=False):
-        optional = isinstance(schema.type, torch.OptionalType)
-        if not isinstance(value, Tensor) and not (optional and value is None):
-            expected = "a tensor or None" if optional else "a tensor"
+    for value, schema in zip(arguments, _decode_step._schema.arguments, strict=True):
+        expected, types = _EXPECTED[str(schema.type)]
+        if not isinstance(value, types):
             got = type(value).__name__
             return TypeError(f"decode_step: {schema.name} must be {expected}, got {got}")
     text = str(error)
     if not text.startswith("decode_step: "):
         return error
     return TypeError(text) if " must have dtype " in text else ValueError(text)
+
+
+# Schema type -> what a person reads, and what is accepted.
+_EXPECTED = {
+    "Tensor": ("a tensor", Tensor),
+    "Optional[Tensor]": ("a tensor or None", (Tensor, type(None))),
+    "bool": ("a bool", bool),
+    "float": ("a number", (int, float)),
+}
 
 
 def _decode_step(*arguments):
@@ -203,22 +220,17 @@ if _extension.problem("cpu") is None:
     _decode_step = torch.ops.dualhead.decode_step.default
 
     @torch.library.register_fake("dualhead::decode_step")
-    def _decode_step_fake(
-        hidden,
-        lm_weight,
-        lm_bias,
-        reward_weight,
-        reward_bias,
-        objective_weights,
-        q_weight,
-        k_weight,
-        u_weight,
-        gate_bias,
-        cache_k,
-        *rest,
-    ):
+    def _decode_step_fake(*arguments):
+        hidden, lm_weight, cache_k = arguments[0], arguments[1], arguments[10]
+        for value in arguments:
+            # A meta tensor among real ones comes here too, past the kernel's own check.
+            if isinstance(value, Tensor) and value.device != hidden.device:
+                raise RuntimeError(
+                    "decode_step: all tensors must be on the device of hidden "
+                    f"({hidden.device}), got one on {value.device}"
+                )
         batch = hidden.shape[0]
-        return_logits, record_attention = rest[-2:]
+        return_logits, record_attention = arguments[-2:]
         fp32 = {"dtype": torch.float32}
         nothing = (0,)
         recorded = record_attention and cache_k is not None

@@ -122,7 +122,10 @@ void run_attention_gate(const Step& s, const Kernels& kernels, ParallelFor paral
   share(parallel, s, kernels.attend, p.B * p.H, bytes);
 }
 
-bool is_full(const Step& s, int64_t b) { return s.params->cache_k && s.column[b] < 0; }
+// Whether the gate is attention. Not its pointers: a cache without room is null.
+bool has_cache(const DecodeParams& p) { return p.H > 0; }
+
+bool is_full(const Step& s, int64_t b) { return has_cache(*s.params) && s.column[b] < 0; }
 
 // alpha of one row from its gate logit and controls; see reference.mixing_weight.
 float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
@@ -245,7 +248,7 @@ void decode_step(const DecodeParams& params, const Kernels& kernels, void* works
   Arena arena(workspace);
   const Step step = lay_out(params, arena);
   if (params.dtype != DType::kFloat32) widen_hidden(step);
-  if (params.cache_k) run_attention_gate(step, kernels, parallel);
+  if (has_cache(params)) run_attention_gate(step, kernels, parallel);
   finish_gate(step);
 
   const int64_t element = params.dtype == DType::kFloat32 ? 4 : 2;

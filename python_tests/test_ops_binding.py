@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""decode_step as an operator: bad input, opcheck, torch.compile, gradients, the choice of the
+instruction set."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from decode_cases import CPU_ISAS, STATE, assert_same_bits, bits, make_case, run
+
+from dualhead_ext import ops
+
+B, d, V, K, H, d_k, S = 3, 16, 40, 2, 2, 4, 6
+TENSORS = [a.name for a in torch.ops.dualhead.decode_step.default._schema.arguments][:25]
+
+
+def full_case(seed: int, gate: str = "attention") -> dict:
+    """Every argument that can be given beside this gate."""
+    case = make_case(seed, B, d, V, K, torch.bfloat16, H=H, d_k=d_k, S=S, gate=gate, bias=True,
+                     objective_weights=True, controls=True, sample=True)  # fmt: skip
+    case |= {name: torch.rand(B) for name in ("alpha", "temperature", "top_p", "min_p")}
+    case["top_k"] = torch.arange(B, dtype=torch.int32)
+    if gate == "attention":
+        case["new_valid"] = torch.ones(B, dtype=torch.bool)
+    return case
+
+
+def positional(case: dict, *options) -> tuple:
+    return (*(case.get(name) for name in TENSORS), *options)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def assert_refused(case: dict, changes: dict, error: type, pattern: str) -> None:
+    """The error, its text, and that nothing was written."""
+    bad = case | changes
+    before = {n: bad[n].clone() for n in STATE if isinstance(bad.get(n), torch.Tensor)}
+    with torch.no_grad(), pytest.raises(error, match=pattern):
+        ops.decode_step(**bad)
+    for name, value in before.items():
+        if value.device.type != "meta":
+            assert torch.equal(bits(bad[name]), bits(value)), name
+
+
+OTHER_DTYPE = {
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float64,
+    torch.int32: torch.int64,
+    torch.int64: torch.int32,
+    torch.bool: torch.uint8,
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("fault", ["dtype", "rank", "size", "device", "type", "missing"])
+def test_every_argument_is_checked(name, fault, seed):
+    gate = "logit" if name == "gate_logit" else "attention"
+    case = full_case(seed, gate)
+    value = case[name]
+    own = rf"^decode_step: {name} must "
+    if fault == "dtype":
+        # The heads' dtype is the LM head's: another one there makes the others wrong.
+        named = "hidden|lm_weight" if name == "lm_weight" else name
+        pattern = rf"^decode_step: ({named}) must have dtype \w+, got \w+$"
+        changed = value.to(OTHER_DTYPE[value.dtype])
+        assert_refused(case, {name: changed}, TypeError, pattern)
+    elif fault == "rank":
+        assert_refused(case, {name: value[None]}, ValueError, own + r"be \(.*\), got \(1, .*\)$")
+    elif fault == "size":
+        # Sizes that define others (B, V, d, H, S, d_k) make another argument wrong.
+        for dim in range(value.dim()):
+            shape = list(value.shape)
+            shape[dim] += 1
+            grown = torch.zeros(shape, dtype=value.dtype)
+            free = {"lm_weight", "reward_weight", "hidden", "cache_k"}
+            pattern = r"^decode_step: \w+ must be \(.*\), got \(.*\)$" if name in free else own
+            assert_refused(case, {name: grown}, ValueError, pattern)
+    elif fault == "device":
+        assert_refused(
+            case, {name: value.to("meta")}, ValueError, "must be on the device of hidden"
+        )
+    elif fault == "type":
+        assert_refused(case, {name: value.tolist()}, TypeError, own + "be a tensor.*, got list$")
+    elif name in ("hidden", "lm_weight", "reward_weight"):
+        assert_refused(case, {name: None}, TypeError, own + "be a tensor, got NoneType$")
+    elif name in ("seeds", "draws") or name in TENSORS[6:14] or name == "gate_logit":
+        pattern = r"^decode_step: \w+ must be given( with \w+)?, got None"
+        assert_refused(case, {name: None}, ValueError, pattern)
+    else:  # truly optional
+        got, _ = run(ops.decode_step, case | {name: None})
+        assert got.status.eq(0).all()
+
+
+bf16 = {"dtype": torch.bfloat16}
+ADJACENT = "must have adjacent elements in each row, got stride 40"
+BAD = {
+    "no vocabulary": ({"lm_weight": torch.zeros(0, d, **bf16)}, r"1 <= V < 2\^31.*got \(0, 16\)"),
+    "no hidden size": ({"lm_weight": torch.zeros(V, 0, **bf16)}, r"d >= 1, got \(40, 0\)"),
+    "no objective": ({"reward_weight": torch.zeros(0, V, d, **bf16)}, r"K >= 1, got \(0, 40, 16\)"),
+    "column-major weight": ({"lm_weight": torch.zeros(d, V, **bf16).T}, f"lm_weight {ADJACENT}"),
+    "column-major reward weight": (
+        {"reward_weight": torch.zeros(K, d, V, **bf16).mT},
+        f"reward_weight {ADJACENT}",
+    ),
+    "strided cache": (
+        {"cache_u": torch.zeros(B, H, 2 * S)[..., ::2]},
+        "cache_u must be contiguous",
+    ),
+    "expanded cache": (
+        {"cache_k": torch.zeros(1, H, S, d_k, **bf16).expand(B, -1, -1, -1)},
+        "cache_k must be contiguous",
+    ),
+    "strided draws": (
+        {"draws": torch.zeros(2 * B, dtype=torch.int64)[::2]},
+        "draws must be contiguous",
+    ),
+    "gate logit beside attention": (
+        {"gate_logit": torch.zeros(B)},
+        "q_weight must be None beside gate_logit",
+    ),
+    "negative cap": ({"logit_softcap": -1.0}, "logit_softcap must be finite and >= 0, got -1"),
+    "infinite cap": ({"logit_softcap": float("inf")}, "logit_softcap must be finite"),
+    "NaN cap": ({"logit_softcap": float("nan")}, "logit_softcap must be finite"),
+    "infinite scale": ({"logit_scale": float("-inf")}, "logit_scale must be finite, got -inf"),
+    "NaN scale": ({"logit_scale": float("nan")}, "logit_scale must be finite, got nan"),
+}
+
+
+@pytest.mark.parametrize("changes, pattern", BAD.values(), ids=BAD)
+def test_bad_values_are_named(changes, pattern, seed):
+    assert_refused(full_case(seed), changes, ValueError, "^decode_step: .*" + pattern)
+
+
+def test_the_issues_own_example(seed):
+    case = make_case(seed, 2, 4096, 8, gate="logit") | {"hidden": torch.zeros(2, 4095)}
+    text = re.escape("decode_step: hidden must be (B, 4096), got (2, 4095)")
+    assert_refused(case, {}, ValueError, f"^{text}$")
+
+
+def test_options_are_checked(seed):
+    case = full_case(seed)
+    for name, bad in (("mix_probs", "yes"), ("logit_scale", "1"), ("return_logits", None)):
+        assert_refused(case, {name: bad}, TypeError, f"^decode_step: {name} must be a ")
+
+
+def test_new_valid_belongs_to_attention(seed):
+    case = full_case(seed, "logit") | {"new_valid": torch.ones(B, dtype=torch.bool)}
+    assert_refused(case, {}, ValueError, "new_valid must be None beside gate_logit")
+
+
+def test_float64_and_float16_have_no_cpu_kernel(seed):
+    assert ops.kernel_for("cpu", torch.float32) and ops.kernel_for("cpu", torch.bfloat16)
+    for dtype in (torch.float64, torch.float16, torch.int64):
+        assert not ops.kernel_for("cpu", dtype)
+    assert not ops.kernel_for("meta", torch.float32)
+    case = make_case(seed, dtype=torch.float16, gate="logit")
+    assert_refused(
+        case, {}, TypeError, "lm_weight must have dtype float32 or bfloat16, got float16"
+    )
+
+
+def test_a_valid_call_after_a_refused_one(seed):
+    case = full_case(seed)
+    expected = run(ops.decode_step, case)
+    assert_refused(case, {"cache_u": torch.zeros(1)}, ValueError, "cache_u")
+    got = run(ops.decode_step, case)
+    assert_same_bits(got[0], expected[0])
+    assert_same_bits(got[1], expected[1])
+
+
+def test_empty_batch(seed):
+    case = make_case(seed, 0, d, V, K, sample=True, record_attention=True, H=H, d_k=d_k, S=S)
+    got, _ = run(ops.decode_step, case)
+    assert got.logits.shape == (0, V) and got.attention.shape == (0, H, S)
+    assert all(value.shape == (0,) for value in got[1:6])
+
+
+def test_a_cache_without_room(seed):
+    got, _ = run(ops.decode_step, make_case(seed, B, d, V, S=0))
+    assert got.status.tolist() == [2] * B
+
+
+# --- the operator in torch ------------------------------------------------------------------------
+
+
+def opcheck_cases() -> dict[str, tuple]:
+    """Arguments, positionally: each dtype, gate and mixture, odd sizes and strides."""
+    wide = torch.randn(3, 30)
+    cases = {
+        "fp32": make_case(1, 2, 16, 40),
+        "bf16": make_case(2, 2, 16, 40, dtype=torch.bfloat16),
+        "one of each": make_case(3, 1, 1, 1, S=1, H=1, d_k=1),
+        "objectives": make_case(4, 3, 7, 13, 4, bias=True, objective_weights=True),
+        "fixed gate": make_case(5, 3, 7, 13, gate="logit", controls=True),
+        "everything": full_case(6),
+        "everything but attention": full_case(7, "logit"),
+        "sampled": make_case(8, 4, 9, 33, sample=True),
+        "strided hidden": make_case(9, 3, 15, 20) | {"hidden": wide[:, 3:18]},
+        "column-major hidden": make_case(10, 3, 15, 20) | {"hidden": torch.randn(15, 3).T},
+        "strided weights": make_case(11, 3, 15, 20, gate="logit")
+        | {"lm_weight": torch.randn(40, 31)[::2, 8:23]},
+        "expanded controls": make_case(12, 3, 15, 20) | {"strength": torch.ones(1).expand(3)},
+    }
+    options = [(False, 1.0, 0.0, True, False), (True, 0.5, 30.0, True, True)]
+    options.append((False, 1.0, 0.0, False, True))
+    return {
+        f"{name} {i}": positional(case, *options[i])
+        for i in range(3)
+        for name, case in cases.items()
+        if i == 0 or name in ("fp32", "everything", "fixed gate", "sampled")
+    }
+
+
+OPCHECK_CASES = opcheck_cases()
+
+
+@pytest.mark.parametrize("arguments", OPCHECK_CASES.values(), ids=OPCHECK_CASES)
+def test_opcheck(arguments):
+    results = torch.library.opcheck(torch.ops.dualhead.decode_step.default, arguments)
+    assert set(results.values()) == {"SUCCESS"} and len(results) == 4
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("gate", ["attention", "logit"])
+def test_compiled_whole_equals_direct(backend, gate, seed):
+    """fullgraph, caches written, other work around it; new batch sizes recompile at most once."""
+    torch._dynamo.reset()
+    frames = []
+
+    def step(case):
+        out = ops.decode_step(**case | {"hidden": case["hidden"] * 2})
+        return out.token + 1, out.logits, out.alpha
+
+    def counted(graph, inputs):
+        frames.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counted)
+    for batch in (2, 3, 5, 7, 4):
+        case = make_case(seed + batch, batch, 16, 40, 1, gate=gate, sample=True, S=5)
+        case["cache_length" if gate == "attention" else "draws"].clamp_(max=3)
+        ours = {k: v.clone() if k in STATE else v for k, v in case.items()}
+        direct = {k: v.clone() if k in STATE else v for k, v in case.items()}
+        with torch.no_grad():
+            for _ in range(2):
+                for a, b in zip(compiled(ours), step(direct), strict=True):
+                    assert torch.equal(a, b)
+        for name in STATE:
+            assert name not in case or torch.equal(ours[name], direct[name]), name
+    assert len(frames) <= 2
+
+
+def test_exported_with_a_dynamic_batch(seed):
+    class Step(torch.nn.Module):
+        def __init__(self, case):
+            super().__init__()
+            self.case = {k: v for k, v in case.items() if k in ("lm_weight", "reward_weight")}
+
+        def forward(self, hidden, gate_logit):
+            return ops.decode_step(hidden=hidden, gate_logit=gate_logit, **self.case).token
+
+    case = make_case(seed, 6, 16, 40, gate="logit")
+    step, dim = Step(case), torch.export.Dim("B")
+    with torch.no_grad():
+        program = torch.export.export(
+            step, (case["hidden"], case["gate_logit"]), dynamic_shapes=({0: dim}, {0: dim})
+        )
+        got = program.module()(case["hidden"][:4], case["gate_logit"][:4])
+        assert torch.equal(got, step(case["hidden"][:4], case["gate_logit"][:4]))
+
+
+def test_inference_mode(seed):
+    case = full_case(seed)
+    expected, _ = run(ops.decode_step, case)
+    with torch.inference_mode():
+        got = ops.decode_step(**{k: v.clone() for k, v in case.items()})
+    assert_same_bits(type(got)(*(value.clone() for value in got)), expected)
+
+
+@pytest.mark.parametrize("name", ["hidden", "reward_weight", "alpha"])
+def test_gradients_are_refused_by_name(name, seed):
+    case = full_case(seed)
+    case[name].requires_grad_()
+    with pytest.raises(RuntimeError, match="decode_step: has no gradient"):
+        ops.decode_step(**case)
+    with torch.no_grad():
+        assert not ops.decode_step(**case).logits.requires_grad
+
+
+# --- the instruction set --------------------------------------------------------------------------
+
+
+def in_process(isa: str) -> subprocess.CompletedProcess:
+    code = "from dualhead_ext import ops; print(ops.cpu_isa())"
+    environment = os.environ | {"DUALHEAD_FORCE_ISA": isa}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+def test_environment_forces_the_instruction_set():
+    done = in_process("portable")
+    assert done.stdout.strip() == "portable", done.stderr
+
+
+def test_environment_with_an_unknown_instruction_set_fails():
+    done = in_process("avx1024")
+    assert done.returncode == 1
+    assert "DUALHEAD_FORCE_ISA must be one of" in done.stderr and "'avx1024'" in done.stderr
+
+
+def test_choice_is_the_best_level():
+    assert ops.cpu_isa() == os.environ.get("DUALHEAD_FORCE_ISA", CPU_ISAS[0])
+    with pytest.raises(RuntimeError, match=r"must be one of .*portable, got 'sse9'"):
+        torch.ops.dualhead._force_cpu_isa("sse9")
+    assert CPU_ISAS[-1] == "portable"
