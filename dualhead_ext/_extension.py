@@ -8,17 +8,32 @@ loaded by a CUDA torch only. A library that is missing or does not load is not a
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
-
-from .build_info import built_for
 
 _FOLDER = Path(__file__).resolve().parent
 _REBUILD = "rebuild it with `pip install --no-build-isolation --no-deps .` in the source folder"
 _FILES = {"cpu": "_C.so", "cuda": "_C_cuda.so"}
 
 _problems: dict[str, str | None] = {}
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote down beside the libraries; empty for a tree that was never built."""
+    path = _FOLDER / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _built_for() -> str:
+    """ "built for torch >= 2.11 (headers of 2.13.0) on x86_64"."""
+    record = build_record()
+    if not record:
+        return "of unknown origin"
+    minimum, headers = record["torch_minimum"], record["torch"]
+    return f"built for torch >= {minimum} (headers of {headers}) on {record['machine']}"
 
 
 def _load(kind: str) -> str | None:
@@ -40,7 +55,7 @@ def _load(kind: str) -> str | None:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return (
-            f"the compiled library {path.name}, {built_for()}, does not load in this torch "
+            f"the compiled library {path.name}, {_built_for()}, does not load in this torch "
             f"{torch.__version__} ({' '.join(str(error).split())}); {_REBUILD}"
         )
     return None

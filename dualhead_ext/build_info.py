@@ -3,25 +3,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
-
-_FILE = Path(__file__).resolve().parent / "_build_info.json"
-
-
-def _recorded() -> dict[str, Any]:
-    """What the build wrote down; empty for a source tree that was never built."""
-    return json.loads(_FILE.read_text()) if _FILE.is_file() else {}
-
-
-def built_for() -> str:
-    """ "built for torch >= 2.11 (headers of 2.13.0) on x86_64", for error messages."""
-    info = _recorded()
-    if not info:
-        return "of unknown origin"
-    minimum, headers = info["torch_minimum"], info["torch"]
-    return f"built for torch >= {minimum} (headers of {headers}) on {info['machine']}"
 
 
 def build_info() -> dict[str, Any]:
@@ -39,7 +21,7 @@ def build_info() -> dict[str, Any]:
 
     from . import __version__, _extension
 
-    info = _recorded()
+    info = _extension.build_record()
     loaded = _extension.problem("cpu") is None
     return {
         "version": __version__,

@@ -26,21 +26,26 @@ def _tool(name: str) -> str:
     return path
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def _run(*command: str, quiet: bool) -> None:
+    said = subprocess.PIPE if quiet else None
+    done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout or ''}")
 
 
-def build(folder: Path = FOLDER, *options: str) -> Path:
-    """Configures and compiles what is out of date; safe to call from several processes at once."""
+def build(folder: Path = FOLDER, *options: str, quiet: bool = True) -> Path:
+    """Configures and compiles what is out of date; safe to call from several processes at once.
+
+    quiet: show the compilers' messages only if they fail.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         python = [f"-DPython_EXECUTABLE={sys.executable}", "-DDUALHEAD_PYTHON=ON"]
         ninja = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
-        _run(_tool("cmake"), "-S", str(ROOT), "-B", str(folder), *ninja, *python, *options)
-        _run(_tool("cmake"), "--build", str(folder))
+        cmake = _tool("cmake")
+        _run(cmake, "-S", str(ROOT), "-B", str(folder), *ninja, *python, *options, quiet=True)
+        _run(cmake, "--build", str(folder), quiet=quiet)
     return folder
 
 
@@ -57,6 +62,6 @@ def testing_module() -> ModuleType:
 
 if __name__ == "__main__":
     try:
-        build()
+        build(quiet=False)
     except RuntimeError as error:
         sys.exit(str(error))
