@@ -121,6 +121,20 @@ class GateCache:
         self.length += count
         self._columns = start + count
 
+    def append_on_device(self, k: Tensor | None, u: Tensor | None, valid: Tensor) -> None:
+        """:meth:`append` at the columns that ``length`` names, without asking the host: for
+        compiled code. There must be room.
+        """
+        columns = self.length[:, None] + torch.arange(valid.shape[1], device=self.device)
+        rows = torch.arange(self.batch_size, device=self.device)[:, None]
+        columns = columns.long()
+        if self.k is not None:
+            self.k[rows, :, columns] = k.transpose(1, 2)
+            self.u[rows, :, columns] = u.transpose(1, 2)
+        self.valid[rows, columns] = valid
+        self.length += valid.shape[1]
+        self.advanced_on_device()
+
     def count_step(self) -> None:
         """Host-side bookkeeping of one fused step, which has written its column itself."""
         self._columns = self.columns + 1

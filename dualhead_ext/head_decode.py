@@ -6,6 +6,7 @@ a step computes.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,21 +230,11 @@ class DecodingHead(HeadBase):
         """
         operator = "DualHead.step"
         self._check_hidden(operator, hidden, 2)
-        batch, device = hidden.shape[0], hidden.device
-        dtype = accumulator_dtype(hidden.dtype)
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self.check_cache(operator, cache, batch)
-            if not capturing(device):
-                cache.require_room(operator, 1)
-        arguments = dict(cache.weights.tensors)
-        fill = None if compiling else cache.per_row
-        for name, value in (("strength", strength), ("gate_offset", gate_offset), ("alpha", alpha)):
-            arguments[name] = per_row(operator, name, value, batch, dtype, device, fill)
-        arguments["objective_weights"] = objective_rows(
-            operator, objective_weights, batch, self.config.num_objectives, dtype, device
-        )
+        sampling: dict[str, Tensor | None] = {}
         if do_sample:
+            batch, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
+            self.check_cache(operator, cache, batch)
+            fill = None if torch.compiler.is_compiling() else cache.per_row
             filters = (
                 ("temperature", temperature, 1.0),
                 ("top_k", top_k, 0),
@@ -253,41 +244,92 @@ class DecodingHead(HeadBase):
             for name, value, off in filters:
                 if isinstance(value, Tensor) or value != off:
                     kind = torch.int32 if name == "top_k" else dtype
-                    arguments[name] = per_row(operator, name, value, batch, kind, device, fill)
-            arguments |= {
-                "seeds": self._seeds(operator, cache, seeds, generator),
-                "draws": cache.draws,
-            }
-        if self.gate.has_state:
+                    device = hidden.device
+                    sampling[name] = per_row(operator, name, value, batch, kind, device, fill)
+            sampling["seeds"] = self._seeds(operator, cache, seeds, generator)
+            sampling["draws"] = cache.draws
+        controls = {
+            "strength": strength,
+            "gate_offset": gate_offset,
+            "alpha": alpha,
+            "objective_weights": objective_weights,
+        }
+        return self._run_step(
+            operator,
+            hidden,
+            cache,
+            controls,
+            sampling,
+            return_logits=return_logits,
+            record_attention=record_attention,
+        )
+
+    def _run_step(
+        self,
+        operator: str,
+        hidden: Tensor,
+        cache: GateCache,
+        controls: dict[str, Any],
+        sampling: dict[str, Tensor | None],
+        *,
+        new_valid: Tensor | None = None,
+        post_process: bool = True,
+        return_logits: bool = True,
+        record_attention: bool = False,
+    ) -> StepOutput:
+        """:meth:`step` with its filters made tensors.
+
+        ``new_valid`` (B,) marks new positions that are padding; ``post_process=False`` leaves out
+        the backbone's own f (logits mix only), for a backbone that applies it itself.
+        """
+        batch, device = hidden.shape[0], hidden.device
+        dtype = accumulator_dtype(hidden.dtype)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.check_cache(operator, cache, batch)
+            if not capturing(device):
+                cache.require_room(operator, 1)
+        fill = None if compiling else cache.per_row
+        arguments = cache.weights.tensors | sampling
+        for name in ("strength", "gate_offset", "alpha"):
+            value = controls.get(name)
+            arguments[name] = per_row(operator, name, value, batch, dtype, device, fill)
+        arguments["objective_weights"] = objective_rows(
+            operator,
+            controls.get("objective_weights"),
+            batch,
+            self.config.num_objectives,
+            dtype,
+            device,
+        )
+        attends = self.gate.has_state
+        if attends:
             arguments |= {
                 "cache_k": cache.k,
                 "cache_u": cache.u,
                 "cache_valid": cache.valid,
                 "cache_length": cache.length,
+                "new_valid": new_valid,
             }
         else:
             arguments["gate_logit"] = self.gate(hidden)
         out = self._decode_function(hidden)(
             hidden=hidden,
             mix_probs=self.config.mix == "probs",
-            logit_scale=self.config.logit_scale,
-            logit_softcap=self.config.logit_softcap,
+            logit_scale=self.config.logit_scale if post_process else 1.0,
+            logit_softcap=self.config.logit_softcap if post_process else 0.0,
             return_logits=return_logits,
-            record_attention=record_attention and self.gate.has_state,
+            record_attention=record_attention and attends,
             **arguments,
         )
-        if not self.gate.has_state:
+        if not attends:
             cache.length += 1
         if compiling:
             cache.advanced_on_device()
         else:
             cache.count_step()
-        attention = (
-            out.attention[:, :, : cache.columns]
-            if record_attention and self.gate.has_state
-            else None
-        )
-        return StepOutput(out.logits if return_logits else None, *out[1:6], attention)
+        recorded = out.attention[:, :, : cache.columns] if record_attention and attends else None
+        return StepOutput(out.logits if return_logits else None, *out[1:6], recorded)
 
     @staticmethod
     def _seeds(

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated head in the place of a backbone's lm_head.
+
+The backbone's own forward stays: decoder, slice, lm_head, post-processing. A hook on the decoder
+sees every hidden state (the gate must, though generate() asks for the last position's logits alone)
+and writes the cache; the head itself then gets the sliced hidden states and mixes.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .config import DualHeadConfig
+from .head import GatedHead
+from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, gate_layer
+
+
+@dataclass
+class Call:
+    """What one forward of the model passes to its lm_head."""
+
+    controls: dict[str, Any]  # strength, gate_offset, alpha, objective_weights: (B, ...) or numbers
+    attention_mask: Tensor | None = None  # (B, columns + T)
+    new_valid: Tensor | None = None  # (B, T): where given, instead of the mask's last columns
+    cache: Cache | None = None
+    logits_to_keep: int | Tensor = 0
+    # Filled in by the hook on the decoder:
+    hidden: Tensor | None = None  # (B, T, d)
+    layer: GateLayer | None = None
+    past: int | Tensor = 0  # columns before this call
+    fused: bool = False  # one new position per row, left to the fused step
+    from_scratch: bool = False  # the whole sequence, to be differentiated
+    logits: Tensor | None = field(
+        default=None, repr=False
+    )  # mix="probs": kept from the backbone's f
+
+
+def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """(B, T, ...) at the kept positions: an int counts from the end (0: all); positions (N,) or (B,
+    N); a mask (B, T) of bool, which flattens to (N, ...). As transformers slices hidden states
+    before an lm_head.
+    """
+    if isinstance(logits_to_keep, int):
+        return values[:, -logits_to_keep:] if logits_to_keep else values
+    if logits_to_keep.dim() == 1:
+        return values[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return values[logits_to_keep]
+    index = logits_to_keep.view(*logits_to_keep.shape, *(1,) * (values.dim() - 2))
+    return torch.take_along_dim(values, index, dim=1)
+
+
+class DualHeadLMHead(GatedHead, nn.Linear):
+    """A gated head that is an ``nn.Linear`` and owns the backbone's very Parameter as ``.weight``,
+    so that tied embeddings, parallel plans and state-dict keys survive.
+    """
+
+    def __init__(self, linear: nn.Linear, config: DualHeadConfig) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self._add_gate_and_reward_head(config)
+        self.reward_head.to(linear.weight)
+        self.gate.to(linear.weight)
+        if linear.weight.device.type != "meta":
+            self.reward_head.copy_from(linear.weight, linear.bias)
+        self.last_alpha: Tensor | None = None  # (B, N) of the latest call, for streaming inspection
+        self._calls: dict[int, Call] = {}
+
+    @property
+    def lm_weight(self) -> Tensor:
+        return self.weight
+
+    @property
+    def lm_bias(self) -> Tensor | None:
+        return self.bias
+
+    def __deepcopy__(self, memo: dict) -> DualHeadLMHead:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        state = {name: value for name, value in self.__dict__.items() if name != "_calls"}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        twin._calls = {}
+        return twin
+
+    # --- one forward of the model ---
+
+    @staticmethod
+    def _thread() -> int:
+        # Two threads may generate with one model; inside a compiled region there is only one.
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+    def begin(self, call: Call) -> None:
+        """A forward of the model starts."""
+        self._calls[self._thread()] = call
+
+    def end(self) -> None:
+        """It is over, also by an exception."""
+        self._calls.pop(self._thread(), None)
+
+    def on_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Forward hook of the decoder: note the hidden states, and write keys and folded values of
+        every position into the cache's gate layer. Called without a forward in flight (embeddings
+        alone) it does nothing.
+        """
+        call = self._calls.get(self._thread())
+        if call is None:
+            return
+        call.hidden = output[0]
+        batch, length = call.hidden.shape[:2]
+        if call.new_valid is None and call.attention_mask is not None:
+            call.new_valid = call.attention_mask[:, -length:].bool()
+        cache = getattr(output, "past_key_values", None) if call.cache is None else call.cache
+        if not isinstance(cache, Cache):
+            return
+        call.layer = gate_layer(cache) or self._add_layer(cache, batch, length)
+        gate_cache = call.layer.gate_cache
+        if not torch.compiler.is_compiling():
+            self.check_cache("DualHeadForCausalLM.forward", gate_cache, batch)
+            call.layer.make_room(length)
+            # Beyond a cached prompt there is nothing to differentiate: its keys are detached.
+            call.from_scratch = gate_cache.columns == 0 and self._wants_gradients(call.hidden)
+        # One new position per row: the fused step appends, attends and mixes at once.
+        call.fused = length == 1 and not call.from_scratch
+        if not call.fused:
+            self._write(call)
+
+    def _wants_gradients(self, hidden: Tensor) -> bool:
+        trained = (*self.parameters(), hidden)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+
+    def _add_layer(self, cache: Cache, batch: int, length: int) -> GateLayer:
+        if getattr(cache, "offloading", False):
+            raise NotImplementedError(
+                "DualHeadForCausalLM: offloaded caches are not supported; use cache_implementation "
+                '"dynamic" or "static"'
+            )
+        if cache.get_seq_length() > length:
+            raise ValueError(
+                f"DualHeadForCausalLM: past_key_values holds {int(cache.get_seq_length()) - length} positions "
+                "that the gate has not seen; fill it with this model, not with the plain backbone"
+            )
+        if cache.is_compileable:
+            capacity = max(layer.get_max_length() for layer in cache.layers)
+            layer: GateLayer = StaticGateLayer(self.new_cache(batch, capacity))
+        else:
+            layer = GateLayer(self.new_cache(batch, max(FIRST_CAPACITY, length)))
+        cache.layers.append(layer)
+        return layer
+
+    @torch.no_grad()
+    def _write(self, call: Call) -> None:
+        """Append every position of this call to the gate's layer."""
+        gate_cache, hidden = call.layer.gate_cache, call.hidden
+        batch, length = hidden.shape[:2]
+        valid = call.new_valid
+        if valid is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+        k = u = None
+        if self.gate.has_state:
+            k, u = self.gate.keys_and_values(hidden, gate_cache.weights.tensors["u_weight"])
+        if torch.compiler.is_compiling():
+            call.past = gate_cache.length.clone()
+            gate_cache.append_on_device(k, u, valid)
+        else:
+            call.past = gate_cache.columns
+            gate_cache.append(k, u, valid)
+
+    # --- logits ---
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixed logits at the positions that the backbone kept: x (B, N, d) or (N, d) -> (B, N, V)
+        or (N, V), fp32. For the logits mix these are the values before the backbone's own f, which
+        it applies next.
+
+        Raises:
+            RuntimeError: called outside of the model's forward: the gate needs the whole sequence.
+        """
+        call = self._calls.get(self._thread())
+        if call is None or call.hidden is None:
+            raise RuntimeError(
+                "DualHeadLMHead: the gated lm_head needs the decoder's hidden states; call the model, or "
+                "dualhead_ext.detach(model) for the plain backbone"
+            )
+        raw = self.config.mix == "logits"
+        if call.fused:
+            with torch.no_grad():
+                new_valid = None if call.new_valid is None else call.new_valid[:, -1].contiguous()
+                out = self._run_step(
+                    "DualHeadForCausalLM.forward",
+                    call.hidden[:, 0],
+                    call.layer.gate_cache,
+                    call.controls,
+                    {},
+                    new_valid=new_valid,
+                    post_process=not raw,
+                )
+            logits, alpha = out.logits[:, None], out.alpha[:, None]
+        else:
+            logits, alpha = self._mix_kept(x, call)
+        self.last_alpha = alpha.detach()
+        call.logits = None if raw else logits
+        return logits
+
+    def _mix_kept(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        batch, length = call.hidden.shape[:2]
+        flat = x.dim() == 2  # a mask of positions: every one is a row of its own
+        keep = 0 if x.shape[:2] == call.hidden.shape[:2] and not flat else call.logits_to_keep
+        gate_logit = keep_positions(
+            self._gate_logits(call, 0 if flat else keep), keep if flat else 0
+        )
+        controls, hidden = call.controls, x
+        if flat:
+            row = keep_positions(
+                torch.arange(batch, device=x.device)[:, None].expand(-1, length), keep
+            )
+            controls = {
+                name: value[row]
+                if isinstance(value, Tensor) and value.shape[:1] == (batch,)
+                else value
+                for name, value in controls.items()
+            }
+            hidden, gate_logit = x[:, None], gate_logit[:, None]
+        out = self._mixed(
+            "DualHeadForCausalLM.forward",
+            hidden,
+            gate_logit,
+            controls.get("strength"),
+            controls.get("gate_offset"),
+            controls.get("alpha"),
+            controls.get("objective_weights"),
+            post_process=self.config.mix != "logits",
+        )
+        return (out.logits[:, 0], out.alpha[:, 0]) if flat else (out.logits, out.alpha)
+
+    def _gate_logits(self, call: Call, keep: int | Tensor) -> Tensor:
+        """Gate logits (B, N) at the kept positions of this call."""
+        hidden, layer = call.hidden, call.layer
+        batch, length = hidden.shape[:2]
+        if layer is None or call.from_scratch:
+            return keep_positions(self.gate(hidden, call.new_valid), keep)
+        queries = keep_positions(hidden, keep)
+        if not self.gate.has_state:
+            return self.gate(queries)
+        positions = torch.arange(length, device=hidden.device).expand(batch, -1)
+        past = call.past[:, None] if isinstance(call.past, Tensor) else call.past
+        columns = keep_positions(positions + past, keep)
+        cache = layer.gate_cache
+        filled = cache.max_length if torch.compiler.is_compiling() else cache.columns
+        with torch.no_grad():
+            return self.gate.attend(
+                queries,
+                columns,
+                cache.k[:, :, :filled],
+                cache.u[:, :, :filled],
+                cache.valid[:, :filled],
+            )
+
+    # --- training ---
+
+    def training_loss(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        completion_mask: Tensor,
+        objective: Tensor | None,
+        options: dict[str, Any],
+    ) -> Any:
+        """The objective on a batch [all chosen; all rejected]; see
+        :func:`dualhead_ext.functional.dual_head_loss`.
+
+        hidden (2P, T, d), input_ids and masks (2P, T); position t predicts token t + 1.
+        """
+        from .functional import dual_head_loss
+
+        return dual_head_loss(
+            hidden[:, :-1],
+            input_ids[:, 1:],
+            completion_mask[:, 1:].bool(),
+            self.gate(hidden, attention_mask)[:, :-1],
+            lm_weight=self.lm_weight,
+            reward_weight=self.reward_head.weight,
+            lm_bias=self.lm_bias,
+            reward_bias=self.reward_head.bias,
+            mix=self.config.mix,
+            logit_scale=self.config.logit_scale,
+            logit_softcap=self.config.logit_softcap,
+            objective=objective,
+            **options,
+        )
