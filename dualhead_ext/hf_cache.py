@@ -91,7 +91,8 @@ class GateLayer(CacheLayerMixin):
 
 
 class StaticGateLayer(GateLayer):
-    """Of fixed size, for compiled decoding: the device counts its columns, its tensors never move."""
+    """Of fixed size, for compiled decoding: the device counts its columns, its tensors never "
+    "move."""
 
     is_compileable = True
 

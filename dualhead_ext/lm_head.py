@@ -145,7 +145,8 @@ class DualHeadLMHead(GatedHead, nn.Linear):
             )
         if cache.get_seq_length() > length:
             raise ValueError(
-                f"DualHeadForCausalLM: past_key_values holds {int(cache.get_seq_length()) - length} positions "
+                f"DualHeadForCausalLM: past_key_values holds "
+                f"{int(cache.get_seq_length()) - length} positions "
                 "that the gate has not seen; fill it with this model, not with the plain backbone"
             )
         if cache.is_compileable:
@@ -187,7 +188,8 @@ class DualHeadLMHead(GatedHead, nn.Linear):
         call = self._calls.get(self._thread())
         if call is None or call.hidden is None:
             raise RuntimeError(
-                "DualHeadLMHead: the gated lm_head needs the decoder's hidden states; call the model, or "
+                "DualHeadLMHead: the gated lm_head needs the decoder's hidden states; call the "
+                "model, or "
                 "dualhead_ext.detach(model) for the plain backbone"
             )
         raw = self.config.mix == "logits"

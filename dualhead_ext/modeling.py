@@ -93,23 +93,27 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
         if not isinstance(backbone, PreTrainedModel):
             if not isinstance(backbone, str):
                 raise TypeError(
-                    f"from_backbone: backbone must be a model, a path or a hub name, got {type(backbone).__name__}"
+                    f"from_backbone: backbone must be a model, a path or a hub name, got "
+                    f"{type(backbone).__name__}"
                 )
             backbone = AutoModelForCausalLM.from_pretrained(
                 backbone, dtype=dtype or "auto", device_map=device_map, revision=revision
             )
         elif not (dtype is device_map is revision is None):
             raise TypeError(
-                "from_backbone: dtype, device_map and revision are for a path or hub name, not a model"
+                "from_backbone: dtype, device_map and revision are for a path or hub name, not a "
+                "model"
             )
         if isinstance(backbone, DualHeadForCausalLM):
             raise ValueError(
-                "from_backbone: backbone has a gated head already; dualhead_ext.detach(model) removes it"
+                "from_backbone: backbone has a gated head already; dualhead_ext.detach(model) "
+                "removes it"
             )
         linear = backbone.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise TypeError(
-                f"from_backbone: {type(backbone).__name__} must have a linear lm_head, got {type(linear).__name__}"
+                f"from_backbone: {type(backbone).__name__} must have a linear lm_head, got "
+                f"{type(linear).__name__}"
             )
         read = {
             "hidden_size": linear.in_features,
@@ -144,7 +148,8 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
             and not (isinstance(mask, Tensor) and mask.dim() == 2)
         ):
             raise NotImplementedError(
-                "DualHeadForCausalLM.forward: attention_mask must be (B, columns); for a mask of more dimensions pass "
+                "DualHeadForCausalLM.forward: attention_mask must be (B, columns); for a mask of "
+                "more dimensions pass "
                 "dualhead_valid (B, T), true where the new positions are real tokens"
             )
         call = Call(
@@ -170,14 +175,16 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
             return out
         if kwargs.get("labels") is not None or isinstance(out, tuple):
             raise NotImplementedError(
-                'DualHeadForCausalLM.forward: labels and return_dict=False with mix="probs" on a backbone that scales or '
+                'DualHeadForCausalLM.forward: labels and return_dict=False with mix="probs" on a '
+                "backbone that scales or "
                 "caps its logits; use dualhead_ext.functional.dual_head_loss"
             )
         out.logits = call.logits
         return out
 
     def _training_forward(self, new: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        """The objective, computed inside the model's forward so that DDP's and FSDP's hooks fire."""
+        """The objective, computed inside the model's forward so that DDP's and FSDP's hooks "
+        "fire."""
         input_ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
         if input_ids is None:
             raise ValueError(
@@ -320,7 +327,8 @@ def _refuse_packed(kwargs: dict[str, Any]) -> None:
     for name in _PACKED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise NotImplementedError(
-                f"DualHeadForCausalLM: {name} belongs to packed or continuously batched input, which the gated head "
+                f"DualHeadForCausalLM: {name} belongs to packed or continuously batched input, "
+                f"which the gated head "
                 "does not support; pad the batch instead"
             )
     positions = kwargs.get("position_ids")
@@ -333,7 +341,8 @@ def _refuse_packed(kwargs: dict[str, Any]) -> None:
     ):
         if (positions.diff(dim=-1) < 0).any():
             raise NotImplementedError(
-                "DualHeadForCausalLM: position_ids that start again within a row are packed input, which the gated "
+                "DualHeadForCausalLM: position_ids that start again within a row are packed "
+                "input, which the gated "
                 "head does not support; pad the batch instead"
             )
 

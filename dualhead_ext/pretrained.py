@@ -26,12 +26,11 @@ from transformers.utils import cached_file
 from transformers.utils.hub import PushToHubMixin
 
 from .config import DualHeadConfig
+from .data import EMBEDDED, embedded_backbone_path
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "dualhead_config.json"
 WEIGHTS_NAME = "dualhead_model.safetensors"
-# The name under which files refer to the backbone inside this package.
-EMBEDDED = "embedded"
 
 # Parameters and values per parameter in a fingerprint: a few kilobytes of JSON that no other
 # backbone shares.
@@ -39,11 +38,6 @@ _FINGERPRINT_PARAMETERS, _FINGERPRINT_VALUES = 32, 4
 # Values agree between float32, bfloat16 and float16 copies of one backbone to half an ulp of
 # bfloat16, 2^-8.
 _FINGERPRINT_TOLERANCE = 2.0**-7
-
-
-def embedded_backbone_path() -> Path:
-    """The folder of the small backbone inside this package."""
-    return Path(__file__).parent / "backbone"
 
 
 def head_state(head: torch.nn.Module, lm_head_trained: bool = False) -> dict[str, Tensor]:
@@ -83,7 +77,8 @@ def check_fingerprint(model: PreTrainedModel, stored: dict[str, Any], where: str
     found = fingerprint(model)
     if found["model_type"] != stored["model_type"]:
         raise ValueError(
-            f"{where}: its backbone must be a {stored['model_type']} model, got {found['model_type']}"
+            f"{where}: its backbone must be a {stored['model_type']} model, got "
+            f"{found['model_type']}"
         )
     for name, values in stored["parameters"].items():
         got = found["parameters"].get(name)
@@ -95,7 +90,8 @@ def check_fingerprint(model: PreTrainedModel, stored: dict[str, Any], where: str
             for a, b in zip(values, got, strict=True)
         ):
             raise ValueError(
-                f"{where}: was trained on another backbone: parameter {name} begins {values}, this one {got}"
+                f"{where}: was trained on another backbone: parameter {name} begins {values}, "
+                f"this one {got}"
             )
 
 
@@ -150,7 +146,8 @@ def read_config(folder: str, revision: str | None = None) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"from_pretrained: {path} has format version {version}, this release reads {FORMAT_VERSION}; update it"
+            f"from_pretrained: {path} has format version {version}, this release reads "
+            f"{FORMAT_VERSION}; update it"
         )
     return stored | {"dual_head": DualHeadConfig.from_dict(dual_head)}
 
@@ -241,11 +238,13 @@ class DualHeadFilesMixin(PushToHubMixin):
             backbone = source["name_or_path"]
             if backbone is None:
                 raise ValueError(
-                    f"from_pretrained: {folder} names no backbone (it was a local folder); pass backbone="
+                    f"from_pretrained: {folder} names no backbone (it was a local folder); pass "
+                    f"backbone="
                 )
             if backbone != EMBEDDED and (os.path.isabs(backbone) or ".." in Path(backbone).parts):
                 raise ValueError(
-                    f"from_pretrained: {folder} names the backbone {backbone!r}, which is not a hub name"
+                    f"from_pretrained: {folder} names the backbone {backbone!r}, which is not a "
+                    f"hub name"
                 )
         if backbone == EMBEDDED:
             backbone = str(embedded_backbone_path())
@@ -302,7 +301,8 @@ def load_head_state(head: torch.nn.Module, state: dict[str, Tensor], where: str)
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or unknown:
         raise ValueError(
-            f"{where}: the heads' file must hold {', '.join(sorted(own))}; missing: {', '.join(missing) or 'none'}; "
+            f"{where}: the heads' file must hold {', '.join(sorted(own))}; missing: "
+            f"{', '.join(missing) or 'none'}; "
             f"unknown: {', '.join(unknown) or 'none'}"
         )
     for name, value in state.items():

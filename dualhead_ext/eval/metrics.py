@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures with their uncertainty. Needs nothing but Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def wilson_interval(
+    successes: int, trials: int, z: float = 1.959963984540054
+) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (default 95 %): ``(p + z^2/2n -+ z sqrt(p(1-p)/n +
+    z^2/4n^2)) / (1 + z^2/n)``.
+
+    Raises:
+        ValueError: no trials, or successes outside 0..trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(
+            f"wilson_interval: expected 0 <= successes <= trials >= 1, got {successes} of {trials}"
+        )
+    p, z2 = successes / trials, z * z
+    centre = p + z2 / (2 * trials)
+    width = z * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials))
+    scale = 1 + z2 / trials
+    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
+
+
+def longer_is_better(rows: Iterable[dict[str, Any]]) -> tuple[float, int]:
+    """How often the longer response (in characters) is the chosen one, ties as a half, and the
+    number of pairs: the baseline that any preference accuracy stands beside.
+    """
+    wins, count = 0.0, 0
+    for row in rows:
+        chosen, rejected = _length(row["chosen"]), _length(row["rejected"])
+        wins += 1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0
+        count += 1
+    if count == 0:
+        raise ValueError("longer_is_better: expected at least one pair, got none")
+    return wins / count, count
+
+
+def _length(response: str | list[dict[str, str]]) -> int:
+    return len(response) if isinstance(response, str) else sum(len(m["content"]) for m in response)
