@@ -198,17 +198,17 @@ class LossCounts:
     tokens: Any
 
     @classmethod
-    def of_batch(
-        cls, mask: Tensor, num_pairs: int | None = None, lm_on_chosen: bool = True
+    def of_lengths(
+        cls, lengths: Tensor, num_pairs: int | None = None, lm_on_chosen: bool = True
     ) -> LossCounts:
-        """The counts of one batch, on the device of ``mask`` (R, T) and without waiting for it."""
-        pairs = mask.shape[0] // 2 if num_pairs is None else num_pairs
-        lengths = mask.bool().sum(-1)
-        extra = mask.shape[0] - 2 * pairs
+        """The counts of a batch whose rows hold ``lengths`` (R,) response tokens, on their device
+        and without waiting for it. num_pairs: default R / 2.
+        """
+        pairs = lengths.shape[0] // 2 if num_pairs is None else num_pairs
         lm_tokens = lengths[2 * pairs :].sum()
         if lm_on_chosen:
             lm_tokens = lm_tokens + lengths[:pairs].sum()
-        sequences = extra + (pairs if lm_on_chosen else 0)
+        sequences = lengths.shape[0] - 2 * pairs + (pairs if lm_on_chosen else 0)
         return cls(sequences, lm_tokens, pairs, lengths.sum())
 
     def __add__(self, other: LossCounts) -> LossCounts:
@@ -220,7 +220,7 @@ class LossCounts:
         )
 
 
-# What `DualHeadLossOutput.totals` holds, in order: counts, and sums over sequences, pairs, tokens.
+# The columns of `DualHeadLossOutput.totals`: counts and sums of one example.
 TOTAL_NAMES = (
     "sequences",
     "lm_tokens",
@@ -252,8 +252,9 @@ class DualHeadLossOutput:
             the preference term compares.
         chosen_rewards, rejected_rewards: (P,), detached, beta_r times the (reduced)
             log-probabilities: their difference less gamma is the margin.
-        totals: (len(TOTAL_NAMES),) float64, detached: counts and sums that add up over batches and
-            processes; `metrics_of_totals` turns them into means.
+        totals: (E, len(TOTAL_NAMES)) float64, detached, a row for each example, the P pairs and
+            then the rows after them: counts and sums, which add up over examples, batches and
+            processes; `metrics_of_totals` turns their sum into means.
     """
 
     loss: Tensor
@@ -268,7 +269,8 @@ class DualHeadLossOutput:
 
 
 def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
-    """Means for a log, in the names that TRL users know, from summed `DualHeadLossOutput.totals`.
+    """Means for a log, in the names that TRL users know, from `DualHeadLossOutput.totals` summed
+    over examples: (len(TOTAL_NAMES),).
 
     ``loss, lm_loss, preference_loss, gate_loss``; ``rewards/chosen|rejected|accuracies|margins``,
     ``logps/chosen|rejected``, ``preference/saturation`` (share of pairs whose sigmoid is within 1 %
@@ -293,8 +295,9 @@ def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
         metrics["preference/saturation"] = t["saturated_pairs"] / t["pairs"]
     if t["tokens"]:
         mean, entropy = t["alpha"] / t["tokens"], t["entropy"] / t["tokens"]
+        mean_entropy = torch.tensor(entropy, dtype=torch.float64)
         regularizer = GATE_REGULARIZERS[options.gate_regularizer]
-        metrics["gate_loss"] = options.lambda_g * float(regularizer(torch.tensor(entropy).double()))
+        metrics["gate_loss"] = options.lambda_g * float(regularizer(mean_entropy))
         metrics["loss"] += metrics["gate_loss"]
         metrics["gate/mean"] = mean
         variance = t["alpha_squared"] / t["tokens"] - mean * mean

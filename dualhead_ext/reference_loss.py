@@ -24,6 +24,7 @@ from .losses import (
     LM_REDUCTIONS,
     PREFERENCE_REDUCTIONS,
     SATURATION_LOGIT,
+    TOTAL_NAMES,
     DualHeadLossOutput,
     LossCounts,
     LossOptions,
@@ -81,6 +82,16 @@ class Part:
             self.gate_logit[index],
             objective,
         )
+
+
+@dataclass
+class RowSums:
+    """Sums over each row's response tokens: all (R,)."""
+
+    lm_nll: Tensor
+    pair_logps: Tensor
+    entropy: Tensor
+    length: Tensor
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -145,12 +156,6 @@ def _reward_log_probs(z_rm: Tensor, labels: Tensor, options: LossOptions) -> Ten
     return token_log_probs(postprocess(z_rm, options.logit_scale, options.logit_softcap), labels)
 
 
-def _sequence_sums(part: Part, logps: Tensor, first_row: int, num_rows: int, length: int) -> Tensor:
-    """Sums over each row's tokens, in a fixed order: logps (N,) -> (num_rows,)."""
-    dense = logps.new_zeros(num_rows, length)
-    return dense.index_put((part.rows - first_row, part.columns), logps).sum(-1)
-
-
 def dual_head_loss(
     hidden: Tensor,
     labels: Tensor,
@@ -182,87 +187,103 @@ def dual_head_loss(
     bounds = torch.tensor([num_pairs, 2 * num_pairs], device=rows.device)
     cuts = [0, *torch.searchsorted(rows, bounds).tolist(), rows.shape[0]]
     in_lm = (options.lm_on_chosen, False, True)
-    lm_sum, pair_logps, lm_tokens = kept.gate_logit.new_zeros(()), [], 0
+    lm_logps, pair_logps = [], []
     for i, (start, end) in enumerate(pairwise(cuts)):
         part = kept[slice(start, end)]
         lm, pref = _part_log_probs(part, heads, options, in_lm[i], in_pairs=i < 2)
-        if lm is not None:
-            lm_sum, lm_tokens = lm_sum + lm.sum(), lm_tokens + end - start
-        if pref is not None:
-            pair_logps.append(_sequence_sums(part, pref, i * num_pairs, num_pairs, length))
-    lengths = mask.bool().sum(-1)
-    own = LossCounts(
-        num_rows - 2 * num_pairs + (num_pairs if options.lm_on_chosen else 0),
-        lm_tokens,
-        num_pairs,
-        rows.shape[0],
+        empty = part.gate_logit.new_zeros(end - start)
+        lm_logps.append(empty if lm is None else lm)
+        pair_logps.append(empty if pref is None else pref)
+
+    def sums(of_tokens: Tensor) -> Tensor:
+        """(N,) -> (R,), in a fixed order."""
+        dense = of_tokens.new_zeros(num_rows, length)
+        return dense.index_put((rows, columns), of_tokens).sum(-1)
+
+    per_row = RowSums(
+        lm_nll=-sums(torch.cat(lm_logps)),
+        pair_logps=sums(torch.cat(pair_logps)),
+        entropy=sums(gate_entropy(kept.gate_logit)),
+        length=mask.bool().sum(-1),
     )
-    return _combine(lm_sum, pair_logps, kept.gate_logit, lengths, own, counts or own, options)
+    with torch.no_grad():
+        alpha = torch.sigmoid(kept.gate_logit.double())
+        saturated = (kept.gate_logit.abs() > SATURATION_LOGIT).double()
+        gate_sums = [sums(x) for x in (alpha, alpha.square(), saturated)]
+    return _combine(per_row, gate_sums, num_pairs, counts, options)
 
 
 def _combine(
-    lm_sum: Tensor,
-    pair_logps: list[Tensor],
-    gate_logit: Tensor,
-    lengths: Tensor,
-    own: LossCounts,
-    counts: LossCounts,
+    sums: RowSums,
+    gate_sums: list[Tensor],
+    num_pairs: int,
+    counts: LossCounts | None,
     options: LossOptions,
 ) -> DualHeadLossOutput:
-    """The three terms and their sum: lm_sum 0-d, pair_logps 2 x (P,), gate_logit (N,), lengths
-    (R,); ``own`` are this batch's counts, ``counts`` those that the means divide by.
-    """
+    """The three terms and their sum. gate_sums: alpha, alpha squared and saturation, (R,) each."""
+    own = LossCounts.of_lengths(sums.length, num_pairs, options.lm_on_chosen)
+    counts = own if counts is None else counts
 
     def mean(total: Tensor, count: float | Tensor) -> Tensor:
         return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
-    chosen, rejected = pair_logps
-    pairs = own.pairs
-    both = (lengths[:pairs], lengths[pairs : 2 * pairs])
-    reduce = PREFERENCE_REDUCTIONS[options.pref_reduction]
-    rewards = [options.beta_r * reduce(x, n) for x, n in zip(pair_logps, both, strict=True)]
-    margin = rewards[0] - rewards[1] - options.gamma
-    # Two empty responses say nothing: without this their constant loss would be reported.
-    losses = pair_loss(margin, options.label_smoothing).masked_fill(both[0] + both[1] == 0, 0.0)
-    entropy = gate_entropy(gate_logit)
+    def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[:num_pairs], rows[num_pairs : 2 * num_pairs]
 
-    lm_loss = mean(-lm_sum, LM_REDUCTIONS[options.lm_reduction](counts))
+    reduce = PREFERENCE_REDUCTIONS[options.pref_reduction]
+    chosen_logps, rejected_logps = pairs(sums.pair_logps)
+    chosen, rejected = pairs(options.beta_r * reduce(sums.pair_logps, sums.length))
+    margin = chosen - rejected - options.gamma
+    # Two empty responses say nothing: without this their constant loss would be reported.
+    losses = pair_loss(margin, options.label_smoothing)
+    losses = losses.masked_fill(sum(pairs(sums.length)) == 0, 0.0)
+
+    lm_loss = mean(sums.lm_nll.sum(), LM_REDUCTIONS[options.lm_reduction](counts))
     preference_loss = mean(losses.sum(), counts.pairs)
     regularizer = GATE_REGULARIZERS[options.gate_regularizer]
-    gate_loss = options.lambda_g * regularizer(mean(entropy.sum(), counts.tokens))
+    gate_loss = options.lambda_g * regularizer(mean(sums.entropy.sum(), counts.tokens))
     loss = lm_loss + options.lambda_r * preference_loss + gate_loss
 
     with torch.no_grad():
-        alpha = torch.sigmoid(gate_logit.double())
-        sums = (
-            lm_sum.neg(),
-            losses.sum(),
-            chosen.sum(),
-            rejected.sum(),
-            rewards[0].sum(),
-            rewards[1].sum(),
-            (rewards[0] > rewards[1]).sum(),
-            (margin.abs() > SATURATION_LOGIT).sum(),
-            alpha.sum(),
-            alpha.square().sum(),
-            entropy.sum(),
-            (gate_logit.abs() > SATURATION_LOGIT).sum(),
-        )
-        own_counts = (own.sequences, own.lm_tokens, own.pairs, own.tokens)
-        totals = torch.cat(
-            (
-                torch.tensor(own_counts, dtype=torch.float64, device=alpha.device),
-                torch.stack([x.double() for x in sums]),
-            )
-        )
-    return DualHeadLossOutput(
-        loss,
-        lm_loss.detach(),
-        preference_loss.detach(),
-        gate_loss.detach(),
-        chosen.detach(),
-        rejected.detach(),
-        rewards[0].detach(),
-        rewards[1].detach(),
-        totals,
-    )
+        of_pairs = {
+            "pairs": torch.ones_like(losses),
+            "pair_loss": losses,
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "chosen_rewards": chosen,
+            "rejected_rewards": rejected,
+            "correct_pairs": chosen > rejected,
+            "saturated_pairs": margin.abs() > SATURATION_LOGIT,
+        }
+        in_lm = torch.ones_like(sums.length, dtype=torch.bool)
+        in_lm[num_pairs if options.lm_on_chosen else 0 : 2 * num_pairs] = False
+        of_rows = {
+            "sequences": in_lm,
+            "lm_tokens": sums.length * in_lm,
+            "tokens": sums.length,
+            "lm_nll": sums.lm_nll,
+            "entropy": sums.entropy,
+            "alpha": gate_sums[0],
+            "alpha_squared": gate_sums[1],
+            "saturated_tokens": gate_sums[2],
+        }
+        totals = _totals(of_pairs, of_rows, num_pairs)
+    rest = (chosen_logps, rejected_logps, chosen, rejected)
+    terms = (lm_loss, preference_loss, gate_loss)
+    return DualHeadLossOutput(loss, *(x.detach() for x in (*terms, *rest)), totals)
+
+
+def _totals(of_pairs: dict[str, Tensor], of_rows: dict[str, Tensor], num_pairs: int) -> Tensor:
+    """(E, len(TOTAL_NAMES)) float64: an example is a pair, both its rows, or a row after the
+    pairs. of_pairs (P,) each, of_rows (R,) each.
+    """
+    columns = []
+    for name in TOTAL_NAMES:
+        if name in of_pairs:
+            extra = of_rows["tokens"].shape[0] - 2 * num_pairs
+            columns.append(F.pad(of_pairs[name].double(), (0, extra)))
+        else:
+            rows = of_rows[name].double()
+            both = rows[:num_pairs] + rows[num_pairs : 2 * num_pairs]
+            columns.append(torch.cat((both, rows[2 * num_pairs :])))
+    return torch.stack(columns, dim=-1)

@@ -105,18 +105,18 @@ def test_options_name_what_is_wrong(name, value, error):
 
 
 def test_counts_of_a_batch_and_their_sum():
-    mask = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]]).bool()
-    counts = LossCounts.of_batch(mask, num_pairs=2)
-    assert (counts.sequences, int(counts.lm_tokens), counts.pairs, int(counts.tokens)) == (
-        3,
-        4,
-        2,
-        7,
-    )
-    without = LossCounts.of_batch(mask, num_pairs=2, lm_on_chosen=False)
-    assert (without.sequences, int(without.lm_tokens)) == (1, 1)
-    both = counts + without
-    assert (both.sequences, int(both.lm_tokens), both.pairs, int(both.tokens)) == (4, 5, 4, 14)
+    def numbers(counts):
+        return tuple(
+            int(x) for x in (counts.sequences, counts.lm_tokens, counts.pairs, counts.tokens)
+        )
+
+    lengths = torch.tensor([2, 1, 0, 3, 1])
+    counts = LossCounts.of_lengths(lengths, num_pairs=2)
+    assert numbers(counts) == (3, 4, 2, 7)
+    without = LossCounts.of_lengths(lengths, num_pairs=2, lm_on_chosen=False)
+    assert numbers(without) == (1, 1, 2, 7)
+    assert numbers(counts + without) == (4, 5, 4, 14)
+    assert numbers(LossCounts.of_lengths(lengths[:4])) == (2, 3, 2, 6)
 
 
 def totals_of(**values):
