@@ -54,9 +54,10 @@ def _load(kind: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())  # torch wraps the loader's words
         return (
             f"the compiled library {path.name}, {_built_for()}, does not load in this torch "
-            f"{torch.__version__} ({' '.join(str(error).split())}); {_REBUILD}"
+            f"{torch.__version__} ({reason}); {_REBUILD}"
         )
     return None
 
