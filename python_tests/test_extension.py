@@ -67,7 +67,10 @@ def test_no_path_of_the_build_machine_is_in_the_libraries(built):
 
 def test_the_library_is_of_these_sources():
     """Stale otherwise: make build."""
-    names = sorted(libraries._git("ls-files", "csrc").split(), key=os.fsencode)
+    listed = libraries._git("ls-files", "csrc")
+    if listed is None:
+        pytest.skip("this is not a git checkout")
+    names = sorted(listed.split(), key=os.fsencode)
     content = b"".join((ROOT / name).read_bytes() for name in names)
     assert len(content) > 10_000
     expected = hashlib.sha256(content).hexdigest()
@@ -92,7 +95,10 @@ def test_build_info_says_what_runs():
     assert info["cpu_problem"] is None
     assert info["cpu_isa"] in info["cpu_isa_levels"]
     assert info["cpu_isa_levels"][-1] == "portable"
-    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", info["commit"])
+    if libraries._git("rev-parse", "HEAD") is None:
+        assert info["commit"] is None
+    else:
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", info["commit"])
     has_cuda = (PACKAGE / libraries.CUDA_LIBRARY).is_file()
     assert bool(info["cuda_archs"]) == has_cuda == bool(info["nvcc"])
 

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compile gate: every CUDA kernel compiles for sm_80, sm_90a and sm_100, and the hot ones spill
+no register and stay within their limits. Needs nvcc, no GPU: ptxas says what it allotted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from build_backend import ROOT, incremental, libraries, toolchain
+
+
+@dataclass(frozen=True)
+class Limit:
+    """registers: per thread. A kernel of n threads per block has 65536 / n of them per resident
+    block; a barrier of the grid needs all blocks resident."""
+
+    registers: int
+    spill_bytes: int = 0
+    stack_bytes: int = 0
+
+
+# Hot kernels by a part of their name. A kernel named nowhere must not spill either.
+LIMITS = {
+    "decode_step_kernel": Limit(registers=128),  # 256 threads: two blocks per multiprocessor
+}
+ARCHS = {"sm_80", "sm_90a", "sm_100"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of one kernel on one architecture."""
+
+    kernel: str
+    arch: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+_ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '(\w+)' for '(\w+)'")
+_PROPERTIES = re.compile(r"ptxas info\s*: Function properties for (\w+)")
+_STACK = re.compile(
+    r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+)
+_REGISTERS = re.compile(r"ptxas info\s*: Used (\d+) registers")
+
+
+def parse_resources(log: str) -> list[Resources]:
+    """Each entry function of a log of ``nvcc -Xptxas=-v``. Raises ValueError for one whose lines
+    are incomplete: a log that cannot be read must not pass for one without spills."""
+    found = []
+    for block in re.split(r"(?=ptxas info\s*: Compiling entry function)", log)[1:]:
+        entry, properties = _ENTRY.match(block), _PROPERTIES.search(block)
+        stack, registers = _STACK.search(block), _REGISTERS.search(block)
+        if not (entry and properties and stack and registers) or properties[1] != entry[1]:
+            raise ValueError(f"not as ptxas reports a kernel: {block}")
+        spilled = int(stack[2]) + int(stack[3])
+        found.append(Resources(entry[1], entry[2], int(registers[1]), int(stack[1]), spilled))
+    return found
+
+
+def violations(resources: Resources, limit: Limit) -> list[str]:
+    pairs = (
+        ("spill_bytes", resources.spill_bytes, limit.spill_bytes),
+        ("stack_bytes", resources.stack_bytes, limit.stack_bytes),
+        ("registers", resources.registers, limit.registers),
+    )
+    return [f"{name} {got}, at most {most}" for name, got, most in pairs if got > most]
+
+
+needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[Path, list[Resources]]:
+    """Resources by source file, from the objects of `make build` unless those are for other archs;
+    compiled now if out of date."""
+    own_archs = toolchain.cuda_archs() != toolchain.DEFAULT_ARCHS.split(";")
+    folder = ROOT / "build" / ("gate" if own_archs else "objects")
+    patch = pytest.MonkeyPatch()
+    patch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    patch.setenv("DUALHEAD_CUDA", "1")
+    try:
+        tools = libraries.find_tools()
+        steps = [s for s in libraries.compile_steps("cuda", folder, tools) if ".cu" in s.title]
+        with incremental.build_lock(folder):
+            incremental.run_steps(steps)
+    finally:
+        patch.undo()
+    return {step.output: parse_resources(step.log.read_text()) for step in steps}
+
+
+@needs_nvcc
+def test_every_kernel_is_compiled_for_every_arch(compiled):
+    assert compiled
+    for source, kernels in compiled.items():
+        for name in {one.kernel for one in kernels}:
+            archs = {one.arch for one in kernels if one.kernel == name}
+            # sm_100 comes with its PTX, which ptxas sees once.
+            assert archs == ARCHS, f"{source}: {name} is compiled for {sorted(archs)}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", list(LIMITS))
+def test_hot_kernels_keep_their_limits(compiled, name):
+    hot = [one for kernels in compiled.values() for one in kernels if name in one.kernel]
+    assert {one.arch for one in hot} == ARCHS, f"no kernel is named {name}: correct LIMITS"
+    for one in hot:
+        found = violations(one, LIMITS[name])
+        assert not found, f"{one.kernel} on {one.arch}: {'; '.join(found)}"
+
+
+@needs_nvcc
+def test_no_kernel_spills(compiled):
+    for kernels in compiled.values():
+        for one in kernels:
+            assert one.spill_bytes == 0, f"{one.kernel} on {one.arch} spills"
+
+
+# --- that the gate can close ----------------------------------------------------------------------
+
+SPILLING = """
+__global__ void __launch_bounds__(1024) greedy(const float* in, float* out) {
+  float held[128];
+#pragma unroll
+  for (int i = 0; i < 128; ++i) held[i] = in[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 128; ++i) out[i * 1024 + threadIdx.x] = held[i] * held[127 - i];
+}
+"""
+
+
+@needs_nvcc
+def test_a_spill_is_seen(tmp_path):
+    """128 live values, 64 registers: the real compiler, flags and log format."""
+    source, output = tmp_path / "greedy.cu", tmp_path / "greedy.o"
+    source.write_text(SPILLING)
+    command = [toolchain.find_nvcc().program, *toolchain.NVCC_FLAGS]
+    command += [*toolchain.gencode_flags(["9.0a"]), "-c", str(source), "-o", str(output)]
+    step = incremental.Step(output, command, "compile greedy.cu")
+    step.run()
+    (found,) = parse_resources(step.log.read_text())
+    assert (found.arch, found.registers) == ("sm_90a", 64)
+    assert found.spill_bytes > 0
+    assert violations(found, Limit(registers=64, stack_bytes=10_000))
+
+
+BLOCK = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4fooPf' for 'sm_80'
+ptxas info    : Function properties for _Z4fooPf
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 792 bytes cmem[0]
+ptxas info    : Compile time = 1742.007 ms
+"""
+
+
+def test_logs_are_read():
+    (found,) = parse_resources(BLOCK)
+    assert found == Resources("_Z4fooPf", "sm_80", 96, 16, 20)
+    assert violations(found, Limit(registers=96, spill_bytes=20, stack_bytes=16)) == []
+    assert violations(found, Limit(registers=95)) == [
+        "spill_bytes 20, at most 0",
+        "stack_bytes 16, at most 0",
+        "registers 96, at most 95",
+    ]
+    assert len(parse_resources(BLOCK + BLOCK)) == 2
+
+
+@pytest.mark.parametrize("line", range(1, 5))
+def test_incomplete_logs_do_not_pass(line):
+    lines = BLOCK.splitlines(keepends=True)
+    del lines[line]
+    if line == 1:  # without its first line there is no kernel at all
+        assert parse_resources("".join(lines)) == []
+        return
+    with pytest.raises(ValueError, match="not as ptxas reports"):
+        parse_resources("".join(lines))
