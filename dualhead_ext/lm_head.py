@@ -150,7 +150,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
                 "that the gate has not seen; fill it with this model, not with the plain backbone"
             )
         if cache.is_compileable:
-            capacity = max(layer.get_max_length() for layer in cache.layers)
+            capacity = _static_length(cache)
             layer: GateLayer = StaticGateLayer(self.new_cache(batch, capacity))
         else:
             layer = GateLayer(self.new_cache(batch, max(FIRST_CAPACITY, length)))
@@ -299,3 +299,17 @@ class DualHeadLMHead(GatedHead, nn.Linear):
             objective=objective,
             **options,
         )
+
+
+def _static_length(cache: Cache) -> int:
+    """The columns of a static cache that a caller has made. A sliding layer knows its window "
+    "alone."""
+    lengths = [
+        layer.get_max_length() for layer in cache.layers if not getattr(layer, "is_sliding", False)
+    ]
+    if not lengths or max(lengths) < 0:
+        raise ValueError(
+            "DualHeadForCausalLM: past_key_values is a static cache of sliding layers alone, which "
+            'does not say how long it is; use generate(cache_implementation="static")'
+        )
+    return max(lengths)
