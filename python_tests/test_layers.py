@@ -22,7 +22,7 @@ KERNELS = ROOT / "csrc" / "kernels"
 
 # Bottom first. A module imports from the layers below its own, or from its own without a cycle.
 LAYERS = (
-    {"config", "reference", "show", "cli_errors"},
+    {"config", "reference", "show", "cli_errors", "checkpoint", "state_file"},
     {"_extension", "ops"},
     {"build_info", "gate", "cache", "controls"},
     {"head_base", "head_decode", "head"},
