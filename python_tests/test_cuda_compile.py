@@ -98,6 +98,7 @@ def compiled() -> dict[Path, list[Resources]]:
 def test_every_kernel_is_compiled_for_every_arch(compiled):
     assert compiled
     for source, kernels in compiled.items():
+        assert kernels, f"{source}: ptxas reports no kernel"
         for name in {one.kernel for one in kernels}:
             archs = {one.arch for one in kernels if one.kernel == name}
             # sm_100 comes with its PTX, which ptxas sees once.

@@ -22,13 +22,14 @@ KERNELS = ROOT / "csrc" / "kernels"
 
 # Bottom first. A module imports from the layers below its own, or from its own without a cycle.
 LAYERS = (
-    {"config", "reference", "show", "cli_errors", "checkpoint", "state_file"},
-    {"_extension", "ops"},
+    {"config", "reference", "checkpoint", "data", "show", "cli_errors"},
+    {"_extension", "ops", "collate"},
     {"build_info", "gate", "cache", "controls"},
     {"head_base", "head_decode", "head"},
     {"losses", "reference_loss", "functional"},
-    {"modeling"},
-    {"data", "trainer"},
+    {"hf_cache", "lm_head", "pretrained", "modeling"},
+    {"state_file", "trainer"},
+    {"eval"},
     {"bench", "commands", "cli_options", "cli"},
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -256,6 +257,7 @@ def test_every_source_states_its_licence():
 def test_no_file_outgrows_its_reader():
     for path in SOURCES:
         limit = 500 if path.is_relative_to(KERNELS) else 400
+        limit = 600 if path.parent == ROOT / "python_tests" else limit  # cases, not logic
         lines = path.read_text().count("\n")
         assert lines <= limit, f"{path} has {lines} lines, at most {limit} are meant"
 
