@@ -51,47 +51,48 @@ def head_state(head: torch.nn.Module, lm_head_trained: bool = False) -> dict[str
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells backbones apart: the architecture, and a few values of evenly chosen parameters,
-    rounded so little that any floating dtype of the same backbone matches. Heads are left out.
+    """What tells backbones apart: the architecture, and a few values of evenly chosen parameters.
+
+    The heads are left out, and an LM head that is trained with them.
     """
-    own = ("reward_head.", "gate.")
-    head_name = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    left_out = {id(p) for n, p in head.named_parameters() if "." in n or p.requires_grad}
     names = [
-        n
-        for n, p in model.named_parameters()
-        if p.is_floating_point()
-        and p.numel()
-        and not n.removeprefix(f"{head_name}.").startswith(own)
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.numel() and id(parameter) not in left_out
     ]
     step = max(1, math.ceil(len(names) / _FINGERPRINT_PARAMETERS))
-    values = {}
-    for name in names[::step]:
-        flat = model.get_parameter(name).detach().flatten()
-        where = torch.linspace(0, flat.numel() - 1, _FINGERPRINT_VALUES, device=flat.device).long()
-        values[name] = [float(x) for x in flat[where].float().tolist()]
+    values = {name: _few_values(model.get_parameter(name)) for name in names[::step]}
     return {"model_type": model.config.model_type, "parameters": values}
 
 
+def _few_values(parameter: Tensor) -> list[float]:
+    flat = parameter.detach().flatten()
+    where = torch.linspace(0, flat.numel() - 1, _FINGERPRINT_VALUES, device=flat.device).long()
+    return flat[where].float().tolist()
+
+
 def check_fingerprint(model: PreTrainedModel, stored: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless ``model`` is the backbone that ``stored`` describes."""
-    found = fingerprint(model)
-    if found["model_type"] != stored["model_type"]:
+    """Raise ValueError unless ``model`` is the backbone that ``stored`` describes, in any floating
+    dtype.
+    """
+    if model.config.model_type != stored["model_type"]:
         raise ValueError(
-            f"{where}: its backbone must be a {stored['model_type']} model, got "
-            f"{found['model_type']}"
+            f"{where}: its backbone must be a {stored['model_type']} model, "
+            f"got {model.config.model_type}"
         )
+    parameters = dict(model.named_parameters())
     for name, values in stored["parameters"].items():
-        got = found["parameters"].get(name)
-        if got is None:  # quantised or renamed here: nothing to compare
-            continue
-        scale = max(max(map(abs, values)), 1e-6)
-        if any(
-            not abs(a - b) <= _FINGERPRINT_TOLERANCE * scale
-            for a, b in zip(values, got, strict=True)
-        ):
+        parameter = parameters.get(name)
+        if parameter is None or not parameter.is_floating_point():
+            continue  # quantised or renamed here: nothing to compare
+        got = _few_values(parameter)
+        tolerance = _FINGERPRINT_TOLERANCE * max(max(map(abs, values)), 1e-6)
+        if not all(abs(a - b) <= tolerance for a, b in zip(values, got, strict=True)):
             raise ValueError(
-                f"{where}: was trained on another backbone: parameter {name} begins {values}, "
-                f"this one {got}"
+                f"{where}: was trained on another backbone: parameter {name} "
+                f"begins {values}, this one {got}"
             )
 
 
