@@ -132,10 +132,11 @@ def tokenize_pairs(
 class PreferenceCollator:
     """Batches as TRL's: ``[all chosen; all rejected]``, right-padded.
 
-    >>> rows = [{"chosen_input_ids": [1, 5, 6], "chosen_completion_mask": [0, 0, 1], ...
-    "rejected_input_ids": [1, 5], "rejected_completion_mask": [0, 1]}] >>> batch =
-    PreferenceCollator(pad_token_id=0)(rows) >>> batch["input_ids"].tolist(),
-    batch["completion_mask"].tolist() ([[1, 5, 6], [1, 5, 0]], [[0, 0, 1], [0, 1, 0]])
+    >>> chosen = {"chosen_input_ids": [1, 5, 6], "chosen_completion_mask": [0, 0, 1]}
+    >>> rejected = {"rejected_input_ids": [1, 5], "rejected_completion_mask": [0, 1]}
+    >>> batch = PreferenceCollator(pad_token_id=0)([chosen | rejected])
+    >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
+    ([[1, 5, 6], [1, 5, 0]], [[0, 0, 1], [0, 1, 0]])
 
     Also takes TRL's columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. Returns input_ids,
     attention_mask, completion_mask (2P, T) int64 and objective (P,) int64.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a dual-head model: the heads alone, beside a JSON that names the backbone they belong
-to.
+"""Files of a dual-head model: the heads alone, and a JSON that names the backbone they belong to.
 
-dualhead_config.json        format_version, dual_head (DualHeadConfig), backbone (name, revision,
-fingerprint) dualhead_model.safetensors  gate.*, reward_head.*, and lm_head.* only if it was trained
+``dualhead_config.json`` holds format_version, dual_head (DualHeadConfig) and backbone (name,
+revision, fingerprint); ``dualhead_model.safetensors`` gate.*, reward_head.*, and lm_head.* only if
+it was trained.
 
 No pickle, nothing executed, no path followed out of the folder.
 """
@@ -153,7 +153,7 @@ def read_config(folder: str, revision: str | None = None) -> dict[str, Any]:
     return stored | {"dual_head": DualHeadConfig.from_dict(dual_head)}
 
 
-def _read_weights(folder: str, revision: str | None) -> dict[str, Tensor]:
+def read_weights(folder: str, revision: str | None = None) -> dict[str, Tensor]:
     path = _file_of(folder, WEIGHTS_NAME, revision)
     try:
         return load_file(path)
@@ -233,7 +233,7 @@ class DualHeadFilesMixin(PushToHubMixin):
                 f"from_pretrained: quantize={quantize!r} is not available in this release"
             )
         folder = os.fspath(pretrained_model_name_or_path)
-        stored, state = read_config(folder, revision), _read_weights(folder, revision)
+        stored, state = read_config(folder, revision), read_weights(folder, revision)
         config, source = stored["dual_head"], stored["backbone"]
         if backbone is None:
             backbone = source["name_or_path"]
