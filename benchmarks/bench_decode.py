@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode step by size: fused, eager, torch.compile, and the plain head.
+
+See :mod:`dualhead_ext.bench.decode`. Fails where the fused step is slower than eager PyTorch, or
+less than 1.5 times as fast in bf16 at d = 4096, V = 32000, B = 1.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from dualhead_ext.bench import decode, runner
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    groups = decode.plan(metafunc.config.option.benchmark_quick)
+    metafunc.parametrize("group", groups, ids=str)
+
+
+def test_decode_step(group, benchmarks):
+    before = len(benchmarks.found.failures)
+    runner.run_group(group, benchmarks.found, benchmarks.seconds, benchmarks.emit)
+    failures = benchmarks.found.failures[before:]
+    assert not failures, "\n".join(failures)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pytest --benchmark``: options, and the report that the benchmarks fill."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dualhead_ext.bench import QUICK_SECONDS, SECONDS, check_options, report, runner
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dualhead_ext")
+    group.addoption(
+        "--benchmark-quick",
+        action="store_true",
+        help="with --benchmark: a few sizes, in under a minute",
+    )
+    group.addoption(
+        "--benchmark-seconds",
+        type=float,
+        metavar="S",
+        help=f"timing per case (default {SECONDS:g}, quick {QUICK_SECONDS:g})",
+    )
+    group.addoption(
+        "--benchmark-json", metavar="FILE", help="with --benchmark: write the results there"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    try:
+        check_options(option.benchmark_seconds, option.benchmark_json)
+    except (ValueError, OSError) as error:
+        raise pytest.UsageError(str(error)) from None
+    for name in ("benchmark_quick", "benchmark_seconds", "benchmark_json"):
+        if getattr(option, name) not in (None, False) and not option.benchmark:
+            raise pytest.UsageError(f"--{name.replace('_', '-')} needs --benchmark")
+
+
+@dataclass
+class Session:
+    """What the benchmarks share: the report, seconds per case, and how to print past capturing."""
+
+    found: report.Report
+    seconds: float | None
+    emit: Callable[[str], None]
+
+
+@pytest.fixture(scope="session")
+def benchmarks(pytestconfig: pytest.Config) -> Iterator[Session]:
+    """The run's report; written to --benchmark-json at the end, failures and all."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def emit(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(text, flush=True)
+
+    emit("")
+    found = runner.start(pytestconfig.option.benchmark_quick, emit)
+    _require_fresh_build(found)
+    yield Session(found, pytestconfig.option.benchmark_seconds, emit)
+    if pytestconfig.option.benchmark_json is not None:
+        found.write(pytestconfig.option.benchmark_json)
+
+
+def _require_fresh_build(found: report.Report) -> None:
+    """A library that is older than csrc/ must not have its figures taken for those of csrc/."""
+    sys.path.insert(0, str(ROOT / "_build"))
+    from libraries import csrc_hash
+
+    if csrc_hash() != found.environment["csrc_sha256"]:
+        pytest.fail("csrc/ has changed since it was compiled; run `make build`", pytrace=False)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks: one timer, one decode step by size, whole models, and their reports.
+
+``dualhead bench`` and ``pytest --benchmark`` are two front ends of what is here. Importing this
+module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+# Of timing per case; the slowest cases take longer, since a median needs some rounds.
+SECONDS, QUICK_SECONDS = 1.5, 0.3
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of ``dualhead bench``."""
+    parser.add_argument("--quick", action="store_true", help="a few sizes, in under a minute")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help=f"timing per case (default {SECONDS:g}, with --quick {QUICK_SECONDS:g})",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="run nothing: print the results in FILE, written by --json, as a Markdown table",
+    )
+
+
+def main(arguments: Namespace) -> int:
+    """Run ``dualhead bench``. Returns the exit code: 1 if the fused step was too slow somewhere.
+
+    Raises:
+        ValueError, OSError: what the user asked for cannot be done; said before anything runs.
+        RuntimeError: there is no compiled kernel.
+    """
+    from . import report
+
+    if arguments.report is not None:
+        print(report.markdown(report.load(arguments.report)))
+        return 0
+    check_options(arguments.seconds, arguments.json)
+    from . import runner
+
+    found = runner.run(
+        arguments.quick, arguments.seconds, emit=lambda text: print(text, flush=True)
+    )
+    if arguments.json is not None:
+        found.write(arguments.json)
+    for failure in found.failures:
+        print(f"too slow: {failure}")
+    return 1 if found.failures else 0
+
+
+def check_options(seconds: float | None, json: str | None) -> None:
+    """Raise for options that could only fail after the benchmark has run.
+
+    Raises:
+        ValueError: seconds negative or not finite. FileNotFoundError, IsADirectoryError: no results
+        file could be written there.
+    """
+    from pathlib import Path
+
+    if seconds is not None and not 0 <= seconds < float("inf"):
+        raise ValueError(f"bench: seconds must be at least 0 and finite, got {seconds}")
+    if json is None:
+        return
+    if Path(json).is_dir():
+        raise IsADirectoryError(f"bench: the results file must not be a folder, got {json}")
+    if not Path(json).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"bench: the results file must be in a folder that exists, got {json}"
+        )

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that a benchmark ran on: what it is, and how fast it reads memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build_info import build_info
+from .timing import Contender, alternate
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# Where the system does not say: more than nearly every desktop has.
+_ASSUMED_CACHE_BYTES = 64 * 2**20
+# Cold means this many last-level caches apart. Replacement is not plain LRU: of a loop over twice
+# the cache a good part can stay in it.
+_COLD_CACHES = 4
+_MATRIX_COLUMNS = 4096
+
+
+def describe() -> dict[str, Any]:
+    """What a results file says about its machine and its software, plain values.
+
+    ``commit`` is the checkout's that the package runs from ("-dirty" after local changes), else the
+    one it was built from; ``csrc_sha256`` is that of the sources the library was compiled from.
+    """
+    built = build_info()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "isa": built["cpu_isa"],
+        "compiler": built["compiler"],
+        "commit": _checkout_commit() or built["commit"],
+        "csrc_sha256": built["csrc_sha256"],
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _checkout_commit() -> str | None:
+    """HEAD of the checkout that this package lies in, worded as build_info's commit."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git program
+        return None
+    return head.stdout.strip() + ("-dirty" if changed else "") if head.returncode == 0 else None
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache of CPU 0 as Linux reports it, the whole of it: on a virtual machine
+    that is the host's, shared with strangers. 64 MiB where the system does not say."""
+    sizes = [
+        int(text[:-1]) * _UNITS[text[-1]]
+        for text in (path.read_text().strip() for path in _CACHES.glob("index*/size"))
+    ]
+    return max(sizes, default=_ASSUMED_CACHE_BYTES)
+
+
+def cold_bytes() -> int:
+    """Memory that operands used in turn should span to be cold: 4 last-level caches, but never more
+    than a quarter of the physical memory that is free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(_COLD_CACHES * last_level_cache_bytes(), free // 4)
+
+
+@dataclass(frozen=True)
+class ReadBandwidth:
+    """What plain loops read from memory here.
+
+    Attributes:
+        gb_per_s: 10^9 bytes per second, of the best method.
+        method: the best of the methods, by its median.
+        methods: all of them.
+    """
+
+    gb_per_s: float
+    method: str
+    methods: dict[str, float]
+
+    def share(self, num_bytes: int, us: float) -> float:
+        """``num_bytes`` read in ``us`` microseconds, as a fraction of this bandwidth."""
+        return num_bytes / us / 1e3 / self.gb_per_s
+
+
+def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) -> ReadBandwidth:
+    """How fast this machine reads memory, as far as PyTorch's own multi-threaded loops show it.
+
+    Four ways to read ``buffer`` once, in turns: its sum as fp32 and as int64, its dot product with
+    itself, and its product with a vector (rows of 4096 fp32 numbers). The best median counts. This
+    is what such loops reach and no hardware limit: a kernel with better prefetching can pass 100 %.
+
+    Args:
+        buffer: contiguous, any dtype, read as it lies; should be several times the last-level
+            cache, which :func:`cold_bytes` is.
+    """
+    raw = buffer.view(-1).view(torch.uint8)
+    row = _MATRIX_COLUMNS * 4
+    if raw.numel() < row:
+        raise ValueError(f"read_bandwidth: buffer must have {row} bytes or more, got {raw.numel()}")
+    raw = raw[: raw.numel() // row * row]
+    numbers, vector = raw.view(torch.float32), torch.rand(_MATRIX_COLUMNS)
+    methods = {
+        "sum of fp32": numbers.sum,
+        "sum of int64": raw.view(torch.int64).sum,
+        "dot product": lambda: torch.dot(numbers, numbers),
+        "matrix-vector product": lambda: torch.mv(numbers.view(-1, _MATRIX_COLUMNS), vector),
+    }
+    contenders = [Contender(name, lambda copy, read=read: read()) for name, read in methods.items()]
+    timings = alternate(contenders, seconds=seconds, min_rounds=min_rounds, warmup=1)
+    rates = {name: raw.numel() / timing.us_median / 1e3 for name, timing in timings.items()}
+    best = max(rates, key=rates.__getitem__)
+    return ReadBandwidth(rates[best], best, rates)

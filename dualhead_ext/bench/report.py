@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark found, as text for a terminal, as JSON and as Markdown.
+
+The JSON is described in benchmarks/results/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .decode import CaseResult
+    from .generation import ModelResult
+    from .machine import ReadBandwidth
+
+_COLUMNS = "{:>3} {:>5} {:<8} {:<9} {:>9} {:>19} {:>9} {:>13} {:>6} {:>5}"
+
+
+@dataclass
+class Report:
+    """A run of the benchmarks, as it grows.
+
+    Attributes:
+        environment: :func:`dualhead_ext.bench.machine.describe`.
+        quick: whether it was the quick plan, whose figures nobody should quote.
+        cases, generate: rows, plain dicts.
+        failures: sentences; empty if all was as fast as required.
+    """
+
+    environment: dict[str, Any]
+    quick: bool = False
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    generate: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, result: CaseResult, read: ReadBandwidth) -> str:
+        """Take in the result of a case; returns the lines to print."""
+        self.cases += result.rows(read)
+        failure = result.failure()
+        self.failures += [failure] if failure else []
+        return case_lines(result, read) + (f"\n    TOO SLOW: {failure}" if failure else "")
+
+    def add_model(self, result: ModelResult) -> str:
+        """Take in the result of a whole model; returns the lines to print."""
+        self.generate += result.rows()
+        return result.text()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, plain values."""
+        return {
+            **self.environment,
+            "quick": self.quick,
+            "read_gb_per_s": max((row["read_gb_per_s"] for row in self.cases), default=None),
+            "cases": self.cases,
+            "generate": self.generate,
+            "failures": self.failures,
+        }
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON, whole or not at all."""
+        target = Path(path)
+        part = target.with_name(f".{target.name}.part")
+        part.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        os.replace(part, target)
+
+
+def environment_lines(environment: dict[str, Any]) -> str:
+    """The machine and the software, in three lines."""
+    return (
+        f"{environment['device']}, {environment['cores']} cores, {environment['threads']} threads, "
+        f"last-level cache {environment['last_level_cache_bytes'] / 2**20:.0f} MiB, "
+        f"load {environment['load_average']}\n"
+        f"torch {environment['torch']}, Python {environment['python']}, kernels "
+        f"{environment['isa']}, {environment['compiler']}\n"
+        f"commit {environment['commit']}, csrc {str(environment['csrc_sha256'])[:12]}"
+    )
+
+
+def group_lines(name: str, num_bytes: int, copies: int, read: ReadBandwidth) -> str:
+    """The head of a group's table."""
+    how = "cold: larger than the caches" if copies == 1 else f"cold: up to {copies} copies in turn"
+    return (
+        f"\n{name}: {num_bytes / 1e6:.1f} MB of weights ({how}); "
+        f"this machine reads {read.gb_per_s:.1f} GB/s ({read.method})\n"
+    ) + _COLUMNS.format(
+        *("B", "T", "token", "contender", "median ms", "quartiles", "dualhead", "95 %"),
+        *("of bw", "n"),
+    )
+
+
+def case_lines(result: CaseResult, read: ReadBandwidth) -> str:
+    """A case's rows; "dualhead" says how many times as fast as this contender the fused step
+    is."""
+    lines = []
+    for name, timing in result.timings.items():
+        against = result.speedup(name)
+        same = name == "dualhead"
+        lines.append(
+            _COLUMNS.format(
+                result.case.B,
+                result.case.T,
+                "sampled" if result.case.sampled else "greedy",
+                name,
+                f"{timing.us_median / 1e3:.3f}",
+                f"{timing.us_q1 / 1e3:.3f}..{timing.us_q3 / 1e3:.3f}",
+                "" if same else f"{against.value:.2f}x",
+                "" if same else f"{against.low:.2f}..{against.high:.2f}",
+                f"{read.share(result.num_bytes[name], timing.us_median):.0%}",
+                timing.repeats,
+            )
+            + (f"  ({result.compile_options})" if name == "compile" else "")
+        )
+    return "\n".join(lines)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        ValueError: not JSON, or not a results file. OSError: cannot be read.
+    """
+    try:
+        results = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"benchmark: {path} must be JSON: {error}") from error
+    missing = [key for key in ("device", "cases") if key not in results]
+    if missing:
+        raise ValueError(f"benchmark: {path} must be a results file, {missing[0]!r} is missing")
+    return results
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table for a README from a results file: milliseconds, and how many times as long each
+    contender takes as the fused step."""
+    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in results["cases"]:
+        key = (row["d"], row["V"], row["format"], row["B"], row["T"], row["sampled"])
+        cases.setdefault(key, {})[row["contender"]] = row
+    lines = [
+        "| d x V | weights | B | T | token | dualhead | of read bandwidth | eager | torch.compile "
+        "| lm_head alone |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (d, V, name, B, T, sampled), rows in cases.items():
+        ours = rows["dualhead"]
+        cells = [f"{d} x {V}", name, B, T, "sampled" if sampled else "greedy"]
+        cells += [f"{ours['us_median'] / 1e3:.2f} ms", f"{ours['share_of_read_bandwidth']:.0%}"]
+        for contender in ("eager", "compile", "lm_head"):
+            row = rows.get(contender)
+            times = row and row["us_median"] / ours["us_median"]
+            cells.append(f"{row['us_median'] / 1e3:.2f} ms, {times:.2f}x" if row else "")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    if results.get("generate"):
+        lines += ["", "| model | weights | decoding with | tokens/s |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {row['model']} | {row['format']} | {row['contender']} "
+            f"| {row['tokens_per_s_median']:.1f} |"
+            for row in results["generate"]
+        ]
+    lines += ["", _footer(results)]
+    return "\n".join(lines)
+
+
+def _footer(results: dict[str, Any]) -> str:
+    return (
+        f"{results['device']}, {results.get('cores')} cores, {results.get('threads')} threads, "
+        f"reads {results.get('read_gb_per_s') or 0:.1f} GB/s; torch {results.get('torch')}, "
+        f"kernels {results.get('isa')}, commit {results.get('commit')}. Medians; weights cold. "
+        f'"1.50x": takes 1.50 times as long as dualhead.'
+    )

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the benchmarks into a report: what both front ends share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import QUICK_SECONDS, SECONDS, decode, generation, machine, report
+
+
+def run(quick: bool, seconds: float | None, emit: Callable[[str], None]) -> report.Report:
+    """Run all benchmarks; ``emit`` gets text as it comes.
+
+    Args:
+        seconds: of timing per case, None for the default.
+    """
+    found = start(quick, emit)
+    for group in decode.plan(quick):
+        run_group(group, found, seconds, emit)
+    for model in generation.plan(quick):
+        run_model(model, found, seconds, emit)
+    return found
+
+
+def start(quick: bool, emit: Callable[[str], None]) -> report.Report:
+    """An empty report of this machine."""
+    found = report.Report(machine.describe(), quick)
+    emit(report.environment_lines(found.environment))
+    return found
+
+
+def run_group(
+    group: decode.Group,
+    found: report.Report,
+    seconds: float | None,
+    emit: Callable[[str], None],
+) -> None:
+    """One group of the decode benchmark: make its weights, measure how fast this machine reads
+    memory over those very weights, time its cases."""
+    effort = decode.Effort(
+        seconds=_seconds(found, seconds),
+        cold_bytes=machine.cold_bytes(),
+        cache_bytes=machine.last_level_cache_bytes(),
+    )
+    operands = decode.Operands(group, effort.cold_bytes)
+    read = machine.read_bandwidth(operands.memory)
+    emit(report.group_lines(str(group), operands.num_bytes, len(operands.copies), read))
+    for case in group.cases:
+        emit(found.add(decode.run_case(group, case, operands, effort), read))
+
+
+def run_model(
+    model: generation.Model,
+    found: report.Report,
+    seconds: float | None,
+    emit: Callable[[str], None],
+) -> None:
+    """One whole model."""
+    per_contender = 2 * _seconds(found, seconds)
+    emit(found.add_model(generation.run_model(model, seconds=per_contender)))
+
+
+def _seconds(found: report.Report, seconds: float | None) -> float:
+    return seconds if seconds is not None else QUICK_SECONDS if found.quick else SECONDS
