@@ -70,6 +70,7 @@ class GateLayer(CacheLayerMixin):
         """Remove the last ``-tokens_to_remove`` columns; a positive number is the length to keep,
         as older transformers pass it.
         """
+        tokens_to_remove = int(tokens_to_remove)  # some versions pass a tensor
         if tokens_to_remove < 0:
             self.gate_cache.crop(max(self.gate_cache.columns + tokens_to_remove, 0))
         elif tokens_to_remove > 0:

@@ -276,6 +276,19 @@ def test_a_cache_of_the_plain_backbone_is_refused():
         make_model("llama")(input_ids=batch["input_ids"][:, :1], past_key_values=cache)
 
 
+@pytest.mark.parametrize("count", [-2, torch.tensor(-2), 5], ids=["count", "tensor", "length"])
+def test_crop_takes_what_every_transformers_passes(count):
+    model, batch = make_model("llama"), prompts()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+    layer = cache.layers[-1]
+    layer.crop(count)
+    assert layer.get_seq_length() == 5 and isinstance(layer.get_seq_length(), int)
+    layer.crop(0)
+    assert layer.get_seq_length() == 5
+
+
 def test_streaming():
     from transformers.generation.streamers import BaseStreamer
 
