@@ -28,7 +28,7 @@ LAYERS = (
     {"head_base", "head_decode", "head"},
     {"losses", "reference_loss", "functional"},
     {"hf_cache", "lm_head", "pretrained", "modeling"},
-    {"state_file", "trainer"},
+    {"state_file", "training_args", "training_state", "trainer_checkpoints", "trainer"},
     {"eval"},
     {"bench", "commands", "cli_options", "cli"},
 )

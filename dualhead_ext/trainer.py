@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DualHeadTrainer`: transformers' Trainer on preference pairs, with the backbone frozen, the
+objective inside the model's forward, and checkpoints that hold the heads and survive crashes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .collate import PreferenceCollator, tokenize_pairs
+from .losses import LossCounts, metrics_of_totals
+from .modeling import DualHeadForCausalLM
+from .trainer_checkpoints import CheckpointedTrainer
+from .training_args import DualHeadTrainingArguments
+
+__all__ = ["DualHeadTrainer", "DualHeadTrainingArguments"]
+
+logger = logging.getLogger(__name__)
+
+# A gate with more of its tokens than this beyond 1 % of 0 or 1 has collapsed.
+COLLAPSED_SHARE = 0.9
+
+
+def prepare_for_training(
+    model: DualHeadForCausalLM, train_lm_head: bool = False, untie: bool = False
+) -> None:
+    """Freeze the backbone; let reward heads and gate train, in fp32 (a bf16 weight at a learning
+    rate of 5e-5 would round its updates away); the LM head too if asked for.
+
+    Raises:
+        TypeError: the model has no gated head. ValueError: the LM head shares the embedding's
+            weight (unless ``untie``, which copies it) or is not fp32 or float64.
+    """
+    if not isinstance(model, DualHeadForCausalLM):
+        raise TypeError(
+            "DualHeadTrainer: model must have a gated head (DualHeadForCausalLM.from_backbone), "
+            f"got {type(model).__name__}"
+        )
+    head = model.lm_head_module
+    model.requires_grad_(False)
+    for module in (head.reward_head, head.gate):
+        module.requires_grad_(True)
+        for parameter in module.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+    if not train_lm_head:
+        return
+    if model.get_input_embeddings().weight is head.weight:
+        if not untie:
+            raise ValueError(
+                "DualHeadTrainer: train_lm_head: the LM head shares its weight with the "
+                "embedding, which would be trained too; untie=True gives it a copy"
+            )
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.get_text_config(decoder=True).tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+    if head.weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            "DualHeadTrainer: train_lm_head: the LM head must be float32, "
+            f"got {head.weight.dtype}; load the backbone with dtype=torch.float32"
+        )
+    for parameter in (head.weight, head.bias):
+        if parameter is not None:
+            parameter.requires_grad_(True)
+
+
+class DualHeadTrainer(CheckpointedTrainer):
+    """Train reward heads and gate on preference pairs.
+
+    The data are rows ``{"prompt", "chosen", "rejected"[, "objective"]}`` (see
+    :func:`dualhead_ext.data.load_preference_data`), tokenised here with ``processing_class``, or
+    rows that are tokenised already. Everything else is transformers' Trainer: accumulation, mixed
+    precision, DDP (torchrun), schedules, callbacks.
+
+    Logs and evaluations carry ``loss``, ``lm_loss``, ``preference_loss``, ``gate_loss`` and the
+    names that TRL users know (`losses.metrics_of_totals`), as means over all examples since the
+    last log, of all processes; evaluations with the prefix ``eval_``. The totals of each example
+    are ``predict(...).predictions`` (columns `losses.TOTAL_NAMES`).
+
+    Checkpoints hold the trained heads, optimizer, schedule, random numbers and progress, not the
+    backbone, are written by :mod:`dualhead_ext.checkpoint`, and hold no pickle.
+    ``train(resume_from_checkpoint=True)`` goes on from the last whole one.
+
+    Args:
+        model: a :class:`dualhead_ext.DualHeadForCausalLM`; its backbone is frozen, see
+            :func:`prepare_for_training`.
+        args: :class:`DualHeadTrainingArguments`.
+        data_collator: default :class:`dualhead_ext.collate.PreferenceCollator`.
+        train_dataset, eval_dataset: sequences of rows; eval_dataset may be a dict of them.
+        processing_class: the tokenizer.
+        others: of ``transformers.Trainer``.
+    Raises:
+        TypeError: a model without gated head, other arguments, a dataset without length.
+        ValueError: rows that need a tokenizer where none is given, an empty dataset, several
+            devices in one process.
+    """
+
+    def __init__(
+        self,
+        model: DualHeadForCausalLM | None = None,
+        args: DualHeadTrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **others: Any,
+    ) -> None:
+        if not isinstance(args, DualHeadTrainingArguments):
+            raise TypeError(
+                "DualHeadTrainer: args must be DualHeadTrainingArguments, "
+                f"got {type(args).__name__}"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"DualHeadTrainer: {args.n_gpu} devices in one process: start one process for each "
+                "with torchrun, or show it one with CUDA_VISIBLE_DEVICES"
+            )
+        if model is not None:
+            prepare_for_training(model, args.train_lm_head, args.untie)
+        if data_collator is None:
+            data_collator = PreferenceCollator(_pad_token_id(processing_class))
+        self._tokenizer, self._max_length = processing_class, args.max_length
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {k: self._tokenized(k, rows) for k, rows in eval_dataset.items()}
+        else:
+            eval_dataset = self._tokenized("eval_dataset", eval_dataset)
+        self._warned_of_collapse = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=self._tokenized("train_dataset", train_dataset),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **others,
+        )
+        # The loss is divided by the counts of the whole accumulated batch, not per micro-batch.
+        # Release 5.17 reads the first, later ones the second.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def _tokenized(self, name: str, rows: Any) -> Any:
+        if rows is None:
+            return None
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise TypeError(
+                f"DualHeadTrainer: {name} must be a sequence of rows, got {type(rows).__name__}"
+            )
+        if len(rows) == 0:
+            raise ValueError(f"DualHeadTrainer: {name} must hold at least one pair, got none")
+        if "chosen_input_ids" in rows[0] or "chosen_ids" in rows[0]:
+            return rows
+        if self._tokenizer is None:
+            raise ValueError(
+                f"DualHeadTrainer: {name} holds text, which needs processing_class, a tokenizer"
+            )
+        return tokenize_pairs(rows, self._tokenizer, self._max_length)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As transformers', and prepared for training."""
+        model = super().call_model_init(trial)
+        prepare_for_training(model, self.args.train_lm_head, self.args.untie)
+        return model
+
+    # --- the objective ---
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of one optimizer step, and what their losses divide by: the counts
+        (4,) of all of them on all processes (`losses.LossCounts`).
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        total = None
+        for batch in batches:
+            # Position t predicts token t + 1: the first token's mask is never used.
+            lengths = batch["completion_mask"][:, 1:].bool().sum(-1)
+            counts = LossCounts.of_lengths(lengths, lm_on_chosen=self.args.lm_on_chosen)
+            total = counts if total is None else total + counts
+        numbers = (total.sequences, total.lm_tokens, total.pairs, total.tokens)
+        as_counts = {"dtype": torch.float64, "device": device}
+        counts = torch.stack([torch.as_tensor(x, **as_counts) for x in numbers])
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The loss of a micro-batch [all chosen; all rejected], computed inside the (wrapped)
+        model's forward. num_items_in_batch: from :meth:`get_batch_samples`.
+        """
+        training = model.training
+        if training:  # the backbone is frozen: no dropout
+            self.accelerator.unwrap_model(model).eval()
+        options = self.args.loss_arguments()
+        if num_items_in_batch is not None:
+            options["counts"] = LossCounts(*num_items_in_batch.unbind())
+        output = model(**inputs, loss_options=options)
+        loss = output.loss
+        if training:
+            totals = output.totals.sum(0)
+            kept = self._train_totals
+            self._train_totals = totals if kept is None else kept + totals
+            if num_items_in_batch is not None:
+                # Counts are of all processes, and DDP averages gradients over them.
+                loss = loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, None]:
+        """(loss, the totals of each pair, None)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), output.totals, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As transformers', with the metrics over all pairs, each counted once."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        rows = output.predictions
+        rows = [torch.as_tensor(part) for part in (rows if isinstance(rows, list) else [rows])]
+        metrics = metrics_of_totals(torch.cat(rows).sum(0), self.args.loss_options)
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of all examples since the last log to a log of training."""
+        if "loss" in logs and self._train_totals is not None:
+            totals = self.accelerator.reduce(self._train_totals, "sum")
+            self._train_totals = None
+            logs |= metrics_of_totals(totals, self.args.loss_options)
+            self._warn_of_collapse(logs.get("gate/saturation", 0.0))
+        super().log(logs, start_time)
+
+    def _warn_of_collapse(self, saturated: float) -> None:
+        fixed = self.model.dual_head_config.gate == "fixed"
+        if saturated > COLLAPSED_SHARE and not fixed and not self._warned_of_collapse:
+            self._warned_of_collapse = True
+            logger.warning(
+                "The gate has collapsed: alpha is within 1 %% of 0 or 1 for %.0f %% of the tokens. "
+                "See gate/mean; a larger lambda_g or pref_on='mixed' may help.",
+                100 * saturated,
+            )
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    """The token that fills short rows; masked everywhere, so any will do."""
+    if tokenizer is None:
+        return 0
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0

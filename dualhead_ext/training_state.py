@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a resumed run needs beside weights and optimizer to go on with the same numbers: random
+number generators, and proof that the data and their order are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Rows of a dataset that its fingerprint reads, evenly chosen.
+_FINGERPRINT_ROWS = 256
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, of this process and its device."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "device": device.type,
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "cpu": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """The inverse of :func:`random_state`."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def data_state(dataset: Sequence[dict[str, Any]], args: Any) -> dict[str, Any]:
+    """What decides which examples come in which order: sizes, seeds, a hash of evenly chosen
+    rows. args: TrainingArguments.
+    """
+    return {
+        "examples": len(dataset),
+        "rows_sha256": _rows_hash(dataset),
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "train_sampling_strategy": str(args.train_sampling_strategy),
+        "dataloader_drop_last": args.dataloader_drop_last,
+    }
+
+
+def check_data_state(stored: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless a run would go on with the very examples that come next."""
+    differing = [
+        f"{name} was {stored.get(name)!r}, is {value!r}"
+        for name, value in current.items()
+        if stored.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{where}: cannot be resumed with the same data in the same order: "
+            f"{'; '.join(differing)}. ignore_data_skip=True goes on regardless"
+        )
+
+
+def _rows_hash(dataset: Sequence[dict[str, Any]]) -> str:
+    digest, count = hashlib.sha256(), len(dataset)
+    indices = torch.linspace(0, count - 1, min(count, _FINGERPRINT_ROWS)).long().unique().tolist()
+    for index in indices:
+        digest.update(json.dumps(dataset[index], sort_keys=True, default=_plain).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"DualHeadTrainer: a row of train_dataset holds a {type(value).__name__}")
