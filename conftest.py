@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of pytest, here at the root so that they are known whatever is collected."""
+"""Options of pytest, for tests and benchmarks, and the machine in the header.
+
+All options are declared here: pytest takes the value of an option that it does not know yet
+("--seed 1") for a path, and then looks for conftest.py files at the root only.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent
+OTHER = {False: ROOT / "benchmarks", True: ROOT / "python_tests"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    from dualhead_ext.bench import QUICK_SECONDS, SECONDS
+
     group = parser.getgroup("dualhead_ext")
     group.addoption(
-        "--benchmark",
-        action="store_true",
-        help="run the benchmarks (benchmarks/) instead of the tests (python_tests/)",
+        "--seed", type=int, default=0, help="seed of each test's random numbers (default 0)"
     )
     group.addoption(
         "--require-cuda",
@@ -23,11 +28,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail the tests marked cuda that would be skipped, and a run that has none of them",
     )
     group.addoption(
-        "--seed", type=int, default=0, help="seed of each test's random numbers (default 0)"
+        "--benchmark",
+        action="store_true",
+        help="run the benchmarks (benchmarks/) instead of the tests (python_tests/)",
+    )
+    group.addoption(
+        "--benchmark-quick",
+        action="store_true",
+        help="with --benchmark: a few sizes, in under a minute",
+    )
+    group.addoption(
+        "--benchmark-seconds",
+        type=float,
+        metavar="S",
+        help=f"timing per case (default {SECONDS:g}, quick {QUICK_SECONDS:g})",
+    )
+    group.addoption(
+        "--benchmark-json", metavar="FILE", help="with --benchmark: write the results there"
     )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """One of the two folders, never both: timings beside tests would be worthless."""
-    other = "python_tests" if config.option.benchmark else "benchmarks"
-    return True if collection_path == ROOT / other else None
+    return True if collection_path.is_relative_to(OTHER[config.option.benchmark]) else None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    import torch
+
+    import dualhead_ext
+
+    info = dualhead_ext.build_info()
+    count = torch.cuda.device_count()
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
+    levels = ", ".join(info["cpu_isa_levels"]) or "none"
+    archs = ", ".join(info["cuda_archs"]) or "none"
+    lines = [
+        f"torch {info['torch']}; CPU: {torch.get_num_threads()} threads; CUDA devices: {gpus}",
+        f"kernels: CPU {info['cpu_isa']} of {levels}; CUDA archs {archs}; commit {info['commit']}",
+        f"seed: {config.option.seed} (--seed N for another)",
+    ]
+    if info["cpu_problem"]:
+        lines.append(f"no CPU kernels: {info['cpu_problem']}")
+    if torch.version.cuda and info["cuda_problem"]:
+        lines.append(f"no CUDA kernels: {info['cuda_problem']}")
+    return lines

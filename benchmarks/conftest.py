@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pytest --benchmark``: options, and the report that the benchmarks fill."""
+"""``pytest --benchmark``: the report that the benchmarks fill. Options: ../conftest.py."""
 
 from __future__ import annotations
 
@@ -10,27 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dualhead_ext.bench import QUICK_SECONDS, SECONDS, check_options, report, runner
+from dualhead_ext.bench import check_options, report, runner
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("dualhead_ext")
-    group.addoption(
-        "--benchmark-quick",
-        action="store_true",
-        help="with --benchmark: a few sizes, in under a minute",
-    )
-    group.addoption(
-        "--benchmark-seconds",
-        type=float,
-        metavar="S",
-        help=f"timing per case (default {SECONDS:g}, quick {QUICK_SECONDS:g})",
-    )
-    group.addoption(
-        "--benchmark-json", metavar="FILE", help="with --benchmark: write the results there"
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: the machine in the header, seeds, the rule for GPU tests, bare kernels."""
+"""What all tests share: seeds, the rule for GPU tests, bare kernels. Options: ../conftest.py."""
 
 from __future__ import annotations
 
@@ -16,27 +16,7 @@ import numpy
 import pytest
 import torch
 
-import dualhead_ext
-
 NO_CUDA = "needs a CUDA device"
-
-
-def pytest_report_header(config: pytest.Config) -> list[str]:
-    info = dualhead_ext.build_info()
-    threads = torch.get_num_threads()
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
-    else:
-        gpus = "none"
-    levels = ", ".join(info["cpu_isa_levels"]) or "none"
-    return [
-        f"torch {info['torch']}; CPU: {threads} threads; CUDA devices: {gpus}",
-        f"kernels: CPU {info['cpu_isa']} of {levels}; CUDA archs "
-        f"{', '.join(info['cuda_archs']) or 'none'}; commit {info['commit']}",
-        *(f"no CPU kernels: {info['cpu_problem']}" for _ in [0] if info["cpu_problem"]),
-        f"seed: {config.option.seed} (--seed N for another)",
-    ]
 
 
 @pytest.fixture
