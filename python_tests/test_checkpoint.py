@@ -210,7 +210,7 @@ def unix_socket(path):
     os.chdir(old)
 
 
-@pytest.mark.parametrize("name", ["heads.bin", "extra"])
+@pytest.mark.parametrize("name", ["heads.bin", "extra", "manifest.json"])
 @pytest.mark.parametrize(
     "plant",
     [
@@ -230,7 +230,7 @@ def test_foreign_entries_are_refused_at_once(tmp_path, name, plant):
     path.unlink(missing_ok=True)
     plant(path)
     start = time.monotonic()
-    reason = "not a regular file|is missing|not listed|must have"
+    reason = "not a regular file|is missing|not listed|must have|as a file|not valid JSON|changed"
     refused(tmp_path, name, reason)
     assert time.monotonic() - start < 1.0
 

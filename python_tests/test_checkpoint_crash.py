@@ -42,6 +42,10 @@ def whole(path, texts):
 def left_over(directory):
     return [n for n in os.listdir(directory) if n.startswith(".")]
 
+def visible(directory):
+    for path in directory.glob("checkpoint-*"):
+        whole(path, ("old",))  # raises for one that is half removed
+
 def usable(directory, allowed, texts):
     latest = checkpoint.latest_checkpoint(directory)
     if latest is None or latest.name not in allowed:
@@ -88,7 +92,7 @@ def test_killed_at_every_call_of_a_save(tmp_path):
             "again": faults.every_point("kill", again, lambda d: save(d, 2, "new"),
                 lambda d, outcome: usable(d, ("checkpoint-2",), ("old", "new"))),
             "rotate": faults.every_point("kill", three, lambda d: checkpoint.rotate(d, 1),
-                lambda d, outcome: usable(d, ("checkpoint-3",), ("old",))),
+                lambda d, outcome: visible(d) or usable(d, ("checkpoint-3",), ("old",))),
         }))
         """,
     )
