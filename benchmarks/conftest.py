@@ -22,7 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
     for name in ("benchmark_quick", "benchmark_seconds", "benchmark_json"):
-        if getattr(option, name) not in (None, False) and not option.benchmark:
+        value = getattr(option, name)  # 0 seconds are a value too
+        if value is not None and value is not False and not option.benchmark:
             raise pytest.UsageError(f"--{name.replace('_', '-')} needs --benchmark")
 
 

@@ -13,14 +13,15 @@ class UserError(Exception):
     """A mistake of the user's, in one sentence: the argument, what was expected, what came."""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an exception without its line breaks; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
-def argument(name: str) -> Iterator[None]:
-    """Turn what the library refuses about a user's input into a :class:`UserError` naming it.
+def argument(name: str | None = None) -> Iterator[None]:
+    """Turn what the library refuses about a user's input into a :class:`UserError` naming it; with
+    no name, its message has to.
 
     To be put around the reading and checking of input alone: what fails outside is a bug.
     """
@@ -29,21 +30,16 @@ def argument(name: str) -> Iterator[None]:
     except UserError:
         raise
     except ModuleNotFoundError as error:
-        raise _missing_package(name, error) from error
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for name, extra in extras() if name == package), None)
+        if extra is None:
+            raise
+        raise UserError(
+            f"the package {package} is not installed; install it with: "
+            f"pip install 'dualhead_ext[{extra}]'"
+        ) from error
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"{name}: {_one_line(error)}") from error
-
-
-def _missing_package(what: str, error: ModuleNotFoundError) -> Exception:
-    """The sentence that names the extra to install; the error itself if no extra has it."""
-    package = (error.name or "").partition(".")[0]
-    extra = next((extra for name, extra in extras() if name == package), None)
-    if extra is None:
-        return error
-    return UserError(
-        f"{what} needs the package {package}, which is not installed; "
-        f"install it with: pip install 'dualhead_ext[{extra}]'"
-    )
+        raise UserError(f"{name}: {one_line(error)}" if name else one_line(error)) from error
 
 
 def extras() -> list[tuple[str, str]]:

@@ -36,10 +36,11 @@ def narrow(values, dtype):
 def widen(stored, dtype):
     """Stored values as float64, exactly."""
     if dtype == "float16":
-        return stored.view(np.float16).astype(np.float64)
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return stored.astype(np.float64)
+        stored = stored.view(np.float16)
+    elif dtype == "bfloat16":
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return stored.astype(np.float64)
 
 
 def spacing(values, dtype):

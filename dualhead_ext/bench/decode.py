@@ -32,6 +32,7 @@ FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = ((256, 4096), (512, 8192), (1024, 32000), (4096, 32000))
 # Sampled cases: temperature and top-p, of which the latter has to know the whole distribution.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
+_COMPILE_OPTIONS = {"max_autotune": True}
 _GATE = {name: getattr(DualHeadConfig, name) for name in ("gate_num_heads", "gate_head_dim")}
 
 
@@ -176,12 +177,14 @@ class Operands:
     """Random weights of a group, in as many copies as it takes to read them cold.
 
     Attributes:
+        group: whose.
         memory: (copies, 2V, d): W_LM above W_RM.
         copies: the weight arguments of ``decode_step``, one dict per copy.
         num_bytes: of one copy.
     """
 
     def __init__(self, group: Group, cold_bytes: int) -> None:
+        self.group = group
         d, V, dtype = group.d, group.V, FORMATS[group.format]
         heads, width = _GATE["gate_num_heads"], _GATE["gate_num_heads"] * _GATE["gate_head_dim"]
         gate_numbers, value_numbers = 2 * width * d, heads * d
@@ -248,12 +251,16 @@ def lm_head_step(arguments: dict[str, Tensor]) -> Tensor:
 
 
 class _Step(nn.Module):
-    """The eager step as a module, whose weights are what inductor's freezing takes as constants."""
+    """The eager step as a module, whose weights are what inductor's freezing takes as constants.
+
+    They are clones: of two weights that are views of one storage, as the operands here are,
+    inductor has been seen to pack one for both (torch 2.13, fp32).
+    """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
         for name, weight in weights.items():
-            self.register_buffer(name, weight)
+            self.register_buffer(name, weight.clone())
 
     def forward(self, **arguments: Tensor) -> reference.DecodeOutput:
         return reference.decode_step(**dict(self.named_buffers()), **arguments)
@@ -261,25 +268,26 @@ class _Step(nn.Module):
 
 def compiled_step(
     weights: dict[str, Tensor], freeze: bool
-) -> tuple[Callable[..., reference.DecodeOutput], str]:
-    """The eager step under torch.compile, and the name of its options. It takes all arguments of
-    ``decode_step``; frozen, it has its own ``weights`` and ignores those it is given.
+) -> Callable[..., reference.DecodeOutput]:
+    """The eager step under torch.compile. It takes all arguments of ``decode_step``; frozen, it has
+    its own ``weights`` and ignores those it is given.
 
-    Compiles at the first call, which must be inside :func:`compiling`.
+    Compiles at the first call, which must be inside :func:`_compiling`.
     """
+    torch.compiler.reset()  # every case is a variant of one function, beyond 8 dynamo would give up
     step = _Step(weights) if freeze else reference.decode_step
-    options = {"max_autotune": True, "freezing": freeze}
+    options = {**_COMPILE_OPTIONS, "freezing": freeze}
     compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
     if not freeze:
-        return compiled, "max-autotune"
+        return compiled
 
     def without_weights(**arguments: Tensor) -> reference.DecodeOutput:
         return compiled(**{n: a for n, a in arguments.items() if n not in weights})
 
-    return without_weights, "max-autotune, freezing"
+    return without_weights
 
 
-def compiling(freeze: bool):
+def _compiling(freeze: bool):
     """Context of the first call of :func:`compiled_step`. Dynamo reads ``freezing`` from the global
     configuration when it decides whether weights are constants; the option alone is not enough."""
     from torch._inductor import config
@@ -301,62 +309,59 @@ def check_agreement(
             raise RuntimeError(f"benchmark: {name} and eager differ by {error:.3g} in {field}")
 
 
-def run_case(
-    group: Group,
-    case: Case,
-    operands: Operands,
-    effort: Effort,
-) -> CaseResult:
+def run_case(case: Case, operands: Operands, effort: Effort) -> CaseResult:
     """Time all contenders of one case.
 
     Raises:
         RuntimeError: there is no compiled kernel to time, or contenders disagree.
     """
-    dtype = FORMATS[group.format]
-    if not ops.kernel_for("cpu", dtype):
+    group = operands.group
+    if not ops.kernel_for("cpu", FORMATS[group.format]):
         raise RuntimeError(
             f"benchmark: no compiled CPU kernel for {group.format} to time; "
             "`dualhead info` says what was built"
         )
-    cache_bytes = _cache_bytes(group, case)
-    count = min(
-        len(operands.copies), copies_needed(operands.num_bytes + cache_bytes, effort.cold_bytes)
-    )
+    whole = operands.num_bytes + _cache_bytes(group, case)
+    count = min(len(operands.copies), copies_needed(whole, effort.cold_bytes))
     mine = requests(group, case, count)
     arguments = [weights | own for weights, own in zip(operands.copies, mine, strict=False)]
+    freeze = operands.num_bytes >= effort.cache_bytes
+    with torch.no_grad(), _no_recompiling():
+        contenders = _contenders(case, arguments, operands.copies[0], freeze)
+        timings = alternate(
+            contenders, seconds=effort.seconds, min_rounds=effort.min_rounds, copies=count
+        )
+    if case.compile:
+        torch.compiler.reset()  # frees a frozen graph's weights
+    head_alone = group.V * group.d * FORMATS[group.format].itemsize
+    num_bytes = dict.fromkeys(timings, whole) | {"lm_head": head_alone}
+    options = ("max-autotune, freezing" if freeze else "max-autotune") if case.compile else None
+    return CaseResult(group, case, timings, num_bytes, count, options)
+
+
+def _contenders(
+    case: Case, arguments: list[dict[str, Tensor]], weights: dict[str, Tensor], freeze: bool
+) -> list[Contender]:
+    """All that take part in a case, compiled and seen to agree. ``arguments``: of each copy."""
 
     def rewind(copy: int) -> None:
         arguments[copy]["cache_length"].fill_(case.T - 1)
 
     steps = {"dualhead": ops.decode_step, "eager": reference.decode_step}
-    options = None
-    with torch.no_grad():
-        expected = reference.decode_step(**arguments[0])
-        if case.compile:
-            freeze = operands.num_bytes >= effort.cache_bytes
-            torch.compiler.reset()  # beyond 8 variants dynamo would give up
-            steps["compile"], options = compiled_step(operands.copies[0], freeze)
-            rewind(0)
-            with compiling(freeze):
-                steps["compile"](**arguments[0])
-        for name, step in steps.items():
-            rewind(0)
-            check_agreement(name, step(**arguments[0]), expected)
-        contenders = [
-            Contender(name, lambda copy, step=step: step(**arguments[copy]), rewind)
-            for name, step in steps.items()
-        ]
-        contenders.append(Contender("lm_head", lambda copy: lm_head_step(arguments[copy])))
-        with _no_recompiling():
-            timings = alternate(
-                contenders,
-                seconds=effort.seconds,
-                min_rounds=effort.min_rounds,
-                copies=count,
-            )
-    whole = operands.num_bytes + cache_bytes
-    num_bytes = dict.fromkeys(timings, whole) | {"lm_head": group.V * group.d * dtype.itemsize}
-    return CaseResult(group, case, timings, num_bytes, count, options)
+    if case.compile:
+        steps["compile"] = compiled_step(weights, freeze)
+        with _compiling(freeze):
+            steps["compile"](**arguments[0])
+    rewind(0)
+    expected = reference.decode_step(**arguments[0])
+    for name, step in steps.items():
+        rewind(0)
+        check_agreement(name, step(**arguments[0]), expected)
+    contenders = [
+        Contender(name, lambda copy, step=step: step(**arguments[copy]), rewind)
+        for name, step in steps.items()
+    ]
+    return [*contenders, Contender("lm_head", lambda copy: lm_head_step(arguments[copy]))]
 
 
 def _no_recompiling():

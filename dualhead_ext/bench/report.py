@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .decode import CaseResult
+    from .decode import CaseResult, Effort, Operands
     from .generation import ModelResult
     from .machine import ReadBandwidth
 
@@ -80,11 +80,15 @@ def environment_lines(environment: dict[str, Any]) -> str:
     )
 
 
-def group_lines(name: str, num_bytes: int, copies: int, read: ReadBandwidth) -> str:
+def group_lines(operands: Operands, effort: Effort, read: ReadBandwidth) -> str:
     """The head of a group's table."""
-    how = "cold: larger than the caches" if copies == 1 else f"cold: up to {copies} copies in turn"
+    copies = len(operands.copies)
+    spanned = copies * operands.num_bytes
+    how = f"{copies} copies in turn, {spanned / effort.cache_bytes:.1f} times the last-level cache"
+    if spanned < 2 * effort.cache_bytes:
+        how += ", NOT COLD for want of memory"
     return (
-        f"\n{name}: {num_bytes / 1e6:.1f} MB of weights ({how}); "
+        f"\n{operands.group}: {operands.num_bytes / 1e6:.1f} MB of weights ({how}); "
         f"this machine reads {read.gb_per_s:.1f} GB/s ({read.method})\n"
     ) + _COLUMNS.format(
         *("B", "T", "token", "contender", "median ms", "quartiles", "dualhead", "95 %"),
@@ -127,9 +131,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         results = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"benchmark: {path} must be JSON: {error}") from error
-    missing = [key for key in ("device", "cases") if key not in results]
-    if missing:
-        raise ValueError(f"benchmark: {path} must be a results file, {missing[0]!r} is missing")
+    needed = {"device", "cases"}
+    if not isinstance(results, dict) or not needed <= results.keys():
+        raise ValueError(f"benchmark: {path} must be a results file, with {sorted(needed)}")
     return results
 
 

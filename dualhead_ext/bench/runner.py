@@ -44,9 +44,9 @@ def run_group(
     )
     operands = decode.Operands(group, effort.cold_bytes)
     read = machine.read_bandwidth(operands.memory)
-    emit(report.group_lines(str(group), operands.num_bytes, len(operands.copies), read))
+    emit(report.group_lines(operands, effort, read))
     for case in group.cases:
-        emit(found.add(decode.run_case(group, case, operands, effort), read))
+        emit(found.add(decode.run_case(case, operands, effort), read))
 
 
 def run_model(

@@ -20,8 +20,10 @@ inline F32 exp_nonpositive(F32 x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   const F32 y = fma(p, r * r, r) + 1.0f;
-  const I32 exponent = as_int(n + magic) << 23;  // n sits in the low bits of n + magic
-  const F32 result = as_float(as_int(y) + exponent);
+  // n sits in the low bits of n + magic. Unsigned, because the sum wraps where x is far below -87.
+  typedef uint32_t U32 __attribute__((vector_size(sizeof(F32))));
+  const U32 exponent = reinterpret_cast<U32>(n + magic) << 23;
+  const F32 result = reinterpret_cast<F32>(reinterpret_cast<U32>(y) + exponent);
   return x < -87.0f ? F32{} : result;
 }
 

@@ -32,6 +32,7 @@ inline __half __float2half_rn(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const float magnitude = std::fabs(x);
   if (magnitude != magnitude) return __half{0x7FFF};
+  if (magnitude == 0.0f) return __half{sign};
   if (magnitude >= 65520.0f) return __half{static_cast<uint16_t>(sign | 0x7C00)};  // rounds to inf
   int exponent;
   std::frexp(magnitude, &exponent);                       // magnitude < 2^exponent

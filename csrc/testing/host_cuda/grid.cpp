@@ -46,13 +46,13 @@ struct Warp {
   Meeting meeting;
   // Two sets of slots in turn: a fast lane may give its next value while slow ones read the last.
   uint64_t slot[2][kWarp];
+  std::vector<Fiber*> ready;
 };
 
 struct Block {
   Index3 index;
   Meeting meeting;
   std::unique_ptr<unsigned char[]> shared;
-  std::vector<Fiber*> ready;
 };
 
 // A stack and where its execution stands.
@@ -86,7 +86,7 @@ struct Grid {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Block> blocks;
-  std::vector<Block*> ready_blocks;  // those with a ready thread
+  std::vector<Warp*> ready_warps;  // those with a ready thread
   size_t finished = 0;
   size_t naps = 0;  // since a meeting was completed or a thread finished
   std::string error;
@@ -154,24 +154,26 @@ uint64_t next_random() {  // splitmix64
 
 void make_ready(Fiber* fiber) {
   fiber->waits_for = nullptr;
-  if (fiber->block->ready.empty()) grid_now->ready_blocks.push_back(fiber->block);
-  fiber->block->ready.push_back(fiber);
+  if (fiber->warp->ready.empty()) grid_now->ready_warps.push_back(fiber->warp);
+  fiber->warp->ready.push_back(fiber);
 }
 
-// A ready thread, no longer counted as such; null if there is none. The block at the front of the
-// line is the one that goes as far as it can.
-Fiber* take_ready(bool another_block) {
-  std::vector<Block*>& line = grid_now->ready_blocks;
+// A ready thread, no longer counted as such; null if there is none.
+Fiber* take_ready(bool another_warp) {
+  std::vector<Warp*>& line = grid_now->ready_warps;
   if (line.empty()) return nullptr;
-  const bool drawn = grid_now->schedule.seed != 0;
-  if (another_block && !drawn) std::rotate(line.begin(), line.begin() + 1, line.end());
-  const bool front_goes_on =
-      grid_now->schedule.seed % 2 == 1 && fiber_now && line.front() == fiber_now->block;
-  if (drawn && (another_block || !front_goes_on)) {
-    std::swap(line.front(), line[next_random() % line.size()]);
+  const uint64_t seed = grid_now->schedule.seed;
+  if (seed == 0 && another_warp) std::rotate(line.begin(), line.begin() + 1, line.end());
+  if (seed != 0) {
+    const bool same_warp = seed % 2 == 1 && fiber_now && !another_warp;
+    const auto same = same_warp ? std::find(line.begin(), line.end(), fiber_now->warp) : line.end();
+    std::iter_swap(line.begin(),
+                   same != line.end()
+                       ? same
+                       : line.begin() + static_cast<std::ptrdiff_t>(next_random() % line.size()));
   }
   std::vector<Fiber*>& ready = line.front()->ready;
-  const size_t i = drawn ? next_random() % ready.size() : 0;
+  const size_t i = seed == 0 ? 0 : next_random() % ready.size();
   Fiber* fiber = ready[i];
   ready.erase(ready.begin() + static_cast<std::ptrdiff_t>(i));
   if (ready.empty()) line.erase(line.begin());
@@ -204,8 +206,8 @@ void report_deadlock() {
   stop(text);
 }
 
-void run_next(bool another_block = false, bool last = false) {
-  Fiber* next = take_ready(another_block);
+void run_next(bool another_warp = false, bool last = false) {
+  Fiber* next = take_ready(another_warp);
   if (!next) {
     report_deadlock();
   } else {
@@ -281,8 +283,8 @@ void make_threads(Grid* grid) {
     block.meeting.expected = threads;
     block.shared.reset(new unsigned char[grid->shared_bytes]);
     std::memset(block.shared.get(), 0xFF, grid->shared_bytes);
-    for (size_t i = 0; i < threads; ++i) make_ready(&grid->fibers[b * threads + i]);
   }
+  for (Fiber& fiber : grid->fibers) make_ready(&fiber);
 }
 
 }  // namespace

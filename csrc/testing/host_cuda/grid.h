@@ -21,8 +21,8 @@ struct Index3 {
 };
 
 struct Schedule {
-  // 0 = in turn, a block as far as it goes; odd = drawn from this seed, a block as far as it goes;
-  // even = drawn from this seed, any thread next.
+  // 0 = in turn; odd = drawn from this seed, one warp as far as it goes; even = drawn from this
+  // seed, any thread next.
   uint64_t seed = 0;
   // Seeded bugs, to show that tests see them: every thread walks through its n-th barrier (from 0)
   // of the kind without waiting. -1: none.
@@ -43,7 +43,7 @@ unsigned char* shared_memory();
 void wait_for_block();  // __syncthreads: all threads of the block
 void wait_for_warp();   // __syncwarp: all 32 lanes
 void wait_for_grid();   // the grid barrier; an error unless the grid was launched as cooperative
-void nap();             // __nanosleep: lets other blocks go first
+void nap();             // __nanosleep: lets other warps go first
 void step_back();       // before an atomic: lets any ready thread go first
 
 // Every lane of the warp gives a value and gets that of lane `source`; all 32 must call.

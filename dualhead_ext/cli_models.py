@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands that load models share: paths, devices, and silence from transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .cli_errors import UserError, argument, one_line
+from .data import EMBEDDED, embedded_backbone_path
+
+
+def backbone_path(name: str) -> str:
+    """A folder or a hub name for transformers; "embedded" is the one in this package."""
+    return str(embedded_backbone_path()) if name == EMBEDDED else name
+
+
+@contextmanager
+def loading(option: str, name: str) -> Iterator[None]:
+    """:func:`cli_errors.argument` around what loads ``name``, a folder or a hub name: says which of
+    the two was looked for.
+    """
+    with argument(option):
+        if name == EMBEDDED:
+            name = str(embedded_backbone_path())
+        looks_local = (
+            os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+        )
+        if looks_local and not os.path.isdir(name):
+            raise FileNotFoundError(f"expected a folder, got {name}, which is none")
+        try:
+            yield
+        except OSError as error:
+            if looks_local:
+                raise
+            raise UserError(
+                f"{option}: expected a folder, or a name that the hub knows, got {name!r} "
+                f"({one_line(error)})"
+            ) from error
+
+
+def quiet_transformers(backbone: str | None) -> None:
+    """Import transformers without its bars and remarks; without asking a hub for what is here."""
+    if backbone == EMBEDDED:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # its retries; the last failure is an exception
+
+
+def check_device(name: str) -> None:
+    """Refuse a CUDA device that is not there.
+
+    Raises:
+        UserError: naming what is there instead.
+    """
+    import torch
+
+    if not name.startswith("cuda"):
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        there = f"{count} CUDA devices" if count else "no CUDA device"
+        raise UserError(
+            f"--device: expected a device that torch {torch.__version__} sees, got "
+            f"{name}; it sees {there}"
+        )

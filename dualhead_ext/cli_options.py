@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of each command, their types and their examples. Imports neither torch nor
+transformers: ``dualhead --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from . import bench
+from .cli_train import TRAINING_OPTIONS
+from .config import GATE_NAMES, MIX_NAMES, DualHeadConfig
+from .show import COLOR_NAMES
+
+OVERVIEW = """\
+examples:
+  dualhead demo                                   train and decode in a few minutes, nothing needed
+  dualhead train --data pairs.jsonl --output heads
+  dualhead generate heads "How do I keep bread fresh?" --show-gate
+  dualhead <command> --help                       more examples"""
+
+_TRAIN = """\
+examples:
+  dualhead train --output heads                   the embedded backbone and its sample of pairs
+  dualhead train --backbone ./llama --data pairs.jsonl --eval-data test.jsonl --output heads
+  dualhead train --data pairs.jsonl.gz --gate linear --mix probs --learning-rate 1e-3 --output heads
+  dualhead train --output heads --resume          go on from the last complete checkpoint
+  dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
+
+Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF)."""
+
+_GENERATE = """\
+examples:
+  dualhead generate heads "How do I keep bread fresh?"
+  dualhead generate heads "Tell me a joke." --show-gate --strength 1.5
+  dualhead generate heads "Tell me a joke." --alpha 0.3 --sample --temperature 0.8 --seed 7
+  dualhead generate heads "Tell me a joke." --backbone-only
+  echo "What is a gate?" | dualhead generate heads
+
+A bare question becomes a Human turn (or goes through the tokenizer's chat template); --raw sends
+the text as it is."""
+
+_INFO = """\
+examples:
+  dualhead info
+  dualhead info --json"""
+
+_BENCH = """\
+examples:
+  dualhead bench --quick
+  dualhead bench --json results.json
+  dualhead bench --report results.json            a table of what was measured before"""
+
+_DEMO = """\
+examples:
+  dualhead demo
+  dualhead demo --output /tmp/heads --color never
+  dualhead demo --train-pairs 200 --epochs 1      a shorter one"""
+
+
+def number(
+    kind: type = float, low: float = -math.inf, high: float = math.inf
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number in [low, high], named so in the error."""
+    noun = "a whole number" if kind is int else "a number"
+    if low == -math.inf and high == math.inf:
+        expected = noun
+    elif high == math.inf:
+        expected = f"{noun} of at least {low:g}"
+    else:
+        expected = f"{noun} in [{low:g}, {high:g}]"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def numbers(text: str) -> list[float]:
+    """An argparse type: comma-separated finite numbers."""
+    try:
+        return [number()(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers separated by commas, got {text!r}"
+        ) from None
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _config_defaults() -> dict[str, Any]:
+    return {f.name: f.default for f in fields(DualHeadConfig) if f.default is not MISSING}
+
+
+def add_color(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--color",
+        choices=COLOR_NAMES,
+        default="auto",
+        help="default: as the terminal and NO_COLOR say",
+    )
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("model and data")
+    data.add_argument(
+        "--backbone",
+        default="embedded",
+        help='folder or hub name of a causal LM, or "embedded" (default)',
+    )
+    data.add_argument(
+        "--data",
+        default="embedded",
+        help='.jsonl, .jsonl.gz or hub name of preference pairs, or "embedded" (default)',
+    )
+    data.add_argument("--split", help="split to train on, for hub names")
+    data.add_argument("--eval-data", help="held-out pairs (default: see --eval-share)")
+    data.add_argument(
+        "--eval-share",
+        type=number(float, 0.0, 0.9),
+        default=0.1,
+        metavar="X",
+        help="without --eval-data, the share of --data to hold out, by prompts; of the embedded "
+        "sample its test split is (default 0.1; 0: measure nothing)",
+    )
+    data.add_argument("--limit", type=number(int, 1), metavar="N", help="use the first N pairs")
+    data.add_argument("--output", required=True, help="folder for heads and checkpoints")
+    data.add_argument(
+        "--resume",
+        nargs="?",
+        const="last",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a value from the last complete one in --output",
+    )
+    data.add_argument(
+        "--overwrite", action="store_true", help="write into an --output that holds heads already"
+    )
+    add_device(data)
+
+    head = parser.add_argument_group("heads")
+    default = _config_defaults()
+    head.add_argument("--gate", choices=GATE_NAMES, default=default["gate"])
+    head.add_argument("--mix", choices=MIX_NAMES, default=default["mix"])
+    for name, kind in (
+        ("gate_num_heads", number(int, 1)),
+        ("gate_head_dim", number(int, 1)),
+        ("gate_alpha", number(float, 0, 1)),
+        ("num_objectives", number(int, 1)),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        head.add_argument(option, type=kind, default=default[name], metavar="X")
+    for action in head._group_actions:
+        action.help = f"(default {action.default})"
+
+    training = parser.add_argument_group("training")
+    for name, (kind, short, text) in TRAINING_OPTIONS.items():
+        names = [f"--{name.replace('_', '-')}", *short]
+        parse = {int: number(int), float: number(float), str: str}[kind]
+        training.add_argument(*names, dest=name, type=parse, metavar="X", help=text)
+    training.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=key_value,
+        metavar="NAME=VALUE",
+        help="any other field of DualHeadTrainingArguments",
+    )
+
+
+def device(text: str) -> str:
+    """An argparse type: auto, cpu, cuda or cuda:N; whether it is there is found out later."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device", type=device, default="auto", help="auto (default), cpu, cuda or cuda:N"
+    )
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("heads", help="folder written by train or save_pretrained")
+    parser.add_argument("prompt", nargs="?", help="default: standard input")
+    parser.add_argument("--backbone", help="backbone to use in place of the one the heads name")
+    parser.add_argument("--raw", action="store_true", help="no template around the prompt")
+    parser.add_argument(
+        "--backbone-only", action="store_true", help="the backbone's own text, without the heads"
+    )
+    add_device(parser)
+    gate = parser.add_argument_group("gate")
+    gate.add_argument("--show-gate", action="store_true", help="show alpha of each token")
+    gate.add_argument(
+        "--strength", type=number(float, 0), metavar="S", help="scales alpha; 0 is the backbone"
+    )
+    gate.add_argument("--gate-offset", type=number(), metavar="X", help="added to the gate's logit")
+    gate.add_argument("--alpha", type=number(float, 0, 1), metavar="A", help="in place of the gate")
+    gate.add_argument(
+        "--objective-weights", type=numbers, metavar="W,...", help="one number for each objective"
+    )
+    sampling = parser.add_argument_group("decoding")
+    sampling.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="(default 128)"
+    )
+    sampling.add_argument("--sample", action="store_true", help="sample; default: greedy")
+    for name, kind, text in (
+        ("temperature", number(float, 1e-6), "default 1"),
+        ("top-k", number(int, 0), "default 0: all"),
+        ("top-p", number(float, 0, 1), "default 1"),
+        ("min-p", number(float, 0, 1), "default 0"),
+    ):
+        sampling.add_argument(
+            f"--{name}", type=kind, metavar="X", help=f"implies --sample ({text})"
+        )
+    sampling.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="(default 0)")
+    add_color(parser)
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        default="dualhead-demo",
+        metavar="DIR",
+        help="folder for the heads, which are overwritten (default %(default)s)",
+    )
+    for name, kind, default, text in (
+        ("train-pairs", number(int, 1), 1162, "pairs to train on, of 1,162"),
+        ("test-pairs", number(int, 1), 400, "unseen pairs to measure on, of 400"),
+        ("epochs", number(float, 0.01), 1.0, "times through the pairs"),
+        ("new-tokens", number(int, 1), 40, "tokens to decode for each prompt"),
+        ("seed", number(int, 0), 0, "of everything random"),
+    ):
+        help_text = f"{text} (default {default:g})"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help_text)
+    add_color(parser)
+
+
+# name: (declares its options, what it does, examples)
+OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
+    "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
+    "generate": (add_generate, "decode a prompt, token by token as they come", _GENERATE),
+    "info": (add_info, "what was built, and what it found", _INFO),
+    "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),
+    "demo": (add_demo, "train on the embedded sample, measure, decode", _DEMO),
+}

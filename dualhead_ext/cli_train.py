@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dualhead train``: from a backbone and preference pairs to a folder of heads."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli_errors import UserError, argument, one_line
+from .cli_models import backbone_path, check_device, loading, quiet_transformers
+from .config import DualHeadConfig
+from .data import EMBEDDED, PreferenceData, load_preference_data
+
+if TYPE_CHECKING:
+    from .trainer import DualHeadTrainer, DualHeadTrainingArguments
+
+# Fields of DualHeadTrainingArguments that have an option of their own: type, other names, help.
+TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
+    "learning_rate": (float, (), "of AdamW"),
+    "num_train_epochs": (float, ("--epochs",), "times through the pairs"),
+    "max_steps": (int, (), "optimizer steps, instead of epochs"),
+    "per_device_train_batch_size": (int, ("--batch-size",), "pairs per forward pass"),
+    "gradient_accumulation_steps": (int, ("--accumulate",), "forward passes per step"),
+    "warmup_steps": (float, (), "steps, or a share of all if below 1"),
+    "max_length": (int, (), "tokens per text"),
+    "beta_r": (float, (), "scales the preference margin"),
+    "lambda_r": (float, (), "weight of the preference term"),
+    "lambda_g": (float, (), "weight of the gate's regulariser"),
+    "gate_regularizer": (str, (), "entropy, entropy_as_printed or none"),
+    "lm_reduction": (str, (), "sum or mean"),
+    "pref_on": (str, (), "reward or mixed"),
+    "pref_reduction": (str, (), "sum or mean"),
+    "gamma": (float, (), "target margin"),
+    "label_smoothing": (float, (), "share of pairs labelled the wrong way round"),
+    "logging_steps": (float, (), "steps between logs"),
+    "save_steps": (float, (), "steps between checkpoints"),
+    "save_total_limit": (int, (), "checkpoints to keep"),
+    "seed": (int, (), "of everything random"),
+}
+
+
+def training_defaults() -> dict[str, Any]:
+    """Default of each of `TRAINING_OPTIONS`; asks transformers, so only for ``train --help``."""
+    with argument():
+        from .trainer import DualHeadTrainingArguments
+    return {
+        f.name: f.default for f in fields(DualHeadTrainingArguments) if f.name in TRAINING_OPTIONS
+    }
+
+
+def train(arguments: Namespace) -> None:
+    """Train, measure on held-out pairs, save."""
+    # What needs no torch comes first: a mistyped path should not take seconds to be found.
+    _prepare_output(arguments)
+    rows, held_out = _load_pairs(arguments)
+    with argument():
+        quiet_transformers(arguments.backbone)
+        from .progress import ProgressBars, held_out_accuracy
+    check_device(arguments.device)
+    trainer = _make_trainer(arguments, rows, held_out)
+    print(f"{len(rows)} pairs to train on, {len(held_out)} held out", flush=True)
+    bars = ProgressBars.put_on(trainer)
+    before = held_out_accuracy(trainer) if held_out else None
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    except (ValueError, OSError) as error:
+        if bars.started or not arguments.resume:
+            raise
+        raise UserError(f"--resume: {one_line(error)}") from error
+    trainer.save_model()
+    if held_out:
+        _report(before, held_out_accuracy(trainer), held_out)
+    print(f"\nheads saved in {arguments.output}; to decode with them:")
+    print(f'  dualhead generate {shlex.quote(arguments.output)} "How are you?" --show-gate')
+
+
+def _prepare_output(arguments: Namespace) -> None:
+    from .checkpoint import latest_checkpoint
+
+    folder = Path(arguments.output)
+    with argument("--output"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with argument("--resume"):
+        if arguments.resume == "last" and latest_checkpoint(folder) is None:
+            raise ValueError(f"expected a whole checkpoint in {folder}, found none")
+    if arguments.resume or arguments.overwrite:
+        return
+    with argument("--output"):
+        found = next((p.name for p in sorted(folder.iterdir()) if not p.name.startswith(".")), None)
+        if found is not None:
+            raise ValueError(
+                f"expected an empty or new folder, got {folder}, which holds {found}; "
+                "go on with --resume or write into it with --overwrite"
+            )
+
+
+def _load_pairs(arguments: Namespace) -> tuple[list[dict], list[dict]]:
+    """(to train on, held out)."""
+    with argument("--data"):
+        rows: Any = load_preference_data(arguments.data, arguments.split)
+    held_out: Any = []
+    if arguments.eval_data is not None:
+        with argument("--eval-data"):
+            held_out = load_preference_data(arguments.eval_data)
+    elif (
+        arguments.data == EMBEDDED
+        and arguments.split in (None, "train")
+        and arguments.eval_share > 0
+    ):
+        held_out = load_preference_data(EMBEDDED, "test")
+    elif arguments.eval_share > 0:
+        rows, held_out = hold_out(rows, arguments.eval_share)
+    rows = rows[: arguments.limit]
+    if not rows:
+        raise UserError(
+            f"--eval-share: expected a share that leaves pairs to train on, got "
+            f"{arguments.eval_share:g} of {len(held_out)} pairs"
+        )
+    highest = max(row.get("objective", 0) for row in [*rows, *held_out])
+    if highest >= arguments.num_objectives:
+        raise UserError(
+            f"--num-objectives: expected at least {highest + 1}, since the data have pairs of "
+            f"objective {highest}, got {arguments.num_objectives}"
+        )
+    return list(rows), list(held_out)
+
+
+def hold_out(rows: PreferenceData, share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """Split rows into (the others, about ``share`` of them), pairs of one prompt on one side."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row["prompt"]), []).append(row)
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    held_out: list[dict] = []
+    wanted = max(1, round(share * len(rows)))
+    chosen = set()
+    for prompt in order:
+        if len(held_out) >= wanted:
+            break
+        held_out += groups[prompt]
+        chosen.add(prompt)
+    return [row for row in rows if json.dumps(row["prompt"]) not in chosen], held_out
+
+
+def _make_trainer(arguments: Namespace, rows: list[dict], held_out: list[dict]) -> DualHeadTrainer:
+    import torch
+    from transformers import AutoTokenizer
+
+    from .modeling import DualHeadForCausalLM
+    from .trainer import DualHeadTrainer
+
+    training = _training_arguments(arguments)
+    torch.manual_seed(training.seed)  # the gate's first weights
+    path = backbone_path(arguments.backbone)
+    with loading("--backbone", path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # A CPU computes bf16 slowly, and small backbones are the ones that it trains.
+        dtype = torch.float32 if training.device.type == "cpu" else None
+        head = {
+            f.name: getattr(arguments, f.name)
+            for f in fields(DualHeadConfig)
+            if hasattr(arguments, f.name)
+        }
+        model = DualHeadForCausalLM.from_backbone(path, dtype=dtype, **head)
+    with argument():
+        return DualHeadTrainer(
+            model,
+            training,
+            train_dataset=rows,
+            eval_dataset=held_out or None,
+            processing_class=tokenizer,
+        )
+
+
+def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
+    from .trainer import DualHeadTrainingArguments
+
+    given = {
+        n: getattr(arguments, n) for n in TRAINING_OPTIONS if getattr(arguments, n) is not None
+    }
+    known = {f.name for f in fields(DualHeadTrainingArguments) if f.init}
+    for name, text in arguments.set:
+        if name not in known:
+            raise UserError(f"--set: expected a field of DualHeadTrainingArguments, got {name!r}")
+        try:
+            given[name] = json.loads(text)
+        except ValueError:
+            given[name] = text
+    if arguments.device == "cpu":
+        given["use_cpu"] = True
+    ours = {"output_dir": arguments.output, "report_to": "none", "dataloader_pin_memory": False}
+    try:
+        return DualHeadTrainingArguments(**{**ours, **given})
+    except (ValueError, TypeError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def _checkpoint(arguments: Namespace) -> str | bool | None:
+    return True if arguments.resume == "last" else arguments.resume
+
+
+def _report(before: str, after: str, held_out: list[dict]) -> None:
+    from .eval.metrics import longer_is_better
+    from .show import percent
+
+    longer, _ = longer_is_better(held_out)
+    print("\npreference accuracy of the reward head on held-out pairs")
+    print(f"  before                  {before}")
+    print(f"  after                   {after}")
+    print(f"  always the longer one   {percent(longer)}")

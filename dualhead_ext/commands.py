@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands by name, the smaller ones themselves. Nothing heavy is imported before its need."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from .cli_errors import UserError, argument, extras
+from .cli_generate import generate
+from .cli_models import quiet_transformers
+from .cli_train import train
+from .data import EMBEDDED
+
+
+def info(arguments: Namespace) -> None:
+    """What was built, what it runs on, and which optional packages are there."""
+    import torch
+
+    from .build_info import build_info
+
+    report: dict[str, Any] = build_info()
+    report["cuda_device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    optional = {name: extra for name, extra in reversed(extras()) if extra != "test"}
+    report["packages"] = {name: _version(name) for name in sorted(optional)}
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return
+    packages = report.pop("packages")
+    for name, value in report.items():
+        if isinstance(value, list):
+            value = ", ".join(value) or "none"
+        print(f"{name:16} {'-' if value is None else value}")
+    for name, version in packages.items():
+        print(f"{name:16} {version or f'not installed (extra: {optional[name]})'}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def bench(arguments: Namespace) -> int:
+    """Run the benchmarks; 1 if the fused step was slower than promised somewhere."""
+    from . import _extension
+    from .bench import main
+
+    if arguments.report is None and (problem := _extension.problem("cpu")) is not None:
+        raise UserError(problem)
+    with argument():
+        return main(arguments)
+
+
+def demo(arguments: Namespace) -> None:
+    """Train on the embedded sample, measure, decode."""
+    with argument():
+        quiet_transformers(EMBEDDED)
+        from . import demo as script
+    options = {n: v for n, v in vars(arguments).items() if n not in ("command", "traceback")}
+    script.run(**options)
+
+
+COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
+    "train": train,
+    "generate": generate,
+    "info": info,
+    "bench": bench,
+    "demo": demo,
+}

@@ -1,0 +1,598 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA decode kernel, the very source, on the host backend (csrc/testing/host_cuda) against
+float64 NumPy: every path at small odd sizes, under several schedules, with poisoned scratch. What
+only a GPU can show is in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy_decode as model
+import pytest
+from numpy_model import log_softmax
+
+DTYPES = ["float32", "bfloat16", "float16"]
+STATE = ("cache_k", "cache_u", "cache_valid", "cache_length", "draws")  # what a step writes
+GUARD = 64  # elements before and after each output that nobody may touch
+# Products of bfloat16 and float16 are exact in fp32, so that every dtype has fp32's error; logits
+# here are sums of at most 64 terms of size about 1.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+ATTENTION = {"gate": "attention"}
+GIVEN = {"gate": "given"}
+
+
+class Step(NamedTuple):
+    """A step's outputs, and the state it left behind."""
+
+    logits: np.ndarray
+    alpha: np.ndarray
+    gate_logit: np.ndarray
+    token: np.ndarray
+    logprob: np.ndarray
+    status: np.ndarray
+    attention: np.ndarray | None
+    state: dict[str, np.ndarray]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {k: v for k, v in (self._asdict() | self.state).items() if k != "state"}
+
+
+def guarded(shape, dtype, fill):
+    """An array of `fill` inside a larger one of 0xA5 bytes."""
+    size = math.prod(shape)
+    whole = np.frombuffer(b"\xa5" * ((size + 2 * GUARD) * np.dtype(dtype).itemsize), dtype).copy()
+    view = whole[GUARD : GUARD + size].reshape(shape)
+    view[...] = fill
+    return whole, view
+
+
+@pytest.fixture
+def run(testing_module):
+    """One step: nothing of `arguments` changes, the state comes back in the result."""
+
+    def step(
+        arguments, dtype="float32", *, record=False, blocks=3, threads=64, dirt=0xFF, **device
+    ):
+        arguments = arguments | {k: arguments[k].copy() for k in STATE if k in arguments}
+        B, V = len(arguments["hidden"]), len(arguments["lm_weight"])
+        outputs = {
+            "logits": guarded((B, V), np.float32, np.nan),
+            "alpha": guarded((B,), np.float32, np.nan),
+            "gate_logit": guarded((B,), np.float32, np.nan),
+            "token": guarded((B,), np.int64, -7),
+            "logprob": guarded((B,), np.float32, np.nan),
+            "status": guarded((B,), np.int32, -7),
+        }
+        if record:
+            outputs["attention"] = guarded(arguments["cache_u"].shape, np.float32, np.nan)
+        named = {f"out_{name}": view for name, (_, view) in outputs.items()}
+        testing_module.set_device(**device)
+        try:
+            error = testing_module.decode_step(
+                arguments | named, dtype, blocks=blocks, threads=threads, dirt=dirt
+            )
+        finally:
+            testing_module.set_device()
+        assert error == "cudaSuccess"
+        for name, (whole, view) in outputs.items():
+            bands = np.concatenate([whole[:GUARD], whole[GUARD + view.size :]])
+            assert (bands.view(np.uint8) == 0xA5).all(), f"{name}: written out of bounds"
+        results = {name: view for name, (_, view) in outputs.items()}
+        results["attention"] = results.get("attention")
+        return Step(**results, state={k: arguments[k] for k in STATE if k in arguments})
+
+    return step
+
+
+def same_bits(a: Step, b: Step, but=()) -> list[str]:
+    """Names of what differs in any bit."""
+    left, right = a.arrays(), b.arrays()
+    return [
+        name
+        for name, value in left.items()
+        if name not in but and value is not None and value.tobytes() != right[name].tobytes()
+    ]
+
+
+# --- against float64 -----------------------------------------------------------------------------
+
+
+def check_appended(arguments, step, dtype, b):
+    """Row b's new column, and nothing else of its cache, has changed."""
+    column = int(arguments["cache_length"][b])
+    k, u, valid = model.append(arguments, dtype, b)
+    stored = model.widen(step.state["cache_k"][b, :, column], dtype).ravel()
+    assert (np.abs(stored - k) <= 0.51 * model.spacing(k, dtype) + 1e-5).all()
+    np.testing.assert_allclose(step.state["cache_u"][b, :, column], u, **CLOSE)
+    assert bool(step.state["cache_valid"][b, column]) == valid
+    assert step.state["cache_length"][b] == column + 1
+    others = np.arange(arguments["cache_u"].shape[2]) != column
+    for name in ("cache_k", "cache_u"):
+        before, after = (x[name][b][:, others] for x in (arguments, step.state))
+        assert before.tobytes() == after.tobytes()
+    before, after = (x["cache_valid"][b][others] for x in (arguments, step.state))
+    assert before.tobytes() == after.tobytes()
+
+
+def check_row(arguments, step, dtype, b):
+    """A row with a finite result, from gate to token."""
+    if "gate_logit" in arguments:
+        gate_logit = float(arguments["gate_logit"][b])
+    else:
+        check_appended(arguments, step, dtype, b)
+        # The stored key, once checked, stands for the exact one: it is what attention sees.
+        columns = int(step.state["cache_length"][b])
+        gate_logit, rows = model.attend(arguments | step.state, dtype, b, columns)
+        if step.attention is not None:
+            np.testing.assert_allclose(step.attention[b], rows, **CLOSE)
+    gate_logit += float(arguments["gate_offset"][b]) if "gate_offset" in arguments else 0.0
+    np.testing.assert_allclose(step.gate_logit[b], gate_logit, **CLOSE)
+    alpha = model.mixing_weight(arguments, b, gate_logit)
+    np.testing.assert_allclose(step.alpha[b], alpha, rtol=1e-5, atol=1e-6)
+    logits = model.row_logits(arguments, dtype, b, float(step.alpha[b]))
+    np.testing.assert_allclose(step.logits[b], logits, **CLOSE)
+    assert step.status[b] == 0
+    token = int(step.token[b])
+    exact = log_softmax(step.logits[b].astype(np.float64))
+    np.testing.assert_allclose(step.logprob[b], exact[token], **CLOSE)
+    if "seeds" not in arguments:
+        assert token == np.argmax(step.logits[b])  # numpy too takes the first of equals
+        return
+    draw = int(arguments["draws"][b])
+    assert step.state["draws"][b] == draw + 1
+    raced = model.race(arguments, b, step.logits[b], draw)
+    # The noise is good to about 1e-6; the winner is open only where two are closer than that.
+    assert raced[token] >= raced.max() - 1e-5
+    if (raced >= raced.max() - 1e-5).sum() == 1:
+        assert token == raced.argmax()
+
+
+def check_step(arguments, step, dtype):
+    for b in range(len(arguments["hidden"])):
+        check_row(arguments, step, dtype, b)
+
+
+SIZES = {  # each a tail of some cut: tiles of 8, chunks of 32, splits of 128, warps of 32 lanes
+    "one of each": dict(B=1, d=1, V=1, K=1, H=1, d_k=1, S=1, lengths=[0]),
+    "odd": dict(B=3, d=33, V=65, K=2, H=3, d_k=5, S=11),
+    "chunks": dict(B=2, d=31, V=32, H=1, d_k=2, S=4),
+    "two tiles": dict(B=9, d=7, V=33, H=2, d_k=1, S=3),
+    "three tiles": dict(B=17, d=5, V=31, K=3, H=1, d_k=2, S=5),
+    "splits": dict(B=3, d=9, V=5, H=2, d_k=3, S=300, lengths=[127, 128, 299]),
+    "many splits": dict(B=1, d=4, V=3, H=1, d_k=1, S=128 * 34, lengths=[128 * 33 + 5]),
+    "wide": dict(B=2, d=64, V=1100, H=2, d_k=3, S=4),  # more chunks than lanes
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+def test_step_is_the_float64_one(run, seed, dtype, size, mix_probs):
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, dtype, **SIZES[size], bias=size != "chunks")
+    arguments["mix_probs"] = mix_probs
+    step = run(arguments, dtype, record=True, seed=seed)
+    check_step(arguments, step, dtype)
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("cap", [0.0, 2.5], ids=["plain", "capped"])
+def test_postprocessing_and_objective_weights(run, seed, mix_probs, cap):
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, "bfloat16", B=5, V=40, K=3, bias=True)
+    arguments |= {"mix_probs": mix_probs, "logit_scale": 0.3125, "logit_softcap": cap}
+    arguments["objective_weights"] = rng.standard_normal((5, 3)).astype(np.float32)
+    check_step(arguments, run(arguments, "bfloat16", seed=seed), "bfloat16")
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("gate", ["attention", "given"])
+def test_controls_per_request(run, seed, gate, mix_probs):
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, "float32", B=7, gate=gate)
+    arguments["mix_probs"] = mix_probs
+    f32 = {"dtype": np.float32}
+    arguments["gate_offset"] = np.array([0, 3, -4, 200, -200, 0.5, 0], **f32)
+    offset_only = run(arguments, seed=seed)
+    check_step(arguments, offset_only, "float32")
+    assert offset_only.alpha[3] == 1 and offset_only.alpha[4] == 0
+    arguments["strength"] = np.array([0, 0.5, 1, 2, 3, 1e9, -1], **f32)
+    step = run(arguments, seed=seed)
+    check_step(arguments, step, "float32")
+    assert step.alpha[0] == 0 and step.alpha[5] == 1 and step.alpha[6] == 0
+    arguments["alpha"] = np.array([0.3, 0, 1, 0.25, 0.5, 0.75, 0.1], **f32)
+    check_step(arguments, run(arguments, seed=seed), "float32")
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+def test_alpha_of_0_and_1_select_and_never_multiply(run, seed, mix_probs):
+    """Row 0 takes only the LM head, row 1 only the reward head: the other may hold anything."""
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, "float32", B=2, gate="given")
+    arguments |= {"mix_probs": mix_probs, "alpha": np.array([0, 1], np.float32)}
+    plain = run(arguments)
+    check_step(arguments, plain, "float32")
+    for name, row in (("reward_weight", 0), ("lm_weight", 1)):
+        broken = arguments | {name: np.full_like(arguments[name], np.nan)}
+        step = run(broken)
+        for field in ("logits", "token", "logprob", "status"):
+            assert getattr(step, field)[row].tobytes() == getattr(plain, field)[row].tobytes()
+        assert step.status[1 - row] == 1
+    infinite = arguments | {"gate_logit": np.array([-np.inf, np.inf], np.float32)}
+    del infinite["alpha"]
+    assert not same_bits(run(infinite), plain, but=["gate_logit"])
+
+
+# --- cache ---------------------------------------------------------------------------------------
+
+
+def test_new_position_that_is_padding_is_written_and_not_seen(run, seed):
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, "bfloat16", B=4, S=6, lengths=[0, 0, 3, 5])
+    arguments["cache_valid"][2:] = True
+    arguments["cache_k"][2:], arguments["cache_u"][2:] = model.narrow(0.5, "bfloat16"), 0.25
+    arguments["new_valid"] = np.array([False, True, False, True])
+    step = run(arguments, "bfloat16", record=True, seed=seed)
+    check_step(arguments, step, "bfloat16")
+    assert step.gate_logit[0] == arguments["gate_bias"][0]  # nothing to see
+    assert (step.attention[0] == 0).all() and (step.attention[2, :, 3] == 0).all()
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("length", [9, 10, 2**31 - 1, -1])
+def test_full_cache_writes_nothing_and_says_so(run, seed, length, mix_probs):
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, "float16", B=3, S=9, lengths=[4, 4, 8])
+    arguments["mix_probs"] = mix_probs
+    arguments["cache_length"][1] = length
+    arguments |= {"seeds": np.arange(3), "draws": np.array([5, 6, 7])}
+    arguments["strength"] = np.array([1, 0, 1], np.float32)
+    step = run(arguments, "float16", record=True, seed=seed)
+    for b in (0, 2):
+        check_row(arguments, step, "float16", b)
+    assert step.status[1] == 2 and step.token[1] == 0 and (step.attention[1] == 0).all()
+    for field in (step.alpha, step.gate_logit, step.logprob, step.logits):
+        assert np.isnan(field[1]).all()
+    for name in STATE:
+        assert step.state[name][1].tobytes() == arguments[name][1].tobytes()
+
+
+def test_lengths_grow_step_by_step_until_the_cache_is_full(run, seed):
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, "float32", B=2, S=3, lengths=[0, 1])
+    for expected in ([0, 0], [0, 0], [0, 2], [2, 2]):
+        arguments["hidden"] = rng.standard_normal((2, 13)).astype(np.float32)
+        step = run(arguments, seed=seed)
+        for b in range(2):
+            if expected[b] == 0:
+                check_row(arguments, step, "float32", b)
+        assert step.status.tolist() == expected
+        arguments |= step.state
+    assert arguments["cache_length"].tolist() == [3, 3]
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+FILTERS = {
+    "none": {},
+    "temperature": dict(temperature=[0.7, 0.0, 1.3, 0.1]),
+    "top_k": dict(top_k=[3, 0, 1, 1000]),
+    "top_p": dict(top_p=[0.5, 1.0, 0.0, 0.95]),
+    "min_p": dict(min_p=[0.2, 0.0, 1.0, 0.01]),
+    "all": dict(
+        temperature=[0.8, 2.0, 0.0, 1.0],
+        top_k=[5, 20, 3, -1],
+        top_p=[0.8, 0.9, 0.5, 0.7],
+        min_p=[0.05, 0.1, 0.5, 0.02],
+    ),
+}
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_sampled_token_wins_the_race_among_what_the_filters_leave(run, seed, filters, mix_probs):
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, "float32", B=4, V=101, gate="given")
+    arguments["mix_probs"] = mix_probs
+    for name, values in FILTERS[filters].items():
+        arguments[name] = np.array(values, np.int32 if name == "top_k" else np.float32)
+    for draw in (0, 2**32 + 3):
+        arguments["seeds"] = rng.integers(-(2**63), 2**63 - 1, 4)
+        arguments["draws"] = np.arange(4) + draw
+        check_step(arguments, run(arguments, seed=seed), "float32")
+
+
+@pytest.mark.parametrize("filters", ["top_k", "top_p", "min_p", "all"])
+def test_filters_leave_exactly_the_right_tokens(run, seed, filters):
+    """Many draws of one row: only tokens that should stay come up, and all likely ones do."""
+    rng = np.random.default_rng(seed)
+    B = 192
+    arguments = model.random_arguments(rng, "float32", B=B, d=3, V=9, gate="given")
+    arguments["hidden"][:] = arguments["hidden"][0]
+    arguments["gate_logit"][:] = 0.0
+    for name, values in FILTERS[filters].items():
+        arguments[name] = np.full(B, values[0], np.int32 if name == "top_k" else np.float32)
+    arguments |= {"seeds": np.full(B, 11), "draws": np.arange(B)}
+    step = run(arguments, seed=seed)
+    raced = model.race(arguments, 0, step.logits[0], 0)
+    kept = np.flatnonzero(raced > -np.inf)
+    assert set(step.token) <= set(kept) and 0 < len(kept) < 9
+    logits = step.logits[0, kept].astype(np.float64) / float(
+        arguments.get("temperature", np.ones(1))[0]
+    )
+    likely = kept[np.exp(log_softmax(logits)) > 0.1]
+    assert set(likely) <= set(step.token)
+
+
+def equal_logits(values):
+    """Arguments whose LM logits are these numbers, exactly, for one row that uses only them."""
+    values = np.asarray(values, np.float32)
+    return {
+        "hidden": np.ones((1, 1), np.float32),
+        "lm_weight": values[:, None].copy(),
+        "reward_weight": np.zeros((1, len(values), 1), np.float32),
+        "gate_logit": np.zeros(1, np.float32),
+        "alpha": np.zeros(1, np.float32),
+        "mix_probs": False,
+        "logit_scale": 1.0,
+        "logit_softcap": 0.0,
+    }
+
+
+def test_ties_go_to_the_lowest_index(run):
+    values = np.full(100, 1.0)
+    values[[35, 36, 70, 99]] = 2.0
+    assert run(equal_logits(values)).token.tolist() == [35]
+    assert run(equal_logits([-0.0, 0.0, -0.0])).token.tolist() == [0]
+    assert run(equal_logits([-np.inf, -3.0, -np.inf, -3.0])).token.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        (dict(top_k=2), {35, 36}),
+        (dict(top_p=0.5), {35, 36}),  # four share the mass, all else has none of it
+        (dict(top_p=0.51), {35, 36, 70}),
+        (dict(min_p=1.0), {35, 36, 70, 99}),
+    ],
+    ids=str,
+)
+def test_equal_logits_at_a_cut_keep_the_lowest_indices(run, filters, kept):
+    values = np.full(100, -80.0)
+    values[[35, 36, 70, 99]] = 20.0
+    base = equal_logits(values)
+    drawn = set()
+    for draw in range(24):
+        arguments = base | {"seeds": np.array([3]), "draws": np.array([draw])}
+        for name, value in filters.items():
+            arguments[name] = np.array([value], np.int32 if name == "top_k" else np.float32)
+        drawn |= set(run(arguments, blocks=1, threads=32).token.tolist())
+    assert drawn == kept
+
+
+# --- rows that are not finite --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_non_finite_row_is_reported_and_leaves_its_neighbours_alone(
+    run, seed, poison, mix_probs, sampled
+):
+    rng = np.random.default_rng(seed)
+    arguments = model.random_arguments(rng, "float32", B=4, S=6, V=40)
+    arguments["mix_probs"] = mix_probs
+    if sampled:
+        arguments |= {"seeds": np.arange(4), "draws": np.zeros(4, np.int64)}
+        arguments |= {"top_k": np.full(4, 5, np.int32), "top_p": np.full(4, 0.9, np.float32)}
+    healthy = run(arguments, record=True, seed=seed)
+    check_step(arguments, healthy, "float32")
+    arguments["hidden"] = arguments["hidden"].copy()
+    arguments["hidden"][1, 5] = poison
+    step = run(arguments, record=True, seed=seed)
+    assert step.status.tolist() == [0, 1, 0, 0]
+    assert step.token[1] == 0 and np.isnan(step.logprob[1])
+    assert step.state["cache_length"].tolist() == healthy.state["cache_length"].tolist()
+    assert not sampled or step.state["draws"].tolist() == [1, 1, 1, 1]
+    for b in (0, 2, 3):
+        for name, value in step.arrays().items():
+            assert value[b].tobytes() == healthy.arrays()[name][b].tobytes(), name
+
+
+def test_rows_without_any_mass_or_with_a_nan_alpha_are_not_finite(run):
+    assert run(equal_logits([-np.inf] * 40)).status.tolist() == [1]
+    assert run(equal_logits([0.0] * 39 + [np.inf])).status.tolist() == [1]
+    nan = run(equal_logits([0.0, 1.0]) | {"alpha": np.array([np.nan], np.float32)})
+    assert nan.status.tolist() == [1] and nan.token.tolist() == [0] and np.isnan(nan.alpha).all()
+    # Strength 0 switches the gate off, NaN or not.
+    zero = equal_logits([0.0, 1.0]) | {"alpha": np.array([np.nan], np.float32)}
+    zero["strength"] = np.zeros(1, np.float32)
+    step = run(zero)
+    assert step.status.tolist() == [0] and step.token.tolist() == [1] and step.alpha == 0
+
+
+# --- determinism ---------------------------------------------------------------------------------
+
+
+def everything(rng, dtype, B=10):
+    """Arguments that take every branch at once: mixture of distributions, all filters, all
+    controls."""
+    arguments = model.random_arguments(
+        rng, dtype, B=B, d=19, V=70, K=2, S=140, lengths=rng.integers(100, 139, B), bias=True
+    )
+    f32 = {"dtype": np.float32}
+    return arguments | {
+        "mix_probs": True,
+        "logit_scale": 0.5,
+        "logit_softcap": 20.0,
+        "objective_weights": rng.standard_normal((B, 2)).astype(**f32),
+        "gate_offset": rng.standard_normal(B).astype(**f32),
+        "strength": rng.uniform(0.5, 1.5, B).astype(**f32),
+        "temperature": rng.uniform(0.5, 2, B).astype(**f32),
+        "top_k": rng.integers(20, 60, B).astype(np.int32),
+        "top_p": rng.uniform(0.7, 0.99, B).astype(**f32),
+        "min_p": rng.uniform(0, 0.05, B).astype(**f32),
+        "new_valid": rng.random(B) < 0.9,
+        "seeds": rng.integers(0, 2**62, B),
+        "draws": rng.integers(0, 2**40, B),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_every_grid_schedule_and_scratch(run, seed, dtype):
+    """Grid, block size, order of threads and contents of the workspace leave no trace."""
+    arguments = everything(np.random.default_rng(seed), dtype)
+    first = run(arguments, dtype, record=True, blocks=1, threads=32)
+    check_step(arguments, first, dtype)
+    shapes = [(1, 96), (2, 64), (5, 32), (8, 256)]
+    for i, (blocks, threads) in enumerate(shapes):
+        shape = {"blocks": blocks, "threads": threads, "dirt": (0xFF, 0, 0x5A)[i % 3]}
+        for schedule in (0, seed | 1, seed & ~1 or 2)[: 3 if threads == 64 else 2]:
+            again = run(arguments, dtype, record=True, **shape, seed=schedule)
+            assert not same_bits(first, again), (shape, schedule)
+
+
+def test_default_launch_fills_the_device_and_no_more(run, seed):
+    arguments = everything(np.random.default_rng(seed), "bfloat16")
+    first = run(arguments, "bfloat16", record=True)
+    small = {"multiprocessors": 3, "blocks_per_multiprocessor": 1}
+    assert not same_bits(first, run(arguments, "bfloat16", record=True, blocks=0, threads=0))
+    again = run(arguments, "bfloat16", record=True, blocks=0, threads=0, **small)
+    assert not same_bits(first, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_every_batch(run, seed, dtype):
+    """Alone, first, last, beside NaN neighbours, in batches that end anywhere in a tile."""
+    rng = np.random.default_rng(seed)
+    arguments = everything(rng, dtype, B=17)
+    shared = {
+        k: v for k, v in arguments.items() if not (isinstance(v, np.ndarray) and len(v) == 17)
+    }
+    per_row = {k: v for k, v in arguments.items() if k not in shared}
+    whole = run(arguments, dtype, record=True).arrays()
+    nan = model.narrow(np.nan, dtype)
+    for rows in ([4], [16], [9, 4], [2, 0, 4, 7, 7, 1, 3, 5], [4, *range(16, 4, -1)]):
+        batch = shared | {k: v[rows].copy() for k, v in per_row.items()}
+        if 2 in rows:
+            batch["hidden"][0] = nan  # a neighbour, not a row that is compared
+        part = run(batch, dtype, record=True).arrays()
+        for i, row in enumerate(rows):
+            for name in whole if row != 2 else ():
+                assert part[name][i].tobytes() == whole[name][row].tobytes(), (name, rows, row)
+
+
+def test_repeated_steps_are_equal_to_the_bit(run, seed):
+    arguments = everything(np.random.default_rng(seed), "bfloat16", B=2)
+    first = run(arguments, "bfloat16", record=True)
+    for schedule in range(20):
+        assert not same_bits(first, run(arguments, "bfloat16", record=True, seed=schedule))
+
+
+# --- the rig itself ------------------------------------------------------------------------------
+
+
+def _differs(run, arguments, **bug):
+    """Whether a seeded bug shows under at least one of a few schedules."""
+    right = run(arguments, "float32", record=True)
+    for schedule in range(8):
+        try:
+            if same_bits(right, run(arguments, "float32", record=True, seed=schedule, **bug)):
+                return True
+        except RuntimeError as error:
+            assert "deadlock" in str(error) or "diverged" in str(error)
+            return True
+    return False
+
+
+@pytest.mark.parametrize("barrier", range(7))
+def test_a_missing_grid_barrier_is_seen(run, seed, barrier):
+    """The step has six grid barriers with attention and mix_probs; there is no seventh."""
+    arguments = everything(np.random.default_rng(seed), "float32", B=2)
+    assert _differs(run, arguments, skipped_grid_barrier=barrier) == (barrier < 6)
+
+
+@pytest.mark.parametrize("barrier", range(6))
+def test_a_missing_block_barrier_is_seen(run, seed, barrier):
+    """Two for each of three chunks: z complete, z free again. Nothing needs the very last one."""
+    arguments = everything(np.random.default_rng(seed), "float32", B=2)
+    assert _differs(run, arguments, blocks=1, skipped_block_barrier=barrier) == (barrier < 5)
+
+
+def test_a_grid_that_does_not_fit_is_refused(testing_module, run, seed):
+    arguments = model.random_arguments(np.random.default_rng(seed), "float32")
+    outputs = {
+        f"out_{name}": np.zeros((2, 37) if name == "logits" else 2, dtype)
+        for name, dtype in {
+            "logits": np.float32,
+            "alpha": np.float32,
+            "gate_logit": np.float32,
+            "token": np.int64,
+            "logprob": np.float32,
+            "status": np.int32,
+        }.items()
+    }
+
+    def error(blocks=0, threads=0, index=0, **device):
+        testing_module.set_device(**device)
+        named = arguments | outputs
+        try:
+            return testing_module.decode_step(named, "float32", blocks, threads, index)
+        finally:
+            testing_module.set_device()
+
+    before = {k: v.copy() for k, v in (arguments | outputs).items() if isinstance(v, np.ndarray)}
+    assert error(blocks=9) == "cudaErrorCooperativeLaunchTooLarge"  # 4 x 2 fit
+    assert error(blocks_per_multiprocessor=0) == "cudaErrorCooperativeLaunchTooLarge"
+    assert error(cooperative_launch=False) == "cudaErrorNotSupported"
+    assert error(index=1) == "cudaErrorInvalidDevice"
+    for threads in (31, 48, 288):
+        assert error(threads=threads) == "cudaErrorInvalidValue"
+    for name, value in before.items():
+        assert (arguments | outputs)[name].tobytes() == value.tobytes(), name
+    assert error(blocks=8) == "cudaSuccess"
+
+
+def test_an_empty_batch_launches_nothing(run):
+    arguments = model.random_arguments(np.random.default_rng(0), "float32", B=0, gate="given")
+    assert run(arguments, blocks=0, threads=0).token.shape == (0,)
+
+
+# --- storage types -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_stored_value_widens_and_rounds_back(testing_module, dtype):
+    bits = np.arange(2**16, dtype=np.uint16)
+    widened = getattr(testing_module, f"{dtype}_to_float")(bits)
+    exact = model.widen(bits, dtype)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        np.testing.assert_array_equal(widened.astype(np.float64), exact)
+    numbers = ~np.isnan(exact)
+    back = getattr(testing_module, f"float_to_{dtype}")(widened)
+    np.testing.assert_array_equal(back[numbers], bits[numbers])
+    assert np.isnan(model.widen(back[~numbers], dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_is_to_nearest_even(testing_module, seed, dtype):
+    rng = np.random.default_rng(seed)
+    finite = model.widen(np.arange(2**15, dtype=np.uint16), dtype)
+    finite = finite[np.isfinite(finite)]
+    middle = ((finite[:-1] + finite[1:]) / 2).astype(np.float32)
+    values = np.concatenate(
+        [
+            middle,
+            np.nextafter(middle, np.float32(np.inf)),
+            np.nextafter(middle, np.float32(0)),
+            rng.standard_normal(1000).astype(np.float32),
+            np.float32([65519.9, 65520, 3.4e38, np.inf, 1e-8, 2.98e-8, 1e-45, 0]),
+        ]
+    )
+    values = np.concatenate([values, -values])
+    got = getattr(testing_module, f"float_to_{dtype}")(values)
+    np.testing.assert_array_equal(got, model.narrow(values, dtype))
