@@ -3,6 +3,7 @@
 # make demo      train and decode on real preference pairs, a few minutes
 # make test      C++ tests, then pytest; what continuous integration runs
 # make build     recompile what changed under csrc/
+# make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
 # make lint      ruff and clang-format on every file;  make format puts them right
 # make bench     the benchmarks
 # make gpu-check the GPU tests, in the environment of $(PYTHON), none skipped
@@ -24,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test cpp-test lint format bench gpu-check clean
+.PHONY: install build demo test cpp-test sanitize lint format bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -55,6 +56,12 @@ test: cpp-test
 cpp-test: build
 	@$(VENV_PYTHON) python_tests/native.py
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" ctest --test-dir $(CMAKE_FOLDER) --output-on-failure
+
+sanitize: $(INSTALLED)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" cmake -S . -B build/sanitize -G Ninja \
+	  "-DDUALHEAD_SANITIZE=address;undefined"
+	PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --build build/sanitize
+	PATH="$(CURDIR)/.venv/bin:$$PATH" ctest --test-dir build/sanitize --output-on-failure
 
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
