@@ -506,7 +506,7 @@ def test_pytest_benchmark_from_the_root(tmp_path):
     done = pytest_session(f"--benchmark-json={path}", required={"fp32": 0.01, "bf16": 1e9})
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 2 passed" in done.stdout
-    assert "FAILED benchmarks/bench_decode.py::test_decode_step[40x77-bf16]" in done.stdout
+    assert "_ test_decode_step[40x77-bf16] _" in done.stdout
     assert "deselected" not in done.stdout, "tests were collected beside the benchmarks"
     for text in ("40x77-fp32: ", "40x77-bf16: ", "dualhead", "eager", "lm_head", "tokens/s"):
         assert text in done.stdout
@@ -527,10 +527,8 @@ def test_a_stale_build_is_not_timed():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--benchmark-quick"], "--benchmark-quick needs --benchmark"),
         (["--benchmark-seconds=0"], "--benchmark-seconds needs --benchmark"),
         (["--benchmark", "--benchmark-json=no/such/x.json"], "in a folder that exists"),
-        (["--benchmark", "--benchmark-seconds=-1"], "seconds must be at least 0"),
     ],
 )
 def test_options_of_pytest(arguments, message):
