@@ -20,7 +20,7 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import PushToHubMixin
@@ -40,14 +40,28 @@ _FINGERPRINT_PARAMETERS, _FINGERPRINT_VALUES = 32, 4
 _FINGERPRINT_TOLERANCE = 2.0**-7
 
 
-def head_state(head: torch.nn.Module, lm_head_trained: bool = False) -> dict[str, Tensor]:
+def head_state(head: torch.nn.Module) -> dict[str, Tensor]:
     """The tensors of a gated head that files hold, by the names that files use."""
     state = {name: value for name, value in head.state_dict().items() if "." in name}
-    if lm_head_trained:
+    if _lm_head_is_ours(head):
         state["lm_head.weight"] = head.lm_weight
         if head.lm_bias is not None:
             state["lm_head.bias"] = head.lm_bias
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _lm_head_is_ours(head: torch.nn.Module) -> bool:
+    return head.lm_head_trained or head.weight.requires_grad
+
+
+def untie_lm_head(model: PreTrainedModel) -> None:
+    """Give an LM head that shares its weight with the embedding a copy of its own, so that it can
+    differ."""
+    head = model.get_output_embeddings()
+    if model.get_input_embeddings().weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -56,7 +70,8 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     The heads are left out, and an LM head that is trained with them.
     """
     head = model.get_output_embeddings()
-    left_out = {id(p) for n, p in head.named_parameters() if "." in n or p.requires_grad}
+    ours = _lm_head_is_ours(head)
+    left_out = {id(p) for n, p in head.named_parameters() if "." in n or ours}
     names = [
         name
         for name, parameter in model.named_parameters()
@@ -196,7 +211,7 @@ class DualHeadFilesMixin(PushToHubMixin):
                 "fingerprint": fingerprint(self),
             },
         }
-        state = head_state(head, lm_head_trained=head.weight.requires_grad)
+        state = head_state(head)
         write_durably(folder / WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
         write_durably(folder / CONFIG_NAME, json.dumps(stored, indent=2).encode() + b"\n")
         if save_full:
@@ -262,6 +277,8 @@ class DualHeadFilesMixin(PushToHubMixin):
                 )
         check_fingerprint(loaded, stored["backbone"]["fingerprint"], f"from_pretrained: {folder}")
         model = cls.from_backbone(loaded, **config.to_dict())
+        if "lm_head.weight" in state:
+            untie_lm_head(model)
         load_head_state(model.lm_head_module, state, folder)
         return model.eval()
 
@@ -319,3 +336,4 @@ def load_head_state(head: torch.nn.Module, state: dict[str, Tensor], where: str)
             if value.dtype != parameter.dtype and not name.startswith("lm_head."):
                 parameter.data = parameter.data.to(value.dtype)  # heads trained in fp32 stay so
             parameter.copy_(value)
+    head.lm_head_trained = trained_lm or head.lm_head_trained

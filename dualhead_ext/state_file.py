@@ -25,14 +25,18 @@ def save_state(path: str | os.PathLike, state: Any) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, strings, bools and None.
 
     Raises:
-        TypeError: anything else, naming where it is.
+        TypeError: anything else, naming where it is. OSError: the disk.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, "state", tensors)
     version = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    save_file(tensors, path, metadata=version | {"tree": json.dumps(tree)})
+    try:
+        save_file(tensors, path, metadata=version | {"tree": json.dumps(tree)})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def load_state(path: str | os.PathLike) -> Any:

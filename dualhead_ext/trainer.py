@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .collate import PreferenceCollator, tokenize_pairs
 from .losses import LossCounts, metrics_of_totals
 from .modeling import DualHeadForCausalLM
+from .pretrained import untie_lm_head
 from .trainer_checkpoints import CheckpointedTrainer
 from .training_args import DualHeadTrainingArguments
 
@@ -55,14 +56,13 @@ def prepare_for_training(
                 "DualHeadTrainer: train_lm_head: the LM head shares its weight with the "
                 "embedding, which would be trained too; untie=True gives it a copy"
             )
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.get_text_config(decoder=True).tie_word_embeddings = False
-        model.config.tie_word_embeddings = False
+        untie_lm_head(model)
     if head.weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             "DualHeadTrainer: train_lm_head: the LM head must be float32, "
             f"got {head.weight.dtype}; load the backbone with dtype=torch.float32"
         )
+    head.lm_head_trained = True
     for parameter in (head.weight, head.bias):
         if parameter is not None:
             parameter.requires_grad_(True)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from tiny_models import make_backbone, make_model
 from trainer_cases import arguments, heads, make_trainer, pairs, same
+from transformers import AutoTokenizer
 
 import dualhead_ext as dh
 from dualhead_ext.collate import PreferenceCollator
 from dualhead_ext.functional import dual_head_loss
-from dualhead_ext.losses import TOTAL_NAMES, LossOptions
+from dualhead_ext.losses import TOTAL_NAMES
+from dualhead_ext.pretrained import embedded_backbone_path
 
 
 def test_learns_preferences_of_unseen_pairs(tmp_path):
@@ -347,6 +349,14 @@ def test_a_tied_lm_head_is_not_trained_unless_untied(tmp_path):
     make_trainer(tmp_path, model, train_lm_head=True, untie=True, max_steps=2).train()
     assert torch.equal(model.get_input_embeddings().weight, embedding)
     assert not torch.equal(model.lm_head_module.weight, embedding)
+    first, second = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(first)
+    for folder in (first, second):  # loaded, saved again, loaded: the embedding stays
+        backbone = make_backbone("llama-tied")
+        loaded = dh.DualHeadForCausalLM.from_pretrained(folder, backbone=backbone)
+        assert torch.equal(loaded.lm_head_module.weight, model.lm_head_module.weight)
+        assert torch.equal(loaded.get_input_embeddings().weight, embedding)
+        loaded.save_pretrained(second)
 
 
 def test_a_low_precision_lm_head_is_not_trained(tmp_path):
@@ -354,39 +364,25 @@ def test_a_low_precision_lm_head_is_not_trained(tmp_path):
         make_trainer(tmp_path, make_model("llama").bfloat16(), train_lm_head=True)
 
 
-def test_arguments_have_the_papers_defaults(tmp_path):
-    args = dh.DualHeadTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (5e-5, 0.9, 0.999)
-    assert args.lr_scheduler_type == "cosine"
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
-    assert args.loss_options == LossOptions() and args.beta_r == 0.1 and args.lambda_g == 0.01
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"beta_r": 0.0}, ValueError, "beta_r must be a number > 0"),
-        ({"gate_regularizer": "l1"}, ValueError, "gate_regularizer must be one of"),
-        ({"label_smoothing_factor": 0.1}, ValueError, "use label_smoothing"),
-        ({"push_to_hub": True}, ValueError, "push_to_hub=True"),
-        ({"max_length": 1}, ValueError, "max_length must be at least 2"),
-    ],
-)
-def test_bad_arguments(tmp_path, changes, error, message):
-    with pytest.raises(error, match=message):
-        arguments(tmp_path, **changes)
-
-
-def test_bad_trainers(tmp_path):
-    args, model = arguments(tmp_path), make_model("llama")
-    with pytest.raises(TypeError, match=r"model must have a gated head.*LlamaFor"):
-        dh.DualHeadTrainer(model=make_backbone("llama"), args=args)
-    with pytest.raises(TypeError, match="args must be DualHeadTrainingArguments, got NoneType"):
-        dh.DualHeadTrainer(model=model)
-    with pytest.raises(ValueError, match="train_dataset must hold at least one pair"):
-        dh.DualHeadTrainer(model=model, args=args, train_dataset=[])
-    with pytest.raises(TypeError, match="eval_dataset must be a sequence of rows, got generator"):
-        dh.DualHeadTrainer(model=model, args=args, eval_dataset=(row for row in pairs(2)))
-    text = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(ValueError, match="train_dataset holds text, which needs processing_class"):
-        dh.DualHeadTrainer(model=model, args=args, train_dataset=text)
+def test_text_is_tokenised_with_the_tokenizer(tmp_path):
+    """The package's own sample and backbone; the tokenizer goes along with the heads."""
+    path = embedded_backbone_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = dh.DualHeadForCausalLM.from_backbone(str(path))
+    rows = dh.data.load_preference_data("embedded")
+    trainer = dh.DualHeadTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=1, max_length=64),
+        train_dataset=rows[:4],
+        eval_dataset={"seen": rows[:2], "unseen": rows[2:4]},
+        processing_class=tokenizer,
+    )
+    assert all(len(row["chosen_input_ids"]) <= 64 for row in trainer.train_dataset)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/accuracies"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    metrics = trainer.evaluate()
+    assert {"eval_seen_rewards/margins", "eval_unseen_rewards/margins"} <= metrics.keys()
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+    loaded = dh.DualHeadForCausalLM.from_pretrained(tmp_path)
+    assert same(heads(model), {n: p for n, p in loaded.named_parameters() if n in heads(model)})
