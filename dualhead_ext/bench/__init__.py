@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 # Of timing per case; the slowest cases take longer, since a median needs some rounds.
-SECONDS, QUICK_SECONDS = 1.5, 0.3
+SECONDS, QUICK_SECONDS = 1.0, 0.3
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -65,12 +65,10 @@ def check_options(seconds: float | None, json: str | None) -> None:
     from pathlib import Path
 
     if seconds is not None and not 0 <= seconds < float("inf"):
-        raise ValueError(f"bench: seconds must be at least 0 and finite, got {seconds}")
+        raise ValueError(f"seconds must be at least 0 and finite, got {seconds}")
     if json is None:
         return
     if Path(json).is_dir():
-        raise IsADirectoryError(f"bench: the results file must not be a folder, got {json}")
+        raise IsADirectoryError(f"the results file must not be a folder, got {json}")
     if not Path(json).absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"bench: the results file must be in a folder that exists, got {json}"
-        )
+        raise FileNotFoundError(f"the results file must be in a folder that exists, got {json}")

@@ -15,7 +15,9 @@ Contenders, all from the same hidden states, weights and gate caches:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,12 +289,15 @@ def compiled_step(
     return without_weights
 
 
-def _compiling(freeze: bool):
+@contextmanager
+def _compiling(freeze: bool) -> Iterator[None]:
     """Context of the first call of :func:`compiled_step`. Dynamo reads ``freezing`` from the global
-    configuration when it decides whether weights are constants; the option alone is not enough."""
+    configuration when it decides whether weights are constants; the option alone is not enough.
+    What autotuning says on standard error would tear the tables apart; errors are exceptions."""
     from torch._inductor import config
 
-    return config.patch(freezing=freeze)
+    with config.patch(freezing=freeze), redirect_stderr(io.StringIO()):
+        yield
 
 
 def check_agreement(
