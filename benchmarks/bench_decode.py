@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode step by size: fused, eager, torch.compile, and the plain head.
 
-See :mod:`dualhead_ext.bench.decode`. Fails where the fused step is slower than eager PyTorch, or
-less than 1.5 times as fast in bf16 at d = 4096, V = 32000, B = 1.
+See :mod:`dualhead_ext.bench.contenders`. Fails where the fused step is slower than eager PyTorch,
+or less than 1.5 times as fast in bf16 at d = 4096, V = 32000, B = 1.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from dualhead_ext.bench import decode, runner
+from dualhead_ext.bench import cases, runner
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    groups = decode.plan(metafunc.config.option.benchmark_quick)
+    groups = cases.plan(metafunc.config.option.benchmark_quick)
     metafunc.parametrize("group", groups, ids=str)
 
 

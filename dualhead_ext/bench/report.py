@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .decode import CaseResult, Effort, Operands
+    from .contenders import Operands
+    from .decode import CaseResult, Effort
     from .generation import ModelResult
     from .machine import ReadBandwidth
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import QUICK_SECONDS, SECONDS, decode, generation, machine, report
+from . import QUICK_SECONDS, SECONDS, cases, contenders, decode, generation, machine, report
 
 
 def run(quick: bool, seconds: float | None, emit: Callable[[str], None]) -> report.Report:
@@ -15,7 +15,7 @@ def run(quick: bool, seconds: float | None, emit: Callable[[str], None]) -> repo
         seconds: of timing per case, None for the default.
     """
     found = start(quick, emit)
-    for group in decode.plan(quick):
+    for group in cases.plan(quick):
         run_group(group, found, seconds, emit)
     for model in generation.plan(quick):
         run_model(model, found, seconds, emit)
@@ -30,7 +30,7 @@ def start(quick: bool, emit: Callable[[str], None]) -> report.Report:
 
 
 def run_group(
-    group: decode.Group,
+    group: cases.Group,
     found: report.Report,
     seconds: float | None,
     emit: Callable[[str], None],
@@ -42,7 +42,7 @@ def run_group(
         cold_bytes=machine.cold_bytes(),
         cache_bytes=machine.last_level_cache_bytes(),
     )
-    operands = decode.Operands(group, effort.cold_bytes)
+    operands = contenders.Operands(group, effort.cold_bytes)
     read = machine.read_bandwidth(operands.memory)
     emit(report.group_lines(operands, effort, read))
     for case in group.cases:

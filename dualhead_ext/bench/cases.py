@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the decode benchmark runs: sizes, formats, batches, and the speed-up each case requires."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# (d, V): the sizes that documents and issues quote; the last is Llama-2-7B's.
+SIZES = ((256, 4096), (512, 8192), (1024, 32000), (4096, 32000))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark: a batch of B, T columns in the gate's cache with the new one.
+
+    ``compile`` says whether the torch.compile contender takes part: compiling takes longer than all
+    the timing of a case.
+    """
+
+    B: int
+    T: int
+    sampled: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases of one size and format, which share their weights."""
+
+    d: int
+    V: int
+    format: str
+    cases: tuple[Case, ...]
+
+    def __str__(self) -> str:
+        return f"{self.d}x{self.V}-{self.format}"
+
+
+def plan(quick: bool = False) -> list[Group]:
+    """The groups to run: all sizes and formats, or, to see in a minute that all works, a few."""
+    if quick:
+        few = (Case(1, 64, compile=True), Case(4, 64), Case(1, 64, sampled=True))
+        return [
+            Group(256, 4096, "bf16", few),
+            Group(256, 4096, "fp32", (Case(1, 64), Case(4, 64))),
+            Group(4096, 32000, "bf16", (Case(1, 256),)),
+        ]
+    groups = []
+    for d, V in SIZES:
+        for name in FORMATS:
+            largest = (d, V) == SIZES[-1]
+            cases = (
+                Case(1, 256, compile=True),
+                Case(4, 256, compile=largest and name == "fp32"),
+                Case(8, 256, compile=largest and name == "bf16"),
+                Case(1, 256, sampled=True),
+                Case(1, 4096),
+            )
+            groups.append(Group(d, V, name, cases))
+    return groups
+
+
+def required_speedup(group: Group, case: Case) -> float:
+    """What the fused step must reach over eager: 1.5 at Llama-2-7B's size in bf16 for one request,
+    1 elsewhere."""
+    flagship = (group.d, group.V, group.format) == (*SIZES[-1], "bf16")
+    return 1.5 if flagship and case.B == 1 and not case.sampled and case.T == 256 else 1.0

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks print and write, and their two front ends, over tiny sizes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from benchmark_cases import EFFORT, READ, STEADY, TINY, case_result
+
+from dualhead_ext import bench
+from dualhead_ext.bench import cases, contenders, decode, generation, machine, report, runner
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny_report():
+    """A report of one real group, and what was printed."""
+    found, printed = report.Report({**machine.describe()}), []
+    operands = contenders.Operands(TINY, EFFORT.cold_bytes)
+    printed.append(report.group_lines(operands, EFFORT, READ))
+    for case in TINY.cases:
+        printed.append(found.add(decode.run_case(case, operands, EFFORT), READ))
+    return found, "\n".join(printed)
+
+
+def test_a_report_survives_the_file(tmp_path):
+    found, printed = tiny_report()
+    assert "40x77-bf16" in printed
+    assert "NOT COLD" in printed
+    path = tmp_path / "results.json"
+    found.write(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    results = report.load(path)
+    assert results == json.loads(json.dumps(found.as_json()))
+    assert {"device", "torch", "cuda", "commit", "csrc_sha256", "isa"} <= results.keys()
+    assert results["read_gb_per_s"] == READ.gb_per_s
+    columns = {"contender", "format", "d", "V", "B", "T", "sampled", "us_median", "us_q1", "us_q3"}
+    assert all(columns | {"repeats"} <= row.keys() for row in results["cases"])
+    assert len(results["cases"]) == 6
+    table = report.markdown(results).splitlines()
+    assert sum(line.startswith("| 40 x 77 | bf16 |") for line in table) == 2
+    ours, eager = results["cases"][:2]
+    assert f"{eager['us_median'] / ours['us_median']:.2f}x" in table[2]
+    assert all(line.count("|") == 11 for line in table[:4])
+
+
+def test_a_failure_is_reported():
+    found = report.Report({})
+    text = found.add(case_result(TINY, TINY.cases[0], STEADY, [us / 2 for us in STEADY]), READ)
+    assert "TOO SLOW: 40x77-bf16" in text
+    assert len(found.as_json()["failures"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "must be JSON"), ("[]", "must be a results file"), ("{}", "must be a results file")],
+)
+def test_a_foreign_file_is_no_report(content, message, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        report.load(path)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "json_path", "error", "message"),
+    [
+        (-1.0, None, ValueError, "seconds must be at least 0 and finite, got -1"),
+        (float("nan"), None, ValueError, "seconds must be at least 0 and finite, got nan"),
+        (None, "no/such/folder/x.json", FileNotFoundError, "no/such/folder/x.json"),
+        (None, ".", IsADirectoryError, "must not be a folder"),
+    ],
+)
+def test_options_are_refused_before_anything_runs(seconds, json_path, error, message):
+    with pytest.raises(error, match=message):
+        bench.check_options(seconds, json_path)
+
+
+def command_line(*arguments):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.main(parser.parse_args(arguments))
+
+
+def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
+    monkeypatch.setattr(generation, "plan", lambda quick: [generation.tiny_model()])
+    monkeypatch.setattr(runner.machine, "cold_bytes", lambda: 2**20)
+    monkeypatch.setattr(decode, "required_speedup", lambda group, case: 0.01)
+    path = str(tmp_path / "results.json")
+    assert command_line("--seconds", "0", "--json", path) == 0
+    printed = capsys.readouterr().out
+    assert "40x77-bf16" in printed
+    assert "tokens/s" in printed
+    results = report.load(path)
+    assert len(results["cases"]) == 6
+    assert len(results["generate"]) == 3
+    monkeypatch.setattr(cases, "plan", None)  # nothing runs now
+    assert command_line("--report", path) == 0
+    assert "random Llama" in capsys.readouterr().out
+
+
+def test_the_command_fails_where_the_step_is_too_slow(monkeypatch, capsys):
+    monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
+    monkeypatch.setattr(generation, "plan", lambda quick: [])
+    monkeypatch.setattr(runner.machine, "cold_bytes", lambda: 2**20)
+    monkeypatch.setattr(decode, "required_speedup", lambda group, case: 1e9)
+    assert command_line("--seconds", "0") == 1
+    assert capsys.readouterr().out.count("\ntoo slow: ") == 2
+
+
+TINY_SESSION = """
+    import sys
+    sys.path.insert(0, {build!r})
+    import libraries, pytest
+    from dualhead_ext.bench import cases, decode, generation, machine
+    tiny = (cases.Case(2, 9), cases.Case(1, 5, sampled=True))
+    cases.plan = lambda quick: [cases.Group(40, 77, name, tiny) for name in ("fp32", "bf16")]
+    decode.required_speedup = lambda group, case: {required}[group.format]
+    generation.plan = lambda quick: [generation.tiny_model()]
+    machine.cold_bytes = lambda: 2**20
+    real = machine.describe()
+    machine.describe = lambda: real | dict(csrc_sha256={csrc_hash})
+    sys.exit(pytest.main(["--benchmark", "--benchmark-seconds", "0", *sys.argv[1:]]))
+"""
+
+
+def pytest_session(*arguments, required, csrc_hash="libraries.csrc_hash()"):
+    """``pytest --benchmark`` from the root, over tiny groups."""
+    source = textwrap.dedent(TINY_SESSION).format(
+        build=str(ROOT / "_build"), required=required, csrc_hash=csrc_hash
+    )
+    # -k: should collection ever go wrong, it must not run this file from within itself.
+    arguments = ("-p", "no:cacheprovider", "-k", "test_decode_step or test_generate", *arguments)
+    command = [sys.executable, "-c", source, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_pytest_benchmark_from_the_root(tmp_path):
+    """One group is fast enough and one is not: the figures of both are printed and written."""
+    path = tmp_path / "results.json"
+    done = pytest_session(f"--benchmark-json={path}", required={"fp32": 0.01, "bf16": 1e9})
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 2 passed" in done.stdout
+    assert "_ test_decode_step[40x77-bf16] _" in done.stdout
+    assert "deselected" not in done.stdout, "tests were collected beside the benchmarks"
+    for text in ("40x77-fp32: ", "40x77-bf16: ", "dualhead", "eager", "lm_head", "tokens/s"):
+        assert text in done.stdout
+    results = report.load(path)
+    assert len(results["cases"]) == 12
+    assert len(results["generate"]) == 3
+    assert len(results["failures"]) == 2
+
+
+def test_a_stale_build_is_not_timed():
+    done = pytest_session(required={"fp32": 0.01, "bf16": 0.01}, csrc_hash="'0' * 64")
+    assert done.returncode == 1
+    assert "csrc/ has changed since it was compiled" in done.stdout
+    assert "3 errors" in done.stdout
+    assert "quartiles" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark-seconds=0"], "--benchmark-seconds needs --benchmark"),
+        (["--benchmark", "--benchmark-json=no/such/x.json"], "in a folder that exists"),
+    ],
+)
+def test_options_of_pytest(arguments, message):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, "benchmarks"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert message in done.stderr
