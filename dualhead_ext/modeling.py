@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .backbones import backbone_post_processing, refuse_packed
 from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .hf_cache import StaticGateLayer
@@ -27,36 +28,6 @@ from .pretrained import DualHeadFilesMixin
 CONTROLS = ("strength", "gate_offset", "alpha", "objective_weights")
 # What forward takes beyond the backbone's own arguments.
 _NEW_ARGUMENTS = (*CONTROLS, "dualhead_valid", "completion_mask", "objective", "loss_options")
-# Arguments of serving engines and of packed (padding-free) batches: the gate would look across the
-# sequences in # them and give wrong tokens without a word.
-_PACKED_ARGUMENTS = (
-    "block_table",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "seq_idx",
-    "cache",
-)
-
-
-def backbone_post_processing(config: Any) -> dict[str, float]:
-    """``logit_scale`` and ``logit_softcap`` of a backbone's own f(z) = cap(scale z), read from its
-    config.
-    """
-    config = config.get_text_config(decoder=True)
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)
-        if scaling is not None:  # Granite divides; HyperCLOVA X multiplies by the same name
-            scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-    return {
-        "logit_scale": scale,
-        "logit_softcap": float(getattr(config, "final_logit_softcapping", None) or 0.0),
-    }
 
 
 class DualHeadForCausalLM(DualHeadFilesMixin):
@@ -138,7 +109,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
     ) -> Any:
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         new = {name: kwargs.pop(name, None) for name in _NEW_ARGUMENTS}
-        _refuse_packed(kwargs)
+        refuse_packed(kwargs)
         if new["completion_mask"] is not None:
             return self._training_forward(new, kwargs)
         mask = kwargs.get("attention_mask")
@@ -257,7 +228,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
         Raises:
             ValueError, TypeError: controls. NotImplementedError: packed inputs.
         """
-        _refuse_packed(kwargs)
+        refuse_packed(kwargs)
         given = (
             inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         )
@@ -321,30 +292,6 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
         raise NotImplementedError(
             "resize_token_embeddings: resize the backbone first, then attach the gated head"
         )
-
-
-def _refuse_packed(kwargs: dict[str, Any]) -> None:
-    for name in _PACKED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"DualHeadForCausalLM: {name} belongs to packed or continuously batched input, "
-                f"which the gated head "
-                "does not support; pad the batch instead"
-            )
-    positions = kwargs.get("position_ids")
-    alone = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
-    if (
-        positions is not None
-        and alone
-        and positions.dim() == 2
-        and not torch.compiler.is_compiling()
-    ):
-        if (positions.diff(dim=-1) < 0).any():
-            raise NotImplementedError(
-                "DualHeadForCausalLM: position_ids that start again within a row are packed "
-                "input, which the gated "
-                "head does not support; pad the batch instead"
-            )
 
 
 @functools.cache

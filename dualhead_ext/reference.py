@@ -25,9 +25,6 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- the gate ------------------------------------------------------------------------------------
-
-
 def attention_gate_logit(
     hidden: Tensor,
     q_weight: Tensor,
@@ -113,9 +110,6 @@ def mixing_weight(
     return weight
 
 
-# --- the heads and their mixture -----------------------------------------------------------------
-
-
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W h + b``: hidden (..., d), weight (V, d), bias (V,) -> (..., V) in fp32 or float64."""
     logits = F.linear(hidden, weight, bias)
@@ -182,8 +176,6 @@ def mix_logits(
     mixed = torch.where(torch.isnan(a), a, mixed)
     return torch.where(a == 0, lp_lm, torch.where(a == 1, lp_rm, mixed))
 
-
-# --- the token -----------------------------------------------------------------------------------
 
 _PHILOX_ROUNDS = 10
 _MASK32 = 0xFFFFFFFF
@@ -264,9 +256,6 @@ def sample_token(
     keep = keep_mask(scaled, top_k, top_p, min_p)
     token = torch.argmax((scaled + noise).masked_fill(~keep, -torch.inf), dim=-1)
     return token if temperature is None else torch.where(temperature > 0, token, greedy)
-
-
-# --- one decode step -----------------------------------------------------------------------------
 
 
 class DecodeOutput(NamedTuple):

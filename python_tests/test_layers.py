@@ -27,10 +27,11 @@ LAYERS = (
     {"build_info", "gate", "cache", "controls"},
     {"head_base", "head_decode", "head"},
     {"losses", "reference_loss", "functional"},
-    {"hf_cache", "lm_head", "pretrained", "modeling"},
+    {"backbones", "hf_cache", "lm_head", "pretrained", "modeling"},
     {"state_file", "training_args", "training_state", "trainer_checkpoints", "trainer"},
     {"eval"},
-    {"bench", "commands", "cli_options", "cli"},
+    {"bench", "progress", "demo"},
+    {"commands", "cli", "cli_options", "cli_models", "cli_train", "cli_generate"},
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

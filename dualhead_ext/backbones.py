@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What backbones do that the gated head has to know: how they post-process logits, and which inputs
+pack several sequences into one row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Arguments of serving engines and of packed (padding-free) batches: the gate would look across the
+# sequences in # them and give wrong tokens without a word.
+_PACKED_ARGUMENTS = (
+    "block_table",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "seq_idx",
+    "cache",
+)
+
+
+def backbone_post_processing(config: Any) -> dict[str, float]:
+    """``logit_scale`` and ``logit_softcap`` of a backbone's own f(z) = cap(scale z), read from its
+    config.
+    """
+    config = config.get_text_config(decoder=True)
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            scale = float(getattr(config, name))
+            break
+    else:
+        scaling = getattr(config, "logits_scaling", None)
+        if scaling is not None:  # Granite divides; HyperCLOVA X multiplies by the same name
+            scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+    return {
+        "logit_scale": scale,
+        "logit_softcap": float(getattr(config, "final_logit_softcapping", None) or 0.0),
+    }
+
+
+def refuse_packed(kwargs: dict[str, Any]) -> None:
+    """Raise NotImplementedError for packed or continuously batched input, naming it."""
+    for name in _PACKED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"DualHeadForCausalLM: {name} belongs to packed or continuously batched input, "
+                f"which the gated head "
+                "does not support; pad the batch instead"
+            )
+    positions = kwargs.get("position_ids")
+    alone = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+    if (
+        positions is not None
+        and alone
+        and positions.dim() == 2
+        and not torch.compiler.is_compiling()
+    ):
+        if (positions.diff(dim=-1) < 0).any():
+            raise NotImplementedError(
+                "DualHeadForCausalLM: position_ids that start again within a row are packed "
+                "input, which the gated "
+                "head does not support; pad the batch instead"
+            )
