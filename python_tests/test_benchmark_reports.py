@@ -88,6 +88,14 @@ def command_line(*arguments):
     return bench.main(parser.parse_args(arguments))
 
 
+def test_the_command_refuses_before_it_runs(monkeypatch):
+    monkeypatch.setattr(runner, "run", None)
+    with pytest.raises(ValueError, match="seconds must be at least 0"):
+        command_line("--seconds", "-1")
+    with pytest.raises(FileNotFoundError, match="in a folder that exists"):
+        command_line("--json", "no/such/folder/x.json")
+
+
 def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
     monkeypatch.setattr(generation, "plan", lambda quick: [generation.tiny_model()])

@@ -65,8 +65,7 @@ def test_every_step_has_t_columns():
 
 @pytest.mark.parametrize(("format_name", "freeze"), [("fp32", True), ("bf16", False)])
 def test_the_compiled_contender_takes_part(format_name, freeze, monkeypatch):
-    """Frozen weights come out right too, though the operands are views of one storage. (Without
-    autotuning, which takes longer than all tests here.)"""
+    """Without autotuning, which takes longer than all tests here."""
     monkeypatch.setattr(contenders, "_COMPILE_OPTIONS", {})
     group = cases.Group(40, 77, format_name, ())
     operands = contenders.Operands(group, cold_bytes=400_000)
@@ -78,6 +77,15 @@ def test_the_compiled_contender_takes_part(format_name, freeze, monkeypatch):
     assert rows.pop("compile") == ("max-autotune, freezing" if freeze else "max-autotune")
     assert set(rows.values()) == {None}
     assert not torch._inductor.config.freezing
+
+
+def test_weights_to_freeze_share_no_storage():
+    """The operands do; autotuned and frozen, one of them would be computed with another's rows."""
+    weights = contenders.Operands(TINY, 1).copies[0]
+    frozen = dict(contenders._Step(weights).named_buffers())
+    assert len({weight.untyped_storage().data_ptr() for weight in frozen.values()}) == len(weights)
+    for name, weight in weights.items():
+        assert torch.equal(frozen[name], weight)
 
 
 @pytest.mark.parametrize("wrong", ["alpha", "logits"])
