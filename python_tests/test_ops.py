@@ -4,6 +4,11 @@ layouts, the cache, NaN, and that a row's bits depend on nothing but the row."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from decode_cases import (
@@ -21,6 +26,7 @@ from decode_cases import (
 
 from dualhead_ext import ops, reference
 
+HERE = Path(__file__).resolve().parent
 DTYPES = [torch.float32, torch.bfloat16]
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64]
 
@@ -259,6 +265,53 @@ def test_nothing_outside_the_tensors_is_written_or_read(isa, dtype, seed):
     assert_same_bits({name: guarded[name] for name in STATE}, expected_state)
     for name, block, before in bands:
         assert torch.equal(block[:64], before[:64]) and torch.equal(block[-64:], before[-64:]), name
+
+
+# Every tensor ends, and in a second round begins, at a page that must not be touched.
+GUARD_PAGES = """
+import ctypes, mmap, torch
+from decode_cases import CPU_ISAS, forced_isa, make_case
+from dualhead_ext import ops
+
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+
+def guarded(value, at_end):
+    size = value.numel() * value.element_size()
+    pages = -(-size // mmap.PAGESIZE) + 2
+    block = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    for page in (0, pages - 1):
+        at = ctypes.c_void_p(address + page * mmap.PAGESIZE)
+        assert libc.mprotect(at, mmap.PAGESIZE, 0) == 0
+    offset = (pages - 1) * mmap.PAGESIZE - size if at_end else mmap.PAGESIZE
+    kept.append(block)
+    raw = torch.frombuffer(block, dtype=torch.uint8, count=size, offset=offset)
+    return raw.view(value.dtype).view(value.shape).copy_(value)
+
+for isa in CPU_ISAS:
+    for dtype in (torch.float32, torch.bfloat16):
+        for B, d, V, K, S in ((1, 1, 1, 1, 1), (3, 33, 65, 2, 70), (7, 50, 131, 1, 9)):
+            for at_end in (True, False):
+                case = make_case(0, B, d, V, K, dtype, S=S, bias=True, controls=True, sample=True,
+                                 objective_weights=True, record_attention=True)
+                case = {k: guarded(v, at_end) if isinstance(v, torch.Tensor) else v
+                        for k, v in case.items()}
+                with forced_isa(isa), torch.no_grad():
+                    assert ops.decode_step(**case).status.eq(0).all()
+print("touched nothing")
+"""
+
+
+def test_pages_around_the_tensors_are_not_touched():
+    """In a child process: a stray access ends it."""
+    done = subprocess.run(
+        [sys.executable, "-c", GUARD_PAGES],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [HERE, HERE.parent]))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "touched nothing\n", (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize("offset", [1, 3, 8, 15])

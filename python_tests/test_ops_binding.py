@@ -5,9 +5,11 @@ instruction set."""
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,3 +322,23 @@ def test_choice_is_the_best_level():
     with pytest.raises(RuntimeError, match=r"must be one of .*portable, got 'sse9'"):
         torch.ops.dualhead._force_cpu_isa("sse9")
     assert CPU_ISAS[-1] == "portable"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for x86 instructions")
+def test_wide_instructions_stay_in_their_functions():
+    """A shared inline function compiled with AVX would run, and fail, on machines without it."""
+    library = Path(ops.__file__).with_name("_C.so")
+    listing = subprocess.run(
+        ["objdump", "--disassemble", "--no-show-raw-insn", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    wide = set()
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif re.search(r"%[yz]mm|%k[0-7]", line):
+            wide.add(function)
+    assert wide, "the listing shows nothing"
+    assert [name for name in wide if not re.search("avx2|avx512", name)] == []

@@ -159,7 +159,8 @@ void finish_gate(const Step& s) {
 // --- softmax sums and tokens
 // ------------------------------------------------------------------------
 
-// A row's log-sum-exp in two parts, max + log_sum: z - max first, then - log_sum, loses least.
+// A row's log-sum-exp in two parts, max + log_sum: z - max first, then - log_sum, loses least. NaN
+// and +inf among the logits, or nothing but -inf, make the sum NaN.
 struct RowSum {
   float max;
   double log_sum;
@@ -170,10 +171,7 @@ RowSum merge_units(const float* unit_max, const float* unit_sum, int64_t count) 
   for (int64_t i = 0; i < count; ++i) max = std::max(max, unit_max[i]);
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) {
-    // A unit of -inf alone has nothing to add, but a NaN in it must come through.
-    const double scale =
-        unit_max[i] == -INFINITY ? 1.0 : std::exp(double{unit_max[i]} - double{max});
-    sum += unit_sum[i] * scale;
+    sum += unit_sum[i] * std::exp(double{unit_max[i]} - double{max});
   }
   return RowSum{max, std::log(sum)};
 }
@@ -220,7 +218,7 @@ void finish_rows(const Step& s, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const RowSum sum = merge_units(s.unit_max + b * count, s.unit_sum + b * count, count);
     const bool full = is_full(s, b);
-    const bool finite = std::isfinite(sum.max + sum.log_sum) && !std::isnan(p.out_alpha[b]);
+    const bool finite = std::isfinite(sum.max + sum.log_sum);  // NaN logits if alpha is NaN
     p.out_token[b] = 0;
     p.out_logprob[b] = std::numeric_limits<float>::quiet_NaN();
     p.out_status[b] = full ? kCacheFull : (finite ? kOk : kNonFinite);
