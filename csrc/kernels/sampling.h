@@ -130,7 +130,8 @@ DUALHEAD_HD bool beats(float value, int64_t index, float best_value, int64_t bes
 DUALHEAD_HD uint32_t ordered_bits(float x) {
   if (x != x) return 0;
   const uint32_t bits = float_bits(x + 0.0f);  // -0 + 0 = +0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  // Negative: all bits flip; otherwise the sign. Without a branch, as signs are hard to predict.
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
 // One key per token, all different: descending keys are the ranking (value descending, index

@@ -48,9 +48,12 @@ struct OperandOf<BFloat16> {
 };
 #endif
 
+// Into which cache the rows `ahead` are fetched, if at all.
+enum class Prefetch { kNone, kToL1, kToL2 };
+
 // out[b][r] = rows[r] . x_b for kBatch requests. `ahead`: bytes from each row to the one to
 // prefetch.
-template <class W, class X, int kBatch, bool kPrefetch>
+template <class W, class X, int kBatch, Prefetch kPrefetch>
 void dot_tile(const W* const* rows, int64_t ahead, const X* x, int64_t x_stride, int64_t d,
               float (*out)[4]) {
   typedef Product<W, X> P;
@@ -63,8 +66,9 @@ void dot_tile(const W* const* rows, int64_t ahead, const X* x, int64_t x_stride,
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const W* w = rows[r] + k;
-      if (kPrefetch) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead, 0, 3);
+      if (kPrefetch != Prefetch::kNone) {
+        constexpr int kLocality = kPrefetch == Prefetch::kToL1 ? 3 : 2;
+        __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead, 0, kLocality);
       }
       const typename P::Vector w_k = P::load(w);
 #pragma GCC unroll 8
@@ -84,7 +88,7 @@ void dot_tile(const W* const* rows, int64_t ahead, const X* x, int64_t x_stride,
 }
 
 // One batch tile of `count` <= kMaxBatchTile requests.
-template <class W, class X, bool kPrefetch, int kCount = kMaxBatchTile>
+template <class W, class X, Prefetch kPrefetch, int kCount = kMaxBatchTile>
 inline void dot_tile_of(int64_t count, const W* const* rows, int64_t ahead, const X* x,
                         int64_t x_stride, int64_t d, float (*out)[4]) {
   if constexpr (kCount == 1) {
@@ -96,21 +100,25 @@ inline void dot_tile_of(int64_t count, const W* const* rows, int64_t ahead, cons
   }
 }
 
+// Rows further ahead than this would push each other out of L1 before their turn.
+constexpr int64_t kFarAhead = 8 * 1024;
+
 // out[b][r] for a batch of any size, in tiles as equal as can be (8 is 4 + 4, not 6 + 2). The first
 // tile brings the rows in and prefetches; the others find them in cache.
 template <class W, class X>
 void dot_rows(const W* const* rows, int64_t ahead, const X* x, int64_t x_stride, int64_t batch,
               int64_t d, float (*out)[4]) {
   int64_t tiles = (batch + kMaxBatchTile - 1) / kMaxBatchTile;
-  bool first = true;
   for (int64_t b = 0; b < batch; --tiles) {
     const int64_t count = (batch - b + tiles - 1) / tiles;
-    if (first) {
-      dot_tile_of<W, X, true>(count, rows, ahead, x + b * x_stride, x_stride, d, out + b);
+    const X* x_b = x + b * x_stride;
+    if (b > 0) {
+      dot_tile_of<W, X, Prefetch::kNone>(count, rows, ahead, x_b, x_stride, d, out + b);
+    } else if (ahead <= kFarAhead) {
+      dot_tile_of<W, X, Prefetch::kToL1>(count, rows, ahead, x_b, x_stride, d, out + b);
     } else {
-      dot_tile_of<W, X, false>(count, rows, ahead, x + b * x_stride, x_stride, d, out + b);
+      dot_tile_of<W, X, Prefetch::kToL2>(count, rows, ahead, x_b, x_stride, d, out + b);
     }
-    first = false;
     b += count;
   }
 }

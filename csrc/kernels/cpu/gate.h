@@ -145,7 +145,7 @@ void score_columns(const Step& s, int64_t b, int64_t h, int64_t first, int64_t c
       const W* rows[4];
       for (int64_t r = 0; r < 4; ++r) rows[r] = k + smaller(i + r, count - 1) * p.d_k;
       const float* q = s.q + pair * p.d_k;
-      dot_tile<W, float, 1, true>(rows, 16 * p.d_k * sizeof(W), q, 0, p.d_k, out);
+      dot_tile<W, float, 1, Prefetch::kToL1>(rows, 16 * p.d_k * sizeof(W), q, 0, p.d_k, out);
     }
     for (int64_t r = 0; r < 4; ++r) {
       const bool visible = i + r < count && valid[i + r];

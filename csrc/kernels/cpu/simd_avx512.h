@@ -32,11 +32,12 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
 
+inline __m256 fold(F32 x) {
+  return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
+
 // out[i] = sum of the lanes of the i-th argument, each by the same tree, whichever place it has.
 inline void reduce4(float* out, F32 a, F32 b, F32 c, F32 d) {
-  const auto fold = [](__m512 x) {
-    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-  };
   const __m256 a8 = fold(a), b8 = fold(b), c8 = fold(c), d8 = fold(d);
   const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a8, b8), _mm256_unpackhi_ps(a8, b8));
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c8, d8), _mm256_unpackhi_ps(c8, d8));
