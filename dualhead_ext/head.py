@@ -16,11 +16,16 @@ from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .head_base import RewardHead
 from .head_decode import DecodingHead
+from .quantization import QuantizedHead, check_format
 from .reference import accumulator_dtype
 
 
 class GatedHead(DecodingHead):
     """Gate, reward head, decoding, and the simpler heads that equal this one in special cases."""
+
+    def _refuse_quantized(self, operator: str) -> None:
+        if self.lm_scale is not None:
+            raise RuntimeError(f"{operator}: the heads are quantised; call it before quantize")
 
     @torch.no_grad()
     def merge_objectives(self, weights: Tensor | list[float]) -> DualHead:
@@ -30,6 +35,7 @@ class GatedHead(DecodingHead):
         weights: (K,). Decodes as ``objective_weights=weights`` does, at the cost of one reward
         head.
         """
+        self._refuse_quantized("merge_objectives")
         dtype = accumulator_dtype(self.reward_head.weight.dtype)
         row = objective_rows(
             "merge_objectives", weights, 1, self.config.num_objectives, dtype, self.lm_weight.device
@@ -56,6 +62,7 @@ class GatedHead(DecodingHead):
         Raises:
             ValueError: the probability mix (not linear), or no alpha for a gate that is not fixed.
         """
+        self._refuse_quantized("merge_fixed")
         if self.config.mix != "logits":
             raise ValueError(
                 'merge_fixed: needs mix="logits"; a mixture of probabilities is not one linear head'
@@ -113,6 +120,34 @@ class DualHead(GatedHead):
     @property
     def lm_bias(self) -> Tensor | None:
         return self.lm_head.bias
+
+    @property
+    def lm_scale(self) -> Tensor | None:
+        return getattr(self.lm_head, "weight_scale", None)
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return getattr(self.lm_head, "compute_dtype", self.lm_weight.dtype)
+
+    @torch.no_grad()
+    def quantize(self, format: str) -> DualHead:
+        """Both heads in ``format``, "int8", "fp8" or "int4" (:mod:`dualhead_ext.quantization`), in
+        place; the gate stays. Full precision is gone: quantise a copy to keep it. An LM head that
+        is shared with a backbone is replaced here and stays as it is there.
+
+        state_dict then has lm_head.weight_scale and reward_head.weight_scale. Returns self.
+
+        Raises:
+            ValueError: an unknown format, or int4 with hidden_size not a multiple of 128.
+            RuntimeError: quantised already. Nothing has changed then.
+        """
+        check_format("DualHead.quantize", format)
+        self._refuse_quantized("DualHead.quantize")
+        dtype = self.lm_weight.dtype
+        lm = QuantizedHead.of(self.lm_weight, self.lm_bias, format, dtype)
+        reward = QuantizedHead.of(self.reward_head.weight, self.reward_head.bias, format, dtype)
+        self.lm_head, self.reward_head = lm, reward
+        return self
 
     @classmethod
     def from_lm_head(cls, lm_head: nn.Linear, **config: Any) -> DualHead:

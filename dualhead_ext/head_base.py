@@ -79,6 +79,21 @@ class HeadBase(nn.Module):
         """b_LM, (V,), or None."""
         raise NotImplementedError(f"{type(self).__name__} must define lm_bias")
 
+    @property
+    def lm_scale(self) -> Tensor | None:
+        """The quantised LM head's scales; None while it is not quantised."""
+        return None
+
+    @property
+    def reward_scale(self) -> Tensor | None:
+        """The quantised reward head's scales, (K, V) or (K, V, d/128), or None."""
+        return getattr(self.reward_head, "weight_scale", None)
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """The dtype of hidden states: the LM head's, or what it was before it was quantised."""
+        return self.lm_weight.dtype
+
     # --- whole sequences ---
 
     def forward(
@@ -147,9 +162,14 @@ class HeadBase(nn.Module):
         if rows["gate_offset"] is not None:
             gate_logit = gate_logit + rows["gate_offset"]
         a = reference.mixing_weight(gate_logit, rows["alpha"], rows["strength"])
-        z_lm = reference.head_logits(hidden, *self._cast(hidden, self.lm_weight, self.lm_bias))
-        reward = self._cast(hidden, self.reward_head.weight, self.reward_head.bias)
-        z_rm = reference.reward_logits(hidden, *reward, weights)
+        lm, reward = (
+            (self.lm_weight, self.lm_bias),
+            (self.reward_head.weight, self.reward_head.bias),
+        )
+        if self.lm_scale is None:
+            lm, reward = self._cast(hidden, *lm), self._cast(hidden, *reward)
+        z_lm = reference.head_logits(hidden, *lm, self.lm_scale)
+        z_rm = reference.reward_logits(hidden, *reward, weights, self.reward_scale)
         post = (self.config.logit_scale, self.config.logit_softcap) if post_process else (1.0, 0.0)
         return DualHeadOutput(
             reference.mix_logits(z_lm, z_rm, a, self.config.mix, *post), a, gate_logit
@@ -184,9 +204,10 @@ class HeadBase(nn.Module):
                 f"{operator}: hidden must be on {weight.device}, "
                 f"as the LM head, got {hidden.device}"
             )
-        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        dtype = self.hidden_dtype
+        if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(
-                f"{operator}: hidden must be {weight.dtype}, as the LM head, got {hidden.dtype}"
+                f"{operator}: hidden must be {dtype}, as the LM head, got {hidden.dtype}"
             )
 
     @staticmethod
@@ -205,7 +226,7 @@ class HeadBase(nn.Module):
     def _check_controls(
         self, operator, batch, strength, gate_offset, alpha, objective_weights, device
     ) -> None:
-        dtype = accumulator_dtype(self.lm_weight.dtype)
+        dtype = accumulator_dtype(self.hidden_dtype)
         for name, value in (("strength", strength), ("gate_offset", gate_offset), ("alpha", alpha)):
             per_row(operator, name, value, batch, dtype, device)
         objective_rows(

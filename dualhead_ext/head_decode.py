@@ -47,8 +47,9 @@ class DecodingHead(HeadBase):
             if value < 1:
                 raise ValueError(f"new_cache: {name} must be at least 1, got {value}")
         weight = self.lm_weight
-        if dtype not in (None, weight.dtype):
-            raise ValueError(f"new_cache: dtype must be the LM head's, {weight.dtype}, got {dtype}")
+        own = self.hidden_dtype
+        if dtype not in (None, own):
+            raise ValueError(f"new_cache: dtype must be the LM head's, {own}, got {dtype}")
         if device is not None and torch.empty(0, device=device).device != weight.device:
             raise ValueError(
                 f"new_cache: device must be the LM head's, {weight.device}, got {device}"
@@ -59,23 +60,27 @@ class DecodingHead(HeadBase):
             batch_size,
             max_length,
             heads=heads,
-            dtype=weight.dtype,
-            value_dtype=accumulator_dtype(weight.dtype),
+            dtype=own,
+            value_dtype=accumulator_dtype(own),
             device=weight.device,
         )
 
     def _decode_weights(self) -> DecodeWeights:
-        dtype = self.lm_weight.dtype
+        dtype = self.hidden_dtype
+        quantized = self.lm_scale is not None
 
-        def plain(parameter: Tensor | None) -> Tensor | None:
-            return None if parameter is None else parameter.detach().to(dtype)
+        def plain(value: Tensor | None, keep: bool = False) -> Tensor | None:
+            return None if value is None else value.detach().to(value.dtype if keep else dtype)
 
         tensors = {
-            "lm_weight": plain(self.lm_weight),
+            "lm_weight": plain(self.lm_weight, keep=quantized),
             "lm_bias": plain(self.lm_bias),
-            "reward_weight": plain(self.reward_head.weight),
+            "reward_weight": plain(self.reward_head.weight, keep=quantized),
             "reward_bias": plain(self.reward_head.bias),
         }
+        if quantized:
+            scales = {"lm_scale": self.lm_scale, "reward_scale": self.reward_scale}
+            tensors |= {name: plain(scale, keep=True) for name, scale in scales.items()}
         if self.gate.has_state:
             tensors |= {
                 "q_weight": plain(self.gate.q_proj.weight),
@@ -87,7 +92,12 @@ class DecodingHead(HeadBase):
 
     def _stamp(self) -> tuple:
         return parameter_stamp(
-            [self.lm_weight, *self.reward_head.parameters(), *self.gate.parameters()]
+            [
+                self.lm_weight,
+                *(() if self.lm_scale is None else (self.lm_scale,)),
+                *self.reward_head.parameters(),
+                *self.gate.parameters(),
+            ]
         )
 
     def check_cache(self, operator: str, cache: GateCache, batch_size: int) -> None:
@@ -313,7 +323,7 @@ class DecodingHead(HeadBase):
             }
         else:
             arguments["gate_logit"] = self.gate(hidden)
-        out = self._decode_function(hidden)(
+        out = self._decode_function(hidden, arguments.get("lm_scale") is not None)(
             hidden=hidden,
             mix_probs=self.config.mix == "probs",
             logit_scale=self.config.logit_scale if post_process else 1.0,
@@ -353,11 +363,11 @@ class DecodingHead(HeadBase):
         return cache.seeds
 
     @staticmethod
-    def _decode_function(hidden: Tensor):
+    def _decode_function(hidden: Tensor, quantized: bool = False):
         """The compiled kernel where one applies; otherwise the reference, with one warning where
         that is a surprise.
         """
-        if ops.kernel_for(hidden.device.type, hidden.dtype):
+        if ops.kernel_for(hidden.device.type, hidden.dtype, quantized):
             return ops.decode_step
         if hidden.dtype != torch.float64:
             warn_of_reference(hidden.device.type, hidden.dtype)

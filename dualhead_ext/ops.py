@@ -18,11 +18,14 @@ _KERNEL_DTYPES = {
 }
 
 
-def kernel_for(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether :func:`decode_step` has a compiled kernel for heads of ``dtype`` on ``device_type``.
+def kernel_for(device_type: str, dtype: torch.dtype, quantized: bool = False) -> bool:
+    """Whether :func:`decode_step` has a compiled kernel for heads of ``dtype`` on ``device_type``,
+    or for quantised heads under hidden states of ``dtype``.
 
     Where it has none, :func:`dualhead_ext.reference.decode_step` takes the same arguments.
     """
+    if quantized:
+        return False
     dtypes = _KERNEL_DTYPES.get(device_type, ())
     return dtype in dtypes and _extension.problem(device_type) is None
 

@@ -22,7 +22,16 @@ KERNELS = ROOT / "csrc" / "kernels"
 
 # Bottom first. A module imports from the layers below its own, or from its own without a cycle.
 LAYERS = (
-    {"config", "reference", "checkpoint", "data", "show", "cli_errors"},
+    {
+        "config",
+        "quantization",
+        "reference",
+        "reference_sampling",
+        "checkpoint",
+        "data",
+        "show",
+        "cli_errors",
+    },
     {"_extension", "ops", "collate"},
     {"build_info", "gate", "cache", "controls"},
     {"head_base", "head_decode", "head"},

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of a token in plain PyTorch: noise, filters, and the race between what they leave; a
+part of `reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PHILOX_ROUNDS = 10
+_MASK32 = 0xFFFFFFFF
+
+
+def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
+    """One uniform number in (0, 1) per row and vocabulary entry, a pure function of (seed, draw,
+    index).
+
+    Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (v div 4, 0, draw low, draw
+    high), word v mod 4; ``(word + 0.5) 2^-32`` in fp32, at most 1 - 2^-24. seeds, draws (B,) int64
+    -> (B, V) fp32.
+    """
+    blocks = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=seeds.device)
+    low, high = (lambda x: x & _MASK32), (lambda x: (x >> 32) & _MASK32)
+    c0 = blocks.expand(seeds.shape[0], -1)
+    c1 = torch.zeros_like(c0)
+    c2, c3 = low(draws)[:, None].expand_as(c0), high(draws)[:, None].expand_as(c0)
+    k0, k1 = low(seeds)[:, None], high(seeds)[:, None]
+    for _ in range(_PHILOX_ROUNDS):
+        # int64 products wrap, which leaves both 32-bit halves right.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0)
+        k0, k1 = low(k0 + 0x9E3779B9), low(k1 + 0xBB67AE85)
+    words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :vocab_size]
+    return ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
+def keep_mask(
+    scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """Which tokens the filters leave: top-k, then top-p on the renormalised rest, then min-p
+    (Hugging Face's order).
+
+    Tokens rank by (value descending, index ascending), so equal values at a cut keep the lowest
+    indices. top-p keeps a token iff the mass ranked above it is < top_p; min-p keeps it iff p >=
+    min_p * p_max. The first always stays. scaled (B, V): logits / temperature; top_k int32, top_p,
+    min_p fp32 (B,), None or top_k <= 0, top_p >= 1, min_p <= 0 switch off. Returns bool (B, V).
+    """
+    values, order = torch.sort(scaled.double(), dim=-1, descending=True, stable=True)
+    rank = torch.arange(scaled.shape[-1], device=scaled.device).expand_as(order)
+    keep = torch.ones_like(rank, dtype=torch.bool)
+    if top_k is not None:
+        keep = keep & ((rank < top_k[:, None]) | (top_k[:, None] <= 0))
+    if top_p is not None:
+        p = torch.softmax(values.masked_fill(~keep, -torch.inf), dim=-1)
+        above = torch.cumsum(p, dim=-1) - p
+        keep = keep & ((above < top_p[:, None].double()) | (top_p[:, None] >= 1))
+    if min_p is not None:
+        threshold = values[:, :1] + torch.log(min_p[:, None].double())
+        keep = keep & ((values >= threshold) | (min_p[:, None] <= 0))
+    keep = keep | (rank == 0)
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def sample_token(
+    logits: Tensor,
+    seeds: Tensor,
+    draws: Tensor,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> Tensor:
+    """A token per row from softmax(logits / temperature) after the filters: the exponential race
+    ``argmax_v x_v - log E_v``, ``E_v = -log(1 - uniform_v)``, exact for any filter; ties go to the
+    lowest index. A row with temperature 0 takes the argmax. logits (B, V); all else (B,). Returns
+    int64 (B,).
+    """
+    greedy = torch.argmax(logits, dim=-1)
+    scaled = logits
+    if temperature is not None:
+        scaled = (
+            logits
+            / torch.where(temperature > 0, temperature, torch.ones_like(temperature))[:, None]
+        )
+    noise = -torch.log(-torch.log1p(-philox_uniform(seeds, draws, logits.shape[-1])))
+    keep = keep_mask(scaled, top_k, top_p, min_p)
+    token = torch.argmax((scaled + noise).masked_fill(~keep, -torch.inf), dim=-1)
+    return token if temperature is None else torch.where(temperature > 0, token, greedy)
