@@ -43,6 +43,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "int8";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Bool:
       return "bool";
     default:

@@ -33,6 +33,7 @@ struct DecodeArguments {
   bool mix_probs;
   double logit_scale, logit_softcap;
   bool return_logits, record_attention;
+  MaybeTensor lm_scale, reward_scale;
 };
 
 // logits, alpha, gate_logit, token, logprob, status, attention.
@@ -90,11 +91,55 @@ inline void check_in_place(const char* name, const MaybeTensor& tensor, const Te
   check_contiguous(kDecodeStep, name, *tensor);
 }
 
+inline Quantization quantization_of(const Tensor& weight) {
+  switch (weight.scalar_type()) {
+    case ScalarType::Char:
+      return Quantization::kInt8;
+    case ScalarType::Float8_e4m3fn:
+      return Quantization::kFp8;
+    case ScalarType::Byte:
+      return Quantization::kInt4;
+    default:
+      return Quantization::kNone;
+  }
+}
+
+// Quantised weights come with a scale per row, int4 with one per group; others with none.
+inline void check_scales(DecodeArguments& a, Quantization quantization, int64_t K, int64_t V,
+                         int64_t d) {
+  const std::pair<const char*, MaybeTensor*> scales[] = {{"lm_scale", &a.lm_scale},
+                                                         {"reward_scale", &a.reward_scale}};
+  const bool quantized = quantization != Quantization::kNone;
+  for (const auto& [name, scale] : scales) {
+    if (scale->has_value() == quantized) continue;
+    fail(kDecodeStep, std::string(name) + (quantized ? " must be given with quantised weights, "
+                                                       "got None"
+                                                     : " must be None unless the weights are "
+                                                       "quantised, got a tensor"));
+  }
+  if (quantization == Quantization::kInt4) {
+    check_small("lm_scale", a.lm_scale, a.hidden, ScalarType::Float, {V, d / kInt4Group});
+    check_small("reward_scale", a.reward_scale, a.hidden, ScalarType::Float,
+                {K, V, d / kInt4Group});
+  } else {
+    check_small("lm_scale", a.lm_scale, a.hidden, ScalarType::Float, {V});
+    check_small("reward_scale", a.reward_scale, a.hidden, ScalarType::Float, {K, V});
+  }
+}
+
 inline void check_heads(DecodeArguments& a) {
   const Tensor& like = a.hidden;
-  const ScalarType weight_dtype = a.lm_weight.scalar_type();
+  const ScalarType stored = a.lm_weight.scalar_type();
+  const Quantization quantization = quantization_of(a.lm_weight);
+  const ScalarType weight_dtype =
+      quantization == Quantization::kNone ? stored : a.hidden.scalar_type();
   check_shape(kDecodeStep, "lm_weight", a.lm_weight, {"V", "d"});
-  const int64_t V = a.lm_weight.size(0), d = a.lm_weight.size(1);
+  const int64_t V = a.lm_weight.size(0), columns = a.lm_weight.size(1);
+  const int64_t d = quantization == Quantization::kInt4 ? 2 * columns : columns;
+  if (quantization == Quantization::kInt4 && d % kInt4Group != 0) {
+    fail(kDecodeStep, "lm_weight must be (V, d/2) with d a multiple of 128 for int4, got " +
+                          shape_text(a.lm_weight));
+  }
   if (V < 1 || d < 1 || V > std::numeric_limits<int32_t>::max()) {
     fail(kDecodeStep,
          "lm_weight must be (V, d) with 1 <= V < 2^31 and d >= 1, got " + shape_text(a.lm_weight));
@@ -104,8 +149,8 @@ inline void check_heads(DecodeArguments& a) {
   check_device(kDecodeStep, "lm_weight", a.lm_weight, like);
   check_adjacent(kDecodeStep, "lm_weight", a.lm_weight);
   check_device(kDecodeStep, "reward_weight", a.reward_weight, like);
-  check_dtype(kDecodeStep, "reward_weight", a.reward_weight, weight_dtype);
-  check_shape(kDecodeStep, "reward_weight", a.reward_weight, {"K", V, d});
+  check_dtype(kDecodeStep, "reward_weight", a.reward_weight, stored);
+  check_shape(kDecodeStep, "reward_weight", a.reward_weight, {"K", V, columns});
   check_adjacent(kDecodeStep, "reward_weight", a.reward_weight);
   const int64_t B = a.hidden.size(0), K = a.reward_weight.size(0);
   if (K < 1) {
@@ -116,6 +161,7 @@ inline void check_heads(DecodeArguments& a) {
   check_small("lm_bias", a.lm_bias, like, weight_dtype, {V});
   check_small("reward_bias", a.reward_bias, like, weight_dtype, {K, V});
   check_small("objective_weights", a.objective_weights, like, ScalarType::Float, {B, K});
+  check_scales(a, quantization, K, V, d);
 }
 
 // The attention gate comes as a whole, or gate_logit comes in its place.
@@ -235,6 +281,9 @@ inline void fill_params(BoundDecode& bound) {
   p.reward_weight_stride_k = a.reward_weight.stride(0);
   p.reward_weight_stride = a.reward_weight.stride(1);
   p.reward_bias = pointer<const void>(a.reward_bias);
+  p.quantization = quantization_of(a.lm_weight);
+  p.lm_scale = pointer<const float>(a.lm_scale);
+  p.reward_scale = pointer<const float>(a.reward_scale);
   p.objective_weights = pointer<const float>(a.objective_weights);
   p.q_weight = pointer<const void>(a.q_weight), p.k_weight = pointer<const void>(a.k_weight);
   p.u_weight = pointer<const float>(a.u_weight), p.gate_bias = pointer<const float>(a.gate_bias);
@@ -259,19 +308,23 @@ inline void fill_params(BoundDecode& bound) {
   p.out_attention = attention.dim() == 3 ? pointer<float>(attention) : nullptr;
 }
 
-// `dtypes`: what the device's kernel is built for.
+// `dtypes`: what the device's kernel is built for; `quantized`: whether for the formats too, under
+// hidden states of one of these dtypes.
 inline BoundDecode bind_decode_step(DecodeArguments&& arguments,
-                                    std::initializer_list<ScalarType> dtypes) {
+                                    std::initializer_list<ScalarType> dtypes, bool quantized) {
   BoundDecode bound{std::move(arguments), Tensor(), {}, {}};
+  const bool formats =
+      quantized && quantization_of(bound.arguments.lm_weight) != Quantization::kNone;
+  const Tensor& told = formats ? bound.arguments.hidden : bound.arguments.lm_weight;
   bool known = false;
   std::string names;
   for (ScalarType dtype : dtypes) {
-    known = known || bound.arguments.lm_weight.scalar_type() == dtype;
+    known = known || told.scalar_type() == dtype;
     names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
   }
   if (!known) {
-    fail(kDecodeStep, "lm_weight must have dtype " + names + ", got " +
-                          dtype_name(bound.arguments.lm_weight.scalar_type()));
+    fail(kDecodeStep, std::string(formats ? "hidden" : "lm_weight") + " must have dtype " + names +
+                          ", got " + dtype_name(told.scalar_type()));
   }
   check_heads(bound.arguments);
   check_gate(bound.arguments);
@@ -292,7 +345,7 @@ DecodeResult decode_step_entry(
     MaybeTensor gate_logit, MaybeTensor gate_offset, MaybeTensor strength, MaybeTensor alpha,
     MaybeTensor temperature, MaybeTensor top_k, MaybeTensor top_p, MaybeTensor min_p,
     MaybeTensor seeds, MaybeTensor draws, bool mix_probs, double logit_scale, double logit_softcap,
-    bool return_logits, bool record_attention) {
+    bool return_logits, bool record_attention, MaybeTensor lm_scale, MaybeTensor reward_scale) {
   return Implementation(DecodeArguments{std::move(hidden),
                                         std::move(lm_weight),
                                         std::move(lm_bias),
@@ -322,7 +375,9 @@ DecodeResult decode_step_entry(
                                         logit_scale,
                                         logit_softcap,
                                         return_logits,
-                                        record_attention});
+                                        record_attention,
+                                        std::move(lm_scale),
+                                        std::move(reward_scale)});
 }
 
 }  // namespace dualhead

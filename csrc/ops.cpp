@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(dualhead, m) {
       "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
       "Tensor? seeds, Tensor(e!)? draws, "
       "bool mix_probs, float logit_scale, float logit_softcap, "
-      "bool return_logits, bool record_attention"
+      "bool return_logits, bool record_attention, "
+      "Tensor? lm_scale=None, Tensor? reward_scale=None"
       ") -> (Tensor logits, Tensor alpha, Tensor gate_logit, Tensor token, Tensor logprob, "
       "Tensor status, Tensor attention)");
   // The instruction set in use, and all that this build has and this machine runs, best first,

@@ -24,7 +24,7 @@ def kernel_for(device_type: str, dtype: torch.dtype, quantized: bool = False) ->
 
     Where it has none, :func:`dualhead_ext.reference.decode_step` takes the same arguments.
     """
-    if quantized:
+    if quantized and device_type != "cpu":
         return False
     dtypes = _KERNEL_DTYPES.get(device_type, ())
     return dtype in dtypes and _extension.problem(device_type) is None
@@ -84,6 +84,8 @@ def decode_step(
     logit_softcap: float = 0.0,
     return_logits: bool = True,
     record_attention: bool = False,
+    lm_scale: Tensor | None = None,
+    reward_scale: Tensor | None = None,
 ) -> DecodeOutput:
     """One decode step in one operator call: hidden state in, token out.
 
@@ -124,6 +126,9 @@ def decode_step(
             each row has drawn, grows by one. Noise is a function of (seed, draw, token) alone.
         mix_probs: the mixture, see above. logit_scale, logit_softcap: f.
         return_logits, record_attention: whether those outputs are wanted.
+        lm_scale, reward_scale: fp32, of quantised weights (:mod:`dualhead_ext.quantization`; CPU
+            only): (V,) and (K, V), or (V, d/128) and (K, V, d/128). lm_weight and reward_weight
+            are then both int8, float8_e4m3fn, or uint8 (V, d/2): int4; W is the dtype of hidden.
 
     Returns:
         DecodeOutput: logits (B, V) (log-probabilities with mix_probs), alpha (B,), gate_logit (B,)
@@ -169,6 +174,8 @@ def decode_step(
         logit_softcap,
         return_logits,
         record_attention,
+        lm_scale,
+        reward_scale,
     )
     # The dispatcher would take anything truthy for a bool.
     if not type(mix_probs) is type(return_logits) is type(record_attention) is bool:
@@ -233,7 +240,7 @@ if _extension.problem("cpu") is None:
                     f"({hidden.device}), got one on {value.device}"
                 )
         batch = hidden.shape[0]
-        return_logits, record_attention = arguments[-2:]
+        return_logits, record_attention = arguments[28:30]
         fp32 = {"dtype": torch.float32}
         nothing = (0,)
         recorded = record_attention and cache_k is not None

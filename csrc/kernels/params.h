@@ -15,6 +15,11 @@ namespace dualhead {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// How the two heads' weights are stored: in the dtype of everything else, or quantised
+// (dualhead_ext/quantization.py says what the bits mean). Int4 has a scale per kInt4Group inputs.
+enum class Quantization : int32_t { kNone = 0, kInt8 = 1, kFp8 = 2, kInt4 = 3 };
+constexpr int64_t kInt4Group = 128;
+
 // out.status, per row.
 enum Status : int32_t { kOk = 0, kNonFinite = 1, kCacheFull = 2 };
 
@@ -34,6 +39,9 @@ struct DecodeParams {
   int64_t reward_weight_stride_k;  // between objectives
   int64_t reward_weight_stride;    // between rows
   const void* reward_bias;         // (K, V) or null
+  Quantization quantization;       // of both heads; row strides are then in bytes
+  const float* lm_scale;           // (V,) or, int4, (V, d / 128); null for kNone
+  const float* reward_scale;       // (K, V) or (K, V, d / 128); null for kNone
   const float* objective_weights;  // (B, K) or null: 1/K each
 
   // --- attention gate; all null when gate_logit_in is given ---

@@ -26,6 +26,23 @@ DUALHEAD_HD BFloat16 to_bfloat16(float x) {
   return BFloat16{static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
 }
 
+// e4m3 without infinities. The bits moved to where a half has them are the number times 2^-8,
+// subnormals too; here in plain arithmetic. Quantised rows hold no NaN: it is in their scale.
+struct Fp8 {
+  uint8_t bits;
+};
+DUALHEAD_HD float to_float(Fp8 x) {
+  const uint32_t exponent = x.bits >> 3 & 15u, fraction = x.bits & 7u;
+  const float magnitude = exponent ? bits_float((exponent + 120u) << 23 | fraction << 20)
+                                   : static_cast<float>(fraction) * 0.001953125f;
+  return x.bits & 0x80u ? -magnitude : magnitude;
+}
+
+// Two numbers, each plus 8; which two inputs they belong to: dualhead_ext/quantization.py.
+struct Int4Pair {
+  uint8_t bits;
+};
+
 template <DType>
 struct WeightFormat;
 

@@ -11,7 +11,7 @@
 #define DUALHEAD_NATIVE_BF16 0
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 namespace dualhead::cpu::avx2 {
 #include "simd_avx2.h"
@@ -24,7 +24,10 @@ namespace dualhead::cpu::avx2 {
 namespace dualhead::cpu {
 
 namespace {
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 }  // namespace
 
 extern const Kernels avx2_kernels{"avx2",        &supported,        &avx2::project,

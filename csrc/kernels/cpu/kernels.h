@@ -12,4 +12,6 @@
 #include "dot_tile.h"
 // ^ before the rest: they use it.
 #include "gate.h"
+#include "int4_tile.h"
+// ^ before vocabulary.h: it uses it.
 #include "vocabulary.h"

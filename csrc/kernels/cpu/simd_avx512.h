@@ -27,6 +27,30 @@ inline F32 load_partial(const BFloat16* p, int64_t n) {
   return widen(_mm256_maskz_loadu_epi16(lanes_below(n), p));
 }
 
+inline F32 load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// By way of halves, which hold the same bits 7 places up (after the sign) as 2^-8 of the number.
+inline F32 load(const Fp8* p) {
+  const __m256i x = _mm256_slli_epi16(
+      _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
+  const __m256i half = _mm256_and_si256(x, _mm256_set1_epi16(static_cast<int16_t>(0xBFFF)));
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+}
+template <class T>
+inline F32 load_partial(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+inline void load_pairs(const Int4Pair* p, F32& low, F32& high) {
+  const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i eight = _mm512_set1_epi32(8);
+  low = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(x, _mm512_set1_epi32(15)), eight));
+  high = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(x, 4), eight));
+}
+
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 
 inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }

@@ -20,6 +20,19 @@ inline F32 load(const BFloat16* p) {
   __builtin_memcpy(&x, p, sizeof(x));
   return reinterpret_cast<F32>(__builtin_convertvector(x, I32) << 16);
 }
+inline F32 load(const int8_t* p) {
+  return F32{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+             static_cast<float>(p[3])};
+}
+inline F32 load(const Fp8* p) {
+  return F32{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+inline void load_pairs(const Int4Pair* p, F32& low, F32& high) {
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = static_cast<float>((p[i].bits & 15) - 8);
+    high[i] = static_cast<float>((p[i].bits >> 4) - 8);
+  }
+}
 template <class T>
 inline F32 load_partial(const T* p, int64_t n) {
   T padded[kLanes] = {};

@@ -10,11 +10,48 @@ struct UnitLogits {
   float rm[kBatchBlock][kUnit];
 };
 
-inline float bias_at(const void* bias, float, int64_t i) {
-  return bias ? static_cast<const float*>(bias)[i] : 0.0f;
+inline float bias_at(const void* bias, DType dtype, int64_t i) {
+  if (!bias) return 0.0f;
+  return dtype == DType::kFloat32 ? static_cast<const float*>(bias)[i]
+                                  : to_float(static_cast<const BFloat16*>(bias)[i]);
 }
-inline float bias_at(const void* bias, BFloat16, int64_t i) {
-  return bias ? to_float(static_cast<const BFloat16*>(bias)[i]) : 0.0f;
+
+template <class W>
+struct IsQuantized {
+  static constexpr bool kRows = false;  // a scale per row
+};
+template <>
+struct IsQuantized<int8_t> {
+  static constexpr bool kRows = true;
+};
+template <>
+struct IsQuantized<Fp8> {
+  static constexpr bool kRows = true;
+};
+
+// The products of dot_group, with the scales of quantised rows.
+template <class W, class X>
+void head_rows(const Step& s, int64_t m, int64_t v, const W* const* rows, int64_t ahead, const X* x,
+               int64_t batch, float (*out)[4]) {
+  const DecodeParams& p = *s.params;
+  dot_rows<W, X>(rows, ahead, x, Hidden<W, X>::stride(s), batch, p.d, out);
+  if constexpr (IsQuantized<W>::kRows) {
+    const float* scale = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t r = 0; r < 4; ++r) out[b][r] *= scale[smaller(v + r, p.V - 1)];
+    }
+  }
+}
+template <>
+inline void head_rows<Int4Pair, float>(const Step& s, int64_t m, int64_t v,
+                                       const Int4Pair* const* rows, int64_t ahead, const float* x,
+                                       int64_t batch, float (*out)[4]) {
+  const DecodeParams& p = *s.params;
+  const int64_t groups = p.d / kInt4Group;
+  const float* first = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * groups;
+  const float* scales[4];
+  for (int64_t r = 0; r < 4; ++r) scales[r] = first + smaller(v + r, p.V - 1) * groups;
+  int4_rows(rows, scales, ahead, x, Hidden<Int4Pair, float>::stride(s), batch, p.d, out);
 }
 
 // One matrix (m = 0: the LM head; m >= 1: objective m - 1), rows [v, v + 4), requests [b0, b0 +
@@ -32,12 +69,12 @@ void dot_group(const Step& s, int64_t m, int64_t v, int64_t b0, int64_t batch, i
   for (int64_t r = 0; r < 4; ++r) rows[r] = matrix + smaller(v + r, p.V - 1) * stride;
   const X* x = Hidden<W, X>::data(s) + b0 * Hidden<W, X>::stride(s);
   float out[kBatchBlock][4];
-  dot_rows<W, X>(rows, 4 * stride * sizeof(W), x, Hidden<W, X>::stride(s), batch, p.d, out);
+  head_rows<W, X>(s, m, v, rows, 4 * stride * sizeof(W), x, batch, out);
 
   const void* bias = m == 0 ? p.lm_bias : p.reward_bias;
   float bias4[4];
   for (int64_t r = 0; r < 4; ++r) {
-    bias4[r] = bias_at(bias, W{}, (m == 0 ? 0 : (m - 1) * p.V) + smaller(v + r, p.V - 1));
+    bias4[r] = bias_at(bias, p.dtype, (m == 0 ? 0 : (m - 1) * p.V) + smaller(v + r, p.V - 1));
   }
   for (int64_t b = 0; b < batch; ++b) {
     float* row = (m == 0 ? z.lm[b] : z.rm[b]) + in_unit;
@@ -127,6 +164,16 @@ void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
 }
 
 void vocabulary(const Step& s, int64_t begin, int64_t end) {
+  switch (s.params->quantization) {
+    case Quantization::kInt8:
+      return vocabulary_units<int8_t>(s, begin, end);
+    case Quantization::kFp8:
+      return vocabulary_units<Fp8>(s, begin, end);
+    case Quantization::kInt4:
+      return vocabulary_units<Int4Pair>(s, begin, end);
+    default:
+      break;
+  }
   if (s.params->dtype == DType::kFloat32) {
     vocabulary_units<float>(s, begin, end);
   } else {
