@@ -9,6 +9,7 @@ quotes it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -116,13 +117,22 @@ def agreement(hidden: torch.Tensor, linear: torch.nn.Linear, reward_noise: float
         made.reward_head.weight += (noise * linear.weight.float().std() * reward_noise).to(BF16)
         return made
 
-    base = torch.log_softmax(head()(hidden[:, None]).logits[:, 0], -1)
+    # "eager" rounds logits to bf16; "fused" sums the same weights in fp32, as the kernel does.
+    bases = {
+        "eager": torch.log_softmax(head()(hidden[:, None]).logits[:, 0], -1),
+        "fused": torch.log_softmax(head().float()(hidden[:, None].float()).logits[:, 0], -1),
+    }
     rows = []
-    for name in FORMATS:
+    for name, (against, base) in itertools.product(FORMATS, bases.items()):
         got = torch.log_softmax(head().quantize(name)(hidden[:, None]).logits[:, 0], -1)
         same = (got.argmax(-1) == base.argmax(-1)).float().mean().item()
         kl = (base.exp() * (base - got)).sum(-1).mean().item()
-        row = {"format": name, "reward_noise": reward_noise, "positions": len(hidden)}
+        row = {
+            "format": name,
+            "against_bf16": against,
+            "reward_noise": reward_noise,
+            "positions": len(hidden),
+        }
         rows.append(row | {"greedy_agreement": same, "kl_nats": kl})
     return rows
 
