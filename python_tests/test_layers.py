@@ -29,7 +29,7 @@ LAYERS = (
     {"losses", "reference_loss", "functional"},
     {"backbones", "hf_cache", "lm_head", "pretrained", "modeling"},
     {"state_file", "training_args", "training_state", "trainer_checkpoints", "trainer"},
-    {"eval"},
+    {"decoding", "eval"},
     {"bench", "progress", "demo"},
     {"commands", "cli", "cli_options", "cli_models", "cli_train", "cli_generate"},
 )
