@@ -55,7 +55,7 @@ def reward(model, ids):
 
 @pytest.mark.parametrize(
     "family, strengths",
-    [("llama", [1.5]), ("llama", [0.7, -0.4]), ("gemma2-softcap", [2.0]), ("granite-scale", [2.0])],
+    [("llama", [1.5]), ("llama", [0.7, -0.4]), ("gemma2-softcap", [2.0]), ("gpt2", [1.0])],
 )
 def test_genarm_equals_a_slow_loop(family, strengths):
     base, batch = make_backbone(family), prompts()
