@@ -38,7 +38,7 @@ def demo(tmp_path_factory):
                 return False
 
         patch.setattr("sys.stdout", Tee())
-        sizes = {"--train-pairs": PAIRS, "--test-pairs": TESTS, "--new-tokens": NEW}
+        sizes = {"--epochs": 6, "--train-pairs": PAIRS, "--test-pairs": TESTS, "--new-tokens": NEW}
         options = [text for pair in sizes.items() for text in map(str, pair)]
         code = cli.main(["demo", "--output", str(folder), "--color", "never", *options])
     assert code == 0
