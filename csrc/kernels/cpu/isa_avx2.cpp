@@ -27,8 +27,14 @@ namespace {
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 }  // namespace
 
-extern const Kernels avx2_kernels{"avx2",        &supported,        &avx2::project,
-                                  &avx2::attend, &avx2::vocabulary, &avx2::mix_probabilities};
+extern const Kernels avx2_kernels{"avx2",
+                                  &supported,
+                                  &avx2::project,
+                                  &avx2::attend,
+                                  &avx2::vocabulary,
+                                  &avx2::mix_probabilities,
+                                  &avx2::loss_rows,
+                                  &avx2::loss_rows_backward};
 
 }  // namespace dualhead::cpu
 

@@ -12,4 +12,5 @@
 #include "dot_tile.h"
 // ^ before the rest: they use it.
 #include "gate.h"
+#include "loss_rows.h"
 #include "vocabulary.h"
