@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every operator schema, once. Implementations: ops_cpu.cpp, ops_cuda.cpp; fakes and the text of
-// the documentation: dualhead_ext/ops.py; the arguments' meaning, field by field: kernels/params.h.
+// Every operator schema, once. Implementations: ops_cpu.cpp, ops_loss.cpp, ops_cuda.cpp; fakes and
+// the text of the documentation: dualhead_ext/ops.py; the arguments' meaning, field by field:
+// kernels/params.h.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(dualhead, m) {
@@ -19,6 +20,17 @@ STABLE_TORCH_LIBRARY(dualhead, m) {
       "Tensor? lm_scale=None, Tensor? reward_scale=None"
       ") -> (Tensor logits, Tensor alpha, Tensor gate_logit, Tensor token, Tensor logprob, "
       "Tensor status, Tensor attention)");
+  m.def(
+      "loss_rows("
+      "Tensor? z_lm, Tensor z_rm, Tensor gate_logit, Tensor labels, bool mixed, bool reward, "
+      "bool mix_probs, float logit_scale, float logit_softcap"
+      ") -> (Tensor mixed, Tensor reward, Tensor normalizers)");
+  m.def(
+      "loss_rows_backward_("
+      "Tensor(a!)? z_lm, Tensor(b!) z_rm, Tensor gate_logit, Tensor labels, Tensor normalizers, "
+      "Tensor? mixed, Tensor? mixed_grad, Tensor? reward_grad, bool write_lm, "
+      "bool mix_probs, float logit_scale, float logit_softcap"
+      ") -> Tensor gate_grad");
   // The instruction set in use, and all that this build has and this machine runs, best first,
   // separated by commas.
   m.def("cpu_isa() -> str");

@@ -115,13 +115,16 @@ def _describe(model: Any, train_pairs: int, test_pairs: int) -> None:
 
 
 def compare(model: Any, tokenizer: Any, question: str, new_tokens: int, to: Any) -> None:
-    """Print what the backbone alone says to a question, and what the gated head does."""
+    """Print what the backbone alone says to a question, what the gated head does, and what the
+    reward head alone would: the gate lets little of it through where the text is what counts.
+    """
     prompt = f"\n\nHuman: {question}?\n\nAssistant:"
     inputs = tokenizer(prompt, return_tensors="pt")
-    for name, strength in (("backbone", 0.0), ("gated", 1.0)):
+    decoders = {"backbone": {"strength": 0.0}, "gated": {}, "reward": {"alpha": 1.0}}
+    for name, control in decoders.items():
         out = model.generate(
             **inputs,
-            strength=strength,  # 0: the backbone's own text
+            **control,
             max_new_tokens=new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
@@ -129,6 +132,6 @@ def compare(model: Any, tokenizer: Any, question: str, new_tokens: int, to: Any)
         )
         tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         text = show.TokenText(tokenizer)
-        alphas = out.gate_alpha[0].tolist() if strength else [None] * len(tokens)
+        alphas = out.gate_alpha[0].tolist() if name != "backbone" else [None] * len(tokens)
         to.out(f"{name:>9}: ", end="")
         show.print_tokens(to, zip(map(text.push, tokens), alphas, strict=True))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training objective as a function: checks its arguments, then computes `reference_loss`."""
+"""The training objective as a function: checks its arguments, then computes `fused_loss`, which
+means what `reference_loss` says.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference_loss
+from . import fused_loss, reference_loss
 from .losses import DualHeadLossOutput, LossCounts, LossOptions
 from .reference import accumulator_dtype
 
@@ -43,7 +45,7 @@ def dual_head_loss(
     objective_weights: Tensor | None = None,
     counts: LossCounts | None = None,
 ) -> DualHeadLossOutput:
-    """``L = L_LM + lambda_R L_pref + L_gate`` of a batch of pairs, without logits of the prompts.
+    """``L = L_LM + lambda_R L_pref + L_gate`` of a batch of pairs, without N x V logits.
 
     ``L_LM = -E_{(x,y)} sum_t log P(y_t)`` of the mixture over the chosen responses and the rows
     after the pairs; ``L_pref = -E log sigmoid(beta_r (sum_t log pi_r(y+_t) - sum_t log pi_r(y-_t))
@@ -55,6 +57,10 @@ def dual_head_loss(
     A token outside ``mask`` has no part in anything, whatever is stored there. An empty response
     has log-probability 0 and no gradient; a pair of two counts 0 in L_pref; a batch with no
     response token has loss 0 and zero gradients.
+
+    Whole pairs go through the products together, as many as fit into a bounded workspace, and
+    their gradients are made at once: memory does not grow with N, and nothing is computed twice
+    but for a pair that is too long by itself. There is a first derivative only.
 
     Args:
         hidden: (R, T, d), the backbone's final hidden states; R = 2P rows [all chosen; all
@@ -108,7 +114,7 @@ def dual_head_loss(
         raise TypeError(f"{_NAME}: counts must be LossCounts or None, got {type(counts).__name__}")
     _check_labels(labels, mask, lm_weight.shape[0])
     heads = reference_loss.Heads(lm_weight, lm_bias, reward_weight, reward_bias, weights)
-    return reference_loss.dual_head_loss(
+    return fused_loss.dual_head_loss(
         hidden, labels, mask, gate_logit, heads, options, num_pairs, objective, counts
     )
 

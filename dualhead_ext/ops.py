@@ -253,3 +253,84 @@ if _extension.problem("cpu") is None:
             hidden.new_empty((batch,), dtype=torch.int32),
             hidden.new_empty(cache_k.shape[:3] if recorded else nothing, **fp32),
         )
+
+
+def loss_rows_kernel_for(z: Tensor) -> bool:
+    """Whether :func:`loss_rows` and :func:`loss_rows_backward_` take logits like these."""
+    return z.device.type == "cpu" and z.dtype == torch.float32 and _extension.problem("cpu") is None
+
+
+def loss_rows(
+    z_lm: Tensor | None,
+    z_rm: Tensor,
+    gate_logit: Tensor,
+    labels: Tensor,
+    mixed: bool,
+    reward: bool,
+    mix_probs: bool,
+    logit_scale: float,
+    logit_softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the labels under the mixture and under the reward head, as asked for.
+
+    Formulas: :mod:`dualhead_ext.loss_rows`, whose PyTorch functions are the meaning of this.
+
+    Args:
+        z_lm, z_rm: (n, V) fp32, contiguous, on the CPU; z_lm None where nothing is mixed.
+        gate_logit: (n,) fp32; labels: (n,) int64 in [0, V), which is not checked here.
+    Returns:
+        mixed, reward: (n,) fp32, (0,) if not asked for; normalizers (2, n) float64, for
+        :func:`loss_rows_backward_`.
+    Raises:
+        RuntimeError: a shape, dtype or layout, naming it; nothing has been written.
+    """
+    return torch.ops.dualhead.loss_rows(
+        z_lm, z_rm, gate_logit, labels, mixed, reward, mix_probs, logit_scale, logit_softcap
+    )
+
+
+def loss_rows_backward_(
+    z_lm: Tensor | None,
+    z_rm: Tensor,
+    gate_logit: Tensor,
+    labels: Tensor,
+    normalizers: Tensor,
+    mixed: Tensor | None,
+    mixed_grad: Tensor | None,
+    reward_grad: Tensor | None,
+    write_lm: bool,
+    mix_probs: bool,
+    logit_scale: float,
+    logit_softcap: float,
+) -> Tensor:
+    """Overwrite z_rm, and z_lm with ``write_lm``, by the gradients of ``sum_n mixed_grad log P_y +
+    reward_grad log softmax(f(z_RM))_y``; returns that of gate_logit, (n,) or (0,) if nothing is
+    mixed.
+
+    Args:
+        normalizers, mixed: from :func:`loss_rows`; mixed None where nothing is mixed.
+        mixed_grad, reward_grad: (n,) fp32, upstream, or None.
+        others: as given to :func:`loss_rows`.
+    Raises:
+        RuntimeError: as :func:`loss_rows`.
+    """
+    return torch.ops.dualhead.loss_rows_backward_(
+        z_lm, z_rm, gate_logit, labels, normalizers, mixed, mixed_grad, reward_grad, write_lm,
+        mix_probs, logit_scale, logit_softcap,
+    )  # fmt: skip
+
+
+if _extension.problem("cpu") is None:
+
+    @torch.library.register_fake("dualhead::loss_rows")
+    def _loss_rows_fake(z_lm, z_rm, gate_logit, labels, mixed, reward, *rest):
+        n = z_rm.shape[0]
+        return (
+            z_rm.new_empty((n if mixed else 0,)),
+            z_rm.new_empty((n if reward else 0,)),
+            z_rm.new_empty((2, n), dtype=torch.float64),
+        )
+
+    @torch.library.register_fake("dualhead::loss_rows_backward_")
+    def _loss_rows_backward_fake(z_lm, z_rm, gate_logit, labels, normalizers, mixed, *rest):
+        return z_rm.new_empty((0 if mixed is None else z_rm.shape[0],))

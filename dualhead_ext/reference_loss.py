@@ -206,14 +206,18 @@ def dual_head_loss(
         entropy=sums(gate_entropy(kept.gate_logit)),
         length=mask.bool().sum(-1),
     )
-    with torch.no_grad():
-        alpha = torch.sigmoid(kept.gate_logit.double())
-        saturated = (kept.gate_logit.abs() > SATURATION_LOGIT).double()
-        gate_sums = [sums(x) for x in (alpha, alpha.square(), saturated)]
-    return _combine(per_row, gate_sums, num_pairs, counts, options)
+    gate_sums = [sums(x) for x in gate_statistics(kept.gate_logit)]
+    return combine(per_row, gate_sums, num_pairs, counts, options)
 
 
-def _combine(
+@torch.no_grad()
+def gate_statistics(gate_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha, alpha squared, and whether it is saturated, of each token: (N,) float64."""
+    alpha = torch.sigmoid(gate_logit.double())
+    return alpha, alpha.square(), (gate_logit.abs() > SATURATION_LOGIT).double()
+
+
+def combine(
     sums: RowSums,
     gate_sums: list[Tensor],
     num_pairs: int,

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import numpy_model as npm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualhead_ext import reference
 
@@ -123,3 +124,18 @@ def numpy_loss(
     gate = lambda_g * sign * (sum(entropies) / max(1, len(entropies)))
     total = lm + lambda_r * pref + gate
     return total, lm, pref, gate, sums[:num_pairs], sums[num_pairs : 2 * num_pairs]
+
+
+class Products(TorchDispatchMode):
+    """The matrix products that run: (dtype, rows of the first factor, address
+    of the second, result's shape)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name == "aten::mm":
+            self.seen.append((args[0].dtype, args[0].shape[0], args[1].data_ptr(), result.shape))
+        return result

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -186,3 +187,14 @@ def test_options_of_pytest(arguments, message):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert message in done.stderr
+
+
+def test_the_readmes_table_is_of_the_committed_results():
+    """Row by row; a figure that no results file holds is not quoted."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| d x V |"))
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
+    results = report.load(ROOT / "benchmarks" / "results" / "cpu.json")
+    assert not results["quick"] and not results["failures"]
+    assert len(rows) > 8
+    assert set(rows) <= set(report.markdown(results).splitlines())

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from loss_cases import batch
+from loss_cases import Products, batch
 
 from dualhead_ext.functional import dual_head_loss
 
@@ -36,36 +36,22 @@ def test_mixed_dtypes(hidden, lm, reward, autocast):
 
 def test_autocast_runs_the_products_in_bf16():
     t = batch(14, rows=4, d=8, dtype=torch.float32)
-    seen = []
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if func is torch.nn.functional.linear:
-                seen.append(result.dtype)
-            return result
-
-    with Watch(), torch.autocast("cpu", dtype=torch.bfloat16):
-        dual_head_loss(**t)
-    assert seen and set(seen) == {torch.bfloat16}
+    t["reward_weight"].requires_grad_()
+    with Products() as products, torch.autocast("cpu", dtype=torch.bfloat16):
+        dual_head_loss(**t).loss.backward()
+    assert products.seen and {dtype for dtype, *_ in products.seen} == {torch.bfloat16}
 
 
 def test_the_lm_head_works_for_chosen_responses_alone():
     """z_LM is computed where the language model term needs it, and tokens are dropped before."""
     t = batch(15, rows=6, length=7, bias=False)
-    seen = {}
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.nn.functional.linear:
-                seen.setdefault(args[1].data_ptr(), []).append(args[0].shape[0])
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
+    with Products() as products:
         dual_head_loss(**t)
+    rows = {name: 0 for name in ("lm_weight", "reward_weight")}
+    for _, count, factor, _ in products.seen:
+        rows[next(name for name in rows if t[name].data_ptr() == factor)] += count
     chosen, rejected = int(t["mask"][:3].sum()), int(t["mask"][3:].sum())
-    assert sum(seen[t["lm_weight"].data_ptr()]) == chosen
-    assert sum(seen[t["reward_weight"].data_ptr()]) == chosen + rejected
+    assert rows == {"lm_weight": chosen, "reward_weight": chosen + rejected}
 
 
 def test_upstream_gradient_twice_and_inputs_unchanged():

@@ -155,12 +155,16 @@ def test_prompt_lookup_and_assisted_decoding(family):
     assert torch.equal(assisted[:, -NEW:], expected)
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "mistral-sliding", "gemma3"])
-def test_compiled_static_cache(family):
+@pytest.mark.parametrize(
+    "family, backend",
+    [(f, "aot_eager") for f in ("llama-tied", "mistral-sliding", "gemma3")]
+    + [("llama-tied", "inductor")],
+)
+def test_compiled_static_cache(family, backend):
     model, batch = make_model(family), prompts()
     expected = model.generate(**batch, **GREEDY)
     torch.compiler.reset()
-    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
     cache = model._prepare_static_cache(
         cache_implementation="static",
         batch_size=3,

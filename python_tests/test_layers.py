@@ -35,10 +35,10 @@ LAYERS = (
     {"_extension", "ops", "collate"},
     {"build_info", "gate", "cache", "controls"},
     {"head_base", "head_decode", "head"},
-    {"losses", "reference_loss", "functional"},
+    {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
     {"backbones", "hf_cache", "lm_head", "pretrained", "modeling"},
     {"state_file", "training_args", "training_state", "trainer_checkpoints", "trainer"},
-    {"eval"},
+    {"decoding", "eval"},
     {"bench", "progress", "demo"},
     {"commands", "cli", "cli_options", "cli_models", "cli_train", "cli_generate"},
 )

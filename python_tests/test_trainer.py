@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loss_cases import Products
 from tiny_models import make_backbone, make_model
 from trainer_cases import arguments, heads, make_trainer, pairs, same
 from transformers import AutoTokenizer
@@ -312,19 +313,11 @@ def test_bf16_backbone_heads_in_fp32_products_in_bf16(tmp_path):
     model = make_model("llama").to(torch.bfloat16)
     trainer = make_trainer(tmp_path, model, max_steps=2, bf16=True)
     assert {p.dtype for p in heads(model).values()} == {torch.float32}
-    seen = set()
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func is torch.nn.functional.linear and out.shape[-1] == 101:
-                seen.add(out.dtype)
-            return out
-
     before = heads(model)
-    with Watch():
+    with Products() as products:
         trainer.train()
-    assert seen == {torch.bfloat16}
+    of_heads = {dtype for dtype, *_, shape in products.seen if 101 in shape}
+    assert of_heads == {torch.bfloat16}
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history[:2])
     assert not same(before, heads(model))
 

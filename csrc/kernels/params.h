@@ -84,4 +84,26 @@ struct DecodeParams {
   float* out_attention;   // (B, H, S) or null: attention rows of this step, 0 beyond the length
 };
 
+// A chunk of the training loss, n rows of logits (dualhead_ext/loss_rows.py has the formulas). All
+// contiguous.
+struct LossRowsParams {
+  int64_t n, V;
+  float* z_lm;              // (n, V) or null where nothing is mixed; gradients overwrite it
+  float* z_rm;              // (n, V), likewise
+  const float* gate_logit;  // (n,)
+  const int64_t* labels;    // (n,), in [0, V)
+  bool mix_probs;
+  float logit_scale, logit_softcap;
+  // --- log-probabilities of the labels: written, later read; null = not wanted ---
+  float* mixed;              // (n,)
+  float* reward;             // (n,)
+  double* mixed_normalizer;  // (n,): log-sum-exp of the mixture; mix_probs: of f(z_LM)
+  double* rm_normalizer;     // (n,): of f(z_RM)
+  // --- gradients ---
+  const float* mixed_grad;   // (n,), of mixed; null where that is
+  const float* reward_grad;  // (n,), of reward; null where that is
+  bool write_lm;             // whether z_lm's gradient is wanted
+  float* gate_grad;          // (n,), or null
+};
+
 }  // namespace dualhead

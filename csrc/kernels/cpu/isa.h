@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The choice among the kernels compiled for several instruction sets, and what each of them offers.
-// The algorithms (dot_tile.h, gate.h, vocabulary.h) are written once and compiled once per
-// instruction set by the isa_*.cpp files; only simd_*.h there contain intrinsics.
+// The algorithms (dot_tile.h, gate.h, vocabulary.h, loss_rows.h) are written once and compiled once
+// per instruction set by the isa_*.cpp files; only simd_*.h there contain intrinsics.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +52,10 @@ struct Kernels {
   void (*vocabulary)(const Step&, int64_t begin, int64_t end);
   // Units again: the probability mix, once both log-sum-exps are known.
   void (*mix_probabilities)(const Step&, int64_t begin, int64_t end);
+  // Rows of the training loss: log-probabilities of the labels; then gradients in the logits'
+  // place.
+  void (*loss_rows)(const LossRowsParams&, int64_t begin, int64_t end);
+  void (*loss_rows_backward)(const LossRowsParams&, int64_t begin, int64_t end);
 };
 
 // Rows of the gate's projections, in units.

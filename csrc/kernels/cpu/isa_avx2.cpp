@@ -30,8 +30,14 @@ bool supported() {
 }
 }  // namespace
 
-extern const Kernels avx2_kernels{"avx2",        &supported,        &avx2::project,
-                                  &avx2::attend, &avx2::vocabulary, &avx2::mix_probabilities};
+extern const Kernels avx2_kernels{"avx2",
+                                  &supported,
+                                  &avx2::project,
+                                  &avx2::attend,
+                                  &avx2::vocabulary,
+                                  &avx2::mix_probabilities,
+                                  &avx2::loss_rows,
+                                  &avx2::loss_rows_backward};
 
 }  // namespace dualhead::cpu
 

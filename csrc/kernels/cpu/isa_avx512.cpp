@@ -33,9 +33,14 @@ bool supported() {
 }
 }  // namespace
 
-extern const Kernels avx512_kernels{
-    "avx512",        &supported,          &avx512::project,
-    &avx512::attend, &avx512::vocabulary, &avx512::mix_probabilities};
+extern const Kernels avx512_kernels{"avx512",
+                                    &supported,
+                                    &avx512::project,
+                                    &avx512::attend,
+                                    &avx512::vocabulary,
+                                    &avx512::mix_probabilities,
+                                    &avx512::loss_rows,
+                                    &avx512::loss_rows_backward};
 
 }  // namespace dualhead::cpu
 

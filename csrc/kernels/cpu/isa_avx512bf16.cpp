@@ -40,7 +40,9 @@ extern const Kernels avx512bf16_kernels{"avx512bf16",
                                         &avx512bf16::project,
                                         &avx512bf16::attend,
                                         &avx512bf16::vocabulary,
-                                        &avx512bf16::mix_probabilities};
+                                        &avx512bf16::mix_probabilities,
+                                        &avx512bf16::loss_rows,
+                                        &avx512bf16::loss_rows_backward};
 
 }  // namespace dualhead::cpu
 

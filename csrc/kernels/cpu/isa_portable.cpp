@@ -24,6 +24,8 @@ extern const Kernels portable_kernels{"portable",
                                       &portable::project,
                                       &portable::attend,
                                       &portable::vocabulary,
-                                      &portable::mix_probabilities};
+                                      &portable::mix_probabilities,
+                                      &portable::loss_rows,
+                                      &portable::loss_rows_backward};
 
 }  // namespace dualhead::cpu

@@ -13,5 +13,6 @@
 // ^ before the rest: they use it.
 #include "gate.h"
 #include "int4_tile.h"
-// ^ before vocabulary.h: it uses it.
+#include "loss_rows.h"
+// ^ before the rest: they use it.
 #include "vocabulary.h"

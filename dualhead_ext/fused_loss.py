@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objective without N x V logits: `reference_loss.dual_head_loss` a chunk of tokens at a time.
+
+The sums of a pair and with them its coefficient are known as soon as its own tokens are through the
+products. So a chunk holds whole pairs: products into a workspace, log-probabilities, sums, the
+preference coefficient, then dz in place of the logits, dW and d(gate logit). Nothing is computed
+twice, but for a pair too long for the workspace. Gradients are made in forward and scaled in
+backward. Response tokens are gathered first; z_LM is computed only where the mixture is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import loss_rows
+from .loss_products import Job, Products, Tokens
+from .losses import (
+    LM_REDUCTIONS,
+    PREFERENCE_REDUCTIONS,
+    DualHeadLossOutput,
+    LossCounts,
+    LossOptions,
+    gate_entropy,
+    pair_loss,
+)
+from .reference_loss import Heads, RowSums, combine, gate_statistics
+
+# Logits of a chunk, in bytes: at V = 32000 and fp32 512 rows. Half of it is 15 % slower there (more
+# passes over dW), twice as much gains nothing.
+WORKSPACE_BYTES = 64 << 20
+
+
+class Pass:
+    """One pass over a batch: :meth:`run` fills the sums of rows and, if wanted, the gradients."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        lengths: Tensor,
+        heads: Heads,
+        options: LossOptions,
+        num_pairs: int,
+        objective: Tensor | None,
+        counts: LossCounts,
+        wanted: dict[str, bool],
+    ) -> None:
+        self.tokens, self.lengths, self.options = tokens, lengths, options
+        self.num_pairs, self.counts = num_pairs, counts
+        self.products = Products(tokens, heads, wanted)
+        self.needs_gradients = any(wanted.values())
+        self._lm_gradients = wanted["lm_weight"] or wanted["lm_bias"] or wanted["hidden"]
+        dtype, device = self.products.dtype, tokens.hidden.device
+        self.lm_nll = torch.zeros(len(lengths), dtype=dtype, device=device)
+        self.pair_logps = torch.zeros_like(self.lm_nll)
+        self.gate_grad = torch.zeros_like(tokens.gate_logit)
+        self._starts = [0, *lengths.cumsum(0).tolist()]
+        self._objective = None if objective is None else objective.tolist()
+        count = heads.reward_weight.shape[0]
+        weights = heads.objective_weights
+        shares = [1.0 / count] * count if weights is None else weights.tolist()
+        self._mixture = list(enumerate(shares))
+        self._one = self._mixture == [(0, 1.0)]
+        row_bytes = heads.lm_weight.shape[0] * torch.empty(0, dtype=dtype).element_size()
+        self._budget = max(1, WORKSPACE_BYTES // row_bytes)
+        lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
+        self._lm_coefficient = -1.0 / max(float(lm_count), 1.0)
+
+    # --- what the chunks are ---
+
+    def _jobs(self, first: int, last: int, in_lm: bool, objectives: list[int] | None) -> list[Job]:
+        """For the tokens of rows [first, last): of pairs with these objectives, or of none."""
+        start, end = self._starts[first], self._starts[last]
+        index = torch.arange(start, end, device=self.tokens.rows.device)
+        mixed = self.options.pref_on == "mixed"
+        if objectives is None or (self._one and in_lm):
+            return [Job(index, self._mixture, in_lm, objectives is not None, mixed)]
+        jobs = [Job(index, self._mixture, True, False, False)] if in_lm else []
+        owner = torch.repeat_interleave(
+            torch.tensor(objectives, device=index.device), self.lengths[first:last]
+        )
+        for k in sorted(set(objectives)):
+            jobs.append(Job(index[owner == k], [(k, 1.0)], False, True, mixed))
+        return jobs
+
+    def _rows_of_logits(self, jobs: list[Job]) -> int:
+        return sum(len(job.index) * (2 if job.mixes else 1) for job in jobs)
+
+    def _chunks(self) -> Iterator[tuple[list[Job], list[int]]]:
+        """(jobs, their pairs): pairs until the workspace is full, then rows without pairs."""
+        in_lm, P = self.options.lm_on_chosen, self.num_pairs
+
+        def of_pairs(first: int, last: int) -> list[Job]:
+            kinds = [0] * (last - first) if self._objective is None else self._objective[first:last]
+            jobs = self._jobs(first, last, in_lm, kinds)
+            return jobs + self._jobs(P + first, P + last, False, kinds)
+
+        yield from self._packed(0, P, of_pairs, lambda a, b: list(range(a, b)))
+        rest = range(2 * P, len(self.lengths))
+        yield from self._packed(
+            rest.start, rest.stop, lambda a, b: self._jobs(a, b, True, None), lambda a, b: []
+        )
+
+    def _packed(
+        self,
+        first: int,
+        stop: int,
+        jobs_of: Callable[[int, int], list[Job]],
+        pairs_of: Callable[[int, int], list[int]],
+    ) -> Iterator[tuple[list[Job], list[int]]]:
+        """Runs of consecutive examples, each as long as the workspace allows, one at least."""
+        while first < stop:
+            last, jobs = first + 1, jobs_of(first, first + 1)
+            while last < stop:
+                more = jobs_of(first, last + 1)
+                if self._rows_of_logits(more) > self._budget:
+                    break
+                last, jobs = last + 1, more
+            yield [job for job in jobs if len(job.index)], pairs_of(first, last)
+            first = last
+
+    def _pieces(self, job: Job) -> Iterator[Job]:
+        """The job in parts that fit into the workspace alone."""
+        size = max(1, self._budget // (2 if job.mixes else 1))
+        for index in job.index.split(size):
+            yield Job(index, job.reward, job.in_lm, job.in_pairs, job.pairs_mixed)
+
+    # --- the work ---
+
+    def run(self) -> None:
+        """All chunks."""
+        for jobs, pairs in self._chunks():
+            if self._rows_of_logits(jobs) <= self._budget:
+                held = [(job, self._log_probabilities(job)) for job in jobs]
+                coefficients = self._pair_coefficients(pairs)
+                for job, rows in held:
+                    self._gradients(job, rows, coefficients)
+                continue
+            # Too long for the workspace: once for the sums, once more for the gradients.
+            pieces = [piece for job in jobs for piece in self._pieces(job)]
+            for piece in pieces:
+                self._log_probabilities(piece)
+            if not self.needs_gradients:
+                continue
+            coefficients = self._pair_coefficients(pairs)
+            for piece in pieces:
+                rows = self._log_probabilities(piece, record=False)
+                self._gradients(piece, rows, coefficients)
+
+    def _log_probabilities(self, job: Job, record: bool = True) -> loss_rows.Rows:
+        z_lm = self.products.logits(job, "lm") if job.mixes else None
+        z_rm = self.products.logits(job, "reward")
+        rows = loss_rows.log_probabilities(
+            z_lm,
+            z_rm,
+            self.tokens.gate_logit[job.index],
+            self.tokens.labels[job.index],
+            self.options,
+            mixed=job.mixes,
+            reward=job.in_pairs and not job.pairs_mixed,
+        )
+        if record:
+            of_row = self.tokens.rows[job.index]
+            if job.in_lm:
+                self.lm_nll.index_add_(0, of_row, rows.mixed, alpha=-1.0)
+            if job.in_pairs:
+                self.pair_logps.index_add_(
+                    0, of_row, rows.mixed if job.pairs_mixed else rows.reward
+                )
+        return rows
+
+    def _pair_coefficients(self, pairs: list[int]) -> Tensor:
+        """dL / d(sum of log-probabilities) of each row (R,), those of these pairs filled in."""
+        out = torch.zeros_like(self.pair_logps)
+        if not pairs or not self.needs_gradients:
+            return out
+        index = torch.tensor(pairs, device=out.device)
+        index = torch.cat((index, index + self.num_pairs))
+        lengths, options = self.lengths[index], self.options
+        with torch.enable_grad():
+            sums = self.pair_logps[index].requires_grad_()
+            reduced = PREFERENCE_REDUCTIONS[options.pref_reduction](sums, lengths)
+            chosen, rejected = (options.beta_r * reduced).chunk(2)
+            losses = pair_loss(chosen - rejected - options.gamma, options.label_smoothing)
+            losses = losses.masked_fill(sum(lengths.chunk(2)) == 0, 0.0)
+            total = options.lambda_r * losses.sum() / max(float(self.counts.pairs), 1.0)
+            out[index] = torch.autograd.grad(total, sums)[0]
+        return out
+
+    def _gradients(self, job: Job, rows: loss_rows.Rows, of_pairs: Tensor) -> None:
+        if not self.needs_gradients:
+            return
+        pair = of_pairs[self.tokens.rows[job.index]]
+        mixed = torch.full_like(pair, self._lm_coefficient if job.in_lm else 0.0)
+        if job.in_pairs and job.pairs_mixed:
+            mixed = mixed + pair
+        gate = loss_rows.gradients_(
+            rows, mixed, pair if rows.reward is not None else None, lm=self._lm_gradients
+        )
+        if gate is not None:
+            self.gate_grad.index_add_(0, job.index, gate.to(self.gate_grad.dtype))
+        if job.mixes and self._lm_gradients:
+            self.products.accumulate(job, "lm", rows.z_lm)
+        self.products.accumulate(job, "reward", rows.z_rm)
+
+
+_INPUTS = ("hidden", "gate_logit", "lm_weight", "lm_bias", "reward_weight", "reward_bias")
+
+
+class _Carrier(torch.autograd.Function):
+    """A zero whose gradient is that of both heads' terms."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[dict[str, bool]], Pass], *inputs: Tensor | None) -> tuple:
+        result = run(dict(zip(_INPUTS, ctx.needs_input_grad[1:], strict=True)))
+        products = result.products
+        ctx.gradients = (
+            products.hidden_grad,
+            result.gate_grad if ctx.needs_input_grad[2] else None,
+            products.weight_grads["lm"],
+            products.bias_grads["lm"],
+            products.weight_grads["reward"],
+            products.bias_grads["reward"],
+        )
+        ctx.likes = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        ctx.mark_non_differentiable(result.lm_nll, result.pair_logps)
+        return inputs[1].new_zeros(()), result.lm_nll, result.pair_logps
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, *unused: Any) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "dual_head_loss: has a first derivative only; create_graph=True is not supported"
+            )
+        return None, *(
+            None if g is None else (g * scale).to(like[1]).view(like[0])
+            for g, like in zip(ctx.gradients, ctx.likes, strict=True)
+        )
+
+
+def dual_head_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    gate_logit: Tensor,
+    heads: Heads,
+    options: LossOptions,
+    num_pairs: int,
+    objective: Tensor | None = None,
+    counts: LossCounts | None = None,
+) -> DualHeadLossOutput:
+    """As :func:`dualhead_ext.reference_loss.dual_head_loss`, over checked arguments."""
+    rows, columns = mask.bool().nonzero(as_tuple=True)
+    lengths = mask.bool().sum(-1)
+    if counts is None:
+        counts = LossCounts.of_lengths(lengths, num_pairs, options.lm_on_chosen)
+    picked, picked_gate = hidden[rows, columns], gate_logit[rows, columns]
+
+    def run(wanted: dict[str, bool]) -> Pass:
+        tokens = Tokens(rows, labels[rows, columns].long(), picked_gate.detach(), picked.detach())
+        parts = (heads.lm_weight, heads.lm_bias, heads.reward_weight, heads.reward_bias)
+        frozen = Heads(*(None if x is None else x.detach() for x in parts), heads.objective_weights)
+        work = Pass(tokens, lengths, frozen, options, num_pairs, objective, counts, wanted)
+        # What autocast asks for is in `work.products`; it must not touch anything else.
+        with torch.autocast(hidden.device.type, enabled=False):
+            work.run()
+        return work
+
+    inputs = (
+        picked, picked_gate, heads.lm_weight, heads.lm_bias, heads.reward_weight, heads.reward_bias
+    )  # fmt: skip
+    if torch.is_grad_enabled():
+        carrier, lm_nll, pair_logps = _Carrier.apply(run, *inputs)
+    else:
+        done = run(dict.fromkeys(_INPUTS, False))
+        carrier, lm_nll, pair_logps = None, done.lm_nll, done.pair_logps
+
+    def sums(of_tokens: Tensor) -> Tensor:
+        dense = of_tokens.new_zeros(mask.shape)
+        return dense.index_put((rows, columns), of_tokens).sum(-1)
+
+    per_row = RowSums(lm_nll, pair_logps, sums(gate_entropy(picked_gate)), lengths)
+    gate_sums = [sums(x) for x in gate_statistics(picked_gate)]
+    out = combine(per_row, gate_sums, num_pairs, counts, options)
+    if carrier is not None:
+        out.loss = out.loss + carrier
+    return out

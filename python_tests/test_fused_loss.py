@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunked loss against the reference: values and gradients over random shapes and options, any
+workspace, extreme numbers, and what it does not compute."""
+
+import random
+
+import pytest
+import torch
+from loss_cases import OPTION_SETS, batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dualhead_ext import fused_loss, reference_loss
+from dualhead_ext.functional import dual_head_loss
+
+WEIGHTS = ("lm_weight", "lm_bias", "reward_weight", "reward_bias")
+DIFFERENTIABLE = ("hidden", "gate_logit", *WEIGHTS)
+
+
+@pytest.fixture(params=[1, 700, 64 << 20], ids=["1 B", "700 B", "64 MiB"])
+def workspace(request, monkeypatch):
+    """From one row of logits at a time, every pair too long, to everything in one chunk."""
+    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", request.param)
+    return request.param
+
+
+def with_reference(function, *args, **kwargs):
+    """The same call over reference_loss."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_loss, "dual_head_loss", reference_loss.dual_head_loss)
+        return function(*args, **kwargs)
+
+
+def loss_and_gradients(tensors, wanted=DIFFERENTIABLE, **options):
+    """(output, {name: gradient})"""
+    t = {k: v.detach().clone() for k, v in tensors.items()}
+    leaves = {n: t[n].requires_grad_() for n in wanted if n in t}
+    out = dual_head_loss(**t, **options)
+    out.loss.backward()
+    return out, {n: leaf.grad for n, leaf in leaves.items()}
+
+
+def assert_same(tensors, tolerance=1e-9, **options):
+    got, grads = loss_and_gradients(tensors, **options)
+    expected, exact = with_reference(loss_and_gradients, tensors, **options)
+    close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    for name in vars(expected):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), **close)
+    assert grads.keys() == exact.keys()
+    for name, grad in exact.items():
+        if grad is None:
+            grad = torch.zeros_like(grads[name])
+        torch.testing.assert_close(grads[name], grad, msg=lambda m, n=name: f"{n}: {m}", **close)
+
+
+def objectives(seed, pairs, count):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "objective": torch.randint(0, count, (pairs,), generator=g),
+        "objective_weights": torch.rand(count, generator=g),
+    }
+
+
+@pytest.mark.parametrize("name", OPTION_SETS)
+def test_every_option_in_every_workspace(workspace, name, seed):
+    assert_same(batch(seed, rows=8), **OPTION_SETS[name])
+    assert_same(batch(seed + 1, rows=9, objectives=3), num_pairs=3, **OPTION_SETS[name],
+                **objectives(seed, 3, 3))  # fmt: skip
+
+
+def test_500_random_problems(monkeypatch, seed):
+    """Shapes, options, objectives, rows without pairs, workspaces: all at random."""
+    r = random.Random(seed)
+    for i in range(500):
+        monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", r.choice([1, 200, 900, 5000, 1 << 26]))
+        rows, K = r.randint(1, 9), r.choice([1, 1, 2, 3])
+        pairs = r.randint(0, rows // 2)
+        options = dict(r.choice(list(OPTION_SETS.values())))
+        for extra in (dict(o) for o in r.sample(list(OPTION_SETS.values()), 2)):
+            options = extra | options
+        if pairs and (K > 1 or r.random() < 0.2):
+            options |= objectives(seed + i, pairs, K)
+        t = batch(seed + i, rows, r.randint(1, 12), r.randint(1, 7), r.randint(1, 20), K,
+                  r.random() < 0.5)  # fmt: skip
+        try:
+            assert_same(t, num_pairs=pairs, **options)
+        except AssertionError as error:
+            raise AssertionError(f"problem {i}: rows {rows}, pairs {pairs}, {options}") from error
+
+
+@pytest.mark.parametrize("name", ["default", "mixed_probs", "post"])
+def test_gradcheck(workspace, name, seed):
+    t = batch(seed, rows=5, length=3)
+    leaves = [t[n].requires_grad_() for n in DIFFERENTIABLE]
+
+    def loss(*values):
+        changed = dict(zip(DIFFERENTIABLE, values, strict=True))
+        return dual_head_loss(**(t | changed), num_pairs=2, **OPTION_SETS[name]).loss
+
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=False)
+
+
+@pytest.mark.parametrize("mix", ["logits", "probs"])
+@pytest.mark.parametrize("pref_on", ["reward", "mixed"])
+def test_extreme_logits_and_gates(workspace, mix, pref_on, seed):
+    """Logits of 1e4, gates at 60, and of 0 and 1 exactly."""
+    t = batch(seed, rows=6, length=6)
+    t["hidden"] *= 1e3
+    values = torch.tensor([60.0, -60.0, torch.inf, -torch.inf, 800.0, -800.0])
+    t["gate_logit"] = values.double().repeat(6, 1)
+    got, grads = loss_and_gradients(t, mix=mix, pref_on=pref_on)
+    assert got.loss.isfinite() and all(g.isfinite().all() for g in grads.values())
+    expected, exact = with_reference(loss_and_gradients, t, mix=mix, pref_on=pref_on)
+    torch.testing.assert_close(got.loss, expected.loss)
+    for name, grad in exact.items():
+        # The reference's own way through the mixture leaves NaN at infinite logits of the gate.
+        same = {"rtol": 1e-7, "atol": 1e-7 * float(grad.nan_to_num().abs().max() + 1)}
+        torch.testing.assert_close(grads[name], grad.nan_to_num(), **same)
+
+
+def test_lengths_that_differ_100_fold(workspace, seed):
+    t = batch(seed, rows=6, length=200)
+    lengths = torch.tensor([200, 1, 2, 2, 100, 0])
+    t["mask"] = torch.arange(200) < lengths[:, None]
+    t["labels"] = torch.randint(0, 6, (6, 200))
+    assert_same(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["default", "probs", "mixed"])
+def test_errors_are_at_most_those_of_eager(name, dtype, monkeypatch, seed):
+    """Of weights' and the gate's gradients and the loss, root mean square over 40 problems."""
+    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", 40_000)
+    wanted = ("reward_weight", "gate_logit")
+    ours, theirs = ({n: [] for n in (*wanted, "loss")} for _ in range(2))
+    for i in range(40):
+        t = batch(seed + i, 8, 12, 48, 301, dtype=torch.float32)
+        t |= {n: (t[n] * (0.3 if "weight" in n else 1)).to(dtype) for n in ("hidden", *WEIGHTS)}
+        exact = {k: v.double() if v.is_floating_point() else v for k, v in t.items()}
+        truth, true_grads = with_reference(loss_and_gradients, exact, wanted, **OPTION_SETS[name])
+        for errors, call in ((ours, loss_and_gradients), (theirs, None)):
+            call = call or (lambda *a, **k: with_reference(loss_and_gradients, *a, **k))
+            out, grads = call(t, wanted, **OPTION_SETS[name])
+            grads = grads | {"loss": out.loss.detach()[None]}
+            for n, grad in (true_grads | {"loss": truth.loss.detach()[None]}).items():
+                scale = grad.abs().max().clamp(min=1e-12)
+                errors[n].append(((grads[n] - grad) / scale).flatten())
+    for n in ours:
+        mine, other = (torch.cat(e[n]).square().mean().sqrt() for e in (ours, theirs))
+        assert mine <= 1.1 * other + 1e-7, (n, mine, other)
+
+
+class Watch(TorchDispatchMode):
+    """Products by kind, and the largest tensor that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func._schema.name in ("aten::mm", "aten::addmm_", "aten::addmm")
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def test_three_products_where_the_lm_head_is_frozen(seed):
+    """z_LM and z_RM of the chosen, z_RM of the rejected; dW for each of both: no dW_LM, no dh."""
+    t = batch(seed, rows=4, length=9, dtype=torch.float32, bias=False)
+    with Watch() as watch:
+        loss_and_gradients(t, ("reward_weight", "gate_logit"))
+    assert watch.products == 5
+    with Watch() as watch, torch.no_grad():
+        dual_head_loss(**t)
+    assert watch.products == 3
+
+
+def test_never_all_logits(monkeypatch, seed):
+    """The largest tensor is the gradient of the weight, or a chunk of logits."""
+    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", 4 * 500 * 16)
+    t = batch(seed, rows=12, length=40, d=4, vocab=500, dtype=torch.float32, bias=False)
+    assert int(t["mask"].sum()) * 500 > 16 * 500 * 4
+    with Watch() as watch:
+        loss_and_gradients(t, ("reward_weight", "gate_logit"))
+    assert watch.largest <= 16 * 500
+
+
+def test_double_backward_is_refused():
+    t = batch(3)
+    t["reward_weight"].requires_grad_()
+    loss = dual_head_loss(**t).loss
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(loss, t["reward_weight"], create_graph=True)
+
+
+def test_nothing_to_train_costs_no_gradients():
+    t = batch(5)
+    assert not dual_head_loss(**t).loss.requires_grad
+    t["reward_weight"].requires_grad_()
+    with torch.no_grad():
+        assert not dual_head_loss(**t).loss.requires_grad
+
+
+def test_thread_count_changes_nothing(seed):
+    t = batch(seed, rows=8, length=20, d=32, vocab=700, dtype=torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(loss_and_gradients(t)[0].loss)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*found)
