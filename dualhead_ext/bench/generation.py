@@ -130,7 +130,7 @@ class ModelResult:
 
 def _decode_with(head: Any, step: Callable[..., reference.DecodeOutput]) -> None:
     """Let this one head use ``step``, whatever kernel there is."""
-    head._decode_function = lambda hidden: step
+    head._decode_function = lambda *arguments: step
 
 
 def run_model(model: Model, *, seconds: float, min_rounds: int = 5) -> ModelResult:
