@@ -73,6 +73,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
         if linear.weight.device.type != "meta":
             self.reward_head.copy_from(linear.weight, linear.bias)
         self.lm_head_trained = False  # its own weights go to files too
+        self.packing_checked = False  # see packing.check_packing
         self.last_alpha: Tensor | None = None  # (B, N) of the latest call, for streaming inspection
         self._calls: dict[int, Call] = {}
 
