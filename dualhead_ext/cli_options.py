@@ -30,6 +30,7 @@ examples:
   dualhead train --backbone ./llama --data pairs.jsonl --eval-data test.jsonl --output heads
   dualhead train --data pairs.jsonl.gz --gate linear --mix probs --learning-rate 1e-3 --output heads
   dualhead train --output heads --resume          go on from the last complete checkpoint
+  dualhead train --output heads --epochs 3 --cache-hidden hidden     run the backbone only once
   dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
 
 Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF)."""

@@ -41,6 +41,12 @@ TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "save_steps": (float, (), "steps between checkpoints"),
     "save_total_limit": (int, (), "checkpoints to keep"),
     "seed": (int, (), "of everything random"),
+    "cache_hidden": (
+        str,
+        (),
+        "folder for the backbone's hidden states: computed once, read in later epochs and runs",
+    ),
+    "cache_hidden_dtype": (str, (), "auto (nothing changes) or bfloat16 (half of float32's size)"),
 }
 
 
@@ -64,6 +70,9 @@ def train(arguments: Namespace) -> None:
     check_device(arguments.device)
     trainer = _make_trainer(arguments, rows, held_out)
     print(f"{len(rows)} pairs to train on, {len(held_out)} held out", flush=True)
+    if trainer.args.cache_hidden is not None:
+        with argument("--cache-hidden"):
+            trainer.cache_hidden()
     bars = ProgressBars.put_on(trainer)
     before = held_out_accuracy(trainer) if held_out else None
     try:

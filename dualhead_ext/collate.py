@@ -129,6 +129,14 @@ def tokenize_pairs(
     return pairs
 
 
+def tokens_of(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
+    """(token ids, completion mask) of one text of a tokenised row; side "chosen" or "rejected"."""
+    if f"{side}_input_ids" in row:
+        return row[f"{side}_input_ids"], row[f"{side}_completion_mask"]
+    prompt, response = row["prompt_ids"], row[f"{side}_ids"]
+    return [*prompt, *response], [0] * len(prompt) + [1] * len(response)
+
+
 class PreferenceCollator:
     """Batches as TRL's: ``[all chosen; all rejected]``, right-padded.
 
@@ -153,7 +161,7 @@ class PreferenceCollator:
         self.padding_free = padding_free
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        sides = [self._side(row, side) for side in ("chosen", "rejected") for row in rows]
+        sides = [tokens_of(row, side) for side in ("chosen", "rejected") for row in rows]
         batch = self._packed(sides) if self.padding_free else self._padded(sides)
         batch["objective"] = torch.tensor([row.get("objective", 0) for row in rows])
         return batch
@@ -179,10 +187,3 @@ class PreferenceCollator:
             batch["attention_mask"][row, : len(ids)] = 1
             batch["completion_mask"][row, : len(ids)] = torch.tensor(mask)
         return batch
-
-    @staticmethod
-    def _side(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-        if f"{side}_input_ids" in row:
-            return row[f"{side}_input_ids"], row[f"{side}_completion_mask"]
-        prompt, response = row["prompt_ids"], row[f"{side}_ids"]
-        return [*prompt, *response], [0] * len(prompt) + [1] * len(response)

@@ -28,7 +28,8 @@ from .pretrained import DualHeadFilesMixin
 
 CONTROLS = ("strength", "gate_offset", "alpha", "objective_weights")
 # What forward takes beyond the backbone's own arguments.
-_NEW_ARGUMENTS = (*CONTROLS, "dualhead_valid", "completion_mask", "objective", "loss_options")
+_NEW_ARGUMENTS = (*CONTROLS, "dualhead_valid", "completion_mask", "objective")
+_NEW_ARGUMENTS += ("loss_options", "hidden_states")
 
 
 class DualHeadForCausalLM(DualHeadFilesMixin):
@@ -156,29 +157,40 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
 
     def _training_forward(self, new: dict[str, Any], kwargs: dict[str, Any]) -> Any:
         """The objective, computed inside the model's forward so that DDP's and FSDP's hooks fire:
-        of padded rows, or of a packed one.
+        of padded rows, or of a packed one. With ``hidden_states`` the backbone does not run.
         """
-        input_ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
+        input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if input_ids is None:
             raise ValueError(
                 "DualHeadForCausalLM.forward: completion_mask needs input_ids, got None"
             )
-        for name in ("labels", "past_key_values", "logits_to_keep", "return_dict", "use_cache"):
-            kwargs.pop(name, None)
+        hidden, completion_mask = new["hidden_states"], new["completion_mask"]
+        if hidden is None:
+            hidden = self.training_hidden_states(**kwargs)
+        elif hidden.shape[:-1] != input_ids.shape:
+            raise ValueError(
+                f"DualHeadForCausalLM.forward: hidden_states must be {(*input_ids.shape, 'd')}, "
+                f"got {tuple(hidden.shape)}"
+            )
         packed = packed_rows(kwargs.get("position_ids")) if mask is None else None
-        if packed is not None and not self.lm_head_module.packing_checked:
-            check_packing(self.get_decoder(), self.get_input_embeddings())
-            self.lm_head_module.packing_checked = True
-        hidden = self.get_decoder()(
-            input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs
-        )[0]
-        completion_mask = new["completion_mask"]
         if packed is not None:
             hidden, input_ids = packed.unpack(hidden), packed.unpack(input_ids)
             completion_mask, mask = packed.unpack(completion_mask) * packed.valid, packed.valid
         return self.lm_head_module.training_loss(
             hidden, input_ids, mask, completion_mask, new["objective"], new["loss_options"] or {}
         )
+
+    def training_hidden_states(self, **inputs: Any) -> Tensor:
+        """What the heads read in training: the decoder's last hidden states of a batch (input_ids,
+        attention_mask, ...), (2P, T, d), or (1, N, d) of a packed one.
+        """
+        if not self.lm_head_module.packing_checked and inputs.get("attention_mask") is None:
+            if packed_rows(inputs.get("position_ids")) is not None:
+                check_packing(self.get_decoder(), self.get_input_embeddings())
+                self.lm_head_module.packing_checked = True
+        dropped = ("labels", "past_key_values", "logits_to_keep", "return_dict", "use_cache")
+        kwargs = {k: v for k, v in inputs.items() if k not in (*dropped, *_NEW_ARGUMENTS)}
+        return self.get_decoder()(**kwargs, use_cache=False)[0]
 
     @property
     def lm_head_module(self) -> DualHeadLMHead:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .collate import PreferenceCollator, tokenize_pairs
+from .hidden_cache import HiddenCollator
 from .losses import LossCounts, metrics_of_totals
 from .modeling import DualHeadForCausalLM
 from .packing import packed_rows
 from .pretrained import untie_lm_head
-from .trainer_checkpoints import CheckpointedTrainer
+from .trainer_hidden import CachingTrainer
 from .training_args import DualHeadTrainingArguments
 
 __all__ = ["DualHeadTrainer", "DualHeadTrainingArguments"]
@@ -69,7 +70,7 @@ def prepare_for_training(
             parameter.requires_grad_(True)
 
 
-class DualHeadTrainer(CheckpointedTrainer):
+class DualHeadTrainer(CachingTrainer):
     """Train reward heads and gate on preference pairs.
 
     The data are rows ``{"prompt", "chosen", "rejected"[, "objective"]}`` (see
@@ -85,6 +86,11 @@ class DualHeadTrainer(CheckpointedTrainer):
     Checkpoints hold the trained heads, optimizer, schedule, random numbers and progress, not the
     backbone, are written by :mod:`dualhead_ext.checkpoint`, and hold no pickle.
     ``train(resume_from_checkpoint=True)`` goes on from the last whole one.
+
+    With ``args.cache_hidden`` the backbone runs once over the rows, in the batches of the first
+    epoch and of an evaluation, and not at all where a folder holds its hidden states already
+    (:mod:`dualhead_ext.hidden_cache`). In these batches every loss keeps its bits; in others it
+    changes by the backbone's own rounding.
 
     Args:
         model: a :class:`dualhead_ext.DualHeadForCausalLM`; its backbone is frozen, see
@@ -131,6 +137,8 @@ class DualHeadTrainer(CheckpointedTrainer):
                 "DualHeadTrainer: padding_free is an option of the default data_collator, got "
                 f"{type(data_collator).__name__}; PreferenceCollator(..., padding_free=True)"
             )
+        if args.cache_hidden is not None:
+            data_collator = HiddenCollator(data_collator)
         self._tokenizer, self._max_length = processing_class, args.max_length
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._tokenized(k, rows) for k, rows in eval_dataset.items()}

@@ -21,7 +21,7 @@ from .checkpoint import CheckpointError
 from .pretrained import check_fingerprint, load_head_state, read_config, read_weights
 from .state_file import load_state, save_state
 from .training_args import DualHeadTrainingArguments
-from .training_state import check_data_state, data_state, random_state, set_random_state
+from .training_state import agree_on, check_data_state, data_state, random_state, set_random_state
 
 STATE_NAME = "trainer_state.json"  # transformers' own file
 OPTIMIZER_NAME = "optimizer.safetensors"  # optimizer, scheduler, gradient scaler
@@ -58,18 +58,14 @@ class CheckpointedTrainer(Trainer):
             self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
         own = {"random": random_state(self.args.device), "totals": self._train_totals}
         progress = gather_object([own])
-        problem = None
-        if self.args.should_save:
-            try:
+        with agree_on(f"saving checkpoint-{step}"):
+            if self.args.should_save:
                 with checkpoint.staged(run_dir, step) as folder:
                     self._write_checkpoint(folder, progress)
                 if self.args.save_total_limit:
                     kept = self.state.best_model_checkpoint
                     limit = self.args.save_total_limit
                     checkpoint.rotate(run_dir, limit, keep=(kept,) if kept else ())
-            except Exception as error:
-                problem = error
-        self._agree_on(problem, f"saving checkpoint-{step}")
 
     def _write_checkpoint(self, folder: Path, progress: list[dict[str, Any]]) -> None:
         self._save(str(folder))
@@ -96,15 +92,6 @@ class CheckpointedTrainer(Trainer):
                 else:
                     states[name] = callback.state()
 
-    def _agree_on(self, problem: Exception | None, action: str) -> None:
-        """Wait for all processes; raise on each of them if any had a problem."""
-        problems = gather_object([None if problem is None else str(problem)])
-        if problem is not None:
-            raise problem
-        if any(text is not None for text in problems):
-            text = next(text for text in problems if text is not None)
-            raise RuntimeError(f"DualHeadTrainer: {action} failed on another process: {text}")
-
     # --- resuming ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
@@ -118,13 +105,9 @@ class CheckpointedTrainer(Trainer):
         self._train_totals = None
         if resume_from_checkpoint:
             found: list[Any] = [None]
-            problem = None
-            if self.accelerator.is_main_process:
-                try:
+            with agree_on("resuming"):
+                if self.accelerator.is_main_process:
                     found = [self._resumable(resume_from_checkpoint)]
-                except (OSError, ValueError) as error:
-                    problem = error
-            self._agree_on(problem, "resuming")
             resume_from_checkpoint = broadcast_object_list(found)[0]
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .hidden_cache import AS_COMPUTED, STORAGE_DTYPES
 from .losses import (
     GATE_REGULARIZERS,
     LM_REDUCTIONS,
@@ -111,6 +112,20 @@ class DualHeadTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Train on packed batches: the backbone computes nothing for padding."},
     )
+    cache_hidden: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the backbone's hidden states: computed once, read in every later "
+            "epoch and run."
+        },
+    )
+    cache_hidden_dtype: str = field(
+        default=AS_COMPUTED,
+        metadata={
+            "help": "auto: stored as the heads read them; bfloat16: half the size of float32.",
+            "choices": list(STORAGE_DTYPES),
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.data_seed is None:
@@ -126,6 +141,16 @@ class DualHeadTrainingArguments(TrainingArguments):
                 raise ValueError(f"DualHeadTrainingArguments: {name}={got!r} {reason}")
         if self.fsdp:
             raise ValueError(f"DualHeadTrainingArguments: fsdp={self.fsdp!r} is not supported")
+        if self.cache_hidden_dtype not in STORAGE_DTYPES:
+            raise ValueError(
+                "DualHeadTrainingArguments: cache_hidden_dtype must be one of "
+                f"{', '.join(STORAGE_DTYPES)}, got {self.cache_hidden_dtype!r}"
+            )
+        if self.cache_hidden is not None and (self.bf16_full_eval or self.fp16_full_eval):
+            raise ValueError(
+                "DualHeadTrainingArguments: cache_hidden holds what the backbone computes in its "
+                "own dtype; bf16_full_eval and fp16_full_eval evaluate it in another"
+            )
         if self.max_length < 2:
             raise ValueError(
                 f"DualHeadTrainingArguments: max_length must be at least 2, got {self.max_length}"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a resumed run needs beside weights and optimizer to go on with the same numbers: random
-number generators, and proof that the data and their order are the same.
+number generators, and proof that the data and their order are the same; and how processes agree.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,24 @@ from torch import Tensor
 
 # Rows of a dataset that its fingerprint reads, evenly chosen.
 _FINGERPRINT_ROWS = 256
+
+
+@contextmanager
+def agree_on(action: str) -> Iterator[None]:
+    """Wait for all processes at the end of the block; raise on each of them if it failed on any."""
+    from accelerate.utils import gather_object
+
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    problems = gather_object([None if problem is None else str(problem)])
+    if problem is not None:
+        raise problem
+    if any(text is not None for text in problems):
+        text = next(text for text in problems if text is not None)
+        raise RuntimeError(f"DualHeadTrainer: {action} failed on another process: {text}")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

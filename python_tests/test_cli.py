@@ -170,6 +170,29 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path, capsys):
     assert run(*argv, "--overwrite") == 0
 
 
+def test_hidden_states_are_computed_once(tmp_path, capsys, monkeypatch):
+    out, cache = tmp_path / "heads", tmp_path / "cache"
+    argv = ["train", "--output", str(out), "--limit", "6", *TINY, "--overwrite"]
+    argv += ["--eval-data", str(write_pairs(tmp_path / "test.jsonl", 4))]
+    assert run(*argv) == 0
+    expected = load_file(out / WEIGHTS_NAME)
+    accuracy = capsys.readouterr().out.split("held-out pairs")[1]
+    for lines in (1, 0):
+        assert run(*argv, "--cache-hidden", str(cache)) == 0
+        printed = capsys.readouterr().out
+        assert printed.count(f"{cache}/train: hidden states of 6 pairs, ") == lines
+        assert printed.count(f"{cache}/eval: hidden states of 4 pairs, ") == lines
+        assert printed.split("held-out pairs")[1] == accuracy
+        got = load_file(out / WEIGHTS_NAME)
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    usage = shutil._ntuple_diskusage(10**12, 10**12, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run(*argv, "--cache-hidden", str(tmp_path / "new")) == 2
+    err = [li for li in capsys.readouterr().err.splitlines() if li.startswith("dualhead")]
+    assert len(err) == 1 and err[0].startswith("dualhead train: --cache-hidden: ")
+    assert "the disk has 0 bytes left" in err[0] and not (tmp_path / "new").exists()
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 # Options after the command; {heads}, {dir} and {file} are filled in. Words of the sentence.
@@ -203,6 +226,7 @@ MISTAKES = [
     (["train", "--output", "{dir}/new", "--set", "nothing=1"], "expected a field of"),
     (["train", "--output", "{dir}/new", "--beta-r", "-1"], "beta_r"),
     (["train", "--output", "{dir}/new", "--pref-on", "both"], "pref_on"),
+    (["train", "--output", "{dir}/new", "--cache-hidden-dtype", "int8"], "cache_hidden_dtype"),
     (["bench", "--report", "{dir}/none.json"], "none.json"),
     (["bench", "--report", "{file}"], "must be JSON"),
     (["bench", "--seconds", "x"], "invalid float value: 'x'"),

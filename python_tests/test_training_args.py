@@ -26,6 +26,8 @@ def test_arguments_have_the_papers_defaults(tmp_path):
         ({"label_smoothing_factor": 0.1}, ValueError, "use label_smoothing"),
         ({"push_to_hub": True}, ValueError, "push_to_hub=True"),
         ({"max_length": 1}, ValueError, "max_length must be at least 2"),
+        ({"cache_hidden_dtype": "int8"}, ValueError, "cache_hidden_dtype must be one of auto, bf"),
+        ({"cache_hidden": "c", "bf16_full_eval": True}, ValueError, "cache_hidden holds what"),
     ],
 )
 def test_bad_arguments(tmp_path, changes, error, message):

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states of a frozen backbone, computed once, read from disk in later epochs and runs.
+
+    DIR/train/index.json        what it is of, shapes, sizes: written last, in one step
+    DIR/train/hidden-1f2e3d4c-0-00000.safetensors
+                                hidden (tokens, d), rows (n,); named by build, process, number
+    DIR/train/.lock             held while a cache is being built
+
+Of each row (a pair) a shard holds the states of the chosen text, then those of the rejected one,
+without padding. A folder is a cache if its index is there and everything agrees with it: the
+identity of what is asked for (backbone, rows, tokenisation, collation, precision), each file's size
+and shape, each row once. Otherwise it is built anew, and one sentence says why. Sizes are checked,
+not the states themselves: reading all of them at each start would cost what the cache saves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .collate import tokens_of
+
+FORMAT, FORMAT_VERSION = "dualhead-hidden-states", 1
+INDEX_NAME = "index.json"
+AS_COMPUTED = "auto"
+# Storage: as the heads receive the states, so that nothing changes, or half of float32's size.
+STORAGE_DTYPES = (AS_COMPUTED, "bfloat16")
+
+SHARD_NAME = re.compile(r"hidden-[0-9a-f]{8}-\d{1,6}-\d{5,9}\.safetensors")
+# Of a backbone's configuration: no influence on its hidden states.
+_LEFT_OUT = ("transformers_version", "_name_or_path", "use_cache")
+
+
+class UnusableCacheError(ValueError):
+    """A folder that is no whole cache of what is asked for. Says why."""
+
+
+# --- what a cache is of ---------------------------------------------------------------------------
+
+
+def backbone_identity(model: Any) -> str:
+    """A hash of all that decides hidden states: architecture, configuration, every parameter and
+    buffer of the decoder (as in training_hidden_states).
+    """
+    decoder, config = model.get_decoder(), model.config
+    known = {k: v for k, v in config.to_diff_dict().items() if k not in _LEFT_OUT}
+    known |= {"class": type(decoder).__name__, "attention": config._attn_implementation}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def rows_identity(rows: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """(a hash of every row's tokens, their numbers in the chosen and the rejected text)."""
+    digest, lengths = hashlib.sha256(), []
+    for index in range(len(rows)):
+        row = rows[index]
+        sides = [torch.tensor(tokens_of(row, side)[0]) for side in ("chosen", "rejected")]
+        lengths.append((len(sides[0]), len(sides[1])))
+        digest.update(f"{lengths[-1]}".encode())
+        for tokens in sides:
+            digest.update(tokens.to(torch.int64).numpy())
+    return digest.hexdigest()[:32], lengths
+
+
+def collator_identity(collator: Any) -> str:
+    """Its class and plain options, as ``PreferenceCollator(pad_token_id=0, ...)``."""
+    plain = (bool, int, float, str, type(None))
+    options = getattr(collator, "__dict__", {}).items()
+    shown = ", ".join(f"{k}={v!r}" for k, v in sorted(options) if isinstance(v, plain))
+    return f"{type(collator).__qualname__}({shown})"
+
+
+def split_pairs(
+    hidden: Tensor, attention_mask: Tensor | None, lengths: list[tuple[int, int]]
+) -> list[Tensor]:
+    """Of the hidden states of a batch [all chosen; all rejected], padded (2P, T, d) or packed
+    (1, N, d) without a mask, for each pair those of its tokens (tokens of both texts, d).
+
+    Raises:
+        ValueError: the batch has another number of tokens than ``lengths`` say.
+    """
+    states = hidden.flatten(0, 1) if attention_mask is None else hidden[attention_mask.bool()]
+    chosen, rejected = zip(*lengths, strict=True)
+    expected = sum(chosen) + sum(rejected)
+    if len(states) != expected:
+        raise ValueError(
+            f"cache_hidden: {len(lengths)} rows have {expected} tokens, the collator's batch of "
+            f"them {len(states)}"
+        )
+    parts = states.split([*chosen, *rejected])
+    half = len(lengths)
+    return [torch.cat(pair) for pair in zip(parts[:half], parts[half:], strict=True)]
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class HiddenCache:
+    """A whole cache, memory-mapped: ``cache[i]`` gives the states of row i.
+
+    Args:
+        folder: of the cache.
+        identity: what it has to be of. lengths: tokens in the two texts of each row.
+    Raises:
+        UnusableCacheError: it is no whole cache of that, and why. OSError: it cannot be read.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, identity: dict[str, Any], lengths: list[tuple[int, int]]
+    ) -> None:
+        self._made_from = (folder, identity, lengths)
+        index = _read_index(Path(folder))
+        differing = [
+            f"{name} was {index['identity'].get(name)}, is {value}"
+            for name, value in identity.items()
+            if index["identity"].get(name) != value
+        ]
+        if differing:
+            raise UnusableCacheError("; ".join(differing))
+        self.dtype: torch.dtype = getattr(torch, index["computed_dtype"])
+        self._lengths = lengths
+        self._where: dict[int, tuple[Tensor, int]] = {}
+        for entry in index["shards"]:
+            self._open_shard(Path(folder) / entry["name"], entry, index)
+        if len(self._where) != len(lengths):
+            raise UnusableCacheError(f"{len(lengths) - len(self._where)} rows are missing")
+
+    def _open_shard(self, path: Path, entry: dict[str, Any], index: dict[str, Any]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["size"]:
+            raise UnusableCacheError(f"{path.name} had {entry['size']} bytes, has {size or 'none'}")
+        try:
+            with safe_open(path, framework="pt") as file:  # maps it; nothing is read yet
+                hidden, rows = file.get_tensor("hidden"), file.get_tensor("rows").tolist()
+        except (OSError, SafetensorError) as error:
+            raise UnusableCacheError(f"{path.name} is damaged ({error})") from None
+        start = 0
+        for row in rows:
+            if row in self._where or not 0 <= row < len(self._lengths):
+                raise UnusableCacheError(f"{path.name} holds row {row}, which belongs elsewhere")
+            self._where[row] = (hidden, start)
+            start += sum(self._lengths[row])
+        shape, dtype = [start, index["hidden_size"]], getattr(torch, index["dtype"])
+        if not (shape == entry["shape"] == list(hidden.shape) and hidden.dtype == dtype):
+            raise UnusableCacheError(f"{path.name} has another shape or dtype than its index says")
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        """(states of the chosen text (tokens, d), of the rejected one), as stored."""
+        (hidden, start), (chosen, rejected) = self._where[row], self._lengths[row]
+        return hidden[start:][:chosen], hidden[start + chosen :][:rejected]
+
+    def __reduce__(self) -> tuple:
+        """For worker processes that are spawned: they map the files themselves."""
+        return HiddenCache, self._made_from
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / INDEX_NAME).read_bytes())
+        if index["format"] != FORMAT or index["format_version"] != FORMAT_VERSION:
+            raise UnusableCacheError("its index is of another format or version")
+        assert isinstance(index["identity"], dict) and isinstance(index["hidden_size"], int)
+        for name in ("dtype", "computed_dtype"):
+            assert isinstance(getattr(torch, index[name]), torch.dtype)
+        for entry in index["shards"]:
+            assert SHARD_NAME.fullmatch(entry["name"]) and isinstance(entry["size"], int)
+            assert isinstance(entry["shape"], list)
+    except FileNotFoundError:
+        raise UnusableCacheError("its index is missing: its build was interrupted") from None
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        if isinstance(error, UnusableCacheError):
+            raise
+        raise UnusableCacheError("its index is damaged") from None
+    return index
+
+
+class CachedRows(torch.utils.data.Dataset):
+    """Rows of a dataset, each with its states under ``hidden_states`` once ``cache`` is set."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.cache: HiddenCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        states = (self.cache[index], self.cache.dtype)
+        return {**self.rows[index], "hidden_states": states}
+
+
+class HiddenCollator:
+    """A collator whose batches also have ``hidden_states`` (2P, T, d), zero at padding, or packed
+    (1, N, d), if the rows have them.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found = [row["hidden_states"] for row in rows if "hidden_states" in row]
+        if not found:
+            return self.collator(rows)
+        without = [{k: v for k, v in row.items() if k != "hidden_states"} for row in rows]
+        batch = self.collator(without)
+        states = torch.cat([pair[side] for side in (0, 1) for pair, _ in found])
+        mask = batch.get("attention_mask")  # none: packed
+        mask = torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
+        hidden = torch.zeros(*mask.shape, states.shape[1], dtype=found[0][1])
+        hidden[mask] = states.to(hidden.dtype)
+        return {**batch, "hidden_states": hidden}

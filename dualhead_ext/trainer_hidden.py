@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Trainer that reads the hidden states of its rows from a :mod:`dualhead_ext.hidden_cache`.
+
+The rows of a loader carry their states, the collator pads them, and the model's forward takes them
+in the backbone's place; nothing else knows of the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hidden_cache import (
+    CachedRows,
+    backbone_identity,
+    collator_identity,
+    rows_identity,
+    split_pairs,
+)
+from .hidden_cache_build import open_or_build
+from .trainer_checkpoints import CheckpointedTrainer
+
+
+class CachingTrainer(CheckpointedTrainer):
+    """``cache_hidden`` of :class:`dualhead_ext.DualHeadTrainer`."""
+
+    _max_length: int
+    _backbone: tuple[Any, str] | None = None  # its state when it was hashed last, the hash
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As :meth:`CheckpointedTrainer.train`; what is to be cached is cached before it starts."""
+        if self.args.cache_hidden is not None:
+            self.cache_hidden()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def cache_hidden(self) -> None:
+        """Cache the hidden states of train_dataset and of every eval_dataset, where
+        ``args.cache_hidden`` does not hold them yet.
+
+        Raises:
+            OSError: too little room for them, of which nothing has been written; another failure
+                of the disk. ValueError: ``args.cache_hidden`` is None.
+        """
+        if self.args.cache_hidden is None:
+            raise ValueError("DualHeadTrainer.cache_hidden: args.cache_hidden must be a folder")
+        if self.train_dataset is not None:
+            self.get_train_dataloader()
+        held_out = self.eval_dataset
+        if held_out is not None:
+            for name in held_out if isinstance(held_out, dict) else [None]:
+                self.get_eval_dataloader(name)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; with ``cache_hidden``, of rows that carry their hidden states."""
+        name = self._cache_name(dataset, kwargs.get("is_training", False))
+        if name is None:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        rows = CachedRows(dataset)
+        loader = super()._get_dataloader(rows, *args, **kwargs)
+        collator = self.data_collator.collator
+        digest, lengths = rows_identity(dataset)
+        identity = {
+            "backbone": self._backbone_identity(),
+            "rows": digest,
+            "max_length": self._max_length,
+            "collator": collator_identity(collator),
+            "mixed_precision": self.accelerator.mixed_precision,
+            "cache_hidden_dtype": self.args.cache_hidden_dtype,
+        }
+
+        def states_of(batch: list[int]) -> list[Tensor]:
+            inputs = self._prepare_inputs(collator([dataset[index] for index in batch]))
+            model = self.accelerator.unwrap_model(self.model).eval()
+            with torch.no_grad(), self.accelerator.autocast():
+                hidden = model.training_hidden_states(**inputs)
+            mask = inputs.get("attention_mask")
+            return split_pairs(hidden, mask, [lengths[index] for index in batch])
+
+        rows.cache = open_or_build(
+            os.path.join(self.args.cache_hidden, name),
+            identity,
+            lengths,
+            _batches(loader),
+            states_of,
+            self.args.cache_hidden_dtype,
+            progress=not self.args.disable_tqdm,
+        )
+        return loader
+
+    def _cache_name(self, dataset: Any, is_training: bool) -> str | None:
+        """The folder of a dataset's hidden states; None: they are not cached."""
+        if self.args.cache_hidden is None:
+            return None
+        if is_training:
+            return "train" if dataset is self.train_dataset else None
+        held_out = self.eval_dataset
+        for name, rows in held_out.items() if isinstance(held_out, dict) else [("", held_out)]:
+            if rows is dataset:
+                return "-".join(filter(None, ("eval", urllib.parse.quote(name, safe=""))))
+        return None
+
+    def _backbone_identity(self) -> str:
+        """Hashed again only when a parameter has changed: reading all of them takes seconds."""
+        model = self.accelerator.unwrap_model(self.model)
+        now = [(p.data_ptr(), p.dtype, p._version) for p in model.get_decoder().parameters()]
+        if self._backbone is None or self._backbone[0] != now:
+            self._backbone = now, backbone_identity(model)
+        return self._backbone[1]
+
+
+def _batches(loader: Any) -> list[list[int]]:
+    """The rows of the batches that a fresh loader will give first, on this process. Draws nothing
+    from the random numbers of the run.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return [list(batch) for batch in loader.batch_sampler]
