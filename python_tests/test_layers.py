@@ -31,6 +31,7 @@ LAYERS = (
         "data",
         "show",
         "cli_errors",
+        "bench.timing",  # the one timer, of steps and of whole decoders
     },
     {"_extension", "ops", "collate"},
     {"build_info", "gate", "cache", "controls"},
