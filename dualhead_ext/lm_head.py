@@ -73,6 +73,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
         if linear.weight.device.type != "meta":
             self.reward_head.copy_from(linear.weight, linear.bias)
         self.lm_head_trained = False  # its own weights go to files too
+        self.packing_checked = False  # see packing.check_packing
         self.last_alpha: Tensor | None = None  # (B, N) of the latest call, for streaming inspection
         self._calls: dict[int, Call] = {}
 
@@ -283,9 +284,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
 
         hidden (2P, T, d), input_ids and masks (2P, T); position t predicts token t + 1.
         """
-        from .functional import dual_head_loss
-
-        return dual_head_loss(
+        return _dual_head_loss(
             hidden[:, :-1],
             input_ids[:, 1:],
             completion_mask[:, 1:].bool(),
@@ -300,6 +299,15 @@ class DualHeadLMHead(GatedHead, nn.Linear):
             objective=objective,
             **options,
         )
+
+
+# How many tokens and chunks there are only the batch knows, and the products are the vendor's:
+# nothing in it for a compiler, which compiles the backbone and the gate around it.
+@torch.compiler.disable
+def _dual_head_loss(*args: Any, **kwargs: Any) -> Any:
+    from .functional import dual_head_loss
+
+    return dual_head_loss(*args, **kwargs)
 
 
 def _static_length(cache: Cache) -> int:

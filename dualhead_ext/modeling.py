@@ -23,6 +23,7 @@ from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .hf_cache import StaticGateLayer
 from .lm_head import Call, DualHeadLMHead
+from .packing import check_packing, packed_rows
 from .pretrained import DualHeadFilesMixin
 
 CONTROLS = ("strength", "gate_offset", "alpha", "objective_weights")
@@ -109,9 +110,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
     ) -> Any:
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         new = {name: kwargs.pop(name, None) for name in _NEW_ARGUMENTS}
-        refuse_packed(kwargs)
         if new["completion_mask"] is not None:
             return self._training_forward(new, kwargs)
+        refuse_packed(kwargs)
         mask = kwargs.get("attention_mask")
         if (
             mask is not None
@@ -154,8 +155,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
         return out
 
     def _training_forward(self, new: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        """The objective, computed inside the model's forward so that DDP's and FSDP's hooks "
-        "fire."""
+        """The objective, computed inside the model's forward so that DDP's and FSDP's hooks fire:
+        of padded rows, or of a packed one.
+        """
         input_ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
         if input_ids is None:
             raise ValueError(
@@ -163,16 +165,19 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
             )
         for name in ("labels", "past_key_values", "logits_to_keep", "return_dict", "use_cache"):
             kwargs.pop(name, None)
-        decoded = self.get_decoder()(
+        packed = packed_rows(kwargs.get("position_ids")) if mask is None else None
+        if packed is not None and not self.lm_head_module.packing_checked:
+            check_packing(self.get_decoder(), self.get_input_embeddings())
+            self.lm_head_module.packing_checked = True
+        hidden = self.get_decoder()(
             input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs
-        )
+        )[0]
+        completion_mask = new["completion_mask"]
+        if packed is not None:
+            hidden, input_ids = packed.unpack(hidden), packed.unpack(input_ids)
+            completion_mask, mask = packed.unpack(completion_mask) * packed.valid, packed.valid
         return self.lm_head_module.training_loss(
-            decoded[0],
-            input_ids,
-            mask,
-            new["completion_mask"],
-            new["objective"],
-            new["loss_options"] or {},
+            hidden, input_ids, mask, completion_mask, new["objective"], new["loss_options"] or {}
         )
 
     @property
