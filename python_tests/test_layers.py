@@ -39,7 +39,7 @@ LAYERS = (
     {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "lm_head", "pretrained", "modeling"},
     {"state_file", "training_args", "training_state", "trainer_checkpoints", "trainer"},
-    {"decoding", "eval"},
+    {"decoding", "weak_to_strong", "eval"},
     {"bench", "progress", "demo"},
     {"commands", "cli", "cli_options", "cli_models", "cli_train", "cli_generate"},
 )
