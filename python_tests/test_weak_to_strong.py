@@ -95,6 +95,17 @@ def test_a_model_that_guides_itself_is_the_dual_head(family, mix):
 
 
 @EVERY
+@pytest.mark.parametrize("mix", ["logits", "probs"])
+def test_its_logits_are_the_dual_heads_too(family, mix):
+    """Values, not only their order: the backbone's own f is applied once, where it belongs."""
+    weak, ids = make_model(family, mix=mix), torch.randint(3, VOCAB, (2, 9))
+    with torch.no_grad():
+        expected = weak(ids, strength=0.8).logits
+    got = dh.WeakToStrong(make_backbone(family), weak)(ids, strength=0.8).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@EVERY
 def test_strength_zero_is_the_strong_models_own_text(family):
     strong, batch = make_backbone(family, seed=5), prompts()
     guided = dh.WeakToStrong(strong, make_model("llama"))
