@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from .backbones import backbone_post_processing
 from .controls import objective_rows, per_row
+from .kl_cap import capped_alpha
 from .modeling import CONTROLS, DualHeadForCausalLM
 from .reference import accumulator_dtype, mix_logits, postprocess, reward_logits
 
@@ -109,6 +110,7 @@ class WeakToStrong(nn.Module):
             inputs: (B, T), or ``input_ids``; left-padded with ``attention_mask``.
             strength, gate_offset, alpha: a number, or (B,); see ``DualHead.forward``.
             objective_weights: (K,) or (B, K).
+            max_kl: likewise a number or (B,); of the mixture from the strong model's distribution.
         Raises:
             as :meth:`forward`; ValueError: no input_ids.
         """
@@ -162,15 +164,19 @@ class WeakToStrong(nn.Module):
             name: value.repeat_interleave(ids.shape[0] // value.shape[0], dim=0)
             for name, value in controls.items()
         }
+        max_kl = rows.pop("max_kl", None)
         cache = getattr(output, "past_key_values", None)
         z_rm, alpha = self._weak_forward(_checked(kwargs), cache, rows)
-        self.last_alpha = alpha
         z_lm = z_lm.to(accumulator_dtype(z_lm.dtype))
-        config = self.weak.dual_head_config
-        if config.mix == "logits":
-            return mix_logits(z_lm, z_rm, alpha, "logits", *self._post)
-        z_rm = postprocess(z_rm, config.logit_scale, config.logit_softcap)
-        return mix_logits(postprocess(z_lm, *self._post), z_rm, alpha, "probs")
+        config, post = self.weak.dual_head_config, self._post
+        if config.mix == "probs":  # each side has its own f
+            z_lm = postprocess(z_lm, *post)
+            z_rm = postprocess(z_rm, config.logit_scale, config.logit_softcap)
+            post = (1.0, 0.0)
+        if max_kl is not None:
+            alpha = capped_alpha(z_lm, z_rm, alpha, max_kl, config.mix, *post)
+        self.last_alpha = alpha
+        return mix_logits(z_lm, z_rm, alpha, config.mix, *post)
 
     def _weak_forward(
         self, kwargs: dict[str, Any], cache: Cache | None, controls: dict[str, Tensor]

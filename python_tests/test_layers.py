@@ -34,7 +34,7 @@ LAYERS = (
         "bench.timing",  # the one timer, of steps and of whole decoders
     },
     {"_extension", "ops", "collate"},
-    {"build_info", "gate", "cache", "controls"},
+    {"build_info", "gate", "cache", "controls", "kl_cap"},
     {"head_base", "head_decode", "head"},
     {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "lm_head", "pretrained", "modeling"},
