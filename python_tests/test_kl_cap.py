@@ -240,3 +240,20 @@ def test_a_strong_model_keeps_within_its_cap(mix):
     kl = kl_of(guided(ids, max_kl=0.05).logits, off)
     assert kl.max() <= 0.05 + 1e-6 and kl.max() > 0.049
     assert kl_of(guided(ids).logits, off).max() > 0.06
+
+
+def test_a_static_cache_gives_the_same_text():
+    model, batch = make_model("llama"), prompts()
+    capped = GREEDY | {"max_kl": [0.05, 0.4, 0.0]}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(**batch, **capped)
+    assert torch.equal(model.generate(**batch, **capped, **static), expected)
+
+
+@MIXES
+def test_it_compiles_without_a_break(mix, seed):
+    z_lm, z_rm = heads(seed, 4, 9)
+    arguments = (z_lm, z_rm, torch.rand(4), torch.tensor([0.1, 0.01, 0.0, torch.inf]), mix)
+    torch.compiler.reset()
+    compiled = torch.compile(capped_alpha, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), capped_alpha(*arguments))
