@@ -242,7 +242,8 @@ def weight_bytes(models: Iterable[nn.Module]) -> int:
 
 def parameter_counts(models: Iterable[nn.Module]) -> tuple[int, int]:
     """(trainable, resident): numbers that require a gradient, and all in the models' state_dicts.
-    What is tied or shared counts once; two int4 values are one number.
+    What is tied or shared counts once; two int4 values are one number. Models come from
+    ``from_pretrained`` with every parameter requiring one: freeze what was not trained.
     """
     trainable, resident = {}, {}
     for model in models:

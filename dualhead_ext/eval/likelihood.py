@@ -43,8 +43,8 @@ class Distribution:
 def of_model(model: nn.Module, **controls: Any) -> Distribution:
     """``softmax`` of a causal language model's logits.
 
-    controls: of a gated head: strength, gate_offset, alpha, objective_weights. ``strength=0`` is
-    pi_LM.
+    controls: of a gated head: strength, gate_offset, alpha, max_kl, objective_weights (K,), the
+    same for every text. ``strength=0`` is pi_LM.
     """
     return Distribution(lambda ids, mask: _forward(model, ids, mask, controls), model.device)
 
