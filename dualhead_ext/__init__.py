@@ -19,6 +19,7 @@ _EXPORTS = {
     "DualHead": "head",
     "DualHeadForCausalLM": "modeling",
     "detach": "modeling",
+    "WeakToStrong": "weak_to_strong",
     "DualHeadTrainer": "trainer",
     "DualHeadTrainingArguments": "trainer",
 }

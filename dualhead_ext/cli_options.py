@@ -215,6 +215,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     gate.add_argument("--gate-offset", type=number(), metavar="X", help="added to the gate's logit")
     gate.add_argument("--alpha", type=number(float, 0, 1), metavar="A", help="in place of the gate")
     gate.add_argument(
+        "--max-kl", type=number(float, 0), metavar="X", help="nats from the backbone, each token"
+    )
+    gate.add_argument(
         "--objective-weights", type=numbers, metavar="W,...", help="one number for each objective"
     )
     sampling = parser.add_argument_group("decoding")

@@ -18,6 +18,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "strength": (0.0, math.inf, "a number >= 0"),
     "gate_offset": (-math.inf, math.inf, "a number"),
     "alpha": (0.0, 1.0, "a number in [0, 1]"),
+    "max_kl": (0.0, math.inf, "a number >= 0 (inf is no cap)"),
     "temperature": (0.0, math.inf, "a number >= 0 (0 is greedy)"),
     "top_k": (0, 2**31 - 1, "an integer >= 0 (0 is off)"),
     "top_p": (0.0, 1.0, "a number in (0, 1] (1 is off)"),
@@ -64,8 +65,11 @@ def per_row(
             raise TypeError(
                 f"{operator}: {name} must be {expected}, or one per row, got {number!r}"
             )
-        integral = dtype == torch.int32 and number != int(number) if math.isfinite(number) else True
-        if integral or not lowest <= number <= highest or (name == "top_p" and number == 0):
+        if math.isfinite(number):
+            wrong = dtype == torch.int32 and number != int(number)
+        else:
+            wrong = name != "max_kl"
+        if wrong or not lowest <= number <= highest or (name == "top_p" and number == 0):
             raise ValueError(f"{operator}: {name} must be {expected}, got {number!r}")
     if isinstance(value, (list, tuple)):
         if len(numbers) != batch_size:

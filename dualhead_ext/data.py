@@ -46,18 +46,21 @@ def embedded_pairs_path(split: str = "train") -> Path:
 
 @dataclass
 class DataReport:
-    """What became of a file's rows: how many are kept, and the lines skipped for each reason."""
+    """What became of a file's rows (``unit`` names them): how many are kept, and the lines skipped
+    for each reason.
+    """
 
     source: str
     kept: int = 0
     skipped: dict[str, list[int]] = field(default_factory=dict)
+    unit: str = "pairs"
 
     def skip(self, reason: str, line: int) -> None:
         """Note a row that cannot be used."""
         self.skipped.setdefault(reason, []).append(line)
 
     def __str__(self) -> str:
-        text = f"{self.source}: {self.kept} pairs"
+        text = f"{self.source}: {self.kept} {self.unit}"
         for reason, lines in self.skipped.items():
             shown = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
             text += f"; skipped {len(lines)} ({reason}; line {shown})"
@@ -65,8 +68,8 @@ class DataReport:
 
 
 class PreferenceData(list):
-    """Rows ``{"prompt", "chosen", "rejected"[, "objective"]}``: strings, or lists of messages.
-    ``report`` says what was skipped.
+    """Rows ``{"prompt", "chosen", "rejected"[, "objective"][, "subset"]}``: strings, or lists of
+    messages. ``report`` says what was skipped.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], report: DataReport) -> None:
@@ -93,13 +96,33 @@ def load_preference_data(
     name = os.fspath(path_or_name)
     if name == EMBEDDED:
         return _collect(name, read_jsonl(embedded_pairs_path(split or "train")))
+    rows = rows_of("load_preference_data", name, split, default_split="train")
+    return _collect(name, rows)
+
+
+def rows_of(
+    function: str,
+    source: str | os.PathLike,
+    split: str | None,
+    default_split: str,
+    configuration: str | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a .jsonl or .jsonl.gz file, or of a dataset on the hub.
+
+    Args:
+        function: whose name errors begin with.
+        split, configuration: of a hub dataset; a file has no split.
+    Raises:
+        as :func:`load_preference_data`.
+    """
+    name = os.fspath(source)
     if name.endswith((".jsonl", ".jsonl.gz", ".json", ".gz")) or os.path.exists(name):
         if split is not None:
-            raise ValueError(f"load_preference_data: split must be None for a file, got {split!r}")
-        return _collect(name, read_jsonl(name))
+            raise ValueError(f"{function}: split must be None for a file, got {split!r}")
+        return read_jsonl(name)
     if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"load_preference_data: there is no file {name}")
-    return _collect(name, _hub_rows(name, split or "train"))
+        raise FileNotFoundError(f"{function}: there is no file {name}")
+    return _hub_rows(function, name, split or default_split, configuration)
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -138,15 +161,18 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{path}, line {number}: {error}") from error
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _hub_rows(
+    function: str, name: str, split: str, configuration: str | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"load_preference_data: {name!r} is no file, and hub datasets need the "
+            f"{function}: {name!r} is no file, and hub datasets need the "
             "datasets package: pip install 'dualhead_ext[data]'"
         ) from error
-    return enumerate(load_dataset(name, split=split), start=1)
+    chosen = () if configuration is None else (configuration,)
+    return enumerate(load_dataset(name, *chosen, split=split), start=1)
 
 
 def _collect(source: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> PreferenceData:
@@ -194,6 +220,8 @@ def _pair_of(row: dict[str, Any]) -> dict[str, Any]:
         if isinstance(objective, bool) or not isinstance(objective, int) or objective < 0:
             raise ValueError(f"objective must be an integer >= 0, got {objective!r}")
         pair["objective"] = objective
+    if isinstance(row.get("subset"), str):
+        pair["subset"] = row["subset"]
     return pair
 
 

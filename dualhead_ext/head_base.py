@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from . import reference
 from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .gate import GATES
+from .kl_cap import capped_alpha
 from .reference import accumulator_dtype
 
 
@@ -104,6 +107,7 @@ class HeadBase(nn.Module):
         gate_offset: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
         objective_weights: Tensor | None = None,
+        max_kl: float | Tensor | None = None,
     ) -> DualHeadOutput:
         """Logits of every position: ``z_t = (1-a_t) z_LM,t + a_t z_RM,t`` and their like for
         ``mix="probs"``.
@@ -119,6 +123,8 @@ class HeadBase(nn.Module):
             gate_offset: added to the gate's logit. A number or (B,).
             alpha: replaces the gate's value, in [0, 1]. A number or (B,).
             objective_weights: (K,) or (B, K); default 1/K each.
+            max_kl: lowers alpha until ``KL(pi_mix || pi_LM) <= max_kl`` nats at each token
+                (:func:`dualhead_ext.kl_cap.capped_alpha`); >= 0. A number or (B,). Default: no cap.
         Raises:
             ValueError: wrong shapes or values. TypeError: wrong dtypes.
         """
@@ -126,7 +132,14 @@ class HeadBase(nn.Module):
         self._check_mask("DualHead.forward", attention_mask, hidden.shape[0], hidden.shape[1])
         gate_logit = self.gate(hidden, attention_mask)
         return self._mixed(
-            "DualHead.forward", hidden, gate_logit, strength, gate_offset, alpha, objective_weights
+            "DualHead.forward",
+            hidden,
+            gate_logit,
+            strength,
+            gate_offset,
+            alpha,
+            objective_weights,
+            max_kl,
         )
 
     def _mixed(
@@ -138,6 +151,7 @@ class HeadBase(nn.Module):
         gate_offset: Any,
         alpha: Any,
         objective_weights: Any,
+        max_kl: Any = None,
         post_process: bool = True,
     ) -> DualHeadOutput:
         """Both heads and their mixture at positions whose gate logits are known: hidden (B, N, d),
@@ -170,9 +184,29 @@ class HeadBase(nn.Module):
             lm, reward = self._cast(hidden, *lm), self._cast(hidden, *reward)
         z_lm = reference.head_logits(hidden, *lm, self.lm_scale)
         z_rm = reference.reward_logits(hidden, *reward, weights, self.reward_scale)
+        limit_alpha = self._alpha_limit(operator, max_kl, batch, dtype, device)
+        if limit_alpha is not None:
+            a = limit_alpha(z_lm, z_rm, a)
         post = (self.config.logit_scale, self.config.logit_softcap) if post_process else (1.0, 0.0)
         return DualHeadOutput(
             reference.mix_logits(z_lm, z_rm, a, self.config.mix, *post), a, gate_logit
+        )
+
+    def _alpha_limit(
+        self, operator: str, max_kl: Any, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """(z_LM, z_RM, alpha) -> alpha within ``max_kl``; None without a cap. The backbone's f
+        counts even where it is left to the backbone.
+        """
+        row = per_row(operator, "max_kl", max_kl, batch, dtype, device)
+        if row is None:
+            return None
+        return partial(
+            capped_alpha,
+            max_kl=row,
+            mix=self.config.mix,
+            logit_scale=self.config.logit_scale,
+            logit_softcap=self.config.logit_softcap,
         )
 
     @staticmethod
@@ -224,10 +258,11 @@ class HeadBase(nn.Module):
             )
 
     def _check_controls(
-        self, operator, batch, strength, gate_offset, alpha, objective_weights, device
+        self, operator, batch, strength, gate_offset, alpha, objective_weights, max_kl, device
     ) -> None:
         dtype = accumulator_dtype(self.hidden_dtype)
-        for name, value in (("strength", strength), ("gate_offset", gate_offset), ("alpha", alpha)):
+        numbers = {"strength": strength, "gate_offset": gate_offset, "alpha": alpha}
+        for name, value in (numbers | {"max_kl": max_kl}).items():
             per_row(operator, name, value, batch, dtype, device)
         objective_rows(
             operator, objective_weights, batch, self.config.num_objectives, dtype, device

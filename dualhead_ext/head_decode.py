@@ -5,7 +5,7 @@ a step computes.
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,6 +129,7 @@ class DecodingHead(HeadBase):
         gate_offset: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
         objective_weights: Tensor | None = None,
+        max_kl: float | Tensor | None = None,
     ) -> DualHeadOutput:
         """Read a prompt, or the next chunk of one, into the cache.
 
@@ -174,11 +175,11 @@ class DecodingHead(HeadBase):
         queries = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
         # Everything that can fail on a caller's argument comes before the cache is written.
         self._check_controls(
-            operator, batch, strength, gate_offset, alpha, objective_weights, hidden.device
+            operator, batch, strength, gate_offset, alpha, objective_weights, max_kl, hidden.device
         )
         gate_logit = self._append(hidden, cache, valid, queries, kept + past)
         return self._mixed(
-            operator, queries, gate_logit, strength, gate_offset, alpha, objective_weights
+            operator, queries, gate_logit, strength, gate_offset, alpha, objective_weights, max_kl
         )
 
     def _append(
@@ -210,6 +211,7 @@ class DecodingHead(HeadBase):
         gate_offset: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
         objective_weights: Tensor | None = None,
+        max_kl: float | Tensor | None = None,
         seeds: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_logits: bool = True,
@@ -224,7 +226,8 @@ class DecodingHead(HeadBase):
             do_sample: False takes the argmax (ties: the lowest index).
             temperature, top_k, top_p, min_p: numbers or (B,) tensors, applied in this order as
                 Hugging Face does. temperature 0 is greedy. strength, gate_offset, alpha,
-                objective_weights: as in :meth:`forward`.
+                objective_weights, max_kl: as in :meth:`forward`; with max_kl, eager PyTorch
+                computes the step.
             seeds: (B,) int64. Default: drawn from ``generator`` once per cache. Token n of a
                 request depends on its seed, n and its distribution alone, not on its place in a
                 batch.
@@ -263,6 +266,7 @@ class DecodingHead(HeadBase):
             "gate_offset": gate_offset,
             "alpha": alpha,
             "objective_weights": objective_weights,
+            "max_kl": max_kl,
         }
         return self._run_step(
             operator,
@@ -323,7 +327,11 @@ class DecodingHead(HeadBase):
             }
         else:
             arguments["gate_logit"] = self.gate(hidden)
-        out = self._decode_function(hidden, arguments.get("lm_scale") is not None)(
+        function = self._decode_function(hidden, arguments.get("lm_scale") is not None)
+        limit = self._alpha_limit(operator, controls.get("max_kl"), batch, dtype, device)
+        if limit is not None:
+            function = partial(reference.decode_step, limit_alpha=limit)
+        out = function(
             hidden=hidden,
             mix_probs=self.config.mix == "probs",
             logit_scale=self.config.logit_scale if post_process else 1.0,
@@ -370,26 +378,8 @@ class DecodingHead(HeadBase):
         if ops.kernel_for(hidden.device.type, hidden.dtype, quantized):
             return ops.decode_step
         if hidden.dtype != torch.float64:
-            warn_of_reference(hidden.device.type, hidden.dtype)
+            ops.warn_of_reference(hidden.device.type, hidden.dtype)
         return reference.decode_step
-
-
-_warned: set[tuple[str, torch.dtype]] = set()
-
-
-def warn_of_reference(device_type: str, dtype: torch.dtype) -> None:
-    """Say once per device type and dtype that eager PyTorch computes where a user would expect the
-    kernel.
-    """
-    if (device_type, dtype) in _warned:
-        return
-    _warned.add((device_type, dtype))
-    warnings.warn(
-        f"dualhead_ext: no compiled decode kernel for {device_type} tensors of {dtype}; "
-        "eager PyTorch computes instead, slower. `dualhead info` says what was built",
-        RuntimeWarning,
-        stacklevel=4,
-    )
 
 
 def capturing(device: torch.device) -> bool:

@@ -26,7 +26,7 @@ from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, gate_layer
 class Call:
     """What one forward of the model passes to its lm_head."""
 
-    controls: dict[str, Any]  # strength, gate_offset, alpha, objective_weights: (B, ...) or numbers
+    controls: dict[str, Any]  # strength, gate_offset, alpha, ...: (B, ...) or numbers
     attention_mask: Tensor | None = None  # (B, columns + T)
     new_valid: Tensor | None = None  # (B, T): where given, instead of the mask's last columns
     cache: Cache | None = None
@@ -241,6 +241,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
             controls.get("gate_offset"),
             controls.get("alpha"),
             controls.get("objective_weights"),
+            controls.get("max_kl"),
             post_process=self.config.mix != "logits",
         )
         return (out.logits[:, 0], out.alpha[:, 0]) if flat else (out.logits, out.alpha)

@@ -26,7 +26,7 @@ from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
 from .pretrained import DualHeadFilesMixin
 
-CONTROLS = ("strength", "gate_offset", "alpha", "objective_weights")
+CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "objective_weights")
 # What forward takes beyond the backbone's own arguments.
 _NEW_ARGUMENTS = (*CONTROLS, "dualhead_valid", "completion_mask", "objective")
 _NEW_ARGUMENTS += ("loss_options", "hidden_states")
@@ -238,6 +238,8 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
         Args:
             strength, gate_offset, alpha: a number, or one per request (B,); see
                 ``DualHead.forward``.
+            max_kl: likewise; lowers alpha at each token until KL(pi_mix || pi_LM) is within it.
+                Steps are then computed by eager PyTorch.
             objective_weights: (K,) or (B, K).
             output_gate: with ``return_dict_in_generate=True``, adds ``out.gate_alpha`` (B, new
                 tokens): alpha at each position that chose a token, from one more pass over the
@@ -250,7 +252,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
             inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         )
         batch = 1 if given is None else given.shape[0]
-        for name in CONTROLS[:3]:
+        for name in CONTROLS[:-1]:
             row = per_row(
                 "generate", name, kwargs.pop(name, None), batch, torch.float32, self.device
             )

@@ -5,6 +5,8 @@ documentation. The schemas are in csrc/ops.cpp, the meaning in :mod:`dualhead_ex
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,24 @@ def kernel_for(device_type: str, dtype: torch.dtype, quantized: bool = False) ->
         return False
     dtypes = _KERNEL_DTYPES.get(device_type, ())
     return dtype in dtypes and _extension.problem(device_type) is None
+
+
+_warned: set[tuple[str, torch.dtype]] = set()
+
+
+def warn_of_reference(device_type: str, dtype: torch.dtype) -> None:
+    """Say once per device type and dtype that eager PyTorch computes where a user would expect the
+    kernel.
+    """
+    if (device_type, dtype) in _warned:
+        return
+    _warned.add((device_type, dtype))
+    warnings.warn(
+        f"dualhead_ext: no compiled decode kernel for {device_type} tensors of {dtype}; "
+        "eager PyTorch computes instead, slower. `dualhead info` says what was built",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def cpu_isa() -> str:

@@ -11,6 +11,7 @@ vocabulary, K objectives, H gate heads, d_k their size, g = H d_k, S cache colum
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -286,11 +287,13 @@ def decode_step(
     logit_softcap: float = 0.0,
     return_logits: bool = True,
     record_attention: bool = False,
+    limit_alpha: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> DecodeOutput:
     """One decode step, hidden state in, token out; the meaning of the operator
     ``dualhead::decode_step``.
 
-    Arguments and results are those of :func:`dualhead_ext.ops.decode_step`, which documents them.
+    Arguments and results are those of :func:`dualhead_ext.ops.decode_step`, which documents them,
+    but for ``limit_alpha``: of (z_LM, z_RM, alpha), the alpha to mix with (:mod:`.kl_cap`).
     """
     batch = hidden.shape[0]
     accumulate = accumulator_dtype(hidden.dtype)
@@ -317,6 +320,8 @@ def decode_step(
 
     z_lm = head_logits(hidden, lm_weight, lm_bias, lm_scale)
     z_rm = reward_logits(hidden, reward_weight, reward_bias, objective_weights, reward_scale)
+    if limit_alpha is not None:
+        weight = limit_alpha(z_lm, z_rm, weight)
     logits = mix_logits(
         z_lm, z_rm, weight, "probs" if mix_probs else "logits", logit_scale, logit_softcap
     )

@@ -113,9 +113,9 @@ def test_generate_streams_what_the_model_writes(heads, capsys):
     assert shown == tokenizer.decode(new, skip_special_tokens=True) + "\n"
 
 
-def test_strength_zero_and_backbone_only_are_the_backbones_text(heads, capsys):
+def test_strength_zero_max_kl_zero_and_backbone_only_are_the_backbones_text(heads, capsys):
     texts = []
-    for option in (["--strength", "0"], ["--backbone-only"]):
+    for option in (["--strength", "0"], ["--max-kl", "0"], ["--backbone-only"]):
         assert run("generate", str(heads), PROMPT, "--max-new-tokens", "12", *option) == 0
         texts.append(capsys.readouterr().out)
     path = dh.data.embedded_backbone_path()
@@ -124,7 +124,7 @@ def test_strength_zero_and_backbone_only_are_the_backbones_text(heads, capsys):
     inputs = tokenizer(f"\n\nHuman: {PROMPT}\n\nAssistant:", return_tensors="pt")
     ids = backbone.generate(**inputs, max_new_tokens=12, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :]
-    assert texts == [tokenizer.decode(new, skip_special_tokens=True) + "\n"] * 2
+    assert texts == [tokenizer.decode(new, skip_special_tokens=True) + "\n"] * 3
 
 
 def test_show_gate(heads, capsys):
@@ -201,6 +201,7 @@ MISTAKES = [
     (["generate", "{dir}", "hi"], "heads:"),
     (["generate", "{heads}", "hi", "--backbone", "{dir}/none"], "--backbone: expected a folder"),
     (["generate", "{heads}", "hi", "--strength", "-1"], "expected a number of at least 0"),
+    (["generate", "{heads}", "hi", "--max-kl", "-1"], "expected a number of at least 0"),
     (["generate", "{heads}", "hi", "--alpha", "1.5"], "expected a number in [0, 1], got '1.5'"),
     (["generate", "{heads}", "hi", "--gate-offset", "nan"], "expected a number, got 'nan'"),
     (["generate", "{heads}", "hi", "--top-k", "x"], "expected a whole number of at least 0"),

@@ -31,15 +31,16 @@ LAYERS = (
         "data",
         "show",
         "cli_errors",
+        "bench.timing",  # the one timer, of steps and of whole decoders
     },
     {"_extension", "ops", "collate"},
-    {"build_info", "gate", "cache", "controls"},
+    {"build_info", "gate", "cache", "controls", "kl_cap"},
     {"head_base", "head_decode", "head"},
     {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "lm_head", "pretrained", "modeling"},
     {"state_file", "hidden_cache", "hidden_cache_build", "training_args", "training_state"},
     {"trainer_checkpoints", "trainer_hidden", "trainer"},
-    {"decoding", "eval"},
+    {"decoding", "weak_to_strong", "eval"},
     {"bench", "progress", "demo"},
     {"commands", "cli", "cli_options", "cli_models", "cli_train", "cli_generate"},
 )

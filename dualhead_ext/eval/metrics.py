@@ -9,10 +9,10 @@ from typing import Any
 
 
 def wilson_interval(
-    successes: int, trials: int, z: float = 1.959963984540054
+    successes: float, trials: int, z: float = 1.959963984540054
 ) -> tuple[float, float]:
     """The Wilson score interval of a proportion (default 95 %): ``(p + z^2/2n -+ z sqrt(p(1-p)/n +
-    z^2/4n^2)) / (1 + z^2/n)``.
+    z^2/4n^2)) / (1 + z^2/n)``. A tie may count as half a success.
 
     Raises:
         ValueError: no trials, or successes outside 0..trials.

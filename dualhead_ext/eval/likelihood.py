@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a system thinks of given texts: log-probabilities, perplexity, KL from the backbone,
+accuracy on preference pairs, TruthfulQA.
+
+A system is a :class:`Distribution`: of a model (a plain one, or a gated head with its controls), of
+a reward head alone, or of a GenARM product. Everything is in nats, sums in float64.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..collate import encode, render
+from ..reference import accumulator_dtype
+from .judging import Interval, bootstrap
+from .metrics import longer_is_better, wilson_interval
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What a system gives each next token.
+
+    Attributes:
+        log_probs: (ids (B, T), attention_mask (B, T)) -> (B, T, V), fp32 or float64, normalised;
+            position t is about the token at t + 1. Padding on either side.
+        device: where ids have to be.
+    """
+
+    log_probs: Callable[[Tensor, Tensor], Tensor]
+    device: torch.device
+
+
+def of_model(model: nn.Module, **controls: Any) -> Distribution:
+    """``softmax`` of a causal language model's logits.
+
+    controls: of a gated head: strength, gate_offset, alpha, max_kl, objective_weights (K,), the
+    same for every text. ``strength=0`` is pi_LM.
+    """
+    return Distribution(lambda ids, mask: _forward(model, ids, mask, controls), model.device)
+
+
+def of_reward_head(model: nn.Module, objective: int = 0) -> Distribution:
+    """pi_r: the reward head of one objective by itself, ``alpha = 1``.
+
+    Raises:
+        ValueError: no such objective.
+    """
+    count = model.dual_head_config.num_objectives
+    if not 0 <= objective < count:
+        raise ValueError(f"of_reward_head: objective must be in 0..{count - 1}, got {objective}")
+    weights = torch.eye(count)[objective]
+    return of_model(model, alpha=1.0, objective_weights=weights)
+
+
+def of_genarm(
+    model: nn.Module, reward_models: Sequence[nn.Module], strengths: Sequence[float]
+) -> Distribution:
+    """GenARM: ``pi ~ pi_base prod_k pi_k^(a_k)``, normalised; see
+    :class:`dualhead_ext.decoding.AutoregressiveGuidance`.
+
+    Raises:
+        ValueError: not one strength for each reward model.
+    """
+    if len(reward_models) != len(strengths) or not reward_models:
+        raise ValueError(
+            f"of_genarm: strengths must be one number for each model, got {len(strengths)} for "
+            f"{len(reward_models)}"
+        )
+
+    def log_probs(ids: Tensor, mask: Tensor) -> Tensor:
+        total = _forward(model, ids, mask, {})
+        for reward_model, strength in zip(reward_models, strengths, strict=True):
+            total = total + strength * _forward(reward_model, ids, mask, {})
+        return torch.log_softmax(total, -1)
+
+    return Distribution(log_probs, model.device)
+
+
+def _forward(model: nn.Module, ids: Tensor, mask: Tensor, controls: dict[str, Any]) -> Tensor:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        controls = controls | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **controls).logits
+    return torch.log_softmax(logits.to(accumulator_dtype(logits.dtype)), -1)
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and its response as tokens: ``ids``, and ``response``, 1 where a token is the
+    response's.
+    """
+
+    ids: Sequence[int]
+    response: Sequence[int]
+
+
+def make_texts(
+    rows: Iterable[tuple[Any, Any]], tokenizer: Any, max_length: int = 512, end: bool = True
+) -> list[Text]:
+    """(prompt, response) pairs, strings or messages, as training tokenises them
+    (:func:`dualhead_ext.collate.encode`): the end token is part of the response, unless ``end`` is
+    False. Says in the log how many were cut to ``max_length``.
+
+    Raises:
+        ValueError: a response without a token.
+    """
+    texts, cut = [], 0
+    for number, (prompt, response) in enumerate(rows):
+        coded = encode(*render(prompt, response, tokenizer), tokenizer, max_length)
+        ids, mask = coded["input_ids"], coded["completion_mask"]
+        cut += coded["truncated"]
+        if not end and ids[-1] == tokenizer.eos_token_id:
+            ids, mask = ids[:-1], mask[:-1]
+        if not any(mask[1:]):
+            raise ValueError(f"make_texts: response {number} must have a token, got {response!r}")
+        texts.append(Text(ids, mask))
+    if cut:
+        logger.warning(
+            "%d of %d texts were longer than max_length = %d and cut", cut, len(texts), max_length
+        )
+    return texts
+
+
+def token_log_probs(
+    system: Distribution, texts: Sequence[Text], batch_size: int = 8, padding_side: str = "right"
+) -> list[Tensor]:
+    """log P of each response token: for each text (n,) float64 on the CPU. A text's first token,
+    which nothing predicts, does not count.
+    """
+
+    def picked(ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
+        log_probs = system.log_probs(ids, mask)[:, :-1][scored]
+        return log_probs.gather(-1, ids[:, 1:][scored][:, None]).squeeze(-1).double()
+
+    return _per_token(picked, system.device, texts, batch_size, padding_side)
+
+
+def token_kl(
+    system: Distribution,
+    reference: Distribution,
+    texts: Sequence[Text],
+    batch_size: int = 8,
+    padding_side: str = "right",
+) -> list[Tensor]:
+    """KL from ``reference`` at each response token, over the whole vocabulary, given the text up to
+    it: ``KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v))``, nats. Returns as
+    :func:`token_log_probs`; at least 0 up to rounding.
+    """
+
+    def divergence(ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
+        p, q = (s.log_probs(ids, mask)[:, :-1][scored].double() for s in (system, reference))
+        return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
+
+    return _per_token(divergence, system.device, texts, batch_size, padding_side)
+
+
+@torch.no_grad()
+def _per_token(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    device: torch.device,
+    texts: Sequence[Text],
+    batch_size: int,
+    padding_side: str,
+) -> list[Tensor]:
+    """``function`` over padded batches of like lengths, its values sorted back to their texts.
+
+    It gets ids, attention_mask (B, T) and the bool (B, T - 1) of positions that predict a response
+    token, and returns a value for each of these, row by row.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
+    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = _pad([texts[i] for i in rows], padding_side, device)
+        scored = batch[2][:, 1:]
+        values = function(batch[0], batch[1], scored).cpu()
+        for i, part in zip(rows, values.split(scored.sum(1).tolist()), strict=True):
+            found[i] = part
+    return found
+
+
+def _pad(texts: Sequence[Text], side: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, attention_mask, and where the response is but for a text's first token (bool), (B, T)
+    each. Padding is token 0: what it is does not matter where the mask is 0.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"likelihood: padding_side must be left or right, got {side!r}")
+    longest = max(len(text.ids) for text in texts)
+    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask, response = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        length = len(text.ids)
+        columns = slice(longest - length, longest) if side == "left" else slice(0, length)
+        ids[row, columns] = torch.tensor(text.ids)
+        response[row, columns] = torch.tensor([0, *text.response[1:]])
+        mask[row, columns] = 1
+    return ids.to(device), mask.to(device), response.bool().to(device)
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def token_mean(values: Sequence[Tensor], seed: int = 0) -> Interval:
+    """The mean over all tokens of all texts; its interval is a bootstrap over texts."""
+    rows = [(float(v.sum()), len(v)) for v in values]
+    return bootstrap(
+        rows, lambda rows: sum(s for s, _ in rows) / sum(n for _, n in rows), seed=seed
+    )
+
+
+def perplexity(log_probs: Sequence[Tensor], seed: int = 0) -> Interval:
+    """``exp(-mean log P)`` over all tokens of :func:`token_log_probs`."""
+    value, low, high = token_mean(log_probs, seed)
+    return Interval(math.exp(-value), math.exp(-high), math.exp(-low))
+
+
+@dataclass(frozen=True)
+class PairAccuracy:
+    """How often the chosen response has the greater sum of log-probabilities.
+
+    Attributes:
+        accuracy: Wilson interval; a tie is half a success.
+        longer: the same of the rule that takes the longer response, in characters.
+        pairs: how many.
+    """
+
+    accuracy: Interval
+    longer: Interval
+    pairs: int
+
+
+def pair_accuracy(
+    system: Distribution,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int = 512,
+    batch_size: int = 8,
+) -> PairAccuracy:
+    """Accuracy on held-out preference pairs by ``sum_t log P(y_t | x, y_<t)`` over the response.
+
+    Args:
+        system: :func:`of_reward_head` for pi_r, :func:`of_model` for the mixture.
+        rows: ``prompt``, ``chosen``, ``rejected``, of one objective.
+    Raises:
+        ValueError: no pairs.
+    """
+    longer, pairs = longer_is_better(rows)
+    sides = [[(row["prompt"], row[side]) for row in rows] for side in ("chosen", "rejected")]
+    texts = make_texts([*sides[0], *sides[1]], tokenizer, max_length)
+    sums = [float(v.sum()) for v in token_log_probs(system, texts, batch_size)]
+    wins = sum(
+        1.0 if a > b else 0.5 if a == b else 0.0
+        for a, b in zip(sums[:pairs], sums[pairs:], strict=True)
+    )
+    return PairAccuracy(_share(wins, pairs), _share(longer * pairs, pairs), pairs)
+
+
+def _share(successes: float, trials: int) -> Interval:
+    return Interval(successes / trials, *wilson_interval(successes, trials))
+
+
+@dataclass(frozen=True)
+class TruthfulQA:
+    """Over n questions.
+
+    Attributes:
+        mc1: the share where the best answer is likelier than each incorrect one; Wilson interval.
+        mc2: mean share of probability on correct answers; bootstrap interval over questions.
+        questions: n.
+    """
+
+    mc1: Interval
+    mc2: Interval
+    questions: int
+
+
+def truthfulqa(
+    system: Distribution,
+    questions: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int = 512,
+    batch_size: int = 8,
+) -> TruthfulQA:
+    """TruthfulQA's multiple choice, an answer's score being ``sum_t log P(answer_t | question)``:
+    its tokens alone, after a space, without the end token, not divided by its length.
+
+    MC1: ``argmax`` over (best, incorrect...) is the best. MC2: ``sum_correct P / sum_all P``.
+
+    Args:
+        questions: rows of :func:`dualhead_ext.eval.prompts.truthfulqa`.
+    Raises:
+        ValueError: no questions.
+    """
+    if not questions:
+        raise ValueError("truthfulqa: questions must hold at least one, got none")
+    answers = [(*row["correct"], *row["incorrect"]) for row in questions]
+    asked = [
+        (row["prompt"], f" {text}")
+        for row, each in zip(questions, answers, strict=True)
+        for text in each
+    ]
+    texts = make_texts(asked, tokenizer, max_length, end=False)
+    sums = iter([float(v.sum()) for v in token_log_probs(system, texts, batch_size)])
+    wins, shares = 0, []
+    for row, each in zip(questions, answers, strict=True):
+        scores = torch.tensor([next(sums) for _ in each], dtype=torch.float64)
+        right = len(row["correct"])
+        best = scores[row["correct"].index(row["best"])]
+        wins += bool((best > scores[right:]).all())
+        shares.append(float(torch.softmax(scores, 0)[:right].sum()))
+    mc2 = bootstrap(shares, lambda rows: sum(rows) / len(rows))
+    return TruthfulQA(_share(wins, len(questions)), mc2, len(questions))
