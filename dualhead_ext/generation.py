@@ -94,8 +94,8 @@ class Decoding:
 
 
 def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decoding | None:
-    """Take ``fused``, ``seeds`` and ``generator`` out of the arguments of ``generate()``. None where
-    an option asks for another loop altogether.
+    """Take ``fused``, ``seeds`` and ``generator`` out of the arguments of ``generate()``. None
+    where an option asks for another loop altogether.
 
     Args:
         batch_size: of the prompts. config: the model's generation config.
