@@ -109,7 +109,7 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     assert "tokens/s" in printed
     results = report.load(path)
     assert len(results["cases"]) == 6
-    assert len(results["generate"]) == 3
+    assert len(results["generate"]) == 4
     monkeypatch.setattr(cases, "plan", None)  # nothing runs now
     assert command_line("--report", path) == 0
     assert "random Llama" in capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_pytest_benchmark_from_the_root(tmp_path):
         assert text in done.stdout
     results = report.load(path)
     assert len(results["cases"]) == 12
-    assert len(results["generate"]) == 3
+    assert len(results["generate"]) == 4
     assert len(results["failures"]) == 2
 
 
