@@ -100,7 +100,7 @@ def test_the_command_refuses_before_it_runs(monkeypatch):
 def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
     monkeypatch.setattr(generation, "plan", lambda quick: [generation.tiny_model()])
-    monkeypatch.setattr(runner.machine, "cold_bytes", lambda: 2**20)
+    monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 0.01)
     path = str(tmp_path / "results.json")
     assert command_line("--seconds", "0", "--json", path) == 0
@@ -118,7 +118,7 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
 def test_the_command_fails_where_the_step_is_too_slow(monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
     monkeypatch.setattr(generation, "plan", lambda quick: [])
-    monkeypatch.setattr(runner.machine, "cold_bytes", lambda: 2**20)
+    monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 1e9)
     assert command_line("--seconds", "0") == 1
     assert capsys.readouterr().out.count("\ntoo slow: ") == 2
@@ -133,9 +133,9 @@ TINY_SESSION = """
     cases.plan = lambda quick: [cases.Group(40, 77, name, tiny) for name in ("fp32", "bf16")]
     decode.required_speedup = lambda group, case: {required}[group.format]
     generation.plan = lambda quick: [generation.tiny_model()]
-    machine.cold_bytes = lambda: 2**20
+    machine.cold_bytes = lambda device: 2**20
     real = machine.describe()
-    machine.describe = lambda: real | dict(csrc_sha256={csrc_hash})
+    machine.describe = lambda device: real | dict(csrc_sha256={csrc_hash})
     sys.exit(pytest.main(["--benchmark", "--benchmark-seconds", "0", *sys.argv[1:]]))
 """
 

@@ -114,9 +114,7 @@ def run_case(case: Case, operands: Operands, effort: Effort) -> CaseResult:
     # A frozen graph has one copy of its weights, and packing them is for the CPU.
     freeze = device.type == "cpu" and operands.num_bytes >= effort.cache_bytes
     with torch.no_grad(), _no_recompiling():
-        contenders = make_contenders(
-            case, arguments, operands.copies[0], freeze, operands.memory
-        )
+        contenders = make_contenders(case, arguments, operands.copies[0], freeze, operands.memory)
         timings = alternate(
             contenders,
             seconds=effort.seconds,

@@ -105,8 +105,8 @@ def _checkout_commit() -> str | None:
 
 
 def last_level_cache_bytes(device_type: str = "cpu") -> int:
-    """Of a GPU, its L2. Of the CPU: size of the largest cache of CPU 0 as Linux reports it, the whole of it: on a virtual machine
-    that is the host's, shared with strangers. 64 MiB where the system does not say."""
+    """Of a GPU, its L2. Of the CPU, the largest cache of CPU 0 as Linux reports it, all of it: on a
+    virtual machine that is the host's, shared with strangers. 64 MiB where Linux does not say."""
     if device_type == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [

@@ -204,7 +204,7 @@ def _footer(results: dict[str, Any]) -> str:
 
 
 def _gpu_lines(results: dict[str, Any]) -> list[str]:
-    """What only a GPU's file has: driver, copy bandwidth, the second run, the steps of gpu-check."""
+    """What only a GPU's file has: driver, copy bandwidth, second run, steps of gpu-check."""
     if not is_gpu(results):
         return []
     copies = results.get("copy_gb_per_s")

@@ -50,9 +50,7 @@ def run_gpu(
     return found
 
 
-def start(
-    quick: bool, emit: Callable[[str], None], device_type: str = "cpu"
-) -> report.Report:
+def start(quick: bool, emit: Callable[[str], None], device_type: str = "cpu") -> report.Report:
     """An empty report of this machine."""
     found = report.Report(machine.describe(device_type), quick)
     emit(report.environment_lines(found.environment))

@@ -68,9 +68,10 @@ class CudaClock:
     def __init__(self) -> None:
         import torch
 
-        self._sleep, self._events = torch.cuda._sleep, [
-            torch.cuda.Event(enable_timing=True) for _ in range(2)
-        ]
+        self._sleep, self._events = (
+            torch.cuda._sleep,
+            [torch.cuda.Event(enable_timing=True) for _ in range(2)],
+        )
 
     def us(self, call: Callable[[int], object], copy: int) -> float:
         """Microseconds of ``call(copy)``."""
