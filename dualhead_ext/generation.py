@@ -217,9 +217,9 @@ class _Finished:
     """
 
     def __init__(self, device: torch.device, late: bool) -> None:
-        self.late, cuda = late, device.type == "cuda"
-        self._events = [torch.cuda.Event() if cuda and late else None for _ in range(2)]
-        self._flags = [torch.zeros((), dtype=torch.bool, pin_memory=cuda) for _ in range(2)]
+        self.late, pinned = late, late and device.type == "cuda"
+        self._events = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self._flags = [torch.zeros((), dtype=torch.bool, pin_memory=pinned) for _ in range(2)]
         self._steps = 0
 
     def __call__(self, unfinished: Tensor) -> bool:
@@ -235,8 +235,8 @@ class _Finished:
         return self._steps > 1 and bool(self._flags[old])
 
 
-def _warn_of_status(statuses: list[Tensor]) -> None:
-    rows = torch.stack(statuses).amax(0).nonzero().flatten().tolist()
+def _warn_of_status(status: Tensor) -> None:
+    rows = status.nonzero().flatten().tolist()
     if rows:
         warnings.warn(
             f"generate: the numbers of rows {rows} became infinite or NaN; their text from there "
@@ -256,11 +256,14 @@ class _Loop:
         self.config, self.streamer = config, streamer
         self.device = model.lm_head_module.weight.device
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.pad = config._pad_token_tensor.to(self.device) if ends else None
+        pad = config._pad_token_tensor if ends else None
+        if ends and pad is None:
+            raise ValueError("generate: pad_token_id must be given where rows can end, got None")
+        self.pad = None if pad is None else pad.to(self.device)
         kept = decoding.keep_cache or config.return_dict_in_generate
         late = self.device.type == "cuda" and streamer is None and not kept
         self.finished = _Finished(self.device, late)
-        self.statuses: list[Tensor] = []
+        self.status = torch.zeros((), dtype=torch.int32, device=self.device)  # worst of each row
 
     def begin(self, input_ids: Tensor, filters: dict[str, float], model_kwargs: dict) -> Any:
         """Read the prompt; what the step needs to sample is known from then on."""
@@ -284,8 +287,9 @@ class _Loop:
             logits = out.logits[:, -1].to(self.device, torch.promote_types(out.logits.dtype, FP32))
             token, status = token_of_logits(logits, self.sampling)
         else:
-            token, status = out.logits.unbind(1)
-        self.statuses.append(status)
+            token, status = out.logits.to(self.device).unbind(1)
+        # New tensors, nothing kept of ``out``: under CUDA graphs the next replay overwrites it.
+        self.status = torch.maximum(self.status, status)
         token = token if self.pad is None else torch.where(unfinished, token, self.pad)
         input_ids = torch.cat((input_ids, token[:, None]), dim=-1)
         if self.streamer is not None:
@@ -317,7 +321,7 @@ class _Loop:
             self.streamer.end()
         if done and self.finished.late:
             input_ids = input_ids[:, :-1]
-        _warn_of_status(self.statuses)
+        _warn_of_status(self.status)
         return input_ids, model_kwargs["past_key_values"]
 
 

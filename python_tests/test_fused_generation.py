@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_ops_sampling import assert_distribution, filtered_probabilities
 from tiny_models import FAMILIES, VOCAB, make_backbone, make_model, prompts
-from transformers import CompileConfig, LlamaForCausalLM, StoppingCriteria
+from transformers import CompileConfig, EosTokenCriteria, LlamaForCausalLM, StoppingCriteria
 from transformers.generation import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
@@ -105,17 +105,21 @@ def test_greedy_from_embeddings_and_from_one_token():
     assert_same(model, {"input_ids": batch["input_ids"][:, -1:]}, **GREEDY)
 
 
-def test_a_compiled_static_cache_is_the_same(loops):
-    """What transformers does by itself on a GPU."""
+def test_a_compiled_static_cache_is_the_same():
+    """What transformers does by itself on a GPU. Compiled once: the third call adds no graph."""
     model, batch = make_model("llama"), prompts()
-    expected = model.generate(**batch, **GREEDY, fused=False)
-    torch.compiler.reset()
     compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     compiled._compile_all_devices = True
-    options = {"cache_implementation": "static", "compile_config": compiled}
-    got = model.generate(**batch, **GREEDY, **options, fused=True)
-    assert torch.equal(got, expected)
-    assert loops["fused"] == 1
+    static = {"cache_implementation": "static", "compile_config": compiled, "fused": True}
+    for options in (GREEDY, SAMPLED | {"seeds": torch.arange(3), "top_p": 0.9}):
+        expected = model.generate(**batch, **options, fused=options is not GREEDY)
+        torch.compiler.reset()
+        graphs = []
+        for _ in range(3):
+            got = model.generate(**batch, **options, **static)
+            assert torch.equal(got, expected)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert 0 < graphs[0] and graphs[1] == graphs[2], graphs
 
 
 # --- the rule -------------------------------------------------------------------------------------
@@ -227,6 +231,15 @@ def test_the_backbone_has_the_last_word_on_logits(options, backbone_class):
 
 
 # --- when it ends ---------------------------------------------------------------------------------
+
+
+def test_rows_that_end_need_a_pad():
+    model, batch = make_model("llama"), prompts()
+    ends = [EosTokenCriteria(eos_token_id=5)]
+    model.generation_config.pad_token_id = None
+    with pytest.raises(ValueError, match="pad_token_id must be given where rows can end, got None"):
+        model.generate(**batch, **GREEDY, stopping_criteria=ends)
+    assert_same(model, batch, **GREEDY, stopping_criteria=ends, pad_token_id=0)
 
 
 class StopsRow(StoppingCriteria):
