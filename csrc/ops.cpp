@@ -37,4 +37,6 @@ STABLE_TORCH_LIBRARY(dualhead, m) {
   m.def("cpu_isa_levels() -> str");
   // For tests: a name from cpu_isa_levels, or "" for the automatic choice.
   m.def("_force_cpu_isa(str isa) -> ()");
+  // Whether this CPU multiplies bf16 matrices faster than fp32 ones.
+  m.def("cpu_bf16_pays() -> bool");
 }

@@ -33,6 +33,8 @@ std::string cpu_isa() { return cpu::chosen_kernels().name; }
 
 std::string cpu_isa_levels() { return cpu::available_levels(); }
 
+bool cpu_bf16_pays() { return cpu::bf16_pays(); }
+
 void force_cpu_isa(std::string name) { cpu::force_kernels(name.c_str()); }
 
 }  // namespace
@@ -45,5 +47,6 @@ STABLE_TORCH_LIBRARY_IMPL(dualhead, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(dualhead, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&dualhead::cpu_isa));
   m.impl("cpu_isa_levels", TORCH_BOX(&dualhead::cpu_isa_levels));
+  m.impl("cpu_bf16_pays", TORCH_BOX(&dualhead::cpu_bf16_pays));
   m.impl("_force_cpu_isa", TORCH_BOX(&dualhead::force_cpu_isa));
 }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 # Arguments of serving engines and of packed (padding-free) batches: the gate would look across the
-# sequences in # them and give wrong tokens without a word.
+# sequences in them and give wrong tokens without a word.
 _PACKED_ARGUMENTS = (
     "block_table",
     "cu_seq_lens_q",

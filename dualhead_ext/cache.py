@@ -32,6 +32,16 @@ def parameter_stamp(parameters: list[Tensor]) -> tuple:
     return tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters)
 
 
+def _without_padding(
+    k: Tensor | None, u: Tensor | None, valid: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """0 in columns that are padding: weights of 0 do not hide NaN."""
+    if k is None:
+        return k, u
+    padding = ~valid[:, None]
+    return k.masked_fill(padding[..., None], 0.0), u.masked_fill(padding, 0.0)
+
+
 class GateCache:
     """State of one batch of requests. Make it with ``head.new_cache``, fill it with ``prefill`` and
     ``step``.
@@ -112,6 +122,7 @@ class GateCache:
 
     def append(self, k: Tensor | None, u: Tensor | None, valid: Tensor) -> None:
         """Write n new columns: k (B, H, n, d_k), u (B, H, n), valid (B, n)."""
+        k, u = _without_padding(k, u, valid)
         start, count = self.columns, valid.shape[1]
         self.require_room("GateCache.append", count)
         if self.k is not None:
@@ -125,6 +136,7 @@ class GateCache:
         """:meth:`append` at the columns that ``length`` names, without asking the host: for
         compiled code. There must be room.
         """
+        k, u = _without_padding(k, u, valid)
         columns = self.length[:, None] + torch.arange(valid.shape[1], device=self.device)
         rows = torch.arange(self.batch_size, device=self.device)[:, None]
         columns = columns.long()

@@ -140,14 +140,33 @@ class PreferenceCollator:
 
     Also takes TRL's columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. Returns input_ids,
     attention_mask, completion_mask (2P, T) int64 and objective (P,) int64.
+
+    ``padding_free=True``: the 2P sequences one after the other: input_ids, completion_mask and
+    position_ids, which start again at 0 in each, (1, N), and objective (P,).
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1) -> None:
+    def __init__(
+        self, pad_token_id: int, pad_to_multiple_of: int = 1, padding_free: bool = False
+    ) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.padding_free = padding_free
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         sides = [self._side(row, side) for side in ("chosen", "rejected") for row in rows]
+        batch = self._packed(sides) if self.padding_free else self._padded(sides)
+        batch["objective"] = torch.tensor([row.get("objective", 0) for row in rows])
+        return batch
+
+    @staticmethod
+    def _packed(sides: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        return {
+            "input_ids": torch.tensor([[token for ids, _ in sides for token in ids]]),
+            "completion_mask": torch.tensor([[bit for _, mask in sides for bit in mask]]),
+            "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in sides])[None],
+        }
+
+    def _padded(self, sides: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         longest = max(len(ids) for ids, _ in sides)
         longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {
@@ -159,7 +178,6 @@ class PreferenceCollator:
             batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
             batch["attention_mask"][row, : len(ids)] = 1
             batch["completion_mask"][row, : len(ids)] = torch.tensor(mask)
-        batch["objective"] = torch.tensor([row.get("objective", 0) for row in rows])
         return batch
 
     @staticmethod

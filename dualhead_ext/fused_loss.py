@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import loss_rows
-from .loss_products import Job, Products, Tokens
+from .loss_products import Job, Product, Products, Tokens, lay_out
 from .losses import (
     LM_REDUCTIONS,
     PREFERENCE_REDUCTIONS,
@@ -32,6 +32,9 @@ from .reference_loss import Heads, RowSums, combine, gate_statistics
 # Logits of a chunk, in bytes: at V = 32000 and fp32 512 rows. Half of it is 15 % slower there (more
 # passes over dW), twice as much gains nothing.
 WORKSPACE_BYTES = 64 << 20
+
+# Jobs with their rows, and the products that they share.
+Computed = tuple[list[tuple[Job, loss_rows.Rows]], list[Product]]
 
 
 class Pass:
@@ -52,6 +55,7 @@ class Pass:
         self.num_pairs, self.counts = num_pairs, counts
         self.products = Products(tokens, heads, wanted)
         self.needs_gradients = any(wanted.values())
+        self.wants_gate = wanted["gate_logit"]
         self._lm_gradients = wanted["lm_weight"] or wanted["lm_bias"] or wanted["hidden"]
         dtype, device = self.products.dtype, tokens.hidden.device
         self.lm_nll = torch.zeros(len(lengths), dtype=dtype, device=device)
@@ -62,10 +66,13 @@ class Pass:
         count = heads.reward_weight.shape[0]
         weights = heads.objective_weights
         shares = [1.0 / count] * count if weights is None else weights.tolist()
-        self._mixture = list(enumerate(shares))
-        self._one = self._mixture == [(0, 1.0)]
-        row_bytes = heads.lm_weight.shape[0] * torch.empty(0, dtype=dtype).element_size()
-        self._budget = max(1, WORKSPACE_BYTES // row_bytes)
+        self._mixture = tuple(enumerate(shares))
+        self._one = self._mixture == ((0, 1.0),)
+        vocab = heads.lm_weight.shape[0]
+        # Two rows at least: a token's z_LM and z_RM. Four at most, where it has two jobs that mix.
+        self._budget = max(2, WORKSPACE_BYTES // (vocab * self.lm_nll.element_size()))
+        rows = min(self._budget, 4 * len(tokens.rows))
+        self._workspace = torch.empty(rows, vocab, dtype=dtype, device=device)
         lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
         self._lm_coefficient = -1.0 / max(float(lm_count), 1.0)
 
@@ -83,7 +90,7 @@ class Pass:
             torch.tensor(objectives, device=index.device), self.lengths[first:last]
         )
         for k in sorted(set(objectives)):
-            jobs.append(Job(index[owner == k], [(k, 1.0)], False, True, mixed))
+            jobs.append(Job(index[owner == k], ((k, 1.0),), False, True, mixed))
         return jobs
 
     def _rows_of_logits(self, jobs: list[Job]) -> int:
@@ -134,43 +141,45 @@ class Pass:
         """All chunks."""
         for jobs, pairs in self._chunks():
             if self._rows_of_logits(jobs) <= self._budget:
-                held = [(job, self._log_probabilities(job)) for job in jobs]
-                coefficients = self._pair_coefficients(pairs)
-                for job, rows in held:
-                    self._gradients(job, rows, coefficients)
+                computed = self._log_probabilities(jobs)
+                self._gradients(computed, self._pair_coefficients(pairs))
                 continue
             # Too long for the workspace: once for the sums, once more for the gradients.
             pieces = [piece for job in jobs for piece in self._pieces(job)]
             for piece in pieces:
-                self._log_probabilities(piece)
+                self._log_probabilities([piece])
             if not self.needs_gradients:
                 continue
             coefficients = self._pair_coefficients(pairs)
             for piece in pieces:
-                rows = self._log_probabilities(piece, record=False)
-                self._gradients(piece, rows, coefficients)
+                self._gradients(self._log_probabilities([piece], record=False), coefficients)
 
-    def _log_probabilities(self, job: Job, record: bool = True) -> loss_rows.Rows:
-        z_lm = self.products.logits(job, "lm") if job.mixes else None
-        z_rm = self.products.logits(job, "reward")
-        rows = loss_rows.log_probabilities(
-            z_lm,
-            z_rm,
-            self.tokens.gate_logit[job.index],
-            self.tokens.labels[job.index],
-            self.options,
-            mixed=job.mixes,
-            reward=job.in_pairs and not job.pairs_mixed,
-        )
-        if record:
-            of_row = self.tokens.rows[job.index]
-            if job.in_lm:
-                self.lm_nll.index_add_(0, of_row, rows.mixed, alpha=-1.0)
-            if job.in_pairs:
-                self.pair_logps.index_add_(
-                    0, of_row, rows.mixed if job.pairs_mixed else rows.reward
-                )
-        return rows
+    def _log_probabilities(self, jobs: list[Job], record: bool = True) -> Computed:
+        products, logits = lay_out(jobs, self._workspace)
+        for product in products:
+            self.products.compute(product)
+        held = []
+        for job, (z_lm, z_rm) in zip(jobs, logits, strict=True):
+            rows = loss_rows.log_probabilities(
+                z_lm,
+                z_rm,
+                self.tokens.gate_logit[job.index],
+                self.tokens.labels[job.index],
+                self.options,
+                mixed=job.mixes,
+                reward=job.in_pairs and not job.pairs_mixed,
+            )
+            held.append((job, rows))
+            if record:
+                self._record(job, rows)
+        return held, products
+
+    def _record(self, job: Job, rows: loss_rows.Rows) -> None:
+        of_row = self.tokens.rows[job.index]
+        if job.in_lm:
+            self.lm_nll.index_add_(0, of_row, rows.mixed, alpha=-1.0)
+        if job.in_pairs:
+            self.pair_logps.index_add_(0, of_row, rows.mixed if job.pairs_mixed else rows.reward)
 
     def _pair_coefficients(self, pairs: list[int]) -> Tensor:
         """dL / d(sum of log-probabilities) of each row (R,), those of these pairs filled in."""
@@ -190,9 +199,18 @@ class Pass:
             out[index] = torch.autograd.grad(total, sums)[0]
         return out
 
-    def _gradients(self, job: Job, rows: loss_rows.Rows, of_pairs: Tensor) -> None:
+    def _gradients(self, computed: Computed, of_pairs: Tensor) -> None:
         if not self.needs_gradients:
             return
+        held, products = computed
+        for job, rows in held:
+            self._logit_gradients(job, rows, of_pairs)
+        for product in products:
+            if product.name == "reward" or self._lm_gradients:
+                self.products.accumulate(product)
+
+    def _logit_gradients(self, job: Job, rows: loss_rows.Rows, of_pairs: Tensor) -> None:
+        """In the logits' place, and the gate's."""
         pair = of_pairs[self.tokens.rows[job.index]]
         mixed = torch.full_like(pair, self._lm_coefficient if job.in_lm else 0.0)
         if job.in_pairs and job.pairs_mixed:
@@ -202,9 +220,6 @@ class Pass:
         )
         if gate is not None:
             self.gate_grad.index_add_(0, job.index, gate.to(self.gate_grad.dtype))
-        if job.mixes and self._lm_gradients:
-            self.products.accumulate(job, "lm", rows.z_lm)
-        self.products.accumulate(job, "reward", rows.z_rm)
 
 
 _INPUTS = ("hidden", "gate_logit", "lm_weight", "lm_bias", "reward_weight", "reward_bias")
@@ -215,17 +230,11 @@ class _Carrier(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Callable[[dict[str, bool]], Pass], *inputs: Tensor | None) -> tuple:
-        result = run(dict(zip(_INPUTS, ctx.needs_input_grad[1:], strict=True)))
-        products = result.products
-        ctx.gradients = (
-            products.hidden_grad,
-            result.gate_grad if ctx.needs_input_grad[2] else None,
-            products.weight_grads["lm"],
-            products.bias_grads["lm"],
-            products.weight_grads["reward"],
-            products.bias_grads["reward"],
-        )
+        ctx.run, ctx.wanted = run, dict(zip(_INPUTS, ctx.needs_input_grad[1:], strict=True))
+        result = run(ctx.wanted)
+        ctx.gradients = _gradients_of(result)
         ctx.likes = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(result.lm_nll, result.pair_logps)
         return inputs[1].new_zeros(()), result.lm_nll, result.pair_logps
 
@@ -235,10 +244,34 @@ class _Carrier(torch.autograd.Function):
             raise RuntimeError(
                 "dual_head_loss: has a first derivative only; create_graph=True is not supported"
             )
+        # Scaled in place and let go of, so that autograd takes them for .grad without a copy. A
+        # second pass over a retained graph makes them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _ = ctx.saved_tensors  # raises if the graph was freed or an input changed since
+            gradients = _gradients_of(ctx.run(ctx.wanted))
+        if scale.is_cuda or scale != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(scale)
         return None, *(
-            None if g is None else (g * scale).to(like[1]).view(like[0])
-            for g, like in zip(ctx.gradients, ctx.likes, strict=True)
+            None if g is None else g.to(like[1]).view(like[0])
+            for g, like in zip(gradients, ctx.likes, strict=True)
         )
+
+
+def _gradients_of(result: Pass) -> list[Tensor | None]:
+    """One for each of `_INPUTS`, None where it is not wanted."""
+    products = result.products
+    weights, biases = products.weight_grads, products.bias_grads
+    return [
+        products.hidden_grad,
+        result.gate_grad if result.wants_gate else None,
+        weights["lm"],
+        biases["lm"],
+        weights["reward"],
+        biases["reward"],
+    ]
 
 
 def dual_head_loss(

@@ -66,7 +66,10 @@ class AttentionGate(nn.Module):
         else:
             length = hidden.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-            visible = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, T, T)
+            valid = attention_mask.bool()[:, None, :]  # (B, 1, T)
+            visible = causal & valid[:, :, None]  # (B, 1, T, T)
+            # Weights of 0 do not hide the NaN that some backbones leave where a row sees nothing.
+            k, v = (x.masked_fill(~valid[..., None], 0.0) for x in (k, v))
             seen = visible.any(-1, keepdim=True)
             # Attention over nothing is NaN in some backends, backward too: let such rows see all,
             # then drop them.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from . import reference
 from .config import DualHeadConfig
 from .head import GatedHead
 from .head_base import StepOutput
@@ -78,6 +79,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
         if linear.weight.device.type != "meta":
             self.reward_head.copy_from(linear.weight, linear.bias)
         self.lm_head_trained = False  # its own weights go to files too
+        self.packing_checked = False  # see packing.check_packing
         self.last_alpha: Tensor | None = None  # (B, N) of the latest call, for streaming inspection
         self._calls: dict[int, Call] = {}
 
@@ -235,6 +237,12 @@ class DualHeadLMHead(GatedHead, nn.Linear):
         self.last_alpha = call.step.alpha[:, None]
         return x.new_empty(*x.shape[:-1], 0)
 
+    def after_f(self, raw: Tensor) -> Tensor:
+        """What the backbone makes of the head's logits, as far as its config says."""
+        if self.config.mix == "probs":
+            return raw
+        return reference.postprocess(raw, self.config.logit_scale, self.config.logit_softcap)
+
     def _mix_kept(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         batch, length = call.hidden.shape[:2]
         flat = x.dim() == 2  # a mask of positions: every one is a row of its own
@@ -305,9 +313,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
 
         hidden (2P, T, d), input_ids and masks (2P, T); position t predicts token t + 1.
         """
-        from .functional import dual_head_loss
-
-        return dual_head_loss(
+        return _dual_head_loss(
             hidden[:, :-1],
             input_ids[:, 1:],
             completion_mask[:, 1:].bool(),
@@ -322,6 +328,15 @@ class DualHeadLMHead(GatedHead, nn.Linear):
             objective=objective,
             **options,
         )
+
+
+# How many tokens and chunks there are only the batch knows, and the products are the vendor's:
+# nothing in it for a compiler, which compiles the backbone and the gate around it.
+@torch.compiler.disable
+def _dual_head_loss(*args: Any, **kwargs: Any) -> Any:
+    from .functional import dual_head_loss
+
+    return dual_head_loss(*args, **kwargs)
 
 
 def _static_length(cache: Cache) -> int:

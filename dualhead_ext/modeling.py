@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import reference
 from .backbones import backbone_post_processing, refuse_packed
 from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .generation import Decoding, FusedDecodingMixin, decoding_of
 from .hf_cache import StaticGateLayer
 from .lm_head import Call, DualHeadLMHead
+from .packing import check_packing, packed_rows
 from .pretrained import DualHeadFilesMixin
 
 CONTROLS = ("strength", "gate_offset", "alpha", "objective_weights")
@@ -114,9 +114,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
     ) -> Any:
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         new = {name: kwargs.pop(name, None) for name in _NEW_ARGUMENTS}
-        refuse_packed(kwargs)
         if new["completion_mask"] is not None:
             return self._training_forward(new, kwargs)
+        refuse_packed(kwargs)
         mask = kwargs.get("attention_mask")
         if (
             mask is not None
@@ -150,15 +150,8 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
             return out
         out = self._without_backbones_f(out, call, kwargs)
         if call.raw is not None:
-            decoding.compare(self._after_f(call.raw), out.logits[:, -1:])
+            decoding.compare(self.lm_head_module.after_f(call.raw), out.logits[:, -1:])
         return out
-
-    def _after_f(self, raw: Tensor) -> Tensor:
-        """What the backbone makes of the head's logits, as far as its config says."""
-        config = self.dual_head_config
-        if config.mix == "probs":
-            return raw
-        return reference.postprocess(raw, config.logit_scale, config.logit_softcap)
 
     def _without_backbones_f(self, out: Any, call: Call, kwargs: dict) -> Any:
         """For the probability mix: the head's log-probabilities themselves, where the backbone has
@@ -177,8 +170,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
         return out
 
     def _training_forward(self, new: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        """The objective, computed inside the model's forward so that DDP's and FSDP's hooks "
-        "fire."""
+        """The objective, computed inside the model's forward so that DDP's and FSDP's hooks fire:
+        of padded rows, or of a packed one.
+        """
         input_ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
         if input_ids is None:
             raise ValueError(
@@ -186,16 +180,19 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
             )
         for name in ("labels", "past_key_values", "logits_to_keep", "return_dict", "use_cache"):
             kwargs.pop(name, None)
-        decoded = self.get_decoder()(
+        packed = packed_rows(kwargs.get("position_ids")) if mask is None else None
+        if packed is not None and not self.lm_head_module.packing_checked:
+            check_packing(self.get_decoder(), self.get_input_embeddings())
+            self.lm_head_module.packing_checked = True
+        hidden = self.get_decoder()(
             input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs
-        )
+        )[0]
+        completion_mask = new["completion_mask"]
+        if packed is not None:
+            hidden, input_ids = packed.unpack(hidden), packed.unpack(input_ids)
+            completion_mask, mask = packed.unpack(completion_mask) * packed.valid, packed.valid
         return self.lm_head_module.training_loss(
-            decoded[0],
-            input_ids,
-            mask,
-            new["completion_mask"],
-            new["objective"],
-            new["loss_options"] or {},
+            hidden, input_ids, mask, completion_mask, new["objective"], new["loss_options"] or {}
         )
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .collate import PreferenceCollator, tokenize_pairs
 from .losses import LossCounts, metrics_of_totals
 from .modeling import DualHeadForCausalLM
+from .packing import packed_rows
 from .pretrained import untie_lm_head
 from .trainer_checkpoints import CheckpointedTrainer
 from .training_args import DualHeadTrainingArguments
@@ -122,7 +123,14 @@ class DualHeadTrainer(CheckpointedTrainer):
         if model is not None:
             prepare_for_training(model, args.train_lm_head, args.untie)
         if data_collator is None:
-            data_collator = PreferenceCollator(_pad_token_id(processing_class))
+            data_collator = PreferenceCollator(
+                _pad_token_id(processing_class), padding_free=args.padding_free
+            )
+        elif args.padding_free:
+            raise ValueError(
+                "DualHeadTrainer: padding_free is an option of the default data_collator, got "
+                f"{type(data_collator).__name__}; PreferenceCollator(..., padding_free=True)"
+            )
         self._tokenizer, self._max_length = processing_class, args.max_length
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._tokenized(k, rows) for k, rows in eval_dataset.items()}
@@ -179,8 +187,11 @@ class DualHeadTrainer(CheckpointedTrainer):
             return batches, None
         total = None
         for batch in batches:
+            packed, mask = packed_rows(batch.get("position_ids")), batch["completion_mask"]
+            if packed is not None:
+                mask = packed.unpack(mask) * packed.valid
             # Position t predicts token t + 1: the first token's mask is never used.
-            lengths = batch["completion_mask"][:, 1:].bool().sum(-1)
+            lengths = mask[:, 1:].bool().sum(-1)
             counts = LossCounts.of_lengths(lengths, lm_on_chosen=self.args.lm_on_chosen)
             total = counts if total is None else total + counts
         numbers = (total.sequences, total.lm_tokens, total.pairs, total.tokens)

@@ -107,6 +107,10 @@ class DualHeadTrainingArguments(TrainingArguments):
     max_length: int = field(
         default=512, metadata={"help": "Tokens per text; longer prompts lose their beginning."}
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Train on packed batches: the backbone computes nothing for padding."},
+    )
 
     def __post_init__(self) -> None:
         if self.data_seed is None:

@@ -136,6 +136,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func._schema.name == "aten::mm":
-            self.seen.append((args[0].dtype, args[0].shape[0], args[1].data_ptr(), result.shape))
+        if func._schema.name in ("aten::mm", "aten::addmm_"):
+            first, second = args[-2:]
+            self.seen.append((first.dtype, first.shape[0], second.data_ptr(), result.shape))
         return result

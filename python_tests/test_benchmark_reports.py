@@ -15,9 +15,10 @@ import pytest
 from benchmark_cases import EFFORT, READ, STEADY, TINY, case_result
 
 from dualhead_ext import bench
-from dualhead_ext.bench import cases, contenders, decode, generation, machine, report, runner
+from dualhead_ext.bench import cases, contenders, decode, generation, loss, machine, report, runner
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY_LOSS = loss.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
 
 
 def tiny_report():
@@ -99,6 +100,8 @@ def test_the_command_refuses_before_it_runs(monkeypatch):
 
 def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
+    monkeypatch.setattr(loss, "plan", lambda quick: [TINY_LOSS])
+    monkeypatch.setattr(loss, "_required_ratio", lambda case: 0.0)
     monkeypatch.setattr(generation, "plan", lambda quick: [generation.tiny_model()])
     monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 0.01)
@@ -110,13 +113,16 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     results = report.load(path)
     assert len(results["cases"]) == 6
     assert len(results["generate"]) == 4
+    assert {row["contender"] for row in results["loss"]} >= {"dualhead", "eager"}
     monkeypatch.setattr(cases, "plan", None)  # nothing runs now
     assert command_line("--report", path) == 0
-    assert "random Llama" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "random Llama" in printed and "| 24 x 77 | bf16 | 32 |" in printed
 
 
 def test_the_command_fails_where_the_step_is_too_slow(monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
+    monkeypatch.setattr(loss, "plan", lambda quick: [])
     monkeypatch.setattr(generation, "plan", lambda quick: [])
     monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 1e9)
@@ -128,11 +134,12 @@ TINY_SESSION = """
     import sys
     sys.path.insert(0, {build!r})
     import libraries, pytest
-    from dualhead_ext.bench import cases, decode, generation, machine
+    from dualhead_ext.bench import cases, decode, generation, loss, machine
     tiny = (cases.Case(2, 9), cases.Case(1, 5, sampled=True))
     cases.plan = lambda quick: [cases.Group(40, 77, name, tiny) for name in ("fp32", "bf16")]
     decode.required_speedup = lambda group, case: {required}[group.format]
     generation.plan = lambda quick: [generation.tiny_model()]
+    loss.plan = lambda quick: []
     machine.cold_bytes = lambda device: 2**20
     real = machine.describe()
     machine.describe = lambda device: real | dict(csrc_sha256={csrc_hash})
@@ -146,7 +153,13 @@ def pytest_session(*arguments, required, csrc_hash="libraries.csrc_hash()"):
         build=str(ROOT / "_build"), required=required, csrc_hash=csrc_hash
     )
     # -k: should collection ever go wrong, it must not run this file from within itself.
-    arguments = ("-p", "no:cacheprovider", "-k", "test_decode_step or test_generate", *arguments)
+    arguments = (
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "test_decode_step or test_loss or test_generate",
+        *arguments,
+    )
     command = [sys.executable, "-c", source, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 

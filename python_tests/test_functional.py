@@ -7,6 +7,7 @@ import pytest
 import torch
 from loss_cases import Products, batch
 
+from dualhead_ext import loss_products
 from dualhead_ext.functional import dual_head_loss
 
 
@@ -34,12 +35,15 @@ def test_mixed_dtypes(hidden, lm, reward, autocast):
     torch.testing.assert_close(out.loss.double(), wanted.loss, rtol=tolerance, atol=tolerance)
 
 
-def test_autocast_runs_the_products_in_bf16():
+@pytest.mark.parametrize("pays", [True, False], ids=["bf16 faster", "fp32 faster"])
+def test_autocast_runs_the_products_in_bf16_where_that_pays(pays, monkeypatch):
+    monkeypatch.setattr(loss_products, "narrow_pays", lambda device, dtype: pays)
     t = batch(14, rows=4, d=8, dtype=torch.float32)
     t["reward_weight"].requires_grad_()
     with Products() as products, torch.autocast("cpu", dtype=torch.bfloat16):
         dual_head_loss(**t).loss.backward()
-    assert products.seen and {dtype for dtype, *_ in products.seen} == {torch.bfloat16}
+    expected = torch.bfloat16 if pays else torch.float32
+    assert products.seen and {dtype for dtype, *_ in products.seen} == {expected}
 
 
 def test_the_lm_head_works_for_chosen_responses_alone():

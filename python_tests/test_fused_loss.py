@@ -9,7 +9,7 @@ import torch
 from loss_cases import OPTION_SETS, batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dualhead_ext import fused_loss, reference_loss
+from dualhead_ext import fused_loss, loss_products, reference_loss
 from dualhead_ext.functional import dual_head_loss
 
 WEIGHTS = ("lm_weight", "lm_bias", "reward_weight", "reward_bias")
@@ -125,11 +125,17 @@ def test_lengths_that_differ_100_fold(workspace, seed):
     assert_same(t)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "pays"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ids=["fp32", "bf16", "bf16 widened"],
+)
 @pytest.mark.parametrize("name", ["default", "probs", "mixed"])
-def test_errors_are_at_most_those_of_eager(name, dtype, monkeypatch, seed):
+def test_errors_are_at_most_those_of_eager(name, dtype, pays, monkeypatch, seed):
     """Of weights' and the gate's gradients and the loss, root mean square over 40 problems."""
     monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", 40_000)
+    monkeypatch.setattr(loss_products, "narrow_pays", lambda device, dtype: pays)
+    monkeypatch.setattr(loss_products, "VOCABULARY_BLOCK", 128)
     wanted = ("reward_weight", "gate_logit")
     ours, theirs = ({n: [] for n in (*wanted, "loss")} for _ in range(2))
     for i in range(40):
@@ -166,14 +172,14 @@ class Watch(TorchDispatchMode):
 
 
 def test_three_products_where_the_lm_head_is_frozen(seed):
-    """z_LM and z_RM of the chosen, z_RM of the rejected; dW for each of both: no dW_LM, no dh."""
+    """z_LM of the chosen, z_RM and dW of both together: no dW_LM, no dh."""
     t = batch(seed, rows=4, length=9, dtype=torch.float32, bias=False)
     with Watch() as watch:
         loss_and_gradients(t, ("reward_weight", "gate_logit"))
-    assert watch.products == 5
+    assert watch.products == 3
     with Watch() as watch, torch.no_grad():
         dual_head_loss(**t)
-    assert watch.products == 3
+    assert watch.products == 2
 
 
 def test_never_all_logits(monkeypatch, seed):
@@ -192,6 +198,33 @@ def test_double_backward_is_refused():
     loss = dual_head_loss(**t).loss
     with pytest.raises(RuntimeError, match="first derivative only"):
         torch.autograd.grad(loss, t["reward_weight"], create_graph=True)
+
+
+def test_gradients_are_handed_over_without_a_copy(monkeypatch):
+    """What was summed is what .grad is: the weight's gradient is held once."""
+    made = []
+    gradients_of = fused_loss._gradients_of
+    monkeypatch.setattr(
+        fused_loss, "_gradients_of", lambda result: made.append(gradients_of(result)) or made[-1]
+    )
+    t = batch(7, dtype=torch.float32)
+    t["reward_weight"].requires_grad_()
+    (dual_head_loss(**t).loss * 0.5).backward()
+    address = made.pop()[fused_loss._INPUTS.index("reward_weight")].data_ptr()
+    assert t["reward_weight"].grad.data_ptr() == address
+
+
+def test_a_retained_graph_gives_its_gradients_again():
+    t = batch(8)
+    weight = t["reward_weight"].requires_grad_()
+    loss = dual_head_loss(**t).loss
+    (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (twice,) = torch.autograd.grad(2 * loss, weight, retain_graph=True)
+    assert torch.equal(2 * once, twice)
+    with torch.no_grad():
+        weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, weight)
 
 
 def test_nothing_to_train_costs_no_gradients():

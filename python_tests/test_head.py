@@ -126,6 +126,25 @@ def test_a_padded_row_is_what_it_is_alone(side):
     torch.testing.assert_close(step.logits, alone_step.logits)
 
 
+@pytest.mark.parametrize("config", VARIANTS)
+def test_what_padding_holds_has_no_part(config):
+    """NaN included, which backbones leave where a row of attention sees nothing."""
+    head, hidden, mask = make_head(**config), torch.randn(2, 6, D).double(), torch.ones(2, 6)
+    mask[0, :3] = mask[1, 4:] = 0
+    poisoned = hidden.masked_fill(mask[..., None] == 0, torch.nan)
+    real, found = mask.bool(), []
+    for states in (hidden, poisoned):
+        with torch.no_grad():
+            whole = head(states, attention_mask=mask)
+            cache = head.new_cache(2, 8)
+            head.prefill(states[:, :4], cache, attention_mask=mask[:, :4])
+            prompt = head.prefill(states[:, 4:], cache, attention_mask=mask)
+        step = head.step(hidden[:, 0], cache)
+        found.append((whole.gate_logit[real], whole.logits[real], prompt.logits[0], step.logits))
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean, dirty)
+
+
 def test_strength_zero_is_the_lm_head_itself():
     head = make_head(dtype=torch.float32)
     with torch.no_grad():

@@ -36,7 +36,7 @@ LAYERS = (
     {"build_info", "gate", "cache", "controls"},
     {"head_base", "head_decode", "head"},
     {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
-    {"backbones", "hf_cache", "lm_head", "pretrained", "generation", "modeling"},
+    {"backbones", "hf_cache", "packing", "lm_head", "pretrained", "generation", "modeling"},
     {"state_file", "training_args", "training_state", "trainer_checkpoints", "trainer"},
     {"decoding", "eval"},
     {"bench", "progress", "demo"},

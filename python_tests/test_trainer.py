@@ -17,6 +17,7 @@ from trainer_cases import arguments, heads, make_trainer, pairs, same
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
+from dualhead_ext import loss_products
 from dualhead_ext.collate import PreferenceCollator
 from dualhead_ext.functional import dual_head_loss
 from dualhead_ext.losses import TOTAL_NAMES
@@ -309,7 +310,8 @@ def test_every_option_reaches_the_loss(tmp_path, option):
     assert make_trainer(tmp_path, model, data, data, **option).evaluate()["eval_loss"] != plain
 
 
-def test_bf16_backbone_heads_in_fp32_products_in_bf16(tmp_path):
+def test_bf16_backbone_heads_in_fp32_products_in_bf16(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_products, "narrow_pays", lambda device, dtype: True)
     model = make_model("llama").to(torch.bfloat16)
     trainer = make_trainer(tmp_path, model, max_steps=2, bf16=True)
     assert {p.dtype for p in heads(model).values()} == {torch.float32}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .contenders import Operands
     from .decode import CaseResult, Effort
     from .generation import ModelResult
+    from .loss import LossResult
     from .machine import ReadBandwidth
 
 _COLUMNS = "{:>3} {:>5} {:<8} {:<9} {:>9} {:>19} {:>9} {:>13} {:>6} {:>5}"
@@ -28,7 +29,7 @@ class Report:
     Attributes:
         environment: :func:`dualhead_ext.bench.machine.describe`.
         quick: whether it was the quick plan, whose figures nobody should quote.
-        cases, generate: rows, plain dicts.
+        cases, loss, generate: rows, plain dicts.
         again: the rows of a second run of all cases, where there was one.
         copy_gb_per_s: how fast the device copies its own memory, where it was measured.
         failures: sentences; empty if all was as fast as required.
@@ -37,6 +38,7 @@ class Report:
     environment: dict[str, Any]
     quick: bool = False
     cases: list[dict[str, Any]] = field(default_factory=list)
+    loss: list[dict[str, Any]] = field(default_factory=list)
     generate: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     again: list[dict[str, Any]] = field(default_factory=list)
@@ -54,6 +56,12 @@ class Report:
         self.failures += [failure] if failure else []
         return case_lines(result, read) + (f"\n    TOO SLOW: {failure}" if failure else "")
 
+    def add_loss(self, result: LossResult) -> str:
+        """Take in the result of a case of the loss; returns the lines to print."""
+        self.loss += result.rows()
+        self.failures += result.failures()
+        return result.text()
+
     def add_model(self, result: ModelResult) -> str:
         """Take in the result of a whole model; returns the lines to print."""
         self.generate += result.rows()
@@ -68,6 +76,7 @@ class Report:
             "quick": self.quick,
             "read_gb_per_s": max((row["read_gb_per_s"] for row in self.cases), default=None),
             "cases": self.cases,
+            "loss": self.loss,
             "generate": self.generate,
             "failures": self.failures,
         }
@@ -184,6 +193,8 @@ def markdown(results: dict[str, Any]) -> str:
             shown = row and form.format(row["us_median"] * scale)
             cells.append(f"{shown}, {times:.2f}x" if row else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if results.get("loss"):
+        lines += ["", *_loss_lines(results["loss"])]
     if results.get("generate"):
         lines += ["", "| model | weights | decoding with | tokens/s |", "| --- | --- | --- | --- |"]
         lines += [
@@ -192,6 +203,31 @@ def markdown(results: dict[str, Any]) -> str:
             for row in results["generate"]
         ]
     return "\n".join([*lines, "", _footer(results), *_gpu_lines(results)])
+
+
+def _loss_lines(rows: list[dict[str, Any]]) -> list[str]:
+    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["d"], row["V"], row["format"], row["tokens"])
+        cases.setdefault(key, {})[row["contender"]] = row
+    lines = [
+        "| loss, d x V | weights | tokens | dualhead | eager | torch.compile "
+        "| torch's chunked, LM term only |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (d, V, name, tokens), of_case in cases.items():
+        ours = of_case["dualhead"]
+        cells = [f"{d} x {V}", name, tokens, f"{_time_and_memory(ours)}"]
+        for contender in ("eager", "compile", "torch_chunked"):
+            row = of_case.get(contender)
+            times = row and row["us_median"] / ours["us_median"]
+            cells.append(f"{_time_and_memory(row)}, {times:.2f}x" if row else "")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def _time_and_memory(row: dict[str, Any]) -> str:
+    return f"{row['us_median'] / 1e3:.0f} ms, {row['extra_bytes'] / 1e6:.0f} MB"
 
 
 def _footer(results: dict[str, Any]) -> str:

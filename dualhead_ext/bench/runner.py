@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import QUICK_SECONDS, SECONDS, cases, contenders, decode, generation, machine, report
+from . import QUICK_SECONDS, SECONDS, cases, contenders, decode, generation, loss, machine, report
 
 # Calls per contender and case that a figure of a GPU is the median of, at least.
 GPU_ROUNDS = 100
@@ -20,6 +20,8 @@ def run(quick: bool, seconds: float | None, emit: Callable[[str], None]) -> repo
     found = start(quick, emit)
     for group in cases.plan(quick):
         run_group(group, found, seconds, emit)
+    for case in loss.plan(quick):
+        run_loss(case, found, seconds, emit)
     for model in generation.plan(quick):
         run_model(model, found, seconds, emit)
     return found
@@ -78,6 +80,16 @@ def run_group(
     emit(report.group_lines(operands, effort, read))
     for case in group.cases:
         emit(found.add(decode.run_case(case, operands, effort), read))
+
+
+def run_loss(
+    case: loss.LossCase,
+    found: report.Report,
+    seconds: float | None,
+    emit: Callable[[str], None],
+) -> None:
+    """One case of the training loss."""
+    emit(found.add_loss(loss.run_case(case, seconds=10 * _seconds(found, seconds))))
 
 
 def run_model(

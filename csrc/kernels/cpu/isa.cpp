@@ -70,6 +70,15 @@ void force_kernels(const std::string& name) {
                std::memory_order_relaxed);
 }
 
+bool bf16_pays() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("amx-bf16") ||
+         (__builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16"));
+#else
+  return true;
+#endif
+}
+
 std::string available_levels() { return names(true); }
 
 }  // namespace dualhead::cpu

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loss, fused, against eager PyTorch, torch.compile and PyTorch's chunked one.
+
+See :mod:`dualhead_ext.bench.loss`. Fails where it is slower than eager, and at d = 1024, V = 32000
+beyond 0.8 of its time or 15 % of its memory.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from dualhead_ext.bench import loss, runner
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = loss.plan(metafunc.config.option.benchmark_quick)
+    metafunc.parametrize("case", cases, ids=str)
+
+
+def test_loss(case, benchmarks):
+    before = len(benchmarks.found.failures)
+    runner.run_loss(case, benchmarks.found, benchmarks.seconds, benchmarks.emit)
+    failures = benchmarks.found.failures[before:]
+    assert not failures, "\n".join(failures)

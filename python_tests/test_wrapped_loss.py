@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss inside a model that something else has wrapped: torch.compile, activation checkpointing,
+FSDP (DDP is in test_trainer.py); and a run of 200 steps beside eager's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_model
+from torch.utils.checkpoint import checkpoint
+from trainer_cases import make_trainer, pairs
+
+from dualhead_ext import fused_loss, reference_loss
+from dualhead_ext.collate import PreferenceCollator
+from dualhead_ext.trainer import prepare_for_training
+
+SHARDED = Path(__file__).parent / "fsdp_loss.py"
+
+
+def make_case(rows=None):
+    model = make_model("llama").double()
+    prepare_for_training(model)
+    return model, PreferenceCollator(0)(pairs(4) if rows is None else rows) | {"loss_options": {}}
+
+
+def gradients(loss, model):
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return dict(zip(dict(named), torch.autograd.grad(loss, [p for _, p in named]), strict=True))
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_in_a_compiled_model():
+    """A break in the graph at the loss, none of its parts traced; training goes on through it."""
+    model, batch = make_case()
+    expected = model(**batch).loss
+    compiled = torch.compile(model, backend="aot_eager")
+    got = compiled(**batch).loss
+    torch.testing.assert_close(got, expected)
+    assert_same(gradients(got, model), gradients(expected, model))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_activation_checkpointing(reentrant):
+    model, batch = make_case()
+    expected = model(**batch).loss
+    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    loss = checkpoint(lambda x: model(**batch).loss + x, anchor, use_reentrant=reentrant)
+    loss.backward()
+    for parameter, exact in zip(wanted, gradients(expected, model).values(), strict=True):
+        torch.testing.assert_close(parameter.grad, exact)
+
+
+def test_in_a_model_sharded_by_fsdp(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+            *(str(SHARDED), str(tmp_path)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    got = load_file(tmp_path / "gradients.safetensors")
+    means = None
+    for row in pairs(2):
+        model, batch = make_case([row])
+        one = gradients(model(**batch).loss, model)
+        means = {n: (0 if means is None else means[n]) + g / 2 for n, g in one.items()}
+    assert_same(got, means)
+
+
+def test_200_steps_follow_eager(tmp_path, monkeypatch):
+    """The same fp32 run twice, fused and eager: losses differ by what reordered sums explain, i.e.
+    no more than eager's own run from weights that differ in the last bit."""
+
+    def run(name, nudge=0.0):
+        model = make_model("llama")
+        with torch.no_grad():
+            model.lm_head_module.reward_head.weight.mul_(1 + nudge)
+        trainer = make_trainer(tmp_path / name, model, pairs(64), max_steps=200)
+        trainer.train()
+        return torch.tensor([e["loss"] for e in trainer.state.log_history if "loss" in e])
+
+    fused = run("fused")
+    monkeypatch.setattr(fused_loss, "dual_head_loss", reference_loss.dual_head_loss)
+    eager, nudged = run("eager"), run("nudged", nudge=torch.finfo(torch.float32).eps)
+    assert len(fused) == len(eager) == 200 and eager[-20:].mean() < 0.8 * eager[:20].mean()
+    noise = (nudged - eager).abs().max()
+    assert (fused - eager).abs().max() <= 10 * noise + 1e-5 * eager.abs().max()
