@@ -6,7 +6,7 @@
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
 # make lint      ruff and clang-format on every file;  make format puts them right
 # make bench     the benchmarks
-# make gpu-check the GPU tests, in the environment of $(PYTHON), none skipped
+# make gpu-check all that needs a GPU, in the environment of $(PYTHON), into benchmarks/results
 #
 # PYTHON (default python3) is what .venv is made from. How to build: DUALHEAD_CUDA=auto|0|1,
 # TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS (see setup.py).

@@ -102,7 +102,7 @@ class StaticGateLayer(GateLayer):
         if not torch.compiler.is_compiling():
             # As StaticLayer does: without it, a CUDA graph is skipped because its inputs are
             # mutated.
-            for name in ("k", "u", "valid", "length"):
+            for name in ("k", "u", "valid", "length", "draws"):
                 tensor = getattr(gate_cache, name)
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)

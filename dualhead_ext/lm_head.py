@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from . import reference
 from .config import DualHeadConfig
 from .head import GatedHead
+from .head_base import StepOutput
 from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, gate_layer
 
 
@@ -31,6 +33,8 @@ class Call:
     new_valid: Tensor | None = None  # (B, T): where given, instead of the mask's last columns
     cache: Cache | None = None
     logits_to_keep: int | Tensor = 0
+    sampling: dict[str, Tensor] | None = None  # not None: a token is wanted, no logits
+    keep_raw: bool = False  # note the head's own logits, to see what the backbone does to them
     # Filled in by the hook on the decoder:
     hidden: Tensor | None = None  # (B, T, d)
     layer: GateLayer | None = None
@@ -40,6 +44,8 @@ class Call:
     logits: Tensor | None = field(
         default=None, repr=False
     )  # mix="probs": kept from the backbone's f
+    raw: Tensor | None = field(default=None, repr=False)  # (B, 1, V), with keep_raw
+    step: StepOutput | None = None  # with sampling
 
 
 def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -195,24 +201,47 @@ class DualHeadLMHead(GatedHead, nn.Linear):
                 "dualhead_ext.detach(model) for the plain backbone"
             )
         raw = self.config.mix == "logits"
+        if call.sampling is not None:
+            return self._choose_token(x, call)
         if call.fused:
-            with torch.no_grad():
-                new_valid = None if call.new_valid is None else call.new_valid[:, -1].contiguous()
-                out = self._run_step(
-                    "DualHeadForCausalLM.forward",
-                    call.hidden[:, 0],
-                    call.layer.gate_cache,
-                    call.controls,
-                    {},
-                    new_valid=new_valid,
-                    post_process=not raw,
-                )
+            out = self._fused_step(call, {}, post_process=not raw)
             logits, alpha = out.logits[:, None], out.alpha[:, None]
         else:
             logits, alpha = self._mix_kept(x, call)
         self.last_alpha = alpha.detach()
         call.logits = None if raw else logits
+        call.raw = logits[:, -1:] if call.keep_raw else None
         return logits
+
+    @torch.no_grad()
+    def _fused_step(self, call: Call, sampling: dict[str, Tensor], **options: bool) -> StepOutput:
+        new_valid = None if call.new_valid is None else call.new_valid[:, -1].contiguous()
+        return self._run_step(
+            "DualHeadForCausalLM.forward",
+            call.hidden[:, 0],
+            call.layer.gate_cache,
+            call.controls,
+            sampling,
+            new_valid=new_valid,
+            **options,
+        )
+
+    def _choose_token(self, x: Tensor, call: Call) -> Tensor:
+        """Let the step choose, into ``call.step``, and give the backbone no logits (B, 1, 0)."""
+        if not call.fused:
+            raise RuntimeError(
+                "DualHeadLMHead: a token can be chosen for one new position per row with a cache, "
+                f"got hidden states of {tuple(call.hidden.shape)}"
+            )
+        call.step = self._fused_step(call, call.sampling, return_logits=False)
+        self.last_alpha = call.step.alpha[:, None]
+        return x.new_empty(*x.shape[:-1], 0)
+
+    def after_f(self, raw: Tensor) -> Tensor:
+        """What the backbone makes of the head's logits, as far as its config says."""
+        if self.config.mix == "probs":
+            return raw
+        return reference.postprocess(raw, self.config.logit_scale, self.config.logit_softcap)
 
     def _mix_kept(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         batch, length = call.hidden.shape[:2]

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from .backbones import backbone_post_processing, refuse_packed
 from .config import DualHeadConfig
 from .controls import objective_rows, per_row
+from .generation import Decoding, FusedDecodingMixin, decoding_of
 from .hf_cache import StaticGateLayer
 from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
@@ -28,11 +29,13 @@ from .pretrained import DualHeadFilesMixin
 
 CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "objective_weights")
 # What forward takes beyond the backbone's own arguments.
-_NEW_ARGUMENTS = (*CONTROLS, "dualhead_valid", "completion_mask", "objective")
-_NEW_ARGUMENTS += ("loss_options", "hidden_states")
+_NEW_ARGUMENTS = (
+    *(*CONTROLS, "dualhead_valid", "dualhead_decoding"),
+    *("completion_mask", "objective", "loss_options", "hidden_states"),
+)
 
 
-class DualHeadForCausalLM(DualHeadFilesMixin):
+class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
     """A Hugging Face causal language model with a gated, two-headed lm_head. Not made by its
     constructor: see :meth:`from_backbone` and :meth:`from_pretrained`.
 
@@ -125,19 +128,30 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
                 "more dimensions pass "
                 "dualhead_valid (B, T), true where the new positions are real tokens"
             )
+        decoding: Decoding = new["dualhead_decoding"] or Decoding()
+        if not decoding.begun:
+            decoding.refuse("this mode of generation")
         call = Call(
             {name: new[name] for name in CONTROLS},
             attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             new_valid=new["dualhead_valid"],
             cache=kwargs.get("past_key_values"),
             logits_to_keep=kwargs.get("logits_to_keep", 0),
+            sampling=decoding.sampling,
+            keep_raw=decoding.begun and not torch.compiler.is_compiling(),
         )
         self.lm_head_module.begin(call)
         try:
             out = base_forward(self, **kwargs)
         finally:
             self.lm_head_module.end()
-        return self._without_backbones_f(out, call, kwargs)
+        if call.step is not None:
+            out.logits = torch.stack((call.step.token, call.step.status.long()), 1)
+            return out
+        out = self._without_backbones_f(out, call, kwargs)
+        if call.raw is not None:
+            decoding.compare(self.lm_head_module.after_f(call.raw), out.logits[:, -1:])
+        return out
 
     def _without_backbones_f(self, out: Any, call: Call, kwargs: dict) -> Any:
         """For the probability mix: the head's log-probabilities themselves, where the backbone has
@@ -241,6 +255,11 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
             max_kl: likewise; lowers alpha at each token until KL(pi_mix || pi_LM) is within it.
                 Steps are then computed by eager PyTorch.
             objective_weights: (K,) or (B, K).
+            fused: whether tokens are chosen by the fused step, without logits (see
+                :mod:`dualhead_ext.generation`). None: where the options allow it; False: never;
+                True: always, or ValueError naming the option that is in the way.
+            seeds: (B,) int64, of sampled requests; generator: draws them where they are not given
+                (default: torch's global one). For the fused loop alone.
             output_gate: with ``return_dict_in_generate=True``, adds ``out.gate_alpha`` (B, new
                 tokens): alpha at each position that chose a token, from one more pass over the
                 finished sequences.
@@ -252,6 +271,8 @@ class DualHeadForCausalLM(DualHeadFilesMixin):
             inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         )
         batch = 1 if given is None else given.shape[0]
+        decoding = decoding_of(kwargs, batch, self.generation_config)
+        kwargs |= {} if decoding is None else {"dualhead_decoding": decoding}
         for name in CONTROLS[:-1]:
             row = per_row(
                 "generate", name, kwargs.pop(name, None), batch, torch.float32, self.device

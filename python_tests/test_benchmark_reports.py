@@ -103,7 +103,7 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loss, "plan", lambda quick: [TINY_LOSS])
     monkeypatch.setattr(loss, "_required_ratio", lambda case: 0.0)
     monkeypatch.setattr(generation, "plan", lambda quick: [generation.tiny_model()])
-    monkeypatch.setattr(runner.machine, "cold_bytes", lambda: 2**20)
+    monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 0.01)
     path = str(tmp_path / "results.json")
     assert command_line("--seconds", "0", "--json", path) == 0
@@ -112,7 +112,7 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     assert "tokens/s" in printed
     results = report.load(path)
     assert len(results["cases"]) == 6
-    assert len(results["generate"]) == 3
+    assert len(results["generate"]) == 4
     assert {row["contender"] for row in results["loss"]} >= {"dualhead", "eager"}
     monkeypatch.setattr(cases, "plan", None)  # nothing runs now
     assert command_line("--report", path) == 0
@@ -124,7 +124,7 @@ def test_the_command_fails_where_the_step_is_too_slow(monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
     monkeypatch.setattr(loss, "plan", lambda quick: [])
     monkeypatch.setattr(generation, "plan", lambda quick: [])
-    monkeypatch.setattr(runner.machine, "cold_bytes", lambda: 2**20)
+    monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 1e9)
     assert command_line("--seconds", "0") == 1
     assert capsys.readouterr().out.count("\ntoo slow: ") == 2
@@ -140,9 +140,9 @@ TINY_SESSION = """
     decode.required_speedup = lambda group, case: {required}[group.format]
     generation.plan = lambda quick: [generation.tiny_model()]
     loss.plan = lambda quick: []
-    machine.cold_bytes = lambda: 2**20
+    machine.cold_bytes = lambda device: 2**20
     real = machine.describe()
-    machine.describe = lambda: real | dict(csrc_sha256={csrc_hash})
+    machine.describe = lambda device: real | dict(csrc_sha256={csrc_hash})
     sys.exit(pytest.main(["--benchmark", "--benchmark-seconds", "0", *sys.argv[1:]]))
 """
 
@@ -176,7 +176,7 @@ def test_pytest_benchmark_from_the_root(tmp_path):
         assert text in done.stdout
     results = report.load(path)
     assert len(results["cases"]) == 12
-    assert len(results["generate"]) == 3
+    assert len(results["generate"]) == 4
     assert len(results["failures"]) == 2
 
 

@@ -173,6 +173,43 @@ def test_generate_writes_what_the_cpu_writes(family, mix):
     assert torch.equal(got.cpu(), expected)
 
 
+@pytest.mark.parametrize("mix", ["logits", "probs"])
+def test_the_fused_loop_writes_what_the_ordinary_one_writes(mix):
+    """Rows that end at different steps; without a streamer the loop ends one step late."""
+    model, batch = make_model("llama", mix=mix).to(DEVICE), there(prompts())
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
+    text = model.generate(**batch, **options, fused=False)[:, -12:]
+    options["eos_token_id"] = text[:, 2].tolist()
+    expected = model.generate(**batch, **options, fused=False)
+    assert torch.equal(model.generate(**batch, **options, fused=True), expected)
+    kept = model.generate(**batch, **options, fused=True, return_dict_in_generate=True)
+    assert torch.equal(kept.sequences, expected)
+    seeds = {"seeds": torch.arange(3), "do_sample": True, "max_new_tokens": 12}
+    on_gpu = model.generate(**batch, **seeds)
+    assert torch.equal(on_gpu, model.generate(**batch, **seeds))
+
+
+def test_the_fused_loop_from_a_compiled_static_cache():
+    model, batch = make_model("llama").to(DEVICE), there(prompts())
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**batch, **options, fused=False)
+    torch.compiler.reset()
+    got = model.generate(**batch, **options, cache_implementation="static", fused=True)
+    assert torch.equal(got, expected)
+
+
+def test_the_benchmark_of_a_small_step(monkeypatch, tmp_path):
+    """Graphs, events and all contenders but torch.compile."""
+    from dualhead_ext.bench import cases, runner
+
+    tiny = (cases.Case(2, 9, graphs=True), cases.Case(1, 5, sampled=True, graphs=True))
+    groups = [cases.Group(64, 500, "bf16", tiny)]
+    monkeypatch.setattr(cases, "gpu_plan", lambda quick: groups)
+    monkeypatch.setattr(runner, "GPU_ROUNDS", 5)
+    found = runner.run_gpu(True, 0.0, lambda text: None, str(tmp_path / "results.json"))
+    assert len(found.cases) == len(found.again) == 10 and found.copy_gb_per_s > 0
+
+
 def test_training_on_the_device_follows_the_cpu(tmp_path):
     """Three optimizer steps in fp32: the same losses up to rounding."""
     from transformers import AutoTokenizer, set_seed

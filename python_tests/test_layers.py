@@ -37,7 +37,7 @@ LAYERS = (
     {"build_info", "gate", "cache", "controls", "kl_cap"},
     {"head_base", "head_decode", "head"},
     {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
-    {"backbones", "hf_cache", "packing", "lm_head", "pretrained", "modeling"},
+    {"backbones", "hf_cache", "packing", "lm_head", "pretrained", "generation", "modeling"},
     {"state_file", "hidden_cache", "hidden_cache_build", "training_args", "training_state"},
     {"trainer_checkpoints", "trainer_hidden", "trainer"},
     {"decoding", "weak_to_strong", "eval"},

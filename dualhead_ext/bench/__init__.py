@@ -22,11 +22,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="S",
         help=f"timing per case (default {SECONDS:g}, with --quick {QUICK_SECONDS:g})",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what to measure; cuda: decode steps alone, all of them twice",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     parser.add_argument(
         "--report",
         metavar="FILE",
         help="run nothing: print the results in FILE, written by --json, as a Markdown table",
+    )
+    parser.add_argument(
+        "--plot", metavar="PNG", help="with --report: draw them there too (needs matplotlib)"
     )
 
 
@@ -40,14 +49,25 @@ def main(arguments: Namespace) -> int:
     from . import report
 
     if arguments.report is not None:
-        print(report.markdown(report.load(arguments.report)))
+        results = report.load(arguments.report)
+        print(report.markdown(results))
+        if arguments.plot is not None:
+            from . import plot
+
+            plot.draw(results, arguments.plot)
         return 0
-    check_options(arguments.seconds, arguments.json)
+    if arguments.plot is not None:
+        raise ValueError("--plot draws a results file: it needs --report FILE")
+    check_options(arguments.seconds, arguments.json, arguments.device)
     from . import runner
 
-    found = runner.run(
-        arguments.quick, arguments.seconds, emit=lambda text: print(text, flush=True)
-    )
+    def emit(text: str) -> None:
+        print(text, flush=True)
+
+    if arguments.device == "cuda":
+        found = runner.run_gpu(arguments.quick, arguments.seconds, emit, arguments.json)
+    else:
+        found = runner.run(arguments.quick, arguments.seconds, emit)
     if arguments.json is not None:
         found.write(arguments.json)
     for failure in found.failures:
@@ -55,17 +75,22 @@ def main(arguments: Namespace) -> int:
     return 1 if found.failures else 0
 
 
-def check_options(seconds: float | None, json: str | None) -> None:
+def check_options(seconds: float | None, json: str | None, device: str = "cpu") -> None:
     """Raise for options that could only fail after the benchmark has run.
 
     Raises:
-        ValueError: seconds negative or not finite. FileNotFoundError, IsADirectoryError: no results
-        file could be written there.
+        ValueError: seconds negative or not finite, or a device that is not there.
+        FileNotFoundError, IsADirectoryError: no results file could be written there.
     """
     from pathlib import Path
 
     if seconds is not None and not 0 <= seconds < float("inf"):
         raise ValueError(f"seconds must be at least 0 and finite, got {seconds}")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"device cuda: torch {torch.__version__} finds no CUDA device")
     if json is None:
         return
     if Path(json).is_dir():

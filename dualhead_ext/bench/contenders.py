@@ -11,6 +11,8 @@ All from the same hidden states, weights and gate caches:
   while all others read theirs from memory.
 - ``lm_head``: the backbone's head alone and a token from its logits, in eager PyTorch: what a model
   that nobody directs pays.
+
+Cases for GPUs have those of :mod:`.graphs` as well, and all but ``eager`` run from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..config import DualHeadConfig
 from .cases import FORMATS, Case, Group
+from .graphs import capture, gemm_step, gumbel_token
 from .timing import Contender, copies_needed
 
 # Sampled cases: temperature and top-p, of which the latter has to know the whole distribution.
@@ -38,21 +41,23 @@ class Operands:
 
     Attributes:
         group: whose.
-        memory: (copies, 2V, d): W_LM above W_RM.
+        memory: (copies, 2V, d): W_LM above W_RM. device: where.
         copies: the weight arguments of ``decode_step``, one dict per copy.
         num_bytes: of one copy.
     """
 
-    def __init__(self, group: Group, cold_bytes: int) -> None:
+    def __init__(self, group: Group, cold_bytes: int, device_type: str = "cpu") -> None:
         self.group = group
+        self.device = torch.device(device_type)
         d, V, dtype = group.d, group.V, FORMATS[group.format]
         heads, width = _GATE["gate_num_heads"], _GATE["gate_num_heads"] * _GATE["gate_head_dim"]
         gate_numbers, value_numbers = 2 * width * d, heads * d
         self.num_bytes = (2 * V * d + gate_numbers) * dtype.itemsize + value_numbers * 4
         count = copies_needed(self.num_bytes, cold_bytes)
-        self.memory = torch.empty(count, 2 * V, d, dtype=dtype)
-        gates = torch.empty(count, 2 * width, d, dtype=dtype)
-        values = torch.empty(count, heads, d)
+        device = self.device
+        self.memory = torch.empty(count, 2 * V, d, dtype=dtype, device=device)
+        gates = torch.empty(count, 2 * width, d, dtype=dtype, device=device)
+        values = torch.empty(count, heads, d, device=device)
         for tensor in (self.memory, gates, values):
             # One copy is drawn: what makes copies cold is where they lie, not what they hold.
             tensor[0].normal_(std=d**-0.5)
@@ -64,13 +69,15 @@ class Operands:
                 "q_weight": gates[i, :width],
                 "k_weight": gates[i, width:],
                 "u_weight": values[i],
-                "gate_bias": torch.zeros(1),
+                "gate_bias": torch.zeros(1, device=device),
             }
             for i in range(count)
         ]
 
 
-def requests(group: Group, case: Case, count: int) -> list[dict[str, Tensor]]:
+def requests(
+    group: Group, case: Case, count: int, device: torch.device | None = None
+) -> list[dict[str, Tensor]]:
     """The arguments of ``decode_step`` that belong to requests, ``count`` times: hidden states, a
     gate cache with room for the last of T columns, and what sampling needs."""
     B, T, dtype = case.B, case.T, FORMATS[group.format]
@@ -90,9 +97,10 @@ def requests(group: Group, case: Case, count: int) -> list[dict[str, Tensor]]:
                 "seeds": torch.arange(B),
                 "draws": torch.zeros(B, dtype=torch.int64),
                 "temperature": torch.full((B,), _TEMPERATURE),
-                "top_p": torch.full((B,), _TOP_P),
             }
-        made.append(arguments)
+            # Under graphs all contenders draw by Gumbel noise; with top-p the others would sort.
+            arguments |= {} if case.graphs else {"top_p": torch.full((B,), _TOP_P)}
+        made.append({name: value.to(device) for name, value in arguments.items()})
     return made
 
 
@@ -106,6 +114,8 @@ def lm_head_step(arguments: dict[str, Tensor]) -> Tensor:
     logits = reference.head_logits(arguments["hidden"], arguments["lm_weight"], None)
     if "seeds" not in arguments:
         return logits.argmax(-1)
+    if "top_p" not in arguments:
+        return gumbel_token(logits, arguments["temperature"])
     names = ("seeds", "draws", "temperature", "top_p")
     return reference.sample_token(logits, **{name: arguments[name] for name in names})
 
@@ -173,25 +183,41 @@ def check_agreement(
 
 
 def make_contenders(
-    case: Case, arguments: list[dict[str, Tensor]], weights: dict[str, Tensor], freeze: bool
+    case: Case,
+    arguments: list[dict[str, Tensor]],
+    weights: dict[str, Tensor],
+    freeze: bool,
+    stacked: Tensor | None = None,
 ) -> list[Contender]:
-    """All that take part in a case, compiled and seen to agree. ``arguments``: of each copy."""
+    """All that take part in a case, compiled, captured and seen to agree.
+
+    Args:
+        arguments: of each copy. weights: those of the first. stacked: (copies, 2V, d), both heads'.
+    """
 
     def rewind(copy: int) -> None:
         arguments[copy]["cache_length"].fill_(case.T - 1)
 
-    steps = {"dualhead": ops.decode_step, "eager": reference.decode_step}
+    def each(step: Callable[..., reference.DecodeOutput]) -> Callable[[int], object]:
+        return lambda copy: step(**arguments[copy])
+
+    calls = {"dualhead": each(ops.decode_step), "eager": each(reference.decode_step)}
     if case.compile:
-        steps["compile"] = compiled_step(weights, freeze)
+        calls["compile"] = each(compiled_step(weights, freeze))
         with _compiling(freeze):
-            steps["compile"](**arguments[0])
+            calls["compile"](0)
+    if case.graphs:
+        calls["two_gemms"] = lambda copy: gemm_step(arguments[copy])
+        calls["one_gemm"] = lambda copy: gemm_step(arguments[copy], stacked[copy])
+    calls["lm_head"] = lambda copy: lm_head_step(arguments[copy])
+    if case.graphs:
+        device, copies = weights["lm_weight"].device, len(arguments)
+        for name in calls.keys() - {"eager"}:
+            calls[name] = capture(calls[name], rewind, copies, device)
     rewind(0)
     expected = reference.decode_step(**arguments[0])
-    for name, step in steps.items():
+    for name, call in calls.items():
         rewind(0)
-        check_agreement(name, step(**arguments[0]), expected)
-    contenders = [
-        Contender(name, lambda copy, step=step: step(**arguments[copy]), rewind)
-        for name, step in steps.items()
-    ]
-    return [*contenders, Contender("lm_head", lambda copy: lm_head_step(arguments[copy]))]
+        if name != "lm_head":
+            check_agreement(name, call(0), expected)
+    return [Contender(name, call, rewind) for name, call in calls.items()]

@@ -12,7 +12,7 @@ from .. import ops
 from .cases import FORMATS, Case, Group, required_speedup
 from .contenders import Operands, cache_bytes, make_contenders, requests
 from .machine import ReadBandwidth
-from .timing import Ratio, Timing, alternate, copies_needed, ratio
+from .timing import Ratio, Timing, alternate, clock_of, copies_needed, ratio
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,26 @@ def run_case(case: Case, operands: Operands, effort: Effort) -> CaseResult:
         RuntimeError: there is no compiled kernel to time, or contenders disagree.
     """
     group = operands.group
-    if not ops.kernel_for("cpu", FORMATS[group.format]):
+    device = operands.device
+    if not ops.kernel_for(device.type, FORMATS[group.format]):
         raise RuntimeError(
-            f"benchmark: no compiled CPU kernel for {group.format} to time; "
+            f"benchmark: no compiled {device.type.upper()} kernel for {group.format} to time; "
             "`dualhead info` says what was built"
         )
     whole = operands.num_bytes + cache_bytes(group, case)
     count = min(len(operands.copies), copies_needed(whole, effort.cold_bytes))
-    mine = requests(group, case, count)
+    mine = requests(group, case, count, device)
     arguments = [weights | own for weights, own in zip(operands.copies, mine, strict=False)]
-    freeze = operands.num_bytes >= effort.cache_bytes
+    # A frozen graph has one copy of its weights, and packing them is for the CPU.
+    freeze = device.type == "cpu" and operands.num_bytes >= effort.cache_bytes
     with torch.no_grad(), _no_recompiling():
-        contenders = make_contenders(case, arguments, operands.copies[0], freeze)
+        contenders = make_contenders(case, arguments, operands.copies[0], freeze, operands.memory)
         timings = alternate(
-            contenders, seconds=effort.seconds, min_rounds=effort.min_rounds, copies=count
+            contenders,
+            seconds=effort.seconds,
+            min_rounds=effort.min_rounds,
+            copies=count,
+            clock=clock_of(device.type),
         )
     if case.compile:
         torch.compiler.reset()  # frees a frozen graph's weights

@@ -4,7 +4,8 @@
 Contenders, each through ``generate()``, greedy, one request:
 
 - ``backbone``: the plain model.
-- ``dualhead``: the same with a gated head, fused step.
+- ``dualhead``: the same with a gated head, in the fused loop (:mod:`dualhead_ext.generation`).
+- ``logits``: that in transformers' own loop, which takes an argmax of the step's logits.
 - ``eager``: that with the step in plain PyTorch.
 """
 
@@ -144,20 +145,21 @@ def run_model(model: Model, *, seconds: float, min_rounds: int = 5) -> ModelResu
     from ..modeling import DualHeadForCausalLM
 
     plain = model.build().eval()
+    plain.generation_config.eos_token_id = None  # min_new_tokens would need logits
     gated = DualHeadForCausalLM.from_backbone(copy.deepcopy(plain)).eval()
     if not ops.kernel_for("cpu", plain.dtype):
         raise RuntimeError(f"benchmark: no compiled CPU kernel for {plain.dtype} to time")
     prompt = torch.randint(0, plain.config.vocab_size, (1, _PROMPT_TOKENS))
 
-    def decoding(which: PreTrainedModel) -> Callable[[int], None]:
+    def decoding(which: PreTrainedModel, **options: bool) -> Callable[[int], None]:
         def call(copy: int) -> None:
             made = which.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=False,
                 max_new_tokens=model.new_tokens,
-                min_new_tokens=model.new_tokens,
                 pad_token_id=0,
+                **options,
             )
             if made.shape[1] != _PROMPT_TOKENS + model.new_tokens:
                 raise RuntimeError(f"benchmark: {model.name} made {tuple(made.shape)} tokens")
@@ -168,12 +170,17 @@ def run_model(model: Model, *, seconds: float, min_rounds: int = 5) -> ModelResu
         Contender("backbone", decoding(plain)),
         Contender(
             "dualhead",
-            decoding(gated),
+            decoding(gated, fused=True),
+            lambda copy: _decode_with(gated.lm_head, ops.decode_step),
+        ),
+        Contender(
+            "logits",
+            decoding(gated, fused=False),
             lambda copy: _decode_with(gated.lm_head, ops.decode_step),
         ),
         Contender(
             "eager",
-            decoding(gated),
+            decoding(gated, fused=False),
             lambda copy: _decode_with(gated.lm_head, reference.decode_step),
         ),
     ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..build_info import build_info
-from .timing import Contender, alternate
+from .timing import Contender, alternate, clock_of
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -27,13 +27,20 @@ _COLD_CACHES = 4
 _MATRIX_COLUMNS = 4096
 
 
-def describe() -> dict[str, Any]:
+def describe(device_type: str = "cpu") -> dict[str, Any]:
     """What a results file says about its machine and its software, plain values.
 
     ``commit`` is the checkout's that the package runs from ("-dirty" after local changes), else the
     one it was built from; ``csrc_sha256`` is that of the sources the library was compiled from.
     """
     built = build_info()
+    return {
+        **_describe_host(built),
+        **(_describe_gpu() if device_type == "cuda" else {}),
+    }
+
+
+def _describe_host(built: dict[str, Any]) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": _cpu_name(),
@@ -50,6 +57,29 @@ def describe() -> dict[str, Any]:
         "commit": _checkout_commit() or built["commit"],
         "csrc_sha256": built["csrc_sha256"],
     }
+
+
+def _describe_gpu() -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "device": found.name,
+        "host": _cpu_name(),
+        "driver": _driver(),
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "last_level_cache_bytes": last_level_cache_bytes("cuda"),
+    }
+
+
+def _driver() -> str | None:
+    """The driver's version as nvidia-smi has it; None without that program."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:
@@ -74,9 +104,11 @@ def _checkout_commit() -> str | None:
     return head.stdout.strip() + ("-dirty" if changed else "") if head.returncode == 0 else None
 
 
-def last_level_cache_bytes() -> int:
-    """Size of the largest cache of CPU 0 as Linux reports it, the whole of it: on a virtual machine
-    that is the host's, shared with strangers. 64 MiB where the system does not say."""
+def last_level_cache_bytes(device_type: str = "cpu") -> int:
+    """Of a GPU, its L2. Of the CPU, the largest cache of CPU 0 as Linux reports it, all of it: on a
+    virtual machine that is the host's, shared with strangers. 64 MiB where Linux does not say."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [
         int(text[:-1]) * _UNITS[text[-1]]
         for text in (path.read_text().strip() for path in _CACHES.glob("index*/size"))
@@ -84,9 +116,12 @@ def last_level_cache_bytes() -> int:
     return max(sizes, default=_ASSUMED_CACHE_BYTES)
 
 
-def cold_bytes() -> int:
+def cold_bytes(device_type: str = "cpu") -> int:
     """Memory that operands used in turn should span to be cold: 4 last-level caches, but never more
     than a quarter of the physical memory that is free."""
+    if device_type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+        return min(_COLD_CACHES * last_level_cache_bytes("cuda"), free // 4)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_COLD_CACHES * last_level_cache_bytes(), free // 4)
 
@@ -126,7 +161,7 @@ def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) ->
     if raw.numel() < row:
         raise ValueError(f"read_bandwidth: buffer must have {row} bytes or more, got {raw.numel()}")
     raw = raw[: raw.numel() // row * row]
-    numbers, vector = raw.view(torch.float32), torch.rand(_MATRIX_COLUMNS)
+    numbers, vector = raw.view(torch.float32), torch.rand(_MATRIX_COLUMNS, device=raw.device)
     methods = {
         "sum of fp32": numbers.sum,
         "sum of int64": raw.view(torch.int64).sum,
@@ -134,7 +169,23 @@ def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) ->
         "matrix-vector product": lambda: torch.mv(numbers.view(-1, _MATRIX_COLUMNS), vector),
     }
     contenders = [Contender(name, lambda copy, read=read: read()) for name, read in methods.items()]
-    timings = alternate(contenders, seconds=seconds, min_rounds=min_rounds, warmup=1)
+    clock = clock_of(raw.device.type)
+    timings = alternate(contenders, seconds=seconds, min_rounds=min_rounds, warmup=1, clock=clock)
     rates = {name: raw.numel() / timing.us_median / 1e3 for name, timing in timings.items()}
     best = max(rates, key=rates.__getitem__)
     return ReadBandwidth(rates[best], best, rates)
+
+
+def copy_bandwidth(device_type: str, num_bytes: int | None = None, min_rounds: int = 20) -> float:
+    """How fast the device copies its own memory, 10^9 bytes read and written per second.
+
+    Args:
+        num_bytes: of the buffer, default what is cold there (:func:`cold_bytes`).
+    """
+    source = torch.rand((num_bytes or cold_bytes(device_type)) // 8, device=device_type)
+    target = torch.empty_like(source)
+    copies = [Contender("copy", lambda copy: target.copy_(source))]
+    timing = alternate(
+        copies, seconds=0.3, min_rounds=min_rounds, warmup=1, clock=clock_of(device_type)
+    )
+    return 2 * source.nbytes / timing["copy"].us_median / 1e3

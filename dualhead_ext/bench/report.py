@@ -30,6 +30,8 @@ class Report:
         environment: :func:`dualhead_ext.bench.machine.describe`.
         quick: whether it was the quick plan, whose figures nobody should quote.
         cases, loss, generate: rows, plain dicts.
+        again: the rows of a second run of all cases, where there was one.
+        copy_gb_per_s: how fast the device copies its own memory, where it was measured.
         failures: sentences; empty if all was as fast as required.
     """
 
@@ -39,10 +41,17 @@ class Report:
     loss: list[dict[str, Any]] = field(default_factory=list)
     generate: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    again: list[dict[str, Any]] = field(default_factory=list)
+    copy_gb_per_s: float | None = None
+    second: bool = False
+
+    def begin_again(self) -> None:
+        """Cases from here on are the second run's."""
+        self.second = True
 
     def add(self, result: CaseResult, read: ReadBandwidth) -> str:
         """Take in the result of a case; returns the lines to print."""
-        self.cases += result.rows(read)
+        (self.again if self.second else self.cases).extend(result.rows(read))
         failure = result.failure()
         self.failures += [failure] if failure else []
         return case_lines(result, read) + (f"\n    TOO SLOW: {failure}" if failure else "")
@@ -60,8 +69,10 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, plain values."""
+        gpu = {"copy_gb_per_s": self.copy_gb_per_s, "cases_again": self.again}
         return {
             **self.environment,
+            **(gpu if self.copy_gb_per_s is not None else {}),
             "quick": self.quick,
             "read_gb_per_s": max((row["read_gb_per_s"] for row in self.cases), default=None),
             "cases": self.cases,
@@ -147,26 +158,40 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return results
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The table for a README from a results file: milliseconds, and how many times as long each
-    contender takes as the fused step."""
+def grouped(results: dict[str, Any]) -> dict[tuple, dict[str, dict[str, Any]]]:
+    """Rows of a results file by case (d, V, format, B, T, sampled) and contender."""
     cases: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in results["cases"]:
         key = (row["d"], row["V"], row["format"], row["B"], row["T"], row["sampled"])
         cases.setdefault(key, {})[row["contender"]] = row
-    lines = [
-        "| d x V | weights | B | T | token | dualhead | of read bandwidth | eager | torch.compile "
-        "| lm_head alone |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (d, V, name, B, T, sampled), rows in cases.items():
+    return cases
+
+
+def is_gpu(results: dict[str, Any]) -> bool:
+    """Whether a results file is of a GPU."""
+    return "driver" in results
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table for a README from a results file: milliseconds (of a GPU, microseconds), and how
+    many times as long each contender takes as the fused step."""
+    present = {row["contender"] for row in results["cases"]}
+    graphs = [name for name in ("two_gemms", "one_gemm") if name in present]
+    others = {"eager": "eager", "compile": "torch.compile"}
+    others |= {name: name.replace("_", " ") for name in graphs} | {"lm_head": "lm_head alone"}
+    titles = ["d x V", "weights", "B", "T", "token", "dualhead", "of read bandwidth"]
+    titles += others.values()
+    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
+    scale, form = (1.0, "{:.1f} us") if is_gpu(results) else (1e-3, "{:.2f} ms")
+    for (d, V, name, B, T, sampled), rows in grouped(results).items():
         ours = rows["dualhead"]
         cells = [f"{d} x {V}", name, B, T, "sampled" if sampled else "greedy"]
-        cells += [f"{ours['us_median'] / 1e3:.2f} ms", f"{ours['share_of_read_bandwidth']:.0%}"]
-        for contender in ("eager", "compile", "lm_head"):
+        cells += [form.format(ours["us_median"] * scale), f"{ours['share_of_read_bandwidth']:.0%}"]
+        for contender in others:
             row = rows.get(contender)
             times = row and row["us_median"] / ours["us_median"]
-            cells.append(f"{row['us_median'] / 1e3:.2f} ms, {times:.2f}x" if row else "")
+            shown = row and form.format(row["us_median"] * scale)
+            cells.append(f"{shown}, {times:.2f}x" if row else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if results.get("loss"):
         lines += ["", *_loss_lines(results["loss"])]
@@ -177,8 +202,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {row['tokens_per_s_median']:.1f} |"
             for row in results["generate"]
         ]
-    lines += ["", _footer(results)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _footer(results), *_gpu_lines(results)])
 
 
 def _loss_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -212,4 +236,49 @@ def _footer(results: dict[str, Any]) -> str:
         f"reads {results.get('read_gb_per_s') or 0:.1f} GB/s; torch {results.get('torch')}, "
         f"kernels {results.get('isa')}, commit {results.get('commit')}. Medians; weights cold. "
         f'"1.50x": takes 1.50 times as long as dualhead.'
+    )
+
+
+def _gpu_lines(results: dict[str, Any]) -> list[str]:
+    """What only a GPU's file has: driver, copy bandwidth, second run, steps of gpu-check."""
+    if not is_gpu(results):
+        return []
+    copies = results.get("copy_gb_per_s")
+    speed = f"copies {copies:.0f} GB/s" if copies else "copy bandwidth not measured"
+    spread = spread_of_runs(results)
+    again = "no second run" if spread is None else f"a second run differed by at most {spread:.1%}"
+    lines = ["", f"driver {results['driver']}, CUDA {results.get('cuda')}; {speed}; {again}."]
+    if results.get("steps"):
+        lines += ["", "| step | outcome | seconds | |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {step['name']} | {step['outcome']} | {step['seconds']:.0f} | {step['detail']} |"
+            for step in results["steps"]
+        ]
+    return lines
+
+
+def spread_of_runs(results: dict[str, Any]) -> float | None:
+    """By what share the medians of the fused step differ most between the two runs; None without a
+    second one."""
+
+    def ours(rows: list[dict[str, Any]]) -> dict[tuple, float]:
+        return {
+            key: found["dualhead"]["us_median"]
+            for key, found in grouped({"cases": rows}).items()
+            if "dualhead" in found
+        }
+
+    first, second = ours(results["cases"]), ours(results.get("cases_again") or [])
+    shares = [abs(second[key] / first[key] - 1) for key in first.keys() & second.keys()]
+    return max(shares, default=None)
+
+
+def stale(results: dict[str, Any], csrc_sha256: str) -> str | None:
+    """A sentence if a GPU's results are not of these sources, None if they are (or of a CPU)."""
+    if not is_gpu(results) or results.get("csrc_sha256") == csrc_sha256:
+        return None
+    return (
+        f"the results of {results['device']} were measured on other sources (csrc "
+        f"{str(results.get('csrc_sha256'))[:12]}, now {csrc_sha256[:12]}): run `make gpu-check` "
+        "there again, quote none of them until then"
     )

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 from . import QUICK_SECONDS, SECONDS, cases, contenders, decode, generation, loss, machine, report
 
+# Calls per contender and case that a figure of a GPU is the median of, at least.
+GPU_ROUNDS = 100
+
 
 def run(quick: bool, seconds: float | None, emit: Callable[[str], None]) -> report.Report:
     """Run all benchmarks; ``emit`` gets text as it comes.
@@ -24,9 +27,34 @@ def run(quick: bool, seconds: float | None, emit: Callable[[str], None]) -> repo
     return found
 
 
-def start(quick: bool, emit: Callable[[str], None]) -> report.Report:
+def run_gpu(
+    quick: bool,
+    seconds: float | None,
+    emit: Callable[[str], None],
+    path: str | None = None,
+    device_type: str = "cuda",
+) -> report.Report:
+    """The decode benchmark on a GPU, all of it twice, to know the spread.
+
+    Args:
+        path: of the results file, which is written after each group: what was measured stays.
+        device_type: "cpu" runs the very same over contenders without graphs.
+    """
+    found = start(quick, emit, device_type)
+    found.copy_gb_per_s = machine.copy_bandwidth(device_type)
+    for again in (False, True):
+        if again:
+            found.begin_again()
+        for group in cases.gpu_plan(quick):
+            run_group(group, found, seconds, emit, device_type, min_rounds=GPU_ROUNDS)
+            if path is not None:
+                found.write(path)
+    return found
+
+
+def start(quick: bool, emit: Callable[[str], None], device_type: str = "cpu") -> report.Report:
     """An empty report of this machine."""
-    found = report.Report(machine.describe(), quick)
+    found = report.Report(machine.describe(device_type), quick)
     emit(report.environment_lines(found.environment))
     return found
 
@@ -36,15 +64,18 @@ def run_group(
     found: report.Report,
     seconds: float | None,
     emit: Callable[[str], None],
+    device_type: str = "cpu",
+    min_rounds: int = 15,
 ) -> None:
     """One group of the decode benchmark: make its weights, measure how fast this machine reads
     memory over those very weights, time its cases."""
     effort = decode.Effort(
         seconds=_seconds(found, seconds),
-        cold_bytes=machine.cold_bytes(),
-        cache_bytes=machine.last_level_cache_bytes(),
+        cold_bytes=machine.cold_bytes(device_type),
+        cache_bytes=machine.last_level_cache_bytes(device_type),
+        min_rounds=min_rounds,
     )
-    operands = contenders.Operands(group, effort.cold_bytes)
+    operands = contenders.Operands(group, effort.cold_bytes, device_type)
     read = machine.read_bandwidth(operands.memory)
     emit(report.group_lines(operands, effort, read))
     for case in group.cases:

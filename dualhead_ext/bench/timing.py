@@ -15,6 +15,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
+
+# Long enough for the host to queue one launch meanwhile: about 0.1 ms.
+_BUSY_CYCLES = 200_000
 
 
 def _nothing(copy: int) -> None:
@@ -34,6 +38,55 @@ class Contender:
     name: str
     call: Callable[[int], object]
     prepare: Callable[[int], object] = _nothing
+
+
+class Clock(Protocol):
+    """Times one call."""
+
+    def us(self, call: Callable[[int], object], copy: int) -> float:
+        """Microseconds of ``call(copy)``."""
+
+
+class HostClock:
+    """As the host sees it: for work that is done when the call returns."""
+
+    def us(self, call: Callable[[int], object], copy: int) -> float:
+        """Microseconds of ``call(copy)``."""
+        before = time.perf_counter_ns()
+        call(copy)
+        return (time.perf_counter_ns() - before) / 1000
+
+
+class CudaClock:
+    """As the device sees it, between two CUDA events.
+
+    The device is kept busy while the host queues the call, so that launching is not timed unless
+    it takes the host longer than that: one launch (a kernel, a graph) does not, the thirty of an
+    eager step do.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        self._sleep, self._events = (
+            torch.cuda._sleep,
+            [torch.cuda.Event(enable_timing=True) for _ in range(2)],
+        )
+
+    def us(self, call: Callable[[int], object], copy: int) -> float:
+        """Microseconds of ``call(copy)``."""
+        start, end = self._events
+        self._sleep(_BUSY_CYCLES)
+        start.record()
+        call(copy)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000
+
+
+def clock_of(device_type: str) -> Clock:
+    """The clock for work on such a device."""
+    return CudaClock() if device_type == "cuda" else HostClock()
 
 
 @dataclass(frozen=True)
@@ -92,6 +145,7 @@ def alternate(
     min_rounds: int = 15,
     max_rounds: int = 1000,
     warmup: int = 2,
+    clock: Clock | None = None,
 ) -> dict[str, Timing]:
     """Time contenders against each other, in turns.
 
@@ -101,6 +155,7 @@ def alternate(
             and at most ``max_rounds``.
         copies: of the operands; call n of the whole run uses copy n mod ``copies``.
         warmup: untimed rounds.
+        clock: of the device that the contenders run on; default the host's.
     Returns: a timing per name, all of the same number of rounds.
     Raises:
         ValueError: no contenders, two of one name, or fewer than 2 rounds (no quartiles).
@@ -113,6 +168,7 @@ def alternate(
             "alternate: rounds must satisfy 2 <= min_rounds <= max_rounds, "
             f"got {min_rounds} and {max_rounds}"
         )
+    clock = clock or HostClock()
     taken: dict[str, list[float]] = {name: [] for name in names}
     turn = 0
     collecting = gc.isenabled()
@@ -127,12 +183,10 @@ def alternate(
             for place in range(len(contenders)):
                 contender = contenders[(place + number) % len(contenders)]
                 contender.prepare(turn % copies)
-                before = time.perf_counter_ns()
-                contender.call(turn % copies)
-                elapsed = time.perf_counter_ns() - before
+                us = clock.us(contender.call, turn % copies)
                 turn += 1
                 if number >= 0:
-                    taken[contender.name].append(elapsed / 1000)
+                    taken[contender.name].append(us)
     finally:
         if collecting:
             gc.enable()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs for the decode benchmark, and what a careful person would write without a kernel:
+
+- ``two_gemms``: the gate, a product per head, mixture and choice, under one CUDA graph.
+- ``one_gemm``: that with both heads' rows in one matrix, so one product of cuBLAS.
+
+Sampled, both take the argmax of logits / temperature plus Gumbel noise, which needs no softmax, no
+sort and no loop. On the CPU there is nothing to capture and the same functions are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+
+def gumbel_token(logits: Tensor, temperature: Tensor) -> Tensor:
+    """A token per row of softmax(logits / temperature), by the exponential race: (B, V) -> (B,)."""
+    noise = torch.empty_like(logits).exponential_().log()
+    return (logits / temperature[:, None] - noise).argmax(-1)
+
+
+def gemm_step(
+    arguments: dict[str, Tensor], stacked: Tensor | None = None
+) -> reference.DecodeOutput:
+    """One decode step of PyTorch's own operators. ``arguments``: as of ``decode_step``, attention
+    gate, one objective; ``stacked`` (2V, d): both heads, for one product. Logprob and status, which
+    the fused step also gives, are left out.
+    """
+    hidden = arguments["hidden"]
+    names = ("q_weight", "k_weight", "u_weight", "cache_k", "cache_u", "cache_valid")
+    context, attention, _ = reference.append_and_attend(
+        hidden, *(arguments[name] for name in (*names, "cache_length")), None
+    )
+    gate_logit = context + arguments["gate_bias"]
+    alpha = reference.mixing_weight(gate_logit, None, None)
+    if stacked is None:
+        z_lm = reference.head_logits(hidden, arguments["lm_weight"], None)
+        z_rm = reference.head_logits(hidden, arguments["reward_weight"][0], None)
+    else:
+        z_lm, z_rm = reference.head_logits(hidden, stacked, None).chunk(2, dim=-1)
+    logits = reference.mix_logits(z_lm, z_rm, alpha)
+    if "seeds" in arguments:
+        token = gumbel_token(logits, arguments["temperature"])
+    else:
+        token = logits.argmax(-1)
+    nothing = logits.new_empty(0)
+    return reference.DecodeOutput(logits, alpha, gate_logit, token, nothing, nothing, attention)
+
+
+def capture(
+    call: Callable[[int], object],
+    prepare: Callable[[int], object],
+    copies: int,
+    device: torch.device,
+) -> Callable[[int], object]:
+    """``call`` from a CUDA graph per copy of its operands, which returns the graph's own output; on
+    the CPU, ``call`` itself. ``prepare``: before each call.
+    """
+    if device.type != "cuda":
+        return call
+    graphs, outputs = [], []
+    side = torch.cuda.Stream()
+    for copy in range(copies):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what a first call sets up must not be captured
+            for _ in range(2):
+                prepare(copy)
+                call(copy)
+            prepare(copy)
+        torch.cuda.current_stream().wait_stream(side)
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            outputs.append(call(copy))
+
+    def replay(copy: int) -> object:
+        graphs[copy].replay()
+        return outputs[copy]
+
+    return replay

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small decode steps on the GPU, every path once: what compute-sanitizer watches. No test by
+itself: exits with 1 if a row's status is not what it should be."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from decode_cases import make_case
+
+from dualhead_ext import ops
+
+SIZES = [  # B, d, V, K, options
+    (1, 1, 1, 1, {"S": 1}),
+    (3, 31, 63, 2, {"bias": True, "objective_weights": True}),
+    (2, 64, 65, 1, {"H": 8, "d_k": 48, "S": 70, "controls": True}),
+    (9, 130, 257, 1, {"gate": "logit", "sample": True, "logit_softcap": 30.0}),
+    (5, 72, 1003, 1, {"mix_probs": True, "sample": True, "record_attention": True}),
+]
+FILTERS = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01}
+
+
+def run(dtype: torch.dtype) -> bool:
+    fine = True
+    for seed, (B, d, V, K, options) in enumerate(SIZES):
+        case = make_case(seed, B, d, V, K, dtype, **options)
+        if options.get("sample"):
+            for name, value in FILTERS.items():
+                kind = torch.int32 if name == "top_k" else torch.float32
+                case[name] = torch.full((B,), value, dtype=kind)
+        case = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+        with torch.no_grad():
+            status = ops.decode_step(**case).status
+        fine &= bool(status.eq(0).all())
+    return fine
+
+
+if __name__ == "__main__":
+    done = [run(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    torch.cuda.synchronize()
+    sys.exit(0 if all(done) else 1)

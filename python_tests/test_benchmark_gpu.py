@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU benchmark's own path, run on the CPU: its contenders, its clock, its file, and that no
+figure is quoted which other sources gave."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+
+import pytest
+import torch
+from build_backend import ROOT, libraries
+from test_benchmark_reports import command_line
+
+from dualhead_ext import reference
+from dualhead_ext.bench import cases, contenders, graphs, machine, plot, report, runner, timing
+
+CASES = (cases.Case(2, 9, graphs=True), cases.Case(3, 5, sampled=True, graphs=True))
+GROUP = cases.Group(40, 77, "bf16", CASES)
+NAMES = ["dualhead", "eager", "two_gemms", "one_gemm", "lm_head"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The file of a whole run on the CPU."""
+    path = tmp_path_factory.mktemp("run") / "results.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "gpu_plan", lambda quick: [GROUP])
+        patch.setattr(runner, "GPU_ROUNDS", 4)
+        patch.setattr(machine, "cold_bytes", lambda device: 2**20)
+        patch.setattr(machine, "last_level_cache_bytes", lambda device="cpu": 2**18)
+        runner.run_gpu(True, 0.0, lambda text: None, str(path), device_type="cpu")
+    return report.load(path)
+
+
+def gpu(results, **changes):
+    """The same, as if a GPU had given it."""
+    added = {"driver": "580.1", "device": "Made Up 9000", "csrc_sha256": libraries.csrc_hash()}
+    return results | added | changes
+
+
+def test_the_run_on_the_cpu_has_all_contenders_twice(results):
+    for rows in (results["cases"], results["cases_again"]):
+        assert [row["contender"] for row in rows] == 2 * NAMES
+        needed = {"format", "d", "V", "B", "T", "sampled", "us_median", "us_q1", "us_q3", "repeats"}
+        assert all(needed <= row.keys() and row["repeats"] == 4 for row in rows)
+    assert results["copy_gb_per_s"] > 0
+    assert {"torch", "cuda", "commit", "csrc_sha256", "device"} <= results.keys()
+
+
+def test_it_writes_after_each_group(tmp_path, monkeypatch):
+    groups = [GROUP, cases.Group(64, 99, "no such format", CASES)]
+    monkeypatch.setattr(cases, "gpu_plan", lambda quick: groups)
+    monkeypatch.setattr(machine, "cold_bytes", lambda device: 2**20)
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyError):
+        runner.run_gpu(True, 0.0, lambda text: None, str(path), device_type="cpu")
+    assert len(report.load(path)["cases"]) == 10
+
+
+def test_the_gpu_plan_holds_what_was_promised():
+    plan = [(group, case) for group in cases.gpu_plan() for case in group.cases]
+    assert all(case.graphs for _, case in plan)
+    assert {case.B for _, case in plan} == {1, 8, 64}
+    assert any(case.compile for _, case in plan) and any(case.sampled for _, case in plan)
+    assert {cases.required_speedup(*pair) for pair in plan} == {1.0}
+    assert runner.GPU_ROUNDS >= 100
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["two_gemms", "one_gemm"])
+def test_a_gemm_step_is_the_step(stacked):
+    operands = contenders.Operands(GROUP, 1)
+    case = contenders.requests(GROUP, CASES[0], 1)[0] | operands.copies[0]
+    expected = reference.decode_step(**case)
+    case["cache_length"].fill_(8)
+    got = graphs.gemm_step(case, operands.memory[0] if stacked else None)
+    contenders.check_agreement("gemm", got, expected)
+    assert torch.equal(got.token, got.logits.argmax(-1))
+
+
+def test_gumbel_noise_draws_the_distribution():
+    from test_ops_sampling import assert_distribution
+
+    logits = torch.randn(37)
+    tokens = graphs.gumbel_token(logits.expand(100_000, -1), torch.full((100_000,), 0.8))
+    assert_distribution(tokens, torch.softmax(logits.double() / 0.8, 0))
+
+
+def test_a_wrong_gemm_is_not_timed(monkeypatch):
+    def broken(arguments, stacked=None):
+        out = reference.decode_step(**arguments)
+        return out._replace(logits=out.logits + (0.0 if stacked is None else 1.0))
+
+    monkeypatch.setattr(contenders, "gemm_step", broken)
+    operands = contenders.Operands(GROUP, 1)
+    own = contenders.requests(GROUP, CASES[0], 1)
+    arguments = [operands.copies[0] | own[0]]
+    with pytest.raises(RuntimeError, match="one_gemm and eager differ by 1 in logits"):
+        contenders.make_contenders(CASES[0], arguments, operands.copies[0], False, operands.memory)
+
+
+def test_the_devices_clock_brackets_the_call(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.name = f"event {sum(word.startswith('new') for word in log)}"
+            log.append("new")
+
+        def record(self):
+            log.append(f"record {self.name}")
+
+        def synchronize(self):
+            log.append(f"wait for {self.name}")
+
+        def elapsed_time(self, end):
+            return 0.25  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    clock = timing.clock_of("cuda")
+    contender = timing.Contender("a", lambda copy: log.append(f"call {copy}"))
+    found = timing.alternate([contender], seconds=0, min_rounds=2, warmup=0, copies=2, clock=clock)
+    assert found["a"].us == (250.0, 250.0)
+    once = ["sleep", "record event 0", "call 0", "record event 1", "wait for event 1"]
+    assert log[2:7] == once and log[9] == "call 1"
+    assert isinstance(timing.clock_of("cpu"), timing.HostClock)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runner, "run_gpu", None)
+    with pytest.raises(ValueError, match=r"device cuda: torch .* finds no CUDA device"):
+        command_line("--device", "cuda")
+
+
+# --- what is made of the file ---------------------------------------------------------------------
+
+
+def test_the_table_of_a_gpu(results):
+    steps = [{"name": "memcheck", "outcome": "did not run", "seconds": 3.0, "detail": "refused"}]
+    lines = report.markdown(gpu(results, steps=steps)).splitlines()
+    titles = "eager | torch.compile | two gemms | one gemm | lm_head alone |"
+    assert lines[0].endswith(titles)
+    ours, eager = results["cases"][:2]
+    assert f"| {ours['us_median']:.1f} us |" in lines[2]
+    assert f"{eager['us_median'] / ours['us_median']:.2f}x" in lines[2]
+    assert all(line.count("|") == 13 for line in lines[:4])
+    assert any("driver 580.1" in line and "second run differed" in line for line in lines)
+    assert "| memcheck | did not run | 3 | refused |" in lines
+
+
+def test_the_spread_is_between_the_runs(results):
+    first = results["cases"][0]
+    slower = [row | {"us_median": row["us_median"] * 1.5} for row in results["cases"]]
+    assert report.spread_of_runs(results | {"cases_again": slower}) == pytest.approx(0.5)
+    assert report.spread_of_runs({"cases": [first]}) is None
+
+
+def test_a_plot_is_drawn(results, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    source, picture = tmp_path / "made.json", tmp_path / "steps.png"
+    source.write_text(json.dumps(gpu(results)))
+    assert command_line("--report", str(source), "--plot", str(picture)) == 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "Made Up 9000" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="must hold cases, got none"):
+        plot.draw({"device": "x", "cases": []}, picture)
+
+
+def test_a_plot_needs_a_report_and_matplotlib(results, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="it needs --report FILE"):
+        command_line("--plot", "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"--plot needs matplotlib: pip install"):
+        plot.draw(results, tmp_path / "x.png")
+
+
+# --- stale figures --------------------------------------------------------------------------------
+
+
+def quoted_stale_rows(files, documents, csrc_sha256):
+    """(sentences, findings): the GPU results that are of other sources; rows of theirs that a
+    document quotes."""
+    sentences, findings = [], []
+    for path in files:
+        results = report.load(path)
+        sentence = report.stale(results, csrc_sha256)
+        if sentence is None:
+            continue
+        sentences.append(f"{path.name}: {sentence}")
+        rows = {line for line in report.markdown(results).splitlines() if " us |" in line}
+        for document in documents:
+            lines = rows & set(document.read_text().splitlines())
+            findings += [f"{document.name} quotes {path.name}: {line}" for line in sorted(lines)]
+    return sentences, findings
+
+
+def test_no_stale_figure_of_a_gpu_is_quoted():
+    """A results file that csrc/ has left behind is warned of; a document that quotes it fails."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    files = [path for path in files if "cases" in json.loads(path.read_text())]
+    assert files
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    sentences, findings = quoted_stale_rows(files, documents, libraries.csrc_hash())
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=1)
+    assert not findings, "\n".join([*sentences, *findings])
+
+
+def test_stale_figures_are_found(results, tmp_path):
+    path, document = tmp_path / "made-up.json", tmp_path / "README.md"
+    path.write_text(json.dumps(gpu(results)))
+    table = report.markdown(gpu(results))
+    document.write_text(table)
+    now = libraries.csrc_hash()
+    assert quoted_stale_rows([path], [document], now) == ([], [])
+    sentences, findings = quoted_stale_rows([path], [document], "f" * 64)
+    assert len(sentences) == 1 and "Made Up 9000 were measured on other sources" in sentences[0]
+    assert len(findings) == 2 and "README.md quotes made-up.json" in findings[0]
+    document.write_text("nothing")
+    assert quoted_stale_rows([path], [document], "f" * 64)[1] == []
+    path.write_text(json.dumps(results))  # a CPU's: `pytest --benchmark` looks at its build
+    assert quoted_stale_rows([path], [document], "f" * 64) == ([], [])
