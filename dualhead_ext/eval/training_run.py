@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainings have in common: loading, arguments, adapters, and the run from a trainer to a
+folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers.utils import logging as transformers_logging
+
+from .systems import TrainSettings
+from .trained import (
+    check_finite,
+    finite_logs,
+    load_policy,
+    new_folder,
+    weights_digest,
+    write_record,
+)
+
+Pairs = list[dict[str, Any]]
+
+
+def load_tokenizer(backbone: Path) -> Any:
+    """A backbone's tokenizer, with a padding token that is not its end token: a classifier takes
+    the last token that is not padding for the end of the text. Where there is none, BOS, which
+    ends no text.
+
+    Raises:
+        ValueError: no padding token and no BOS either.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        if tokenizer.bos_token is None or tokenizer.bos_token_id == tokenizer.eos_token_id:
+            raise ValueError(
+                f"load_tokenizer: the tokenizer in {backbone} must have a padding token other than "
+                f"its end token, got {tokenizer.pad_token!r}"
+            )
+        tokenizer.pad_token = tokenizer.bos_token
+    return tokenizer
+
+
+def run(
+    method: str,
+    build: Callable[[dict[str, Any]], Any],
+    backbone: Path,
+    pairs: Pairs,
+    out: Path,
+    settings: TrainSettings,
+    progress: bool,
+    options: dict[str, Any],
+) -> Path:
+    """Build a trainer, train, write weights, tokenizer and record.
+
+    Args:
+        method: a name of `training.TRAINERS`.
+        build: a trainer from transformers' arguments; called with the seed set.
+        options: what to record of the method's own.
+    """
+    name = f"train_{method}"
+    if not pairs:
+        raise ValueError(f"{name}: pairs must hold at least one, got none")
+    started = time.monotonic()
+    with new_folder(out) as folder, _bars(progress):
+        set_seed(settings.seed)  # fresh weights: gate, adapter, score
+        trainer = build(_arguments(settings, folder, progress))
+        trainer.train()
+        model = trainer.model
+        check_finite(model, name)
+        for config in getattr(model, "peft_config", {}).values():
+            config.base_model_name_or_path = ""  # a path of this machine means nothing on another
+        model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        write_record(
+            folder,
+            {
+                "method": method,
+                "backbone_sha256": weights_digest(backbone),
+                "settings": settings.to_dict(),
+                "options": options,
+                "pairs": len(pairs),
+                "steps": trainer.state.global_step,
+                "trained_parameters": _count(model, trained=True),
+                "parameters": _count(model),
+                "seconds": round(time.monotonic() - started, 2),
+                "logs": finite_logs(trainer.state.log_history),
+            },
+        )
+    return Path(out)
+
+
+@contextlib.contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """transformers' bars of loading and writing, or none."""
+    before = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            transformers_logging.enable_progress_bar()
+
+
+def _arguments(settings: TrainSettings, folder: Path, progress: bool) -> dict[str, Any]:
+    """Of transformers' TrainingArguments. No checkpoints, which would be pickled."""
+    return {
+        "output_dir": str(folder),
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": settings.pairs_at_once,
+        "gradient_accumulation_steps": settings.batch_size // settings.pairs_at_once,
+        "max_length": settings.max_length,
+        "warmup_steps": settings.warmup,
+        "lr_scheduler_type": settings.scheduler,
+        "weight_decay": settings.weight_decay,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "bf16": settings.bf16,
+        "save_strategy": "no",
+        "logging_steps": settings.logging_steps,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": not progress,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def fresh_reward_model(backbone: Path) -> nn.Module:
+    """A sequence classifier with one label: the backbone's decoder, and a new linear score."""
+    policy = load_policy(backbone)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    setattr(model, model.base_model_prefix, policy.base_model)
+    return model
+
+
+def adapter(settings: TrainSettings, task: str, **others: Any) -> Any:
+    """PEFT's configuration, or None for all weights."""
+    if not settings.lora:
+        return None
+    from peft import LoraConfig
+
+    targets = settings.lora_targets
+    return LoraConfig(
+        task_type=task,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        **others,
+    )
+
+
+def _count(model: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
