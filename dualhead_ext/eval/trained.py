@@ -6,6 +6,7 @@ them again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -113,7 +114,11 @@ def load_policy(
     if (folder / CONFIG_NAME).is_file():
         base = None if backbone is None else str(backbone)  # it checks the fingerprint itself
         return DualHeadForCausalLM.from_pretrained(folder, backbone=base, dtype=dtype)
-    return _load(AutoModelForCausalLM, folder, backbone, dtype, merge)
+    auto = AutoModelForCausalLM
+    if (folder / ADAPTER_NAME).is_file():
+        base = auto.from_pretrained(_backbone(folder, backbone), dtype=dtype)
+        return _attach(base, folder, merge)
+    return auto.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def load_reward_model(
@@ -121,19 +126,40 @@ def load_reward_model(
 ) -> nn.Module:
     """A sequence classifier with one label that training wrote; arguments as of
     :func:`load_policy`. An adapter is merged.
+
+    Raises:
+        ValueError: as :func:`load_policy`, and a folder without a trained score.
     """
-    options = {"num_labels": 1}
-    return _load(AutoModelForSequenceClassification, Path(folder), backbone, dtype, True, **options)
+    folder = Path(folder)
+    if not any("score." in name for name in _tensor_names(folder)):
+        raise ValueError(f"load_reward_model: {folder} holds no trained score")
+    if (folder / ADAPTER_NAME).is_file():
+        return _attach(fresh_reward_model(_backbone(folder, backbone), dtype), folder, merge=True)
+    auto = AutoModelForSequenceClassification
+    return auto.from_pretrained(folder, dtype=dtype, num_labels=1, local_files_only=True).eval()
 
 
-def _load(
-    auto: Any, folder: Path, backbone: Path | None, dtype: torch.dtype, merge: bool, **options: Any
-) -> nn.Module:
-    if not (folder / ADAPTER_NAME).is_file():
-        return auto.from_pretrained(folder, dtype=dtype, local_files_only=True, **options).eval()
+def fresh_reward_model(backbone: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A sequence classifier with one label: the backbone's decoder, and a new linear score."""
+    policy = load_policy(backbone, dtype=dtype)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    setattr(model, model.base_model_prefix, policy.base_model)
+    return model
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in Path(folder).glob("*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def _attach(base: nn.Module, folder: Path, merge: bool) -> nn.Module:
     from peft import PeftModel
 
-    base = auto.from_pretrained(_backbone(folder, backbone), dtype=dtype, **options)
     model = PeftModel.from_pretrained(base, folder)
     return (model.merge_and_unload() if merge else model).eval()
 

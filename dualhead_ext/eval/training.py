@@ -20,8 +20,8 @@ from ..config import DualHeadConfig
 from ..modeling import DualHeadForCausalLM
 from ..trainer import DualHeadTrainer, DualHeadTrainingArguments
 from .systems import TrainSettings
-from .trained import load_policy
-from .training_run import Pairs, adapter, fresh_reward_model, load_tokenizer, run
+from .trained import fresh_reward_model, load_policy
+from .training_run import Pairs, adapter, load_tokenizer, run
 
 
 def train_dual_head(
@@ -56,17 +56,13 @@ def train_dual_head(
     tokenizer = load_tokenizer(backbone)
 
     def build(arguments: dict[str, Any]) -> Any:
-        from .trl_trainers import quiet
-
         model = DualHeadForCausalLM.from_backbone(str(backbone), dtype=torch.float32, **head)
-        trainer = DualHeadTrainer(
+        return DualHeadTrainer(
             model,
             DualHeadTrainingArguments(beta_r=settings.beta_of("dual_head"), **arguments | loss),
             train_dataset=tokenize_pairs(pairs, tokenizer, settings.max_length),
             processing_class=tokenizer,
         )
-        quiet(trainer)
-        return trainer
 
     return run("dual_head", build, backbone, pairs, out, settings, progress, options)
 

@@ -6,22 +6,25 @@ folder.
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import (
+    AutoTokenizer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from .systems import TrainSettings
 from .trained import (
     check_finite,
+    check_log,
     finite_logs,
-    load_policy,
     new_folder,
     weights_digest,
     write_record,
@@ -49,6 +52,13 @@ def load_tokenizer(backbone: Path) -> Any:
     return tokenizer
 
 
+class StopOnNonFinite(TrainerCallback):
+    """Raises FloatingPointError as soon as a logged loss or gradient norm is not finite."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        check_log((logs or {}) | {"step": state.global_step})
+
+
 def run(
     method: str,
     build: Callable[[dict[str, Any]], Any],
@@ -72,13 +82,16 @@ def run(
     started = time.monotonic()
     with new_folder(out) as folder, _bars(progress):
         set_seed(settings.seed)  # fresh weights: gate, adapter, score
-        trainer = build(_arguments(settings, folder, progress))
+        trainer = build(training_arguments(settings, folder, progress))
+        trainer.add_callback(StopOnNonFinite())
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         model = trainer.model
         check_finite(model, name)
         for config in getattr(model, "peft_config", {}).values():
             config.base_model_name_or_path = ""  # a path of this machine means nothing on another
         model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which names that path too
         trainer.processing_class.save_pretrained(folder)
         write_record(
             folder,
@@ -111,7 +124,7 @@ def _bars(shown: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _arguments(settings: TrainSettings, folder: Path, progress: bool) -> dict[str, Any]:
+def training_arguments(settings: TrainSettings, folder: Path, progress: bool) -> dict[str, Any]:
     """Of transformers' TrainingArguments. No checkpoints, which would be pickled."""
     return {
         "output_dir": str(folder),
@@ -135,16 +148,6 @@ def _arguments(settings: TrainSettings, folder: Path, progress: bool) -> dict[st
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
-
-
-def fresh_reward_model(backbone: Path) -> nn.Module:
-    """A sequence classifier with one label: the backbone's decoder, and a new linear score."""
-    policy = load_policy(backbone)
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    setattr(model, model.base_model_prefix, policy.base_model)
-    return model
 
 
 def adapter(settings: TrainSettings, task: str, **others: Any) -> Any:

@@ -16,8 +16,6 @@ from typing import Any
 
 import datasets
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 with warnings.catch_warnings():
@@ -27,20 +25,6 @@ with warnings.catch_warnings():
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from ..collate import PreferenceCollator
-from .trained import check_log
-
-
-class StopOnNonFinite(TrainerCallback):
-    """Raises FloatingPointError as soon as a logged loss or gradient norm is not finite."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        check_log((logs or {}) | {"step": state.global_step})
-
-
-def quiet(trainer: Any) -> None:
-    """Stop at NaN; print no logs."""
-    trainer.add_callback(StopOnNonFinite())
-    trainer.remove_callback(PrinterCallback)
 
 
 class _Collator:
@@ -109,7 +93,6 @@ def _trainer(
     with _no_bars():
         trainer = trainer_class(train_dataset=shown, data_collator=collator, **arguments)
     trainer.train_dataset = rows
-    quiet(trainer)
     return trainer
 
 
