@@ -32,7 +32,7 @@ from transformers import (
 
 from ..data import ASSISTANT
 from .systems import BackboneSpec
-from .trained import new_folder
+from .trained import bars, new_folder
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 _WARMUP, _VALIDATE_EVERY = 100, 200
@@ -107,18 +107,20 @@ def pack(dialogues: list[list[int]], rng: random.Random, context: int) -> torch.
     return torch.tensor(flat[: rows * (context + 1)]).view(rows, context + 1)
 
 
-def loss_of(model: PreTrainedModel, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+def loss_of(
+    model: PreTrainedModel, rows: torch.Tensor, bf16: bool = True, reduction: str = "mean"
+) -> torch.Tensor:
     """Cross-entropy of each row's next tokens, in nats."""
-    with torch.autocast(rows.device.type, torch.bfloat16):
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=bf16):
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction=reduction)
 
 
 @torch.no_grad()
-def validation_loss(model: PreTrainedModel, rows: torch.Tensor) -> float:
+def validation_loss(model: PreTrainedModel, rows: torch.Tensor, bf16: bool = True) -> float:
     """Nats per token."""
     model.eval()
-    total = sum(loss_of(model, part, "sum").item() for part in rows.split(8))
+    total = sum(loss_of(model, part, bf16, "sum").item() for part in rows.split(8))
     model.train()
     return total / rows[:, 1:].numel()
 
@@ -142,19 +144,19 @@ def _train(
     batches: Callable[[], torch.Tensor],
     validation: torch.Tensor,
     steps: int,
-    peak: float,
+    spec: BackboneSpec,
     progress: bool,
     compiled: bool,
 ) -> float:
     """Train for ``steps``; leaves the model at its lowest validation loss and returns that."""
-    optimizer = _optimizer_of(model, peak)
+    optimizer = _optimizer_of(model, spec.learning_rate)
     compute_loss = torch.compile(loss_of) if compiled else loss_of
     best, kept = math.inf, {}
     bar = tqdm(range(1, steps + 1), desc="backbone", disable=not progress)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step - 1, steps, peak)
-        loss = compute_loss(model, batches())
+            group["lr"] = _learning_rate(step - 1, steps, spec.learning_rate)
+        loss = compute_loss(model, batches(), spec.bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -162,7 +164,7 @@ def _train(
         if not math.isfinite(now := loss.item()):
             raise FloatingPointError(f"pretrain_backbone: the loss of step {step} is {now}")
         if step % _VALIDATE_EVERY == 0 or step == steps:
-            held_out = validation_loss(model, validation)
+            held_out = validation_loss(model, validation, spec.bf16)
             if held_out < best:
                 best = held_out
                 kept = {name: value.clone() for name, value in model.state_dict().items()}
@@ -217,9 +219,7 @@ def pretrain(
             yield from (part.to(device) for part in whole or parts)
 
     batches = endless()
-    best = _train(
-        model, lambda: next(batches), validation, steps, spec.learning_rate, progress, compiled
-    )
+    best = _train(model, lambda: next(batches), validation, steps, spec, progress, compiled)
     held_bytes = sum(len(text.encode()) for text in sides[1])
     bits = best / math.log(2) * sum(map(len, held_ids)) / held_bytes
     return model.eval(), {
@@ -267,7 +267,7 @@ def pretrain_backbone(
         FileExistsError: ``out`` is there and not empty. As :func:`pretrain`.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, bars(progress):
         model, record = pretrain(spec, dialogues, tokenizer, seed, progress, compiled)
         write_backbone(model, tokenizer, record, folder)
     return Path(out)

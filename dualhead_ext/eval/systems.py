@@ -23,7 +23,9 @@ class BackboneSpec:
         context: tokens of a training row.
         batch_size: rows of an optimizer step.
         epochs: times through the text; ``max_steps`` overrides it.
-        learning_rate: the peak, after 100 steps of warm-up, before half a cosine.
+        learning_rate: the peak, after 100 steps of warm-up (at most a tenth of all), before half a
+            cosine.
+        bf16: autocast; a CPU without AMX is faster without.
 
     Raises:
         ValueError: another architecture, a size below 1, heads that do not divide the hidden size.
@@ -41,6 +43,7 @@ class BackboneSpec:
     epochs: int = 6
     max_steps: int | None = None
     learning_rate: float = 1.5e-3
+    bf16: bool = True
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -50,7 +53,9 @@ class BackboneSpec:
             )
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "architecture" and value is not None and not value > 0:
+            if field.name in ("architecture", "bf16") or value is None:
+                continue
+            if not value > 0:
                 raise ValueError(f"BackboneSpec: {field.name} must be above 0, got {value}")
         if self.hidden_size % self.heads or self.heads % self.key_value_heads:
             raise ValueError(
@@ -93,7 +98,7 @@ class TrainSettings:
         lora: train an adapter of ``lora_rank``, ``lora_alpha`` on ``lora_targets`` (PEFT's names,
             or ``"all-linear"``: every linear layer but the head) and not all weights. Ignored by
             the gated head, which never trains its backbone.
-        bf16: autocast. The weights that are trained stay fp32.
+        bf16: autocast; a CPU without AMX is faster without. The trained weights stay fp32.
         logging_steps: optimizer steps between logs, which are kept.
 
     Raises:
@@ -116,7 +121,7 @@ class TrainSettings:
     lora_alpha: float = 16.0
     lora_targets: str | tuple[str, ...] = "all-linear"
     bf16: bool = False
-    logging_steps: int = 5
+    logging_steps: int = 1
 
     def __post_init__(self) -> None:
         above_zero = ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_size")

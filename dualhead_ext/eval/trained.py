@@ -20,6 +20,7 @@ import safetensors
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
 
 from ..modeling import DualHeadForCausalLM
 from ..pretrained import CONFIG_NAME
@@ -47,6 +48,19 @@ def new_folder(out: Path) -> Iterator[Path]:
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """transformers' bars of loading and writing, or none."""
+    before = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            transformers_logging.enable_progress_bar()
 
 
 def weights_digest(folder: Path) -> str:

@@ -5,12 +5,12 @@ folder.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -18,10 +18,10 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 from .systems import TrainSettings
 from .trained import (
+    bars,
     check_finite,
     check_log,
     finite_logs,
@@ -80,7 +80,7 @@ def run(
     if not pairs:
         raise ValueError(f"{name}: pairs must hold at least one, got none")
     started = time.monotonic()
-    with new_folder(out) as folder, _bars(progress):
+    with new_folder(out) as folder, bars(progress):
         set_seed(settings.seed)  # fresh weights: gate, adapter, score
         trainer = build(training_arguments(settings, folder, progress))
         trainer.add_callback(StopOnNonFinite())
@@ -111,19 +111,6 @@ def run(
     return Path(out)
 
 
-@contextlib.contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """transformers' bars of loading and writing, or none."""
-    before = transformers_logging.is_progress_bar_enabled()
-    if not shown:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            transformers_logging.enable_progress_bar()
-
-
 def training_arguments(settings: TrainSettings, folder: Path, progress: bool) -> dict[str, Any]:
     """Of transformers' TrainingArguments. No checkpoints, which would be pickled."""
     return {
@@ -140,6 +127,7 @@ def training_arguments(settings: TrainSettings, folder: Path, progress: bool) ->
         "seed": settings.seed,
         "data_seed": settings.seed,
         "bf16": settings.bf16,
+        "use_cpu": not torch.cuda.is_available(),  # or bf16 is refused
         "save_strategy": "no",
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
