@@ -3,6 +3,7 @@
 loss that its paper says, on the tokens that the gated head trains on.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 import dualhead_ext as dh
 from dualhead_ext.collate import PreferenceCollator, tokenize_pairs
 from dualhead_ext.decoding import sequence_rewards
-from dualhead_ext.eval import trained, training, training_run
+from dualhead_ext.eval import reinforcement, trained, training, training_run
 from dualhead_ext.eval.pretraining import make_model, write_backbone
 from dualhead_ext.eval.systems import DUAL_HEAD_VARIANTS, BackboneSpec, TrainSettings
 
@@ -35,7 +36,8 @@ PAIRS = [
     for i, word in enumerate(WORDS)
 ]
 FAST = {"batch_size": 4, "max_length": 48, "logging_steps": 1, "learning_rate": 1e-2}
-ADAPTED = [(name, lora) for name in training.TRAINERS for lora in (False, True)]
+ON_PAIRS = [name for name in training.TRAINERS if name != "rloo"]
+ADAPTED = [(name, lora) for name in ON_PAIRS for lora in (False, True)]
 ADAPTED.remove(("dual_head", True))  # its backbone is frozen in any case
 
 
@@ -59,6 +61,10 @@ def backbone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(backbone):
     return training_run.load_tokenizer(backbone)
+
+
+def settings_of(steps, lora=False, learning_rate=1e-2):
+    return TrainSettings(**FAST | {"learning_rate": learning_rate}, max_steps=steps, lora=lora)
 
 
 def batch_of(pairs, tokenizer):
@@ -133,6 +139,52 @@ def test_a_seed_repeats_itself(tmp_path, backbone, name, lora):
         out = training.TRAINERS[name](backbone, PAIRS, tmp_path / str(i), settings)
         digests.append(trained.weights_digest(out))
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_rloo_raises_the_reward(tmp_path, backbone, tokenizer, lora, monkeypatch):
+    """A judge that likes half of the vocabulary, one that a direction of the embeddings tells from
+    the other: the policy says it more and more; a seed repeats itself."""
+    liked = trained.load_policy(backbone).get_input_embeddings().weight[:, 0] > 0
+    judged = []
+
+    def share(judge, tokenizer, *, completion_ids, **others):
+        judged.append(completion_ids)
+        return [float(liked[ids].float().mean()) for ids in completion_ids]
+
+    judge = training.train_reward_model(backbone, PAIRS, tmp_path / "judge", settings_of(steps=1))
+    monkeypatch.setattr(reinforcement, "text_rewards", share)
+    options = {"reward_model": judge, "new_tokens": 4, "generations": 12}
+    out, again = (
+        training.train_rloo(backbone, PAIRS, tmp_path / name, settings_of(8, lora, 3e-2), **options)
+        for name in ("a", "b")
+    )
+    assert trained.weights_digest(out) == trained.weights_digest(again)
+    logs = [entry["reward"] for entry in trained.read_record(out)["logs"] if "reward" in entry]
+    assert len(logs) == 8 and sum(logs[-2:]) / 2 > logs[0] + 0.1
+    assert all(len(ids) <= 4 for batch in judged for ids in batch)
+    assert {path.suffix for path in out.iterdir()} == {".json", ".safetensors"}
+    prompt = tokenizer(PAIRS[0]["prompt"], return_tensors="pt")
+    policy = trained.load_policy(out, backbone)
+    assert policy.generate(**prompt, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
+    with pytest.raises(ValueError, match="prompts of at most 1 tokens, got 0"):
+        settings = TrainSettings(**FAST | {"max_length": 5})
+        training.train_rloo(backbone, PAIRS, tmp_path / "c", settings, **options)
+
+
+def test_rloo_scores_the_texts_as_the_judge_was_trained_to(backbone, tokenizer):
+    """BOS, prompt, response, EOS: the score of an encoded pair."""
+    judge = trained.fresh_reward_model(backbone).eval()
+    rows = tokenize_pairs(PAIRS, tokenizer, FAST["max_length"])
+    ids, mask = (
+        [row[f"chosen_{kind}"] for row in rows] for kind in ("input_ids", "completion_mask")
+    )
+    written = [row[flags.index(1) :] for row, flags in zip(ids, mask, strict=True)]
+    prompts = [row["prompt"] for row in PAIRS]
+    got = reinforcement.text_rewards(judge, tokenizer, prompts=prompts, completion_ids=written)
+    batch = batch_of(PAIRS, tokenizer)
+    expected = sequence_rewards(judge, batch["input_ids"], batch["attention_mask"])[: len(PAIRS)]
+    assert torch.allclose(torch.tensor(got), expected, rtol=1e-5, atol=1e-6)
 
 
 # --- the losses -----------------------------------------------------------------------------------
@@ -330,10 +382,30 @@ def test_two_objectives(tmp_path, backbone):
     assert head.shape[0] == 2 and not torch.equal(head[0], head[1])
 
 
+@pytest.mark.parametrize("name", ["dual_head", "dpo", "reward_model"])
+def test_another_architecture_and_its_size(tmp_path, tokenizer, name):
+    """A Mistral with the tokenizer of the Llama."""
+    spec = dataclasses.replace(TINY, architecture="mistral", hidden_size=16)
+    write_backbone(make_model(spec, tokenizer), tokenizer, {}, tmp_path / "mistral")
+    settings = TrainSettings(**FAST, max_steps=1, lora=name == "dpo")
+    out = training.TRAINERS[name](tmp_path / "mistral", PAIRS, tmp_path / "out", settings)
+    assert load(name, out, tmp_path / "mistral").config.model_type == "mistral"
+
+
+def test_progress_is_silent_unless_asked_for(tmp_path, backbone, capfd):
+    settings = TrainSettings(**FAST, max_steps=2)
+    for shown in (False, True):
+        capfd.readouterr()
+        training.train_dpo(backbone, PAIRS, tmp_path / str(shown), settings, progress=shown)
+        out, err = capfd.readouterr()
+        assert out == "" and ("loss=" in err) == ("2/2" in err) == shown
+        assert shown or "it/s" not in err
+
+
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(training.TRAINERS))
+@pytest.mark.parametrize("name", ON_PAIRS)
 def test_nan_is_loud_and_leaves_nothing(tmp_path, backbone, tokenizer, name):
     model = trained.load_policy(backbone)
     with torch.no_grad():

@@ -90,8 +90,8 @@ class TrainSettings:
             through the model at once.
         max_length: tokens of a text; a longer prompt loses its beginning.
         seed: of first weights and the order of the pairs.
-        beta: scales the preference margin; None is the method's own of `BETAS`. Reward models
-            have none.
+        beta: scales the preference margin (or a KL penalty); None is the method's own of `BETAS`.
+            Reward models have none.
         warmup: optimizer steps, or a share of all if below 1.
         scheduler: a name of transformers'.
         weight_decay: of AdamW.
@@ -150,8 +150,9 @@ class TrainSettings:
         return asdict(self)
 
 
-# Each method's own beta: the dual head's default, GenARM's HH script, DPO's paper, SimPO's.
-BETAS = {"dual_head": 0.1, "autoregressive_reward": 0.05, "dpo": 0.1, "simpo": 2.0}
+# Each method's own beta: the dual head's default, GenARM's HH script, DPO's and SimPO's papers,
+# TRL's.
+BETAS = {"dual_head": 0.1, "autoregressive_reward": 0.05, "dpo": 0.1, "simpo": 2.0, "rloo": 0.05}
 
 # The gated head and what is taken from it or changed in it, one thing at a time: options of
 # training.train_dual_head. The last two keep one attention head: of the same number of parameters

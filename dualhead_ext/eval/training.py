@@ -19,6 +19,7 @@ from ..collate import tokenize_pairs
 from ..config import DualHeadConfig
 from ..modeling import DualHeadForCausalLM
 from ..trainer import DualHeadTrainer, DualHeadTrainingArguments
+from .reinforcement import train_rloo
 from .systems import TrainSettings
 from .trained import fresh_reward_model, load_policy
 from .training_run import Pairs, adapter, load_tokenizer, run
@@ -185,4 +186,5 @@ TRAINERS: dict[str, Callable[..., Path]] = {
     "dpo": train_dpo,
     "simpo": train_simpo,
     "reward_model": train_reward_model,
+    "rloo": train_rloo,
 }

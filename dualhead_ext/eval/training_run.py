@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoTokenizer,
+    ProgressCallback,
     TrainerCallback,
     set_seed,
 )
@@ -59,6 +60,14 @@ class StopOnNonFinite(TrainerCallback):
         check_log((logs or {}) | {"step": state.global_step})
 
 
+class Bar(ProgressCallback):
+    """transformers' bar with the loss behind it, in the place of a printed line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3g}")
+
+
 def run(
     method: str,
     build: Callable[[dict[str, Any]], Any],
@@ -84,7 +93,9 @@ def run(
         set_seed(settings.seed)  # fresh weights: gate, adapter, score
         trainer = build(training_arguments(settings, folder, progress))
         trainer.add_callback(StopOnNonFinite())
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback if progress else PrinterCallback)
+        if progress:
+            trainer.add_callback(Bar())
         trainer.train()
         model = trainer.model
         check_finite(model, name)

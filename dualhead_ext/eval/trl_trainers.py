@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 from torch import Tensor, nn
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -160,3 +160,25 @@ def reward_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+
+
+def rloo_trainer(
+    model: nn.Module,
+    reward: Callable[..., list[float]],
+    prompts: list[str],
+    tokenizer: Any,
+    arguments: dict[str, Any],
+    peft_config: Any,
+    **options: Any,
+) -> RLOOTrainer:
+    """RLOOTrainer on prompts; reward(prompts=..., completion_ids=..., **others) scores texts."""
+    arguments = {name: value for name, value in arguments.items() if name != "max_length"}
+    with _no_bars():
+        return RLOOTrainer(
+            model=model,
+            reward_funcs=reward,
+            train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in prompts]),
+            args=_config(RLOOConfig, **arguments, **options),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
