@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained for a comparison, as plain data: backbones, settings of a training, the variants
+of the gated head. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+ARCHITECTURES = ("llama", "mistral")
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A small backbone and how it is pre-trained. The defaults are the built-in backbone's.
+
+    Args:
+        architecture: ``"llama"`` or ``"mistral"``.
+        hidden_size, layers, heads, intermediate: the decoder's sizes.
+        kv_heads: heads of keys and values; default as many as ``heads``, for Mistral a half.
+        max_position_embeddings: the longest text that it takes.
+        context: tokens of a training row.
+        batch_size: rows of an optimizer step.
+        epochs: times through the text; ``max_steps`` overrides it.
+        learning_rate: the peak, after 100 steps of warm-up (at most a tenth of all), before half a
+            cosine.
+        bf16: autocast; a CPU without AMX is faster without.
+
+    Raises:
+        ValueError: another architecture, a size below 1, heads that do not divide the hidden size.
+    """
+
+    architecture: str = "llama"
+    hidden_size: int = 256
+    layers: int = 4
+    heads: int = 4
+    intermediate: int = 704
+    kv_heads: int | None = None
+    max_position_embeddings: int = 1024
+    context: int = 512
+    batch_size: int = 8
+    epochs: int = 6
+    max_steps: int | None = None
+    learning_rate: float = 1.5e-3
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"BackboneSpec: architecture must be one of {', '.join(ARCHITECTURES)}, "
+                f"got {self.architecture!r}"
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("architecture", "bf16") or value is None:
+                continue
+            if not value > 0:
+                raise ValueError(f"BackboneSpec: {field.name} must be above 0, got {value}")
+        if self.hidden_size % self.heads or self.heads % self.key_value_heads:
+            raise ValueError(
+                f"BackboneSpec: heads must divide hidden_size, and kv_heads heads, got "
+                f"{self.hidden_size}, {self.heads} and {self.key_value_heads}"
+            )
+        if self.context >= self.max_position_embeddings:
+            raise ValueError(
+                f"BackboneSpec: context must be below max_position_embeddings "
+                f"{self.max_position_embeddings}, got {self.context}"
+            )
+
+    @property
+    def key_value_heads(self) -> int:
+        if self.kv_heads is not None:
+            return self.kv_heads
+        return self.heads if self.architecture == "llama" else max(1, self.heads // 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What every training on preference pairs has in common: AdamW (0.9, 0.999) in fp32.
+
+    Args:
+        learning_rate: the peak. For models of a few million parameters; a 7B wants far less.
+        epochs: times through the pairs; ``max_steps`` overrides it.
+        batch_size: pairs of an optimizer step, of which ``micro_batch_size`` (default all) go
+            through the model at once.
+        max_length: tokens of a text; a longer prompt loses its beginning.
+        seed: of first weights and the order of the pairs.
+        beta: scales the preference margin (or a KL penalty); None is the method's own of `BETAS`.
+            Reward models have none.
+        warmup: optimizer steps, or a share of all if below 1.
+        scheduler: a name of transformers'.
+        weight_decay: of AdamW.
+        lora: train an adapter of ``lora_rank``, ``lora_alpha`` on ``lora_targets`` (PEFT's names,
+            or ``"all-linear"``: every linear layer but the head) and not all weights. Ignored by
+            the gated head, which never trains its backbone.
+        bf16: autocast; a CPU without AMX is faster without. The trained weights stay fp32.
+        logging_steps: optimizer steps between logs, which are kept.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    max_length: int = 256
+    seed: int = 0
+    beta: float | None = None
+    warmup: float = 0.1
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    lora: bool = False
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_targets: str | tuple[str, ...] = "all-linear"
+    bf16: bool = False
+    logging_steps: int = 1
+
+    def __post_init__(self) -> None:
+        above_zero = ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_size")
+        for name in (*above_zero, "beta", "lora_rank", "lora_alpha", "logging_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"TrainSettings: {name} must be above 0, got {value}")
+        if self.max_length < 2:
+            raise ValueError(f"TrainSettings: max_length must be at least 2, got {self.max_length}")
+        if self.batch_size % self.pairs_at_once:
+            raise ValueError(
+                f"TrainSettings: micro_batch_size must divide batch_size {self.batch_size}, "
+                f"got {self.micro_batch_size}"
+            )
+
+    @property
+    def pairs_at_once(self) -> int:
+        return self.micro_batch_size or self.batch_size
+
+    def beta_of(self, method: str) -> float:
+        """``beta``, or the method's own."""
+        return BETAS[method] if self.beta is None else self.beta
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+# Each method's own beta: the dual head's default, GenARM's HH script, DPO's and SimPO's papers,
+# TRL's.
+BETAS = {"dual_head": 0.1, "autoregressive_reward": 0.05, "dpo": 0.1, "simpo": 2.0, "rloo": 0.05}
+
+# The gated head and what is taken from it or changed in it, one thing at a time: options of
+# training.train_dual_head. The last two keep one attention head: of the same number of parameters
+# (384 = 8 x 48 wide), and of the same head size.
+DUAL_HEAD_VARIANTS: dict[str, dict[str, Any]] = {
+    "dual_head": {},
+    "probs_mix": {"mix": "probs"},
+    "fixed_gate": {"gate": "fixed", "gate_alpha": 0.5},
+    "linear_gate": {"gate": "linear"},
+    "no_regularizer": {"gate_regularizer": "none"},
+    "printed_sign": {"gate_regularizer": "entropy_as_printed"},
+    "pref_on_mixed": {"pref_on": "mixed"},
+    "single_head_equal_parameters": {"gate_num_heads": 1, "gate_head_dim": 384},
+    "single_head_equal_size": {"gate_num_heads": 1, "gate_head_dim": 48},
+}
