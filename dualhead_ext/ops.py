@@ -257,7 +257,9 @@ if _extension.problem("cpu") is None:
 
 def loss_rows_kernel_for(z: Tensor) -> bool:
     """Whether :func:`loss_rows` and :func:`loss_rows_backward_` take logits like these."""
-    return z.device.type == "cpu" and z.dtype == torch.float32 and _extension.problem("cpu") is None
+    device = z.device.type
+    has_kernel = device in _KERNEL_DTYPES and z.dtype == torch.float32
+    return has_kernel and _extension.problem(device) is None
 
 
 def loss_rows(
@@ -276,7 +278,7 @@ def loss_rows(
     Formulas: :mod:`dualhead_ext.loss_rows`, whose PyTorch functions are the meaning of this.
 
     Args:
-        z_lm, z_rm: (n, V) fp32, contiguous, on the CPU; z_lm None where nothing is mixed.
+        z_lm, z_rm: (n, V) fp32, contiguous, on the CPU or CUDA; z_lm None where nothing is mixed.
         gate_logit: (n,) fp32; labels: (n,) int64 in [0, V), which is not checked here.
     Returns:
         mixed, reward: (n,) fp32, (0,) if not asked for; normalizers (2, n) float64, for

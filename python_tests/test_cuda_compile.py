@@ -26,6 +26,9 @@ class Limit:
 # Hot kernels by a part of their name. A kernel named nowhere must not spill either.
 LIMITS = {
     "decode_step_kernel": Limit(registers=128),  # 256 threads: two blocks per multiprocessor
+    # 256 threads: four blocks or more, for enough reads in flight
+    "loss_rows_kernel": Limit(registers=64),
+    "loss_rows_backward_kernel": Limit(registers=64),
 }
 ARCHS = {"sm_80", "sm_90a", "sm_100"}
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled rows of the training loss against the same in PyTorch's operators, for every
-instruction set, odd sizes, and numbers at the edge."""
+instruction set and the CUDA kernel on the host backend, odd sizes, and numbers at the edge."""
 
 import pytest
 import torch
 from decode_cases import CPU_ISAS, bits, forced_isa, threads
+from loss_rows_host import on_the_host_backend
 
 from dualhead_ext import loss_rows, ops
 from dualhead_ext.losses import LossOptions
@@ -18,10 +19,17 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(params=CPU_ISAS)
+HOST_CUDA = "host cuda"
+
+
+@pytest.fixture(params=[*CPU_ISAS, HOST_CUDA])
 def isa(request):
-    with forced_isa(request.param):
-        yield request.param
+    if request.param == HOST_CUDA:
+        with on_the_host_backend():
+            yield request.param
+    else:
+        with forced_isa(request.param):
+            yield request.param
 
 
 def problem(seed, n, V, scale=3.0):

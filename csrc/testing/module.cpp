@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "../kernels/cuda/decode.h"
+#include "../kernels/cuda/loss.h"
 #include "../kernels/cuda/primitives.cuh"
 
 namespace py = pybind11;
@@ -101,6 +102,31 @@ std::string decode_step(const py::dict& arguments, const std::string& dtype, int
       cuda::decode_step(params, workspace.get(), device, nullptr, {blocks, threads})));
 }
 
+LossRowsParams loss_params_from(const py::dict& a) {
+  const auto z_rm = py::array(a["z_rm"]);
+  LossRowsParams p{};
+  p.n = z_rm.shape(0), p.V = z_rm.shape(1);
+  p.z_lm = pointer<float>(a, "z_lm"), p.z_rm = pointer<float>(a, "z_rm");
+  p.gate_logit = pointer<float>(a, "gate_logit"), p.labels = pointer<int64_t>(a, "labels");
+  p.mix_probs = a["mix_probs"].cast<bool>();
+  p.logit_scale = a["logit_scale"].cast<float>();
+  p.logit_softcap = a["logit_softcap"].cast<float>();
+  p.mixed = pointer<float>(a, "mixed"), p.reward = pointer<float>(a, "reward");
+  p.mixed_normalizer = pointer<double>(a, "normalizers");
+  p.rm_normalizer = p.mixed_normalizer + p.n;
+  p.mixed_grad = pointer<float>(a, "mixed_grad"), p.reward_grad = pointer<float>(a, "reward_grad");
+  p.gate_grad = pointer<float>(a, "gate_grad");
+  p.write_lm = a.contains("write_lm") && a["write_lm"].cast<bool>();
+  return p;
+}
+
+// Returns the launch's error by name.
+std::string loss_rows(const py::dict& arguments, bool backward, int device) {
+  const auto kernel = backward ? cuda::loss_rows_backward : cuda::loss_rows;
+  const int error = kernel(loss_params_from(arguments), device, nullptr);
+  return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
+
 void set_device(int multiprocessors, int blocks_per_multiprocessor, bool cooperative_launch,
                 uint64_t seed, int skipped_grid_barrier, int skipped_block_barrier) {
   host_cuda::device() = {multiprocessors,
@@ -134,6 +160,7 @@ PYBIND11_MODULE(dualhead_testing, m) {
   using namespace dualhead;  // NOLINT: one list of names
   m.def("decode_step", &decode_step, py::arg("arguments"), py::arg("dtype"), py::arg("blocks") = 0,
         py::arg("threads") = 0, py::arg("device") = 0, py::arg("dirt") = 0xFF);
+  m.def("loss_rows", &loss_rows, py::arg("arguments"), py::arg("backward"), py::arg("device") = 0);
   m.def("set_device", &set_device, py::kw_only(), py::arg("multiprocessors") = 4,
         py::arg("blocks_per_multiprocessor") = 2, py::arg("cooperative_launch") = true,
         py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,

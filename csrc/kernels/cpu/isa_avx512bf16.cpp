@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "../loss_math.h"
 #include "../weight_format.h"
 #include "isa.h"
 

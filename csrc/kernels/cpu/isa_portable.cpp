@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Any machine: what the compiler makes of 16-byte vectors on its baseline.
 
+#include "../loss_math.h"
 #include "../weight_format.h"
 #include "isa.h"
 

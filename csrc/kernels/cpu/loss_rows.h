@@ -21,20 +21,12 @@ struct PostProcess {
   }
 };
 
-// The mixture's shares of a row. A share that is exactly 0 selects the other head.
-struct Shares {
-  float lm, rm;
-  explicit Shares(float gate_logit) {
-    lm = static_cast<float>(1.0 / (1.0 + __builtin_exp(static_cast<double>(gate_logit))));
-    rm = static_cast<float>(1.0 / (1.0 + __builtin_exp(-static_cast<double>(gate_logit))));
-  }
-  bool selects() const { return lm == 0.0f || rm == 0.0f; }
-  F32 mix(F32 z_lm, F32 z_rm) const {
-    if (rm == 0.0f) return z_lm;
-    if (lm == 0.0f) return z_rm;
-    return fma(splat(rm), z_rm, z_lm * lm);
-  }
-};
+// (1 - s) z_LM + s z_RM.
+inline F32 mix(LossShares shares, F32 z_lm, F32 z_rm) {
+  if (shares.rm == 0.0f) return z_lm;
+  if (shares.lm == 0.0f) return z_rm;
+  return fma(splat(shares.rm), z_rm, z_lm * shares.lm);
+}
 
 // f of the logits that a distribution is over, kLanes at a time: one head's, or the mixture's.
 struct OneHead {
@@ -46,10 +38,10 @@ struct OneHead {
 struct Mixture {
   const float *lm, *rm;
   PostProcess post;
-  Shares shares;
-  F32 raw(int64_t v) const { return shares.mix(load(lm + v), load(rm + v)); }
+  LossShares shares;
+  F32 raw(int64_t v) const { return mix(shares, load(lm + v), load(rm + v)); }
   F32 raw(int64_t v, int64_t n) const {
-    return shares.mix(load_partial(lm + v, n), load_partial(rm + v, n));
+    return mix(shares, load_partial(lm + v, n), load_partial(rm + v, n));
   }
 };
 
@@ -93,17 +85,6 @@ inline double value_at(const Source& s, int64_t v) {
   return static_cast<double>(first_lane(s.post.value(s.raw(v, 1))));
 }
 
-// log((1 - s) e^lm + s e^rm), s = sigmoid(l): log-shares of l, which a saturated s has lost.
-inline double mixed_log_prob(float gate_logit, const Shares& shares, double lm, double rm) {
-  if (shares.rm == 0.0f) return lm;
-  if (shares.lm == 0.0f) return rm;
-  const double l = static_cast<double>(gate_logit);
-  const double soft = __builtin_log1p(__builtin_exp(-__builtin_fabs(l)));
-  const double a = lm + (l > 0 ? -l - soft : -soft), b = rm + (l > 0 ? -soft : l - soft);
-  const double high = a > b ? a : b, low = a > b ? b : a;
-  return high + __builtin_log1p(__builtin_exp(low - high));
-}
-
 void loss_rows(const LossRowsParams& p, int64_t begin, int64_t end) {
   const PostProcess post{p.logit_scale, p.logit_softcap};
   for (int64_t n = begin; n < end; ++n) {
@@ -121,7 +102,7 @@ void loss_rows(const LossRowsParams& p, int64_t begin, int64_t end) {
     }
     if (p.rm_normalizer) p.rm_normalizer[n] = rm_total;
     if (!p.mixed) continue;
-    const Shares shares(p.gate_logit[n]);
+    const LossShares shares = loss_shares(p.gate_logit[n]);
     if (!p.mix_probs) {
       const Mixture mixture{lm, rm, post, shares};
       const double total = log_sum_exp(mixture, p.V);
@@ -145,21 +126,17 @@ inline void store_partial(float* p, F32 x, int64_t n) {
   __builtin_memcpy(p, lanes, n * sizeof(float));
 }
 
-// A log-sum-exp in two floats: the difference to a logit near it stays exact.
-struct Normalizer {
-  float high, low;
-  explicit Normalizer(double total)
-      : high(static_cast<float>(total)), low(static_cast<float>(total - double{high})) {}
-  F32 softmax(F32 y) const { return exp_nonpositive((y - high) - low); }
-};
+inline F32 softmax(SplitNormalizer total, F32 y) {
+  return exp_nonpositive((y - total.high) - total.low);
+}
 
 // What the kernel does to kLanes logits of a row: the new z_lm and z_rm; returns the gate's terms.
 struct RowGradient {
   PostProcess post;
-  Shares shares;
+  LossShares shares;
   bool mixes, mix_probs;
   float mixed, reward;  // upstream gradients
-  Normalizer mixed_total, rm_total;
+  SplitNormalizer mixed_total, rm_total;
   float to_lm, to_rm;  // probability mix: c (1 - q) and c q
   // label: 1 in the label's lane, else 0.
   F32 apply(F32& lm, F32& rm, F32 label) const {
@@ -167,15 +144,15 @@ struct RowGradient {
     const F32 z_rm = rm;
     if (reward != 0.0f || (mixes && mix_probs)) {
       const F32 y = post.value(z_rm);
-      const F32 each = (label - rm_total.softmax(y)) * post.slope(y);
+      const F32 each = (label - softmax(rm_total, y)) * post.slope(y);
       out_rm = each * (reward + (mixes && mix_probs ? to_rm : 0.0f));
     }
     if (mixes && mix_probs) {
       const F32 y = post.value(lm);
-      lm = (label - mixed_total.softmax(y)) * post.slope(y) * to_lm;
+      lm = (label - softmax(mixed_total, y)) * post.slope(y) * to_lm;
     } else if (mixes) {
-      const F32 y = post.value(shares.mix(lm, z_rm));
-      const F32 dz = (label - mixed_total.softmax(y)) * post.slope(y) * mixed;
+      const F32 y = post.value(mix(shares, lm, z_rm));
+      const F32 dz = (label - softmax(mixed_total, y)) * post.slope(y) * mixed;
       if (!shares.selects()) gate = dz * (z_rm - lm);
       lm = dz * shares.lm;
       out_rm = out_rm + dz * shares.rm;
@@ -221,38 +198,33 @@ inline double row_gradient(const RowGradient& g, float* lm, float* rm, bool writ
 
 void loss_rows_backward(const LossRowsParams& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    const Shares shares(p.mixed ? p.gate_logit[n] : 0.0f);
+    const LossShares shares = loss_shares(p.mixed ? p.gate_logit[n] : 0.0f);
     RowGradient g{{p.logit_scale, p.logit_softcap},
                   shares,
                   p.mixed != nullptr,
                   p.mix_probs,
                   p.mixed ? p.mixed_grad[n] : 0.0f,
                   p.reward_grad ? p.reward_grad[n] : 0.0f,
-                  Normalizer(p.mixed ? p.mixed_normalizer[n] : 0.0),
-                  Normalizer(p.rm_normalizer[n]),
+                  split_normalizer(p.mixed ? p.mixed_normalizer[n] : 0.0),
+                  split_normalizer(p.rm_normalizer[n]),
                   0.0f,
                   0.0f};
-    double through_shares = 0.0;  // d log P_y / d(gate logit), probability mix
+    float of_shares = 0.0f;
     if (p.mixed && p.mix_probs) {
-      // Of two ways to the same numbers, the one that a saturated share does not cancel in.
-      const bool high = p.gate_logit[n] > 0.0f;
       const OneHead lm_head{p.z_lm + n * p.V, g.post}, rm_head{p.z_rm + n * p.V, g.post};
       const double of_lm = value_at(lm_head, p.labels[n]) - p.mixed_normalizer[n];
       const double of_rm = value_at(rm_head, p.labels[n]) - p.rm_normalizer[n];
-      const double mixed = mixed_log_prob(p.gate_logit[n], shares, of_lm, of_rm);
-      const double ratio = __builtin_exp((high ? of_lm : of_rm) - mixed);
-      const double share = static_cast<double>(high ? shares.lm : shares.rm);
-      // The posterior of the head that has the smaller share.
-      const double part = share == 0.0 ? 0.0 : share * ratio, c = static_cast<double>(g.mixed);
-      g.to_lm = static_cast<float>(c * (high ? part : 1.0 - part));
-      g.to_rm = static_cast<float>(c * (high ? 1.0 - part : part));
-      through_shares = high ? share * (1.0 - ratio) : share * (ratio - 1.0);
+      const MixedGradient of_mix = mixed_gradient(p.gate_logit[n], shares, of_lm, of_rm, g.mixed);
+      g.to_lm = of_mix.to_lm;
+      g.to_rm = of_mix.to_rm;
+      of_shares = of_mix.gate;
     }
     float* lm = p.z_lm ? p.z_lm + n * p.V : nullptr;
-    double gate = row_gradient(g, lm, p.z_rm + n * p.V, p.write_lm, p.labels[n], p.V);
+    const double gate = row_gradient(g, lm, p.z_rm + n * p.V, p.write_lm, p.labels[n], p.V);
     if (!p.gate_grad) continue;
-    gate = p.mix_probs ? static_cast<double>(g.mixed) * through_shares
-                       : gate * static_cast<double>(shares.rm) * static_cast<double>(shares.lm);
-    p.gate_grad[n] = shares.selects() ? 0.0f : static_cast<float>(gate);
+    const double of_logits = gate * static_cast<double>(shares.rm) * static_cast<double>(shares.lm);
+    p.gate_grad[n] = p.mix_probs        ? of_shares
+                     : shares.selects() ? 0.0f
+                                        : static_cast<float>(of_logits);
   }
 }
