@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss's CUDA kernel, the very source, on the host backend: what is its own, the blocks' shapes,
+"""The loss's CUDA kernel, the very source, on the host backend: what is its own, blocks' shapes,
 alignment, barriers, launches. Its numbers, over every option and at the edge, are compared with
 float64 in test_loss_rows.py, beside the CPU kernels'; what only a GPU can show is in
 test_cuda_loss.py.
