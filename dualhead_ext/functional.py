@@ -5,6 +5,7 @@ means what `reference_loss` says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def dual_head_loss(
     objective: Tensor | None = None,
     objective_weights: Tensor | None = None,
     counts: LossCounts | None = None,
+    lengths: Sequence[int] | Tensor | None = None,
 ) -> DualHeadLossOutput:
     """``L = L_LM + lambda_R L_pref + L_gate`` of a batch of pairs, without N x V logits.
 
@@ -62,6 +64,10 @@ def dual_head_loss(
     their gradients are made at once: memory does not grow with N, and nothing is computed twice
     but for a pair that is too long by itself. There is a first derivative only.
 
+    How many tokens there are decides over every size, so a loss on CUDA waits for the device: once,
+    or not at all where ``lengths`` says it and objective and objective_weights are on the CPU. What
+    is wrong with the labels is then found by an assertion on the device.
+
     Args:
         hidden: (R, T, d), the backbone's final hidden states; R = 2P rows [all chosen; all
             rejected], then rows for L_LM alone.
@@ -74,17 +80,21 @@ def dual_head_loss(
         reward_weight, reward_bias: (V, d) or (K, V, d); (V,) or (K, V).
         mix ... logit_softcap: see :class:`dualhead_ext.losses.LossOptions`.
         num_pairs: P; default R / 2.
-        objective: (P,) int64, the head that L_pref of each pair acts on; default 0.
+        objective: (P,) int64, the head that L_pref of each pair acts on; default 0. On the device
+            of hidden or on the CPU, as objective_weights.
         objective_weights: (K,), how L_LM's mixture weighs the heads; default 1/K each.
         counts: what the means divide by, where this batch is a part of a larger one
             (accumulation, several processes); default this batch's own.
+        lengths: (R,), response tokens of each row, ``mask.sum(-1)``, known to the host: a sequence
+            of int, or int64 on the CPU. Default: counted.
     Returns:
         :class:`dualhead_ext.losses.DualHeadLossOutput`; ``out.loss`` is differentiable with respect
         to hidden, gate_logit and the four weights.
     Raises:
         TypeError: not a tensor, a wrong dtype, a float64 mixed with another.
         ValueError: shapes that disagree, an empty batch, values out of range, labels outside [0, V)
-            where the mask is set, tensors on different devices.
+            where the mask is set, lengths that are not the mask's, tensors on different devices.
+            On CUDA with lengths given, a device assertion says so of labels and lengths.
     """
     options = LossOptions(
         mix=mix,
@@ -107,15 +117,20 @@ def dual_head_loss(
         reward_weight = reward_weight[None]
         reward_bias = None if reward_bias is None else reward_bias[None]
     num_pairs = _checked_num_pairs(num_pairs, hidden.shape[0])
-    num_objectives, device = reward_weight.shape[0], hidden.device
-    objective = _checked_objective(objective, num_pairs, num_objectives, device)
+    num_objectives = reward_weight.shape[0]
+    _check_objective(objective, num_pairs, hidden.device)
     weights = _checked_weights(objective_weights, num_objectives, gate_logit)
     if counts is not None and not isinstance(counts, LossCounts):
         raise TypeError(f"{_NAME}: counts must be LossCounts or None, got {type(counts).__name__}")
-    _check_labels(labels, mask, lm_weight.shape[0])
+    lengths = _checked_lengths(lengths, hidden.shape[0])
+    lengths, objective, weights = _on_host(
+        labels, mask, lm_weight.shape[0], lengths, objective, weights
+    )
+    if objective is not None:
+        objective = _checked_objective_values(objective, num_objectives)
     heads = reference_loss.Heads(lm_weight, lm_bias, reward_weight, reward_bias, weights)
     return fused_loss.dual_head_loss(
-        hidden, labels, mask, gate_logit, heads, options, num_pairs, objective, counts
+        hidden, labels, mask, gate_logit, heads, options, num_pairs, objective, counts, lengths
     )
 
 
@@ -218,16 +233,19 @@ def _checked_num_pairs(num_pairs: int | None, num_rows: int) -> int:
     return num_pairs
 
 
-def _checked_objective(
-    objective: Tensor | None, num_pairs: int, num_objectives: int, device: torch.device
-) -> Tensor | None:
+def _check_objective(objective: Tensor | None, num_pairs: int, device: torch.device) -> None:
     if objective is None:
-        return None
+        return
     _check_tensor("objective", objective)
     if objective.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{_NAME}: objective must be int64, got {objective.dtype}")
+    if objective.device.type == "cpu":
+        device = objective.device
     _check_shape("objective", objective, (num_pairs,), device)
-    if num_pairs and not bool(((objective >= 0) & (objective < num_objectives)).all()):
+
+
+def _checked_objective_values(objective: Tensor, num_objectives: int) -> Tensor:
+    if not bool(((objective >= 0) & (objective < num_objectives)).all()):
         raise ValueError(
             f"{_NAME}: objective must hold numbers in [0, {num_objectives}), "
             f"got {objective.min().item()} ... {objective.max().item()}"
@@ -245,14 +263,66 @@ def _checked_weights(weights: Any, num_objectives: int, like: Tensor) -> Tensor 
         raise ValueError(
             f"{_NAME}: objective_weights must be ({num_objectives},), got {tuple(weights.shape)}"
         )
-    return weights.to(like)
+    return weights.to(like.dtype)
 
 
-def _check_labels(labels: Tensor, mask: Tensor, vocab_size: int) -> None:
+def _checked_lengths(lengths: Any, num_rows: int) -> Tensor | None:
+    if lengths is None:
+        return None
+    lengths = torch.as_tensor(lengths)
+    if lengths.dtype != torch.int64:
+        raise TypeError(f"{_NAME}: lengths must be int64, got {lengths.dtype}")
+    _check_shape("lengths", lengths, (num_rows,), lengths.device)
+    if lengths.device.type != "cpu":
+        raise ValueError(f"{_NAME}: lengths must be on the CPU, got {lengths.device}")
+    return lengths
+
+
+# --- what the host must know ---------------------------------------------------------------------
+
+
+def _on_host(
+    labels: Tensor,
+    mask: Tensor,
+    vocab_size: int,
+    lengths: Tensor | None,
+    objective: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """lengths, objective and weights on the CPU, once the labels are checked: by the host, or,
+    where it would wait for CUDA for nothing else, by the device.
+    """
     outside = mask.bool() & ((labels < 0) | (labels >= vocab_size))
-    if bool(outside.any()):
+    counted, wrong = mask.bool().sum(-1), outside.any()
+    if lengths is not None and mask.is_cuda:
+        torch._assert_async(
+            ~wrong, f"{_NAME}: labels must be in [0, {vocab_size}) where mask is set"
+        )
+        same = (counted == lengths.to(mask.device, non_blocking=True)).all()
+        torch._assert_async(same, f"{_NAME}: lengths must be those of mask")
+        return lengths, *_copied([objective, weights])
+    counted, wrong, objective, weights = _copied([counted, wrong, objective, weights])
+    if wrong:
         where = tuple(outside.nonzero()[0].tolist())
         raise ValueError(
             f"{_NAME}: labels must be in [0, {vocab_size}) where mask is set, "
             f"got {labels[where].item()} at {where}"
         )
+    if lengths is not None and not torch.equal(lengths, counted):
+        raise ValueError(
+            f"{_NAME}: lengths must be those of mask, {counted.tolist()}, got {lengths.tolist()}"
+        )
+    return counted, objective, weights
+
+
+def _copied(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """On the CPU, by one transfer of all that are not yet there."""
+    there = [x for x in tensors if x is not None and x.device.type != "cpu"]
+    if not there:
+        return tensors
+    numbers = torch.cat([x.flatten().double() for x in there]).cpu()
+    parts = iter(numbers.split([x.numel() for x in there]))
+    return [
+        x if x is None or x.device.type == "cpu" else next(parts).view(x.shape).to(x.dtype)
+        for x in tensors
+    ]

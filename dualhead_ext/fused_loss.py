@@ -6,11 +6,15 @@ products. So a chunk holds whole pairs: products into a workspace, log-probabili
 preference coefficient, then dz in place of the logits, dW and d(gate logit). Nothing is computed
 twice, but for a pair too long for the workspace. Gradients are made in forward and scaled in
 backward. Response tokens are gathered first; z_LM is computed only where the mixture is wanted.
+
+What decides over sizes and chunks (lengths, objectives, their weights) lies on the host, so that
+nothing here waits for a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from .losses import (
     DualHeadLossOutput,
     LossCounts,
     LossOptions,
+    at_least_one,
     gate_entropy,
     pair_loss,
 )
@@ -38,7 +43,9 @@ Computed = tuple[list[tuple[Job, loss_rows.Rows]], list[Product]]
 
 
 class Pass:
-    """One pass over a batch: :meth:`run` fills the sums of rows and, if wanted, the gradients."""
+    """One pass over a batch: :meth:`run` fills the sums of rows and, if wanted, the gradients.
+    lengths, objective and heads.objective_weights are on the CPU.
+    """
 
     def __init__(
         self,
@@ -51,17 +58,19 @@ class Pass:
         counts: LossCounts,
         wanted: dict[str, bool],
     ) -> None:
-        self.tokens, self.lengths, self.options = tokens, lengths, options
+        self.tokens, self.options = tokens, options
         self.num_pairs, self.counts = num_pairs, counts
         self.products = Products(tokens, heads, wanted)
         self.needs_gradients = any(wanted.values())
         self.wants_gate = wanted["gate_logit"]
         self._lm_gradients = wanted["lm_weight"] or wanted["lm_bias"] or wanted["hidden"]
         dtype, device = self.products.dtype, tokens.hidden.device
+        self.lengths = lengths.to(device, non_blocking=True)
         self.lm_nll = torch.zeros(len(lengths), dtype=dtype, device=device)
         self.pair_logps = torch.zeros_like(self.lm_nll)
         self.gate_grad = torch.zeros_like(tokens.gate_logit)
-        self._starts = [0, *lengths.cumsum(0).tolist()]
+        self._starts = [0, *accumulate(lengths.tolist())]
+        self._longest = max(lengths.tolist())
         self._objective = None if objective is None else objective.tolist()
         count = heads.reward_weight.shape[0]
         weights = heads.objective_weights
@@ -73,31 +82,33 @@ class Pass:
         self._budget = max(2, WORKSPACE_BYTES // (vocab * self.lm_nll.element_size()))
         rows = min(self._budget, 4 * len(tokens.rows))
         self._workspace = torch.empty(rows, vocab, dtype=dtype, device=device)
-        lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
-        self._lm_coefficient = -1.0 / max(float(lm_count), 1.0)
+        self._lm_count = at_least_one(LM_REDUCTIONS[options.lm_reduction](counts))
 
     # --- what the chunks are ---
 
     def _jobs(self, first: int, last: int, in_lm: bool, objectives: list[int] | None) -> list[Job]:
         """For the tokens of rows [first, last): of pairs with these objectives, or of none."""
-        start, end = self._starts[first], self._starts[last]
-        index = torch.arange(start, end, device=self.tokens.rows.device)
+        index = self._tokens_of(first, last)
         mixed = self.options.pref_on == "mixed"
         if objectives is None or (self._one and in_lm):
             return [Job(index, self._mixture, in_lm, objectives is not None, mixed)]
         jobs = [Job(index, self._mixture, True, False, False)] if in_lm else []
-        owner = torch.repeat_interleave(
-            torch.tensor(objectives, device=index.device), self.lengths[first:last]
-        )
         for k in sorted(set(objectives)):
-            jobs.append(Job(index[owner == k], ((k, 1.0),), False, True, mixed))
+            rows = [first + i for i, of_row in enumerate(objectives) if of_row == k]
+            index = torch.cat([self._tokens_of(row, row + 1) for row in rows])
+            jobs.append(Job(index, ((k, 1.0),), False, True, mixed))
         return jobs
+
+    def _tokens_of(self, first: int, last: int) -> Tensor:
+        """Of rows [first, last)."""
+        device = self.tokens.rows.device
+        return torch.arange(self._starts[first], self._starts[last], device=device)
 
     def _rows_of_logits(self, jobs: list[Job]) -> int:
         return sum(len(job.index) * (2 if job.mixes else 1) for job in jobs)
 
     def _chunks(self) -> Iterator[tuple[list[Job], list[int]]]:
-        """(jobs, their pairs): pairs until the workspace is full, then rows without pairs."""
+        """(jobs, their consecutive pairs): pairs until the workspace is full, then rows without."""
         in_lm, P = self.options.lm_on_chosen, self.num_pairs
 
         def of_pairs(first: int, last: int) -> list[Job]:
@@ -175,18 +186,25 @@ class Pass:
         return held, products
 
     def _record(self, job: Job, rows: loss_rows.Rows) -> None:
-        of_row = self.tokens.rows[job.index]
         if job.in_lm:
-            self.lm_nll.index_add_(0, of_row, rows.mixed, alpha=-1.0)
+            self.lm_nll -= self._row_sums(job.index, rows.mixed)
         if job.in_pairs:
-            self.pair_logps.index_add_(0, of_row, rows.mixed if job.pairs_mixed else rows.reward)
+            found = rows.mixed if job.pairs_mixed else rows.reward
+            self.pair_logps += self._row_sums(job.index, found)
+
+    def _row_sums(self, index: Tensor, of_tokens: Tensor) -> Tensor:
+        """(R,), in one order: index_add_ has none on CUDA."""
+        of_row = self.tokens.rows[index]
+        column = index - (self.lengths.cumsum(0) - self.lengths)[of_row]
+        dense = of_tokens.new_zeros(len(self.lengths), self._longest)
+        return dense.index_put_((of_row, column), of_tokens).sum(-1)
 
     def _pair_coefficients(self, pairs: list[int]) -> Tensor:
         """dL / d(sum of log-probabilities) of each row (R,), those of these pairs filled in."""
         out = torch.zeros_like(self.pair_logps)
         if not pairs or not self.needs_gradients:
             return out
-        index = torch.tensor(pairs, device=out.device)
+        index = torch.arange(pairs[0], pairs[0] + len(pairs), device=out.device)
         index = torch.cat((index, index + self.num_pairs))
         lengths, options = self.lengths[index], self.options
         with torch.enable_grad():
@@ -195,7 +213,7 @@ class Pass:
             chosen, rejected = (options.beta_r * reduced).chunk(2)
             losses = pair_loss(chosen - rejected - options.gamma, options.label_smoothing)
             losses = losses.masked_fill(sum(lengths.chunk(2)) == 0, 0.0)
-            total = options.lambda_r * losses.sum() / max(float(self.counts.pairs), 1.0)
+            total = options.lambda_r * losses.sum() / at_least_one(self.counts.pairs)
             out[index] = torch.autograd.grad(total, sums)[0]
         return out
 
@@ -212,7 +230,9 @@ class Pass:
     def _logit_gradients(self, job: Job, rows: loss_rows.Rows, of_pairs: Tensor) -> None:
         """In the logits' place, and the gate's."""
         pair = of_pairs[self.tokens.rows[job.index]]
-        mixed = torch.full_like(pair, self._lm_coefficient if job.in_lm else 0.0)
+        mixed = torch.zeros_like(pair)
+        if job.in_lm:
+            mixed = (mixed - 1.0) / self._lm_count
         if job.in_pairs and job.pairs_mixed:
             mixed = mixed + pair
         gate = loss_rows.gradients_(
@@ -284,10 +304,14 @@ def dual_head_loss(
     num_pairs: int,
     objective: Tensor | None = None,
     counts: LossCounts | None = None,
+    lengths: Tensor | None = None,
 ) -> DualHeadLossOutput:
-    """As :func:`dualhead_ext.reference_loss.dual_head_loss`, over checked arguments."""
-    rows, columns = mask.bool().nonzero(as_tuple=True)
-    lengths = mask.bool().sum(-1)
+    """As :func:`dualhead_ext.reference_loss.dual_head_loss`, over checked arguments. Waits for the
+    device only for those of lengths, objective and heads.objective_weights that are not on the CPU.
+    """
+    lengths = (mask.bool().sum(-1) if lengths is None else lengths).cpu()
+    found = torch.nonzero_static(mask.bool(), size=int(lengths.sum()))
+    rows, columns = found.unbind(-1)
     if counts is None:
         counts = LossCounts.of_lengths(lengths, num_pairs, options.lm_on_chosen)
     picked, picked_gate = hidden[rows, columns], gate_logit[rows, columns]
@@ -315,7 +339,7 @@ def dual_head_loss(
         dense = of_tokens.new_zeros(mask.shape)
         return dense.index_put((rows, columns), of_tokens).sum(-1)
 
-    per_row = RowSums(lm_nll, pair_logps, sums(gate_entropy(picked_gate)), lengths)
+    per_row = RowSums(lm_nll, pair_logps, sums(gate_entropy(picked_gate)), mask.bool().sum(-1))
     gate_sums = [sums(x) for x in gate_statistics(picked_gate)]
     out = combine(per_row, gate_sums, num_pairs, counts, options)
     if carrier is not None:

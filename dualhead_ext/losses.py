@@ -220,6 +220,11 @@ class LossCounts:
         )
 
 
+def at_least_one(count: Any) -> Any:
+    """What a mean divides by, 1 for one over nothing: a number, or a 0-d tensor on any device."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
 # The columns of `DualHeadLossOutput.totals`: counts and sums of one example.
 TOTAL_NAMES = (
     "sequences",

@@ -28,6 +28,7 @@ from .losses import (
     DualHeadLossOutput,
     LossCounts,
     LossOptions,
+    at_least_one,
     gate_entropy,
     pair_loss,
 )
@@ -53,7 +54,8 @@ class Heads:
     def reward(self, hidden: Tensor) -> Tensor:
         """z_RM = sum_k w_k z_k (N, V)."""
         hidden = hidden.to(self.reward_weight.dtype)
-        weights = None if self.objective_weights is None else self.objective_weights[None]
+        weights = self.objective_weights
+        weights = None if weights is None else weights.to(hidden.device)[None]
         return reward_logits(hidden, self.reward_weight, self.reward_bias, weights)
 
     def objective(self, hidden: Tensor, k: int) -> Tensor:
@@ -166,14 +168,17 @@ def dual_head_loss(
     num_pairs: int,
     objective: Tensor | None = None,
     counts: LossCounts | None = None,
+    lengths: Tensor | None = None,
 ) -> DualHeadLossOutput:
     """The objective over checked arguments, which :func:`dualhead_ext.functional.dual_head_loss`
-    documents. Differentiable with respect to hidden, gate_logit and the heads' weights.
+    documents. Differentiable with respect to hidden, gate_logit and the heads' weights. lengths:
+    not needed here, counted from the mask.
     """
     num_rows, length = mask.shape
     rows, columns = mask.bool().nonzero(as_tuple=True)
     if objective is None:
         objective = torch.zeros(num_pairs, dtype=torch.long, device=rows.device)
+    objective = objective.to(rows.device)
     of_row = torch.cat((objective, objective, objective.new_zeros(num_rows - 2 * num_pairs)))
     kept = Part(
         rows,
@@ -228,9 +233,6 @@ def combine(
     own = LossCounts.of_lengths(sums.length, num_pairs, options.lm_on_chosen)
     counts = own if counts is None else counts
 
-    def mean(total: Tensor, count: float | Tensor) -> Tensor:
-        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-
     def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows[:num_pairs], rows[num_pairs : 2 * num_pairs]
 
@@ -242,10 +244,11 @@ def combine(
     losses = pair_loss(margin, options.label_smoothing)
     losses = losses.masked_fill(sum(pairs(sums.length)) == 0, 0.0)
 
-    lm_loss = mean(sums.lm_nll.sum(), LM_REDUCTIONS[options.lm_reduction](counts))
-    preference_loss = mean(losses.sum(), counts.pairs)
+    lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
+    lm_loss = sums.lm_nll.sum() / at_least_one(lm_count)
+    preference_loss = losses.sum() / at_least_one(counts.pairs)
     regularizer = GATE_REGULARIZERS[options.gate_regularizer]
-    gate_loss = options.lambda_g * regularizer(mean(sums.entropy.sum(), counts.tokens))
+    gate_loss = options.lambda_g * regularizer(sums.entropy.sum() / at_least_one(counts.tokens))
     loss = lm_loss + options.lambda_r * preference_loss + gate_loss
 
     with torch.no_grad():

@@ -66,9 +66,13 @@ def loss_rows_backward_(
 
 
 @contextlib.contextmanager
-def on_the_host_backend():
-    """`dualhead_ext.loss_rows` through the CUDA kernel."""
+def on_the_host_backend(**device):
+    """`dualhead_ext.loss_rows` through the CUDA kernel. device: of the module's set_device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "loss_rows", loss_rows)
         patch.setattr(ops, "loss_rows_backward_", loss_rows_backward_)
-        yield
+        _module().set_device(**device)
+        try:
+            yield
+        finally:
+            _module().set_device()

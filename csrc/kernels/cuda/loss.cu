@@ -2,8 +2,9 @@
 // A row of logits of the training loss per block: log-probabilities of the labels, and later the
 // gradients of the logits in their place. Formulas: dualhead_ext/loss_rows.py.
 //
-// Blocks are of one size and every sum has one order (a thread's own entries, its warp's lanes, the
-// warps), so a row's bits depend on nothing but the row. Each pass reads the logits once: the
+// A thread takes four neighbours at a time. Which thread takes which depends on V alone, not on how
+// the row lies in memory, and every sum has one order (a thread's own entries, its warp's lanes,
+// the warps): a row's bits depend on nothing but the row. Each pass reads the logits once: the
 // forward pass keeps running maxima and sums of up to two softmaxes.
 #include "../loss_math.h"
 #include "loss.h"
@@ -13,15 +14,33 @@ namespace dualhead {
 namespace cuda {
 namespace {
 
-// Four blocks of a multiprocessor's 1024 to 2048 threads; at V = 32000 a thread has 125 entries.
-constexpr int kLossThreads = 256;
-constexpr int kLossWarps = kLossThreads / kWarp;
+// Two blocks, 64 registers each thread, are half of a multiprocessor. A chunk of the loss has few
+// rows, about one for each multiprocessor at V = 32000, so that blocks must be large.
+constexpr int kMostThreads = 512;
+constexpr int kMostWarps = kMostThreads / kWarp;
+constexpr int kNeighbours = 4;
 
+// Shared by a row's threads. shares, of_mix: made by one of them, for the others; in double.
 struct LossScratch {
-  SoftmaxPart part[2][kLossWarps];
-  double sum[kLossWarps];
+  SoftmaxPart part[2][kMostWarps];
+  double sum[kMostWarps];
+  LossShares shares;
   MixedGradient of_mix;
 };
+
+// A row, and what is wanted of it.
+struct LossRow {
+  float *lm, *rm;
+  int64_t label;
+  bool mixes, probs;  // probs: mixes probabilities, not logits
+};
+
+__device__ __forceinline__ LossRow own_row(const LossRowsParams& p) {
+  const int64_t n = blockIdx.x;
+  const bool mixes = p.mixed != nullptr;
+  return LossRow{mixes ? p.z_lm + n * p.V : nullptr, p.z_rm + n * p.V, p.labels[n], mixes,
+                 mixes && p.mix_probs};
+}
 
 // f(z) = cap(scale * z), and what its derivative multiplies by, from the value.
 __device__ __forceinline__ float post_value(const LossRowsParams& p, float z) {
@@ -35,134 +54,182 @@ __device__ __forceinline__ float post_slope(const LossRowsParams& p, float y) {
   return (1.0f - t * t) * p.logit_scale;
 }
 
-__device__ __forceinline__ float mix_row(LossShares shares, float lm, float rm) {
+__device__ __forceinline__ float mix_logits(LossShares shares, float lm, float rm) {
   if (shares.rm == 0.0f) return lm;
   if (shares.lm == 0.0f) return rm;
   return fmaf(shares.rm, rm, shares.lm * lm);
 }
 
-// Takes one more logit in. A NaN is passed over by the maximum and makes the sum NaN.
-__device__ __forceinline__ void add_logit(SoftmaxPart& part, float y) {
-  if (y > part.max) {
-    part.sum = part.max == -INFINITY ? part.sum : part.sum * expf(part.max - y);
-    part.max = y;
+// --- log-probabilities ---------------------------------------------------------------------------
+
+// Takes in f of the first `count`. A NaN is passed over by the maximum and makes the sum NaN.
+__device__ __forceinline__ void add_logits(const LossRowsParams& p, SoftmaxPart& part, Four z,
+                                           int count) {
+  float max = part.max;
+#pragma unroll
+  for (int i = 0; i < kNeighbours; ++i) {
+    z.x[i] = i < count ? post_value(p, z.x[i]) : -INFINITY;
+    max = fmaxf(max, z.x[i]);
   }
-  if (y != -INFINITY) part.sum += expf(y - part.max);
+  const float shift = max == -INFINITY ? 0.0f : max;
+  const float low = expf(z.x[0] - shift) + expf(z.x[1] - shift);
+  const float high = expf(z.x[2] - shift) + expf(z.x[3] - shift);
+  if (max > part.max) part.sum *= expf(part.max - max);
+  part = SoftmaxPart{max, part.sum + (low + high)};
 }
 
-// One part per thread to the row's log-sum-exp, for all threads.
+// The row's log-sum-exp from one part per thread, for the first warp.
 __device__ __forceinline__ double block_log_sum_exp(SoftmaxPart part, SoftmaxPart* slots) {
   part = warp_merge(part);
   if (lane_index() == 0) slots[warp_in_block()] = part;
   block_barrier();  // every warp's part is written
-  part = slots[0];
-  for (int warp = 1; warp < kLossWarps; ++warp) part = merge_parts(part, slots[warp]);
+  if (warp_in_block() != 0) return 0.0;
+  part = warp_merge(lane_index() < warps_per_block() ? slots[lane_index()] : empty_part());
   return static_cast<double>(part.max) + log(static_cast<double>(part.sum));
 }
 
-__device__ __forceinline__ double block_sum(double value, double* slots) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += exchange_xor(value, offset);
-  if (lane_index() == 0) slots[warp_in_block()] = value;
-  block_barrier();  // every warp's sum is written
-  value = slots[0];
-  for (int warp = 1; warp < kLossWarps; ++warp) value += slots[warp];
-  return value;
-}
-
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kMostThreads, 2)
     loss_rows_kernel(const __grid_constant__ LossRowsParams p) {
   LossScratch* scratch = reinterpret_cast<LossScratch*>(shared_memory());
-  const int64_t n = blockIdx.x, y = p.labels[n];
-  const float *z_lm = p.z_lm ? p.z_lm + n * p.V : nullptr, *z_rm = p.z_rm + n * p.V;
-  const bool wants_mixed = p.mixed != nullptr;
-  const bool wants_rm = p.reward != nullptr || (wants_mixed && p.mix_probs);
-  const LossShares shares = loss_shares(wants_mixed ? p.gate_logit[n] : 0.0f);
+  const LossRow row = own_row(p);
+  const int64_t n = blockIdx.x;
+  const bool wants_rm = p.reward != nullptr || row.probs;
+  if (threadIdx.x == 0 && row.mixes) scratch->shares = loss_shares(p.gate_logit[n]);
+  block_barrier();  // shares are written
+  const LossShares shares = row.mixes ? scratch->shares : LossShares{0.0f, 1.0f};
 
   SoftmaxPart of_mixed = empty_part(), of_rm = empty_part();
-#pragma unroll 4
-  for (int64_t v = threadIdx.x; v < p.V; v += kLossThreads) {
-    const float rm = z_rm[v], lm = wants_mixed ? z_lm[v] : 0.0f;
-    if (wants_rm) add_logit(of_rm, post_value(p, rm));
-    if (wants_mixed) add_logit(of_mixed, post_value(p, p.mix_probs ? lm : mix_row(shares, lm, rm)));
+  for (int64_t v = threadIdx.x * kNeighbours; v < p.V; v += blockDim.x * kNeighbours) {
+    const int count = p.V - v < kNeighbours ? static_cast<int>(p.V - v) : kNeighbours;
+    const Four rm = load_four(row.rm + v, count);
+    if (wants_rm) add_logits(p, of_rm, rm, count);
+    if (!row.mixes) continue;
+    Four z = load_four(row.lm + v, count);
+#pragma unroll
+    for (int i = 0; i < kNeighbours; ++i) {
+      if (!row.probs) z.x[i] = mix_logits(shares, z.x[i], rm.x[i]);
+    }
+    add_logits(p, of_mixed, z, count);
   }
-  // The label's own logits come from the same formulas, so that its softmax is theirs.
-  double rm_total = 0.0, label_rm = 0.0;
-  if (wants_rm) {
-    rm_total = block_log_sum_exp(of_rm, scratch->part[0]);
-    label_rm = static_cast<double>(post_value(p, z_rm[y])) - rm_total;
-  }
-  double mixed = 0.0, mixed_total = 0.0;
-  if (wants_mixed) {
-    mixed_total = block_log_sum_exp(of_mixed, scratch->part[1]);
-    const float z = p.mix_probs ? z_lm[y] : mix_row(shares, z_lm[y], z_rm[y]);
-    mixed = static_cast<double>(post_value(p, z)) - mixed_total;
-    if (p.mix_probs) mixed = mixed_log_prob(p.gate_logit[n], shares, mixed, label_rm);
-  }
+  const double rm_total = wants_rm ? block_log_sum_exp(of_rm, scratch->part[0]) : 0.0;
+  const double mixed_total = row.mixes ? block_log_sum_exp(of_mixed, scratch->part[1]) : 0.0;
   if (threadIdx.x != 0) return;
+
+  // The label's own value comes from the same formulas, so that its softmax is theirs.
+  const float label_rm = row.rm[row.label], label_lm = row.mixes ? row.lm[row.label] : 0.0f;
+  const double of_reward = static_cast<double>(post_value(p, label_rm)) - rm_total;
   p.rm_normalizer[n] = rm_total;
-  if (p.reward) p.reward[n] = static_cast<float>(label_rm);
-  if (wants_mixed) {
-    p.mixed_normalizer[n] = mixed_total;
-    p.mixed[n] = static_cast<float>(mixed);
+  if (p.reward) p.reward[n] = static_cast<float>(of_reward);
+  if (!row.mixes) return;
+  const float z = row.probs ? label_lm : mix_logits(shares, label_lm, label_rm);
+  double mixed = static_cast<double>(post_value(p, z)) - mixed_total;
+  if (row.probs) mixed = mixed_log_prob(p.gate_logit[n], shares, mixed, of_reward);
+  p.mixed_normalizer[n] = mixed_total;
+  p.mixed[n] = static_cast<float>(mixed);
+}
+
+// --- gradients -----------------------------------------------------------------------------------
+
+// What a row's gradients are made from, beside its logits.
+struct Upstream {
+  LossShares shares;
+  MixedGradient of_mix;  // probability mix; else 0
+  float mixed, reward;
+  SplitNormalizer mixed_total, rm_total;
+};
+
+__device__ __forceinline__ Upstream own_upstream(const LossRowsParams& p, const LossRow& row,
+                                                 LossScratch* scratch) {
+  const int64_t n = blockIdx.x;
+  const float mixed = row.mixes ? p.mixed_grad[n] : 0.0f;
+  if (threadIdx.x == 0 && row.mixes) {
+    scratch->shares = loss_shares(p.gate_logit[n]);
+    if (row.probs) {
+      const double lm = static_cast<double>(post_value(p, row.lm[row.label]));
+      const double rm = static_cast<double>(post_value(p, row.rm[row.label]));
+      scratch->of_mix = mixed_gradient(p.gate_logit[n], scratch->shares, lm - p.mixed_normalizer[n],
+                                       rm - p.rm_normalizer[n], mixed);
+    }
   }
+  block_barrier();  // shares and of_mix are written; the label's logits may be overwritten
+  return Upstream{row.mixes ? scratch->shares : LossShares{0.0f, 1.0f},
+                  row.probs ? scratch->of_mix : MixedGradient{0.0f, 0.0f, 0.0f},
+                  mixed,
+                  p.reward_grad ? p.reward_grad[n] : 0.0f,
+                  split_normalizer(row.mixes ? p.mixed_normalizer[n] : 0.0),
+                  split_normalizer(p.rm_normalizer[n])};
 }
 
-__device__ __forceinline__ float softmax(SplitNormalizer total, float y) {
-  return expf((y - total.high) - total.low);
-}
-
-// onehot - softmax(y), through f.
-__device__ __forceinline__ float pull(const LossRowsParams& p, SplitNormalizer total, float y,
+// onehot - softmax(f(z)), through f. label: 1 where z is the label's, else 0.
+__device__ __forceinline__ float pull(const LossRowsParams& p, SplitNormalizer total, float z,
                                       float label) {
-  return (label - softmax(total, y)) * post_slope(p, y);
+  const float y = post_value(p, z);
+  return (label - expf((y - total.high) - total.low)) * post_slope(p, y);
 }
 
-__global__ void __launch_bounds__(kLossThreads)
+// Two logits of one token become their gradients; returns the gate's term.
+__device__ __forceinline__ float make_gradients(const LossRowsParams& p, const LossRow& row,
+                                                const Upstream& up, float label, float& lm,
+                                                float& rm) {
+  float gate = 0.0f, to_rm = 0.0f;
+  if (up.reward != 0.0f || row.probs) {
+    to_rm = pull(p, up.rm_total, rm, label) * (up.reward + up.of_mix.to_rm);
+  }
+  if (row.probs) {
+    lm = pull(p, up.mixed_total, lm, label) * up.of_mix.to_lm;
+  } else if (row.mixes) {
+    const float dz = pull(p, up.mixed_total, mix_logits(up.shares, lm, rm), label) * up.mixed;
+    if (!up.shares.selects()) gate = dz * (rm - lm);
+    lm = dz * up.shares.lm;
+    to_rm = fmaf(dz, up.shares.rm, to_rm);
+  }
+  rm = to_rm;
+  return gate;
+}
+
+// The sum over the block's threads, for the first warp.
+__device__ __forceinline__ double block_sum(double value, double* slots) {
+  value = warp_sum(value);
+  if (lane_index() == 0) slots[warp_in_block()] = value;
+  block_barrier();  // every warp's sum is written
+  if (warp_in_block() != 0) return 0.0;
+  return warp_sum(lane_index() < warps_per_block() ? slots[lane_index()] : 0.0);
+}
+
+__global__ void __launch_bounds__(kMostThreads, 2)
     loss_rows_backward_kernel(const __grid_constant__ LossRowsParams p) {
   LossScratch* scratch = reinterpret_cast<LossScratch*>(shared_memory());
-  const int64_t n = blockIdx.x, label = p.labels[n];
-  float *z_lm = p.z_lm ? p.z_lm + n * p.V : nullptr, *z_rm = p.z_rm + n * p.V;
-  const bool mixes = p.mixed != nullptr, probs = mixes && p.mix_probs;
-  const float gate_logit = mixes ? p.gate_logit[n] : 0.0f;
-  const LossShares shares = loss_shares(gate_logit);
-  const float mixed = mixes ? p.mixed_grad[n] : 0.0f;
-  const float reward = p.reward_grad ? p.reward_grad[n] : 0.0f;
-  const SplitNormalizer mixed_total = split_normalizer(mixes ? p.mixed_normalizer[n] : 0.0);
-  const SplitNormalizer rm_total = split_normalizer(p.rm_normalizer[n]);
-  if (probs && threadIdx.x == 0) {
-    const double of_lm = static_cast<double>(post_value(p, z_lm[label])) - p.mixed_normalizer[n];
-    const double of_rm = static_cast<double>(post_value(p, z_rm[label])) - p.rm_normalizer[n];
-    scratch->of_mix = mixed_gradient(gate_logit, shares, of_lm, of_rm, mixed);
-  }
-  block_barrier();  // the label's logits are read, and may be overwritten; of_mix is written
-  const MixedGradient of_mix = probs ? scratch->of_mix : MixedGradient{0.0f, 0.0f, 0.0f};
-
-  float gate = 0.0f;
-#pragma unroll 4
-  for (int64_t v = threadIdx.x; v < p.V; v += kLossThreads) {
-    const float rm = z_rm[v], lm = mixes ? z_lm[v] : 0.0f, hot = v == label ? 1.0f : 0.0f;
-    float to_rm = 0.0f, to_lm = 0.0f;
-    if (reward != 0.0f || probs) {
-      to_rm = pull(p, rm_total, post_value(p, rm), hot) * (reward + of_mix.to_rm);
+  const LossRow row = own_row(p);
+  const Upstream up = own_upstream(p, row, scratch);
+  double gate = 0.0;  // its terms cancel
+  for (int64_t v = threadIdx.x * kNeighbours; v < p.V; v += blockDim.x * kNeighbours) {
+    const int count = p.V - v < kNeighbours ? static_cast<int>(p.V - v) : kNeighbours;
+    Four rm = load_four(row.rm + v, count), lm = {};
+    if (row.mixes) lm = load_four(row.lm + v, count);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kNeighbours; ++i) {
+      const float label = v + i == row.label ? 1.0f : 0.0f;
+      const float term = make_gradients(p, row, up, label, lm.x[i], rm.x[i]);
+      if (i < count) sum += term;
     }
-    if (probs) {
-      to_lm = pull(p, mixed_total, post_value(p, lm), hot) * of_mix.to_lm;
-    } else if (mixes) {
-      const float dz = pull(p, mixed_total, post_value(p, mix_row(shares, lm, rm)), hot) * mixed;
-      if (!shares.selects()) gate = fmaf(dz, rm - lm, gate);
-      to_lm = dz * shares.lm;
-      to_rm = fmaf(dz, shares.rm, to_rm);
-    }
-    z_rm[v] = to_rm;
-    if (p.write_lm) z_lm[v] = to_lm;
+    gate += static_cast<double>(sum);
+    store_four(row.rm + v, rm, count);
+    if (p.write_lm) store_four(row.lm + v, lm, count);
   }
   if (!p.gate_grad) return;
-  const double sum = block_sum(static_cast<double>(gate), scratch->sum);
-  if (threadIdx.x == 0) {
-    const double both = static_cast<double>(shares.lm) * static_cast<double>(shares.rm);
-    p.gate_grad[n] = probs ? of_mix.gate : static_cast<float>(sum * both);
-  }
+  gate = row.probs ? 0.0 : block_sum(gate, scratch->sum);
+  if (threadIdx.x != 0) return;
+  const double both = static_cast<double>(up.shares.lm) * static_cast<double>(up.shares.rm);
+  p.gate_grad[blockIdx.x] = row.probs ? up.of_mix.gate : static_cast<float>(gate * both);
+}
+
+// --- launches ------------------------------------------------------------------------------------
+
+// Enough for V, whole warps.
+int threads_for(int64_t V) {
+  const int64_t threads = ((V + kNeighbours - 1) / kNeighbours + kWarp - 1) / kWarp * kWarp;
+  return static_cast<int>(threads < kMostThreads ? threads : kMostThreads);
 }
 
 int launch(void (*kernel)(LossRowsParams), const LossRowsParams& p, int device,
@@ -173,7 +240,7 @@ int launch(void (*kernel)(LossRowsParams), const LossRowsParams& p, int device,
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(p.n));
-    config.blockDim = dim3(kLossThreads);
+    config.blockDim = dim3(threads_for(p.V));
     config.dynamicSmemBytes = sizeof(LossScratch);
     config.stream = stream;
     error = cudaLaunchKernelEx(&config, kernel, p);

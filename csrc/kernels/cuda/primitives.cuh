@@ -83,6 +83,12 @@ __device__ __forceinline__ int warp_sum(int value) {
   return value;
 }
 
+__device__ __forceinline__ double warp_sum(double value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += exchange_xor(value, offset);
+  return value;
+}
+
 // Of the numbers among the values: a NaN is passed over, and is left to the sums to report.
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
@@ -121,6 +127,43 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #else
   return host_cuda::shared_memory();
 #endif
+}
+
+// --- neighbours in memory ------------------------------------------------------------------------
+
+struct Four {
+  float x[4];
+};
+
+__device__ __forceinline__ bool sixteen_divides(const float* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// The first `count` of the four floats at p, the others 0; in one access where all four are wanted
+// and the address allows it.
+__device__ __forceinline__ Four load_four(const float* p, int count) {
+  if (count == 4 && sixteen_divides(p)) {
+    const float4 all = *reinterpret_cast<const float4*>(p);
+    return Four{{all.x, all.y, all.z, all.w}};
+  }
+  Four four = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) four.x[i] = p[i];
+  }
+  return four;
+}
+
+// Likewise.
+__device__ __forceinline__ void store_four(float* p, Four four, int count) {
+  if (count == 4 && sixteen_divides(p)) {
+    *reinterpret_cast<float4*>(p) = make_float4(four.x[0], four.x[1], four.x[2], four.x[3]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) p[i] = four.x[i];
+  }
 }
 
 // --- storage types -------------------------------------------------------------------------------

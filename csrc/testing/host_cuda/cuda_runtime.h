@@ -28,6 +28,13 @@ using dualhead::host_cuda::blockIdx;
 using dualhead::host_cuda::gridDim;
 using dualhead::host_cuda::threadIdx;
 
+// As on the device, an address that 16 does not divide is an error: a fault, and UBSan's report.
+struct __attribute__((aligned(16), may_alias)) float4 {
+  float x, y, z, w;
+};
+
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
 inline void __syncthreads() { ::dualhead::host_cuda::wait_for_block(); }
 
 inline void __syncwarp() { ::dualhead::host_cuda::wait_for_warp(); }
