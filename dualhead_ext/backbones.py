@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 # Arguments of serving engines and of packed (padding-free) batches: the gate would look across the
 # sequences in them and give wrong tokens without a word.
@@ -64,3 +65,13 @@ def refuse_packed(kwargs: dict[str, Any]) -> None:
                 "input, which the gated "
                 "head does not support; pad the batch instead"
             )
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` where ``old`` is in the model's tree of modules."""
+    for name, module in model.named_modules():
+        if module is old:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, new)
+            return
+    raise ValueError(f"{type(model).__name__}: its output embeddings are not one of its modules")

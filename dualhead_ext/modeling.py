@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .backbones import backbone_post_processing, refuse_packed
+from .backbones import backbone_post_processing, refuse_packed, replace_module
 from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .generation import Decoding, FusedDecodingMixin, decoding_of
@@ -369,19 +369,10 @@ def _attach(
     model.requires_grad_(False)
     head = DualHeadLMHead(linear, config)
     head.train(linear.training)
-    _replace_module(model, linear, head)
+    replace_module(model, linear, head)
     head.decoder_hook = model.get_decoder().register_forward_hook(head.on_decoder, with_kwargs=True)
     model.__class__ = _extended_class(type(model))
     return model
-
-
-def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module is old:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
-            return
-    raise ValueError(f"{type(model).__name__}: its output embeddings are not one of its modules")
 
 
 def detach(model: DualHeadForCausalLM) -> PreTrainedModel:
@@ -401,6 +392,6 @@ def detach(model: DualHeadForCausalLM) -> PreTrainedModel:
     if head.bias is not None:
         linear.bias = head.bias
     linear.train(head.training)
-    _replace_module(model, head, linear)
+    replace_module(model, head, linear)
     model.__class__ = type(model).__bases__[1]
     return model
