@@ -14,10 +14,21 @@ from build_backend import ROOT, libraries
 from test_benchmark_reports import command_line
 
 from dualhead_ext import reference
-from dualhead_ext.bench import cases, contenders, graphs, machine, plot, report, runner, timing
+from dualhead_ext.bench import (
+    cases,
+    contenders,
+    graphs,
+    loss,
+    machine,
+    plot,
+    report,
+    runner,
+    timing,
+)
 
 CASES = (cases.Case(2, 9, graphs=True), cases.Case(3, 5, sampled=True, graphs=True))
 GROUP = cases.Group(40, 77, "bf16", CASES)
+LOSS = loss.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
 NAMES = ["dualhead", "eager", "two_gemms", "one_gemm", "lm_head"]
 
 
@@ -27,6 +38,7 @@ def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "results.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cases, "gpu_plan", lambda quick: [GROUP])
+        patch.setattr(loss, "gpu_plan", lambda quick: [LOSS])
         patch.setattr(runner, "GPU_ROUNDS", 4)
         patch.setattr(machine, "cold_bytes", lambda device: 2**20)
         patch.setattr(machine, "last_level_cache_bytes", lambda device="cpu": 2**18)
@@ -47,6 +59,13 @@ def test_the_run_on_the_cpu_has_all_contenders_twice(results):
         assert all(needed <= row.keys() and row["repeats"] == 4 for row in rows)
     assert results["copy_gb_per_s"] > 0
     assert {"torch", "cuda", "commit", "csrc_sha256", "device"} <= results.keys()
+
+
+def test_the_loss_is_timed_twice_too(results):
+    for rows in (results["loss"], results["loss_again"]):
+        assert {row["contender"] for row in rows} >= {"dualhead", "eager"}
+        assert all(row["us_median"] > 0 and row["extra_bytes"] > 0 for row in rows)
+    assert {(case.d, case.V) for case in loss.gpu_plan()} == {(4096, 32000), (4096, 128256)}
 
 
 def test_it_writes_after_each_group(tmp_path, monkeypatch):

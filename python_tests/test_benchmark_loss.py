@@ -60,3 +60,24 @@ def test_what_is_missed(factor, memory, words):
     failures = loss.LossResult(case, timings, extra).failures()
     assert len(failures) == len(words)
     assert all(word in failure for word, failure in zip(words, failures, strict=True))
+
+
+def test_liger_takes_the_language_model_term(monkeypatch):
+    """Where it is installed: the call that its documentation gives, over [(1 - a) h; a h]."""
+    batch = loss._Batch(loss.LossCase(24, 77, "fp32", tokens=32, pairs=2))
+    seen = []
+
+    def stand_in(hidden, weight, labels, reduction):
+        seen.append((hidden.shape, weight.shape, labels.shape))
+        logits = hidden @ weight.T
+        return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
+
+    monkeypatch.setattr(loss, "liger", stand_in)
+    assert "liger" not in loss._calls(batch, compile=False)  # it has no CPU kernel
+    monkeypatch.setattr(batch, "device_type", "cuda")
+    got = loss._calls(batch, compile=False)["liger"]()
+    assert seen == [((16, 48), (77, 48), (16,))]
+    batch.device_type = "cpu"
+    options = loss.LossOptions(lambda_r=0.0, lambda_g=0.0)
+    monkeypatch.setattr(loss, "LossOptions", lambda: options)
+    torch.testing.assert_close(got, batch.objective(loss.reference_loss.dual_head_loss))

@@ -9,6 +9,7 @@ Contenders, over the same hidden states of pairs whose every token is a response
 - ``torch_chunked``: ``torch.nn.functional.linear_cross_entropy``, chunked, over
   ``[(1 - a) h; a h]`` and ``[W_LM; W_RM]``. It computes the language model term alone (no
   preference term, and a gradient of W_LM that nobody asked for); left out where PyTorch has none.
+- ``liger``: Liger-Kernel's fused linear cross-entropy over the same, on CUDA, where installed.
 
 bf16 means what training means by it: hidden states and LM head in bf16, the reward head in fp32
 under autocast.
@@ -29,12 +30,18 @@ import torch.nn.functional as F
 from .. import fused_loss, reference_loss
 from ..losses import LossOptions
 from .cases import FORMATS
-from .timing import Contender, Timing, alternate, ratio
+from .timing import Contender, Timing, alternate, clock_of, ratio
 
 # What the fused loss must reach at the largest size: its share of eager's time and of the memory
 # that eager takes beyond the gradients; elsewhere it must not be slower than eager.
 REQUIRED_TIME, REQUIRED_MEMORY = 0.8, 0.15
 _LARGEST = (1024, 32000)
+
+
+try:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+except ImportError:
+    liger = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,13 @@ def plan(quick: bool = False) -> list[LossCase]:
     if quick:
         return [LossCase(256, 4096, "fp32", tokens=512)]
     return [LossCase(d, V, name) for d, V in ((256, 4096), _LARGEST) for name in FORMATS]
+
+
+def gpu_plan(quick: bool = False) -> list[LossCase]:
+    """The cases to run on a GPU: 8192 response tokens at the sizes of 7B and 8B models."""
+    if quick:
+        return [LossCase(256, 4096, "bf16", tokens=512, compile=False)]
+    return [LossCase(4096, V, "bf16", tokens=8192, pairs=32) for V in (32000, 128256)]
 
 
 def _is_largest(case: LossCase) -> bool:
@@ -127,19 +141,22 @@ class LossResult:
 class _Batch:
     """Random operands of a case, and one forward and backward pass over them per contender."""
 
-    def __init__(self, case: LossCase) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, case: LossCase, device_type: str = "cpu") -> None:
+        generator = torch.Generator(device_type).manual_seed(0)
+        on = {"generator": generator, "device": device_type}
         rows, length = 2 * case.pairs, case.tokens // (2 * case.pairs)
         dtype = FORMATS[case.format]
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, **on)
+
+        self.device_type = device_type
 
         self.autocast = dtype == torch.bfloat16
         self.pairs = case.pairs
         self.hidden = normal(rows, length, case.d).to(dtype)
-        self.labels = torch.randint(case.V, (rows, length), generator=generator)
-        self.mask = torch.ones(rows, length, dtype=torch.bool)
+        self.labels = torch.randint(case.V, (rows, length), **on)
+        self.mask = torch.ones(rows, length, dtype=torch.bool, device=device_type)
         self.gate_logit = normal(rows, length).requires_grad_()
         self.lm_weight = (normal(case.V, case.d) / case.d**0.5).to(dtype)
         noise = normal(case.V, case.d) / case.d**0.5
@@ -148,23 +165,21 @@ class _Batch:
     def objective(self, function: Callable[..., Any]) -> torch.Tensor:
         """The loss of both terms by one of the modules' ``dual_head_loss``."""
         heads = reference_loss.Heads(self.lm_weight, None, self.reward_weight, None, None)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
             return function(
                 self.hidden, self.labels, self.mask, self.gate_logit, heads, LossOptions(),
                 self.pairs,
             ).loss  # fmt: skip
 
-    def language_model_term(self) -> torch.Tensor:
-        """By PyTorch's chunked linear cross-entropy."""
+    def language_model_term(self, cross_entropy: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """By a fused linear cross-entropy (hidden, weight, labels) -> sum."""
         share = torch.sigmoid(self.gate_logit[: self.pairs])[..., None].to(self.hidden.dtype)
         hidden = self.hidden[: self.pairs]
         both = torch.cat(((1 - share) * hidden, share * hidden), -1).flatten(0, 1)
         reward = self.reward_weight[0].to(self.lm_weight.dtype)
         weight = torch.cat((self.lm_weight, reward), 1)
         labels = self.labels[: self.pairs].flatten()
-        options = torch.nn.LinearCrossEntropyOptions()
-        total = F.linear_cross_entropy(both, weight, labels, reduction="sum", options=options)
-        return total / self.pairs
+        return cross_entropy(both, weight, labels) / self.pairs
 
     def forget(self, copy: int = 0) -> None:
         """Gradients are made anew in each call."""
@@ -180,11 +195,26 @@ def _calls(batch: _Batch, compile: bool) -> dict[str, Callable[[], torch.Tensor]
         compiled = torch.compile(reference_loss.dual_head_loss)
         calls["compile"] = lambda: batch.objective(compiled)
     if hasattr(F, "linear_cross_entropy"):
-        calls["torch_chunked"] = batch.language_model_term
+        calls["torch_chunked"] = lambda: batch.language_model_term(_torch_chunked)
+    if liger is not None and batch.device_type == "cuda":
+        calls["liger"] = lambda: batch.language_model_term(_liger)
     return calls
 
 
-def run_case(case: LossCase, *, seconds: float, min_rounds: int = 5) -> LossResult:
+def _torch_chunked(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
+
+
+def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return liger(hidden, weight, labels, reduction="sum")
+
+
+def run_case(
+    case: LossCase, *, seconds: float, min_rounds: int = 5, device_type: str = "cpu"
+) -> LossResult:
     """Time all contenders of one case and measure their memory.
 
     Args:
@@ -192,7 +222,7 @@ def run_case(case: LossCase, *, seconds: float, min_rounds: int = 5) -> LossResu
     Raises:
         RuntimeError: contenders disagree.
     """
-    batch = _Batch(case)
+    batch = _Batch(case, device_type)
     calls = _calls(batch, case.compile)
 
     def passes(call: Callable[[], torch.Tensor]) -> Callable[[int], None]:
@@ -201,8 +231,15 @@ def run_case(case: LossCase, *, seconds: float, min_rounds: int = 5) -> LossResu
     contenders = [Contender(name, passes(call), batch.forget) for name, call in calls.items()]
     _check_agreement(batch, calls)
     gradients = sum(x.numel() * 4 for x in (batch.gate_logit, batch.reward_weight))
-    extra = {c.name: peak_bytes(c) - gradients for c in contenders}
-    timings = alternate(contenders, seconds=seconds, min_rounds=min_rounds, warmup=1)
+    peak = peak_cuda_bytes if device_type == "cuda" else peak_bytes
+    extra = {c.name: peak(c) - gradients for c in contenders}
+    timings = alternate(
+        contenders,
+        seconds=seconds,
+        min_rounds=min_rounds,
+        warmup=1,
+        clock=clock_of(device_type),
+    )
     batch.forget()
     return LossResult(case, timings, extra)
 
@@ -241,3 +278,14 @@ def peak_bytes(contender: Contender) -> int:
         in_use += event["args"]["Bytes"]
         peak = max(peak, in_use)
     return peak
+
+
+def peak_cuda_bytes(contender: Contender) -> int:
+    """The same of the CUDA allocator of the current device."""
+    contender.prepare(0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    contender.call(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

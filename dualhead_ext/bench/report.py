@@ -39,6 +39,7 @@ class Report:
     quick: bool = False
     cases: list[dict[str, Any]] = field(default_factory=list)
     loss: list[dict[str, Any]] = field(default_factory=list)
+    loss_again: list[dict[str, Any]] = field(default_factory=list)
     generate: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     again: list[dict[str, Any]] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Report:
 
     def add_loss(self, result: LossResult) -> str:
         """Take in the result of a case of the loss; returns the lines to print."""
-        self.loss += result.rows()
+        (self.loss_again if self.second else self.loss).extend(result.rows())
         self.failures += result.failures()
         return result.text()
 
@@ -77,6 +78,7 @@ class Report:
             "read_gb_per_s": max((row["read_gb_per_s"] for row in self.cases), default=None),
             "cases": self.cases,
             "loss": self.loss,
+            **({"loss_again": self.loss_again} if self.loss_again else {}),
             "generate": self.generate,
             "failures": self.failures,
         }

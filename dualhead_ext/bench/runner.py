@@ -34,7 +34,7 @@ def run_gpu(
     path: str | None = None,
     device_type: str = "cuda",
 ) -> report.Report:
-    """The decode benchmark on a GPU, all of it twice, to know the spread.
+    """The decode step and the training loss on a GPU, all of it twice, to know the spread.
 
     Args:
         path: of the results file, which is written after each group: what was measured stays.
@@ -47,6 +47,10 @@ def run_gpu(
             found.begin_again()
         for group in cases.gpu_plan(quick):
             run_group(group, found, seconds, emit, device_type, min_rounds=GPU_ROUNDS)
+            if path is not None:
+                found.write(path)
+        for case in loss.gpu_plan(quick):
+            run_loss(case, found, seconds, emit, device_type)
             if path is not None:
                 found.write(path)
     return found
@@ -87,9 +91,11 @@ def run_loss(
     found: report.Report,
     seconds: float | None,
     emit: Callable[[str], None],
+    device_type: str = "cpu",
 ) -> None:
     """One case of the training loss."""
-    emit(found.add_loss(loss.run_case(case, seconds=10 * _seconds(found, seconds))))
+    per_case = 10 * _seconds(found, seconds)
+    emit(found.add_loss(loss.run_case(case, seconds=per_case, device_type=device_type)))
 
 
 def run_model(
