@@ -84,7 +84,10 @@ def test_rows_on_a_stream_of_their_own(seed):
 
 def test_a_tensor_on_another_device_is_named(seed):
     p = problem(seed, 3, 20)
-    with pytest.raises(RuntimeError, match="loss_rows: .* must be on the device of z_rm"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"loss_rows: gate_logit must be on the device of z_rm \(device 0\), got cpu",
+    ):
         ops.loss_rows(
             p["z_lm"].cuda(), p["z_rm"].cuda(), p["gate_logit"], p["labels"].cuda(),
             True, True, False, 1.0, 0.0,
