@@ -102,12 +102,12 @@ inline std::string device_text(const Tensor& tensor) {
   return tensor.is_cpu() ? "cpu" : "device " + std::to_string(tensor.get_device_index());
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& tensor,
-                         const Tensor& like) {
+inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                         const char* like_name = "hidden") {
   if (tensor.is_cpu() != like.is_cpu() || tensor.is_cuda() != like.is_cuda() ||
       tensor.get_device_index() != like.get_device_index()) {
-    fail(op, std::string(name) + " must be on the device of hidden (" + device_text(like) +
-                 "), got " + device_text(tensor));
+    fail(op, std::string(name) + " must be on the device of " + like_name + " (" +
+                 device_text(like) + "), got " + device_text(tensor));
   }
 }
 

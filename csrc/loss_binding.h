@@ -15,7 +15,7 @@ namespace dualhead {
 inline void check_rows_tensor(const char* op, const char* name, const Tensor& tensor,
                               ScalarType dtype, const Tensor& like) {
   check_dtype(op, name, tensor, dtype);
-  check_device(op, name, tensor, like);
+  check_device(op, name, tensor, like, "z_rm");
   check_contiguous(op, name, tensor);
 }
 

@@ -86,7 +86,7 @@ def dual_head_loss(
         counts: what the means divide by, where this batch is a part of a larger one
             (accumulation, several processes); default this batch's own.
         lengths: (R,), response tokens of each row, ``mask.sum(-1)``, known to the host: a sequence
-            of int, or int64 on the CPU. Default: counted.
+            of int, or a tensor on the CPU. Default: counted.
     Returns:
         :class:`dualhead_ext.losses.DualHeadLossOutput`; ``out.loss`` is differentiable with respect
         to hidden, gate_logit and the four weights.
@@ -126,8 +126,7 @@ def dual_head_loss(
     lengths, objective, weights = _on_host(
         labels, mask, lm_weight.shape[0], lengths, objective, weights
     )
-    if objective is not None:
-        objective = _checked_objective_values(objective, num_objectives)
+    _check_objective_values(objective, num_objectives)
     heads = reference_loss.Heads(lm_weight, lm_bias, reward_weight, reward_bias, weights)
     return fused_loss.dual_head_loss(
         hidden, labels, mask, gate_logit, heads, options, num_pairs, objective, counts, lengths
@@ -244,13 +243,13 @@ def _check_objective(objective: Tensor | None, num_pairs: int, device: torch.dev
     _check_shape("objective", objective, (num_pairs,), device)
 
 
-def _checked_objective_values(objective: Tensor, num_objectives: int) -> Tensor:
-    if not bool(((objective >= 0) & (objective < num_objectives)).all()):
+def _check_objective_values(objective: Tensor | None, num_objectives: int) -> None:
+    values = [0] if objective is None else [0, *objective.tolist()]
+    if min(values) < 0 or max(values) >= num_objectives:
         raise ValueError(
             f"{_NAME}: objective must hold numbers in [0, {num_objectives}), "
-            f"got {objective.min().item()} ... {objective.max().item()}"
+            f"got {min(values[1:])} ... {max(values[1:])}"
         )
-    return objective.long()
 
 
 def _checked_weights(weights: Any, num_objectives: int, like: Tensor) -> Tensor | None:
@@ -266,16 +265,18 @@ def _checked_weights(weights: Any, num_objectives: int, like: Tensor) -> Tensor 
     return weights.to(like.dtype)
 
 
-def _checked_lengths(lengths: Any, num_rows: int) -> Tensor | None:
+def _checked_lengths(lengths: Any, num_rows: int) -> list[int] | None:
     if lengths is None:
         return None
-    lengths = torch.as_tensor(lengths)
-    if lengths.dtype != torch.int64:
-        raise TypeError(f"{_NAME}: lengths must be int64, got {lengths.dtype}")
-    _check_shape("lengths", lengths, (num_rows,), lengths.device)
-    if lengths.device.type != "cpu":
-        raise ValueError(f"{_NAME}: lengths must be on the CPU, got {lengths.device}")
-    return lengths
+    if isinstance(lengths, Tensor):
+        if lengths.device.type != "cpu":
+            raise ValueError(f"{_NAME}: lengths must be on the CPU, got {lengths.device}")
+        lengths = lengths.tolist()
+    if not isinstance(lengths, Sequence) or not all(type(n) is int for n in lengths):
+        raise TypeError(f"{_NAME}: lengths must be a sequence of int, got {lengths!r}")
+    if len(lengths) != num_rows:
+        raise ValueError(f"{_NAME}: lengths must be of {num_rows} rows, got {len(lengths)}")
+    return list(lengths)
 
 
 # --- what the host must know ---------------------------------------------------------------------
@@ -285,20 +286,21 @@ def _on_host(
     labels: Tensor,
     mask: Tensor,
     vocab_size: int,
-    lengths: Tensor | None,
+    lengths: list[int] | None,
     objective: Tensor | None,
     weights: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[list[int], Tensor | None, Tensor | None]:
     """lengths, objective and weights on the CPU, once the labels are checked: by the host, or,
     where it would wait for CUDA for nothing else, by the device.
     """
     outside = mask.bool() & ((labels < 0) | (labels >= vocab_size))
     counted, wrong = mask.bool().sum(-1), outside.any()
-    if lengths is not None and mask.is_cuda:
+    if lengths is not None and fused_loss.on_device(mask):
         torch._assert_async(
-            ~wrong, f"{_NAME}: labels must be in [0, {vocab_size}) where mask is set"
+            wrong.logical_not(), f"{_NAME}: labels must be in [0, {vocab_size}) where mask is set"
         )
-        same = (counted == lengths.to(mask.device, non_blocking=True)).all()
+        given = torch.tensor(lengths).to(mask.device, non_blocking=True)
+        same = (counted == given).all()
         torch._assert_async(same, f"{_NAME}: lengths must be those of mask")
         return lengths, *_copied([objective, weights])
     counted, wrong, objective, weights = _copied([counted, wrong, objective, weights])
@@ -308,21 +310,20 @@ def _on_host(
             f"{_NAME}: labels must be in [0, {vocab_size}) where mask is set, "
             f"got {labels[where].item()} at {where}"
         )
-    if lengths is not None and not torch.equal(lengths, counted):
+    if lengths is not None and lengths != counted.tolist():
         raise ValueError(
-            f"{_NAME}: lengths must be those of mask, {counted.tolist()}, got {lengths.tolist()}"
+            f"{_NAME}: lengths must be those of mask, {counted.tolist()}, got {lengths}"
         )
-    return counted, objective, weights
+    return counted.tolist(), objective, weights
 
 
 def _copied(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """On the CPU, by one transfer of all that are not yet there."""
-    there = [x for x in tensors if x is not None and x.device.type != "cpu"]
+    there = [x for x in tensors if x is not None and fused_loss.on_device(x)]
     if not there:
         return tensors
     numbers = torch.cat([x.flatten().double() for x in there]).cpu()
     parts = iter(numbers.split([x.numel() for x in there]))
     return [
-        x if x is None or x.device.type == "cpu" else next(parts).view(x.shape).to(x.dtype)
-        for x in tensors
+        next(parts).view(x.shape).to(x.dtype) if any(x is y for y in there) else x for x in tensors
     ]

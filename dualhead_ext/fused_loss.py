@@ -42,15 +42,21 @@ WORKSPACE_BYTES = 64 << 20
 Computed = tuple[list[tuple[Job, loss_rows.Rows]], list[Product]]
 
 
+def on_device(x: Tensor) -> bool:
+    """Whether the host would have to wait to read x."""
+    return x.device.type != "cpu"
+
+
 class Pass:
     """One pass over a batch: :meth:`run` fills the sums of rows and, if wanted, the gradients.
-    lengths, objective and heads.objective_weights are on the CPU.
+    known_lengths: lengths, as the host knows them.
     """
 
     def __init__(
         self,
         tokens: Tokens,
         lengths: Tensor,
+        known_lengths: list[int],
         heads: Heads,
         options: LossOptions,
         num_pairs: int,
@@ -58,19 +64,18 @@ class Pass:
         counts: LossCounts,
         wanted: dict[str, bool],
     ) -> None:
-        self.tokens, self.options = tokens, options
+        self.tokens, self.lengths, self.options = tokens, lengths, options
         self.num_pairs, self.counts = num_pairs, counts
         self.products = Products(tokens, heads, wanted)
         self.needs_gradients = any(wanted.values())
         self.wants_gate = wanted["gate_logit"]
         self._lm_gradients = wanted["lm_weight"] or wanted["lm_bias"] or wanted["hidden"]
         dtype, device = self.products.dtype, tokens.hidden.device
-        self.lengths = lengths.to(device, non_blocking=True)
         self.lm_nll = torch.zeros(len(lengths), dtype=dtype, device=device)
         self.pair_logps = torch.zeros_like(self.lm_nll)
         self.gate_grad = torch.zeros_like(tokens.gate_logit)
-        self._starts = [0, *accumulate(lengths.tolist())]
-        self._longest = max(lengths.tolist())
+        self._starts = [0, *accumulate(known_lengths)]
+        self._longest = max(known_lengths)
         self._objective = None if objective is None else objective.tolist()
         count = heads.reward_weight.shape[0]
         weights = heads.objective_weights
@@ -270,7 +275,7 @@ class _Carrier(torch.autograd.Function):
         if gradients is None:
             _ = ctx.saved_tensors  # raises if the graph was freed or an input changed since
             gradients = _gradients_of(ctx.run(ctx.wanted))
-        if scale.is_cuda or scale != 1.0:
+        if on_device(scale) or scale != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(scale)
@@ -304,23 +309,24 @@ def dual_head_loss(
     num_pairs: int,
     objective: Tensor | None = None,
     counts: LossCounts | None = None,
-    lengths: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> DualHeadLossOutput:
-    """As :func:`dualhead_ext.reference_loss.dual_head_loss`, over checked arguments. Waits for the
-    device only for those of lengths, objective and heads.objective_weights that are not on the CPU.
+    """As :func:`dualhead_ext.reference_loss.dual_head_loss`, over checked arguments. Waits for a
+    device only if lengths are not given, or objective or heads.objective_weights lie there.
     """
-    lengths = (mask.bool().sum(-1) if lengths is None else lengths).cpu()
-    found = torch.nonzero_static(mask.bool(), size=int(lengths.sum()))
-    rows, columns = found.unbind(-1)
+    counted = mask.bool().sum(-1)
+    if lengths is None:
+        lengths = counted.tolist()
+    rows, columns = torch.nonzero_static(mask.bool(), size=sum(lengths)).unbind(-1)
     if counts is None:
-        counts = LossCounts.of_lengths(lengths, num_pairs, options.lm_on_chosen)
+        counts = LossCounts.of_lengths(counted, num_pairs, options.lm_on_chosen)
     picked, picked_gate = hidden[rows, columns], gate_logit[rows, columns]
 
     def run(wanted: dict[str, bool]) -> Pass:
         tokens = Tokens(rows, labels[rows, columns].long(), picked_gate.detach(), picked.detach())
         parts = (heads.lm_weight, heads.lm_bias, heads.reward_weight, heads.reward_bias)
         frozen = Heads(*(None if x is None else x.detach() for x in parts), heads.objective_weights)
-        work = Pass(tokens, lengths, frozen, options, num_pairs, objective, counts, wanted)
+        work = Pass(tokens, counted, lengths, frozen, options, num_pairs, objective, counts, wanted)
         # What autocast asks for is in `work.products`; it must not touch anything else.
         with torch.autocast(hidden.device.type, enabled=False):
             work.run()
@@ -339,7 +345,7 @@ def dual_head_loss(
         dense = of_tokens.new_zeros(mask.shape)
         return dense.index_put((rows, columns), of_tokens).sum(-1)
 
-    per_row = RowSums(lm_nll, pair_logps, sums(gate_entropy(picked_gate)), mask.bool().sum(-1))
+    per_row = RowSums(lm_nll, pair_logps, sums(gate_entropy(picked_gate)), counted)
     gate_sums = [sums(x) for x in gate_statistics(picked_gate)]
     out = combine(per_row, gate_sums, num_pairs, counts, options)
     if carrier is not None:

@@ -168,7 +168,7 @@ def dual_head_loss(
     num_pairs: int,
     objective: Tensor | None = None,
     counts: LossCounts | None = None,
-    lengths: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> DualHeadLossOutput:
     """The objective over checked arguments, which :func:`dualhead_ext.functional.dual_head_loss`
     documents. Differentiable with respect to hidden, gate_logit and the heads' weights. lengths:
