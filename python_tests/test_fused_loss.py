@@ -13,6 +13,7 @@ from dualhead_ext import fused_loss, loss_products, reference_loss
 from dualhead_ext.functional import dual_head_loss
 
 WEIGHTS = ("lm_weight", "lm_bias", "reward_weight", "reward_bias")
+EVERY_ENTRY = ("default", "mixed_probs", "post")
 DIFFERENTIABLE = ("hidden", "gate_logit", *WEIGHTS)
 
 
@@ -87,8 +88,9 @@ def test_500_random_problems(monkeypatch, seed):
             raise AssertionError(f"problem {i}: rows {rows}, pairs {pairs}, {options}") from error
 
 
-@pytest.mark.parametrize("name", ["default", "mixed_probs", "post"])
+@pytest.mark.parametrize("name", OPTION_SETS)
 def test_gradcheck(workspace, name, seed):
+    """Every entry for three sets of options, along a random direction for the others."""
     t = batch(seed, rows=5, length=3)
     leaves = [t[n].requires_grad_() for n in DIFFERENTIABLE]
 
@@ -96,7 +98,7 @@ def test_gradcheck(workspace, name, seed):
         changed = dict(zip(DIFFERENTIABLE, values, strict=True))
         return dual_head_loss(**(t | changed), num_pairs=2, **OPTION_SETS[name]).loss
 
-    assert torch.autograd.gradcheck(loss, leaves, fast_mode=False)
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=name not in EVERY_ENTRY)
 
 
 @pytest.mark.parametrize("mix", ["logits", "probs"])
@@ -125,34 +127,46 @@ def test_lengths_that_differ_100_fold(workspace, seed):
     assert_same(t)
 
 
+def in_eager(*args, **kwargs):
+    return with_reference(loss_and_gradients, *args, **kwargs)
+
+
+def relative_errors(problem, exact, wanted, options, call):
+    """{name: root mean square error against float64, over its largest entry}"""
+    truth, true_grads = in_eager(exact, wanted, **options)
+    out, grads = call(problem, wanted, **options)
+    pairs = {n: (grads[n], true_grads[n]) for n in wanted if true_grads[n] is not None}
+    pairs["loss"] = (out.loss.detach(), truth.loss.detach())
+    return {
+        n: float(((got - right) / right.abs().max().clamp(min=1e-12)).square().mean().sqrt())
+        for n, (got, right) in pairs.items()
+    }
+
+
 @pytest.mark.parametrize(
-    ("dtype", "pays"),
-    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ("dtype", "pays", "allowed"),
+    [(torch.float32, True, 1.1), (torch.bfloat16, True, 1.0), (torch.bfloat16, False, 1.0)],
     ids=["fp32", "bf16", "bf16 widened"],
 )
-@pytest.mark.parametrize("name", ["default", "probs", "mixed"])
-def test_errors_are_at_most_those_of_eager(name, dtype, pays, monkeypatch, seed):
-    """Of weights' and the gate's gradients and the loss, root mean square over 40 problems."""
-    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", 40_000)
+def test_errors_are_at_most_those_of_eager(dtype, pays, allowed, monkeypatch, seed):
+    """Of the weights' and the gate's gradients and the loss, over 500 random shapes and options.
+    The mean over problems: a root mean square would be that of the few whose gradients cancel."""
     monkeypatch.setattr(loss_products, "narrow_pays", lambda device, dtype: pays)
-    monkeypatch.setattr(loss_products, "VOCABULARY_BLOCK", 128)
-    wanted = ("reward_weight", "gate_logit")
-    ours, theirs = ({n: [] for n in (*wanted, "loss")} for _ in range(2))
-    for i in range(40):
-        t = batch(seed + i, 8, 12, 48, 301, dtype=torch.float32)
+    monkeypatch.setattr(loss_products, "VOCABULARY_BLOCK", 64)
+    wanted, r = ("reward_weight", "gate_logit"), random.Random(seed)
+    ours, theirs = ({n: 0.0 for n in (*wanted, "loss")} for _ in range(2))
+    for i in range(500):
+        vocab, rows = r.randint(2, 200), 2 * r.randint(1, 3)
+        monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", r.choice([8, 40]) * vocab * 4)
+        t = batch(seed + i, rows, r.randint(1, 10), r.randint(1, 40), vocab, dtype=torch.float32)
         t |= {n: (t[n] * (0.3 if "weight" in n else 1)).to(dtype) for n in ("hidden", *WEIGHTS)}
         exact = {k: v.double() if v.is_floating_point() else v for k, v in t.items()}
-        truth, true_grads = with_reference(loss_and_gradients, exact, wanted, **OPTION_SETS[name])
-        for errors, call in ((ours, loss_and_gradients), (theirs, None)):
-            call = call or (lambda *a, **k: with_reference(loss_and_gradients, *a, **k))
-            out, grads = call(t, wanted, **OPTION_SETS[name])
-            grads = grads | {"loss": out.loss.detach()[None]}
-            for n, grad in (true_grads | {"loss": truth.loss.detach()[None]}).items():
-                scale = grad.abs().max().clamp(min=1e-12)
-                errors[n].append(((grads[n] - grad) / scale).flatten())
+        options = r.choice(list(OPTION_SETS.values()))
+        for total, call in ((ours, loss_and_gradients), (theirs, in_eager)):
+            for n, error in relative_errors(t, exact, wanted, options, call).items():
+                total[n] += error / 500
     for n in ours:
-        mine, other = (torch.cat(e[n]).square().mean().sqrt() for e in (ours, theirs))
-        assert mine <= 1.1 * other + 1e-7, (n, mine, other)
+        assert ours[n] <= allowed * theirs[n] + 1e-7, (n, ours[n], theirs[n])
 
 
 class Watch(TorchDispatchMode):
