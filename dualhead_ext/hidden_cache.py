@@ -171,21 +171,31 @@ class HiddenCache:
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX_NAME).read_bytes())
-        if index["format"] != FORMAT or index["format_version"] != FORMAT_VERSION:
-            raise UnusableCacheError("its index is of another format or version")
-        assert isinstance(index["identity"], dict) and isinstance(index["hidden_size"], int)
-        for name in ("dtype", "computed_dtype"):
-            assert isinstance(getattr(torch, index[name]), torch.dtype)
-        for entry in index["shards"]:
-            assert SHARD_NAME.fullmatch(entry["name"]) and isinstance(entry["size"], int)
-            assert isinstance(entry["shape"], list)
     except FileNotFoundError:
         raise UnusableCacheError("its index is missing: its build was interrupted") from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        if isinstance(error, UnusableCacheError):
-            raise
+    except ValueError:
         raise UnusableCacheError("its index is damaged") from None
+    named = isinstance(index, dict) and (index.get("format"), index.get("format_version"))
+    if named and named != (FORMAT, FORMAT_VERSION):
+        raise UnusableCacheError("its index is of another format or version")
+    if not named or not _is_whole(index):
+        raise UnusableCacheError("its index is damaged")
     return index
+
+
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Whether everything that is read of an index is there; a shard's name stays in its folder."""
+    kinds = {"identity": dict, "hidden_size": int, "shards": list}
+    if not all(isinstance(index.get(name), kind) for name, kind in kinds.items()):
+        return False
+    dtypes = (getattr(torch, str(index.get(name)), None) for name in ("dtype", "computed_dtype"))
+    return all(isinstance(dtype, torch.dtype) for dtype in dtypes) and all(
+        isinstance(entry, dict)
+        and SHARD_NAME.fullmatch(str(entry.get("name")))
+        and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("shape"), list)
+        for entry in index["shards"]
+    )
 
 
 class CachedRows(torch.utils.data.Dataset):

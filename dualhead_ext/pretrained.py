@@ -153,10 +153,11 @@ def read_config(folder: str, revision: str | None = None) -> dict[str, Any]:
             stored[k] for k in ("format_version", "dual_head", "backbone")
         )
         name, marks = backbone["name_or_path"], backbone["fingerprint"]
-        assert isinstance(marks["model_type"], str) and isinstance(marks["parameters"], dict)
-        assert all(len(v) == _FINGERPRINT_VALUES for v in marks["parameters"].values())
-        assert name is None or isinstance(name, str)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        sound = isinstance(marks["model_type"], str) and isinstance(marks["parameters"], dict)
+        sound = sound and (name is None or isinstance(name, str))
+        if not sound or any(len(v) != _FINGERPRINT_VALUES for v in marks["parameters"].values()):
+            raise ValueError("backbone is not described as it should be")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"from_pretrained: {path} is not a dual-head configuration ({error!r})"
         ) from error
