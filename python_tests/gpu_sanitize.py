@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compute-sanitizer over small decode steps, for ``make gpu-check``.
+"""compute-sanitizer over small decode steps and losses, for ``make gpu-check``.
 
 Each tool is first run over a program with a bug of its kind (csrc/testing/seeded_bugs.cu). One that
 does not find it, because it refuses the device or is not installed, is reported as not run: it says

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small decode steps on the GPU, every path once: what compute-sanitizer watches. No test by
-itself: exits with 1 if a row's status is not what it should be."""
+"""Small decode steps and losses on the GPU, every path once: what compute-sanitizer watches. No
+test by itself: exits with 1 if a row's status or a gradient is not what it should be."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 
 import torch
 from decode_cases import make_case
+from loss_cases import OPTION_SETS, batch
 
 from dualhead_ext import ops
+from dualhead_ext.functional import dual_head_loss
 
 SIZES = [  # B, d, V, K, options
     (1, 1, 1, 1, {"S": 1}),
@@ -21,7 +23,8 @@ SIZES = [  # B, d, V, K, options
 FILTERS = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01}
 
 
-def run(dtype: torch.dtype) -> bool:
+def steps_are_fine(dtype: torch.dtype, device: str) -> bool:
+    """Every size of the decode step."""
     fine = True
     for seed, (B, d, V, K, options) in enumerate(SIZES):
         case = make_case(seed, B, d, V, K, dtype, **options)
@@ -29,14 +32,32 @@ def run(dtype: torch.dtype) -> bool:
             for name, value in FILTERS.items():
                 kind = torch.int32 if name == "top_k" else torch.float32
                 case[name] = torch.full((B,), value, dtype=kind)
-        case = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+        case = _on(device, case)
         with torch.no_grad():
             status = ops.decode_step(**case).status
         fine &= bool(status.eq(0).all())
     return fine
 
 
+def losses_are_fine(device: str) -> bool:
+    """Every set of options of the training loss, forward and backward."""
+    fine = True
+    for seed, options in enumerate(OPTION_SETS.values()):
+        case = _on(device, batch(seed, rows=6, length=7, d=9, vocab=67, dtype=torch.float32))
+        weight = case["reward_weight"].requires_grad_()
+        dual_head_loss(**case, **options).loss.backward()
+        fine &= bool(weight.grad.isfinite().all())
+    return fine
+
+
+def _on(device: str, case: dict) -> dict:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+
+
 if __name__ == "__main__":
-    done = [run(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    done = [
+        steps_are_fine(dtype, "cuda") for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    done.append(losses_are_fine("cuda"))
     torch.cuda.synchronize()
     sys.exit(0 if all(done) else 1)

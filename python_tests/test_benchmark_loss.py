@@ -5,7 +5,7 @@ import pytest
 import torch
 from benchmark_cases import STEADY
 
-from dualhead_ext.bench import loss
+from dualhead_ext.bench import loss, report
 from dualhead_ext.bench.timing import Contender, Timing
 
 
@@ -81,3 +81,16 @@ def test_liger_takes_the_language_model_term(monkeypatch):
     options = loss.LossOptions(lambda_r=0.0, lambda_g=0.0)
     monkeypatch.setattr(loss, "LossOptions", lambda: options)
     torch.testing.assert_close(got, batch.objective(loss.reference_loss.dual_head_loss))
+
+
+def test_a_report_of_the_loss_alone():
+    """No table without rows, no bandwidth that was not measured; Liger's column where it ran."""
+    case = loss.LossCase(24, 77, "fp32", tokens=32, pairs=2)
+    timings = {name: Timing(name, tuple(STEADY)) for name in ("dualhead", "eager", "liger")}
+    extra = dict.fromkeys(timings, 10**6)
+    found = report.Report({"device": "Made Up"})
+    found.add_loss(loss.LossResult(case, timings, extra))
+    lines = report.markdown(found.as_json()).splitlines()
+    assert lines[0] == "| loss, d x V | weights | tokens | dualhead | eager | Liger, LM term only |"
+    assert lines[2].startswith("| 24 x 77 | fp32 | 32 | ") and lines[2].count("1.00x") == 2
+    assert "GB/s" not in lines[-1] and "weights cold" not in lines[-1]

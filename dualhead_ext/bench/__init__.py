@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="what to measure; cuda: decode steps alone, all of them twice",
+        help="what to measure; cuda: decode steps and the training loss, all of them twice",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     parser.add_argument(

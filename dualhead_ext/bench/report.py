@@ -177,6 +177,20 @@ def is_gpu(results: dict[str, Any]) -> bool:
 def markdown(results: dict[str, Any]) -> str:
     """The table for a README from a results file: milliseconds (of a GPU, microseconds), and how
     many times as long each contender takes as the fused step."""
+    lines = _case_lines(results) if results["cases"] else []
+    if results.get("loss"):
+        lines += ["", *_loss_lines(results["loss"])]
+    if results.get("generate"):
+        lines += ["", "| model | weights | decoding with | tokens/s |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {row['model']} | {row['format']} | {row['contender']} "
+            f"| {row['tokens_per_s_median']:.1f} |"
+            for row in results["generate"]
+        ]
+    return "\n".join([*lines, "", _footer(results), *_gpu_lines(results)]).lstrip("\n")
+
+
+def _case_lines(results: dict[str, Any]) -> list[str]:
     present = {row["contender"] for row in results["cases"]}
     graphs = [name for name in ("two_gemms", "one_gemm") if name in present]
     others = {"eager": "eager", "compile": "torch.compile"}
@@ -195,16 +209,7 @@ def markdown(results: dict[str, Any]) -> str:
             shown = row and form.format(row["us_median"] * scale)
             cells.append(f"{shown}, {times:.2f}x" if row else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    if results.get("loss"):
-        lines += ["", *_loss_lines(results["loss"])]
-    if results.get("generate"):
-        lines += ["", "| model | weights | decoding with | tokens/s |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {row['model']} | {row['format']} | {row['contender']} "
-            f"| {row['tokens_per_s_median']:.1f} |"
-            for row in results["generate"]
-        ]
-    return "\n".join([*lines, "", _footer(results), *_gpu_lines(results)])
+    return lines
 
 
 def _loss_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -212,15 +217,16 @@ def _loss_lines(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         key = (row["d"], row["V"], row["format"], row["tokens"])
         cases.setdefault(key, {})[row["contender"]] = row
-    lines = [
-        "| loss, d x V | weights | tokens | dualhead | eager | torch.compile "
-        "| torch's chunked, LM term only |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    present = {row["contender"] for row in rows}
+    others = {"eager": "eager", "compile": "torch.compile"}
+    others |= {"torch_chunked": "torch's chunked, LM term only", "liger": "Liger, LM term only"}
+    others = {name: title for name, title in others.items() if name in present}
+    titles = ["loss, d x V", "weights", "tokens", "dualhead", *others.values()]
+    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
     for (d, V, name, tokens), of_case in cases.items():
         ours = of_case["dualhead"]
         cells = [f"{d} x {V}", name, tokens, f"{_time_and_memory(ours)}"]
-        for contender in ("eager", "compile", "torch_chunked"):
+        for contender in others:
             row = of_case.get(contender)
             times = row and row["us_median"] / ours["us_median"]
             cells.append(f"{_time_and_memory(row)}, {times:.2f}x" if row else "")
@@ -233,11 +239,12 @@ def _time_and_memory(row: dict[str, Any]) -> str:
 
 
 def _footer(results: dict[str, Any]) -> str:
+    read, cold = results.get("read_gb_per_s"), "; weights cold" if results["cases"] else ""
     return (
-        f"{results['device']}, {results.get('cores')} cores, {results.get('threads')} threads, "
-        f"reads {results.get('read_gb_per_s') or 0:.1f} GB/s; torch {results.get('torch')}, "
-        f"kernels {results.get('isa')}, commit {results.get('commit')}. Medians; weights cold. "
-        f'"1.50x": takes 1.50 times as long as dualhead.'
+        f"{results['device']}, {results.get('cores')} cores, {results.get('threads')} threads"
+        + ("" if read is None else f", reads {read:.1f} GB/s")
+        + f"; torch {results.get('torch')}, kernels {results.get('isa')}, commit "
+        f'{results.get("commit")}. Medians{cold}. "1.50x": takes 1.50 times as long as dualhead.'
     )
 
 
