@@ -60,7 +60,7 @@ examples:
 _DEMO = """\
 examples:
   dualhead demo
-  dualhead demo --output /tmp/heads --color never
+  dualhead demo --output heads --color never
   dualhead demo --train-pairs 200 --epochs 1      a shorter one"""
 
 

@@ -92,8 +92,9 @@ class GateLayer(CacheLayerMixin):
 
 
 class StaticGateLayer(GateLayer):
-    """Of fixed size, for compiled decoding: the device counts its columns, its tensors never "
-    "move."""
+    """Of fixed size, for compiled decoding: the device counts its columns, its tensors stay where
+    they are.
+    """
 
     is_compileable = True
 

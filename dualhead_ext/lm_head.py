@@ -341,8 +341,9 @@ def _dual_head_loss(*args: Any, **kwargs: Any) -> Any:
 
 
 def _static_length(cache: Cache) -> int:
-    """The columns of a static cache that a caller has made. A sliding layer knows its window "
-    "alone."""
+    """The columns of a static cache that a caller has made. A sliding layer knows its window
+    alone.
+    """
     lengths = [
         layer.get_max_length() for layer in cache.layers if not getattr(layer, "is_sliding", False)
     ]

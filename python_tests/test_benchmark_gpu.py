@@ -179,7 +179,7 @@ def test_the_spread_is_between_the_runs(results):
 
 
 def test_a_plot_is_drawn(results, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     source, picture = tmp_path / "made.json", tmp_path / "steps.png"
     source.write_text(json.dumps(gpu(results)))
     assert command_line("--report", str(source), "--plot", str(picture)) == 0

@@ -22,7 +22,7 @@ from dualhead_ext.eval.systems import DUAL_HEAD_VARIANTS, BackboneSpec, TrainSet
 datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
 pytest.importorskip("trl", reason="the extra trl is not installed")
 pytest.importorskip("peft", reason="the extra peft is not installed")
-trl_trainers = pytest.importorskip("dualhead_ext.eval.trl_trainers")
+from dualhead_ext.eval import trl_trainers  # noqa: E402  TRL is there, so this must be, too
 
 TINY = BackboneSpec(hidden_size=32, layers=2, heads=2, intermediate=48, context=32)
 WORDS = "Tea Bread Rain Music Maths Gardens Trains Cats Snow Chess Ships Stars".split()
@@ -267,6 +267,15 @@ def test_the_recipes_options_reach_trl(tmp_path, backbone, monkeypatch):
     assert (seen["sigmoid"].beta, seen["sigmoid"].cpo_alpha) == (0.05, 0.0)
     simpo = seen["simpo"]
     assert (simpo.beta, simpo.cpo_alpha, simpo.simpo_gamma) == (2.0, 0.0, 0.3)
+
+
+def test_an_option_that_repeats_a_setting_is_an_error(tmp_path, backbone):
+    """The record would say one thing and the run do another."""
+    for train, option in (("dpo", {"learning_rate": 1.0}), ("simpo", {"cpo_alpha": 1.0})):
+        with pytest.raises(TypeError, match=next(iter(option))):
+            training.TRAINERS[train](
+                backbone, PAIRS, tmp_path / train, TrainSettings(**FAST), **option
+            )
 
 
 # --- the tokens -----------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore"
-    )  # that trl.experimental may change: constraints.txt has its version
+    # That trl.experimental may change: constraints.txt has the version that was tested.
+    warnings.simplefilter("ignore")
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from ..collate import PreferenceCollator
@@ -86,12 +85,30 @@ def _config(config_class: type, **arguments: Any) -> Any:
         return config_class(gradient_checkpointing=False, **arguments)
 
 
-def _trainer(
-    trainer_class: type, collator: _Collator, rows: list[dict[str, Any]], **arguments: Any
+def _on_pairs(
+    trainer_class: type,
+    config_class: type,
+    collator_class: type[_Collator],
+    model: nn.Module,
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    arguments: dict[str, Any],
+    options: dict[str, Any],
+    peft_config: Any,
+    **others: Any,
 ) -> Any:
+    """A trainer of TRL whose rows are ours. An option that repeats an argument is a TypeError."""
     shown = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     with _no_bars():
-        trainer = trainer_class(train_dataset=shown, data_collator=collator, **arguments)
+        trainer = trainer_class(
+            model=model,
+            args=_config(config_class, **arguments, **options),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            train_dataset=shown,
+            data_collator=collator_class(tokenizer.pad_token_id),
+            **others,
+        )
     trainer.train_dataset = rows
     return trainer
 
@@ -107,17 +124,8 @@ def contrastive_trainer(
     """CPOTrainer without its behaviour-cloning term, which leaves -log sigma of a margin without a
     reference: GenARM's with loss_type="sigmoid" (sums), SimPO's with "simpo" (means).
     """
-    config = _config(CPOConfig, cpo_alpha=0.0, **arguments, **options)
-    collator = LabelCollator(tokenizer.pad_token_id)
-    return _trainer(
-        CPOTrainer,
-        collator,
-        rows,
-        model=model,
-        args=config,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
+    kinds, options = (CPOTrainer, CPOConfig, LabelCollator), dict(cpo_alpha=0.0, **options)
+    return _on_pairs(*kinds, model, rows, tokenizer, arguments, options, peft_config)
 
 
 def dpo_trainer(
@@ -130,16 +138,8 @@ def dpo_trainer(
     **options: Any,
 ) -> DPOTrainer:
     """DPOTrainer; reference is None for an adapter, which is switched off instead."""
-    return _trainer(
-        DPOTrainer,
-        MaskedCollator(tokenizer.pad_token_id),
-        rows,
-        model=model,
-        ref_model=reference,
-        args=_config(DPOConfig, **arguments, **options),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
+    kinds, others = (DPOTrainer, DPOConfig, MaskedCollator), {"ref_model": reference}
+    return _on_pairs(*kinds, model, rows, tokenizer, arguments, options, peft_config, **others)
 
 
 def reward_trainer(
@@ -151,15 +151,8 @@ def reward_trainer(
     **options: Any,
 ) -> RewardTrainer:
     """RewardTrainer: -log sigma(r(chosen) - r(rejected)), r at the last token but padding."""
-    return _trainer(
-        RewardTrainer,
-        TextCollator(tokenizer.pad_token_id),
-        rows,
-        model=model,
-        args=_config(RewardConfig, **arguments, **options),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
+    kinds = (RewardTrainer, RewardConfig, TextCollator)
+    return _on_pairs(*kinds, model, rows, tokenizer, arguments, options, peft_config)
 
 
 def rloo_trainer(
