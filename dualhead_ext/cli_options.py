@@ -57,6 +57,16 @@ examples:
   dualhead bench --json results.json
   dualhead bench --report results.json            a table of what was measured before"""
 
+_EVAL = """\
+examples:
+  dualhead eval --suite paper --scale tiny --out run     all of it in a minute, to see that it works
+  dualhead eval --suite paper --scale small --out run    an hour on two cores; again: goes on
+  dualhead eval --scale small --out run --decoders backbone,dual_head,genarm_lora
+  dualhead eval --scale gpu --out run --minutes 9 --state-mb 60        in pieces
+
+Each cell is kept in --out as it is computed; the tables and plots there show all that is done.
+Data is looked for below --data or $DUALHEAD_DATA. Exit code 3: time ran out, cells are left."""
+
 _DEMO = """\
 examples:
   dualhead demo
@@ -242,6 +252,37 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
+def names(text: str) -> list[str]:
+    """An argparse type: comma-separated words."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", choices=("paper",), default="paper", help="(default paper)")
+    parser.add_argument(
+        "--scale", choices=("tiny", "small", "gpu"), required=True, help="how large a run"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run's cells")
+    parser.add_argument("--data", metavar="DIR", help="folder of data (default $DUALHEAD_DATA)")
+    parser.add_argument(
+        "--decoders", type=names, metavar="NAME,...", help="systems to compare (default: all)"
+    )
+    parser.add_argument("--seeds", type=number(int, 1), metavar="N", help="of the headline systems")
+    parser.add_argument(
+        "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint that judges win rates"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="the model to ask for there")
+    parser.add_argument(
+        "--minutes", type=number(float, 0), metavar="X", help="start no cell that would end later"
+    )
+    parser.add_argument(
+        "--state-mb",
+        type=number(float, 1),
+        metavar="X",
+        help="leave at most so much in DIR: drop models, those that nothing left needs first",
+    )
+
+
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
@@ -265,6 +306,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
     "generate": (add_generate, "decode a prompt, token by token as they come", _GENERATE),
+    "eval": (add_eval, "compare systems as the paper does: train, decode, measure", _EVAL),
     "info": (add_info, "what was built, and what it found", _INFO),
     "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),
     "demo": (add_demo, "train on the embedded sample, measure, decode", _DEMO),

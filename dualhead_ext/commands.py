@@ -56,6 +56,14 @@ def bench(arguments: Namespace) -> int:
         return main(arguments)
 
 
+def evaluate(arguments: Namespace) -> int:
+    """Run what is missing of a suite, write its tables; 3 if time ran out."""
+    with argument():
+        quiet_transformers(EMBEDDED)
+        from .eval.suite import run
+    return run.main(arguments)
+
+
 def demo(arguments: Namespace) -> None:
     """Train on the embedded sample, measure, decode."""
     with argument():
@@ -68,6 +76,7 @@ def demo(arguments: Namespace) -> None:
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "info": info,
     "bench": bench,
     "demo": demo,

@@ -78,8 +78,13 @@ def compare(
             f"{len(a)} and {len(b)}"
         )
     verdicts = [both_orders(judge, *row) for row in zip(prompts, a, b, strict=True)]
-    difference = [len(x) - len(y) for x, y in zip(a, b, strict=True)]
-    rows = list(zip(verdicts, difference, strict=True))
+    differences = [len(x) - len(y) for x, y in zip(a, b, strict=True)]
+    return win_rate(verdicts, differences, seed)
+
+
+def win_rate(verdicts: Sequence[float], differences: Sequence[float], seed: int = 0) -> WinRate:
+    """What verdicts come to; arguments as of :func:`length_controlled_win_rate`."""
+    rows = list(zip(verdicts, differences, strict=True))
     return WinRate(
         wins=sum(v > 0.5 for v in verdicts),
         ties=sum(v == 0.5 for v in verdicts),

@@ -257,14 +257,24 @@ def pair_accuracy(
     Raises:
         ValueError: no pairs.
     """
+    texts = [
+        make_texts(((row["prompt"], row[side]) for row in rows), tokenizer, max_length)
+        for side in ("chosen", "rejected")
+    ]
+    sums = [[float(v.sum()) for v in token_log_probs(system, side, batch_size)] for side in texts]
+    return accuracy_of(*sums, rows)
+
+
+def accuracy_of(
+    chosen: Sequence[float], rejected: Sequence[float], rows: Sequence[dict[str, Any]]
+) -> PairAccuracy:
+    """:func:`pair_accuracy` from scores of both responses of each pair.
+
+    Raises:
+        ValueError: no pairs.
+    """
     longer, pairs = longer_is_better(rows)
-    sides = [[(row["prompt"], row[side]) for row in rows] for side in ("chosen", "rejected")]
-    texts = make_texts([*sides[0], *sides[1]], tokenizer, max_length)
-    sums = [float(v.sum()) for v in token_log_probs(system, texts, batch_size)]
-    wins = sum(
-        1.0 if a > b else 0.5 if a == b else 0.0
-        for a, b in zip(sums[:pairs], sums[pairs:], strict=True)
-    )
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(chosen, rejected, strict=True))
     return PairAccuracy(_share(wins, pairs), _share(longer * pairs, pairs), pairs)
 
 
