@@ -2,6 +2,7 @@
 """The chunked loss against the reference: values and gradients over random shapes and options, any
 workspace, extreme numbers, and what it does not compute."""
 
+import math
 import random
 
 import pytest
@@ -143,30 +144,54 @@ def relative_errors(problem, exact, wanted, options, call):
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "pays", "allowed"),
-    [(torch.float32, True, 1.1), (torch.bfloat16, True, 1.0), (torch.bfloat16, False, 1.0)],
-    ids=["fp32", "bf16", "bf16 widened"],
-)
-def test_errors_are_at_most_those_of_eager(dtype, pays, allowed, monkeypatch, seed):
-    """Of the weights' and the gate's gradients and the loss, over 500 random shapes and options.
-    The mean over problems: a root mean square would be that of the few whose gradients cancel."""
+# By how much our error may pass eager's. Narrow products round as eager's do, so both err alike but
+# for noise; the gradient of a bf16 weight is a sum of such products, one for each chunk, rounded
+# once more. Widened products do not round at all.
+ALLOWED = {"fp32": 1.1, "autocast": 1.05, "bf16": 1.15}
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["narrow products", "widened"])
+@pytest.mark.parametrize("kind", ALLOWED)
+def test_errors_are_at_most_those_of_eager(kind, pays, monkeypatch, seed):
+    """Of every gradient and the loss, over 500 random shapes, options and numbers of objectives:
+    the geometric mean of the ratios, which no single problem decides.
+
+    kind: of weights and hidden states; autocast: bf16 hidden states, fp32 weights, as in training.
+    """
     monkeypatch.setattr(loss_products, "narrow_pays", lambda device, dtype: pays)
     monkeypatch.setattr(loss_products, "VOCABULARY_BLOCK", 64)
-    wanted, r = ("reward_weight", "gate_logit"), random.Random(seed)
-    ours, theirs = ({n: 0.0 for n in (*wanted, "loss")} for _ in range(2))
+    wanted, r = ("hidden", "gate_logit", "lm_weight", "reward_weight"), random.Random(seed)
+    narrow = {"fp32": (), "autocast": ("hidden",), "bf16": ("hidden", *WEIGHTS)}[kind]
+    calls = [loss_and_gradients, in_eager]
+    calls = [under_autocast(call) for call in calls] if kind == "autocast" else calls
+    logs = {name: [] for name in (*wanted, "loss")}
     for i in range(500):
-        vocab, rows = r.randint(2, 200), 2 * r.randint(1, 3)
+        vocab, pairs, K = r.randint(2, 200), r.randint(1, 3), r.choice([1, 1, 2])
         monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", r.choice([8, 40]) * vocab * 4)
-        t = batch(seed + i, rows, r.randint(1, 10), r.randint(1, 40), vocab, dtype=torch.float32)
-        t |= {n: (t[n] * (0.3 if "weight" in n else 1)).to(dtype) for n in ("hidden", *WEIGHTS)}
+        shape = (2 * pairs, r.randint(1, 10), r.randint(1, 40), vocab, K, r.random() < 0.3)
+        t = batch(seed + i, *shape, dtype=torch.float32)
+        t |= {n: (0.3 * t[n]).bfloat16().float() for n in WEIGHTS if n in t}
+        t |= {n: t[n].bfloat16() for n in narrow if n in t}
         exact = {k: v.double() if v.is_floating_point() else v for k, v in t.items()}
-        options = r.choice(list(OPTION_SETS.values()))
-        for total, call in ((ours, loss_and_gradients), (theirs, in_eager)):
-            for n, error in relative_errors(t, exact, wanted, options, call).items():
-                total[n] += error / 500
-    for n in ours:
-        assert ours[n] <= allowed * theirs[n] + 1e-7, (n, ours[n], theirs[n])
+        options = dict(r.choice(list(OPTION_SETS.values())))
+        options |= objectives(seed + i, pairs, K) if K > 1 else {}
+        ours, eager = (relative_errors(t, exact, wanted, options, call) for call in calls)
+        for name in ours:
+            if ours[name] > 0 and eager[name] > 0:
+                logs[name].append(math.log(ours[name] / eager[name]))
+    for name, values in logs.items():
+        ratio = math.exp(sum(values) / len(values))
+        assert len(values) > 300 and ratio <= (
+            1.0 if kind != "fp32" and not pays else ALLOWED[kind]
+        ), (name, ratio)
+
+
+def under_autocast(call):
+    def within(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(*args, **kwargs)
+
+    return within
 
 
 class Watch(TorchDispatchMode):

@@ -34,7 +34,8 @@ LAYERS = (
         "bench.timing",  # the one timer, of steps and of whole decoders
     },
     {"_extension", "ops", "collate"},
-    {"build_info", "gate", "cache", "controls", "kl_cap"},
+    # bench.machine: what a results file, of a benchmark or a comparison, says of where it was made
+    {"build_info", "bench.machine", "gate", "cache", "controls", "kl_cap"},
     {"head_base", "head_decode", "head"},
     {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "generation_options"},

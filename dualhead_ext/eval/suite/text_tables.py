@@ -9,10 +9,11 @@ from .table import NOT_RUN, Results, Table, interval, number, percent
 
 
 def _text_row(r: Results, place: tuple[str, str, int]) -> list[str]:
+    over = r.plan.over_backbone.get(place)
+    wins = [percent(r.get(over, name)) for name in ("win_rate", "length_controlled")]
     return [
         interval(r.of(place, "reward", "reward")),
-        percent(r.get(r.plan.over_backbone.get(place), "win_rate")),
-        percent(r.get(r.plan.over_backbone.get(place), "length_controlled")),
+        *(wins if place[1] != "backbone" else ["-", "-"]),
         number(r.of(place, "texts", "diversity")),
         number(r.of(place, "texts", "diversity_without_plus_one")),
         number(r.of(place, "texts", "words"), 1),
@@ -36,18 +37,14 @@ def comparison(r: Results) -> Table:
     rows = [
         [r.label(name), *_text_row(r, (MAIN, name, 0))]
         for name in SYSTEMS
-        if name not in ("backbone", "weak_to_strong", "merged")
+        if name not in ("weak_to_strong", "merged")  # a table of its own; decodes as the fixed gate
     ]
-    place = (MAIN, "backbone", 0)
-    first = _text_row(r, place)
-    first[1:3] = ["-", "-"]
     note = (
         "Sampled answers to held-out HH prompts; the judge is a reward model trained on the other "
         "half of the pairs, which guided nobody. Win rates: share of prompts where it scores the "
         "system's answer higher than the backbone's, ties a half. Coherence: cosine of the "
         "backbone's mean hidden states of prompt and answer. 95 % intervals."
     )
-    rows = [[r.label("backbone"), *first], *rows]
     return Table("comparison", "Systems compared: texts", note, _TEXT_HEADER, rows)
 
 
