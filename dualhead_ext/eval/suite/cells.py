@@ -141,7 +141,7 @@ class Store:
             "weights": self._weights(cell),
             "result": result,
             "seconds": round(time.monotonic() - started, 2),
-            "cpu_seconds": round(time.process_time() - busy, 2),  # all threads; tells a busy machine
+            "cpu_seconds": round(time.process_time() - busy, 2),  # of all threads
             "environment": describe("cuda" if _on_gpu() else "cpu"),
         }
         self._write(self._path(cell), record)
