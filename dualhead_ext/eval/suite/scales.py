@@ -129,8 +129,13 @@ SCALES = {
                 "mistral", hidden_size=192, layers=4, heads=4, intermediate=512, bf16=False
             ),
         },
-        training={"batch_size": 16, "micro_batch_size": 4, "max_length": 256},
+        training={"batch_size": 16, "micro_batch_size": 4, "max_length": 192},
         methods=_SMALL_METHODS,
+        guide_pairs=400,
+        test_pairs=150,
+        prompts=100,
+        new_tokens=48,
+        rl_tokens=32,
         cost={
             "batch_sizes": (1, 8, 32),
             "new_tokens": 32,
