@@ -126,7 +126,13 @@ SCALES = {
             "main": EMBEDDED,
             "weak": BackboneSpec(hidden_size=128, layers=4, heads=4, intermediate=352, bf16=False),
             "other": BackboneSpec(
-                "mistral", hidden_size=192, layers=4, heads=4, intermediate=512, bf16=False
+                "mistral",
+                hidden_size=192,
+                layers=4,
+                heads=4,
+                intermediate=512,
+                epochs=2,
+                bf16=False,
             ),
         },
         training={"batch_size": 16, "micro_batch_size": 4, "max_length": 192},
