@@ -271,6 +271,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
             controls.get("alpha"),
             controls.get("objective_weights"),
             controls.get("max_kl"),
+            controls.get("skip_threshold"),
             post_process=self.config.mix != "logits",
         )
         return (out.logits[:, 0], out.alpha[:, 0]) if flat else (out.logits, out.alpha)

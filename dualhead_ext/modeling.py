@@ -27,7 +27,7 @@ from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
 from .pretrained import DualHeadFilesMixin
 
-CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "objective_weights")
+CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "skip_threshold", "objective_weights")
 # What forward takes beyond the backbone's own arguments.
 _NEW_ARGUMENTS = (
     *(*CONTROLS, "dualhead_valid", "dualhead_decoding"),
@@ -254,6 +254,8 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
                 ``DualHead.forward``.
             max_kl: likewise; lowers alpha at each token until KL(pi_mix || pi_LM) is within it.
                 Steps are then computed by eager PyTorch.
+            skip_threshold: likewise, in [0, 0.5]; alpha nearer than that to 0 or 1 counts as such,
+                and a step in which it does for all requests reads one head (docs/generation.md).
             objective_weights: (K,) or (B, K).
             fused: whether tokens are chosen by the fused step, without logits (see
                 :mod:`dualhead_ext.generation`). None: where the options allow it; False: never;

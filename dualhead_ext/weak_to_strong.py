@@ -108,7 +108,8 @@ class WeakToStrong(nn.Module):
 
         Args:
             inputs: (B, T), or ``input_ids``; left-padded with ``attention_mask``.
-            strength, gate_offset, alpha: a number, or (B,); see ``DualHead.forward``.
+            strength, gate_offset, alpha, skip_threshold: a number, or (B,); see
+                ``DualHead.forward``.
             objective_weights: (K,) or (B, K).
             max_kl: likewise a number or (B,); of the mixture from the strong model's distribution.
         Raises:
