@@ -162,7 +162,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         head = self.lm_head_module
         if head.quantized is None:
             return head.weight
-        tied = super().get_expanded_tied_weights_keys(all_submodels=True)
+        tied = super().get_expanded_tied_weights_keys(all_submodels=False)
         source = tied.get(f"{module_name(self, head)}.weight")
         return None if source is None else self.get_parameter(source)
 
