@@ -16,6 +16,7 @@ from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .gate import GATES
 from .kl_cap import capped_alpha
+from .quantization import format_of
 from .reference import accumulator_dtype
 
 
@@ -91,6 +92,11 @@ class HeadBase(nn.Module):
     def reward_scale(self) -> Tensor | None:
         """The quantised reward head's scales, (K, V) or (K, V, d/128), or None."""
         return getattr(self.reward_head, "weight_scale", None)
+
+    @property
+    def quantized(self) -> str | None:
+        """The heads' format, a name of :data:`dualhead_ext.quantization.FORMATS`, or None."""
+        return None if self.lm_scale is None else format_of(self.lm_weight)
 
     @property
     def hidden_dtype(self) -> torch.dtype:

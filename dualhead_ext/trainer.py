@@ -36,7 +36,8 @@ def prepare_for_training(
 
     Raises:
         TypeError: the model has no gated head. ValueError: the LM head shares the embedding's
-            weight (unless ``untie``, which copies it) or is not fp32 or float64.
+            weight (unless ``untie``, which copies it) or is not fp32 or float64. RuntimeError: the
+            heads are quantised.
     """
     if not isinstance(model, DualHeadForCausalLM):
         raise TypeError(
@@ -44,6 +45,11 @@ def prepare_for_training(
             f"got {type(model).__name__}"
         )
     head = model.lm_head_module
+    if head.quantized is not None:
+        raise RuntimeError(
+            f"DualHeadTrainer: the model's heads are quantised ({head.quantized}), and quantised "
+            "heads do not train; train the heads in full precision and quantise them afterwards"
+        )
     model.requires_grad_(False)
     for module in (head.reward_head, head.gate):
         module.requires_grad_(True)

@@ -21,8 +21,9 @@ from transformers.cache_utils import Cache
 
 from .backbones import backbone_post_processing
 from .controls import objective_rows, per_row
+from .gated_generation import CONTROLS
 from .kl_cap import capped_alpha
-from .modeling import CONTROLS, DualHeadForCausalLM
+from .modeling import DualHeadForCausalLM
 from .reference import accumulator_dtype, mix_logits, postprocess, reward_logits
 
 
