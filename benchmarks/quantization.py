@@ -143,7 +143,7 @@ def agreement(
 
 def accuracy(trained: str | None) -> dict:
     """Reward heads that are the LM head, that and noise of a tenth of its standard deviation, and,
-    with a folder of heads, trained ones; alpha = 1/2, and of trained heads what their gate says.
+    with a folder of heads, trained ones; alpha = 1/2, of trained heads also what their gate says.
     """
     path = str(embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -172,7 +172,8 @@ def accuracy(trained: str | None) -> dict:
         "random_states": agreement(copied, random, half[:4096], None),
     }
     if trained is not None:
-        found["trained"] = agreement(heads(reward), hidden, alpha, calibration)
+        found["trained"] = agreement(heads(reward), hidden, half, calibration)
+        found["trained_with_its_gate"] = agreement(heads(reward), hidden, alpha, calibration)
     return {
         "positions": len(hidden),
         "calibration_states": len(calibration),
