@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the quantised formats cost and save on this CPU:
 
-    dualhead train --eval-share 0 --output HEADS
+    dualhead train --eval-share 0 --output HEADS --learning-rate 1e-3 \\
+        --set per_device_train_batch_size=16 --set gradient_accumulation_steps=1 \\
+        --set warmup_steps=0.1 --set lm_reduction=mean --set max_length=256
     python benchmarks/quantization.py FILE --part accuracy --heads HEADS
     python benchmarks/quantization.py FILE --part speed
 
