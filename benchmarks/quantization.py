@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the quantised formats cost and save on this CPU:
 
-    dualhead train --eval-share 0 --output HEADS
+    dualhead train --eval-share 0 --output HEADS --learning-rate 1e-3 \\
+        --set per_device_train_batch_size=16 --set gradient_accumulation_steps=1 \\
+        --set warmup_steps=0.1 --set lm_reduction=mean --set max_length=256
     python benchmarks/quantization.py FILE --part accuracy --heads HEADS
     python benchmarks/quantization.py FILE --part speed
 
@@ -143,7 +145,7 @@ def agreement(
 
 def accuracy(trained: str | None) -> dict:
     """Reward heads that are the LM head, that and noise of a tenth of its standard deviation, and,
-    with a folder of heads, trained ones; alpha = 1/2, and of trained heads what their gate says.
+    with a folder of heads, trained ones; alpha = 1/2, of trained heads also what their gate says.
     """
     path = str(embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -172,7 +174,8 @@ def accuracy(trained: str | None) -> dict:
         "random_states": agreement(copied, random, half[:4096], None),
     }
     if trained is not None:
-        found["trained"] = agreement(heads(reward), hidden, alpha, calibration)
+        found["trained"] = agreement(heads(reward), hidden, half, calibration)
+        found["trained_with_its_gate"] = agreement(heads(reward), hidden, alpha, calibration)
     return {
         "positions": len(hidden),
         "calibration_states": len(calibration),
