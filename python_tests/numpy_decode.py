@@ -169,18 +169,20 @@ def random_cache(rng, dtype, batch, heads, head_size, capacity, lengths):
 
 
 def random_arguments(
-    rng, dtype, *, B=2, d=13, V=37, K=1, H=2, d_k=3, S=9, lengths=None, gate="attention", bias=False
-):
-    """Arguments without controls or sampling; hidden and the heads are strided."""
+    rng, dtype, *, B=2, d=13, V=37, K=1, H=2, d_k=3, S=9, lengths=None, gate="attention",
+    bias=False, aligned=False
+):  # fmt: skip
+    """Arguments without controls or sampling; hidden and the heads are strided. aligned: rows start
+    at multiples of 16 bytes, which the streaming path needs."""
 
     def normal(*shape, scale=1.0):
         return narrow(rng.standard_normal(shape) * scale, dtype)
 
     weight_scale = 2.0 / math.sqrt(d)
     arguments = {
-        "hidden": slack(normal(B, d), columns=3),
-        "lm_weight": slack(normal(V, d, scale=weight_scale), columns=5),
-        "reward_weight": slack(normal(K, V, d, scale=weight_scale), rows=2, columns=1),
+        "hidden": slack(normal(B, d), columns=8 if aligned else 3),
+        "lm_weight": slack(normal(V, d, scale=weight_scale), columns=16 if aligned else 5),
+        "reward_weight": slack(normal(K, V, d, scale=weight_scale), 2, columns=8 if aligned else 1),
         "mix_probs": False,
         "logit_scale": 1.0,
         "logit_softcap": 0.0,

@@ -15,6 +15,7 @@
 #include "../kernels/cuda/decode.h"
 #include "../kernels/cuda/loss.h"
 #include "../kernels/cuda/primitives.cuh"
+#include "../kernels/cuda/stream_plan.h"
 
 namespace py = pybind11;
 
@@ -128,11 +129,28 @@ std::string loss_rows(const py::dict& arguments, bool backward, int device) {
 }
 
 void set_device(int multiprocessors, int blocks_per_multiprocessor, bool cooperative_launch,
-                uint64_t seed, int skipped_grid_barrier, int skipped_block_barrier) {
-  host_cuda::device() = {multiprocessors,
-                         blocks_per_multiprocessor,
-                         cooperative_launch,
-                         {seed, skipped_grid_barrier, skipped_block_barrier}};
+                int compute_major, int shared_kib, uint64_t seed, int skipped_grid_barrier,
+                int skipped_block_barrier, int skipped_copy_wait) {
+  host_cuda::device() = {
+      multiprocessors,    blocks_per_multiprocessor,
+      cooperative_launch, compute_major,
+      shared_kib * 1024,  {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
+}
+
+// Whether these arguments take the streaming path, and how it cuts them.
+py::object stream_plan(const py::dict& arguments, const std::string& dtype, int compute_major,
+                       int shared_kib) {
+  const DecodeParams params = params_from(arguments, dtype_from(dtype));
+  cuda::StreamPlan plan;
+  if (!cuda::decode_streams(params) ||
+      !cuda::make_plan(params, shared_kib * 1024, compute_major >= 9, &plan)) {
+    return py::none();
+  }
+  py::dict found;
+  found["batch_tile"] = plan.batch_tile, found["stages"] = plan.stages;
+  found["row_bytes"] = plan.row_bytes, found["resident"] = plan.resident;
+  found["shared_bytes"] = plan.shared_bytes;
+  return found;
 }
 
 template <typename T>
@@ -163,8 +181,11 @@ PYBIND11_MODULE(dualhead_testing, m) {
   m.def("loss_rows", &loss_rows, py::arg("arguments"), py::arg("backward"), py::arg("device") = 0);
   m.def("set_device", &set_device, py::kw_only(), py::arg("multiprocessors") = 4,
         py::arg("blocks_per_multiprocessor") = 2, py::arg("cooperative_launch") = true,
-        py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,
-        py::arg("skipped_block_barrier") = -1);
+        py::arg("compute_major") = 9, py::arg("shared_kib") = 227, py::arg("seed") = 0,
+        py::arg("skipped_grid_barrier") = -1, py::arg("skipped_block_barrier") = -1,
+        py::arg("skipped_copy_wait") = -1);
+  m.def("stream_plan", &stream_plan, py::arg("arguments"), py::arg("dtype"),
+        py::arg("compute_major") = 9, py::arg("shared_kib") = 227);
   m.def("bfloat16_to_float", &widened<cuda::BFloat16>);
   m.def("float16_to_float", &widened<cuda::Float16>);
   m.def("float_to_bfloat16", &rounded<cuda::BFloat16>);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both heads of the decode step and their mixture: logits, and per chunk of vocabulary rows a
-// softmax part and the first-ranked token. Each function is one phase of the launch.
+// Both heads of the decode step and their mixture, on the plain path: logits, and per chunk of
+// vocabulary rows a softmax part and the first-ranked token. Each function is one phase of the
+// launch. The phases after the products are the streaming path's too.
 #pragma once
 
 #include "dot.cuh"
@@ -66,14 +67,14 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
     const int64_t v = v0 + j;
     float dots[kTile];
     const W* lm_row = static_cast<const W*>(p.lm_weight) + v * p.lm_weight_stride;
-    dot_tile(lm_row, hidden, p.hidden_stride, p.d, count, dots);
+    dot_tile<false>(lm_row, hidden, p.hidden_stride, p.d, count, dots);
     const float lm_bias = p.lm_bias ? to_float(static_cast<const W*>(p.lm_bias)[v]) : 0.0f;
     const float lm = pick_own(dots) + lm_bias;
     float reward = 0.0f;
     for (int64_t k = 0; k < p.K; ++k) {
       const W* row = static_cast<const W*>(p.reward_weight) + k * p.reward_weight_stride_k +
                      v * p.reward_weight_stride;
-      dot_tile(row, hidden, p.hidden_stride, p.d, count, dots);
+      dot_tile<false>(row, hidden, p.hidden_stride, p.d, count, dots);
       if (lane_index() >= count) continue;  // the row's objective weights end with the batch
       const float bias =
           p.reward_bias ? to_float(static_cast<const W*>(p.reward_bias)[k * p.V + v]) : 0.0f;
@@ -123,23 +124,41 @@ __device__ void heads(const DecodeParams& p, const Workspace& ws) {
   }
 }
 
-// The softmax part of a whole row from its chunks' parts, the same bits in every lane.
-__device__ __forceinline__ SoftmaxPart row_part(const DecodeParams& p, const SoftmaxPart* parts,
-                                                int64_t b) {
-  const int64_t chunks = ceil_div(p.V, kChunk);
-  SoftmaxPart part = empty_part();
-  for (int64_t i = lane_index(); i < chunks; i += kWarp) {
-    part = merge_parts(part, parts[b * chunks + i]);
+// Shared memory of the block-wide reductions.
+struct BlockScratch {
+  unsigned long long slot[kWarp];  // one per warp
+  SoftmaxPart part[kMergers];
+};
+
+// The softmax part of a whole row from its `count` parts, the same bits in every thread; the whole
+// block calls. Part i goes to lane i % 32 of merger i / 32 % kMergers, whatever warp does its work.
+__device__ __forceinline__ SoftmaxPart merge_row(const SoftmaxPart* parts, int64_t count,
+                                                 BlockScratch* scratch) {
+  for (int merger = warp_in_block(); merger < kMergers; merger += warps_per_block()) {
+    SoftmaxPart part = empty_part();
+    for (int64_t i = merger * kWarp + lane_index(); i < count; i += kMergers * kWarp) {
+      part = merge_parts(part, parts[i]);
+    }
+    part = warp_merge(part);
+    if (lane_index() == 0) scratch->part[merger] = part;
   }
-  return warp_merge(part);
+  block_barrier();  // all mergers are done
+  SoftmaxPart part = scratch->part[0];
+  for (int merger = 1; merger < kMergers; ++merger) {
+    part = merge_parts(part, scratch->part[merger]);
+  }
+  block_barrier();  // every thread has read; the next call may write
+  return part;
 }
 
-// Phase 5, mix_probs only: log-sum-exp of each head's row, by a warp.
+// Phase 5, mix_probs only: log-sum-exp of each head's row, by a block.
 __device__ __forceinline__ void normalizers(const DecodeParams& p, const Workspace& ws) {
-  for (int64_t item = warp_in_grid(); item < 2 * p.B; item += warps_in_grid()) {
+  BlockScratch* scratch = reinterpret_cast<BlockScratch*>(shared_memory());
+  const int64_t parts = ceil_div(p.V, ws.part_entries);
+  for (int64_t item = blockIdx.x; item < 2 * p.B; item += gridDim.x) {
     const int64_t head = item / p.B, b = item % p.B;
-    const float normalizer = log_sum_exp(row_part(p, ws.part[head], b));
-    if (lane_index() == 0) ws.normalizer[head][b] = normalizer;
+    const float normalizer = log_sum_exp(merge_row(ws.part[head] + b * parts, parts, scratch));
+    if (threadIdx.x == 0) ws.normalizer[head][b] = normalizer;
   }
 }
 
