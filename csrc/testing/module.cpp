@@ -41,6 +41,13 @@ int64_t stride(const py::array& array, int dimension) {
   return array.strides(dimension) / array.itemsize();
 }
 
+Quantization quantization_from(const std::string& name) {
+  if (name == "int8") return Quantization::kInt8;
+  if (name == "fp8") return Quantization::kFp8;
+  if (name == "int4") return Quantization::kInt4;
+  throw std::invalid_argument("format must be int8, fp8 or int4, got " + name);
+}
+
 DecodeParams params_from(const py::dict& a, DType dtype) {
   const auto hidden = py::array(a["hidden"]), lm_weight = py::array(a["lm_weight"]),
              reward_weight = py::array(a["reward_weight"]);
@@ -60,6 +67,8 @@ DecodeParams params_from(const py::dict& a, DType dtype) {
   p.reward_weight_stride = stride(reward_weight, 1);
   p.reward_bias = pointer<void>(a, "reward_bias");
   p.objective_weights = pointer<float>(a, "objective_weights");
+  p.lm_scale = pointer<float>(a, "lm_scale"), p.reward_scale = pointer<float>(a, "reward_scale");
+  if (a.contains("format")) p.quantization = quantization_from(a["format"].cast<std::string>());
   p.q_weight = pointer<void>(a, "q_weight"), p.k_weight = pointer<void>(a, "k_weight");
   p.u_weight = pointer<float>(a, "u_weight"), p.gate_bias = pointer<float>(a, "gate_bias");
   p.cache_k = pointer<void>(a, "cache_k"), p.cache_u = pointer<float>(a, "cache_u");

@@ -35,20 +35,35 @@ constexpr int kMaxThreads = 256;
 constexpr int kSharedBytes = sizeof(ChunkLogits) > sizeof(BlockScratch) ? sizeof(ChunkLogits)
                                                                         : sizeof(BlockScratch);
 
-template <typename W>
+template <DType kDType>
+struct WeightOf;
+template <>
+struct WeightOf<DType::kFloat32> {
+  using Type = float;
+};
+template <>
+struct WeightOf<DType::kBFloat16> {
+  using Type = BFloat16;
+};
+template <>
+struct WeightOf<DType::kFloat16> {
+  using Type = Float16;
+};
+
+template <DType kDType>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     decode_step_kernel(const __grid_constant__ DecodeParams p,
                        const __grid_constant__ Workspace ws) {
   if (!p.gate_logit_in) {
-    project<W, false>(p, ws, whole_grid());
+    project<false>(p, ws, whole_grid(), kDType);
     grid_barrier();  // q and the new cache column are complete
-    attend<W>(p, ws, whole_grid());
+    attend(p, ws, whole_grid(), kDType);
     grid_barrier();  // all attention parts are
   }
   weigh(p, ws, whole_grid(), false);
   grid_barrier();  // alpha and status are
   if (p.out_attention) normalize_attention(p, ws, whole_grid());
-  heads<W>(p, ws);
+  heads<typename WeightOf<kDType>::Type>(p, ws, kDType);
   grid_barrier();  // logits and softmax parts are
   if (p.mix_probs) {
     normalizers(p, ws);
@@ -69,12 +84,12 @@ int64_t useful_blocks(const DecodeParams& p, int threads) {
   return most > attend ? most : attend;
 }
 
-template <typename W>
+template <DType kDType>
 cudaError_t launch(const DecodeParams& p, const Workspace& ws, int device, cudaStream_t stream,
                    LaunchShape shape) {
   const int threads = shape.threads ? shape.threads : kMaxThreads;
   if (threads < kWarp || threads > kMaxThreads || threads % kWarp) return cudaErrorInvalidValue;
-  return launch_cooperative(decode_step_kernel<W>, device, stream, shape.blocks,
+  return launch_cooperative(decode_step_kernel<kDType>, device, stream, shape.blocks,
                             useful_blocks(p, threads), threads, kSharedBytes, p, ws);
 }
 
@@ -86,11 +101,11 @@ cudaError_t launch_path(const DecodeParams& p, const Workspace& ws, int device, 
   }
   switch (p.dtype) {
     case DType::kFloat32:
-      return launch<float>(p, ws, device, stream, shape);
+      return launch<DType::kFloat32>(p, ws, device, stream, shape);
     case DType::kBFloat16:
-      return launch<BFloat16>(p, ws, device, stream, shape);
+      return launch<DType::kBFloat16>(p, ws, device, stream, shape);
     case DType::kFloat16:
-      return launch<Float16>(p, ws, device, stream, shape);
+      return launch<DType::kFloat16>(p, ws, device, stream, shape);
   }
   return cudaErrorInvalidValue;
 }

@@ -39,33 +39,35 @@ __device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t bytes) {
   return (bytes & 0x80008000u) | (bytes >> 1 & 0x3F803F80u);
 }
 
-// The pairs of one step from a lane's sixteen bytes. 0x6400 is 1024 in float16, whose last place is
-// 1: a small number in the lowest bits is added to it.
+// The pairs of one step, from where a lane's sixteen bytes of the run begin. 0x6400 is 1024 in
+// float16, whose last place is 1: a small number in the lowest bits is added to it.
 template <Format kFormat, int kStep>
-__device__ __forceinline__ void unpack(const Words& raw, uint32_t (&pairs)[4]) {
+__device__ __forceinline__ void unpack(const unsigned char* at, uint32_t (&pairs)[4]) {
   if constexpr (steps_of(kFormat) == 1) {
+    const Words raw = load_words(at);
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = raw.x[i];
-  } else if constexpr (kFormat == Format::kInt8) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t biased = raw.x[2 * kStep + i] ^ 0x80808080u;
-      pairs[2 * i] = half2_add(select_bytes(biased, 0x64646464u, 0x4240), 0xE480E480u);  // -1152
-      pairs[2 * i + 1] = half2_add(select_bytes(biased, 0x64646464u, 0x4341), 0xE480E480u);
-    }
-  } else if constexpr (kFormat == Format::kFp8) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      pairs[2 * i] = halves_from_e4m3(raw.x[2 * kStep + i] << 8);
-      pairs[2 * i + 1] = halves_from_e4m3(raw.x[2 * kStep + i]);
-    }
-  } else {
-    const uint32_t even = raw.x[kStep], odd = even >> 8;
+  } else if constexpr (kFormat == Format::kInt4) {
+    const uint32_t even = *reinterpret_cast<const uint32_t*>(at + 4 * kStep), odd = even >> 8;
     // 1024 + u - 1032, and (1024 + 16 u) / 16 - 72.
     pairs[0] = half2_add((even & 0x000F000Fu) | 0x64006400u, 0xE408E408u);
     pairs[1] = half2_add((odd & 0x000F000Fu) | 0x64006400u, 0xE408E408u);
     pairs[2] = half2_fma((even & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
     pairs[3] = half2_fma((odd & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
+  } else {
+    const uint2 raw = *reinterpret_cast<const uint2*>(at + 8 * kStep);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t bytes = i == 0 ? raw.x : raw.y;
+      if constexpr (kFormat == Format::kInt8) {
+        const uint32_t biased = bytes ^ 0x80808080u;  // and less 1152, of which 128 is the bias
+        pairs[2 * i] = half2_add(select_bytes(biased, 0x64646464u, 0x4240), 0xE480E480u);
+        pairs[2 * i + 1] = half2_add(select_bytes(biased, 0x64646464u, 0x4341), 0xE480E480u);
+      } else {
+        pairs[2 * i] = halves_from_e4m3(bytes << 8);
+        pairs[2 * i + 1] = halves_from_e4m3(bytes);
+      }
+    }
   }
 }
 
@@ -87,25 +89,22 @@ struct LaneView {
   const unsigned char* high_scales;
 };
 
+// `there`: whether the row has this lane's sixteen bytes; else they count as zeros, whatever lies
+// in their place.
 template <Format kFormat, int kStep, int kTiles, int kUnits>
 __device__ __forceinline__ void multiply_step(const LaneView& at, int run, bool there,
-                                              const Words (&low)[kUnits],
-                                              const Words (&high)[kUnits],
                                               float (&z)[kUnits][kTiles][4]) {
   constexpr bool kBrain = kFormat == Format::kBFloat16;
-  uint32_t a[2][kUnits][4];  // two tiles of 16 inputs each
+  uint32_t low[kUnits][4] = {}, high[kUnits][4] = {};
+  if (there) {
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    uint32_t row_low[4], row_high[4];
-    unpack<kFormat, kStep>(low[u], row_low);
-    unpack<kFormat, kStep>(high[u], row_high);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      a[half][u][0] = row_low[2 * half], a[half][u][1] = row_high[2 * half];
-      a[half][u][2] = row_low[2 * half + 1], a[half][u][3] = row_high[2 * half + 1];
+    for (int u = 0; u < kUnits; ++u) {
+      unpack<kFormat, kStep>(at.low + u * at.unit_pitch + run * kRunBytes, low[u]);
+      unpack<kFormat, kStep>(at.high + u * at.unit_pitch + run * kRunBytes, high[u]);
     }
   }
   const int terms = steps_of(kFormat) == 1 ? 1 : at.terms;
+#pragma unroll 1
   for (int term = 0; term < terms; ++term) {
     const unsigned char* hidden = at.hidden + (run * steps_of(kFormat) + kStep) * kRunBytes;
 #pragma unroll
@@ -113,34 +112,45 @@ __device__ __forceinline__ void multiply_step(const LaneView& at, int run, bool 
       Words b = {};
       if (there) b = load_words(hidden + n * at.tile_pitch + term * at.term_pitch);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half) {  // tiles of 16 inputs
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-          mma_m16n8k16<kBrain>(z[u][n], a[half][u], b.x[2 * half], b.x[2 * half + 1]);
+          const uint32_t a[4] = {low[u][2 * half], high[u][2 * half], low[u][2 * half + 1],
+                                 high[u][2 * half + 1]};
+          mma_m16n8k16<kBrain>(z[u][n], a, b.x[2 * half], b.x[2 * half + 1]);
         }
       }
     }
   }
 }
 
-// One run. `there`: whether the row has this lane's sixteen bytes; else they count as zeros,
-// whatever lies in their place.
 template <Format kFormat, int kTiles, int kUnits>
 __device__ __forceinline__ void multiply_run(const LaneView& at, int run, bool there,
                                              float (&z)[kUnits][kTiles][4]) {
-  Words low[kUnits] = {}, high[kUnits] = {};
-  if (there) {
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      low[u] = load_words(at.low + u * at.unit_pitch + run * kRunBytes);
-      high[u] = load_words(at.high + u * at.unit_pitch + run * kRunBytes);
-    }
-  }
-  multiply_step<kFormat, 0>(at, run, there, low, high, z);
-  if constexpr (steps_of(kFormat) > 1) multiply_step<kFormat, 1>(at, run, there, low, high, z);
+  multiply_step<kFormat, 0>(at, run, there, z);
+  if constexpr (steps_of(kFormat) > 1) multiply_step<kFormat, 1>(at, run, there, z);
   if constexpr (steps_of(kFormat) > 2) {
-    multiply_step<kFormat, 2>(at, run, there, low, high, z);
-    multiply_step<kFormat, 3>(at, run, there, low, high, z);
+    multiply_step<kFormat, 2>(at, run, there, z);
+    multiply_step<kFormat, 3>(at, run, there, z);
+  }
+}
+
+// int4: a run is a group, with a sum of its own, times its scale.
+template <int kTiles, int kUnits>
+__device__ __forceinline__ void multiply_group(const LaneView& at, int run,
+                                               float (&z)[kUnits][kTiles][4]) {
+  float part[kUnits][kTiles][4] = {};
+  multiply_run<Format::kInt4>(at, run, true, part);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const int scale = u * at.unit_pitch + 4 * run;
+    const float low = *reinterpret_cast<const float*>(at.low_scales + scale);
+    const float high = *reinterpret_cast<const float*>(at.high_scales + scale);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z[u][n][i] = fmaf(i < 2 ? low : high, part[u][n][i], z[u][n][i]);
+    }
   }
 }
 
@@ -148,34 +158,21 @@ __device__ __forceinline__ void multiply_run(const LaneView& at, int run, bool t
 template <Format kFormat, int kTiles, int kUnits>
 __device__ __forceinline__ void multiply_stage(const LaneView& at, int bytes,
                                                float (&z)[kUnits][kTiles][4]) {
-  const int runs = bytes / kRunBytes;
-  if constexpr (kFormat == Format::kInt4) {  // a run is a group: its own sum, times its scale
-    for (int run = 0; run < runs; ++run) {
-      float part[kUnits][kTiles][4] = {};
-      multiply_run<kFormat>(at, run, true, part);
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const float low =
-            *reinterpret_cast<const float*>(at.low_scales + u * at.unit_pitch + 4 * run);
-        const float high =
-            *reinterpret_cast<const float*>(at.high_scales + u * at.unit_pitch + 4 * run);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            z[u][n][i] = fmaf(i < 2 ? low : high, part[u][n][i], z[u][n][i]);
-          }
-        }
-      }
-    }
-    return;
-  }
-  // Two at once where one would leave the tensor cores waiting, and registers allow it.
+  // Two runs at once where one would leave the tensor cores waiting, and registers allow it.
   [[maybe_unused]] constexpr int kUnroll = kTiles * kUnits < 8 ? 2 : 1;
+  const int runs = bytes / kRunBytes, rest = bytes % kRunBytes;
+  if constexpr (kFormat == Format::kInt4) {
 #pragma unroll kUnroll
-  for (int run = 0; run < runs; ++run) multiply_run<kFormat>(at, run, true, z);
-  const int rest = bytes - runs * kRunBytes;
-  if (rest > 0) multiply_run<kFormat>(at, runs, 16 * (lane_index() % 4) < rest, z);
+    for (int run = 0; run < runs; ++run) multiply_group(at, run, z);
+  } else if constexpr (steps_of(kFormat) == 2) {
+    // Behind a row's end lie bytes of another, which are numbers, and meet hidden states' zeros.
+#pragma unroll kUnroll
+    for (int run = 0; run < runs + (rest > 0); ++run) multiply_run<kFormat>(at, run, true, z);
+  } else {
+#pragma unroll kUnroll
+    for (int run = 0; run < runs; ++run) multiply_run<kFormat>(at, run, true, z);
+    if (rest > 0) multiply_run<kFormat>(at, runs, 16 * (lane_index() % 4) < rest, z);
+  }
 }
 
 }  // namespace cuda

@@ -27,20 +27,23 @@ __device__ __forceinline__ Team whole_grid() { return Team{warp_in_grid(), warps
 
 // Phase 1: q to the workspace; k, u and the valid flag to the cache, at column length[b].
 // A warp per projection row and batch tile; rows are W_Q's g, W_K's g, then the H folded ones.
-// kWide as in dot_tile.
-template <typename W, bool kWide>
-__device__ void project(const DecodeParams& p, const Workspace& ws, Team team) {
+// dtype: p.dtype, where the caller knows it. kWide: by dot_tile_wide.
+template <bool kWide>
+__device__ __forceinline__ void project(const DecodeParams& p, const Workspace& ws, Team team,
+                                        DType dtype) {
   const int64_t g = p.H * p.d_k, tiles = ceil_div(p.B, kTile);
   for (int64_t item = team.first; item < (2 * g + p.H) * tiles; item += team.stride) {
     const int64_t row = item / tiles, b0 = item % tiles * kTile;
     const int count = static_cast<int>(p.B - b0 < kTile ? p.B - b0 : kTile);
-    const W* hidden = static_cast<const W*>(p.hidden) + b0 * p.hidden_stride;
+    const Numbers hidden = Numbers{p.hidden, dtype}.from(b0 * p.hidden_stride);
+    const Numbers weight =
+        row < 2 * g ? Numbers{row < g ? p.q_weight : p.k_weight, dtype}.from(row % g * p.d)
+                    : Numbers{p.u_weight, DType::kFloat32}.from((row - 2 * g) * p.d);
     float dots[kTile];
-    if (row < 2 * g) {
-      const W* weight = static_cast<const W*>(row < g ? p.q_weight : p.k_weight);
-      dot_tile<kWide>(weight + row % g * p.d, hidden, p.hidden_stride, p.d, count, dots);
+    if constexpr (kWide) {
+      dot_tile_wide(weight, hidden, p.hidden_stride, p.d, count, dots);
     } else {
-      dot_tile<kWide>(p.u_weight + (row - 2 * g) * p.d, hidden, p.hidden_stride, p.d, count, dots);
+      dot_tile(weight, hidden, p.hidden_stride, p.d, count, dots);
     }
     if (lane_index() >= count) continue;  // lane t stores batch row b0 + t; no exchange follows
     const float own = pick_own(dots);
@@ -49,7 +52,7 @@ __device__ void project(const DecodeParams& p, const Workspace& ws, Team team) {
       ws.q[b * g + row] = own;
     } else if (column >= 0 && row < 2 * g) {
       const int64_t h = (row - g) / p.d_k, j = (row - g) % p.d_k;
-      static_cast<W*>(p.cache_k)[((b * p.H + h) * p.S + column) * p.d_k + j] = from_float<W>(own);
+      store_number(p.cache_k, dtype, ((b * p.H + h) * p.S + column) * p.d_k + j, own);
     } else if (column >= 0) {
       const int64_t h = row - 2 * g;
       p.cache_u[(b * p.H + h) * p.S + column] = own;
@@ -60,28 +63,27 @@ __device__ void project(const DecodeParams& p, const Workspace& ws, Team team) {
 
 // q . k / sqrt(d_k) of one column, by one lane; in eights where `wide` (d_k a multiple of 8, the
 // addresses of 16), to the same bits.
-template <typename W>
-__device__ __forceinline__ float attention_score(const float* q, const W* k, int64_t d_k,
+__device__ __forceinline__ float attention_score(const float* q, Numbers k, int64_t d_k,
                                                  bool wide) {
   float dot = 0.0f;
   if (wide) {
     for (int64_t j = 0; j < d_k; j += 8) {
       float eight_q[8], eight_k[8];
       load_eight(q + j, eight_q);
-      load_eight(k + j, eight_k);
+      k.eight(j, eight_k);
 #pragma unroll
       for (int i = 0; i < 8; ++i) dot = fmaf(eight_q[i], eight_k[i], dot);
     }
   } else {
-    for (int64_t j = 0; j < d_k; ++j) dot = fmaf(q[j], to_float(k[j]), dot);
+    for (int64_t j = 0; j < d_k; ++j) dot = fmaf(q[j], k(j), dot);
   }
   return dot / sqrtf(static_cast<float>(d_k));
 }
 
 // Phase 2: the attention part of each split of kSplit columns, by a warp; with out_attention, the
 // raw scores go there for now, -inf where nothing is visible.
-template <typename W>
-__device__ void attend(const DecodeParams& p, const Workspace& ws, Team team) {
+__device__ __forceinline__ void attend(const DecodeParams& p, const Workspace& ws, Team team,
+                                       DType dtype) {
   const int64_t splits = ceil_div(p.S, kSplit);
   const bool wide = p.d_k % 8 == 0 && sixteen_divides(p.cache_k) && sixteen_divides(ws.q);
   for (int64_t item = team.first; item < p.B * p.H * splits; item += team.stride) {
@@ -100,7 +102,7 @@ __device__ void attend(const DecodeParams& p, const Workspace& ws, Team team) {
       const bool visible = s <= column && p.cache_valid[b * p.S + s];
       score[i] = -INFINITY;
       if (visible) {
-        const W* k = static_cast<const W*>(p.cache_k) + (bh * p.S + s) * p.d_k;
+        const Numbers k = Numbers{p.cache_k, dtype}.from((bh * p.S + s) * p.d_k);
         score[i] = attention_score(q, k, p.d_k, wide);
         max = fmaxf(max, score[i]);
         seen |= 1 << i;

@@ -4,6 +4,9 @@
 // launch. The phases after the products are the streaming path's too.
 #pragma once
 
+#include <type_traits>
+
+#include "../weight_format.h"
 #include "dot.cuh"
 #include "primitives.cuh"
 #include "workspace.h"
@@ -57,30 +60,68 @@ __device__ __forceinline__ void summarize_chunk(const DecodeParams& p, const Wor
   if (lane_index() == 0) ws.part[0][slot] = part, ws.top_key[slot] = key;
 }
 
+// The weights of one matrix (0: LM head; m: objective m - 1) as numbers, in each way of storing
+// them; R: a row's element. Scales of quantised rows are part of the numbers.
+template <typename R>
+struct HeadRow {
+  const R* row;
+  float scale;
+  const float* scales;  // int4: of the row's groups
+
+  __device__ HeadRow(const DecodeParams& p, int64_t m, int64_t v) : scale(1.0f), scales(nullptr) {
+    const R* matrix = static_cast<const R*>(m == 0 ? p.lm_weight : p.reward_weight);
+    row = matrix + (m == 0 ? v * p.lm_weight_stride
+                           : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride);
+    const int64_t i = m == 0 ? v : (m - 1) * p.V + v;
+    const float* all = m == 0 ? p.lm_scale : p.reward_scale;
+    if (sizeof(R) > 1) return;
+    if constexpr (std::is_same_v<R, Int4Pair>) {
+      scales = all + i * (p.d / kInt4Group);
+    } else {
+      scale = all[i];
+    }
+  }
+
+  __device__ __forceinline__ float operator()(int64_t k) const {
+    if constexpr (std::is_same_v<R, Int4Pair>) {
+      constexpr int64_t kHalf = kInt4Group / 2;
+      const int64_t group = k / kInt4Group, i = k % kInt4Group;
+      const uint8_t pair = row[group * kHalf + i % kHalf].bits;
+      return scales[group] * static_cast<float>((i < kHalf ? pair & 15 : pair >> 4) - 8);
+    } else if constexpr (std::is_same_v<R, int8_t>) {
+      return static_cast<float>(row[k]);
+    } else {
+      return to_float(row[k]);
+    }
+  }
+};
+
 // z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
 // vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order.
-template <typename W>
-__device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
-                                               int count, ChunkLogits* out) {
-  const W* hidden = static_cast<const W*>(p.hidden) + b0 * p.hidden_stride;
+template <typename R>
+__device__ __forceinline__ void chunk_products_of(const DecodeParams& p, int64_t v0, int64_t b0,
+                                                  int count, DType dtype, ChunkLogits* out) {
+  const Numbers hidden = Numbers{p.hidden, dtype}.from(b0 * p.hidden_stride);
   for (int j = warp_in_block(); j < kChunk && v0 + j < p.V; j += warps_per_block()) {
     const int64_t v = v0 + j;
-    float dots[kTile];
-    const W* lm_row = static_cast<const W*>(p.lm_weight) + v * p.lm_weight_stride;
-    dot_tile<false>(lm_row, hidden, p.hidden_stride, p.d, count, dots);
-    const float lm_bias = p.lm_bias ? to_float(static_cast<const W*>(p.lm_bias)[v]) : 0.0f;
-    const float lm = pick_own(dots) + lm_bias;
-    float reward = 0.0f;
-    for (int64_t k = 0; k < p.K; ++k) {
-      const W* row = static_cast<const W*>(p.reward_weight) + k * p.reward_weight_stride_k +
-                     v * p.reward_weight_stride;
-      dot_tile<false>(row, hidden, p.hidden_stride, p.d, count, dots);
+    float lm = 0.0f, reward = 0.0f;
+    for (int64_t m = 0; m <= p.K; ++m) {
+      const HeadRow<R> row(p, m, v);
+      float dots[kTile];
+      dot_tile(row, hidden, p.hidden_stride, p.d, count, dots);
       if (lane_index() >= count) continue;  // the row's objective weights end with the batch
-      const float bias =
-          p.reward_bias ? to_float(static_cast<const W*>(p.reward_bias)[k * p.V + v]) : 0.0f;
-      const float weight = p.objective_weights ? p.objective_weights[(b0 + lane_index()) * p.K + k]
-                                               : 1.0f / static_cast<float>(p.K);
-      reward = fmaf(weight, pick_own(dots) + bias, reward);
+      const void* biases = m == 0 ? p.lm_bias : p.reward_bias;
+      const int64_t i = m == 0 ? v : (m - 1) * p.V + v;
+      const float bias = biases ? Numbers{biases, dtype}(i) : 0.0f;
+      const float z = pick_own(dots) * row.scale + bias;
+      if (m == 0) {
+        lm = z;
+        continue;
+      }
+      const float weight = p.objective_weights
+                               ? p.objective_weights[(b0 + lane_index()) * p.K + m - 1]
+                               : 1.0f / static_cast<float>(p.K);
+      reward = fmaf(weight, z, reward);
     }
     if (lane_index() < count) {
       out->lm[lane_index()][j] = lm;
@@ -89,16 +130,31 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
   }
 }
 
+template <typename W>
+__device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
+                                               int count, DType dtype, ChunkLogits* out) {
+  switch (p.quantization) {
+    case Quantization::kNone:
+      return chunk_products_of<W>(p, v0, b0, count, dtype, out);
+    case Quantization::kInt8:
+      return chunk_products_of<int8_t>(p, v0, b0, count, dtype, out);
+    case Quantization::kFp8:
+      return chunk_products_of<Fp8>(p, v0, b0, count, dtype, out);
+    case Quantization::kInt4:
+      return chunk_products_of<Int4Pair>(p, v0, b0, count, dtype, out);
+  }
+}
+
 // Phase 4: both products; then either the mixed logits and their summary, or (mix_probs) f of both
 // heads' logits, each with its softmax parts. A block per chunk and batch tile.
 template <typename W>
-__device__ void heads(const DecodeParams& p, const Workspace& ws) {
+__device__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype) {
   ChunkLogits* z = reinterpret_cast<ChunkLogits*>(shared_memory());
   const int64_t chunks = ceil_div(p.V, kChunk), tiles = ceil_div(p.B, kTile);
   for (int64_t item = blockIdx.x; item < chunks * tiles; item += gridDim.x) {
     const int64_t chunk = item / tiles, v0 = chunk * kChunk, b0 = item % tiles * kTile;
     const int count = static_cast<int>(p.B - b0 < kTile ? p.B - b0 : kTile);
-    chunk_products<W>(p, v0, b0, count, z);
+    chunk_products<W>(p, v0, b0, count, dtype, z);
     block_barrier();  // the warps below read what other warps computed
     const int64_t v = v0 + lane_index();
     for (int t = warp_in_block(); t < count; t += warps_per_block()) {

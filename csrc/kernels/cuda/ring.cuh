@@ -26,6 +26,7 @@ struct Stream {
   int64_t hidden_stride, term_stride;  // in bytes
   int hidden_bytes;                    // of a row
   int terms;
+  const float* operand_scale;  // (B,): of the sums; quantised weights only
 };
 
 struct Slot {

@@ -26,7 +26,8 @@ namespace {
 constexpr int kStreamThreads = kStreamWarps * kWarp;
 
 static_assert(sizeof(BlockScratch) <= kHeadBytes, "later phases find their scratch below the ring");
-static_assert(2 * kMaxStages * sizeof(Barrier) <= kHeadBytes, "and the ring its barriers");
+static_assert(2 * kMaxStages * sizeof(Barrier) <= kHeadBytes / 2, "and the ring its barriers");
+static_assert((kMaxBatchTile + kStreamWarps) * sizeof(float) <= kHeadBytes / 2, "and the scales");
 
 // All blocks' gate warps: what any wrote is visible to all. `round` counts from 1.
 __device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round) {
@@ -38,15 +39,14 @@ __device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round
   group_barrier<kGateGroup, kGateWarps * kWarp>();
 }
 
-template <typename W>
-__device__ void gate(const DecodeParams& p, const Workspace& ws) {
+__device__ __forceinline__ void gate(const DecodeParams& p, const Workspace& ws, DType dtype) {
   const Team team{static_cast<int64_t>(blockIdx.x) * kGateWarps + warp_in_block() - kConsumers,
                   static_cast<int64_t>(gridDim.x) * kGateWarps};
   unsigned round = 0;
   if (!p.gate_logit_in) {
-    project<W, true>(p, ws, team);
+    project<true>(p, ws, team, dtype);
     gate_barrier(ws, ++round);  // q and the new cache column are complete
-    attend<W>(p, ws, team);
+    attend(p, ws, team, dtype);
     gate_barrier(ws, ++round);  // all attention parts are
   }
   weigh(p, ws, team, true);
@@ -56,15 +56,12 @@ __device__ void gate(const DecodeParams& p, const Workspace& ws) {
   }
 }
 
-__device__ __forceinline__ void gate_by_dtype(const DecodeParams& p, const Workspace& ws,
-                                              DType dtype) {
-  if (dtype == DType::kFloat32) {
-    gate<float>(p, ws);
-  } else if (dtype == DType::kBFloat16) {
-    gate<BFloat16>(p, ws);
-  } else {
-    gate<Float16>(p, ws);
-  }
+// The hidden states' dtype: two-byte weights share theirs.
+template <Format kFormat>
+__device__ __forceinline__ DType hidden_dtype(const DecodeParams& p) {
+  return kFormat == Format::kBFloat16  ? DType::kBFloat16
+         : kFormat == Format::kFloat16 ? DType::kFloat16
+                                       : p.dtype;
 }
 
 template <Format kFormat>
@@ -97,6 +94,7 @@ __device__ __forceinline__ Stream stream_of(const DecodeParams& p, const Workspa
   s.term_stride = prepared ? p.B * s.hidden_stride : 0;
   s.hidden_bytes = static_cast<int>(2 * (prepared ? inputs : p.d));
   s.terms = prepared && p.dtype == DType::kFloat32 ? 3 : 1;
+  s.operand_scale = plan.resident ? resident_scales() : ws.operand_scale;
   return s;
 }
 
@@ -121,7 +119,13 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
     for (int i = 0; i < plan.stages && weights.more(); ++i, weights.advance())
       weights.copy_weights();
   }
-  grid_barrier();  // the counters are zero
+  if constexpr (steps_of(kFormat) > 1) {
+    if (!producer && !plan.resident) {
+      constexpr int kThreads = (kConsumers + kGateWarps) * kWarp;
+      prepare_batch<kFormat, kPrepareGroup, kThreads>(p, ws, prepare_slots());
+    }
+  }
+  grid_barrier();  // the counters are zero, and hidden states prepared
   if (producer) {
     for (int i = 0; i < plan.stages && hidden.more(); ++i, hidden.advance()) hidden.copy_hidden();
     for (; weights.more(); weights.advance()) {
@@ -131,13 +135,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
       weights.copy_hidden();
     }
   } else if (warp_in_block() >= kConsumers) {
-    if constexpr (kFormat == Format::kBFloat16) {
-      gate<BFloat16>(p, ws);
-    } else if constexpr (kFormat == Format::kFloat16) {
-      gate<Float16>(p, ws);
-    } else {
-      gate_by_dtype(p, ws, p.dtype);
-    }
+    gate(p, ws, hidden_dtype<kFormat>(p));
   } else {
     consume_by_batch<kFormat>(s);
   }
@@ -174,9 +172,14 @@ cudaError_t launch_format(const DecodeParams& p, const Workspace& ws, const Stre
       return launch<Format::kBFloat16, kBulk>(p, ws, plan, device, stream, blocks);
     case Format::kFloat16:
       return launch<Format::kFloat16, kBulk>(p, ws, plan, device, stream, blocks);
-    default:
-      return cudaErrorInvalidValue;
+    case Format::kInt8:
+      return launch<Format::kInt8, kBulk>(p, ws, plan, device, stream, blocks);
+    case Format::kFp8:
+      return launch<Format::kFp8, kBulk>(p, ws, plan, device, stream, blocks);
+    case Format::kInt4:
+      return launch<Format::kInt4, kBulk>(p, ws, plan, device, stream, blocks);
   }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace

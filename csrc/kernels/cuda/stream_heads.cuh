@@ -6,12 +6,22 @@
 
 #include "fragments.cuh"
 #include "heads.cuh"
+#include "operand.cuh"
 #include "ring.cuh"
 
 namespace dualhead {
 namespace cuda {
 
-constexpr int kConsumerGroup = 1, kGateGroup = 2;  // of group_barrier; 0 is the block's
+// Of group_barrier; 0 is the block's.
+constexpr int kConsumerGroup = 1, kGateGroup = 2, kPrepareGroup = 3;
+
+// In the head of shared memory, behind the ring's barriers: scales of at most kMaxBatchTile rows of
+// resident hidden states; and a float per warp for prepare_batch.
+__device__ __forceinline__ float* resident_scales() {
+  return reinterpret_cast<float*>(shared_memory() + kHeadBytes / 2);
+}
+
+__device__ __forceinline__ float* prepare_slots() { return resident_scales() + kMaxBatchTile; }
 
 // This lane's vocabulary entry of a unit, and what belongs to its rows.
 struct Entry {
@@ -19,22 +29,9 @@ struct Entry {
   bool there;
 };
 
-template <typename W>
-__device__ __forceinline__ float bias_of(const void* bias, int64_t i) {
-  return bias ? to_float(static_cast<const W*>(bias)[i]) : 0.0f;
-}
-
 __device__ __forceinline__ float bias_of(const DecodeParams& p, int64_t matrix, int64_t v) {
-  const void* bias = matrix == 0 ? p.lm_bias : p.reward_bias;
-  const int64_t i = matrix == 0 ? v : (matrix - 1) * p.V + v;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return bias_of<float>(bias, i);
-    case DType::kBFloat16:
-      return bias_of<BFloat16>(bias, i);
-    default:
-      return bias_of<Float16>(bias, i);
-  }
+  const Numbers bias{matrix == 0 ? p.lm_bias : p.reward_bias, p.dtype};
+  return bias.data ? bias(matrix == 0 ? v : (matrix - 1) * p.V + v) : 0.0f;
 }
 
 // The scale of a whole row: int4 has them inside its sums.
@@ -126,7 +123,7 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int64_t unit0, int6
       const int64_t at = b * p.V + entry.v;
       float low = column == 0 ? own[0] : own[1], high = column == 0 ? own[2] : own[3];
       if (steps_of(kFormat) > 1) {
-        const float unit = real ? s.ws.operand_scale[b] : 1.0f;
+        const float unit = real ? s.operand_scale[b] : 1.0f;
         low = low * low_scale * unit, high = high * high_scale * unit;
       }
       low += low_bias, high += high_bias;
@@ -145,16 +142,28 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int64_t unit0, int6
   }
 }
 
-// Hidden states of one batch tile that stay in shared memory, by all consumers.
+// Hidden states of the one batch tile that stay in shared memory, by all consumers: as they are, or
+// (quantised weights) prepared, a row by a warp, with scales below the ring.
+template <Format kFormat>
 __device__ __forceinline__ void load_resident(const Stream& s) {
-  const int pieces = s.hidden_bytes / 16, rows = s.terms * static_cast<int>(s.p.B);
-  for (int i = threadIdx.x; i < rows * pieces; i += kConsumers * kWarp) {
-    const int row = i / pieces, piece = i % pieces;
-    const int term = row / static_cast<int>(s.p.B), b = row % static_cast<int>(s.p.B);
-    const unsigned char* from = s.hidden + term * s.term_stride + b * s.hidden_stride + 16 * piece;
-    unsigned char* to = shared_memory() + s.plan.hidden_offset +
-                        (term * s.plan.batch_tile + b) * s.plan.hidden_pitch + 16 * piece;
-    store_words(to, load_words(from));
+  const DecodeParams& p = s.p;
+  unsigned char* to = shared_memory() + s.plan.hidden_offset;
+  if constexpr (steps_of(kFormat) == 1) {
+    const int pieces = s.hidden_bytes / 16;
+    for (int i = threadIdx.x; i < p.B * pieces; i += kConsumers * kWarp) {
+      const int b = i / pieces, at = 16 * (i % pieces);
+      store_words(to + b * s.plan.hidden_pitch + at,
+                  load_words(s.hidden + b * s.hidden_stride + at));
+    }
+  } else {
+    for (int b = warp_in_block(); b < p.B; b += kConsumers) {
+      const int64_t term_bytes = s.plan.batch_tile * s.plan.hidden_pitch;
+      const Numbers row = Numbers{p.hidden, p.dtype}.from(b * p.hidden_stride);
+      const float unit = operand_unit(warp_max(largest_of(row, p.d, lane_index(), kWarp)));
+      if (lane_index() == 0) resident_scales()[b] = unit;
+      write_operand<kFormat>(row, p.d, unit, s.terms, to + b * s.plan.hidden_pitch, term_bytes,
+                             lane_index(), kWarp);
+    }
   }
   group_barrier<kConsumerGroup, kConsumers * kWarp>();
 }
@@ -185,7 +194,7 @@ __device__ __forceinline__ LaneView lane_view(const Stream& s, const Slot& slot,
 template <Format kFormat, int kTiles>
 __device__ void consume(const Stream& s) {
   constexpr int kUnits = units_per_warp(kFormat, kTiles);
-  if (s.plan.resident) load_resident(s);
+  if (s.plan.resident) load_resident<kFormat>(s);
   Slot slot;
   bool weighed = false;
   for (int64_t b0 = 0; b0 < s.p.B; b0 += s.plan.batch_tile) {

@@ -34,6 +34,10 @@ struct __attribute__((aligned(16), may_alias)) float4 {
   float x, y, z, w;
 };
 
+struct __attribute__((aligned(8), may_alias)) uint2 {
+  uint32_t x, y;
+};
+
 struct __attribute__((aligned(16), may_alias)) uint4 {
   uint32_t x, y, z, w;
 };
