@@ -34,6 +34,7 @@ struct DecodeArguments {
   double logit_scale, logit_softcap;
   bool return_logits, record_attention;
   MaybeTensor lm_scale, reward_scale;
+  MaybeTensor skip_threshold;
 };
 
 // logits, alpha, gate_logit, token, logprob, status, attention.
@@ -212,6 +213,7 @@ inline void check_controls(DecodeArguments& a) {
   check_small("gate_offset", a.gate_offset, like, ScalarType::Float, {B});
   check_small("strength", a.strength, like, ScalarType::Float, {B});
   check_small("alpha", a.alpha, like, ScalarType::Float, {B});
+  check_small("skip_threshold", a.skip_threshold, like, ScalarType::Float, {B});
   check_small("temperature", a.temperature, like, ScalarType::Float, {B});
   check_small("top_k", a.top_k, like, ScalarType::Int, {B});
   check_small("top_p", a.top_p, like, ScalarType::Float, {B});
@@ -294,6 +296,7 @@ inline void fill_params(BoundDecode& bound) {
   p.gate_logit_in = pointer<const float>(a.gate_logit);
   p.gate_offset = pointer<const float>(a.gate_offset);
   p.strength = pointer<const float>(a.strength), p.alpha = pointer<const float>(a.alpha);
+  p.skip_threshold = pointer<const float>(a.skip_threshold);
   p.mix_probs = a.mix_probs;
   p.logit_scale = static_cast<float>(a.logit_scale);
   p.logit_softcap = static_cast<float>(a.logit_softcap);
@@ -345,7 +348,8 @@ DecodeResult decode_step_entry(
     MaybeTensor gate_logit, MaybeTensor gate_offset, MaybeTensor strength, MaybeTensor alpha,
     MaybeTensor temperature, MaybeTensor top_k, MaybeTensor top_p, MaybeTensor min_p,
     MaybeTensor seeds, MaybeTensor draws, bool mix_probs, double logit_scale, double logit_softcap,
-    bool return_logits, bool record_attention, MaybeTensor lm_scale, MaybeTensor reward_scale) {
+    bool return_logits, bool record_attention, MaybeTensor lm_scale, MaybeTensor reward_scale,
+    MaybeTensor skip_threshold) {
   return Implementation(DecodeArguments{std::move(hidden),
                                         std::move(lm_weight),
                                         std::move(lm_bias),
@@ -377,7 +381,8 @@ DecodeResult decode_step_entry(
                                         return_logits,
                                         record_attention,
                                         std::move(lm_scale),
-                                        std::move(reward_scale)});
+                                        std::move(reward_scale),
+                                        std::move(skip_threshold)});
 }
 
 }  // namespace dualhead

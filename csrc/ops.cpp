@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(dualhead, m) {
       "Tensor? seeds, Tensor(e!)? draws, "
       "bool mix_probs, float logit_scale, float logit_softcap, "
       "bool return_logits, bool record_attention, "
-      "Tensor? lm_scale=None, Tensor? reward_scale=None"
+      "Tensor? lm_scale=None, Tensor? reward_scale=None, Tensor? skip_threshold=None"
       ") -> (Tensor logits, Tensor alpha, Tensor gate_logit, Tensor token, Tensor logprob, "
       "Tensor status, Tensor attention)");
   m.def(

@@ -67,11 +67,15 @@ def refuse_packed(kwargs: dict[str, Any]) -> None:
             )
 
 
+def module_name(model: nn.Module, module: nn.Module) -> str:
+    """Where ``module`` is in the model's tree of modules."""
+    for name, found in model.named_modules():
+        if found is module:
+            return name
+    raise ValueError(f"{type(model).__name__}: its output embeddings are not one of its modules")
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` where ``old`` is in the model's tree of modules."""
-    for name, module in model.named_modules():
-        if module is old:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
-            return
-    raise ValueError(f"{type(model).__name__}: its output embeddings are not one of its modules")
+    parent, _, attribute = module_name(model, old).rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)

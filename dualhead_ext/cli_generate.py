@@ -15,7 +15,7 @@ from .data import ASSISTANT, HUMAN
 
 # Name of a sampling filter -> the value that does nothing.
 _FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-_CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "objective_weights")
+_CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "skip_threshold", "objective_weights")
 
 
 def generate(arguments: Namespace) -> None:

@@ -228,6 +228,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--max-kl", type=number(float, 0), metavar="X", help="nats from the backbone, each token"
     )
     gate.add_argument(
+        "--skip-threshold",
+        type=number(float, 0, 0.5),
+        metavar="A",
+        help="alpha nearer to 0 or 1 counts as such, and spares a head (default 0)",
+    )
+    gate.add_argument(
         "--objective-weights", type=numbers, metavar="W,...", help="one number for each objective"
     )
     sampling = parser.add_argument_group("decoding")

@@ -18,6 +18,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "strength": (0.0, math.inf, "a number >= 0"),
     "gate_offset": (-math.inf, math.inf, "a number"),
     "alpha": (0.0, 1.0, "a number in [0, 1]"),
+    "skip_threshold": (0.0, 0.5, "a number in [0, 0.5]"),
     "max_kl": (0.0, math.inf, "a number >= 0 (inf is no cap)"),
     "temperature": (0.0, math.inf, "a number >= 0 (0 is greedy)"),
     "top_k": (0, 2**31 - 1, "an integer >= 0 (0 is off)"),

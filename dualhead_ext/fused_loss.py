@@ -346,7 +346,7 @@ def dual_head_loss(
         return dense.index_put((rows, columns), of_tokens).sum(-1)
 
     per_row = RowSums(lm_nll, pair_logps, sums(gate_entropy(picked_gate)), counted)
-    gate_sums = [sums(x) for x in gate_statistics(picked_gate)]
+    gate_sums = {name: sums(x) for name, x in gate_statistics(picked_gate).items()}
     out = combine(per_row, gate_sums, num_pairs, counts, options)
     if carrier is not None:
         out.loss = out.loss + carrier

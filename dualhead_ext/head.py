@@ -16,8 +16,10 @@ from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .head_base import RewardHead
 from .head_decode import DecodingHead
-from .quantization import QuantizedHead, check_format
+from .quantization import calibration_factor, check_format, format_of, quantize_with
+from .quantized_head import QuantizedHead
 from .reference import accumulator_dtype
+from .torchao_weights import check_lm_weight, is_torchao, numbers_of
 
 
 class GatedHead(DecodingHead):
@@ -25,7 +27,88 @@ class GatedHead(DecodingHead):
 
     def _refuse_quantized(self, operator: str) -> None:
         if self.lm_scale is not None:
-            raise RuntimeError(f"{operator}: the heads are quantised; call it before quantize")
+            raise RuntimeError(
+                f"{operator}: the heads are quantised ({self.quantized}); it needs full precision, "
+                "which is there before quantize"
+            )
+
+    @torch.no_grad()
+    def _start_as(self, linear: nn.Linear) -> None:
+        """Reward head, as its copy, and gate in the dtype and on the device of an LM head."""
+        weight = linear.weight
+        self.reward_head.to(device=weight.device, dtype=weight.dtype)
+        self.gate.to(device=weight.device, dtype=weight.dtype)
+        if weight.device.type != "meta":
+            plain = weight.dequantize() if is_torchao(weight) else weight
+            self.reward_head.copy_from(plain, linear.bias)
+
+    @torch.no_grad()
+    def quantize(self, format: str, calibration: Tensor | None = None) -> GatedHead:
+        """Both heads in ``format``, "int8", "fp8" or "int4" (:mod:`dualhead_ext.quantization`), in
+        place; the gate stays. Full precision is gone: quantise a copy to keep it. A weight that is
+        shared with a backbone is replaced here and stays as it is there.
+
+        state_dict then has lm_head.weight_scale and reward_head.weight_scale.
+
+        Args:
+            calibration: hidden states (..., d) like those that the heads will read, padding left
+                out: a few thousand make less error of the same format. Default: none; each number
+                is the nearest one.
+        Returns: self.
+        Raises:
+            ValueError: an unknown format, int4 with hidden_size not a multiple of 128, calibration
+                of another shape or not finite. TypeError: calibration that is not a floating-point
+                tensor. RuntimeError: quantised already, or the weights are not in memory. Nothing
+                has changed then.
+        """
+        check_format("quantize", format, self.config.hidden_size)
+        self._refuse_quantized("quantize")
+        weight, reward = self.lm_weight, self.reward_head.weight
+        if "meta" in (weight.device.type, reward.device.type):
+            raise RuntimeError("quantize: the heads' weights are not in memory (device meta)")
+        dtype = weight.dtype
+        factor = calibration_factor("quantize", calibration, reward)
+        if is_torchao(weight):
+            lm_numbers = numbers_of("quantize", weight, format)
+        else:
+            lm_numbers = quantize_with(weight, format, factor)
+        if is_torchao(weight) and torch.equal(reward, weight.dequantize().expand_as(reward)):
+            # Still the LM head's copy: rounding the values anew would give other numbers.
+            count = self.config.num_objectives
+            reward_numbers = tuple(n.expand(count, *n.shape).clone() for n in lm_numbers)
+        else:
+            reward_numbers = quantize_with(reward, format, factor)
+        self.hold_numbers(lm_numbers, reward_numbers, self.reward_head.bias, dtype)
+        return self
+
+    def hold_numbers(
+        self,
+        lm: tuple[Tensor, Tensor],
+        reward: tuple[Tensor, Tensor],
+        reward_bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Take (weight, weight_scale) of one format as LM head and as reward heads, for hidden
+        states of ``dtype``.
+        """
+        self._hold_lm(*lm, dtype)
+        self.reward_head = QuantizedHead(*reward, reward_bias, dtype)
+
+    def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """Take numbers of a format as the LM head, for hidden states of ``dtype``."""
+        raise NotImplementedError(f"{type(self).__name__} must define _hold_lm")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # Without this, copy_ would turn the one kind of numbers into the other without a word.
+        for name, own in self.state_dict(keep_vars=True).items():
+            given = state_dict.get(prefix + name)
+            if given is not None and format_of(given) != format_of(own):
+                there, here = (format_of(t) or "full precision" for t in (given, own))
+                raise RuntimeError(
+                    f"load_state_dict: {prefix}{name} is in {there}, the head in {here}; "
+                    "a state fits a head of its own format: see quantize"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def merge_objectives(self, weights: Tensor | list[float]) -> DualHead:
@@ -101,9 +184,10 @@ class DualHead(GatedHead):
     """A dual head of its own: ``out = DualHead(config)(hidden)``.
 
     state_dict: lm_head.weight (V, d), lm_head.bias?, reward_head.weight (K, V, d),
-    reward_head.bias? (K, V), and the gate's gate.{q,k,v}_proj.weight (g, d), gate.o_proj.weight (g,
-    g), gate.out.weight (1, g), gate.out.bias (1,). The LM head is frozen (``requires_grad=False``);
-    the reward head starts as its copy.
+    reward_head.bias? (K, V), the weight_scale of both if quantised, and the gate's
+    gate.{q,k,v}_proj.weight (g, d), gate.o_proj.weight (g, g), gate.out.weight (1, g),
+    gate.out.bias (1,). The LM head is frozen (``requires_grad=False``); the reward head starts as
+    its copy.
     """
 
     def __init__(self, config: DualHeadConfig) -> None:
@@ -129,25 +213,8 @@ class DualHead(GatedHead):
     def hidden_dtype(self) -> torch.dtype:
         return getattr(self.lm_head, "compute_dtype", self.lm_weight.dtype)
 
-    @torch.no_grad()
-    def quantize(self, format: str) -> DualHead:
-        """Both heads in ``format``, "int8", "fp8" or "int4" (:mod:`dualhead_ext.quantization`), in
-        place; the gate stays. Full precision is gone: quantise a copy to keep it. An LM head that
-        is shared with a backbone is replaced here and stays as it is there.
-
-        state_dict then has lm_head.weight_scale and reward_head.weight_scale. Returns self.
-
-        Raises:
-            ValueError: an unknown format, or int4 with hidden_size not a multiple of 128.
-            RuntimeError: quantised already. Nothing has changed then.
-        """
-        check_format("DualHead.quantize", format)
-        self._refuse_quantized("DualHead.quantize")
-        dtype = self.lm_weight.dtype
-        lm = QuantizedHead.of(self.lm_weight, self.lm_bias, format, dtype)
-        reward = QuantizedHead.of(self.reward_head.weight, self.reward_head.bias, format, dtype)
-        self.lm_head, self.reward_head = lm, reward
-        return self
+    def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.lm_head = QuantizedHead(weight, scale, self.lm_bias, dtype)
 
     @classmethod
     def from_lm_head(cls, lm_head: nn.Linear, **config: Any) -> DualHead:
@@ -163,6 +230,7 @@ class DualHead(GatedHead):
             raise TypeError(
                 f"DualHead.from_lm_head: lm_head must be an nn.Linear, got {type(lm_head).__name__}"
             )
+        check_lm_weight("DualHead.from_lm_head", lm_head.weight, None)
         read = {
             "hidden_size": lm_head.in_features,
             "vocab_size": lm_head.out_features,
@@ -177,9 +245,7 @@ class DualHead(GatedHead):
         nn.Module.__init__(head)
         head.lm_head = lm_head.requires_grad_(False)
         head._add_gate_and_reward_head(DualHeadConfig(**config))
-        head.reward_head.to(lm_head.weight)
-        head.gate.to(lm_head.weight)
-        head.reward_head.copy_from(lm_head.weight, lm_head.bias)
+        head._start_as(lm_head)
         return head
 
     @classmethod

@@ -16,6 +16,7 @@ from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .gate import GATES
 from .kl_cap import capped_alpha
+from .quantization import format_of
 from .reference import accumulator_dtype
 
 
@@ -93,6 +94,11 @@ class HeadBase(nn.Module):
         return getattr(self.reward_head, "weight_scale", None)
 
     @property
+    def quantized(self) -> str | None:
+        """The heads' format, a name of :data:`dualhead_ext.quantization.FORMATS`, or None."""
+        return None if self.lm_scale is None else format_of(self.lm_weight)
+
+    @property
     def hidden_dtype(self) -> torch.dtype:
         """The dtype of hidden states: the LM head's, or what it was before it was quantised."""
         return self.lm_weight.dtype
@@ -108,6 +114,7 @@ class HeadBase(nn.Module):
         alpha: float | Tensor | None = None,
         objective_weights: Tensor | None = None,
         max_kl: float | Tensor | None = None,
+        skip_threshold: float | Tensor | None = None,
     ) -> DualHeadOutput:
         """Logits of every position: ``z_t = (1-a_t) z_LM,t + a_t z_RM,t`` and their like for
         ``mix="probs"``.
@@ -125,6 +132,9 @@ class HeadBase(nn.Module):
             objective_weights: (K,) or (B, K); default 1/K each.
             max_kl: lowers alpha until ``KL(pi_mix || pi_LM) <= max_kl`` nats at each token
                 (:func:`dualhead_ext.kl_cap.capped_alpha`); >= 0. A number or (B,). Default: no cap.
+            skip_threshold: alpha below it counts as 0, alpha above 1 - skip_threshold as 1, before
+                ``max_kl``; in [0, 0.5], default 0. A number or (B,). What it saves, and the bounds
+                on the error: docs/generation.md.
         Raises:
             ValueError: wrong shapes or values. TypeError: wrong dtypes.
         """
@@ -140,6 +150,7 @@ class HeadBase(nn.Module):
             alpha,
             objective_weights,
             max_kl,
+            skip_threshold,
         )
 
     def _mixed(
@@ -152,6 +163,7 @@ class HeadBase(nn.Module):
         alpha: Any,
         objective_weights: Any,
         max_kl: Any = None,
+        skip_threshold: Any = None,
         post_process: bool = True,
     ) -> DualHeadOutput:
         """Both heads and their mixture at positions whose gate logits are known: hidden (B, N, d),
@@ -167,6 +179,7 @@ class HeadBase(nn.Module):
                 ("strength", strength),
                 ("gate_offset", gate_offset),
                 ("alpha", alpha),
+                ("skip_threshold", skip_threshold),
             )
         }
         rows = {name: None if row is None else row[:, None] for name, row in rows.items()}
@@ -175,7 +188,9 @@ class HeadBase(nn.Module):
         )
         if rows["gate_offset"] is not None:
             gate_logit = gate_logit + rows["gate_offset"]
-        a = reference.mixing_weight(gate_logit, rows["alpha"], rows["strength"])
+        a = reference.mixing_weight(
+            gate_logit, rows["alpha"], rows["strength"], rows["skip_threshold"]
+        )
         lm, reward = (
             (self.lm_weight, self.lm_bias),
             (self.reward_head.weight, self.reward_head.bias),
@@ -258,11 +273,15 @@ class HeadBase(nn.Module):
             )
 
     def _check_controls(
-        self, operator, batch, strength, gate_offset, alpha, objective_weights, max_kl, device
+        self,
+        operator: str,
+        batch: int,
+        device: torch.device,
+        objective_weights: Any,
+        **numbers: Any,
     ) -> None:
         dtype = accumulator_dtype(self.hidden_dtype)
-        numbers = {"strength": strength, "gate_offset": gate_offset, "alpha": alpha}
-        for name, value in (numbers | {"max_kl": max_kl}).items():
+        for name, value in numbers.items():
             per_row(operator, name, value, batch, dtype, device)
         objective_rows(
             operator, objective_weights, batch, self.config.num_objectives, dtype, device

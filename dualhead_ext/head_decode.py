@@ -130,6 +130,7 @@ class DecodingHead(HeadBase):
         alpha: float | Tensor | None = None,
         objective_weights: Tensor | None = None,
         max_kl: float | Tensor | None = None,
+        skip_threshold: float | Tensor | None = None,
     ) -> DualHeadOutput:
         """Read a prompt, or the next chunk of one, into the cache.
 
@@ -174,13 +175,17 @@ class DecodingHead(HeadBase):
             kept = (last[:, None] + positions[:logits_to_keep] - logits_to_keep + 1).clamp(min=0)
         queries = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
         # Everything that can fail on a caller's argument comes before the cache is written.
-        self._check_controls(
-            operator, batch, strength, gate_offset, alpha, objective_weights, max_kl, hidden.device
-        )
+        controls = {
+            "strength": strength,
+            "gate_offset": gate_offset,
+            "alpha": alpha,
+            "objective_weights": objective_weights,
+            "max_kl": max_kl,
+            "skip_threshold": skip_threshold,
+        }
+        self._check_controls(operator, batch, hidden.device, **controls)
         gate_logit = self._append(hidden, cache, valid, queries, kept + past)
-        return self._mixed(
-            operator, queries, gate_logit, strength, gate_offset, alpha, objective_weights, max_kl
-        )
+        return self._mixed(operator, queries, gate_logit, **controls)
 
     def _append(
         self, hidden: Tensor, cache: GateCache, valid: Tensor, queries: Tensor, columns: Tensor
@@ -212,6 +217,7 @@ class DecodingHead(HeadBase):
         alpha: float | Tensor | None = None,
         objective_weights: Tensor | None = None,
         max_kl: float | Tensor | None = None,
+        skip_threshold: float | Tensor | None = None,
         seeds: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_logits: bool = True,
@@ -226,8 +232,8 @@ class DecodingHead(HeadBase):
             do_sample: False takes the argmax (ties: the lowest index).
             temperature, top_k, top_p, min_p: numbers or (B,) tensors, applied in this order as
                 Hugging Face does. temperature 0 is greedy. strength, gate_offset, alpha,
-                objective_weights, max_kl: as in :meth:`forward`; with max_kl, eager PyTorch
-                computes the step.
+                objective_weights, max_kl, skip_threshold: as in :meth:`forward`; with max_kl, eager
+                PyTorch computes the step.
             seeds: (B,) int64. Default: drawn from ``generator`` once per cache. Token n of a
                 request depends on its seed, n and its distribution alone, not on its place in a
                 batch.
@@ -267,6 +273,7 @@ class DecodingHead(HeadBase):
             "alpha": alpha,
             "objective_weights": objective_weights,
             "max_kl": max_kl,
+            "skip_threshold": skip_threshold,
         }
         return self._run_step(
             operator,
@@ -305,7 +312,7 @@ class DecodingHead(HeadBase):
                 cache.require_room(operator, 1)
         fill = None if compiling else cache.per_row
         arguments = cache.weights.tensors | sampling
-        for name in ("strength", "gate_offset", "alpha"):
+        for name in ("strength", "gate_offset", "alpha", "skip_threshold"):
             value = controls.get(name)
             arguments[name] = per_row(operator, name, value, batch, dtype, device, fill)
         arguments["objective_weights"] = objective_rows(

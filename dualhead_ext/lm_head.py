@@ -22,6 +22,7 @@ from .config import DualHeadConfig
 from .head import GatedHead
 from .head_base import StepOutput
 from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, gate_layer
+from .quantized_head import QuantizedStorage
 
 
 @dataclass
@@ -63,9 +64,11 @@ def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return torch.take_along_dim(values, index, dim=1)
 
 
-class DualHeadLMHead(GatedHead, nn.Linear):
+class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
     """A gated head that is an ``nn.Linear`` and owns the backbone's very Parameter as ``.weight``,
-    so that tied embeddings, parallel plans and state-dict keys survive.
+    so that tied embeddings, parallel plans and state-dict keys survive. Once quantised, ``.weight``
+    holds the numbers of the format and ``.weight_scale`` their scales; an embedding that shared the
+    Parameter keeps it.
     """
 
     def __init__(self, linear: nn.Linear, config: DualHeadConfig) -> None:
@@ -74,10 +77,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self._add_gate_and_reward_head(config)
-        self.reward_head.to(linear.weight)
-        self.gate.to(linear.weight)
-        if linear.weight.device.type != "meta":
-            self.reward_head.copy_from(linear.weight, linear.bias)
+        self._start_as(linear)
         self.lm_head_trained = False  # its own weights go to files too
         self.packing_checked = False  # see packing.check_packing
         self.last_alpha: Tensor | None = None  # (B, N) of the latest call, for streaming inspection
@@ -90,6 +90,22 @@ class DualHeadLMHead(GatedHead, nn.Linear):
     @property
     def lm_bias(self) -> Tensor | None:
         return self.bias
+
+    @property
+    def lm_scale(self) -> Tensor | None:
+        return self._parameters.get("weight_scale")
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return self.weight.dtype if self.lm_scale is None else self.compute_dtype
+
+    @property
+    def owns_lm_head(self) -> bool:
+        """Whether the LM head is no longer the backbone's own, and goes to the heads' files."""
+        return self.lm_head_trained or self.weight.requires_grad or self.lm_scale is not None
+
+    def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.hold(weight, scale, dtype)
 
     def __deepcopy__(self, memo: dict) -> DualHeadLMHead:
         twin = self.__class__.__new__(self.__class__)
@@ -200,6 +216,11 @@ class DualHeadLMHead(GatedHead, nn.Linear):
                 "model, or "
                 "dualhead_ext.detach(model) for the plain backbone"
             )
+        if self.lm_scale is not None and x.dtype == self.weight.dtype:
+            raise NotImplementedError(
+                "DualHeadLMHead: this backbone casts its hidden states to the dtype of "
+                f"lm_head.weight, which is {x.dtype} once quantised"
+            )
         raw = self.config.mix == "logits"
         if call.sampling is not None:
             return self._choose_token(x, call)
@@ -271,6 +292,7 @@ class DualHeadLMHead(GatedHead, nn.Linear):
             controls.get("alpha"),
             controls.get("objective_weights"),
             controls.get("max_kl"),
+            controls.get("skip_threshold"),
             post_process=self.config.mix != "logits",
         )
         return (out.logits[:, 0], out.alpha[:, 0]) if flat else (out.logits, out.alpha)
@@ -313,7 +335,11 @@ class DualHeadLMHead(GatedHead, nn.Linear):
         :func:`dualhead_ext.functional.dual_head_loss`.
 
         hidden (2P, T, d), input_ids and masks (2P, T); position t predicts token t + 1.
+
+        Raises:
+            RuntimeError: the heads are quantised.
         """
+        self._refuse_quantized("training")
         return _dual_head_loss(
             hidden[:, :-1],
             input_ids[:, 1:],

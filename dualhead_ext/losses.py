@@ -225,6 +225,19 @@ def at_least_one(count: Any) -> Any:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
+# How many bins of equal width the logged histogram of alpha has.
+ALPHA_BINS = 10
+
+# What is kept of every token's alpha (`reference_loss.gate_statistics`): moments, whether it is
+# within 1 % of 0 or of 1, and which bin it is in.
+GATE_STATISTICS = (
+    "alpha",
+    "alpha_squared",
+    "alpha_near_0",
+    "alpha_near_1",
+    *(f"alpha_bin_{i}" for i in range(ALPHA_BINS)),
+)
+
 # The columns of `DualHeadLossOutput.totals`: counts and sums of one example.
 TOTAL_NAMES = (
     "sequences",
@@ -239,10 +252,8 @@ TOTAL_NAMES = (
     "rejected_rewards",
     "correct_pairs",
     "saturated_pairs",
-    "alpha",
-    "alpha_squared",
     "entropy",
-    "saturated_tokens",
+    *GATE_STATISTICS,
 )
 
 
@@ -279,7 +290,9 @@ def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
 
     ``loss, lm_loss, preference_loss, gate_loss``; ``rewards/chosen|rejected|accuracies|margins``,
     ``logps/chosen|rejected``, ``preference/saturation`` (share of pairs whose sigmoid is within 1 %
-    of 0 or 1); ``gate/mean|std|entropy|saturation``. Groups that counted nothing are left out.
+    of 0 or 1); ``gate/mean|std|entropy``, ``gate/below_0.01|above_0.99|saturation`` (shares of the
+    tokens; their sum), ``gate/histogram/0.0-0.1`` and so on (shares, of alpha in [0.0, 0.1), the
+    last with 1). Groups that counted nothing are left out.
     """
     t = dict(zip(TOTAL_NAMES, totals.tolist(), strict=True))
     counts = LossCounts(t["sequences"], t["lm_tokens"], t["pairs"], t["tokens"])
@@ -308,5 +321,10 @@ def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
         variance = t["alpha_squared"] / t["tokens"] - mean * mean
         metrics["gate/std"] = math.sqrt(max(variance, 0.0))
         metrics["gate/entropy"] = entropy
-        metrics["gate/saturation"] = t["saturated_tokens"] / t["tokens"]
+        metrics["gate/below_0.01"] = t["alpha_near_0"] / t["tokens"]
+        metrics["gate/above_0.99"] = t["alpha_near_1"] / t["tokens"]
+        metrics["gate/saturation"] = metrics["gate/below_0.01"] + metrics["gate/above_0.99"]
+        for i in range(ALPHA_BINS):
+            share = t[f"alpha_bin_{i}"] / t["tokens"]
+            metrics[f"gate/histogram/{i / ALPHA_BINS:.1f}-{(i + 1) / ALPHA_BINS:.1f}"] = share
     return metrics

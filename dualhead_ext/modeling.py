@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 
-from .backbones import backbone_post_processing, refuse_packed, replace_module
+from .backbones import backbone_post_processing, module_name, refuse_packed, replace_module
 from .config import DualHeadConfig
-from .controls import objective_rows, per_row
-from .generation import Decoding, FusedDecodingMixin, decoding_of
-from .hf_cache import StaticGateLayer
+from .gated_generation import CONTROLS, GatedGenerationMixin
+from .generation_options import Decoding
 from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
 from .pretrained import DualHeadFilesMixin
+from .quantization import check_format
+from .torchao_weights import check_lm_weight
 
-CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "objective_weights")
 # What forward takes beyond the backbone's own arguments.
 _NEW_ARGUMENTS = (
     *(*CONTROLS, "dualhead_valid", "dualhead_decoding"),
@@ -35,7 +34,7 @@ _NEW_ARGUMENTS = (
 )
 
 
-class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
+class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
     """A Hugging Face causal language model with a gated, two-headed lm_head. Not made by its
     constructor: see :meth:`from_backbone` and :meth:`from_pretrained`.
 
@@ -52,6 +51,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         revision: str | None = None,
+        quantize: str | None = None,
         **config: Any,
     ) -> DualHeadForCausalLM:
         """Extend a causal language model in place with a reward head (a copy of its LM head) and a
@@ -60,12 +60,18 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
         Args:
             backbone: a model, or a path or hub name for ``AutoModelForCausalLM.from_pretrained``
                 (with dtype, device_map, revision; dtype default "auto", as the files are).
+            quantize: "int8", "fp8" or "int4": the heads in this format at once, see
+                :meth:`quantize`. A torchao lm_head needs it: its numbers become both heads', bit
+                for bit (:mod:`dualhead_ext.torchao_weights`).
             config: fields of :class:`DualHeadConfig` but sizes, bias and post-processing, which are
                 read from it.
         Raises:
-            TypeError: not a causal language model, or an unknown field. ValueError: it has a gated
-                head already.
+            TypeError: not a causal language model, an unknown field, or an lm_head that something
+                else than torchao has quantised. ValueError: it has a gated head already; quantize
+                is no format, or not that of a torchao lm_head. The backbone is as it was then.
         """
+        if quantize is not None:
+            check_format("from_backbone", quantize)
         if not isinstance(backbone, PreTrainedModel):
             if not isinstance(backbone, str):
                 raise TypeError(
@@ -80,15 +86,27 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
                 "from_backbone: dtype, device_map and revision are for a path or hub name, not a "
                 "model"
             )
+        model = cls._extend("from_backbone", backbone, config, quantize)
+        if quantize is not None:
+            model.quantize(quantize)
+        return model
+
+    @classmethod
+    def _extend(
+        cls, operator: str, backbone: PreTrainedModel, config: dict[str, Any], quantize: str | None
+    ) -> DualHeadForCausalLM:
+        """Attach heads in full precision; ``quantize`` is the format that they will have, if any.
+        What can be wrong is found before the backbone is touched.
+        """
         if isinstance(backbone, DualHeadForCausalLM):
             raise ValueError(
-                "from_backbone: backbone has a gated head already; dualhead_ext.detach(model) "
+                f"{operator}: backbone has a gated head already; dualhead_ext.detach(model) "
                 "removes it"
             )
         linear = backbone.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise TypeError(
-                f"from_backbone: {type(backbone).__name__} must have a linear lm_head, got "
+                f"{operator}: {type(backbone).__name__} must have a linear lm_head, got "
                 f"{type(linear).__name__}"
             )
         read = {
@@ -99,13 +117,54 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
         }
         known = {field.name for field in fields(DualHeadConfig)}
         if unknown := sorted(set(config) - known):
-            raise TypeError(f"from_backbone: unknown arguments {', '.join(unknown)}")
+            raise TypeError(f"{operator}: unknown arguments {', '.join(unknown)}")
         for name, value in read.items():
             if config.setdefault(name, value) != value:
                 raise ValueError(
-                    f"from_backbone: {name} is {value} in the backbone, got {config[name]}"
+                    f"{operator}: {name} is {value} in the backbone, got {config[name]}"
                 )
-        return _attach(backbone, linear, DualHeadConfig(**config))
+        settings = DualHeadConfig(**config)
+        if quantize is not None:
+            check_format(operator, quantize, settings.hidden_size)
+        check_lm_weight(operator, linear.weight, quantize)
+        return _attach(backbone, linear, settings)
+
+    # --- quantised heads ---
+
+    def quantize(self, format: str, calibration: Tensor | None = None) -> DualHeadForCausalLM:
+        """Both heads in ``format``, "int8", "fp8" or "int4", in place: ``model.lm_head.quantize``,
+        which says what is raised. The backbone stays, and so does an embedding that shared its
+        weight with the LM head. Quantised heads do not train. Returns self.
+
+        Args:
+            calibration: hidden states (..., d) as the heads read them, padding left out, for
+                example ``model.get_decoder()(ids).last_hidden_state``.
+        """
+        self.lm_head_module.quantize(format, calibration)
+        return self
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        """As the backbone's, but a quantised LM head, whose numbers are its own, is left alone."""
+        quantized = self.lm_head_module.quantized is not None
+        return super().tie_weights(missing_keys, recompute_mapping or quantized)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """{target: source} of tied weights; see :meth:`tie_weights`."""
+        keys = super().get_expanded_tied_weights_keys(all_submodels)
+        if self.lm_head_module.quantized is not None:
+            keys.pop(f"{module_name(self, self.lm_head_module)}.weight", None)
+        return keys
+
+    def _plain_lm_weight(self) -> Tensor | None:
+        """The LM head's weight in full precision: of a quantised one that of an embedding it
+        shared, or None.
+        """
+        head = self.lm_head_module
+        if head.quantized is None:
+            return head.weight
+        tied = super().get_expanded_tied_weights_keys(all_submodels=False)
+        source = tied.get(f"{module_name(self, head)}.weight")
+        return None if source is None else self.get_parameter(source)
 
     # --- forward ---
 
@@ -216,116 +275,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, FusedDecodingMixin):
         """The configuration of the gated head."""
         return self.lm_head_module.config
 
-    # --- generate ---
-
-    def prepare_inputs_for_generation(
-        self, input_ids, *args, attention_mask=None, inputs_embeds=None, **kwargs
-    ):
-        """As the backbone's, and which of the new positions are real tokens: a static cache's mask
-        is 4-D by then.
-        """
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if attention_mask is not None and attention_mask.dim() == 2:
-            ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-            length = (embeds if ids is None else ids).shape[1]
-            # Cloned, as transformers does with ids: a slice's stride would grow with the mask and
-            # recompile each step.
-            valid = attention_mask[:, -length:].bool()
-            inputs["dualhead_valid"] = valid.clone(memory_format=torch.contiguous_format)
-        return inputs
-
-    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
-        cache = super()._prepare_static_cache(*args, **kwargs)
-        bound = inspect.signature(super()._prepare_static_cache).bind(*args, **kwargs).arguments
-        # Sliding layers report their window as their length: the gate needs the whole of it.
-        head, length = self.lm_head_module, self._previous_max_cache_length
-        cache.layers.append(StaticGateLayer(head.new_cache(bound["batch_size"], length)))
-        return cache
-
-    def generate(
-        self, inputs: Tensor | None = None, *args: Any, output_gate: bool = False, **kwargs: Any
-    ) -> Any:
-        """Hugging Face's own ``generate``, every option of it, and per request:
-
-        Args:
-            strength, gate_offset, alpha: a number, or one per request (B,); see
-                ``DualHead.forward``.
-            max_kl: likewise; lowers alpha at each token until KL(pi_mix || pi_LM) is within it.
-                Steps are then computed by eager PyTorch.
-            objective_weights: (K,) or (B, K).
-            fused: whether tokens are chosen by the fused step, without logits (see
-                :mod:`dualhead_ext.generation`). None: where the options allow it; False: never;
-                True: always, or ValueError naming the option that is in the way.
-            seeds: (B,) int64, of sampled requests; generator: draws them where they are not given
-                (default: torch's global one). For the fused loop alone.
-            output_gate: with ``return_dict_in_generate=True``, adds ``out.gate_alpha`` (B, new
-                tokens): alpha at each position that chose a token, from one more pass over the
-                finished sequences.
-        Raises:
-            ValueError, TypeError: controls. NotImplementedError: packed inputs.
-        """
-        refuse_packed(kwargs)
-        given = (
-            inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        )
-        batch = 1 if given is None else given.shape[0]
-        decoding = decoding_of(kwargs, batch, self.generation_config)
-        kwargs |= {} if decoding is None else {"dualhead_decoding": decoding}
-        for name in CONTROLS[:-1]:
-            row = per_row(
-                "generate", name, kwargs.pop(name, None), batch, torch.float32, self.device
-            )
-            kwargs |= {} if row is None else {name: row}
-        weights = kwargs.pop("objective_weights", None)
-        count = self.dual_head_config.num_objectives
-        rows = objective_rows("generate", weights, batch, count, torch.float32, self.device)
-        kwargs |= {} if rows is None else {"objective_weights": rows}
-        controls = {name: kwargs[name] for name in CONTROLS if name in kwargs}
-        out = super().generate(inputs, *args, **kwargs)
-        if output_gate:
-            if isinstance(out, Tensor):
-                raise ValueError("generate: output_gate=True needs return_dict_in_generate=True")
-            out["gate_alpha"] = self._alpha_of(out.sequences, given, kwargs, controls)
-        return out
-
-    @torch.no_grad()
-    def _alpha_of(
-        self, sequences: Tensor, prompt: Tensor | None, kwargs: dict, controls: dict
-    ) -> Tensor:
-        """alpha at every position that chose a token of ``sequences``: (B, new tokens)."""
-        repeats = 1 if prompt is None else sequences.shape[0] // prompt.shape[0]
-        repeated = {name: row.repeat_interleave(repeats, 0) for name, row in controls.items()}
-        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
-        if embeds is not None:
-            embeds = embeds.repeat_interleave(repeats, 0)
-            rest = self.get_input_embeddings()(sequences.to(embeds.device))
-            inputs: dict[str, Any] = {"inputs_embeds": torch.cat((embeds, rest), 1)}
-            start, total = embeds.shape[1], embeds.shape[1] + sequences.shape[1]
-        else:
-            start, total = (1 if prompt is None else prompt.shape[1]), sequences.shape[1]
-            inputs = {"input_ids": sequences}
-        if mask is not None:
-            mask = mask.repeat_interleave(repeats, 0)
-            ones = mask.new_ones(mask.shape[0], total - mask.shape[1])
-            inputs["attention_mask"] = torch.cat((mask, ones), 1)
-            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            if "position_ids" in inspect.signature(self.forward).parameters:
-                inputs["position_ids"] = positions
-        keep = torch.arange(start - 1, total - 1, device=sequences.device)
-        self(**inputs, **repeated, use_cache=False, logits_to_keep=keep)
-        return self.lm_head_module.last_alpha
-
     # --- what would go wrong in silence ---
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching packs requests into one sequence, across which the gate
-        would look.
-        """
-        raise NotImplementedError(
-            "generate_batch: continuous batching is not supported by the gated head; use generate"
-        )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the reward head would keep its old vocabulary."""
@@ -375,20 +325,33 @@ def _attach(
     return model
 
 
-def detach(model: DualHeadForCausalLM) -> PreTrainedModel:
+def detach(model: DualHeadForCausalLM, dequantize: bool = False) -> PreTrainedModel:
     """The plain backbone back, in place: its class, its lm_head, nothing left behind.
 
+    A quantised LM head that was tied to the embedding becomes the embedding's weight again. One
+    that was not has lost its full precision.
+
+    Args:
+        dequantize: what such an lm_head gets: its numbers' values (True), or an error.
     Raises:
-        TypeError: the model has no gated head.
+        TypeError: the model has no gated head. RuntimeError: see dequantize; nothing has changed.
     """
     if not isinstance(model, DualHeadForCausalLM):
         raise TypeError(f"detach: model must have a gated head, got {type(model).__name__}")
-    head = model.lm_head_module
+    head, weight = model.lm_head_module, model._plain_lm_weight()
+    if weight is None:
+        if not dequantize:
+            raise RuntimeError(
+                f"detach: the LM head is quantised ({head.quantized}) and its full precision is "
+                "gone: load the backbone again, or pass dequantize=True for an lm_head with the "
+                "values of its numbers"
+            )
+        weight = nn.Parameter(head.dequantized(), requires_grad=False)
     head.decoder_hook.remove()
     linear = nn.Linear(
         head.in_features, head.out_features, bias=head.bias is not None, device="meta"
     )
-    linear.weight = head.weight
+    linear.weight = weight
     if head.bias is not None:
         linear.bias = head.bias
     linear.train(head.training)

@@ -106,6 +106,7 @@ def decode_step(
     record_attention: bool = False,
     lm_scale: Tensor | None = None,
     reward_scale: Tensor | None = None,
+    skip_threshold: Tensor | None = None,
 ) -> DecodeOutput:
     """One decode step in one operator call: hidden state in, token out.
 
@@ -113,7 +114,7 @@ def decode_step(
     token::
 
         l = sum_i sum_s softmax_s(q_i . k_{s,i} / sqrt(d_k)) u_{s,i} + gate_bias     (+ gate_offset)
-        a = clamp(strength * (alpha or sigmoid(l)), 0, 1)
+        a = clamp(strength * (alpha or sigmoid(l)), 0, 1)           then 0 if a < s, 1 if 1 - a < s
         z = f((1 - a) z_LM + a z_RM),  z_RM = sum_k w_k z_RM,k      or, with mix_probs,
         z = log((1 - a) softmax(f(z_LM)) + a softmax(f(z_RM)))
         token = argmax z, or a draw from softmax(z / temperature) after top-k, top-p and min-p
@@ -140,6 +141,10 @@ def decode_step(
         gate_logit: (B,) fp32, a fixed or linear gate's logit (-inf and inf: alpha 0 and 1); the
             eight arguments of the attention gate are then None.
         gate_offset, strength, alpha: (B,) fp32 controls. strength 0 selects z_LM, bit for bit.
+        skip_threshold: (B,) fp32, s above. A row's result is the same whether or not its batch lets
+            a head be skipped: where a = 0 (or a = 1) in every row, the reward head's (the LM
+            head's) weights are not read, which changes time only. Errors of at most s |z_RM - z_LM|
+            in the logits mix, and of s in total variation in the probability mix.
         temperature, top_p, min_p: (B,) fp32; top_k: (B,) int32. Filters of sampled rows, in this
             order; temperature 0 is greedy, top_k <= 0, top_p >= 1 and min_p <= 0 are off.
         seeds: (B,) int64, or None for greedy decoding; draws: (B,) int64, given with it: how often
@@ -196,6 +201,7 @@ def decode_step(
         record_attention,
         lm_scale,
         reward_scale,
+        skip_threshold,
     )
     # The dispatcher would take anything truthy for a bool.
     if not type(mix_probs) is type(return_logits) is type(record_attention) is bool:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of a dual-head model: the heads alone, and a JSON that names the backbone they belong to.
 
-``dualhead_config.json`` holds format_version, dual_head (DualHeadConfig) and backbone (name,
-revision, fingerprint); ``dualhead_model.safetensors`` gate.*, reward_head.*, and lm_head.* only if
-it was trained.
+``dualhead_config.json`` holds format_version, dual_head (DualHeadConfig), quantized (a name of
+:data:`dualhead_ext.quantization.FORMATS`, or null) and backbone (name, revision, fingerprint);
+``dualhead_model.safetensors`` gate.*, reward_head.*, and lm_head.* only if it was trained or
+quantised, with their weight_scale if so.
 
 No pickle, nothing executed, no path followed out of the folder.
 """
@@ -11,7 +12,6 @@ No pickle, nothing executed, no path followed out of the folder.
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from pathlib import Path
@@ -25,33 +25,16 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import PushToHubMixin
 
+from .backbones import module_name
 from .config import DualHeadConfig
 from .data import EMBEDDED, embedded_backbone_path
+from .fingerprint import VALUES, check_fingerprint, fingerprint
+from .head_files import check_head_state, head_state, load_head_state
+from .quantization import FORMATS, check_format
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "dualhead_config.json"
 WEIGHTS_NAME = "dualhead_model.safetensors"
-
-# Parameters and values per parameter in a fingerprint: a few kilobytes of JSON that no other
-# backbone shares.
-_FINGERPRINT_PARAMETERS, _FINGERPRINT_VALUES = 32, 4
-# Values agree between float32, bfloat16 and float16 copies of one backbone to half an ulp of
-# bfloat16, 2^-8.
-_FINGERPRINT_TOLERANCE = 2.0**-7
-
-
-def head_state(head: torch.nn.Module) -> dict[str, Tensor]:
-    """The tensors of a gated head that files hold, by the names that files use."""
-    state = {name: value for name, value in head.state_dict().items() if "." in name}
-    if _lm_head_is_ours(head):
-        state["lm_head.weight"] = head.lm_weight
-        if head.lm_bias is not None:
-            state["lm_head.bias"] = head.lm_bias
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
-
-
-def _lm_head_is_ours(head: torch.nn.Module) -> bool:
-    return head.lm_head_trained or head.weight.requires_grad
 
 
 def untie_lm_head(model: PreTrainedModel) -> None:
@@ -62,53 +45,6 @@ def untie_lm_head(model: PreTrainedModel) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
-
-
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells backbones apart: the architecture, and a few values of evenly chosen parameters.
-
-    The heads are left out, and an LM head that is trained with them.
-    """
-    head = model.get_output_embeddings()
-    ours = _lm_head_is_ours(head)
-    left_out = {id(p) for n, p in head.named_parameters() if "." in n or ours}
-    names = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and parameter.numel() and id(parameter) not in left_out
-    ]
-    step = max(1, math.ceil(len(names) / _FINGERPRINT_PARAMETERS))
-    values = {name: _few_values(model.get_parameter(name)) for name in names[::step]}
-    return {"model_type": model.config.model_type, "parameters": values}
-
-
-def _few_values(parameter: Tensor) -> list[float]:
-    flat = parameter.detach().flatten()
-    where = torch.linspace(0, flat.numel() - 1, _FINGERPRINT_VALUES, device=flat.device).long()
-    return flat[where].float().tolist()
-
-
-def check_fingerprint(model: PreTrainedModel, stored: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless ``model`` is the backbone that ``stored`` describes, in any floating
-    dtype.
-    """
-    if model.config.model_type != stored["model_type"]:
-        raise ValueError(
-            f"{where}: its backbone must be a {stored['model_type']} model, "
-            f"got {model.config.model_type}"
-        )
-    parameters = dict(model.named_parameters())
-    for name, values in stored["parameters"].items():
-        parameter = parameters.get(name)
-        if parameter is None or not parameter.is_floating_point():
-            continue  # quantised or renamed here: nothing to compare
-        got = _few_values(parameter)
-        tolerance = _FINGERPRINT_TOLERANCE * max(max(map(abs, values)), 1e-6)
-        if not all(abs(a - b) <= tolerance for a, b in zip(values, got, strict=True)):
-            raise ValueError(
-                f"{where}: was trained on another backbone: parameter {name} "
-                f"begins {values}, this one {got}"
-            )
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -155,8 +91,9 @@ def read_config(folder: str, revision: str | None = None) -> dict[str, Any]:
         name, marks = backbone["name_or_path"], backbone["fingerprint"]
         sound = isinstance(marks["model_type"], str) and isinstance(marks["parameters"], dict)
         sound = sound and (name is None or isinstance(name, str))
-        if not sound or any(len(v) != _FINGERPRINT_VALUES for v in marks["parameters"].values()):
-            raise ValueError("backbone is not described as it should be")
+        sound = sound and stored.setdefault("quantized", None) in (None, *FORMATS)
+        if not sound or any(len(v) != VALUES for v in marks["parameters"].values()):
+            raise ValueError("backbone or quantized is not as it should be")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"from_pretrained: {path} is not a dual-head configuration ({error!r})"
@@ -192,8 +129,16 @@ class DualHeadFilesMixin(PushToHubMixin):
             save_full: also write the backbone, as its own ``save_pretrained(**kwargs)`` does, so
                 that the folder can be given as its own backbone.
         Raises:
-            TypeError: kwargs without save_full.
+            TypeError: kwargs without save_full. RuntimeError: save_full, and the LM head is
+                quantised and was not tied to the embedding: its full precision is gone.
         """
+        plain_lm = self._plain_lm_weight() if save_full else None
+        if save_full and plain_lm is None:
+            raise RuntimeError(
+                "save_pretrained: save_full: the LM head is quantised "
+                f"({self.lm_head_module.quantized}) and its full precision is gone; save the "
+                "backbone before quantize"
+            )
         if kwargs and not save_full:
             raise TypeError(f"save_pretrained: {', '.join(kwargs)} need save_full=True")
         folder = Path(save_directory)
@@ -206,6 +151,7 @@ class DualHeadFilesMixin(PushToHubMixin):
         stored = {
             "format_version": FORMAT_VERSION,
             "dual_head": head.config.to_dict(),
+            "quantized": head.quantized,
             "backbone": {
                 "name_or_path": name,
                 "revision": getattr(config, "_commit_hash", None),
@@ -218,6 +164,10 @@ class DualHeadFilesMixin(PushToHubMixin):
         if save_full:
             base = type(self).__bases__[1]
             plain = {n: v for n, v in self.state_dict().items() if not _is_head(n)}
+            if head.quantized is not None:
+                weight = f"{module_name(self, head)}.weight"
+                del plain[f"{weight}_scale"]
+                plain[weight] = plain_lm.detach()
             base.save_pretrained(self, folder, state_dict=plain, **kwargs)
 
     @classmethod
@@ -237,20 +187,27 @@ class DualHeadFilesMixin(PushToHubMixin):
             backbone: a model, path or hub name instead of the one that the file names.
             dtype, device_map: for loading the backbone; the heads follow it. revision: of the
                 heads' repository.
-            quantize: not available yet; must be None.
+            quantize: "int8", "fp8" or "int4": full-precision heads, once restored, in this
+                format; see :meth:`dualhead_ext.DualHeadForCausalLM.quantize`. Of a file that holds
+                quantised heads, their format or None.
         Raises:
             FileNotFoundError: no such folder or file. ValueError: a damaged or foreign file, a
                 newer format, another vocabulary or hidden size than the backbone's, another
-                backbone.
-            NotImplementedError: quantize.
+                backbone, quantize is no format or not that of the file. The backbone is as it was
+                then.
         """
-        if quantize is not None:
-            raise NotImplementedError(
-                f"from_pretrained: quantize={quantize!r} is not available in this release"
-            )
         folder = os.fspath(pretrained_model_name_or_path)
         stored, state = read_config(folder, revision), read_weights(folder, revision)
         config, source = stored["dual_head"], stored["backbone"]
+        where, quantized = f"from_pretrained: {folder}", stored["quantized"]
+        if quantize is not None:
+            check_format("from_pretrained", quantize, config.hidden_size)
+            if quantized not in (None, quantize):
+                raise ValueError(
+                    f"{where} holds heads in {quantized}, which cannot become {quantize}: quantise "
+                    "the heads in full precision that they were made from"
+                )
+        check_head_state(config, state, quantized, where)
         if backbone is None:
             backbone = source["name_or_path"]
             if backbone is None:
@@ -276,11 +233,13 @@ class DualHeadFilesMixin(PushToHubMixin):
                     f"from_pretrained: the heads in {folder} have {name} {getattr(config, name)}, "
                     f"the backbone has {there}"
                 )
-        check_fingerprint(loaded, stored["backbone"]["fingerprint"], f"from_pretrained: {folder}")
-        model = cls.from_backbone(loaded, **config.to_dict())
-        if "lm_head.weight" in state:
+        check_fingerprint(loaded, source["fingerprint"], where)
+        model = cls._extend("from_pretrained", loaded, config.to_dict(), quantized or quantize)
+        if quantized is None and "lm_head.weight" in state:
             untie_lm_head(model)
-        load_head_state(model.lm_head_module, state, folder)
+        load_head_state(model.lm_head_module, state, where, quantized)
+        if quantized is None and quantize is not None:
+            model.quantize(quantize)
         return model.eval()
 
 
@@ -302,39 +261,3 @@ def _load_backbone(
         revision=revision,
         trust_remote_code=False,
     )
-
-
-def load_head_state(head: torch.nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Copy tensors of a file into a gated head: every name must be there, no other, each of its
-    shape.
-
-    Raises:
-        ValueError: naming what is missing, unknown or of another shape; the head is left as it was.
-    """
-    trained_lm = any(name.startswith("lm_head.") for name in state)
-    own = {n: v for n, v in head.state_dict(keep_vars=True).items() if "." in n}
-    if trained_lm:
-        own["lm_head.weight"] = head.lm_weight
-        if head.lm_bias is not None:
-            own["lm_head.bias"] = head.lm_bias
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if missing or unknown:
-        raise ValueError(
-            f"{where}: the heads' file must hold {', '.join(sorted(own))}; missing: "
-            f"{', '.join(missing) or 'none'}; "
-            f"unknown: {', '.join(unknown) or 'none'}"
-        )
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise ValueError(
-                f"{where}: {name} must be {tuple(own[name].shape)}, got {tuple(value.shape)}"
-            )
-        if not value.is_floating_point():
-            raise ValueError(f"{where}: {name} must hold floating-point numbers, got {value.dtype}")
-    with torch.no_grad():
-        for name, value in state.items():
-            parameter = own[name]
-            if value.dtype != parameter.dtype and not name.startswith("lm_head."):
-                parameter.data = parameter.data.to(value.dtype)  # heads trained in fp32 stay so
-            parameter.copy_(value)
-    head.lm_head_trained = trained_lm or head.lm_head_trained

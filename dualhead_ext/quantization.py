@@ -5,13 +5,17 @@ All are symmetric: ``W[v, i] = s[v] q[v, i]`` (int4: one s per group of 128 inpu
 dimensions, such as the reward head's K, pass through. Tensors in memory and in files
 (``lm_head.weight``, ``lm_head.weight_scale``, and the same two of ``reward_head``):
 
-======  =======================  ==================  =====================
-format  weight                   weight_scale, fp32  s
-======  =======================  ==================  =====================
-int8    (..., V, d) int8         (..., V)            max |W[v]| / 127
-fp8     (..., V, d) e4m3fn       (..., V)            max |W[v]| / 448
-int4    (..., V, d/2) uint8      (..., V, d/128)     max |W[v, group]| / 7.5
-======  =======================  ==================  =====================
+======  =======================  ==================  ===========================================
+format  weight                   weight_scale, fp32  s; m = max |W| of the row or group
+======  =======================  ==================  ===========================================
+int8    (..., V, d) int8         (..., V)            m / 127
+fp8     (..., V, d) e4m3fn       (..., V)            the best of 16 in [m / 448, 2m / 448)
+int4    (..., V, d/2) uint8      (..., V, d/128)     the best of 24 of 0.65 to 1.05 times ±m / 8
+======  =======================  ==================  ===========================================
+
+"Best" is the least squared error of the row or group, the first of equals. fp8 has the same
+relative steps in every octave, so only where in one a row's maximum lies makes a difference. int4's
+s may be negative: -8 is a number and +8 is none, and the sign says which end of a group gets it.
 
 An int4 number q in -8..7 is stored as q + 8. Byte 64 j + i of a row holds input 128 j + i in its
 low half and input 128 j + 64 + i in its high half, so that a run of bytes unpacks into two runs of
@@ -25,78 +29,89 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .rounding import best_scale, feedback_factor, round_with_feedback, rows_at_a_time
 
 INT4_GROUP = 128
 _HALF = INT4_GROUP // 2
+_FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """One format: its storage dtype and the two directions, weight (..., V, d) <-> (q, scale)."""
+    """One format. Rows of a weight are (R, G, d/G), with one scale (R, G, 1) per group."""
 
-    dtype: torch.dtype
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
-    dequantize: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    dtype: torch.dtype  # of the storage
+    group: int | None  # inputs that share a scale; None: all of a row
+    largest: float  # m / largest is the scale that factors multiply
+    factors: tuple[float, ...]
+    round: Callable[[Tensor], Tensor]  # W / s -> the nearest number of the format, fp32
+    pack: Callable[[Tensor], Tensor] | None = None  # numbers (..., d) fp32 -> storage
+    unpack: Callable[[Tensor], Tensor] | None = None  # storage -> numbers (..., d), integers
+
+    def scale_of(self, groups: Tensor) -> Tensor:
+        """(R, G, d/G) -> (R, G, 1)."""
+        return best_scale(groups, self.largest, self.factors, self.round)
 
 
-def _row_scale(weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """fp32 weight and scale (..., 1). A row of zeros gets scale 1; a NaN makes its whole row NaN,
-    through the scale: integers cannot hold one.
+def _round_int8(x: Tensor) -> Tensor:
+    return x.round().clamp_(-127, 127)
+
+
+def _round_int4(x: Tensor) -> Tensor:
+    return x.round().clamp_(-8, 7)
+
+
+def _round_fp8(x: Tensor) -> Tensor:
+    """To the nearest e4m3fn number, ties to even. As ``x.to(float8_e4m3fn)`` does, whose loop on
+    the CPU takes fifty times as long.
     """
-    weight = weight.float()
-    scale = weight.abs().amax(-1, keepdim=True) / largest
-    # Below the smallest normal number a quotient by the scale would overflow.
-    tiny = torch.finfo(torch.float32).tiny
-    return weight, torch.where(scale < tiny, torch.ones_like(scale), scale)
+    x = x.clamp(-_FP8_MAX, _FP8_MAX)
+    # Three bits after the leading one; below 2^-6, steps of 2^-9.
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    step = power.mul_(0.125).clamp_(min=2.0**-9)
+    return x.div_(step).round_().mul_(step)
 
 
-def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    weight, scale = _row_scale(weight, 127.0)
-    q = torch.nan_to_num(weight / scale).round().clamp(-127, 127)
-    return q.to(torch.int8), scale.squeeze(-1)
+def _pack_int4(numbers: Tensor) -> Tensor:
+    halves = numbers.unflatten(-1, (-1, INT4_GROUP)).add(8).to(torch.uint8)
+    return (halves[..., :_HALF] | (halves[..., _HALF:] << 4)).flatten(-2)
 
 
-def _quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    weight, scale = _row_scale(weight, 448.0)
-    q = torch.nan_to_num(weight / scale).clamp(-448, 448)
-    return q.to(torch.float8_e4m3fn), scale.squeeze(-1)
-
-
-def _dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return q.to(dtype) * scale.to(dtype).unsqueeze(-1)
-
-
-def _quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    if weight.shape[-1] % INT4_GROUP:
-        raise ValueError(
-            f"quantize: int4 needs a hidden size that is a multiple of {INT4_GROUP}, "
-            f"got {weight.shape[-1]}"
-        )
-    groups, scale = _row_scale(weight.unflatten(-1, (-1, INT4_GROUP)), 7.5)
-    q = torch.nan_to_num(groups / scale).round().clamp(-8, 7).add(8).to(torch.uint8)
-    packed = q[..., :_HALF] | (q[..., _HALF:] << 4)
-    return packed.flatten(-2), scale.squeeze(-1)
-
-
-def _dequantize_int4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _unpack_int4(packed: Tensor) -> Tensor:
     halves = packed.unflatten(-1, (-1, _HALF))
-    q = torch.cat((halves & 15, halves >> 4), -1).to(dtype) - 8
-    return (q * scale.to(dtype).unsqueeze(-1)).flatten(-2)
+    return torch.cat((halves & 15, halves >> 4), -1).to(torch.int8).sub_(8).flatten(-2)
 
 
 FORMATS = {
-    "int8": WeightFormat(torch.int8, _quantize_int8, _dequantize_rows),
-    "fp8": WeightFormat(torch.float8_e4m3fn, _quantize_fp8, _dequantize_rows),
-    "int4": WeightFormat(torch.uint8, _quantize_int4, _dequantize_int4),
+    "int8": WeightFormat(torch.int8, None, 127.0, (1.0,), _round_int8),
+    "fp8": WeightFormat(
+        torch.float8_e4m3fn, None, _FP8_MAX, tuple(2 ** (i / 16) for i in range(16)), _round_fp8
+    ),
+    "int4": WeightFormat(
+        torch.uint8,
+        INT4_GROUP,
+        8.0,
+        tuple(sign * (0.65 + 0.4 * i / 11) for sign in (1, -1) for i in range(12)),
+        _round_int4,
+        _pack_int4,
+        _unpack_int4,
+    ),
 }
 _BY_DTYPE = {weight_format.dtype: name for name, weight_format in FORMATS.items()}
 
 
-def check_format(operator: str, name: Any) -> None:
-    """Raise ValueError unless ``name`` is one of FORMATS."""
+def check_format(operator: str, name: Any, hidden_size: int | None = None) -> None:
+    """Raise ValueError unless ``name`` is one of FORMATS, and can hold rows of ``hidden_size``."""
     if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"{operator}: format must be one of {', '.join(FORMATS)}, got {name!r}")
+    group = FORMATS[name].group
+    if hidden_size is not None and group is not None and hidden_size % group:
+        raise ValueError(
+            f"{operator}: {name} needs a hidden size that is a multiple of {group}, "
+            f"got {hidden_size}"
+        )
 
 
 def format_of(weight: Tensor) -> str | None:
@@ -104,18 +119,85 @@ def format_of(weight: Tensor) -> str | None:
     return _BY_DTYPE.get(weight.dtype)
 
 
-@torch.no_grad()
-def quantize(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def storage_shapes(
+    name: str, shape: tuple[int, ...] | torch.Size
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of (weight, weight_scale) in a format, of a head (..., V, d)."""
+    *rows, d = shape
+    group = FORMATS[name].group
+    if group is None:
+        return (*rows, d), (*rows,)
+    return (*rows, d // 2), (*rows, d // group)
+
+
+def quantize(weight: Tensor, name: str, calibration: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weight (..., V, d), floating point -> (q, scale fp32), as the table above says.
 
+    A NaN makes its whole row NaN, through the scale: integers cannot hold one.
+
+    Args:
+        calibration: hidden states (..., d), floating point, that the weight will meet. Each number
+            is then not the nearest one: what rounding one input adds to ``W h`` is taken off the
+            inputs not rounded yet, as far as they go together in these hidden states
+            (:func:`dualhead_ext.rounding.round_with_feedback`, GPTQ's method). The scales stay.
     Raises:
-        ValueError: an unknown format, or int4 with d not a multiple of 128. TypeError: not a
-            floating-point weight, or one that is quantised already.
+        ValueError: an unknown format, int4 with d not a multiple of 128, or calibration of another
+            shape or not finite. TypeError: not a floating-point weight, or one that is quantised
+            already; calibration that is not a floating-point tensor.
     """
-    check_format("quantize", name)
+    check_format("quantize", name, weight.shape[-1])
+    return quantize_with(weight, name, calibration_factor("quantize", calibration, weight))
+
+
+@torch.no_grad()
+def calibration_factor(operator: str, calibration: Tensor | None, weight: Tensor) -> Tensor | None:
+    """What :func:`quantize_with` needs of hidden states (..., d), for any number of weights
+    (..., d) on the device of ``weight``; None for None.
+    """
+    if calibration is None:
+        return None
+    if not isinstance(calibration, Tensor) or not calibration.is_floating_point():
+        got = calibration.dtype if isinstance(calibration, Tensor) else type(calibration).__name__
+        raise TypeError(f"{operator}: calibration must be floating-point hidden states, got {got}")
+    d = weight.shape[-1]
+    if calibration.dim() < 1 or calibration.shape[-1] != d or calibration.numel() == 0:
+        raise ValueError(
+            f"{operator}: calibration must be (..., {d}) and not empty, "
+            f"got {tuple(calibration.shape)}"
+        )
+    if not torch.isfinite(calibration).all():
+        raise ValueError(f"{operator}: calibration must be finite, got NaN or infinite numbers")
+    return feedback_factor(calibration.to(weight.device).reshape(-1, d))
+
+
+@torch.no_grad()
+def quantize_with(weight: Tensor, name: str, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`quantize`, with what :func:`calibration_factor` made of the hidden states."""
     if not weight.is_floating_point() or format_of(weight) is not None:
         raise TypeError(f"quantize: weight must be plain floating point, got {weight.dtype}")
-    return FORMATS[name].quantize(weight.detach())
+    parts = [
+        _quantize_rows(rows.float(), FORMATS[name], factor)
+        for rows in weight.detach().flatten(0, -2).split(rows_at_a_time(weight.shape[-1], factor))
+    ]
+    q, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    shapes = storage_shapes(name, weight.shape)
+    return q.view(shapes[0]), scale.view(shapes[1])
+
+
+def _quantize_rows(
+    rows: Tensor, weight_format: WeightFormat, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(R, d) fp32 -> storage, scale (R, G)."""
+    groups = rows.unflatten(-1, (-1, weight_format.group or rows.shape[-1]))
+    scale = weight_format.scale_of(groups)
+    if factor is None:
+        numbers = weight_format.round(groups / scale).flatten(-2)
+    else:
+        numbers = round_with_feedback(rows, scale.squeeze(-1), factor, weight_format.round)
+    numbers = torch.nan_to_num(numbers)  # the scale says that the row is not finite
+    if weight_format.pack is not None:
+        return weight_format.pack(numbers), scale.squeeze(-1)
+    return numbers.to(weight_format.dtype), scale.squeeze(-1)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,44 +209,11 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     name = format_of(weight)
     if name is None:
         raise TypeError(f"dequantize: weight must be quantised, got {weight.dtype}")
-    return FORMATS[name].dequantize(weight, scale, dtype)
-
-
-class QuantizedHead(nn.Module):
-    """One or K linear heads in a format: weight and weight_scale as above, bias in the hidden
-    states' dtype, ``compute_dtype``. Casts of the module leave weight and scale as they are; moves
-    move them. Nothing in it trains.
-    """
-
-    def __init__(
-        self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
-        self.compute_dtype = dtype
-
-    @classmethod
-    def of(
-        cls, weight: Tensor, bias: Tensor | None, name: str, dtype: torch.dtype
-    ) -> QuantizedHead:
-        """Quantise a floating-point weight (..., V, d)."""
-        return cls(*quantize(weight, name), None if bias is None else bias.to(dtype), dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedHead:
-        # .half() and .to(dtype) convert every floating-point tensor: fp8 numbers and scales too.
-        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device))
-        self.compute_dtype = probe.dtype
-        for name in ("weight", "weight_scale"):
-            moved = getattr(self, name).detach().to(probe.device)
-            setattr(self, name, nn.Parameter(moved, requires_grad=False))
-        if self.bias is not None:
-            self.bias = nn.Parameter(fn(self.bias.detach()), requires_grad=False)
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> QuantizedHead:
-        """Raises RuntimeError for True: quantised heads do not train."""
-        if requires_grad:
-            raise RuntimeError("QuantizedHead: quantised heads cannot be trained")
-        return self
+    weight_format = FORMATS[name]
+    if weight_format.unpack is not None:
+        weight = weight_format.unpack(weight)
+    scale = scale.to(dtype)
+    if weight_format.group is None:
+        return weight.to(dtype) * scale.unsqueeze(-1)
+    groups = weight.to(dtype).unflatten(-1, (-1, weight_format.group))
+    return (groups * scale.unsqueeze(-1)).flatten(-2)

@@ -97,11 +97,15 @@ def fold_values(v_weight: Tensor, o_weight: Tensor, out_weight: Tensor, num_head
 
 
 def mixing_weight(
-    gate_logit: Tensor, alpha: Tensor | None = None, strength: Tensor | None = None
+    gate_logit: Tensor,
+    alpha: Tensor | None = None,
+    strength: Tensor | None = None,
+    skip_threshold: Tensor | None = None,
 ) -> Tensor:
     """alpha from the gate's logit and the caller's controls, in this order:
     ``sigmoid(gate_logit)``, or ``alpha`` where given; then ``clamp(strength * alpha, 0, 1)``, with
-    strength 0 giving 0 whatever alpha is (NaN too). All shapes broadcast.
+    strength 0 giving 0 whatever alpha is (NaN too); then 0 where that is below ``skip_threshold``
+    and 1 where it is less than that below 1, which is what may spare a head. All shapes broadcast.
     """
     weight = (
         torch.sigmoid(gate_logit)
@@ -112,6 +116,13 @@ def mixing_weight(
         strength = strength.to(gate_logit.dtype)
         weight = torch.where(
             strength == 0, torch.zeros_like(weight), (strength * weight).clamp(0.0, 1.0)
+        )
+    if skip_threshold is not None:
+        threshold = skip_threshold.to(gate_logit.dtype)
+        weight = torch.where(
+            weight < threshold,
+            torch.zeros_like(weight),
+            torch.where(1 - weight < threshold, torch.ones_like(weight), weight),
         )
     return weight
 
@@ -282,6 +293,7 @@ def decode_step(
     draws: Tensor | None = None,
     lm_scale: Tensor | None = None,
     reward_scale: Tensor | None = None,
+    skip_threshold: Tensor | None = None,
     mix_probs: bool = False,
     logit_scale: float = 1.0,
     logit_softcap: float = 0.0,
@@ -316,7 +328,7 @@ def decode_step(
     gate_logit = gate_logit.to(accumulate)
     if gate_offset is not None:
         gate_logit = gate_logit + gate_offset.to(accumulate)
-    weight = mixing_weight(gate_logit, alpha, strength)
+    weight = mixing_weight(gate_logit, alpha, strength, skip_threshold)
 
     z_lm = head_logits(hidden, lm_weight, lm_bias, lm_scale)
     z_rm = reward_logits(hidden, reward_weight, reward_bias, objective_weights, reward_scale)

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .losses import (
+    ALPHA_BINS,
     GATE_REGULARIZERS,
+    GATE_STATISTICS,
     LM_REDUCTIONS,
     PREFERENCE_REDUCTIONS,
     SATURATION_LOGIT,
@@ -211,25 +213,30 @@ def dual_head_loss(
         entropy=sums(gate_entropy(kept.gate_logit)),
         length=mask.bool().sum(-1),
     )
-    gate_sums = [sums(x) for x in gate_statistics(kept.gate_logit)]
+    gate_sums = {name: sums(x) for name, x in gate_statistics(kept.gate_logit).items()}
     return combine(per_row, gate_sums, num_pairs, counts, options)
 
 
 @torch.no_grad()
-def gate_statistics(gate_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha, alpha squared, and whether it is saturated, of each token: (N,) float64."""
+def gate_statistics(gate_logit: Tensor) -> dict[str, Tensor]:
+    """`losses.GATE_STATISTICS` of each token: (N,) float64 each."""
     alpha = torch.sigmoid(gate_logit.double())
-    return alpha, alpha.square(), (gate_logit.abs() > SATURATION_LOGIT).double()
+    # Kept as numbers, not indices: a NaN is then in no bin.
+    place = (alpha * ALPHA_BINS).floor().clamp(max=ALPHA_BINS - 1)
+    ends = (gate_logit < -SATURATION_LOGIT, gate_logit > SATURATION_LOGIT)
+    bins = (place == i for i in range(ALPHA_BINS))
+    flags = [flag.double() for flag in (*ends, *bins)]
+    return dict(zip(GATE_STATISTICS, (alpha, alpha.square(), *flags), strict=True))
 
 
 def combine(
     sums: RowSums,
-    gate_sums: list[Tensor],
+    gate_sums: dict[str, Tensor],
     num_pairs: int,
     counts: LossCounts | None,
     options: LossOptions,
 ) -> DualHeadLossOutput:
-    """The three terms and their sum. gate_sums: alpha, alpha squared and saturation, (R,) each."""
+    """The three terms and their sum. gate_sums: `losses.GATE_STATISTICS`, (R,) each."""
     own = LossCounts.of_lengths(sums.length, num_pairs, options.lm_on_chosen)
     counts = own if counts is None else counts
 
@@ -270,9 +277,7 @@ def combine(
             "tokens": sums.length,
             "lm_nll": sums.lm_nll,
             "entropy": sums.entropy,
-            "alpha": gate_sums[0],
-            "alpha_squared": gate_sums[1],
-            "saturated_tokens": gate_sums[2],
+            **gate_sums,
         }
         totals = _totals(of_pairs, of_rows, num_pairs)
     rest = (chosen_logps, rejected_logps, chosen, rejected)

@@ -36,7 +36,8 @@ def prepare_for_training(
 
     Raises:
         TypeError: the model has no gated head. ValueError: the LM head shares the embedding's
-            weight (unless ``untie``, which copies it) or is not fp32 or float64.
+            weight (unless ``untie``, which copies it) or is not fp32 or float64. RuntimeError: the
+            heads are quantised.
     """
     if not isinstance(model, DualHeadForCausalLM):
         raise TypeError(
@@ -44,6 +45,11 @@ def prepare_for_training(
             f"got {type(model).__name__}"
         )
     head = model.lm_head_module
+    if head.quantized is not None:
+        raise RuntimeError(
+            f"DualHeadTrainer: the model's heads are quantised ({head.quantized}), and quantised "
+            "heads do not train; train the heads in full precision and quantise them afterwards"
+        )
     model.requires_grad_(False)
     for module in (head.reward_head, head.gate):
         module.requires_grad_(True)
@@ -262,17 +268,20 @@ class DualHeadTrainer(CachingTrainer):
             totals = self.accelerator.reduce(self._train_totals, "sum")
             self._train_totals = None
             logs |= metrics_of_totals(totals, self.args.loss_options)
-            self._warn_of_collapse(logs.get("gate/saturation", 0.0))
+            self._warn_of_collapse(logs)
         super().log(logs, start_time)
 
-    def _warn_of_collapse(self, saturated: float) -> None:
+    def _warn_of_collapse(self, logs: dict[str, float]) -> None:
+        saturated = logs.get("gate/saturation", 0.0)
         fixed = self.model.dual_head_config.gate == "fixed"
         if saturated > COLLAPSED_SHARE and not fixed and not self._warned_of_collapse:
             self._warned_of_collapse = True
             logger.warning(
-                "The gate has collapsed: alpha is within 1 %% of 0 or 1 for %.0f %% of the tokens. "
-                "See gate/mean; a larger lambda_g or pref_on='mixed' may help.",
-                100 * saturated,
+                "The gate has collapsed: alpha is below 0.01 for %.0f %% of the tokens and above "
+                "0.99 for %.0f %%; the logs hold its histogram. Smaller steps, "
+                "lm_reduction='mean', pref_on='mixed' or a larger lambda_g may help.",
+                100 * logs["gate/below_0.01"],
+                100 * logs["gate/above_0.99"],
             )
 
 

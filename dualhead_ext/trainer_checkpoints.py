@@ -18,7 +18,9 @@ from transformers.trainer_callback import ExportableState
 
 from . import checkpoint
 from .checkpoint import CheckpointError
-from .pretrained import check_fingerprint, load_head_state, read_config, read_weights
+from .fingerprint import check_fingerprint
+from .head_files import load_head_state
+from .pretrained import read_config, read_weights
 from .state_file import load_state, save_state
 from .training_args import DualHeadTrainingArguments
 from .training_state import agree_on, check_data_state, data_state, random_state, set_random_state

@@ -21,8 +21,9 @@ from transformers.cache_utils import Cache
 
 from .backbones import backbone_post_processing
 from .controls import objective_rows, per_row
+from .gated_generation import CONTROLS
 from .kl_cap import capped_alpha
-from .modeling import CONTROLS, DualHeadForCausalLM
+from .modeling import DualHeadForCausalLM
 from .reference import accumulator_dtype, mix_logits, postprocess, reward_logits
 
 
@@ -108,7 +109,8 @@ class WeakToStrong(nn.Module):
 
         Args:
             inputs: (B, T), or ``input_ids``; left-padded with ``attention_mask``.
-            strength, gate_offset, alpha: a number, or (B,); see ``DualHead.forward``.
+            strength, gate_offset, alpha, skip_threshold: a number, or (B,); see
+                ``DualHead.forward``.
             objective_weights: (K,) or (B, K).
             max_kl: likewise a number or (B,); of the mixture from the strong model's distribution.
         Raises:

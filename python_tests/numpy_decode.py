@@ -91,6 +91,12 @@ def attend(arguments, dtype, b, columns):
 
 
 def mixing_weight(arguments, b, gate_logit):
+    weight = controlled_weight(arguments, b, gate_logit)
+    threshold = float(arguments["skip_threshold"][b]) if "skip_threshold" in arguments else 0.0
+    return 0.0 if weight < threshold else 1.0 if 1 - weight < threshold else weight
+
+
+def controlled_weight(arguments, b, gate_logit):
     alpha = float(arguments["alpha"][b]) if "alpha" in arguments else sigmoid(gate_logit)
     if "strength" not in arguments:
         return alpha

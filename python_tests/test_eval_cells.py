@@ -4,6 +4,7 @@ file or a broken record leads to. With steps that add numbers.
 """
 
 import json
+import shutil
 
 import pytest
 
@@ -108,6 +109,16 @@ def test_time_that_runs_out_leaves_the_rest_for_the_next_call(store):
     outcome = cells.run(found, store, seconds=0)
     assert [len(outcome.computed), len(outcome.left)] == [1, 2]
     assert computed(found, store) == ["1", "2"]
+
+
+def test_pieces_without_time_or_room_still_come_to_an_end(store):
+    """Each leaves one more record, though every file is dropped and has to be made again."""
+    *_, reader = chain(bytes=1000)
+    for labels in (["base"], ["base", "top"], ["base", "top", "reader"], []):
+        assert computed([reader], store, seconds=0) == labels
+        for folder in (store.out / "files").iterdir():
+            shutil.rmtree(folder)
+    assert store.result(reader) == {"n": 11}
 
 
 def test_a_long_step_is_not_started_when_too_little_time_is_left(store, monkeypatch):

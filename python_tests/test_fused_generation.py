@@ -72,6 +72,7 @@ def test_greedy_is_the_same_in_every_family(family, mix, loops):
         {"strength": torch.tensor([0.0, 1.0, 0.4])},
         {"gate_offset": torch.tensor([-3.0, 0.0, 3.0]), "strength": 1.5},
         {"max_kl": torch.tensor([0.0, 0.02, torch.inf])},
+        {"skip_threshold": torch.tensor([0.0, 0.5, 0.45])},
         {"alpha": torch.tensor([0.0, 1.0, 0.5])},
         {"num_return_sequences": 1, "max_time": 600.0},
     ],

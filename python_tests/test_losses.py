@@ -140,7 +140,10 @@ def test_metrics_of_totals():
         alpha=5.0,
         alpha_squared=2.0,
         entropy=10.0,
-        saturated_tokens=2,
+        alpha_near_0=2,
+        alpha_near_1=1,
+        alpha_bin_0=15,
+        alpha_bin_9=5,
     )
     metrics = losses.metrics_of_totals(totals, LossOptions(lambda_r=2.0, lambda_g=0.1))
     assert metrics == pytest.approx(
@@ -159,7 +162,12 @@ def test_metrics_of_totals():
             "gate/mean": 0.25,
             "gate/std": math.sqrt(0.1 - 0.0625),
             "gate/entropy": 0.5,
-            "gate/saturation": 0.1,
+            "gate/below_0.01": 0.1,
+            "gate/above_0.99": 0.05,
+            "gate/saturation": 0.15,
+            **{f"gate/histogram/0.{i}-0.{i + 1}": 0.0 for i in range(1, 9)},
+            "gate/histogram/0.0-0.1": 0.75,
+            "gate/histogram/0.9-1.0": 0.25,
         }
     )
     assert losses.metrics_of_totals(totals, LossOptions(lm_reduction="mean"))["lm_loss"] == 2.0

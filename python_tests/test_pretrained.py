@@ -222,8 +222,6 @@ def test_a_failed_save_leaves_the_old_files(saved, monkeypatch):
 
 def test_arguments_that_are_refused(saved):
     model, folder = saved
-    with pytest.raises(NotImplementedError, match="quantize='int8'"):
-        load(folder, quantize="int8")
     with pytest.raises(TypeError, match="need save_full=True"):
         model.save_pretrained(folder, max_shard_size="1GB")
     with pytest.raises(ValueError, match="has a gated head already"):

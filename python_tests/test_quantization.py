@@ -10,6 +10,7 @@ import torch
 
 from dualhead_ext import DualHead, DualHeadConfig
 from dualhead_ext.quantization import FORMATS, dequantize, quantize
+from dualhead_ext.rounding import feedback_factor, round_with_feedback
 
 NAMES = tuple(FORMATS)
 
@@ -38,13 +39,102 @@ def test_error_is_at_most_half_a_step(name, shape):
     got = dequantize(q, scale, torch.float64)
     assert got.shape == weight.shape
     error = (got - weight.double()).abs()
+    groups = 1 if FORMATS[name].group is None else shape[-1] // 128
+    scale = (
+        scale.double().abs().view(*shape[:-1], groups).repeat_interleave(shape[-1] // groups, -1)
+    )
     if name == "fp8":  # 3 bits after the point; 2^-10 is half of the smallest number
-        allowed = (weight.double().abs() * 2.0**-4).maximum(scale.double()[..., None] * 2.0**-10)
+        allowed = (weight.double().abs() * 2.0**-4).maximum(scale * 2.0**-10)
     elif name == "int8":
-        allowed = scale.double()[..., None] / 2
-    else:
-        allowed = scale.double().repeat_interleave(128, -1) / 2
+        allowed = scale / 2
+    else:  # or what is cut off beyond the ends of a group's numbers
+        allowed = torch.where(weight.double().abs() < 7 * scale, scale / 2, torch.inf)
     assert (error <= allowed * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_no_scale_of_the_search_is_better(name):
+    """A slow search, group by group, finds the very scales; and they beat that of the maximum."""
+    weight, kind = random_weight(5, 256), FORMATS[name]
+    scale = quantize(weight, name)[1]
+    largest = {"fp8": 448.0, "int4": 7.5}[name]
+    for v, row in enumerate(weight.unflatten(-1, (-1, kind.group or 256))):
+        for g, group in enumerate(row):
+
+            def error(s: torch.Tensor, group=group) -> torch.Tensor:
+                numbers = (group / s).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+                if name == "int4":
+                    numbers = (group / s).round().clamp(-8, 7)
+                return (numbers * s - group).square().sum()
+
+            base = group.abs().max()
+            tried = [base / kind.largest * factor for factor in kind.factors]
+            got = scale[v].reshape(-1)[g]
+            assert torch.equal(got, min(tried, key=error))
+            assert error(got) <= error(base / largest)
+
+
+def test_fp8_rounding_is_torchs():
+    x = torch.randn(20000, generator=torch.Generator().manual_seed(4)) * torch.logspace(
+        -6, 3, 20000
+    )
+    ties = torch.arange(0.0, 256.0) / 16 * 2.0**-6
+    x = torch.cat((x, ties, -ties, torch.tensor([448.0, -449.0, torch.nan, torch.inf, -0.0])))
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(FORMATS["fp8"].round(x).nan_to_num(1), expected.nan_to_num(1))
+
+
+def hidden_states(count: int, d: int) -> torch.Tensor:
+    """Alike, as a backbone's are: a few directions, a mean, a little of everything."""
+    generator = torch.Generator().manual_seed(5)
+    few = torch.randn(count, 12, generator=generator) @ torch.randn(12, d, generator=generator)
+    return few + 0.1 * torch.randn(count, d, generator=generator) + 2.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("d", [128, 384])
+def test_calibration_lessens_the_error_of_products(name, d):
+    weight, hidden = random_weight(9, d), hidden_states(700, d)
+    calibration, unseen = hidden[:500].view(5, 100, d), hidden[500:]
+    truth = unseen @ weight.T
+    errors = []
+    for given in (None, calibration):
+        q, scale = quantize(weight, name, given)
+        assert q.dtype == FORMATS[name].dtype
+        errors.append((unseen @ dequantize(q, scale).T - truth).square().mean(0))
+        if given is not None:
+            assert torch.equal(scale, quantize(weight, name)[1])
+            again = quantize(weight, name, given)
+            assert all(
+                map(
+                    torch.equal,
+                    (q.view(torch.uint8), scale),
+                    (again[0].view(torch.uint8), again[1]),
+                )
+            )
+    assert (errors[1] < errors[0] / 2).float().mean() > 0.8, errors
+
+
+def test_feedback_is_least_squares_step_by_step():
+    """Against the definition: after each input is rounded, the rest is chosen anew by solving."""
+    d = 12
+    weight, hidden = random_weight(3, d).double(), hidden_states(40, d).double()
+    second = hidden.T @ hidden / len(hidden)
+    second += 0.01 * second.diagonal().mean() * torch.eye(d, dtype=torch.float64)
+    scale = weight.abs().amax(-1) / 7
+    expected = torch.zeros_like(weight)
+    for v in range(3):
+        row = weight[v].clone()
+        for i in range(d):
+            expected[v, i] = (row[i] / scale[v]).round().clamp(-8, 7)
+            error = row[i] - expected[v, i] * scale[v]
+            if i + 1 < d:  # least x^T H x with x_i = -error, the inputs before i at rest
+                rest = second[i + 1 :, i + 1 :]
+                row[i + 1 :] += error * torch.linalg.solve(rest, second[i + 1 :, i])
+    got = round_with_feedback(
+        weight.float(), scale.float()[:, None], feedback_factor(hidden), FORMATS["int4"].round
+    )
+    assert torch.equal(got.double(), expected)
 
 
 def test_int4_bytes_are_as_documented():
@@ -75,6 +165,15 @@ def test_refusals():
         make_head().quantize("int3")
     with pytest.raises(TypeError, match=r"plain floating point, got torch\.int8"):
         quantize(torch.zeros(2, 4, dtype=torch.int8), "int8")
+    for bad, kind, text in (
+        ([1.0], TypeError, "calibration must be floating-point hidden states, got list"),
+        (torch.ones(3, 128).int(), TypeError, r"got torch\.int32"),
+        (torch.ones(3, 64), ValueError, r"calibration must be \(\.\.\., 128\) and not empty"),
+        (torch.ones(0, 128), ValueError, "and not empty"),
+        (torch.full((2, 128), torch.inf), ValueError, "calibration must be finite"),
+    ):
+        with pytest.raises(kind, match=text):
+            quantize(torch.zeros(2, 128), "int8", bad)
     with pytest.raises(TypeError, match="must be quantised"):
         dequantize(torch.zeros(2, 4), torch.ones(2))
     head = make_head().quantize("int8")
@@ -160,6 +259,32 @@ def test_safetensors_restore_bit_for_bit(name, tmp_path):
     twin.load_state_dict(load_file(tmp_path / "head.safetensors"))
     for n, value in head.state_dict().items():
         assert torch.equal(value.view(torch.uint8), twin.state_dict()[n].view(torch.uint8)), n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_another_format_is_refused(name):
+    """copy_ would make small integers of weights, and weights of small integers."""
+    plain, head = make_head(), make_head().quantize(name)
+    for target, source in ((plain, head), (head, plain), (head, make_head().quantize("int4"))):
+        if name == "int4" and source.quantized == target.quantized:
+            continue
+        before = copy.deepcopy(target.state_dict())
+        with pytest.raises(RuntimeError, match=r"lm_head.weight is in .*, the head in"):
+            target.load_state_dict(source.state_dict(), strict=False)
+        for n, value in target.state_dict().items():
+            assert torch.equal(value.view(torch.uint8), before[n].view(torch.uint8)), n
+
+
+def test_calibrated_heads_decode_their_numbers():
+    head, hidden = make_head(), hidden_states(300, 256) / 8
+    calibrated = copy.deepcopy(head).quantize("int4", calibration=hidden)
+    expected = quantize(head.reward_head.weight, "int4", hidden)
+    assert torch.equal(calibrated.reward_head.weight, expected[0])
+    assert not torch.equal(calibrated.lm_weight, copy.deepcopy(head).quantize("int4").lm_weight)
+    before = head.state_dict()
+    with pytest.raises(ValueError, match="calibration must be finite"):
+        head.quantize("int4", calibration=hidden * torch.nan)
+    assert head.quantized is None and head.state_dict().keys() == before.keys()
 
 
 def test_a_shared_lm_head_keeps_its_weights():

@@ -13,7 +13,15 @@ from torch import nn
 
 from dualhead_ext import reference
 from dualhead_ext.functional import dual_head_loss
-from dualhead_ext.losses import TOTAL_NAMES, LossCounts, LossOptions, metrics_of_totals
+from dualhead_ext.losses import (
+    ALPHA_BINS,
+    GATE_STATISTICS,
+    TOTAL_NAMES,
+    LossCounts,
+    LossOptions,
+    metrics_of_totals,
+)
+from dualhead_ext.reference_loss import gate_statistics
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -308,7 +316,24 @@ def test_the_printed_sign_collapses_the_gate_and_the_default_does_not():
         return ((alpha < 0.05) | (alpha > 0.95)).float().mean().item()
 
     assert collapsed(printed) > 0.7 and collapsed(default) < 0.05
-    saturated, entropy = (TOTAL_NAMES.index(n) for n in ("saturated_tokens", "entropy"))
-    default, printed = default_out.totals.sum(0), printed_out.totals.sum(0)
-    assert default[saturated] == 0 and printed[saturated] > 48
-    assert printed[entropy] < 0.3 * default[entropy]
+    default, printed = (
+        dict(zip(TOTAL_NAMES, out.totals.sum(0), strict=True)) for out in (default_out, printed_out)
+    )
+    ends = ("alpha_near_0", "alpha_near_1")
+    assert sum(default[n] for n in ends) == 0 and sum(printed[n] for n in ends) > 48
+    assert printed["entropy"] < 0.3 * default["entropy"]
+
+
+def test_gate_statistics_are_those_of_the_alphas():
+    alpha = torch.tensor([0.0, 0.005, 0.0999, 0.101, 0.5, 0.95, 0.995, 1.0]).double()
+    found = gate_statistics(torch.logit(alpha))
+    assert tuple(found) == GATE_STATISTICS
+    assert torch.allclose(found["alpha"], alpha) and torch.allclose(
+        found["alpha_squared"], alpha**2
+    )
+    assert found["alpha_near_0"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert found["alpha_near_1"].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    bins = torch.stack([found[f"alpha_bin_{i}"] for i in range(ALPHA_BINS)])
+    assert bins.sum(-1).tolist() == torch.histc(alpha, ALPHA_BINS, 0, 1).tolist()
+    undefined = gate_statistics(torch.tensor([math.nan]))
+    assert sum(undefined[f"alpha_bin_{i}"].item() for i in range(ALPHA_BINS)) == 0

@@ -75,14 +75,14 @@ POST_PROCESSING = {
 }
 
 
-def make_backbone(family: str, seed: int = 0):
+def make_backbone(family: str, seed: int = 0, **sizes):
     """The family's tiny model, random but for a wider spread than fresh weights have: text must not
-    be one token.
+    be one token. sizes: fields of its configuration.
     """
     model_class, config_class, changes = FAMILIES[family]
     shape = _COMMON if family == "gpt2" else _SHAPE
     torch.manual_seed(seed)
-    model = model_class(config_class(**shape | changes)).eval()
+    model = model_class(config_class(**shape | changes | sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -92,10 +92,11 @@ def make_backbone(family: str, seed: int = 0):
     return model
 
 
-def make_model(family: str, seed: int = 0, **config):
+def make_model(family: str, seed: int = 0, sizes: dict | None = None, **config):
     """The same with a gated head whose gate and reward head have something to say."""
     model = dh.DualHeadForCausalLM.from_backbone(
-        make_backbone(family, seed), **{"gate_num_heads": 2, "gate_head_dim": 6} | config
+        make_backbone(family, seed, **sizes or {}),
+        **{"gate_num_heads": 2, "gate_head_dim": 6} | config,
     )
     generator = torch.Generator().manual_seed(seed + 1)
     head = model.lm_head_module

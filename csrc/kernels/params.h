@@ -60,6 +60,8 @@ struct DecodeParams {
   const float* gate_offset;    // (B,): added to the gate logit
   const float* strength;       // (B,): alpha <- clamp(strength * alpha, 0, 1); 0 selects z_LM
   const float* alpha;          // (B,): replaces sigmoid(gate logit), before strength
+  // (B,): last; alpha counts as 0 if alpha < it, as 1 if 1 - alpha < it
+  const float* skip_threshold;
 
   // --- post-processing f and mixture ---
   bool mix_probs;       // false: f(mix of logits); true: log of the mixed softmaxes of f(z)

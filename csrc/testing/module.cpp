@@ -78,6 +78,7 @@ DecodeParams params_from(const py::dict& a, DType dtype) {
   p.gate_logit_in = pointer<float>(a, "gate_logit");
   p.gate_offset = pointer<float>(a, "gate_offset"), p.strength = pointer<float>(a, "strength");
   p.alpha = pointer<float>(a, "alpha");
+  p.skip_threshold = pointer<float>(a, "skip_threshold");
   p.mix_probs = a["mix_probs"].cast<bool>();
   p.logit_scale = a["logit_scale"].cast<float>();
   p.logit_softcap = a["logit_softcap"].cast<float>();

@@ -127,13 +127,21 @@ bool has_cache(const DecodeParams& p) { return p.H > 0; }
 
 bool is_full(const Step& s, int64_t b) { return has_cache(*s.params) && s.column[b] < 0; }
 
-// alpha of one row from its gate logit and controls; see reference.mixing_weight.
-float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
+// alpha of one row from its gate logit and controls, before its rounding to a head.
+float controlled_weight(const DecodeParams& p, int64_t b, float gate_logit) {
   float a = p.alpha ? p.alpha[b] : static_cast<float>(1.0 / (1.0 + std::exp(-double{gate_logit})));
   if (!p.strength) return a;
   if (p.strength[b] == 0.0f) return 0.0f;
   a *= p.strength[b];
   return a < 0.0f ? 0.0f : (a > 1.0f ? 1.0f : a);  // NaN passes through
+}
+
+// See reference.mixing_weight.
+float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
+  const float a = controlled_weight(p, b, gate_logit);
+  if (!p.skip_threshold) return a;
+  const float threshold = p.skip_threshold[b];
+  return a < threshold ? 0.0f : (1.0f - a < threshold ? 1.0f : a);
 }
 
 void finish_gate(const Step& s) {
@@ -153,6 +161,29 @@ void finish_gate(const Step& s) {
     if (p.gate_offset) logit += p.gate_offset[b];
     p.out_gate_logit[b] = logit;
     p.out_alpha[b] = mixing_weight(p, b, logit);
+  }
+}
+
+// A head that no row listens to is not read. A row that does not listen to it selects the other, so
+// it has the same bits where a neighbour does.
+void choose_matrices(Step& s) {
+  const DecodeParams& p = *s.params;
+  const auto all = [&](float alpha) {
+    return std::all_of(p.out_alpha, p.out_alpha + p.B, [=](float a) { return a == alpha; });
+  };
+  s.first_matrix = all(1.0f) ? 1 : 0;
+  s.end_matrix = all(0.0f) ? 1 : 1 + p.K;
+}
+
+int64_t head_row_bytes(const DecodeParams& p) {
+  switch (p.quantization) {
+    case Quantization::kInt8:
+    case Quantization::kFp8:
+      return p.d;
+    case Quantization::kInt4:
+      return p.d / 2;
+    default:
+      return p.d * (p.dtype == DType::kFloat32 ? 4 : 2);
   }
 }
 
@@ -244,15 +275,15 @@ void decode_step(const DecodeParams& params, const Kernels& kernels, void* works
                  ParallelFor parallel) {
   if (params.B == 0) return;
   Arena arena(workspace);
-  const Step step = lay_out(params, arena);
+  Step step = lay_out(params, arena);
   if (params.dtype != DType::kFloat32) widen_hidden(step);
   if (has_cache(params)) run_attention_gate(step, kernels, parallel);
   finish_gate(step);
+  choose_matrices(step);
 
-  const int64_t element = params.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t vocabulary_units = units(params.V, kUnit);
   share(parallel, step, kernels.vocabulary, vocabulary_units,
-        kUnit * params.d * element * (1 + params.K));
+        kUnit * head_row_bytes(params) * (step.end_matrix - step.first_matrix));
   if (params.mix_probs) {
     share(parallel, step, &normalise_rows, params.B, params.V * 4);
     share(parallel, step, kernels.mix_probabilities, vocabulary_units, params.B * kUnit * 8);

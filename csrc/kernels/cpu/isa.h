@@ -36,6 +36,8 @@ struct Step {
   float* unit_sum;       // (B, units): sum of exp(logit - unit_max)
   float* rm_unit_max;    // likewise for f(z_RM), probability mix only
   float* rm_unit_sum;
+  // Of the matrices 0 (LM head), 1, ... K (objectives): those that some row's alpha listens to.
+  int64_t first_matrix, end_matrix;
 };
 
 // Work in ranges [begin, end) that threads share.
@@ -74,10 +76,11 @@ void force_kernels(const std::string& name);
 // Names that this build has and this machine runs, best first, separated by commas.
 std::string available_levels();
 
-// Whether a bf16 matrix product (the vendor's) is faster here than an fp32 one: with AMX's tiles, and
-// with AMD's vdpbf16ps, of which a cycle takes as many as of fp32's multiply-adds. Intel's without
-// tiles takes half as many, so no more numbers: oneDNN's bf16 reached 0.6 to 0.75 of MKL's fp32 rate
-// on a Xeon like that (150 against 200-260 GFLOP/s). Outside x86-64: unknown, so as the caller asked.
+// Whether a bf16 matrix product (the vendor's) is faster here than an fp32 one: with AMX's tiles,
+// and with AMD's vdpbf16ps, of which a cycle takes as many as of fp32's multiply-adds. Intel's
+// without tiles takes half as many, so no more numbers: oneDNN's bf16 reached 0.6 to 0.75 of MKL's
+// fp32 rate on a Xeon like that (150 against 200-260 GFLOP/s). Outside x86-64: unknown, so as the
+// caller asked.
 bool bf16_pays();
 
 }  // namespace dualhead::cpu

@@ -4,7 +4,7 @@
 // target region.
 
 // One unit's logits before the mixture, per request of a block; rows beyond the vocabulary hold
-// anything.
+// anything, those of a head that is not read some number.
 struct UnitLogits {
   float lm[kBatchBlock][kUnit];
   float rm[kBatchBlock][kUnit];
@@ -144,13 +144,15 @@ inline void finish_apart(const Step& s, int64_t unit, int64_t b, float* lm, floa
 template <class W>
 void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
   const DecodeParams& p = *s.params;
-  UnitLogits z;
+  UnitLogits z = {};
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * kUnit, last = smaller(first + kUnit, p.V);
     for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
       const int64_t batch = smaller(kBatchBlock, p.B - b0);
       for (int64_t v = first; v < last; v += 4) {
-        for (int64_t m = 0; m <= p.K; ++m) dot_group<W>(s, m, v, b0, batch, v - first, z);
+        for (int64_t m = s.first_matrix; m < s.end_matrix; ++m) {
+          dot_group<W>(s, m, v, b0, batch, v - first, z);
+        }
       }
       for (int64_t b = 0; b < batch; ++b) {
         if (p.mix_probs) {

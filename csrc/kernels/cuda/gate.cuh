@@ -149,13 +149,21 @@ __device__ __forceinline__ float head_share(const Workspace& ws, int64_t bh, int
   return value / sum;          // 0 / 0 = NaN where every visible score is -inf, as a softmax has it
 }
 
-// alpha from the gate's logit and the row's controls.
-__device__ __forceinline__ float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
+// alpha from the gate's logit and the row's controls, before its rounding to a head.
+__device__ __forceinline__ float controlled_weight(const DecodeParams& p, int64_t b,
+                                                   float gate_logit) {
   const float a = p.alpha ? p.alpha[b] : 1.0f / (1.0f + expf(-gate_logit));
   if (!p.strength) return a;
   if (p.strength[b] == 0.0f) return 0.0f;  // whatever alpha is, NaN too
   const float weighed = p.strength[b] * a;
   return weighed < 0.0f ? 0.0f : weighed > 1.0f ? 1.0f : weighed;  // a NaN passes
+}
+
+__device__ __forceinline__ float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
+  const float a = controlled_weight(p, b, gate_logit);
+  if (!p.skip_threshold) return a;
+  const float threshold = p.skip_threshold[b];
+  return a < threshold ? 0.0f : 1.0f - a < threshold ? 1.0f : a;
 }
 
 // Phase 3: gate logit, alpha and first status of each batch row, by a warp; the cache grows by one.

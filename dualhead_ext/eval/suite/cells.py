@@ -130,7 +130,7 @@ class Store:
             folder = self.folder(cell)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off, or a dropped one
             folder.parent.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
+        started, busy = time.monotonic(), time.process_time()
         result = step.compute(cell, self, folder)
         record = {
             "step": cell.step,
@@ -141,6 +141,7 @@ class Store:
             "weights": self._weights(cell),
             "result": result,
             "seconds": round(time.monotonic() - started, 2),
+            "cpu_seconds": round(time.process_time() - busy, 2),  # of all threads
             "environment": describe("cuda" if _on_gpu() else "cpu"),
         }
         self._write(self._path(cell), record)
@@ -247,17 +248,20 @@ def run(
 
     Args:
         seconds: start no cell that would not end within this time, judged by the longest one of
-            its step so far; the first one is started in any case.
+            its step so far. The first one without a record, and what it needs, is computed in any
+            case: else pieces that are too short, or have too little room, would go on for ever.
         announce: called before each cell with its number, their count and the cell.
     """
     started, outcome = time.monotonic(), Outcome()
-    queue, longest = list(pending(cells, store)), _longest(cells, store)
+    queue, longest, more_than_before = list(pending(cells, store)), _longest(cells, store), False
     for number, cell in enumerate(queue):
         expected = longest.get(cell.step, 0.0)
-        if seconds is not None and number and time.monotonic() - started + expected > seconds:
+        late = seconds is not None and time.monotonic() - started + expected > seconds
+        if late and more_than_before:
             outcome.left = queue[number:]
             break
         announce(number, len(queue), cell)
+        more_than_before |= not store.done(cell)
         record = store.compute(cell)
         longest[cell.step] = max(expected, record["seconds"])
         outcome.computed.append(cell)

@@ -180,6 +180,11 @@ SYSTEMS: dict[str, System] = {
         "one attention head, equal parameters", "single_head_equal_parameters"
     ),
     "single_head_equal_size": _gated("one attention head, equal size", "single_head_equal_size"),
+    "lm_mean": _gated("LM loss per token", "lm_mean"),
+    "lm_mean_pref_on_mixed": _gated(
+        "LM loss per token, preference loss on the mixture", "lm_mean_pref_on_mixed"
+    ),
+    "smaller_steps": _gated("a tenth of the learning rate", "smaller_steps"),
     "genarm_lora": System("GenARM (LoRA)", partial(_genarm, lora=True), True),
     "genarm_full": System("GenARM (full copy)", partial(_genarm, lora=False), True),
     "args_1.0": System("ARGS, w = 1", partial(_args, weight=1.0), True),
@@ -210,6 +215,9 @@ GATED = (
     "pref_on_mixed",
     "single_head_equal_parameters",
     "single_head_equal_size",
+    "lm_mean",
+    "lm_mean_pref_on_mixed",
+    "smaller_steps",
 )
 ABLATIONS = ("backbone", "dual_head", "fixed_gate", *GATED[1:])
 # Timed; others decode as one of these does.

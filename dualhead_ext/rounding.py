@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a weight becomes numbers of a format with little error: which scale, and which of the two
+neighbours. Knows no format: a format gives its factors and its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Added to the second moment's diagonal, as a share of its mean: GPTQ's own value. Without it, a
+# direction that no calibration state had would be free to err in.
+_DAMPING = 0.01
+# Inputs whose feedback is added one by one; what lies beyond them gets it in one product.
+_BLOCK = 128
+# Values of a weight that are worked on at once: a few copies of them fit a core's cache, or, with
+# feedback, are large enough a product.
+_AT_ONCE, _AT_ONCE_WITH_FEEDBACK = 2**18, 2**25
+
+
+def rows_at_a_time(d: int, factor: Tensor | None) -> int:
+    """Rows of d inputs that are worth working on together."""
+    return max(1, (_AT_ONCE if factor is None else _AT_ONCE_WITH_FEEDBACK) // d)
+
+
+def best_scale(
+    groups: Tensor,
+    largest: float,
+    factors: tuple[float, ...],
+    nearest: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The scale (R, G, 1) of each group (R, G, n), fp32: max |W| / largest times that factor which
+    leaves the least ``sum (s nearest(W / s) - W)^2``, the first of equals. 1 for a group of zeros;
+    NaN or infinite for a group that is.
+    """
+    base = groups.abs().amax(-1, keepdim=True) / largest
+    # Below the smallest normal number a quotient by the scale would overflow.
+    tiny = torch.finfo(torch.float32).tiny / min(abs(factor) for factor in factors)
+    base = torch.where(base < tiny, torch.ones_like(base), base)
+    if len(factors) == 1:
+        return base * factors[0]
+    best = error = None
+    for factor in factors:
+        scale = base * factor
+        off = nearest(groups / scale).mul_(scale).sub_(groups).square_().sum(-1, keepdim=True)
+        if best is None:
+            best, error = scale, off
+        else:
+            better = off < error
+            best, error = torch.where(better, scale, best), torch.where(better, off, error)
+    return best
+
+
+def feedback_factor(hidden: Tensor) -> Tensor:
+    """U (d, d) fp32, upper triangular, of hidden states (N, d): H^-1 = U^T U for their second
+    moment H = mean h h^T, its diagonal raised by a hundredth of its mean.
+
+    Row i of U says how the best correction of the inputs after i goes with an error in input i.
+    In float64: H is as ill-conditioned as hidden states are alike.
+    """
+    hidden = hidden.double()
+    second = hidden.T @ hidden / len(hidden)
+    second.diagonal().add_(_DAMPING * second.diagonal().mean().clamp(min=1e-30))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def round_with_feedback(
+    rows: Tensor, scale: Tensor, factor: Tensor, nearest: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Numbers q (R, d) for rows (R, d) fp32 and scale (R, G), with little
+    ``E |(W - s q) h|^2`` rather than ``|W - s q|^2``.
+
+    Input after input is rounded to the nearest number; its error e then moves the inputs after it
+    by ``-e U[i, j] / U[i, i]``, which is the least-squares compensation under the second moment
+    that ``factor`` was made from (Frantar et al. 2023, GPTQ, with scales that are fixed before).
+    """
+    d = rows.shape[1]
+    inputs = rows.T.contiguous()  # an input is then a run of memory
+    scales = scale.T.contiguous()
+    numbers = torch.empty_like(inputs)
+    for start in range(0, d, _BLOCK):
+        end = min(start + _BLOCK, d)
+        errors = torch.empty_like(inputs[start:end])
+        for i in range(start, end):
+            s = scales[i * scales.shape[0] // d]
+            numbers[i] = nearest(inputs[i] / s)
+            errors[i - start] = (inputs[i] - numbers[i] * s) / factor[i, i]
+            inputs[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - start], alpha=-1)
+        inputs[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return numbers.T.contiguous()
