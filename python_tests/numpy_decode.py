@@ -105,7 +105,7 @@ def controlled_weight(arguments, b, gate_logit):
 
 
 def head_weight(arguments, name, dtype):
-    """(..., V, d) of "lm" or "reward"; quantised ones are what dualhead_ext/quantization.py says."""
+    """(..., V, d) of "lm" or "reward"; what formats mean: dualhead_ext/quantization.py."""
     stored = arguments[f"{name}_weight"]
     if "format" not in arguments:
         return widen(stored, dtype)

@@ -127,7 +127,7 @@ def test_a_row_has_the_same_bits_in_every_batch(run, seed, dtype, mix_probs):
     check_step(arguments, step, dtype)
     whole = step.arrays()
     order = rng.permutation(64)
-    for count in (1, 2, 3, 8, 9, 17, 33, 66):
+    for count in (1, 3, 8, 9, 17, 33, 66):
         rows = np.concatenate([order, order])[:count]
         batch = shared | {k: v[rows].copy() for k, v in per_row.items()}
         hidden = np.zeros((count, 48), np.uint16)[:, :40]  # rows that 16 divides

@@ -39,23 +39,23 @@ __device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t bytes) {
   return (bytes & 0x80008000u) | (bytes >> 1 & 0x3F803F80u);
 }
 
-// The pairs of one step, from where a lane's sixteen bytes of the run begin. 0x6400 is 1024 in
-// float16, whose last place is 1: a small number in the lowest bits is added to it.
-template <Format kFormat, int kStep>
+// The pairs of one step, from where its bytes begin: 16, 8 or 4. 0x6400 is 1024 in float16, whose
+// last place is 1: a small number in the lowest bits is added to it.
+template <Format kFormat>
 __device__ __forceinline__ void unpack(const unsigned char* at, uint32_t (&pairs)[4]) {
   if constexpr (steps_of(kFormat) == 1) {
     const Words raw = load_words(at);
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = raw.x[i];
   } else if constexpr (kFormat == Format::kInt4) {
-    const uint32_t even = *reinterpret_cast<const uint32_t*>(at + 4 * kStep), odd = even >> 8;
+    const uint32_t even = *reinterpret_cast<const uint32_t*>(at), odd = even >> 8;
     // 1024 + u - 1032, and (1024 + 16 u) / 16 - 72.
     pairs[0] = half2_add((even & 0x000F000Fu) | 0x64006400u, 0xE408E408u);
     pairs[1] = half2_add((odd & 0x000F000Fu) | 0x64006400u, 0xE408E408u);
     pairs[2] = half2_fma((even & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
     pairs[3] = half2_fma((odd & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
   } else {
-    const uint2 raw = *reinterpret_cast<const uint2*>(at + 8 * kStep);
+    const uint2 raw = *reinterpret_cast<const uint2*>(at);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t bytes = i == 0 ? raw.x : raw.y;
@@ -91,26 +91,28 @@ struct LaneView {
 
 // `there`: whether the row has this lane's sixteen bytes; else they count as zeros, whatever lies
 // in their place.
-template <Format kFormat, int kStep, int kTiles, int kUnits>
-__device__ __forceinline__ void multiply_step(const LaneView& at, int run, bool there,
+template <Format kFormat, int kTiles, int kUnits>
+__device__ __forceinline__ void multiply_step(const LaneView& at, int run, int step, bool there,
                                               float (&z)[kUnits][kTiles][4]) {
   constexpr bool kBrain = kFormat == Format::kBFloat16;
   uint32_t low[kUnits][4] = {}, high[kUnits][4] = {};
   if (there) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      unpack<kFormat, kStep>(at.low + u * at.unit_pitch + run * kRunBytes, low[u]);
-      unpack<kFormat, kStep>(at.high + u * at.unit_pitch + run * kRunBytes, high[u]);
+      const int bytes = u * at.unit_pitch + run * kRunBytes + step * (16 / steps_of(kFormat));
+      unpack<kFormat>(at.low + bytes, low[u]);
+      unpack<kFormat>(at.high + bytes, high[u]);
     }
   }
   const int terms = steps_of(kFormat) == 1 ? 1 : at.terms;
 #pragma unroll 1
   for (int term = 0; term < terms; ++term) {
-    const unsigned char* hidden = at.hidden + (run * steps_of(kFormat) + kStep) * kRunBytes;
+    const unsigned char* hidden =
+        at.hidden + (run * steps_of(kFormat) + step) * kRunBytes + term * at.term_pitch;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kTiles; ++n, hidden += at.tile_pitch) {
       Words b = {};
-      if (there) b = load_words(hidden + n * at.tile_pitch + term * at.term_pitch);
+      if (there) b = load_words(hidden);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // tiles of 16 inputs
 #pragma unroll
@@ -127,12 +129,9 @@ __device__ __forceinline__ void multiply_step(const LaneView& at, int run, bool 
 template <Format kFormat, int kTiles, int kUnits>
 __device__ __forceinline__ void multiply_run(const LaneView& at, int run, bool there,
                                              float (&z)[kUnits][kTiles][4]) {
-  multiply_step<kFormat, 0>(at, run, there, z);
-  if constexpr (steps_of(kFormat) > 1) multiply_step<kFormat, 1>(at, run, there, z);
-  if constexpr (steps_of(kFormat) > 2) {
-    multiply_step<kFormat, 2>(at, run, there, z);
-    multiply_step<kFormat, 3>(at, run, there, z);
-  }
+  constexpr int kSteps = steps_of(kFormat), kUnroll = kTiles * kUnits < 8 ? kSteps : 1;
+#pragma unroll kUnroll
+  for (int step = 0; step < kSteps; ++step) multiply_step<kFormat>(at, run, step, there, z);
 }
 
 // int4: a run is a group, with a sum of its own, times its scale.

@@ -18,8 +18,8 @@ struct Stream {
   const DecodeParams& p;
   const Workspace& ws;
   const StreamPlan& plan;
-  int64_t begin, end;                  // the block's units
-  int64_t weight_bytes;                // of a row
+  int begin, end;                      // the block's units
+  int weight_bytes;                    // of a row
   int chunks, passes;                  // stages of a row; pairs of matrices
   int tile_units;                      // units of a full tile
   const unsigned char* hidden;         // the operand of the products: (terms, B, operand inputs)
@@ -81,8 +81,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, int pitch, int rows
 template <Format kFormat, bool kBulk>
 struct Producer {
   const Stream& s;
-  int64_t b0 = 0, unit = s.begin;
-  int pass = 0, chunk = 0;
+  int b0 = 0, unit = s.begin, pass = 0, chunk = 0;
   Slot slot = {};
 
   __device__ __forceinline__ bool more() const { return b0 < s.p.B && unit < s.end; }
@@ -100,8 +99,8 @@ struct Producer {
   }
 
   __device__ __forceinline__ int weight_bytes() const {
-    const int64_t left = s.weight_bytes - static_cast<int64_t>(chunk) * s.plan.row_bytes;
-    return static_cast<int>(left < s.plan.row_bytes ? left : s.plan.row_bytes);
+    const int left = s.weight_bytes - chunk * s.plan.row_bytes;
+    return left < s.plan.row_bytes ? left : s.plan.row_bytes;
   }
 
   // Of a row of hidden states in this chunk.
@@ -118,16 +117,18 @@ struct Producer {
 
   // Vocabulary entry of row r of the stage; -1 where there is no such row.
   __device__ __forceinline__ int64_t entry_of(int r) const {
-    const int64_t own = unit + r / (2 * kUnit), v = own * kUnit + r % kUnit;
+    const int own = unit + r / (2 * kUnit);
+    const int64_t v = static_cast<int64_t>(own) * kUnit + r % kUnit;
     const bool there = own < s.end && v < s.p.V && matrix_of(r) <= s.p.K;
     return there ? v : -1;
   }
 
-  __device__ __forceinline__ int64_t matrix_of(int r) const { return 2 * pass + r / kUnit % 2; }
+  __device__ __forceinline__ int matrix_of(int r) const { return 2 * pass + r / kUnit % 2; }
 
   __device__ __forceinline__ unsigned weight_rows() const {
     const int64_t last = unit + s.tile_units < s.end ? unit + s.tile_units : s.end;
-    const int64_t entries = (last * kUnit < s.p.V ? last * kUnit : s.p.V) - unit * kUnit;
+    const int64_t entries =
+        (last * kUnit < s.p.V ? last * kUnit : s.p.V) - static_cast<int64_t>(unit) * kUnit;
     return static_cast<unsigned>(entries * (2 * pass + 1 <= s.p.K ? 2 : 1));
   }
 

@@ -84,8 +84,9 @@ __device__ __forceinline__ Stream stream_of(const DecodeParams& p, const Workspa
   const int64_t units = ceil_div(p.V, kUnit), inputs = round_up(p.d, run_inputs(kFormat));
   const bool prepared = steps_of(kFormat) > 1;
   Stream s{p, ws, plan};
-  s.begin = units * blockIdx.x / gridDim.x, s.end = units * (blockIdx.x + 1) / gridDim.x;
-  s.weight_bytes = p.d * 2 / steps_of(kFormat);
+  s.begin = static_cast<int>(units * blockIdx.x / gridDim.x);
+  s.end = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x);
+  s.weight_bytes = static_cast<int>(p.d * 2 / steps_of(kFormat));
   s.chunks = static_cast<int>(ceil_div(s.weight_bytes, plan.row_bytes));
   s.passes = static_cast<int>((p.K + 2) / 2);
   s.tile_units = kConsumers * units_per_warp(kFormat, plan.batch_tile / 8);

@@ -25,7 +25,8 @@ __device__ __forceinline__ float* prepare_slots() { return resident_scales() + k
 
 // This lane's vocabulary entry of a unit, and what belongs to its rows.
 struct Entry {
-  int64_t unit, v;
+  int unit;
+  int64_t v;
   bool there;
 };
 
@@ -86,7 +87,7 @@ __device__ __forceinline__ void finish_entry(const Stream& s, const Entry& entry
 // A tile's sums become logits; or, where more objectives follow, sums over those so far, kept in
 // memory by the very lanes that read them in the next pass.
 template <Format kFormat, int kTiles, int kUnits>
-__device__ __forceinline__ void finish_pass(const Stream& s, int64_t unit0, int64_t b0, int pass,
+__device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, int pass,
                                             const float (&z)[kUnits][kTiles][4]) {
   const DecodeParams& p = s.p;
   const int64_t m = 2 * pass;  // and m + 1: the pass's matrices
@@ -109,7 +110,7 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int64_t unit0, int6
     Entry entry;
     entry.unit = unit0 + warp_in_block() + i / kTiles * kConsumers;
     if (entry.unit >= s.end) return;  // the whole warp
-    entry.v = entry.unit * kUnit + lane_index() / 4;
+    entry.v = static_cast<int64_t>(entry.unit) * kUnit + lane_index() / 4;
     entry.there = entry.v < p.V;
     const bool pair = entry.there && second;
     const float low_bias = entry.there ? bias_of(p, m, entry.v) : 0.0f;
@@ -118,7 +119,8 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int64_t unit0, int6
     const float high_scale = pair ? row_scale<kFormat>(p, m + 1, entry.v) : 1.0f;
 #pragma unroll 1
     for (int column = 0; column < 2; ++column) {
-      const int64_t b = b0 + 8 * (i % kTiles) + 2 * (lane_index() % 4) + column;
+      const int64_t b =
+          static_cast<int64_t>(b0) + 8 * (i % kTiles) + 2 * (lane_index() % 4) + column;
       const bool real = entry.there && b < p.B;
       const int64_t at = b * p.V + entry.v;
       float low = column == 0 ? own[0] : own[1], high = column == 0 ? own[2] : own[3];
@@ -197,15 +199,15 @@ __device__ void consume(const Stream& s) {
   if (s.plan.resident) load_resident<kFormat>(s);
   Slot slot;
   bool weighed = false;
-  for (int64_t b0 = 0; b0 < s.p.B; b0 += s.plan.batch_tile) {
-    for (int64_t unit0 = s.begin; unit0 < s.end; unit0 += s.tile_units) {
+  for (int b0 = 0; b0 < s.p.B; b0 += s.plan.batch_tile) {
+    for (int unit0 = s.begin; unit0 < s.end; unit0 += s.tile_units) {
       for (int pass = 0; pass < s.passes; ++pass) {
         float z[kUnits][kTiles][4] = {};
-        int64_t left = s.weight_bytes;
+        int left = s.weight_bytes;
         for (int chunk = 0; chunk < s.chunks; ++chunk) {
           mbarrier_wait(full_barrier(slot), slot.parity);
-          const int64_t bytes = left < s.plan.row_bytes ? left : s.plan.row_bytes;
-          multiply_stage<kFormat>(lane_view<kFormat>(s, slot, chunk), static_cast<int>(bytes), z);
+          const int bytes = left < s.plan.row_bytes ? left : s.plan.row_bytes;
+          multiply_stage<kFormat>(lane_view<kFormat>(s, slot, chunk), bytes, z);
           left -= bytes;
           warp_barrier();  // every lane has read: the stage may be filled again
           if (lane_index() == 0) mbarrier_arrive(empty_barrier(slot));
