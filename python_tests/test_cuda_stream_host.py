@@ -220,6 +220,33 @@ def test_lengths_grow_step_by_step(run, seed):
         arguments |= step.state
 
 
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_head_that_no_row_needs_is_no_longer_read(
+    testing_module, run, seed, K, engine, mix_probs
+):
+    """From when every row has its alpha, which is soon without attention: the same results, of fewer
+    bytes. A row whose alpha is NaN needs neither head."""
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "bfloat16", B=3, d=520, V=540, K=K, gate="given")
+    arguments |= {"mix_probs": mix_probs, "seeds": np.arange(3), "draws": np.arange(3)}
+    bytes_read = {}
+    for alpha in (0.0, 0.5, 1.0):
+        arguments["alpha"] = np.array([alpha, np.nan, alpha], np.float32)
+        step = run(arguments, "bfloat16", compute_major=engine, seed=seed)
+        bytes_read[alpha] = testing_module.bytes_copied()
+        assert step.status.tolist() == [0, 1, 0]
+        for b in (0, 2):
+            check_row(arguments, step, "bfloat16", b)
+    one = 540 * 520 * 2  # of one matrix
+    assert bytes_read[0.5] == (K + 1) * one  # hidden states are resident
+    # What had been asked for before, of both: two blocks' rings.
+    early = 2 * testing_module.stream_plan(arguments, "bfloat16", engine)["stages"] * 128 * 256
+    assert one < bytes_read[0.0] <= one + early < 0.9 * bytes_read[0.5], bytes_read
+    assert K * one < bytes_read[1.0] <= K * one + early < bytes_read[0.5], bytes_read
+
+
 # --- which path ----------------------------------------------------------------------------------
 
 

@@ -194,6 +194,7 @@ PYBIND11_MODULE(dualhead_testing, m) {
         py::arg("compute_major") = 9, py::arg("shared_kib") = 227, py::arg("seed") = 0,
         py::arg("skipped_grid_barrier") = -1, py::arg("skipped_block_barrier") = -1,
         py::arg("skipped_copy_wait") = -1);
+  m.def("bytes_copied", &host_cuda::bytes_copied);
   m.def("stream_plan", &stream_plan, py::arg("arguments"), py::arg("dtype"),
         py::arg("compute_major") = 9, py::arg("shared_kib") = 227);
   m.def("bfloat16_to_float", &widened<cuda::BFloat16>);

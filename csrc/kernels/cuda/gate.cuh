@@ -166,8 +166,17 @@ __device__ __forceinline__ float mixing_weight(const DecodeParams& p, int64_t b,
   return a < threshold ? 0.0f : 1.0f - a < threshold ? 1.0f : a;
 }
 
+// Which heads a row's mixture depends on: alpha 0 and 1 select one, and NaN is NaN with any.
+struct Needs {
+  bool lm, reward;
+};
+
+__device__ __forceinline__ Needs needs_of(float a) {
+  return Needs{a == a && a != 1.0f, a == a && a != 0.0f};
+}
+
 // Phase 3: gate logit, alpha and first status of each batch row, by a warp; the cache grows by one.
-// `counted`: whether each row is reported to the counter of weighed rows.
+// `counted`: whether each row, and which heads it needs, is reported to the counters.
 __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws, Team team,
                                       bool counted) {
   const int64_t stride = ceil_div(p.S, kSplit);
@@ -187,7 +196,11 @@ __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws
     p.out_alpha[b] = full ? NAN : mixing_weight(p, b, gate_logit);
     p.out_status[b] = full ? kCacheFull : kOk;
     if (!p.gate_logit_in && !full) p.cache_length[b] = static_cast<int32_t>(column + 1);
-    if (counted) signal(ws.counter + kWeighedRows, 1);
+    if (!counted) continue;
+    const Needs needs = needs_of(p.out_alpha[b]);
+    if (needs.lm) signal(ws.counter + kNeedLm, 1);
+    if (needs.reward) signal(ws.counter + kNeedReward, 1);
+    signal(ws.counter + kWeighedRows, 1);
   }
 }
 

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "../weight_format.h"
-#include "dot.cuh"
+#include "gate.cuh"
 #include "primitives.cuh"
 #include "workspace.h"
 
@@ -97,15 +97,18 @@ struct HeadRow {
 };
 
 // z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
-// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order.
+// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none of these
+// rows needs is not read.
 template <typename R>
 __device__ __forceinline__ void chunk_products_of(const DecodeParams& p, int64_t v0, int64_t b0,
-                                                  int count, DType dtype, ChunkLogits* out) {
+                                                  int count, Needs needs, DType dtype,
+                                                  ChunkLogits* out) {
   const Numbers hidden = Numbers{p.hidden, dtype}.from(b0 * p.hidden_stride);
   for (int j = warp_in_block(); j < kChunk && v0 + j < p.V; j += warps_per_block()) {
     const int64_t v = v0 + j;
     float lm = 0.0f, reward = 0.0f;
     for (int64_t m = 0; m <= p.K; ++m) {
+      if (!(m == 0 ? needs.lm : needs.reward)) continue;
       const HeadRow<R> row(p, m, v);
       float dots[kTile];
       dot_tile(row, hidden, p.hidden_stride, p.d, count, dots);
@@ -132,16 +135,17 @@ __device__ __forceinline__ void chunk_products_of(const DecodeParams& p, int64_t
 
 template <typename W>
 __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
-                                               int count, DType dtype, ChunkLogits* out) {
+                                               int count, Needs needs, DType dtype,
+                                               ChunkLogits* out) {
   switch (p.quantization) {
     case Quantization::kNone:
-      return chunk_products_of<W>(p, v0, b0, count, dtype, out);
+      return chunk_products_of<W>(p, v0, b0, count, needs, dtype, out);
     case Quantization::kInt8:
-      return chunk_products_of<int8_t>(p, v0, b0, count, dtype, out);
+      return chunk_products_of<int8_t>(p, v0, b0, count, needs, dtype, out);
     case Quantization::kFp8:
-      return chunk_products_of<Fp8>(p, v0, b0, count, dtype, out);
+      return chunk_products_of<Fp8>(p, v0, b0, count, needs, dtype, out);
     case Quantization::kInt4:
-      return chunk_products_of<Int4Pair>(p, v0, b0, count, dtype, out);
+      return chunk_products_of<Int4Pair>(p, v0, b0, count, needs, dtype, out);
   }
 }
 
@@ -154,7 +158,12 @@ __device__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype) {
   for (int64_t item = blockIdx.x; item < chunks * tiles; item += gridDim.x) {
     const int64_t chunk = item / tiles, v0 = chunk * kChunk, b0 = item % tiles * kTile;
     const int count = static_cast<int>(p.B - b0 < kTile ? p.B - b0 : kTile);
-    chunk_products<W>(p, v0, b0, count, dtype, z);
+    Needs needs{false, false};
+    for (int t = 0; t < count; ++t) {
+      const Needs own = needs_of(p.out_alpha[b0 + t]);
+      needs.lm |= own.lm, needs.reward |= own.reward;
+    }
+    chunk_products<W>(p, v0, b0, count, needs, dtype, z);
     block_barrier();  // the warps below read what other warps computed
     const int64_t v = v0 + lane_index();
     for (int t = warp_in_block(); t < count; t += warps_per_block()) {

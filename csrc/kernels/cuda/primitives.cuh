@@ -75,17 +75,19 @@ __device__ __forceinline__ void signal(unsigned* counter, unsigned amount) {
   atomicAdd(counter, amount);
 }
 
-__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned target) {
-  while (true) {
+// What signal() has raised it to, and with it what was written before.
+__device__ __forceinline__ unsigned look_at(const unsigned* counter) {
 #if defined(__CUDACC__)
-    unsigned value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
 #else
-    const unsigned value = *counter;
+  return *counter;
 #endif
-    if (value >= target) return;
-    __nanosleep(64);
-  }
+}
+
+__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned target) {
+  while (look_at(counter) < target) __nanosleep(64);
 }
 
 // --- exchange within a warp; every lane calls
@@ -94,6 +96,11 @@ __device__ __forceinline__ void wait_for(const unsigned* counter, unsigned targe
 template <typename T>
 __device__ __forceinline__ T exchange_xor(T value, int offset) {
   return __shfl_xor_sync(kWholeWarp, value, offset);
+}
+
+template <typename T>
+__device__ __forceinline__ T exchange_from(T value, int lane) {
+  return __shfl_sync(kWholeWarp, value, lane);
 }
 
 // The reductions below give every lane the same bits: addition and max commute, so both partners of

@@ -7,6 +7,7 @@
 // so that consumers know no difference.
 #pragma once
 
+#include "gate.cuh"
 #include "primitives.cuh"
 #include "workspace.h"
 
@@ -83,6 +84,26 @@ struct Producer {
   const Stream& s;
   int b0 = 0, unit = s.begin, pass = 0, chunk = 0;
   Slot slot = {};
+  Needs needs = {true, true};  // of the batch, as far as is known
+  bool weighed = false;
+
+  // Once every row has its alpha, a head that none of them needs is not read any more: what its
+  // half of the tensor cores' tiles then holds is selected by nobody. The warp's lanes agree.
+  __device__ __forceinline__ void learn_needs() {
+    if (weighed) return;
+    const unsigned* counter = s.ws.counter;
+    unsigned known = 0;
+    if (lane_index() == 0 && look_at(counter + kWeighedRows) == static_cast<unsigned>(s.p.B)) {
+      known = 4 | (look_at(counter + kNeedLm) > 0) | (look_at(counter + kNeedReward) > 0) * 2;
+    }
+    known = exchange_from(known, 0);
+    if (known == 0) return;
+    weighed = true, needs = Needs{(known & 1) != 0, (known & 2) != 0};
+  }
+
+  __device__ __forceinline__ bool reads(int matrix) const {
+    return matrix <= s.p.K && (matrix == 0 ? needs.lm : needs.reward);
+  }
 
   __device__ __forceinline__ bool more() const { return b0 < s.p.B && unit < s.end; }
 
@@ -115,11 +136,11 @@ struct Producer {
     return static_cast<int>(left < s.plan.batch_tile ? left : s.plan.batch_tile);
   }
 
-  // Vocabulary entry of row r of the stage; -1 where there is no such row.
+  // Vocabulary entry of row r of the stage; -1 where there is no such row, or nobody needs it.
   __device__ __forceinline__ int64_t entry_of(int r) const {
     const int own = unit + r / (2 * kUnit);
     const int64_t v = static_cast<int64_t>(own) * kUnit + r % kUnit;
-    const bool there = own < s.end && v < s.p.V && matrix_of(r) <= s.p.K;
+    const bool there = own < s.end && v < s.p.V && reads(matrix_of(r));
     return there ? v : -1;
   }
 
@@ -129,7 +150,7 @@ struct Producer {
     const int64_t last = unit + s.tile_units < s.end ? unit + s.tile_units : s.end;
     const int64_t entries =
         (last * kUnit < s.p.V ? last * kUnit : s.p.V) - static_cast<int64_t>(unit) * kUnit;
-    return static_cast<unsigned>(entries * (2 * pass + 1 <= s.p.K ? 2 : 1));
+    return static_cast<unsigned>(entries * (reads(2 * pass) + reads(2 * pass + 1)));
   }
 
   __device__ __forceinline__ void copy_weights() const {

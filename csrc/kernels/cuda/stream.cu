@@ -132,6 +132,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
     for (; weights.more(); weights.advance()) {
       // The phase before the one that this round's consumers will end.
       mbarrier_wait(empty_barrier(weights.slot), weights.slot.parity ^ 1u);
+      weights.learn_needs();
       weights.copy_weights();
       weights.copy_hidden();
     }

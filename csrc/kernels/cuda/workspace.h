@@ -28,7 +28,13 @@ struct AttentionPart {
 };
 
 // The counters of the streaming path, each in a sector of its own.
-enum Counter { kGateBlocks = 0, kWeighedRows = 32, kCounters = 64 };
+enum Counter {
+  kGateBlocks = 0,
+  kWeighedRows = 32,
+  kNeedLm = 64,
+  kNeedReward = 96,
+  kCounters = 128
+};
 
 // Uninitialised at launch; each field is written in one phase and read after a grid barrier, or by
 // whom a counter lets pass.

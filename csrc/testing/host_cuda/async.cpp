@@ -34,6 +34,7 @@ struct Copy {
 
 std::map<const uint64_t*, Phase> phases;
 std::map<unsigned, std::vector<Copy>> under_way;  // by block
+uint64_t copied = 0;
 
 Phase& phase_of(const uint64_t* barrier) {
   const auto found = phases.find(barrier);
@@ -58,6 +59,7 @@ void land(std::vector<Copy>& copies, size_t i) {
   const Copy copy = copies[i];
   copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
   if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+  copied += copy.bytes;
   note_progress();
   if (copy.bulk) {
     Phase& phase = phase_of(copy.barrier);
@@ -107,7 +109,10 @@ float brain_float(uint16_t bits) {
 
 }  // namespace
 
+uint64_t bytes_copied() { return copied; }
+
 void forget_copies() {
+  copied = 0;
   phases.clear();
   under_way.clear();
 }

@@ -25,6 +25,9 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 // a b + c of two float16 numbers, rounded once each.
 uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c);
 
+// That asynchronous copies of the last grid have brought.
+uint64_t bytes_copied();
+
 // A new grid: no barrier exists, nothing is under way.
 void forget_copies();
 
