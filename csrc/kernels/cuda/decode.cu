@@ -35,35 +35,24 @@ constexpr int kMaxThreads = 256;
 constexpr int kSharedBytes = sizeof(ChunkLogits) > sizeof(BlockScratch) ? sizeof(ChunkLogits)
                                                                         : sizeof(BlockScratch);
 
-template <DType kDType>
-struct WeightOf;
-template <>
-struct WeightOf<DType::kFloat32> {
-  using Type = float;
-};
-template <>
-struct WeightOf<DType::kBFloat16> {
-  using Type = BFloat16;
-};
-template <>
-struct WeightOf<DType::kFloat16> {
-  using Type = Float16;
-};
-
-template <DType kDType>
+// kFloat32: fp32 weights and hidden states, which are what this path is for; else any, told apart
+// at every number.
+template <bool kFloat32>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     decode_step_kernel(const __grid_constant__ DecodeParams p,
                        const __grid_constant__ Workspace ws) {
+  const DType dtype = kFloat32 ? DType::kFloat32 : p.dtype;
+  const Quantization quantization = kFloat32 ? Quantization::kNone : p.quantization;
   if (!p.gate_logit_in) {
-    project<false>(p, ws, whole_grid(), kDType);
+    project<false>(p, ws, whole_grid(), dtype);
     grid_barrier();  // q and the new cache column are complete
-    attend(p, ws, whole_grid(), kDType);
+    attend(p, ws, whole_grid(), dtype);
     grid_barrier();  // all attention parts are
   }
   weigh(p, ws, whole_grid(), false);
   grid_barrier();  // alpha and status are
   if (p.out_attention) normalize_attention(p, ws, whole_grid());
-  heads<typename WeightOf<kDType>::Type>(p, ws, kDType);
+  heads(p, ws, dtype, quantization);
   grid_barrier();  // logits and softmax parts are
   if (p.mix_probs) {
     normalizers(p, ws);
@@ -84,12 +73,12 @@ int64_t useful_blocks(const DecodeParams& p, int threads) {
   return most > attend ? most : attend;
 }
 
-template <DType kDType>
+template <bool kFloat32>
 cudaError_t launch(const DecodeParams& p, const Workspace& ws, int device, cudaStream_t stream,
                    LaunchShape shape) {
   const int threads = shape.threads ? shape.threads : kMaxThreads;
   if (threads < kWarp || threads > kMaxThreads || threads % kWarp) return cudaErrorInvalidValue;
-  return launch_cooperative(decode_step_kernel<kDType>, device, stream, shape.blocks,
+  return launch_cooperative(decode_step_kernel<kFloat32>, device, stream, shape.blocks,
                             useful_blocks(p, threads), threads, kSharedBytes, p, ws);
 }
 
@@ -99,15 +88,10 @@ cudaError_t launch_path(const DecodeParams& p, const Workspace& ws, int device, 
     if (shape.threads) return cudaErrorInvalidValue;
     return launch_stream(p, ws, device, stream, shape.blocks);
   }
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch<DType::kFloat32>(p, ws, device, stream, shape);
-    case DType::kBFloat16:
-      return launch<DType::kBFloat16>(p, ws, device, stream, shape);
-    case DType::kFloat16:
-      return launch<DType::kFloat16>(p, ws, device, stream, shape);
+  if (p.dtype == DType::kFloat32 && p.quantization == Quantization::kNone) {
+    return launch<true>(p, ws, device, stream, shape);
   }
-  return cudaErrorInvalidValue;
+  return launch<false>(p, ws, device, stream, shape);
 }
 
 }  // namespace

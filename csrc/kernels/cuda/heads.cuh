@@ -4,8 +4,6 @@
 // launch. The phases after the products are the streaming path's too.
 #pragma once
 
-#include <type_traits>
-
 #include "../weight_format.h"
 #include "gate.cuh"
 #include "primitives.cuh"
@@ -60,38 +58,48 @@ __device__ __forceinline__ void summarize_chunk(const DecodeParams& p, const Wor
   if (lane_index() == 0) ws.part[0][slot] = part, ws.top_key[slot] = key;
 }
 
-// The weights of one matrix (0: LM head; m: objective m - 1) as numbers, in each way of storing
-// them; R: a row's element. Scales of quantised rows are part of the numbers.
-template <typename R>
+// A row of one matrix (0: LM head; m: objective m - 1) as numbers, in any way of storing them.
+// Scales of int4's groups are part of the numbers, that of a whole row is left to the sum.
 struct HeadRow {
-  const R* row;
+  const unsigned char* row;
+  const float* scales;
   float scale;
-  const float* scales;  // int4: of the row's groups
+  DType dtype;
+  Quantization quantization;
 
-  __device__ HeadRow(const DecodeParams& p, int64_t m, int64_t v) : scale(1.0f), scales(nullptr) {
-    const R* matrix = static_cast<const R*>(m == 0 ? p.lm_weight : p.reward_weight);
-    row = matrix + (m == 0 ? v * p.lm_weight_stride
-                           : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride);
-    const int64_t i = m == 0 ? v : (m - 1) * p.V + v;
+  __device__ __forceinline__ HeadRow(const DecodeParams& p, int64_t m, int64_t v, DType dtype,
+                                     Quantization quantization)
+      : scales(nullptr), scale(1.0f), dtype(dtype), quantization(quantization) {
+    const int64_t bytes = quantization != Quantization::kNone ? 1
+                          : dtype == DType::kFloat32          ? 4
+                                                              : 2;
+    const void* matrix = m == 0 ? p.lm_weight : p.reward_weight;
+    const int64_t at = m == 0 ? v * p.lm_weight_stride
+                              : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride;
+    row = static_cast<const unsigned char*>(matrix) + at * bytes;
     const float* all = m == 0 ? p.lm_scale : p.reward_scale;
-    if (sizeof(R) > 1) return;
-    if constexpr (std::is_same_v<R, Int4Pair>) {
+    const int64_t i = m == 0 ? v : (m - 1) * p.V + v;
+    if (quantization == Quantization::kInt4) {
       scales = all + i * (p.d / kInt4Group);
-    } else {
+    } else if (quantization != Quantization::kNone) {
       scale = all[i];
     }
   }
 
   __device__ __forceinline__ float operator()(int64_t k) const {
-    if constexpr (std::is_same_v<R, Int4Pair>) {
-      constexpr int64_t kHalf = kInt4Group / 2;
-      const int64_t group = k / kInt4Group, i = k % kInt4Group;
-      const uint8_t pair = row[group * kHalf + i % kHalf].bits;
-      return scales[group] * static_cast<float>((i < kHalf ? pair & 15 : pair >> 4) - 8);
-    } else if constexpr (std::is_same_v<R, int8_t>) {
-      return static_cast<float>(row[k]);
-    } else {
-      return to_float(row[k]);
+    constexpr int64_t kHalf = kInt4Group / 2;
+    const int64_t group = k / kInt4Group, i = k % kInt4Group;
+    int pair;
+    switch (quantization) {
+      case Quantization::kInt8:
+        return static_cast<float>(reinterpret_cast<const int8_t*>(row)[k]);
+      case Quantization::kFp8:
+        return to_float(Fp8{row[k]});
+      case Quantization::kInt4:
+        pair = row[group * kHalf + i % kHalf];
+        return scales[group] * static_cast<float>((i < kHalf ? pair & 15 : pair >> 4) - 8);
+      default:
+        return Numbers{row, dtype}(k);
     }
   }
 };
@@ -99,17 +107,16 @@ struct HeadRow {
 // z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
 // vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none of these
 // rows needs is not read.
-template <typename R>
-__device__ __forceinline__ void chunk_products_of(const DecodeParams& p, int64_t v0, int64_t b0,
-                                                  int count, Needs needs, DType dtype,
-                                                  ChunkLogits* out) {
+__device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
+                                               int count, Needs needs, DType dtype,
+                                               Quantization quantization, ChunkLogits* out) {
   const Numbers hidden = Numbers{p.hidden, dtype}.from(b0 * p.hidden_stride);
   for (int j = warp_in_block(); j < kChunk && v0 + j < p.V; j += warps_per_block()) {
     const int64_t v = v0 + j;
     float lm = 0.0f, reward = 0.0f;
     for (int64_t m = 0; m <= p.K; ++m) {
       if (!(m == 0 ? needs.lm : needs.reward)) continue;
-      const HeadRow<R> row(p, m, v);
+      const HeadRow row(p, m, v, dtype, quantization);
       float dots[kTile];
       dot_tile(row, hidden, p.hidden_stride, p.d, count, dots);
       if (lane_index() >= count) continue;  // the row's objective weights end with the batch
@@ -133,26 +140,10 @@ __device__ __forceinline__ void chunk_products_of(const DecodeParams& p, int64_t
   }
 }
 
-template <typename W>
-__device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
-                                               int count, Needs needs, DType dtype,
-                                               ChunkLogits* out) {
-  switch (p.quantization) {
-    case Quantization::kNone:
-      return chunk_products_of<W>(p, v0, b0, count, needs, dtype, out);
-    case Quantization::kInt8:
-      return chunk_products_of<int8_t>(p, v0, b0, count, needs, dtype, out);
-    case Quantization::kFp8:
-      return chunk_products_of<Fp8>(p, v0, b0, count, needs, dtype, out);
-    case Quantization::kInt4:
-      return chunk_products_of<Int4Pair>(p, v0, b0, count, needs, dtype, out);
-  }
-}
-
 // Phase 4: both products; then either the mixed logits and their summary, or (mix_probs) f of both
 // heads' logits, each with its softmax parts. A block per chunk and batch tile.
-template <typename W>
-__device__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype) {
+__device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype,
+                                      Quantization quantization) {
   ChunkLogits* z = reinterpret_cast<ChunkLogits*>(shared_memory());
   const int64_t chunks = ceil_div(p.V, kChunk), tiles = ceil_div(p.B, kTile);
   for (int64_t item = blockIdx.x; item < chunks * tiles; item += gridDim.x) {
@@ -163,7 +154,7 @@ __device__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype) {
       const Needs own = needs_of(p.out_alpha[b0 + t]);
       needs.lm |= own.lm, needs.reward |= own.reward;
     }
-    chunk_products<W>(p, v0, b0, count, needs, dtype, z);
+    chunk_products(p, v0, b0, count, needs, dtype, quantization, z);
     block_barrier();  // the warps below read what other warps computed
     const int64_t v = v0 + lane_index();
     for (int t = warp_in_block(); t < count; t += warps_per_block()) {

@@ -39,7 +39,10 @@ __device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round
   group_barrier<kGateGroup, kGateWarps * kWarp>();
 }
 
-__device__ __forceinline__ void gate(const DecodeParams& p, const Workspace& ws, DType dtype) {
+// Not inlined, as the later phases are not: one copy serves the kernels of all formats, and neither
+// counts among what is done per weight.
+__device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
+  const DType dtype = p.dtype;
   const Team team{static_cast<int64_t>(blockIdx.x) * kGateWarps + warp_in_block() - kConsumers,
                   static_cast<int64_t>(gridDim.x) * kGateWarps};
   unsigned round = 0;
@@ -56,12 +59,14 @@ __device__ __forceinline__ void gate(const DecodeParams& p, const Workspace& ws,
   }
 }
 
-// The hidden states' dtype: two-byte weights share theirs.
-template <Format kFormat>
-__device__ __forceinline__ DType hidden_dtype(const DecodeParams& p) {
-  return kFormat == Format::kBFloat16  ? DType::kBFloat16
-         : kFormat == Format::kFloat16 ? DType::kFloat16
-                                       : p.dtype;
+__device__ __noinline__ void later_phases(const DecodeParams& p, const Workspace& ws) {
+  if (p.mix_probs) {
+    normalizers(p, ws);
+    grid_barrier();  // both heads' log-sum-exps are, and their parts may be overwritten
+    mix_distributions(p, ws);
+    grid_barrier();  // log-probabilities and their parts are
+  }
+  pick_tokens(p, ws);
 }
 
 template <Format kFormat>
@@ -137,18 +142,12 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
       weights.copy_hidden();
     }
   } else if (warp_in_block() >= kConsumers) {
-    gate(p, ws, hidden_dtype<kFormat>(p));
+    gate(p, ws);
   } else {
     consume_by_batch<kFormat>(s);
   }
   grid_barrier();  // logits, softmax parts, alpha and status are complete
-  if (p.mix_probs) {
-    normalizers(p, ws);
-    grid_barrier();  // both heads' log-sum-exps are, and their parts may be overwritten
-    mix_distributions(p, ws);
-    grid_barrier();  // log-probabilities and their parts are
-  }
-  pick_tokens(p, ws);
+  later_phases(p, ws);
 }
 
 template <Format kFormat, bool kBulk>
