@@ -226,8 +226,8 @@ def test_lengths_grow_step_by_step(run, seed):
 def test_a_head_that_no_row_needs_is_no_longer_read(
     testing_module, run, seed, K, engine, mix_probs
 ):
-    """From when every row has its alpha, which is soon without attention: the same results, of fewer
-    bytes. One whose alpha is NaN needs neither."""
+    """From when every row has its alpha, which is soon without attention: the same results, of
+    fewer bytes. One whose alpha is NaN needs neither."""
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", B=3, d=520, V=540, K=K, gate="given")
     arguments |= {"mix_probs": mix_probs, "seeds": np.arange(3), "draws": np.arange(3)}

@@ -37,20 +37,19 @@ __device__ __forceinline__ float largest_of(Numbers row, int64_t d, int thread, 
 }
 
 // Writes a thread's share of a row: eights of positions (fragments.cuh), `term_bytes` between
-// terms; zeros beyond d.
-template <Format kFormat>
-__device__ __forceinline__ void write_operand(Numbers row, int64_t d, float unit, int terms,
-                                              unsigned char* to, int64_t term_bytes, int thread,
-                                              int threads) {
-  constexpr int kRun = run_inputs(kFormat);
+// terms; zeros beyond d. Not inlined: one copy serves all formats.
+__device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d, float unit,
+                                           int terms, unsigned char* to, int64_t term_bytes,
+                                           int thread, int threads) {
+  const int run = run_inputs(format);
   const float inverse = 1.0f / unit;  // a power of two
-  const int64_t eights = round_up(d, kRun) / 8;
+  const int64_t eights = round_up(d, run) / 8;
   for (int64_t i = thread; i < eights; i += threads) {
     float rest[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const int position = static_cast<int>(8 * i % kRun) + j;
-      const int64_t k = 8 * i / kRun * kRun + input_of(kFormat, position);
+      const int position = static_cast<int>(8 * i % run) + j;
+      const int64_t k = 8 * i / run * run + input_of(format, position);
       rest[j] = k < d ? row(k) * inverse : 0.0f;
     }
     for (int term = 0; term < terms; ++term) {
@@ -69,10 +68,10 @@ __device__ __forceinline__ void write_operand(Numbers row, int64_t d, float unit
 
 // Rows of the whole batch to the workspace, a block per row: by its first kThreads threads, which
 // form `kGroup`. slot: one float per warp of them.
-template <Format kFormat, int kGroup, int kThreads>
-__device__ __forceinline__ void prepare_batch(const DecodeParams& p, const Workspace& ws,
-                                              float* slot) {
-  const int64_t row_bytes = 2 * round_up(p.d, run_inputs(kFormat));
+template <int kGroup, int kThreads>
+__device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspace& ws,
+                                           Format format, float* slot) {
+  const int64_t row_bytes = 2 * round_up(p.d, run_inputs(format));
   const int terms = p.dtype == DType::kFloat32 ? 3 : 1;
   for (int64_t b = blockIdx.x; b < p.B; b += gridDim.x) {
     const Numbers row = Numbers{p.hidden, p.dtype}.from(b * p.hidden_stride);
@@ -84,7 +83,7 @@ __device__ __forceinline__ void prepare_batch(const DecodeParams& p, const Works
     const float unit = operand_unit(largest);
     if (threadIdx.x == 0) ws.operand_scale[b] = unit;
     unsigned char* to = reinterpret_cast<unsigned char*>(ws.operand) + b * row_bytes;
-    write_operand<kFormat>(row, p.d, unit, terms, to, p.B * row_bytes, threadIdx.x, kThreads);
+    write_operand(format, row, p.d, unit, terms, to, p.B * row_bytes, threadIdx.x, kThreads);
     group_barrier<kGroup, kThreads>();  // every thread has read the slots
   }
 }

@@ -128,7 +128,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
   if constexpr (steps_of(kFormat) > 1) {
     if (!producer && !plan.resident) {
       constexpr int kThreads = (kConsumers + kGateWarps) * kWarp;
-      prepare_batch<kFormat, kPrepareGroup, kThreads>(p, ws, prepare_slots());
+      prepare_batch<kPrepareGroup, kThreads>(p, ws, kFormat, prepare_slots());
     }
   }
   grid_barrier();  // the counters are zero, and hidden states prepared

@@ -163,8 +163,8 @@ __device__ __forceinline__ void load_resident(const Stream& s) {
       const Numbers row = Numbers{p.hidden, p.dtype}.from(b * p.hidden_stride);
       const float unit = operand_unit(warp_max(largest_of(row, p.d, lane_index(), kWarp)));
       if (lane_index() == 0) resident_scales()[b] = unit;
-      write_operand<kFormat>(row, p.d, unit, s.terms, to + b * s.plan.hidden_pitch, term_bytes,
-                             lane_index(), kWarp);
+      write_operand(kFormat, row, p.d, unit, s.terms, to + b * s.plan.hidden_pitch, term_bytes,
+                    lane_index(), kWarp);
     }
   }
   group_barrier<kConsumerGroup, kConsumers * kWarp>();

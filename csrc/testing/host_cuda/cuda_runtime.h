@@ -22,6 +22,7 @@
 #define __global__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __noinline__ inline
 #define __launch_bounds__(...)
 
 using dualhead::host_cuda::blockDim;
