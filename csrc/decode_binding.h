@@ -311,13 +311,11 @@ inline void fill_params(BoundDecode& bound) {
   p.out_attention = attention.dim() == 3 ? pointer<float>(attention) : nullptr;
 }
 
-// `dtypes`: what the device's kernel is built for; `quantized`: whether for the formats too, under
-// hidden states of one of these dtypes.
+// `dtypes`: what the device's kernel is built for; under quantised weights, of hidden states.
 inline BoundDecode bind_decode_step(DecodeArguments&& arguments,
-                                    std::initializer_list<ScalarType> dtypes, bool quantized) {
+                                    std::initializer_list<ScalarType> dtypes) {
   BoundDecode bound{std::move(arguments), Tensor(), {}, {}};
-  const bool formats =
-      quantized && quantization_of(bound.arguments.lm_weight) != Quantization::kNone;
+  const bool formats = quantization_of(bound.arguments.lm_weight) != Quantization::kNone;
   const Tensor& told = formats ? bound.arguments.hidden : bound.arguments.lm_weight;
   bool known = false;
   std::string names;

@@ -21,7 +21,7 @@ void torch_parallel(int64_t count, int64_t grain, cpu::RangeFunction body, void*
 DecodeResult decode_step_cpu(DecodeArguments&& arguments) {
   const cpu::Kernels& kernels = cpu::chosen_kernels();
   BoundDecode bound =
-      bind_decode_step(std::move(arguments), {ScalarType::Float, ScalarType::BFloat16}, true);
+      bind_decode_step(std::move(arguments), {ScalarType::Float, ScalarType::BFloat16});
   const DecodeParams& params = bound.params;
   const Tensor workspace =
       allocate<1>({cpu::workspace_bytes(params)}, ScalarType::Byte, bound.arguments.hidden);

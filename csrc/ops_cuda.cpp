@@ -19,7 +19,7 @@ namespace {
 // and graphs never share scratch, and nothing is cached here.
 DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
   BoundDecode bound = bind_decode_step(
-      std::move(arguments), {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, false);
+      std::move(arguments), {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   const DecodeParams& params = bound.params;
   const Tensor& hidden = bound.arguments.hidden;
   const auto device = hidden.get_device_index();

@@ -334,7 +334,7 @@ class DecodingHead(HeadBase):
             }
         else:
             arguments["gate_logit"] = self.gate(hidden)
-        function = self._decode_function(hidden, arguments.get("lm_scale") is not None)
+        function = self._decode_function(hidden)
         limit = self._alpha_limit(operator, controls.get("max_kl"), batch, dtype, device)
         if limit is not None:
             function = partial(reference.decode_step, limit_alpha=limit)
@@ -378,11 +378,11 @@ class DecodingHead(HeadBase):
         return cache.seeds
 
     @staticmethod
-    def _decode_function(hidden: Tensor, quantized: bool = False):
+    def _decode_function(hidden: Tensor):
         """The compiled kernel where one applies; otherwise the reference, with one warning where
         that is a surprise.
         """
-        if ops.kernel_for(hidden.device.type, hidden.dtype, quantized):
+        if ops.kernel_for(hidden.device.type, hidden.dtype):
             return ops.decode_step
         if hidden.dtype != torch.float64:
             ops.warn_of_reference(hidden.device.type, hidden.dtype)

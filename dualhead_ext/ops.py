@@ -20,14 +20,12 @@ _KERNEL_DTYPES = {
 }
 
 
-def kernel_for(device_type: str, dtype: torch.dtype, quantized: bool = False) -> bool:
+def kernel_for(device_type: str, dtype: torch.dtype) -> bool:
     """Whether :func:`decode_step` has a compiled kernel for heads of ``dtype`` on ``device_type``,
     or for quantised heads under hidden states of ``dtype``.
 
     Where it has none, :func:`dualhead_ext.reference.decode_step` takes the same arguments.
     """
-    if quantized and device_type != "cpu":
-        return False
     dtypes = _KERNEL_DTYPES.get(device_type, ())
     return dtype in dtypes and _extension.problem(device_type) is None
 
@@ -151,9 +149,9 @@ def decode_step(
             each row has drawn, grows by one. Noise is a function of (seed, draw, token) alone.
         mix_probs: the mixture, see above. logit_scale, logit_softcap: f.
         return_logits, record_attention: whether those outputs are wanted.
-        lm_scale, reward_scale: fp32, of quantised weights (:mod:`dualhead_ext.quantization`; CPU
-            only): (V,) and (K, V), or (V, d/128) and (K, V, d/128). lm_weight and reward_weight
-            are then both int8, float8_e4m3fn, or uint8 (V, d/2): int4; W is the dtype of hidden.
+        lm_scale, reward_scale: fp32, of quantised weights (:mod:`dualhead_ext.quantization`):
+            (V,) and (K, V), or (V, d/128) and (K, V, d/128). lm_weight and reward_weight are then
+            both int8, float8_e4m3fn, or uint8 (V, d/2): int4; W is the dtype of hidden.
 
     Returns:
         DecodeOutput: logits (B, V) (log-probabilities with mix_probs), alpha (B,), gate_logit (B,)

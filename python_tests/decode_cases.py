@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualhead_ext import ops, reference
+from dualhead_ext.quantization import format_of, quantize
 
 STATE = ("cache_k", "cache_u", "cache_valid", "cache_length", "draws")  # what a step writes
 CPU_ISAS = ops.cpu_isa_levels()
@@ -78,12 +79,23 @@ def make_case(
     return case | options
 
 
+def quantized(case: dict[str, Any], name: str) -> dict[str, Any]:
+    """The case with both heads in a format."""
+    case = dict(case)
+    for head in ("lm", "reward"):
+        q, scale = quantize(case[f"{head}_weight"], name)
+        case |= {f"{head}_weight": q, f"{head}_scale": scale}
+    return case
+
+
 def in_double(case: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64."""
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in case.items()
-    }
+    """The same numbers in float64; quantised ones as they are, whose scales say in what to sum."""
+
+    def widened(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() if floating and format_of(value) is None else value
+
+    return {name: widened(value) for name, value in case.items()}
 
 
 def run(step, case: dict[str, Any]) -> tuple[reference.DecodeOutput, dict[str, Tensor]]:
@@ -96,7 +108,7 @@ def run(step, case: dict[str, Any]) -> tuple[reference.DecodeOutput, dict[str, T
 
 def rows(case: dict[str, Any], keep: list[int]) -> dict[str, Any]:
     """The case of some of its requests."""
-    shared = ("lm_weight", "lm_bias", "reward_weight", "reward_bias")
+    shared = ("lm_weight", "lm_bias", "reward_weight", "reward_bias", "lm_scale", "reward_scale")
     shared += ("q_weight", "k_weight", "u_weight", "gate_bias")
     return {
         name: value[keep] if isinstance(value, Tensor) and name not in shared else value

@@ -51,6 +51,15 @@ def spacing(values, dtype):
     return 2.0 ** (np.maximum(exponent, smallest) - digits)
 
 
+def _e4m3(bits):
+    exponent, fraction = bits >> 3 & 15, bits & 7
+    magnitude = 2.0 ** (exponent - 10) * (8 + fraction) if exponent else fraction * 2.0**-9
+    return -magnitude if bits & 128 else magnitude
+
+
+E4M3 = np.array([_e4m3(bits) for bits in range(256)])  # 127 and 255 are NaN, which no row holds
+
+
 # --- the step ------------------------------------------------------------------------------------
 
 
@@ -95,13 +104,28 @@ def controlled_weight(arguments, b, gate_logit):
     return 0.0 if strength == 0 else min(max(strength * alpha, 0.0), 1.0)
 
 
+def head_weight(arguments, name, dtype):
+    """(..., V, d) of "lm" or "reward"; what formats mean: dualhead_ext/quantization.py."""
+    stored = arguments[f"{name}_weight"]
+    if "format" not in arguments:
+        return widen(stored, dtype)
+    scale = arguments[f"{name}_scale"].astype(np.float64)[..., None]
+    if arguments["format"] == "int8":
+        return stored.astype(np.float64) * scale
+    if arguments["format"] == "fp8":
+        return E4M3[stored] * scale
+    halves = stored.reshape(*stored.shape[:-1], -1, 64).astype(np.float64)
+    q = np.concatenate([halves % 16, halves // 16], -1) - 8
+    return (q * scale).reshape(*stored.shape[:-1], -1)
+
+
 def row_logits(arguments, dtype, b, alpha):
     """(V,): mixed logits, or log-probabilities with mix_probs."""
     hidden = widen(arguments["hidden"][b], dtype)
-    lm = widen(arguments["lm_weight"], dtype) @ hidden
+    lm = head_weight(arguments, "lm", dtype) @ hidden
     if "lm_bias" in arguments:
         lm = lm + widen(arguments["lm_bias"], dtype)
-    rewards = widen(arguments["reward_weight"], dtype) @ hidden
+    rewards = head_weight(arguments, "reward", dtype) @ hidden
     if "reward_bias" in arguments:
         rewards = rewards + widen(arguments["reward_bias"], dtype)
     count = len(rewards)
@@ -175,18 +199,20 @@ def random_cache(rng, dtype, batch, heads, head_size, capacity, lengths):
 
 
 def random_arguments(
-    rng, dtype, *, B=2, d=13, V=37, K=1, H=2, d_k=3, S=9, lengths=None, gate="attention", bias=False
-):
-    """Arguments without controls or sampling; hidden and the heads are strided."""
+    rng, dtype, *, B=2, d=13, V=37, K=1, H=2, d_k=3, S=9, lengths=None, gate="attention",
+    bias=False, aligned=False
+):  # fmt: skip
+    """Arguments without controls or sampling; hidden and the heads are strided. aligned: rows start
+    at multiples of 16 bytes, which the streaming path needs."""
 
     def normal(*shape, scale=1.0):
         return narrow(rng.standard_normal(shape) * scale, dtype)
 
     weight_scale = 2.0 / math.sqrt(d)
     arguments = {
-        "hidden": slack(normal(B, d), columns=3),
-        "lm_weight": slack(normal(V, d, scale=weight_scale), columns=5),
-        "reward_weight": slack(normal(K, V, d, scale=weight_scale), rows=2, columns=1),
+        "hidden": slack(normal(B, d), columns=8 if aligned else 3),
+        "lm_weight": slack(normal(V, d, scale=weight_scale), columns=16 if aligned else 5),
+        "reward_weight": slack(normal(K, V, d, scale=weight_scale), 2, columns=8 if aligned else 1),
         "mix_probs": False,
         "logit_scale": 1.0,
         "logit_softcap": 0.0,
@@ -207,3 +233,25 @@ def random_arguments(
         }
         | random_cache(rng, dtype, B, H, d_k, S, lengths)
     )
+
+
+def quantized(rng, arguments, name, apart=0):
+    """The arguments with random heads in a format, their rows ``apart`` elements further from each
+    other. Every number that a format has comes up."""
+    V, d = arguments["lm_weight"].shape
+    K = len(arguments["reward_weight"])
+    columns, groups = (d // 2, (d // 128,)) if name == "int4" else (d, ())
+    size = {"int8": 73.0, "fp8": 180.0, "int4": 4.6}[name] * math.sqrt(d)
+    heads = {"format": name}
+    for head, shape in (("lm", (V,)), ("reward", (K, V))):
+        stored = rng.integers(0, 256, (*shape, columns)).astype(np.uint8)
+        if name == "int8":
+            stored = stored.view(np.int8)
+        if name == "fp8":
+            stored[stored & 127 == 127] = 1
+        padded = np.zeros((*shape, columns + apart), stored.dtype)
+        padded[..., :columns] = stored
+        heads[f"{head}_weight"] = padded[..., :columns]
+        scale = rng.uniform(0.5, 2, (*shape, *groups)) / size
+        heads[f"{head}_scale"] = scale.astype(np.float32)
+    return arguments | heads

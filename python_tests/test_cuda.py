@@ -8,12 +8,13 @@ import warnings
 
 import pytest
 import torch
-from decode_cases import STATE, assert_same_bits, bits, in_double, make_case, rows, run
+from decode_cases import STATE, assert_same_bits, bits, in_double, make_case, quantized, rows, run
 from test_ops_sampling import FILTERS, assert_distribution, case_of_logits, filtered_probabilities
 from tiny_models import make_model, prompts
 
 import dualhead_ext as dh
 from dualhead_ext import ops, reference
+from dualhead_ext.quantization import FORMATS, dequantize
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -96,6 +97,66 @@ def test_a_row_depends_neither_on_its_batch_nor_on_the_run(dtype, B, seed):
             type(expected)(*(x[[b]] if x.numel() else x for x in expected)),
             f"row {b} of {B}",
         )
+
+
+QUANTIZED_SIZES = [  # B, d, V, K, options; int4's groups divide d
+    (1, 4096, 4001, 1, {"H": 8, "d_k": 48, "S": 300}),
+    (3, 384, 131, 2, {"bias": True}),
+    (9, 1152, 257, 1, {"gate": "logit", "controls": True}),
+    (33, 256, 70, 3, {"mix_probs": True}),
+    (64, 512, 1000, 1, {"logit_softcap": 30.0, "S": 200}),
+    (70, 128, 65, 1, {"sample": True}),
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_heads_err_less_than_their_weights_in_bf16(dtype, name, seed):
+    """Against float64 on the same numbers; eager: the formats' meaning rounded to bf16, which is
+    what a step without this kernel would multiply."""
+    ours, theirs = [], []
+    for i, (B, d, V, K, options) in enumerate(QUANTIZED_SIZES):
+        case = there(quantized(make_case(seed + i, B, d, V, K, dtype, **options), name))
+        truth, _ = run(reference.decode_step, in_double(case))
+        got, state = run(ops.decode_step, case)
+        assert got.status.eq(0).all()
+        if "cache_length" in state:
+            assert torch.equal(state["cache_length"], case["cache_length"] + 1)
+        plain = {n: v for n, v in case.items() if n not in ("lm_scale", "reward_scale")}
+        for head in ("lm", "reward"):
+            weight = dequantize(case[f"{head}_weight"], case[f"{head}_scale"], torch.bfloat16)
+            plain[f"{head}_weight"] = weight.to(dtype)
+        eager, _ = run(reference.decode_step, plain)
+        ours.append((got.logits - truth.logits).flatten())
+        theirs.append((eager.logits - truth.logits).flatten())
+        for b in {0, B - 1} if B <= 64 else ():
+            alone, _ = run(ops.decode_step, rows(case, [b]))
+            assert torch.equal(bits(alone.logits[0]), bits(got.logits[b])), (B, b)
+    mine, other = torch.cat(ours).abs(), torch.cat(theirs).abs()
+    assert mine.square().mean() <= other.square().mean() and mine.max() <= other.max()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantized_head_steps_without_a_warning(dtype, name):
+    head = dh.DualHead(dh.DualHeadConfig(hidden_size=128, vocab_size=100)).to(DEVICE, dtype)
+    head.quantize(name)
+    cache = head.new_cache(2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the reference taking over warns
+        head.prefill(torch.randn(2, 3, 128, device=DEVICE, dtype=dtype), cache)
+        out = head.step(torch.randn(2, 128, device=DEVICE, dtype=dtype), cache)
+    assert out.token.device.type == DEVICE and out.status.eq(0).all()
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+def test_a_head_that_no_row_needs_changes_nothing_but_time(dtype, mix_probs, seed):
+    """Large enough that reading stops while it runs; the other head may hold anything."""
+    case = make(seed, 2, 512, 32003, 1, dtype, mix_probs=mix_probs, S=64)
+    for alpha, head in ((0.0, "reward"), (1.0, "lm")):
+        case["alpha"] = torch.full((2,), alpha, device=DEVICE)
+        expected, _ = run(ops.decode_step, case)
+        broken = case | {f"{head}_weight": torch.full_like(case[f"{head}_weight"], torch.nan)}
+        for _ in range(5):
+            assert_same_bits(run(ops.decode_step, broken)[0], expected)
 
 
 def test_not_finite_rows_and_full_caches_stay_alone(dtype, seed):

@@ -26,6 +26,8 @@ class Limit:
 # Hot kernels by a part of their name. A kernel named nowhere must not spill either.
 LIMITS = {
     "decode_step_kernel": Limit(registers=128),  # 256 threads: two blocks per multiprocessor
+    # 384 threads: one block, whose ring fills the multiprocessor's shared memory
+    "stream_kernel": Limit(registers=168),
     # 256 threads: four blocks or more, for enough reads in flight
     "loss_rows_kernel": Limit(registers=64),
     "loss_rows_backward_kernel": Limit(registers=64),
@@ -53,16 +55,19 @@ _REGISTERS = re.compile(r"ptxas info\s*: Used (\d+) registers")
 
 
 def parse_resources(log: str) -> list[Resources]:
-    """Each entry function of a log of ``nvcc -Xptxas=-v``. Raises ValueError for one whose lines
-    are incomplete: a log that cannot be read must not pass for one without spills."""
+    """Each entry function of a log of ``nvcc -Xptxas=-v``, with the functions that it calls. Raises
+    ValueError for one whose lines are incomplete: a log that cannot be read must not pass for one
+    without spills."""
     found = []
     for block in re.split(r"(?=ptxas info\s*: Compiling entry function)", log)[1:]:
         entry, properties = _ENTRY.match(block), _PROPERTIES.search(block)
-        stack, registers = _STACK.search(block), _REGISTERS.search(block)
-        if not (entry and properties and stack and registers) or properties[1] != entry[1]:
+        registers, called = _REGISTERS.search(block), _PROPERTIES.findall(block)
+        stacks = [[int(number) for number in stack] for stack in _STACK.findall(block)]
+        complete = entry and properties and registers and len(stacks) == len(called)
+        if not complete or properties[1] != entry[1]:
             raise ValueError(f"not as ptxas reports a kernel: {block}")
-        spilled = int(stack[2]) + int(stack[3])
-        found.append(Resources(entry[1], entry[2], int(registers[1]), int(stack[1]), spilled))
+        frame, stores, loads = (sum(column) for column in zip(*stacks, strict=True))
+        found.append(Resources(entry[1], entry[2], int(registers[1]), frame, stores + loads))
     return found
 
 
@@ -174,6 +179,10 @@ def test_logs_are_read():
         "registers 96, at most 95",
     ]
     assert len(parse_resources(BLOCK + BLOCK)) == 2
+    called = "ptxas info    : Function properties for _Z3barPf\n"
+    called += "    8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads\n"
+    (found,) = parse_resources(BLOCK + called)
+    assert found == Resources("_Z4fooPf", "sm_80", 96, 24, 24)
 
 
 @pytest.mark.parametrize("line", range(1, 5))

@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_cases import CPU_ISAS, assert_same_bits, forced_isa, make_case, rows, run, threads
+from decode_cases import (
+    CPU_ISAS,
+    assert_same_bits,
+    forced_isa,
+    in_double,
+    make_case,
+    quantized,
+    rows,
+    run,
+    threads,
+)
 
 from dualhead_ext import ops, reference
-from dualhead_ext.quantization import FORMATS, quantize
+from dualhead_ext.quantization import FORMATS
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 def quantized_case(name: str, *sizes, **options) -> dict:
-    case = make_case(*sizes, **options)
-    for head in ("lm", "reward"):
-        q, scale = quantize(case[f"{head}_weight"], name)
-        case |= {f"{head}_weight": q, f"{head}_scale": scale}
-    return case
+    return quantized(make_case(*sizes, **options), name)
 
 
 def truth_of(case: dict) -> reference.DecodeOutput:
     """In float64, from the quantised numbers and the fp32 scales."""
-    floating = {
-        n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for n, v in case.items()
-    }
-    for name in ("lm_weight", "reward_weight"):
-        floating[name] = case[name]
-    return run(reference.decode_step, floating)[0]
+    return run(reference.decode_step, in_double(case))[0]
 
 
 def sizes_of(name: str) -> list[tuple[int, int, int, int]]:
@@ -89,15 +89,8 @@ def test_same_bits_in_any_batch_and_thread_count(isa, name):
         with threads(2):
             assert_same_bits(run(ops.decode_step, case)[0], expected, "threads")
         for b in range(9):
-            alone, _ = run(ops.decode_step, rows_of(case, [b]))
+            alone, _ = run(ops.decode_step, rows(case, [b]))
             assert torch.equal(alone.logits[0], expected.logits[b]), b
-
-
-def rows_of(case: dict, keep: list[int]) -> dict:
-    shared = ("lm_scale", "reward_scale")
-    return rows({n: v for n, v in case.items() if n not in shared}, keep) | {
-        n: case[n] for n in shared
-    }
 
 
 @pytest.mark.parametrize("name", FORMATS)

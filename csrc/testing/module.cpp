@@ -15,6 +15,7 @@
 #include "../kernels/cuda/decode.h"
 #include "../kernels/cuda/loss.h"
 #include "../kernels/cuda/primitives.cuh"
+#include "../kernels/cuda/stream_plan.h"
 
 namespace py = pybind11;
 
@@ -40,6 +41,13 @@ int64_t stride(const py::array& array, int dimension) {
   return array.strides(dimension) / array.itemsize();
 }
 
+Quantization quantization_from(const std::string& name) {
+  if (name == "int8") return Quantization::kInt8;
+  if (name == "fp8") return Quantization::kFp8;
+  if (name == "int4") return Quantization::kInt4;
+  throw std::invalid_argument("format must be int8, fp8 or int4, got " + name);
+}
+
 DecodeParams params_from(const py::dict& a, DType dtype) {
   const auto hidden = py::array(a["hidden"]), lm_weight = py::array(a["lm_weight"]),
              reward_weight = py::array(a["reward_weight"]);
@@ -59,6 +67,8 @@ DecodeParams params_from(const py::dict& a, DType dtype) {
   p.reward_weight_stride = stride(reward_weight, 1);
   p.reward_bias = pointer<void>(a, "reward_bias");
   p.objective_weights = pointer<float>(a, "objective_weights");
+  p.lm_scale = pointer<float>(a, "lm_scale"), p.reward_scale = pointer<float>(a, "reward_scale");
+  if (a.contains("format")) p.quantization = quantization_from(a["format"].cast<std::string>());
   p.q_weight = pointer<void>(a, "q_weight"), p.k_weight = pointer<void>(a, "k_weight");
   p.u_weight = pointer<float>(a, "u_weight"), p.gate_bias = pointer<float>(a, "gate_bias");
   p.cache_k = pointer<void>(a, "cache_k"), p.cache_u = pointer<float>(a, "cache_u");
@@ -129,11 +139,28 @@ std::string loss_rows(const py::dict& arguments, bool backward, int device) {
 }
 
 void set_device(int multiprocessors, int blocks_per_multiprocessor, bool cooperative_launch,
-                uint64_t seed, int skipped_grid_barrier, int skipped_block_barrier) {
-  host_cuda::device() = {multiprocessors,
-                         blocks_per_multiprocessor,
-                         cooperative_launch,
-                         {seed, skipped_grid_barrier, skipped_block_barrier}};
+                int compute_major, int shared_kib, uint64_t seed, int skipped_grid_barrier,
+                int skipped_block_barrier, int skipped_copy_wait) {
+  host_cuda::device() = {
+      multiprocessors,    blocks_per_multiprocessor,
+      cooperative_launch, compute_major,
+      shared_kib * 1024,  {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
+}
+
+// Whether these arguments take the streaming path, and how it cuts them.
+py::object stream_plan(const py::dict& arguments, const std::string& dtype, int compute_major,
+                       int shared_kib) {
+  const DecodeParams params = params_from(arguments, dtype_from(dtype));
+  cuda::StreamPlan plan;
+  if (!cuda::decode_streams(params) ||
+      !cuda::make_plan(params, shared_kib * 1024, compute_major >= 9, &plan)) {
+    return py::none();
+  }
+  py::dict found;
+  found["batch_tile"] = plan.batch_tile, found["stages"] = plan.stages;
+  found["row_bytes"] = plan.row_bytes, found["resident"] = plan.resident;
+  found["shared_bytes"] = plan.shared_bytes;
+  return found;
 }
 
 template <typename T>
@@ -164,8 +191,12 @@ PYBIND11_MODULE(dualhead_testing, m) {
   m.def("loss_rows", &loss_rows, py::arg("arguments"), py::arg("backward"), py::arg("device") = 0);
   m.def("set_device", &set_device, py::kw_only(), py::arg("multiprocessors") = 4,
         py::arg("blocks_per_multiprocessor") = 2, py::arg("cooperative_launch") = true,
-        py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,
-        py::arg("skipped_block_barrier") = -1);
+        py::arg("compute_major") = 9, py::arg("shared_kib") = 227, py::arg("seed") = 0,
+        py::arg("skipped_grid_barrier") = -1, py::arg("skipped_block_barrier") = -1,
+        py::arg("skipped_copy_wait") = -1);
+  m.def("bytes_copied", &host_cuda::bytes_copied);
+  m.def("stream_plan", &stream_plan, py::arg("arguments"), py::arg("dtype"),
+        py::arg("compute_major") = 9, py::arg("shared_kib") = 227);
   m.def("bfloat16_to_float", &widened<cuda::BFloat16>);
   m.def("float16_to_float", &widened<cuda::Float16>);
   m.def("float_to_bfloat16", &rounded<cuda::BFloat16>);

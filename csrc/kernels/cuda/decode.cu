@@ -1,24 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// The decode step, hidden state in, token out, in one cooperative launch: a plain first version,
-// correct before fast. Phases with grid barriers between them; every phase strides over work items
-// cut at constants (workspace.h), so that a row's bits depend neither on the grid nor on its
-// neighbours, and no float is ever added atomically.
+// The decode step, hidden state in, token out, in one cooperative launch, and its plain path: fp32
+// weights, and rows that do not lie at multiples of 16 bytes. All else streams (stream.cu).
+//
+// Phases with grid barriers between them; every phase strides over work items cut at constants
+// (workspace.h), so that a row's bits depend neither on the grid nor on its neighbours, and no
+// float is ever added atomically.
 //
 //   phase             item                       unit    reads              writes
 //   project           projection row x tile      warp    hidden             q, cache column
 //   attend            (b, h) x cache split       warp    q, cache           attention parts
 //   weigh             b                          warp    attention parts    alpha, cache length
 //   heads             chunk of V x tile          block   hidden, alpha      logits, softmax parts
-//   normalizers       b x head, mix_probs        warp    softmax parts      two log-sum-exps
+//   normalizers       b x head, mix_probs        block   softmax parts      two log-sum-exps
 //   mix_distributions b x chunk, mix_probs       warp    f(z) of both       log-probs, parts
 //   pick_tokens       b                          block   logits, parts      token, logprob, status
 //
-// Shared memory: ChunkLogits (2 KiB) in heads, BlockScratch (256 B) in pick_tokens, in one place.
+// Shared memory: ChunkLogits (2 KiB) in heads, BlockScratch (320 B) later, in one place.
 #include <cstdio>
 
 #include "decode.h"
 #include "gate.cuh"
 #include "heads.cuh"
+#include "launch.cuh"
 #include "primitives.cuh"
 #include "token.cuh"
 #include "workspace.h"
@@ -29,23 +32,27 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-constexpr size_t kSharedBytes = sizeof(ChunkLogits) > sizeof(BlockScratch) ? sizeof(ChunkLogits)
-                                                                           : sizeof(BlockScratch);
+constexpr int kSharedBytes = sizeof(ChunkLogits) > sizeof(BlockScratch) ? sizeof(ChunkLogits)
+                                                                        : sizeof(BlockScratch);
 
-template <typename W>
+// kFloat32: fp32 weights and hidden states, which are what this path is for; else any, told apart
+// at every number.
+template <bool kFloat32>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     decode_step_kernel(const __grid_constant__ DecodeParams p,
                        const __grid_constant__ Workspace ws) {
+  const DType dtype = kFloat32 ? DType::kFloat32 : p.dtype;
+  const Quantization quantization = kFloat32 ? Quantization::kNone : p.quantization;
   if (!p.gate_logit_in) {
-    project<W>(p, ws);
+    project<false>(p, ws, whole_grid(), dtype);
     grid_barrier();  // q and the new cache column are complete
-    attend<W>(p, ws);
+    attend(p, ws, whole_grid(), dtype);
     grid_barrier();  // all attention parts are
   }
-  weigh(p, ws);
+  weigh(p, ws, whole_grid(), false);
   grid_barrier();  // alpha and status are
-  if (p.out_attention) normalize_attention(p, ws);
-  heads<W>(p, ws);
+  if (p.out_attention) normalize_attention(p, ws, whole_grid());
+  heads(p, ws, dtype, quantization);
   grid_barrier();  // logits and softmax parts are
   if (p.mix_probs) {
     normalizers(p, ws);
@@ -66,63 +73,30 @@ int64_t useful_blocks(const DecodeParams& p, int threads) {
   return most > attend ? most : attend;
 }
 
-// The largest grid that the device holds at once, asked for the very kernel and shape to launch:
-// a guess that is too large would deadlock at the first barrier, if it were launched at all.
-cudaError_t resident_blocks(const void* kernel, int device, int threads, int* blocks) {
-  int cooperative = 0, multiprocessors = 0, per_multiprocessor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-  if (error != cudaSuccess) return error;
-  if (!cooperative) return cudaErrorNotSupported;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
-                                                        kSharedBytes);
-  *blocks = multiprocessors * per_multiprocessor;
-  return error;
-}
-
-template <typename W>
+template <bool kFloat32>
 cudaError_t launch(const DecodeParams& p, const Workspace& ws, int device, cudaStream_t stream,
                    LaunchShape shape) {
-  const auto kernel = decode_step_kernel<W>;
   const int threads = shape.threads ? shape.threads : kMaxThreads;
   if (threads < kWarp || threads > kMaxThreads || threads % kWarp) return cudaErrorInvalidValue;
-  int resident = 0;
-  const cudaError_t error =
-      resident_blocks(reinterpret_cast<const void*>(kernel), device, threads, &resident);
-  if (error != cudaSuccess) return error;
-  if (resident < 1 || shape.blocks > resident) return cudaErrorCooperativeLaunchTooLarge;
-  const int64_t useful = useful_blocks(p, threads);
-
-  cudaLaunchAttribute cooperative = {};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.blocks ? shape.blocks : useful < resident ? useful : resident);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p, ws);
+  return launch_cooperative(decode_step_kernel<kFloat32>, device, stream, shape.blocks,
+                            useful_blocks(p, threads), threads, kSharedBytes, p, ws);
 }
 
-cudaError_t launch_for_dtype(const DecodeParams& p, const Workspace& ws, int device,
-                             cudaStream_t stream, LaunchShape shape) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch<float>(p, ws, device, stream, shape);
-    case DType::kBFloat16:
-      return launch<BFloat16>(p, ws, device, stream, shape);
-    case DType::kFloat16:
-      return launch<Float16>(p, ws, device, stream, shape);
+cudaError_t launch_path(const DecodeParams& p, const Workspace& ws, int device, cudaStream_t stream,
+                        LaunchShape shape) {
+  if (streams(p)) {
+    if (shape.threads) return cudaErrorInvalidValue;
+    return launch_stream(p, ws, device, stream, shape.blocks);
   }
-  return cudaErrorInvalidValue;
+  if (p.dtype == DType::kFloat32 && p.quantization == Quantization::kNone) {
+    return launch<true>(p, ws, device, stream, shape);
+  }
+  return launch<false>(p, ws, device, stream, shape);
 }
 
 }  // namespace
+
+bool decode_streams(const DecodeParams& params) { return streams(params); }
 
 size_t decode_workspace_bytes(const DecodeParams& params) {
   Workspace workspace;
@@ -137,7 +111,7 @@ int decode_step(const DecodeParams& params, void* workspace, int device, CUstrea
   if (error == cudaSuccess) {
     Workspace ws;
     lay_out_workspace(params, workspace, &ws);
-    error = launch_for_dtype(params, ws, device, stream, shape);
+    error = launch_path(params, ws, device, stream, shape);
   }
   // A refused launch would otherwise be reported once more, to whoever asks for the last error
   // next.

@@ -14,11 +14,16 @@ namespace dualhead {
 namespace cuda {
 
 // How many blocks of how many threads; 0 = as many as the work fills and the device holds at once,
-// of the largest size. Results do not depend on either.
+// of the largest size. Results do not depend on either. The streaming path has one number of
+// threads and takes no other than 0.
 struct LaunchShape {
   int blocks;
   int threads;
 };
+
+// Whether the step takes the streaming path, at the speed of memory; else the plain one
+// (stream_plan.h).
+bool decode_streams(const DecodeParams& params);
 
 // Bytes of scratch that decode_step needs, aligned to 256; its contents may be anything.
 size_t decode_workspace_bytes(const DecodeParams& params);

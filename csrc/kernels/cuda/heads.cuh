@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both heads of the decode step and their mixture: logits, and per chunk of vocabulary rows a
-// softmax part and the first-ranked token. Each function is one phase of the launch.
+// Both heads of the decode step and their mixture, on the plain path: logits, and per chunk of
+// vocabulary rows a softmax part and the first-ranked token. Each function is one phase of the
+// launch. The phases after the products are the streaming path's too.
 #pragma once
 
-#include "dot.cuh"
+#include "../weight_format.h"
+#include "gate.cuh"
 #include "primitives.cuh"
 #include "workspace.h"
 
@@ -56,30 +58,80 @@ __device__ __forceinline__ void summarize_chunk(const DecodeParams& p, const Wor
   if (lane_index() == 0) ws.part[0][slot] = part, ws.top_key[slot] = key;
 }
 
+// A row of one matrix (0: LM head; m: objective m - 1) as numbers, in any way of storing them.
+// Scales of int4's groups are part of the numbers, that of a whole row is left to the sum.
+struct HeadRow {
+  const unsigned char* row;
+  const float* scales;
+  float scale;
+  DType dtype;
+  Quantization quantization;
+
+  __device__ __forceinline__ HeadRow(const DecodeParams& p, int64_t m, int64_t v, DType dtype,
+                                     Quantization quantization)
+      : scales(nullptr), scale(1.0f), dtype(dtype), quantization(quantization) {
+    const int64_t bytes = quantization != Quantization::kNone ? 1
+                          : dtype == DType::kFloat32          ? 4
+                                                              : 2;
+    const void* matrix = m == 0 ? p.lm_weight : p.reward_weight;
+    const int64_t at = m == 0 ? v * p.lm_weight_stride
+                              : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride;
+    row = static_cast<const unsigned char*>(matrix) + at * bytes;
+    const float* all = m == 0 ? p.lm_scale : p.reward_scale;
+    const int64_t i = m == 0 ? v : (m - 1) * p.V + v;
+    if (quantization == Quantization::kInt4) {
+      scales = all + i * (p.d / kInt4Group);
+    } else if (quantization != Quantization::kNone) {
+      scale = all[i];
+    }
+  }
+
+  __device__ __forceinline__ float operator()(int64_t k) const {
+    constexpr int64_t kHalf = kInt4Group / 2;
+    const int64_t group = k / kInt4Group, i = k % kInt4Group;
+    int pair;
+    switch (quantization) {
+      case Quantization::kInt8:
+        return static_cast<float>(reinterpret_cast<const int8_t*>(row)[k]);
+      case Quantization::kFp8:
+        return to_float(Fp8{row[k]});
+      case Quantization::kInt4:
+        pair = row[group * kHalf + i % kHalf];
+        return scales[group] * static_cast<float>((i < kHalf ? pair & 15 : pair >> 4) - 8);
+      default:
+        return Numbers{row, dtype}(k);
+    }
+  }
+};
+
 // z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
-// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order.
-template <typename W>
+// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none of these
+// rows needs is not read.
 __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
-                                               int count, ChunkLogits* out) {
-  const W* hidden = static_cast<const W*>(p.hidden) + b0 * p.hidden_stride;
+                                               int count, Needs needs, DType dtype,
+                                               Quantization quantization, ChunkLogits* out) {
+  const Numbers hidden = Numbers{p.hidden, dtype}.from(b0 * p.hidden_stride);
   for (int j = warp_in_block(); j < kChunk && v0 + j < p.V; j += warps_per_block()) {
     const int64_t v = v0 + j;
-    float dots[kTile];
-    const W* lm_row = static_cast<const W*>(p.lm_weight) + v * p.lm_weight_stride;
-    dot_tile(lm_row, hidden, p.hidden_stride, p.d, count, dots);
-    const float lm_bias = p.lm_bias ? to_float(static_cast<const W*>(p.lm_bias)[v]) : 0.0f;
-    const float lm = pick_own(dots) + lm_bias;
-    float reward = 0.0f;
-    for (int64_t k = 0; k < p.K; ++k) {
-      const W* row = static_cast<const W*>(p.reward_weight) + k * p.reward_weight_stride_k +
-                     v * p.reward_weight_stride;
+    float lm = 0.0f, reward = 0.0f;
+    for (int64_t m = 0; m <= p.K; ++m) {
+      if (!(m == 0 ? needs.lm : needs.reward)) continue;
+      const HeadRow row(p, m, v, dtype, quantization);
+      float dots[kTile];
       dot_tile(row, hidden, p.hidden_stride, p.d, count, dots);
       if (lane_index() >= count) continue;  // the row's objective weights end with the batch
-      const float bias =
-          p.reward_bias ? to_float(static_cast<const W*>(p.reward_bias)[k * p.V + v]) : 0.0f;
-      const float weight = p.objective_weights ? p.objective_weights[(b0 + lane_index()) * p.K + k]
-                                               : 1.0f / static_cast<float>(p.K);
-      reward = fmaf(weight, pick_own(dots) + bias, reward);
+      const void* biases = m == 0 ? p.lm_bias : p.reward_bias;
+      const int64_t i = m == 0 ? v : (m - 1) * p.V + v;
+      const float bias = biases ? Numbers{biases, dtype}(i) : 0.0f;
+      const float z = pick_own(dots) * row.scale + bias;
+      if (m == 0) {
+        lm = z;
+        continue;
+      }
+      const float weight = p.objective_weights
+                               ? p.objective_weights[(b0 + lane_index()) * p.K + m - 1]
+                               : 1.0f / static_cast<float>(p.K);
+      reward = fmaf(weight, z, reward);
     }
     if (lane_index() < count) {
       out->lm[lane_index()][j] = lm;
@@ -90,14 +142,19 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
 
 // Phase 4: both products; then either the mixed logits and their summary, or (mix_probs) f of both
 // heads' logits, each with its softmax parts. A block per chunk and batch tile.
-template <typename W>
-__device__ void heads(const DecodeParams& p, const Workspace& ws) {
+__device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype,
+                                      Quantization quantization) {
   ChunkLogits* z = reinterpret_cast<ChunkLogits*>(shared_memory());
   const int64_t chunks = ceil_div(p.V, kChunk), tiles = ceil_div(p.B, kTile);
   for (int64_t item = blockIdx.x; item < chunks * tiles; item += gridDim.x) {
     const int64_t chunk = item / tiles, v0 = chunk * kChunk, b0 = item % tiles * kTile;
     const int count = static_cast<int>(p.B - b0 < kTile ? p.B - b0 : kTile);
-    chunk_products<W>(p, v0, b0, count, z);
+    Needs needs{false, false};
+    for (int t = 0; t < count; ++t) {
+      const Needs own = needs_of(p.out_alpha[b0 + t]);
+      needs.lm |= own.lm, needs.reward |= own.reward;
+    }
+    chunk_products(p, v0, b0, count, needs, dtype, quantization, z);
     block_barrier();  // the warps below read what other warps computed
     const int64_t v = v0 + lane_index();
     for (int t = warp_in_block(); t < count; t += warps_per_block()) {
@@ -123,23 +180,41 @@ __device__ void heads(const DecodeParams& p, const Workspace& ws) {
   }
 }
 
-// The softmax part of a whole row from its chunks' parts, the same bits in every lane.
-__device__ __forceinline__ SoftmaxPart row_part(const DecodeParams& p, const SoftmaxPart* parts,
-                                                int64_t b) {
-  const int64_t chunks = ceil_div(p.V, kChunk);
-  SoftmaxPart part = empty_part();
-  for (int64_t i = lane_index(); i < chunks; i += kWarp) {
-    part = merge_parts(part, parts[b * chunks + i]);
+// Shared memory of the block-wide reductions.
+struct BlockScratch {
+  unsigned long long slot[kWarp];  // one per warp
+  SoftmaxPart part[kMergers];
+};
+
+// The softmax part of a whole row from its `count` parts, the same bits in every thread; the whole
+// block calls. Part i goes to lane i % 32 of merger i / 32 % kMergers, whatever warp does its work.
+__device__ __forceinline__ SoftmaxPart merge_row(const SoftmaxPart* parts, int64_t count,
+                                                 BlockScratch* scratch) {
+  for (int merger = warp_in_block(); merger < kMergers; merger += warps_per_block()) {
+    SoftmaxPart part = empty_part();
+    for (int64_t i = merger * kWarp + lane_index(); i < count; i += kMergers * kWarp) {
+      part = merge_parts(part, parts[i]);
+    }
+    part = warp_merge(part);
+    if (lane_index() == 0) scratch->part[merger] = part;
   }
-  return warp_merge(part);
+  block_barrier();  // all mergers are done
+  SoftmaxPart part = scratch->part[0];
+  for (int merger = 1; merger < kMergers; ++merger) {
+    part = merge_parts(part, scratch->part[merger]);
+  }
+  block_barrier();  // every thread has read; the next call may write
+  return part;
 }
 
-// Phase 5, mix_probs only: log-sum-exp of each head's row, by a warp.
+// Phase 5, mix_probs only: log-sum-exp of each head's row, by a block.
 __device__ __forceinline__ void normalizers(const DecodeParams& p, const Workspace& ws) {
-  for (int64_t item = warp_in_grid(); item < 2 * p.B; item += warps_in_grid()) {
+  BlockScratch* scratch = reinterpret_cast<BlockScratch*>(shared_memory());
+  const int64_t parts = ceil_div(p.V, ws.part_entries);
+  for (int64_t item = blockIdx.x; item < 2 * p.B; item += gridDim.x) {
     const int64_t head = item / p.B, b = item % p.B;
-    const float normalizer = log_sum_exp(row_part(p, ws.part[head], b));
-    if (lane_index() == 0) ws.normalizer[head][b] = normalizer;
+    const float normalizer = log_sum_exp(merge_row(ws.part[head] + b * parts, parts, scratch));
+    if (threadIdx.x == 0) ws.normalizer[head][b] = normalizer;
   }
 }
 

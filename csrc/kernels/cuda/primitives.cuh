@@ -19,6 +19,14 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
+// Which of the two copy engines this compilation is for: nvcc compiles every kernel once per
+// architecture, the host backend has both.
+#if !defined(__CUDA_ARCH__)
+constexpr bool kHasBulkCopies = true, kHasAsyncCopies = true;
+#else
+constexpr bool kHasBulkCopies = __CUDA_ARCH__ >= 900, kHasAsyncCopies = __CUDA_ARCH__ < 900;
+#endif
+
 // --- places --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
@@ -35,18 +43,23 @@ __device__ __forceinline__ int64_t warps_in_grid() {
   return static_cast<int64_t>(gridDim.x) * warps_per_block();
 }
 
-__device__ __forceinline__ int64_t thread_in_grid() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
-
-__device__ __forceinline__ int64_t threads_in_grid() {
-  return static_cast<int64_t>(gridDim.x) * blockDim.x;
-}
-
 // --- barriers ------------------------------------------------------------------------------------
 
 // All threads of the block; what they wrote to shared and global memory is visible to each other.
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
+
+// The kThreads threads of the block that name this group, 1 to 15; whole warps.
+template <int kGroup, int kThreads>
+__device__ __forceinline__ void group_barrier() {
+#if defined(__CUDACC__)
+  asm volatile("barrier.sync %0, %1;" ::"n"(kGroup), "n"(kThreads) : "memory");
+#else
+  host_cuda::wait_for_group(kGroup, kThreads);
+#endif
+}
+
+// The lanes of a warp.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
 // All threads of a cooperative grid; what any wrote to global memory is visible to all.
 // It is the toolkit's own barrier, whose state the driver lends per launch, also per replay of a
@@ -55,12 +68,39 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 // runs on the first.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
+// A counter in global memory that some warps of the grid raise and others wait for. What a thread
+// wrote before signal() is visible to whoever wait_for() lets pass.
+__device__ __forceinline__ void signal(unsigned* counter, unsigned amount) {
+  __threadfence();
+  atomicAdd(counter, amount);
+}
+
+// What signal() has raised it to, and with it what was written before.
+__device__ __forceinline__ unsigned look_at(const unsigned* counter) {
+#if defined(__CUDACC__)
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+#else
+  return *counter;
+#endif
+}
+
+__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned target) {
+  while (look_at(counter) < target) __nanosleep(64);
+}
+
 // --- exchange within a warp; every lane calls
 // ------------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ T exchange_xor(T value, int offset) {
   return __shfl_xor_sync(kWholeWarp, value, offset);
+}
+
+template <typename T>
+__device__ __forceinline__ T exchange_from(T value, int lane) {
+  return __shfl_sync(kWholeWarp, value, lane);
 }
 
 // The reductions below give every lane the same bits: addition and max commute, so both partners of
@@ -135,7 +175,7 @@ struct Four {
   float x[4];
 };
 
-__device__ __forceinline__ bool sixteen_divides(const float* p) {
+__device__ __forceinline__ bool sixteen_divides(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
@@ -166,6 +206,221 @@ __device__ __forceinline__ void store_four(float* p, Four four, int count) {
   }
 }
 
+// Sixteen bytes, as four words.
+struct Words {
+  uint32_t x[4];
+};
+
+// One access; 16 divides the address.
+__device__ __forceinline__ Words load_words(const void* p) {
+  const uint4 all = *static_cast<const uint4*>(p);
+  return Words{{all.x, all.y, all.z, all.w}};
+}
+
+__device__ __forceinline__ void store_words(void* p, Words words) {
+  *static_cast<uint4*>(p) = make_uint4(words.x[0], words.x[1], words.x[2], words.x[3]);
+}
+
+// --- asynchronous copies into shared memory ------------------------------------------------------
+
+// An mbarrier: a phase ends when `count` arrivals and all bytes that were announced have come. One
+// thread makes it; a block_barrier() later all may use it.
+using Barrier = uint64_t;
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+#if defined(__CUDACC__)
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#else
+  (void)p;
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_init(Barrier* barrier, unsigned count) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine sees it too
+#endif
+#else
+  host_cuda::mbarrier_init(barrier, count);
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_arrive(Barrier* barrier) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier))
+      : "memory");
+#else
+  host_cuda::mbarrier_arrive(barrier);
+#endif
+}
+
+// Waits for the end of a phase by its parity: 0 for the first, 1 for the second, ...
+__device__ __forceinline__ void mbarrier_wait(Barrier* barrier, unsigned parity) {
+#if defined(__CUDACC__)
+  uint32_t done = 0;
+  while (!done) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+#endif
+  }
+#else
+  host_cuda::mbarrier_wait(barrier, parity);
+#endif
+}
+
+// Arrives, and announces bytes that bulk copies will bring.
+__device__ __forceinline__ void mbarrier_expect(Barrier* barrier, unsigned bytes) {
+#if !defined(__CUDACC__)
+  host_cuda::mbarrier_expect(barrier, bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+
+// Whether memory that is read once, or once per block, should stay in the second-level cache.
+enum class Keep { kFirstToGo, kStay };
+
+__device__ __forceinline__ uint64_t cache_policy(Keep keep) {
+  uint64_t policy = 0;
+#if defined(__CUDACC__)
+  if (keep == Keep::kFirstToGo) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  }
+#else
+  (void)keep;
+#endif
+  return policy;
+}
+
+// A run of bytes by the bulk copy engine (sm_90); 16 divides both addresses and the size. It has
+// come when the barrier's phase ends.
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, unsigned bytes,
+                                          Barrier* barrier, uint64_t policy) {
+#if !defined(__CUDACC__)
+  (void)policy;
+  host_cuda::bulk_copy(to, from, bytes, barrier);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+#endif
+}
+
+// Sixteen bytes by a thread of its own accord (sm_80), or four.
+__device__ __forceinline__ void async_copy_16(void* to, const void* from, uint64_t policy) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+      "l"(from), "l"(policy)
+      : "memory");
+#else
+  (void)policy;
+  host_cuda::async_copy(to, from, 16);
+#endif
+}
+
+__device__ __forceinline__ void async_copy_4(void* to, const void* from) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+#else
+  host_cuda::async_copy(to, from, 4);
+#endif
+}
+
+// Arrives for this thread once all that it has copied by async_copy_* so far has come. One of the
+// arrivals that the barrier was made for.
+__device__ __forceinline__ void async_copies_arrive(Barrier* barrier) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+#else
+  host_cuda::async_copies_arrive(barrier);
+#endif
+}
+
+// --- tensor cores and packed halves --------------------------------------------------------------
+
+// c += a b for a (16, 16), b (16, 8), c (16, 8) of a warp, in fp32. With g = lane / 4, t = lane %
+// 4: a = {row g, inputs 2t 2t+1; row g+8, the same; row g, inputs 2t+8 2t+9; row g+8, the same}, b
+// = {inputs 2t 2t+1; inputs 2t+8 2t+9} of column g, c = {row g, columns 2t 2t+1; row g+8, same}.
+// kBrain: bfloat16 pairs, else float16 ones, the first in the lower half.
+template <bool kBrain>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+#if !defined(__CUDACC__)
+  host_cuda::mma_m16n8k16(c, a, b0, b1, kBrain);
+#else
+  if constexpr (kBrain) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+// On two float16 numbers at once, rounded once each.
+__device__ __forceinline__ uint32_t half2_add(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+#else
+  return host_cuda::half2_fma(a, 0x3C003C00u, b);
+#endif
+}
+
+__device__ __forceinline__ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDACC__)
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+#else
+  return host_cuda::half2_fma(a, b, c);
+#endif
+}
+
+// Byte i of the result is byte (nibble i of `selector`) of a (0 to 3) and b (4 to 7).
+__device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDACC__)
+  return __byte_perm(a, b, selector);
+#else
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7u) & 0xFFu) << 8 * i;
+  }
+  return result;
+#endif
+}
+
 // --- storage types -------------------------------------------------------------------------------
 
 struct BFloat16 {
@@ -193,6 +448,26 @@ __device__ T from_float(float x);
 template <>
 __device__ __forceinline__ float from_float<float>(float x) {
   return x;
+}
+
+// Eight neighbours; 16 divides the address.
+template <typename T>
+__device__ __forceinline__ void load_eight(const T* p, float (&out)[8]) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Words words = load_words(p + 4 * half);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[4 * half + i] = bits_float(words.x[i]);
+    }
+  } else {
+    const Words words = load_words(p);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = to_float(T{static_cast<uint16_t>(words.x[i] & 0xFFFFu)});
+      out[2 * i + 1] = to_float(T{static_cast<uint16_t>(words.x[i] >> 16)});
+    }
+  }
 }
 
 template <>

@@ -11,11 +11,6 @@
 namespace dualhead {
 namespace cuda {
 
-// Shared memory of the block-wide reductions: one slot per warp.
-struct BlockScratch {
-  unsigned long long slot[kWarp];
-};
-
 // One value per thread to one value for all. `Combine` folds a warp's values.
 template <typename Combine>
 __device__ __forceinline__ unsigned long long block_reduce(unsigned long long value,
@@ -141,9 +136,10 @@ __device__ __forceinline__ int64_t sample(const DecodeParams& p, int64_t b, Bloc
 // Last phase: token, log-probability, status and draw counter of each batch row, by a block.
 __device__ __forceinline__ void pick_tokens(const DecodeParams& p, const Workspace& ws) {
   BlockScratch* scratch = reinterpret_cast<BlockScratch*>(shared_memory());
-  const int64_t chunks = ceil_div(p.V, kChunk);
+  // mix_distributions makes chunks of its own.
+  const int64_t parts = ceil_div(p.V, p.mix_probs ? kChunk : ws.part_entries);
   for (int64_t b = blockIdx.x; b < p.B; b += gridDim.x) {
-    const float normalizer = log_sum_exp(row_part(p, ws.part[0], b));
+    const float normalizer = log_sum_exp(merge_row(ws.part[0] + b * parts, parts, scratch));
     const float a = p.out_alpha[b];
     const bool full = p.out_status[b] == kCacheFull;
     const bool failed = a != a || !(fabsf(normalizer) < INFINITY);
@@ -153,11 +149,11 @@ __device__ __forceinline__ void pick_tokens(const DecodeParams& p, const Workspa
       token = sample(p, b, scratch);
     } else if (!failed) {
       unsigned long long top = 0;
-      for (int64_t i = lane_index(); i < chunks; i += kWarp) {
-        const unsigned long long key = ws.top_key[b * chunks + i];
+      for (int64_t i = threadIdx.x; i < parts; i += blockDim.x) {
+        const unsigned long long key = ws.top_key[b * parts + i];
         top = key > top ? key : top;
       }
-      token = index_of_rank_key(warp_max(top));
+      token = index_of_rank_key(block_reduce(top, scratch, CombineMax()));
     }
     block_barrier();  // every thread has read the row's status and draw counter
     if (threadIdx.x != 0) continue;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scratch memory of one launch of the decode step, and the sizes into which its work is cut. The
-// cuts are constants, not functions of the grid or the batch: a row's bits depend on neither.
+// cuts are constants of a path (stream_plan.h), not functions of the grid or the batch: a row's
+// bits depend on neither.
 #pragma once
 
 #include <cstddef>
@@ -8,15 +9,15 @@
 
 #include "../params.h"
 #include "../sampling.h"
+#include "stream_plan.h"
 
 namespace dualhead {
 namespace cuda {
 
 constexpr int kTile = 8;     // batch rows that share one pass over a weight row
-constexpr int kChunk = 32;   // vocabulary rows that share one softmax part: one per lane
+constexpr int kChunk = 32;   // vocabulary entries that share one softmax part: one per lane
+constexpr int kMergers = 8;  // warps' worth of lanes that share the parts of a row
 constexpr int kSplit = 128;  // cache columns that share one attention part: four per lane
-
-DUALHEAD_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Attention over one split of the cache: softmax numerators relative to the split's own maximum.
 struct AttentionPart {
@@ -26,15 +27,29 @@ struct AttentionPart {
   int32_t seen;  // number of visible columns
 };
 
-// Uninitialised at launch; each field is written in one phase and read after a grid barrier.
+// The counters of the streaming path, each in a sector of its own.
+enum Counter {
+  kGateBlocks = 0,
+  kWeighedRows = 32,
+  kNeedLm = 64,
+  kNeedReward = 96,
+  kCounters = 128
+};
+
+// Uninitialised at launch; each field is written in one phase and read after a grid barrier, or by
+// whom a counter lets pass.
 struct Workspace {
+  int64_t part_entries;         // vocabulary entries of a part of the heads: kChunk or kUnit
   float* q;                     // (B, g)
   AttentionPart* attention;     // (B, H, splits)
   SoftmaxPart* attention_row;   // (B, H): softmax over the whole row
-  SoftmaxPart* part[2];         // (B, chunks): of the mixture, or of LM and reward head (mix_probs)
-  unsigned long long* top_key;  // (B, chunks): largest rank_key of the chunk
-  float* reward_logits;         // (B, V): f(z_RM), mix_probs only
+  SoftmaxPart* part[2];         // (B, parts): of the mixture, or of LM and reward head (mix_probs)
+  unsigned long long* top_key;  // (B, parts): largest rank_key of the part
+  float* reward_logits;         // (B, V): f(z_RM) with mix_probs; sums over objectives on their way
   float* normalizer[2];         // (B,): log-sum-exp of f(z_LM), f(z_RM), mix_probs only
+  unsigned* counter;            // (kCounters,), streaming path only
+  uint16_t* operand;            // (terms, B, operand_inputs): hidden states for quantised weights
+  float* operand_scale;         // (B,): what they are to be multiplied by
 };
 
 // Lays the fields out from `base` on; with base null, only counts. Returns the bytes in all.
@@ -46,17 +61,22 @@ inline size_t lay_out_workspace(const DecodeParams& p, void* base, Workspace* wo
         count && base ? reinterpret_cast<T*>(static_cast<unsigned char*>(base) + used) : nullptr;
     used += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
   };
-  const int64_t chunks = ceil_div(p.V, kChunk), splits = ceil_div(p.S, kSplit);
-  const int64_t probs = p.mix_probs ? 1 : 0;
+  const bool stream = streams(p), prepared = stream && p.quantization != Quantization::kNone;
+  workspace->part_entries = stream ? kUnit : kChunk;
+  const int64_t chunks = ceil_div(p.V, workspace->part_entries), splits = ceil_div(p.S, kSplit);
+  const int64_t probs = p.mix_probs ? 1 : 0, sums = p.mix_probs || (stream && p.K > 1) ? 1 : 0;
   take(workspace->q, p.B * p.H * p.d_k);
   take(workspace->attention, p.B * p.H * splits);
   take(workspace->attention_row, p.B * p.H);
   take(workspace->part[0], p.B * chunks);
   take(workspace->part[1], p.B * chunks * probs);
   take(workspace->top_key, p.B * chunks);
-  take(workspace->reward_logits, p.B * p.V * probs);
+  take(workspace->reward_logits, p.B * p.V * sums);
   take(workspace->normalizer[0], p.B * probs);
   take(workspace->normalizer[1], p.B * probs);
+  take(workspace->counter, stream ? kCounters : 0);
+  take(workspace->operand, prepared ? operand_terms(p) * p.B * operand_inputs(p) : 0);
+  take(workspace->operand_scale, prepared ? p.B : 0);
   return used;
 }
 

@@ -15,16 +15,13 @@ inline __half __ushort_as_half(uint16_t bits) { return __half{bits}; }
 inline uint16_t __half_as_ushort(__half x) { return x.bits; }
 
 inline float __half2float(__half x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float magnitude;
-  if (exponent == 31) {
-    magnitude = fraction ? NAN : INFINITY;
-  } else if (exponent == 0) {
-    magnitude = std::ldexp(static_cast<float>(fraction), -24);
-  } else {
-    magnitude = std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  const uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 1023, sign = x.bits >> 15;
+  float value = static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24: subnormal
+  if (exponent > 0) {  // the exponent's bias grows by 112, from 15 to 127
+    const uint32_t wide = (exponent == 31 ? 255u : exponent + 112u) << 23 | fraction << 13;
+    std::memcpy(&value, &wide, sizeof(value));
   }
-  return x.bits & 0x8000 ? -magnitude : magnitude;
+  return sign ? -value : value;
 }
 
 // Round to nearest, ties to even.

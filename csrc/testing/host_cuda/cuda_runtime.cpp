@@ -8,8 +8,7 @@ namespace dualhead {
 namespace host_cuda {
 namespace {
 
-constexpr size_t kSharedBytes = 48 * 1024;       // without cudaFuncSetAttribute
-constexpr size_t kMostSharedBytes = 227 * 1024;  // with it
+constexpr size_t kSharedBytes = 48 * 1024;  // without cudaFuncSetAttribute
 constexpr unsigned kMostThreads = 1024;
 
 cudaError_t last_error = cudaSuccess;
@@ -100,13 +99,25 @@ cudaError_t cudaGetLastError() {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
   if (index != 0) return record(cudaErrorInvalidDevice);
-  *value = attribute == cudaDevAttrCooperativeLaunch ? device().cooperative_launch
-                                                     : device().multiprocessors;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = device().multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device().compute_major;
+      break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = device().cooperative_launch;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device().shared_bytes_per_block;
+      break;
+  }
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value < 0 || static_cast<size_t>(value) > dualhead::host_cuda::kMostSharedBytes) {
+  if (value < 0 || value > device().shared_bytes_per_block) {
     return record(cudaErrorInvalidValue);
   }
   dualhead::host_cuda::shared_limits()[kernel] = static_cast<size_t>(value);
@@ -114,8 +125,11 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
-                                                          size_t) {
+                                                          size_t shared_bytes) {
   if (threads < 1) return record(cudaErrorInvalidValue);
-  *blocks = device().blocks_per_multiprocessor;
+  // A multiprocessor's shared memory is one block's and 1 KiB, which the driver keeps per block.
+  const size_t all = static_cast<size_t>(device().shared_bytes_per_block) + 1024;
+  const int fit = static_cast<int>(all / (shared_bytes + 1024));
+  *blocks = fit < device().blocks_per_multiprocessor ? fit : device().blocks_per_multiprocessor;
   return cudaSuccess;
 }

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "async.h"
 #include "grid.h"
 
 // --- language ------------------------------------------------------------------------------------
@@ -21,6 +22,7 @@
 #define __global__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __noinline__ inline
 #define __launch_bounds__(...)
 
 using dualhead::host_cuda::blockDim;
@@ -32,6 +34,16 @@ using dualhead::host_cuda::threadIdx;
 struct __attribute__((aligned(16), may_alias)) float4 {
   float x, y, z, w;
 };
+
+struct __attribute__((aligned(8), may_alias)) uint2 {
+  uint32_t x, y;
+};
+
+struct __attribute__((aligned(16), may_alias)) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -107,7 +119,9 @@ const char* cudaGetErrorString(cudaError_t error);
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrCooperativeLaunch = 95,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -148,6 +162,8 @@ struct Device {
   int multiprocessors = 4;
   int blocks_per_multiprocessor = 2;
   bool cooperative_launch = true;
+  int compute_major = 9;
+  int shared_bytes_per_block = 227 * 1024;  // with cudaFuncSetAttribute; 48 KiB without
   Schedule schedule;
 };
 

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -18,6 +19,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "async.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -46,12 +49,14 @@ struct Warp {
   Meeting meeting;
   // Two sets of slots in turn: a fast lane may give its next value while slow ones read the last.
   uint64_t slot[2][kWarp];
+  uint32_t words[2][kWarp][6];
   std::vector<Fiber*> ready;
 };
 
 struct Block {
   Index3 index;
   Meeting meeting;
+  std::map<int, Meeting> groups;
   std::unique_ptr<unsigned char[]> shared;
 };
 
@@ -70,7 +75,7 @@ struct Fiber {
   Index3 thread;
   int lane;
   unsigned exchanges = 0;
-  int grid_barriers = 0, block_barriers = 0;
+  int grid_barriers = 0, block_barriers = 0, copy_waits = 0;
   Warp* warp;
   Block* block;
   const char* waits_for = nullptr;
@@ -143,6 +148,8 @@ void run(Fiber* next, bool last = false) {
                 next ? &next->execution : &grid_now->host, last);
 }
 
+}  // namespace
+
 // --- whose turn it is ----------------------------------------------------------------------------
 
 uint64_t next_random() {  // splitmix64
@@ -151,6 +158,15 @@ uint64_t next_random() {  // splitmix64
   z = (z ^ z >> 27) * 0x94D049BB133111EBull;
   return z ^ z >> 31;
 }
+
+// The grid's threads are abandoned where they stand.
+void stop(const std::string& error) {
+  grid_now->error = error;
+  run(nullptr, true);
+  std::abort();  // nobody comes back to an abandoned thread
+}
+
+namespace {
 
 void make_ready(Fiber* fiber) {
   fiber->waits_for = nullptr;
@@ -163,7 +179,9 @@ Fiber* take_ready(bool another_warp) {
   std::vector<Warp*>& line = grid_now->ready_warps;
   if (line.empty()) return nullptr;
   const uint64_t seed = grid_now->schedule.seed;
-  if (seed == 0 && another_warp) std::rotate(line.begin(), line.begin() + 1, line.end());
+  if (seed == 0 && another_warp && line.front() == fiber_now->warp) {
+    std::rotate(line.begin(), line.begin() + 1, line.end());
+  }
   if (seed != 0) {
     const bool same_warp = seed % 2 == 1 && fiber_now && !another_warp;
     const auto same = same_warp ? std::find(line.begin(), line.end(), fiber_now->warp) : line.end();
@@ -185,31 +203,26 @@ std::string place(const Fiber& fiber) {
          std::to_string(fiber.thread.x);
 }
 
-// Ends the grid: its threads are abandoned where they stand.
-void stop(const std::string& error) {
-  grid_now->error = error;
-  run(nullptr, true);
-}
-
-void report_deadlock() {
+// How many threads have finished, and how many wait where.
+std::string whereabouts() {
   std::map<std::string, std::pair<size_t, std::string>> places;  // what: how many, for example
   for (const Fiber& fiber : grid_now->fibers) {
     if (!fiber.waits_for) continue;
     auto& [count, example] = places[fiber.waits_for];
     if (count++ == 0) example = place(fiber);
   }
-  std::string text = "deadlock: " + std::to_string(grid_now->finished) + " of " +
+  std::string text = std::to_string(grid_now->finished) + " of " +
                      std::to_string(grid_now->fibers.size()) + " threads finished";
   for (const auto& [what, who] : places) {
     text += ", " + std::to_string(who.first) + " wait in " + what + " (" + who.second + ")";
   }
-  stop(text);
+  return text;
 }
 
 void run_next(bool another_warp = false, bool last = false) {
   Fiber* next = take_ready(another_warp);
   if (!next) {
-    report_deadlock();
+    stop("deadlock: " + whereabouts());
   } else {
     run(next, last);
   }
@@ -291,6 +304,7 @@ void make_threads(Grid* grid) {
 
 void run_grid(Index3 grid, Index3 block, size_t shared_bytes, bool cooperative, Schedule schedule,
               const std::function<void()>& body) {
+  forget_copies();
   if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.x == 0 || block.y != 1 || block.z != 1 ||
       block.x % kWarp != 0) {
     throw std::runtime_error("run_grid: only one-dimensional grids of whole warps");
@@ -318,6 +332,16 @@ void wait_for_block() {
   meet(&fiber_now->block->meeting, "__syncthreads");
 }
 
+void wait_for_group(int group, int threads) {
+  if (fiber_now->block_barriers++ == grid_now->schedule.skipped_block_barrier) return;
+  Meeting& meeting = fiber_now->block->groups[group];
+  if (meeting.waiting.empty()) meeting.expected = static_cast<size_t>(threads);
+  if (meeting.expected != static_cast<size_t>(threads)) {
+    stop("diverged: " + place(*fiber_now) + " expects another number of threads in its group");
+  }
+  meet(&meeting, "a group's barrier");
+}
+
 void wait_for_warp() { meet(&fiber_now->warp->meeting, "__syncwarp"); }
 
 void wait_for_grid() {
@@ -329,7 +353,8 @@ void wait_for_grid() {
 void nap() {
   // Each nap lets others run up to their next wait, so this many in a row are nobody's progress.
   if (++grid_now->naps > 1000 + 100 * grid_now->fibers.size()) {
-    stop("no progress: " + place(*fiber_now) + " and others only sleep and look again");
+    stop("no progress: " + place(*fiber_now) + " and others only sleep and look again; " +
+         whereabouts());
   }
   make_ready(fiber_now);
   run_next(true);
@@ -339,6 +364,22 @@ void step_back() {
   if (grid_now->schedule.seed == 0) return;
   make_ready(fiber_now);
   run_next();
+}
+
+void note_progress() { grid_now->naps = 0; }
+
+uint64_t schedule_seed() { return grid_now->schedule.seed; }
+
+int count_copy_wait() { return fiber_now->copy_waits++; }
+
+int skipped_copy_wait() { return grid_now->schedule.skipped_copy_wait; }
+
+const uint32_t (*exchange_six(const uint32_t (&mine)[6]))[6] {
+  Warp* warp = fiber_now->warp;
+  uint32_t (*words)[6] = warp->words[fiber_now->exchanges++ % 2];
+  std::memcpy(words[fiber_now->lane], mine, sizeof(mine));
+  meet(&warp->meeting, "a warp exchange");
+  return words;
 }
 
 uint64_t exchange(uint64_t value, int source) {

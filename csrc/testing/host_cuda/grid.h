@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace dualhead {
 namespace host_cuda {
@@ -27,7 +28,8 @@ struct Schedule {
   // Seeded bugs, to show that tests see them: every thread walks through its n-th barrier (from 0)
   // of the kind without waiting. -1: none.
   int skipped_grid_barrier = -1;
-  int skipped_block_barrier = -1;
+  int skipped_block_barrier = -1;  // group barriers count among them
+  int skipped_copy_wait = -1;      // waits for an mbarrier
 };
 
 // Runs body once per thread of the grid; throws std::runtime_error, saying who waits where, if the
@@ -40,11 +42,22 @@ void run_grid(Index3 grid, Index3 block, size_t shared_bytes, bool cooperative, 
 extern Index3 threadIdx, blockIdx, blockDim, gridDim;  // set at every switch
 unsigned char* shared_memory();
 
-void wait_for_block();  // __syncthreads: all threads of the block
-void wait_for_warp();   // __syncwarp: all 32 lanes
-void wait_for_grid();   // the grid barrier; an error unless the grid was launched as cooperative
-void nap();             // __nanosleep: lets other warps go first
-void step_back();       // before an atomic: lets any ready thread go first
+void wait_for_block();                        // __syncthreads: all threads of the block
+void wait_for_group(int group, int threads);  // barrier.sync: those who name the group
+void wait_for_warp();                         // __syncwarp: all 32 lanes
+void wait_for_grid();  // the grid barrier; an error unless the grid was launched as cooperative
+void nap();            // __nanosleep: lets other warps go first
+void step_back();      // before an atomic: lets any ready thread go first
+
+// --- for async.cpp ---
+[[noreturn]] void stop(const std::string& error);  // ends the grid; run_grid throws it
+void note_progress();                              // nap() gives up after long without any
+uint64_t next_random();                            // drawn from the seed
+uint64_t schedule_seed();
+int count_copy_wait();  // how often this thread has called it
+int skipped_copy_wait();
+// Every lane gives six words; all lanes' words, by lane. All 32 must call.
+const uint32_t (*exchange_six(const uint32_t (&mine)[6]))[6];
 
 // Every lane of the warp gives a value and gets that of lane `source`; all 32 must call.
 uint64_t exchange(uint64_t value, int source);

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// A cooperative launch that cannot deadlock: the grid is no larger than what the device holds at
+// once.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "workspace.h"
+
+namespace dualhead {
+namespace cuda {
+
+// The largest grid that the device holds at once, asked for the very kernel and shape to launch,
+// after its limit of shared memory is set: a guess that is too large would deadlock at the first
+// barrier, if it were launched at all.
+inline cudaError_t resident_blocks(const void* kernel, int device, int threads, int shared_bytes,
+                                   int* blocks) {
+  int cooperative = 0, multiprocessors = 0, per_multiprocessor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  if (error != cudaSuccess) return error;
+  if (!cooperative) return cudaErrorNotSupported;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
+                                                        static_cast<size_t>(shared_bytes));
+  *blocks = multiprocessors * per_multiprocessor;
+  return error;
+}
+
+// `blocks`: wanted, 0 = as many as are useful and fit.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_cooperative(void (*kernel)(Parameters...), int device, cudaStream_t stream,
+                               int blocks, int64_t useful, int threads, int shared_bytes,
+                               const Arguments&... arguments) {
+  int resident = 0;
+  const cudaError_t error = resident_blocks(reinterpret_cast<const void*>(kernel), device, threads,
+                                            shared_bytes, &resident);
+  if (error != cudaSuccess) return error;
+  if (resident < 1 || blocks > resident) return cudaErrorCooperativeLaunchTooLarge;
+
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks ? blocks : useful < resident ? useful : resident);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// The streaming path's launch (stream.cu).
+cudaError_t launch_stream(const DecodeParams& p, const Workspace& ws, int device,
+                          cudaStream_t stream, int blocks);
+
+}  // namespace cuda
+}  // namespace dualhead

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+// The decode step's streaming path: weights of two bytes or less, at the speed of memory, in one
+// cooperative launch. Every block has three kinds of warps, which run at the same time:
+//
+//   producer    1   copies weight rows into the ring, from the first moment on (ring.cuh)
+//   gate        3   project, attend, weigh: alpha of every batch row (gate.cuh)
+//   consumers   8   both products on the tensor cores; then alpha, logits, softmax parts
+//                   (stream_heads.cuh)
+//
+// so that the gate is hidden behind the first tile of weights. Then all of them go on with the
+// phases of the plain path: normalizers and mix_distributions (mix_probs), pick_tokens.
+//
+// A row's result is the same for every batch up to 64 rows, grid and architecture's copy engine:
+// the products go through a row's inputs in one order, one tensor core sum per column, and all
+// parts are cut at constants. Beyond 64 rows the weights are read once per 64, and that still
+// holds.
+#include "gate.cuh"
+#include "launch.cuh"
+#include "stream_heads.cuh"
+#include "token.cuh"
+
+namespace dualhead {
+namespace cuda {
+namespace {
+
+constexpr int kStreamThreads = kStreamWarps * kWarp;
+
+static_assert(sizeof(BlockScratch) <= kHeadBytes, "later phases find their scratch below the ring");
+static_assert(2 * kMaxStages * sizeof(Barrier) <= kHeadBytes / 2, "and the ring its barriers");
+static_assert((kMaxBatchTile + kStreamWarps) * sizeof(float) <= kHeadBytes / 2, "and the scales");
+
+// All blocks' gate warps: what any wrote is visible to all. `round` counts from 1.
+__device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round) {
+  group_barrier<kGateGroup, kGateWarps * kWarp>();
+  if (threadIdx.x == kConsumers * kWarp) {
+    signal(ws.counter + kGateBlocks, 1);
+    wait_for(ws.counter + kGateBlocks, round * gridDim.x);
+  }
+  group_barrier<kGateGroup, kGateWarps * kWarp>();
+}
+
+// Not inlined, as the later phases are not: one copy serves the kernels of all formats, and neither
+// counts among what is done per weight.
+__device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
+  const DType dtype = p.dtype;
+  const Team team{static_cast<int64_t>(blockIdx.x) * kGateWarps + warp_in_block() - kConsumers,
+                  static_cast<int64_t>(gridDim.x) * kGateWarps};
+  unsigned round = 0;
+  if (!p.gate_logit_in) {
+    project<true>(p, ws, team, dtype);
+    gate_barrier(ws, ++round);  // q and the new cache column are complete
+    attend(p, ws, team, dtype);
+    gate_barrier(ws, ++round);  // all attention parts are
+  }
+  weigh(p, ws, team, true);
+  if (p.out_attention) {
+    gate_barrier(ws, ++round);  // sums and status of all rows are
+    normalize_attention(p, ws, team);
+  }
+}
+
+__device__ __noinline__ void later_phases(const DecodeParams& p, const Workspace& ws) {
+  if (p.mix_probs) {
+    normalizers(p, ws);
+    grid_barrier();  // both heads' log-sum-exps are, and their parts may be overwritten
+    mix_distributions(p, ws);
+    grid_barrier();  // log-probabilities and their parts are
+  }
+  pick_tokens(p, ws);
+}
+
+template <Format kFormat>
+__device__ __forceinline__ void consume_by_batch(const Stream& s) {
+  switch (s.plan.batch_tile) {
+    case 8:
+      return consume<kFormat, 1>(s);
+    case 16:
+      return consume<kFormat, 2>(s);
+    case 32:
+      return consume<kFormat, 4>(s);
+    default:
+      return consume<kFormat, 8>(s);
+  }
+}
+
+template <Format kFormat>
+__device__ __forceinline__ Stream stream_of(const DecodeParams& p, const Workspace& ws,
+                                            const StreamPlan& plan) {
+  const int64_t units = ceil_div(p.V, kUnit), inputs = round_up(p.d, run_inputs(kFormat));
+  const bool prepared = steps_of(kFormat) > 1;
+  Stream s{p, ws, plan};
+  s.begin = static_cast<int>(units * blockIdx.x / gridDim.x);
+  s.end = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x);
+  s.weight_bytes = static_cast<int>(p.d * 2 / steps_of(kFormat));
+  s.chunks = static_cast<int>(ceil_div(s.weight_bytes, plan.row_bytes));
+  s.passes = static_cast<int>((p.K + 2) / 2);
+  s.tile_units = kConsumers * units_per_warp(kFormat, plan.batch_tile / 8);
+  s.hidden = static_cast<const unsigned char*>(prepared ? ws.operand : p.hidden);
+  s.hidden_stride = 2 * (prepared ? inputs : p.hidden_stride);
+  s.term_stride = prepared ? p.B * s.hidden_stride : 0;
+  s.hidden_bytes = static_cast<int>(2 * (prepared ? inputs : p.d));
+  s.terms = prepared && p.dtype == DType::kFloat32 ? 3 : 1;
+  s.operand_scale = plan.resident ? resident_scales() : ws.operand_scale;
+  return s;
+}
+
+template <Format kFormat, bool kBulk>
+__device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
+                                     const StreamPlan& plan) {
+  const Stream s = stream_of<kFormat>(p, ws, plan);
+  using Fill = Producer<kFormat, kBulk>;
+  if (threadIdx.x == 0) {
+    Slot slot;
+    for (; slot.index < plan.stages; ++slot.index) {
+      mbarrier_init(full_barrier(slot), Fill::arrivals());
+      mbarrier_init(empty_barrier(slot), kConsumers);
+    }
+  }
+  // The last block to start: if nobody waited for it, that would be likeliest to show.
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kCounters) ws.counter[threadIdx.x] = 0;
+  block_barrier();  // the barriers are there
+  const bool producer = warp_in_block() == kConsumers + kGateWarps;
+  Fill weights{s}, hidden{s};
+  if (producer) {
+    for (int i = 0; i < plan.stages && weights.more(); ++i, weights.advance())
+      weights.copy_weights();
+  }
+  if constexpr (steps_of(kFormat) > 1) {
+    if (!producer && !plan.resident) {
+      constexpr int kThreads = (kConsumers + kGateWarps) * kWarp;
+      prepare_batch<kPrepareGroup, kThreads>(p, ws, kFormat, prepare_slots());
+    }
+  }
+  grid_barrier();  // the counters are zero, and hidden states prepared
+  if (producer) {
+    for (int i = 0; i < plan.stages && hidden.more(); ++i, hidden.advance()) hidden.copy_hidden();
+    for (; weights.more(); weights.advance()) {
+      // The phase before the one that this round's consumers will end.
+      mbarrier_wait(empty_barrier(weights.slot), weights.slot.parity ^ 1u);
+      weights.learn_needs();
+      weights.copy_weights();
+      weights.copy_hidden();
+    }
+  } else if (warp_in_block() >= kConsumers) {
+    gate(p, ws);
+  } else {
+    consume_by_batch<kFormat>(s);
+  }
+  grid_barrier();  // logits, softmax parts, alpha and status are complete
+  later_phases(p, ws);
+}
+
+template <Format kFormat, bool kBulk>
+__global__ void __launch_bounds__(kStreamThreads, 1)
+    stream_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ Workspace ws,
+                  const __grid_constant__ StreamPlan plan) {
+  // The other copy engine's kernel is empty here; launch_stream asks the device which to take.
+  if constexpr (kBulk ? kHasBulkCopies : kHasAsyncCopies) step<kFormat, kBulk>(p, ws, plan);
+}
+
+template <Format kFormat, bool kBulk>
+cudaError_t launch(const DecodeParams& p, const Workspace& ws, const StreamPlan& plan, int device,
+                   cudaStream_t stream, int blocks) {
+  return launch_cooperative(stream_kernel<kFormat, kBulk>, device, stream, blocks,
+                            ceil_div(p.V, kUnit), kStreamThreads, plan.shared_bytes, p, ws, plan);
+}
+
+template <bool kBulk>
+cudaError_t launch_format(const DecodeParams& p, const Workspace& ws, const StreamPlan& plan,
+                          int device, cudaStream_t stream, int blocks) {
+  switch (format_of(p)) {
+    case Format::kBFloat16:
+      return launch<Format::kBFloat16, kBulk>(p, ws, plan, device, stream, blocks);
+    case Format::kFloat16:
+      return launch<Format::kFloat16, kBulk>(p, ws, plan, device, stream, blocks);
+    case Format::kInt8:
+      return launch<Format::kInt8, kBulk>(p, ws, plan, device, stream, blocks);
+    case Format::kFp8:
+      return launch<Format::kFp8, kBulk>(p, ws, plan, device, stream, blocks);
+    case Format::kInt4:
+      return launch<Format::kInt4, kBulk>(p, ws, plan, device, stream, blocks);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t launch_stream(const DecodeParams& p, const Workspace& ws, int device,
+                          cudaStream_t stream, int blocks) {
+  int major = 0, shared = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const bool bulk = major >= 9;
+  StreamPlan plan;
+  if (!make_plan(p, shared, bulk, &plan)) return cudaErrorInvalidConfiguration;
+  return bulk ? launch_format<true>(p, ws, plan, device, stream, blocks)
+              : launch_format<false>(p, ws, plan, device, stream, blocks);
+}
+
+}  // namespace cuda
+}  // namespace dualhead

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "async.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda_fp16.h"
+#include "grid.h"
+
+namespace dualhead {
+namespace host_cuda {
+namespace {
+
+struct Phase {
+  unsigned count;       // arrivals per phase
+  unsigned missing;     // in this phase
+  long long bytes = 0;  // announced and not yet there; below 0 while a copy is early
+  unsigned parity = 0;  // of the phase that is under way
+};
+
+// A copy, or, with bytes = 0, a thread's arrival after the copies that it made before.
+struct Copy {
+  unsigned thread;
+  bool bulk;
+  void* to;
+  const void* from;
+  unsigned bytes;
+  uint64_t* barrier;
+};
+
+std::map<const uint64_t*, Phase> phases;
+std::map<unsigned, std::vector<Copy>> under_way;  // by block
+uint64_t copied = 0;
+
+Phase& phase_of(const uint64_t* barrier) {
+  const auto found = phases.find(barrier);
+  if (found == phases.end()) stop("an mbarrier is used that nobody made");
+  return found->second;
+}
+
+void settle(Phase& phase) {
+  note_progress();
+  if (phase.missing > 0 || phase.bytes != 0) return;
+  phase.missing = phase.count;
+  phase.parity ^= 1u;
+}
+
+void arrive(Phase& phase) {
+  if (phase.missing == 0) stop("more threads arrive at an mbarrier than it was made for");
+  --phase.missing;
+  settle(phase);
+}
+
+void land(std::vector<Copy>& copies, size_t i) {
+  const Copy copy = copies[i];
+  copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
+  if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+  copied += copy.bytes;
+  note_progress();
+  if (copy.bulk) {
+    Phase& phase = phase_of(copy.barrier);
+    phase.bytes -= copy.bytes;
+    settle(phase);
+  } else if (copy.bytes == 0) {
+    arrive(phase_of(copy.barrier));
+  }
+}
+
+// Up to `most` of this block's copies, the youngest first, or drawn from the seed.
+void land_some(size_t most) {
+  std::vector<Copy>& copies = under_way[blockIdx.x];
+  for (; most > 0 && !copies.empty(); --most) {
+    size_t i = schedule_seed() == 0 ? copies.size() - 1 : next_random() % copies.size();
+    if (copies[i].bytes == 0) {  // an arrival comes after the thread's own copies
+      const unsigned thread = copies[i].thread;
+      i = static_cast<size_t>(
+          std::find_if(copies.begin(), copies.end(),
+                       [&](const Copy& copy) { return !copy.bulk && copy.thread == thread; }) -
+          copies.begin());
+    }
+    land(copies, i);
+  }
+}
+
+// Copies may land early too: under a seed, now and then.
+void maybe_land() {
+  if (schedule_seed() != 0 && next_random() % 16 == 0) land_some(1 + next_random() % 4);
+}
+
+void start(const Copy& copy) {
+  const auto bits = reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from);
+  const unsigned unit = copy.bulk ? 16 : copy.bytes;
+  if (copy.bytes % unit != 0 || bits % unit != 0) stop("an asynchronous copy is not aligned");
+  std::memset(copy.to, 0xFF, copy.bytes);
+  under_way[blockIdx.x].push_back(copy);
+  maybe_land();
+}
+
+float brain_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+}  // namespace
+
+uint64_t bytes_copied() { return copied; }
+
+void forget_copies() {
+  copied = 0;
+  phases.clear();
+  under_way.clear();
+}
+
+void mbarrier_init(uint64_t* barrier, unsigned count) {
+  Phase phase;
+  phase.count = phase.missing = count;
+  phases[barrier] = phase;
+}
+
+void mbarrier_arrive(uint64_t* barrier) {
+  step_back();
+  arrive(phase_of(barrier));
+}
+
+void mbarrier_expect(uint64_t* barrier, unsigned bytes) {
+  step_back();
+  Phase& phase = phase_of(barrier);
+  phase.bytes += bytes;
+  arrive(phase);
+}
+
+void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+  if (count_copy_wait() == skipped_copy_wait()) return;
+  maybe_land();
+  while (phase_of(barrier).parity == parity) {
+    land_some(8);
+    if (phase_of(barrier).parity == parity) nap();
+  }
+}
+
+void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+  if (bytes == 0) stop("a bulk copy of nothing");
+  start({threadIdx.x, true, to, from, bytes, barrier});
+}
+
+void async_copy(void* to, const void* from, unsigned bytes) {
+  start({threadIdx.x, false, to, from, bytes, nullptr});
+}
+
+void async_copies_arrive(uint64_t* barrier) {
+  under_way[blockIdx.x].push_back({threadIdx.x, false, nullptr, nullptr, 0, barrier});
+  maybe_land();
+}
+
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool brain) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const auto words = exchange_six(mine);
+  const auto number = [brain](uint32_t word, int half) {
+    const uint16_t bits = static_cast<uint16_t>(word >> (16 * half));
+    return brain ? brain_float(bits) : __half2float(__half{bits});
+  };
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  double sum[4] = {c[0], c[1], c[2], c[3]};
+  for (unsigned lane = 0; lane < 4; ++lane) {
+    for (int part = 0; part < 2; ++part) {  // inputs 2 lane ..., then 2 lane + 8 ...
+      for (int half = 0; half < 2; ++half) {
+        const double low = number(words[4 * g + lane][2 * part], half);
+        const double high = number(words[4 * g + lane][2 * part + 1], half);
+        for (unsigned column = 0; column < 2; ++column) {
+          const double b = number(words[4 * (2 * t + column) + lane][4 + part], half);
+          sum[column] += low * b;
+          sum[2 + column] += high * b;
+        }
+      }
+    }
+  }
+  for (int i = 0; i < 4; ++i) c[i] = static_cast<float>(sum[i]);
+}
+
+uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto half = [shift](uint32_t word) {
+      return __half2float(__half{static_cast<uint16_t>(word >> shift)});
+    };
+    // A product of two halves is exact in fp32, and so is its sum with a third up to 24 bits.
+    const __half sum = __float2half_rn(fmaf(half(a), half(b), half(c)));
+    result |= static_cast<uint32_t>(sum.bits) << shift;
+  }
+  return result;
+}
+
+}  // namespace host_cuda
+}  // namespace dualhead

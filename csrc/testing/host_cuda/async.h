@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Asynchronous copies, their barriers and the tensor cores of the host backend. A copy takes its
+// destination away at once (0xFF bytes: NaN) and lands at any later time, in any order, at the
+// latest when somebody waits for it: whoever reads too early, or gives a place away while it is
+// still read, sees NaN.
+#pragma once
+
+#include <cstdint>
+
+namespace dualhead {
+namespace host_cuda {
+
+void mbarrier_init(uint64_t* barrier, unsigned count);
+void mbarrier_arrive(uint64_t* barrier);
+void mbarrier_expect(uint64_t* barrier, unsigned bytes);  // announces bytes, then arrives
+void mbarrier_wait(uint64_t* barrier, unsigned parity);
+
+void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier);
+void async_copy(void* to, const void* from, unsigned bytes);
+void async_copies_arrive(uint64_t* barrier);
+
+// Products are exact, and each of the four sums is rounded once.
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool brain);
+
+// a b + c of two float16 numbers, rounded once each.
+uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c);
+
+// That asynchronous copies of the last grid have brought.
+uint64_t bytes_copied();
+
+// A new grid: no barrier exists, nothing is under way.
+void forget_copies();
+
+}  // namespace host_cuda
+}  // namespace dualhead

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA step's streaming path (csrc/kernels/cuda/stream.cu) on the host backend against float64:
+both copy engines, all batch tiles, tails of every cut, and that a row's bits depend on none of it.
+Copies land late and in any order there (csrc/testing/host_cuda/async.h)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy_decode as model
+import pytest
+from cuda_host import check_row, check_step, runner, same_bits
+
+DTYPES = ["bfloat16", "float16"]
+BULK, PIECES = 9, 8  # compute capability: a bulk copy per row, or 16 bytes by a lane
+
+
+@pytest.fixture
+def run(testing_module):
+    step = runner(testing_module)
+
+    def stream(arguments, dtype, **options):
+        kept = {k: options[k] for k in ("compute_major", "shared_kib") if k in options}
+        assert testing_module.stream_plan(arguments, dtype, **kept), "takes the plain path"
+        options = {"blocks": 2, "threads": 0, "blocks_per_multiprocessor": 1} | options
+        return step(arguments, dtype, **options)
+
+    return stream
+
+
+def aligned(rng, dtype, **sizes):
+    options = {"B": 2, "d": 40, "V": 37, "H": 2, "d_k": 8, "S": 5, "bias": True} | sizes
+    return model.random_arguments(rng, dtype, aligned=True, **options)
+
+
+# --- against float64 -----------------------------------------------------------------------------
+
+SIZES = {  # tails of units of 8, tiles of 8 and 16 units, runs of 32 inputs, stages, batch tiles
+    "least": dict(B=1, d=8, V=1, H=1, d_k=1, S=1, lengths=[0]),
+    "one row": dict(B=1, d=1000, V=301, d_k=3),
+    "odd": dict(B=3, d=136, V=65, K=2),
+    "tile": dict(B=8, d=128, V=64),
+    "two tiles": dict(B=9, d=72, V=150, K=3),
+    "four tiles": dict(B=17, d=264, V=33, K=4),
+    "eight tiles": dict(B=33, d=200, V=131),
+    "full": dict(B=64, d=96, V=270, S=300, lengths=range(236, 300)),
+    "twice": dict(B=70, d=40, V=20),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
+def test_step_is_the_float64_one(run, seed, dtype, size, engine):
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, dtype, **SIZES[size])
+    for mix_probs in (False, True):
+        arguments["mix_probs"] = mix_probs
+        step = run(arguments, dtype, record=True, compute_major=engine, seed=seed + mix_probs)
+        check_step(arguments, step, dtype)
+
+
+def test_every_plan_is_among_the_tested_ones(testing_module, seed):
+    """Small shared memory shortens the runs: of a step that then takes the same bits from them."""
+    rng = np.random.default_rng(seed)
+    found = set()
+    for size in SIZES.values():
+        arguments = aligned(rng, "bfloat16", **size)
+        for engine in (BULK, PIECES):
+            for kib in (227, 163, 99):
+                plan = testing_module.stream_plan(arguments, "bfloat16", engine, kib)
+                assert plan["shared_bytes"] <= kib * 1024 and 2 <= plan["stages"] <= 8
+                found |= {(name, plan[name]) for name in ("batch_tile", "row_bytes", "resident")}
+    values = {"batch_tile": [8, 16, 32, 64], "row_bytes": [64, 128, 256], "resident": [True, False]}
+    assert found == {(name, value) for name, many in values.items() for value in many}
+
+
+@pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
+@pytest.mark.parametrize("B", [1, 8, 9, 40])
+def test_bits_do_not_depend_on_device_grid_or_schedule(run, seed, engine, B):
+    """How much shared memory there is, and so stages, runs and what is resident; how many blocks;
+    in which order threads run and copies land; what the workspace held; and the copy engine."""
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "bfloat16", B=B, d=584, V=150, K=2)
+    first = run(arguments, "bfloat16", record=True)
+    check_step(arguments, first, "bfloat16")
+    for i, (kib, blocks) in enumerate([(227, 1), (163, 3), (99, 2), (99, 4)]):
+        device = {"compute_major": engine, "shared_kib": kib, "blocks": blocks}
+        dirt = (0xFF, 0, 0x5A, 1)[i]
+        again = run(arguments, "bfloat16", record=True, dirt=dirt, seed=2 * seed + i, **device)
+        assert not same_bits(first, again), device
+    everywhere = run(arguments, "bfloat16", record=True, blocks=0, blocks_per_multiprocessor=2)
+    assert not same_bits(first, everywhere)
+
+
+# --- a row's company -----------------------------------------------------------------------------
+
+
+def everything(rng, dtype, B):
+    """All filters, all controls, both mixtures' numbers."""
+    f32 = {"dtype": np.float32}
+    return aligned(rng, dtype, B=B, V=34, K=2, S=140, lengths=rng.integers(100, 139, B)) | {
+        "logit_scale": 0.5,
+        "logit_softcap": 20.0,
+        "objective_weights": rng.standard_normal((B, 2)).astype(**f32),
+        "gate_offset": rng.standard_normal(B).astype(**f32),
+        "strength": rng.uniform(0.5, 1.5, B).astype(**f32),
+        "temperature": rng.uniform(0.5, 2, B).astype(**f32),
+        "top_k": rng.integers(10, 30, B).astype(np.int32),
+        "top_p": rng.uniform(0.7, 0.99, B).astype(**f32),
+        "min_p": rng.uniform(0, 0.05, B).astype(**f32),
+        "new_valid": rng.random(B) < 0.9,
+        "seeds": rng.integers(0, 2**62, B),
+        "draws": rng.integers(0, 2**40, B),
+    }
+
+
+@pytest.mark.parametrize(("dtype", "mix_probs"), [("bfloat16", False), ("float16", True)])
+def test_a_row_has_the_same_bits_in_every_batch(run, seed, dtype, mix_probs):
+    """Alone, at any place, beside NaN, in batches of every tile and one of more than 64."""
+    rng = np.random.default_rng(seed)
+    arguments = everything(rng, dtype, 64) | {"mix_probs": mix_probs}
+    shared = {
+        k: v for k, v in arguments.items() if not (isinstance(v, np.ndarray) and len(v) == 64)
+    }
+    per_row = {k: v for k, v in arguments.items() if k not in shared}
+    step = run(arguments, dtype, record=True)
+    check_step(arguments, step, dtype)
+    whole = step.arrays()
+    order = rng.permutation(64)
+    for count in (1, 3, 8, 9, 17, 33, 66):
+        rows = np.concatenate([order, order])[:count]
+        batch = shared | {k: v[rows].copy() for k, v in per_row.items()}
+        hidden = np.zeros((count, 48), np.uint16)[:, :40]  # rows that 16 divides
+        hidden[...] = arguments["hidden"][rows]
+        if count > 1:
+            hidden[count // 2] = model.narrow(np.nan, dtype)  # a neighbour, not compared
+        batch["hidden"] = hidden
+        part = run(batch, dtype, record=True, compute_major=(BULK, PIECES)[count % 2]).arrays()
+        for i, row in enumerate(rows):
+            for name in whole if i != count // 2 or count == 1 else ():
+                assert part[name][i].tobytes() == whole[name][row].tobytes(), (name, count, i)
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+def test_controls_select_and_never_multiply(run, seed, mix_probs):
+    """alpha 0 and 1: the other head may hold anything. Offsets and strengths as on the plain
+    path."""
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "bfloat16", B=7, gate="given") | {"mix_probs": mix_probs}
+    f32 = {"dtype": np.float32}
+    arguments["gate_offset"] = np.array([0, 3, -4, 200, -200, 0.5, 0], **f32)
+    arguments["strength"] = np.array([0, 0.5, 1, 2, 3, 1e9, -1], **f32)
+    check_step(arguments, run(arguments, "bfloat16", seed=seed), "bfloat16")
+    ends = aligned(rng, "bfloat16", gate="given") | {"mix_probs": mix_probs}
+    ends["alpha"] = np.array([0, 1], **f32)
+    plain = run(ends, "bfloat16")
+    check_step(ends, plain, "bfloat16")
+    for name, row in (("reward_weight", 0), ("lm_weight", 1)):
+        weight = ends[name].copy() if name == "reward_weight" else np.empty((37, 56), np.uint16)
+        broken = weight if name == "reward_weight" else weight[:, :40]
+        broken[...] = model.narrow(np.nan, "bfloat16")
+        step = run(ends | {name: broken}, "bfloat16")
+        for field in ("logits", "token", "logprob", "status"):
+            assert getattr(step, field)[row].tobytes() == getattr(plain, field)[row].tobytes()
+        assert step.status[1 - row] == 1
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_bad_rows_and_full_caches_stay_alone(run, seed, poison):
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "bfloat16", B=10, S=6, lengths=rng.integers(0, 6, 10))
+    arguments |= {"seeds": np.arange(10), "draws": np.zeros(10, np.int64)}
+    healthy = run(arguments, "bfloat16", record=True)
+    check_step(arguments, healthy, "bfloat16")
+    arguments["hidden"][1, 5] = model.narrow(poison, "bfloat16")
+    arguments["cache_length"][8] = 6
+    step = run(arguments, "bfloat16", record=True, seed=seed)
+    assert step.status.tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 2, 0]
+    assert step.token[1] == step.token[8] == 0 and np.isnan(step.logprob[[1, 8]]).all()
+    assert np.isnan(step.logits[8]).all() and step.state["cache_length"][8] == 6
+    for b in (0, 2, 3, 4, 5, 6, 7, 9):
+        for name, value in step.arrays().items():
+            assert value[b].tobytes() == healthy.arrays()[name][b].tobytes(), name
+
+
+FILTERS = {
+    "top_k": dict(top_k=[3, 0, 1, 1000]),
+    "top_p": dict(top_p=[0.5, 1.0, 0.0, 0.95]),
+    "all": dict(
+        temperature=[0.8, 2.0, 0.0, 1.0],
+        top_k=[5, 20, 3, -1],
+        top_p=[0.8, 0.9, 0.5, 0.7],
+        min_p=[0.05, 0.1, 0.5, 0.02],
+    ),
+}
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_sampled_token_wins_the_race_among_what_the_filters_leave(run, seed, filters):
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "float16", B=4, V=101, gate="given")
+    for name, values in FILTERS[filters].items():
+        arguments[name] = np.array(values, np.int32 if name == "top_k" else np.float32)
+    for mix_probs in (False, True):
+        arguments["seeds"] = rng.integers(-(2**63), 2**63 - 1, 4)
+        arguments |= {"draws": np.arange(4) + 2**32, "mix_probs": mix_probs}
+        check_step(arguments, run(arguments, "float16", seed=seed), "float16")
+
+
+def test_lengths_grow_step_by_step(run, seed):
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "bfloat16", B=2, S=3, lengths=[0, 1])
+    for expected in ([0, 0], [0, 0], [0, 2]):
+        arguments["hidden"] = model.narrow(rng.standard_normal((2, 40)), "bfloat16")
+        step = run(arguments, "bfloat16", seed=seed)
+        for b in range(2):
+            if expected[b] == 0:
+                check_row(arguments, step, "bfloat16", b)
+        assert step.status.tolist() == expected
+        arguments |= step.state
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_head_that_no_row_needs_is_no_longer_read(
+    testing_module, run, seed, K, engine, mix_probs
+):
+    """From when every row has its alpha, which is soon without attention: the same results, of
+    fewer bytes. One whose alpha is NaN needs neither."""
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "bfloat16", B=3, d=520, V=540, K=K, gate="given")
+    arguments |= {"mix_probs": mix_probs, "seeds": np.arange(3), "draws": np.arange(3)}
+    bytes_read = {}
+    for alpha in (0.0, 0.5, 1.0):
+        arguments["alpha"] = np.array([alpha, np.nan, alpha], np.float32)
+        step = run(arguments, "bfloat16", compute_major=engine, seed=seed)
+        bytes_read[alpha] = testing_module.bytes_copied()
+        assert step.status.tolist() == [0, 1, 0]
+        for b in (0, 2):
+            check_row(arguments, step, "bfloat16", b)
+    one = 540 * 520 * 2  # of one matrix
+    assert bytes_read[0.5] == (K + 1) * one  # hidden states are resident
+    # What had been asked for before, of both: two blocks' rings.
+    early = 2 * testing_module.stream_plan(arguments, "bfloat16", engine)["stages"] * 128 * 256
+    assert one < bytes_read[0.0] <= one + early < 0.9 * bytes_read[0.5], bytes_read
+    assert K * one < bytes_read[1.0] <= K * one + early < bytes_read[0.5], bytes_read
+
+
+# --- which path ----------------------------------------------------------------------------------
+
+
+def test_what_streams_and_what_does_not(testing_module, seed):
+    rng = np.random.default_rng(seed)
+    base = aligned(rng, "bfloat16", d_k=3)
+
+    def plan(**changes):
+        return testing_module.stream_plan(base | changes, "bfloat16")
+
+    assert plan()
+    assert not testing_module.stream_plan(aligned(rng, "float32"), "float32")
+    for d in (7, 12, 36):
+        assert not testing_module.stream_plan(aligned(rng, "bfloat16", d=d), "bfloat16")
+    for name in ("hidden", "lm_weight", "reward_weight"):
+        apart = np.zeros((*base[name].shape[:-1], 44), np.uint16)
+        assert not plan(**{name: apart[..., :40]}), name  # 16 does not divide 88
+        flat = np.zeros(base[name].size + 1, np.uint16)[1:]
+        assert not plan(**{name: flat.reshape(base[name].shape)}), name  # nor the address
+
+
+def test_a_device_with_too_little_shared_memory_refuses(testing_module, run, seed):
+    arguments = aligned(np.random.default_rng(seed), "bfloat16", gate="given")
+    assert testing_module.stream_plan(arguments, "bfloat16", BULK, 20) is None
+    with pytest.raises(AssertionError, match="cudaErrorInvalidConfiguration"):
+        runner(testing_module)(arguments, "bfloat16", blocks=0, threads=0, shared_kib=20)
+    with pytest.raises(AssertionError, match="cudaErrorInvalidValue"):
+        run(arguments, "bfloat16", threads=64)
+    with pytest.raises(AssertionError, match="cudaErrorCooperativeLaunchTooLarge"):
+        run(arguments, "bfloat16", blocks=5)  # of 4 multiprocessors
+
+
+# --- that these tests can fail -------------------------------------------------------------------
+
+
+_CAUGHT = ("deadlock", "diverged", "no progress", "mbarrier")
+
+
+def _differs(run, arguments, schedules=8, **bug):
+    """Whether a seeded bug shows under at least one of some schedules."""
+    right = run(arguments, "bfloat16", record=True)
+    for schedule in range(schedules):
+        device = {"seed": schedule, "compute_major": (BULK, PIECES)[schedule // 2 % 2]}
+        try:
+            if same_bits(right, run(arguments, "bfloat16", record=True, **device, **bug)):
+                return True
+        except RuntimeError as error:
+            assert any(word in str(error) for word in _CAUGHT)
+            return True
+    return False
+
+
+@pytest.fixture
+def long_enough(seed):
+    """Three rounds of the ring in every block, the gate's three barriers, and mix_probs."""
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "bfloat16", B=2, d=520, V=270)
+    return arguments | {"mix_probs": True}
+
+
+@pytest.mark.parametrize("barrier", [1, 2, 3, 4])
+def test_a_missing_grid_barrier_is_seen(run, long_enough, barrier):
+    """Heads and gate are done; two of mix_probs. There is no fifth."""
+    assert _differs(run, long_enough, skipped_grid_barrier=barrier) == (barrier < 4)
+
+
+def test_counters_that_are_not_zero_yet_are_seen(run, seed):
+    """The first grid barrier. It takes a block that is late by a whole gate to miss it."""
+    arguments = aligned(np.random.default_rng(seed), "bfloat16", d=8, S=300, lengths=[290, 290])
+    assert _differs(run, arguments, 400, blocks=4, skipped_grid_barrier=0)
+
+
+@pytest.mark.parametrize("wait", [0, 1, 3, 9])
+def test_a_missing_wait_for_a_copy_is_seen(run, long_enough, wait):
+    assert _differs(run, long_enough, skipped_copy_wait=wait)
+
+
+@pytest.mark.parametrize("barrier", range(6))
+def test_a_missing_block_or_gate_barrier_is_seen(run, long_enough, barrier):
+    """mbarriers are made; then resident hidden states, or the gate's two for each of three."""
+    assert _differs(run, long_enough, skipped_block_barrier=barrier)
