@@ -38,6 +38,7 @@ bool supported() {
 
 extern const Kernels avx512bf16_kernels{"avx512bf16",
                                         &supported,
+                                        &avx512bf16::pack_hidden,
                                         &avx512bf16::project,
                                         &avx512bf16::attend,
                                         &avx512bf16::vocabulary,
