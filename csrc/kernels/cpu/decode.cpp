@@ -53,7 +53,7 @@ Step lay_out(const DecodeParams& p, Arena& arena) {
   if (p.dtype != DType::kFloat32) {
     s.hidden_bf16_stride = spread_stride<BFloat16>(p.d);
     s.hidden_bf16 = arena.take<BFloat16>(p.B * s.hidden_bf16_stride);
-    if (p.quantization == Quantization::kInt4) {
+    if (p.quantization != Quantization::kNone) {
       s.hidden_packed = arena.take<BFloat16>(p.B * s.hidden_bf16_stride);
     }
   }

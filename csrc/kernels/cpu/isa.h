@@ -30,7 +30,7 @@ struct Step {
   // (B, d), rows apart: copies of hidden, widened, and as it is (bf16 only).
   float* hidden_f32;
   BFloat16* hidden_bf16;
-  BFloat16* hidden_packed;  // in the order of int4_tile.h; bf16 with int4 heads only
+  BFloat16* hidden_packed;  // in the order of packed_tile.h; bf16 with quantised heads only
   int64_t hidden_f32_stride, hidden_bf16_stride;
   int32_t* column;       // (B,): where the new position goes; -1 = the cache is full
   float* q;              // (B, g)

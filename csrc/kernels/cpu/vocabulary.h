@@ -169,17 +169,24 @@ void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
   }
 }
 
+// Of quantised heads: with hidden states in the format's own order where the instruction set has
+// such tiles.
+template <class W>
+void quantized_units(const Step& s, int64_t begin, int64_t end) {
+#if DUALHEAD_NATIVE_BF16
+  if (s.hidden_packed) return vocabulary_units<W, PackedFor<W>>(s, begin, end);
+#endif
+  vocabulary_units<W>(s, begin, end);
+}
+
 void vocabulary(const Step& s, int64_t begin, int64_t end) {
   switch (s.params->quantization) {
     case Quantization::kInt8:
-      return vocabulary_units<int8_t>(s, begin, end);
+      return quantized_units<int8_t>(s, begin, end);
     case Quantization::kFp8:
-      return vocabulary_units<Fp8>(s, begin, end);
+      return quantized_units<Fp8>(s, begin, end);
     case Quantization::kInt4:
-#if DUALHEAD_NATIVE_BF16
-      if (s.hidden_packed) return vocabulary_units<Int4Pair, PackedBFloat16>(s, begin, end);
-#endif
-      return vocabulary_units<Int4Pair>(s, begin, end);
+      return quantized_units<Int4Pair>(s, begin, end);
     default:
       break;
   }
