@@ -187,11 +187,19 @@ def test_a_plot_is_drawn(results, tmp_path, capsys):
     assert "Made Up 9000" in capsys.readouterr().out
     with pytest.raises(ValueError, match="must hold cases, got none"):
         plot.draw({"device": "x", "cases": []}, picture)
+    growth = [row | {"B": 1, "T": 256} for row in results["cases"] if not row["sampled"]]
+    source.write_text(json.dumps(results | {"growth": growth}))
+    picture = tmp_path / "growth.png"
+    assert command_line("--report", str(source), "--plot-growth", str(picture)) == 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(ValueError, match="must hold growth rows, got none"):
+        plot.draw_growth(results, picture)
 
 
 def test_a_plot_needs_a_report_and_matplotlib(results, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="it needs --report FILE"):
-        command_line("--plot", "x.png")
+    for option in ("--plot", "--plot-growth"):
+        with pytest.raises(ValueError, match=f"^{option} draws .* it needs --report FILE"):
+            command_line(option, "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"--plot needs matplotlib: pip install"):
         plot.draw(results, tmp_path / "x.png")
