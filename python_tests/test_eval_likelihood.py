@@ -52,7 +52,7 @@ def systems(family):
         return torch.log_softmax(model(ids, **controls).logits.double(), -1)
 
     def product(ids):
-        total = log_probs(base, ids) + 0.7 * log_probs(arm, ids)
+        total = (log_probs(base, ids) + 0.7 * log_probs(arm, ids)) / 1.7
         return total - total.exp().sum(-1, keepdim=True).log()
 
     def reward_head(ids):  # z_RM of objective 1, from the head's own weight
@@ -70,7 +70,7 @@ def systems(family):
         "gated": (of_model(gated, **controls), lambda ids: log_probs(gated, ids, **controls)),
         "pi_LM": (of_model(gated, strength=0.0), lambda ids: log_probs(base, ids)),
         "pi_r": (of_reward_head(gated, 1), reward_head),
-        "genarm": (of_genarm(base, [arm], [0.7]), product),
+        "genarm": (of_genarm(base, [arm], [0.7], temperature=1.7), product),
     }
 
 

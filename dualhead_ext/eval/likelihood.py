@@ -63,10 +63,14 @@ def of_reward_head(model: nn.Module, objective: int = 0) -> Distribution:
 
 
 def of_genarm(
-    model: nn.Module, reward_models: Sequence[nn.Module], strengths: Sequence[float]
+    model: nn.Module,
+    reward_models: Sequence[nn.Module],
+    strengths: Sequence[float],
+    temperature: float = 1.0,
 ) -> Distribution:
-    """GenARM: ``pi ~ pi_base prod_k pi_k^(a_k)``, normalised; see
-    :class:`dualhead_ext.decoding.AutoregressiveGuidance`.
+    """GenARM: ``pi ~ (pi_base prod_k pi_k^(a_k))^(1/temperature)``, normalised; see
+    :class:`dualhead_ext.decoding.AutoregressiveGuidance`. At temperature ``1 + sum_k a_k`` the
+    exponents sum to 1, as those of one model do.
 
     Raises:
         ValueError: not one strength for each reward model.
@@ -81,7 +85,7 @@ def of_genarm(
         total = _forward(model, ids, mask, {})
         for reward_model, strength in zip(reward_models, strengths, strict=True):
             total = total + strength * _forward(reward_model, ids, mask, {})
-        return torch.log_softmax(total, -1)
+        return torch.log_softmax(total / temperature, -1)
 
     return Distribution(log_probs, model.device)
 

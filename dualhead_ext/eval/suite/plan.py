@@ -19,6 +19,7 @@ from .systems import (
     TIMED,
     Builder,
     Recipe,
+    genarm,
 )
 
 MAIN, WEAK, OTHER = "main", "weak", "other"
@@ -240,7 +241,7 @@ class Planner:
         if "genarm_lora" in self._names:
             guides = [builder.genarm(True, subset=subset) for subset in SUBSETS]
             roles = builder.roles(None, *guides)
-            recipes["genarm_lora"] = lambda w: Recipe("genarm", roles, {"strengths": [w, 1.0 - w]})
+            recipes["genarm_lora"] = lambda w: genarm(roles, [w, 1.0 - w])
         for name, recipe in recipes.items():
             for weight in self._scale.weights:
                 label = f"{name}, weights {weight:g} and {1 - weight:g}"

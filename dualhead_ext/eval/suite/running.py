@@ -28,7 +28,7 @@ class Running:
     decode: (inputs, generate()'s options) -> (B, T + new) ids.
     models: every model that it calls.
     distribution: what it samples from, None where a step looks at more than the text so far.
-    temperature: factor of the sampling temperature, which makes exponents sum to 1.
+    temperature: factor of the sampling temperature; the distribution is at it.
     """
 
     decode: Callable[..., Tensor]
@@ -109,7 +109,7 @@ def _merged(load: _Loader) -> Running:
     return Running(partial(_generate, model, {}), (model,), of_model(model), load.tokenizer)
 
 
-def _genarm(load: _Loader, strengths: list[float]) -> Running:
+def _genarm(load: _Loader, strengths: list[float], temperature: float) -> Running:
     model, guides = load.policy(), load.guides()
 
     def decode(inputs: dict[str, Tensor], **options: Any) -> Tensor:
@@ -118,9 +118,9 @@ def _genarm(load: _Loader, strengths: list[float]) -> Running:
     return Running(
         decode,
         (model, *guides),
-        of_genarm(model, guides, strengths),
+        of_genarm(model, guides, strengths, temperature),
         load.tokenizer,
-        temperature=1 + sum(strengths),
+        temperature,
     )
 
 

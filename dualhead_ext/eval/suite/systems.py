@@ -5,7 +5,7 @@ trained and how that decodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -118,8 +118,16 @@ def _merged(b: Builder) -> Recipe:
     return Recipe("merged", b.roles(b.dual_head("fixed_gate")))
 
 
+def genarm(roles: Mapping[str, Cell], strengths: Sequence[float]) -> Recipe:
+    """GenARM's decoding at the temperature at which its exponents sum to 1, as every other system's
+    do: else a product of two models would be compared as a sharper distribution.
+    """
+    options = {"strengths": list(strengths), "temperature": 1.0 + sum(strengths)}
+    return Recipe("genarm", roles, options)
+
+
 def _genarm(b: Builder, lora: bool) -> Recipe:
-    return Recipe("genarm", b.roles(None, b.genarm(lora)), {"strengths": [1.0]})
+    return genarm(b.roles(None, b.genarm(lora)), [1.0])
 
 
 def _args(b: Builder, weight: float, greedy: bool = True, backbone: str | None = None) -> Recipe:
