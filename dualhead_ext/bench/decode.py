@@ -41,8 +41,8 @@ class CaseResult:
         """A sentence where the fused step is too slow, None where it is not.
 
         A required speed-up above 1 is one of medians, and not required of a step that memory holds
-        up: one that reads at SHARE_AT_THE_LIMIT of ``read``. "Slower than eager" takes more than a median:
-        the 95 % interval of the ratio must lie below 1, lest a draw fail by chance.
+        up: one that reads at SHARE_AT_THE_LIMIT of ``read``. "Slower than eager" takes more than a
+        median: the 95 % interval of the ratio must lie below 1, lest a draw fail by chance.
         """
         required, got = required_speedup(self.group, self.case), self.speedup("eager")
         share = read.share(self.num_bytes["dualhead"], self.timings["dualhead"].us_median)
