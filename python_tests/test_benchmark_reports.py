@@ -223,12 +223,16 @@ def test_options_of_pytest(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("head", "file", "least"),
-    [("| d x V |", "cpu.json", 9), ("| loss, d x V |", "cpu-loss.json", 6)],
+    ("document", "head", "file", "least"),
+    [
+        ("README.md", "| d x V |", "cpu.json", 9),
+        ("README.md", "| loss, d x V |", "cpu-loss.json", 6),
+        ("docs/quantization.md", "| d x V |", "cpu-growth.json", 8),
+    ],
 )
-def test_the_readmes_tables_are_of_the_committed_results(head, file, least):
+def test_the_documents_tables_are_of_the_committed_results(document, head, file, least):
     """Row by row; a figure that no results file holds is not quoted."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = (ROOT / document).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(head))
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
     results = report.load(ROOT / "benchmarks" / "results" / file)

@@ -12,7 +12,7 @@ import torch
 from benchmark_cases import EFFORT, READ, STEADY, TINY, case_result
 
 from dualhead_ext import ops, reference
-from dualhead_ext.bench import cases, contenders, decode, generation, plot, report
+from dualhead_ext.bench import cases, contenders, decode, generation, machine, plot, report
 from dualhead_ext.quantization import FORMATS
 
 # --- the decode step ------------------------------------------------------------------------------
@@ -160,11 +160,19 @@ FLAGSHIP = cases.Group(4096, 32000, "bf16", ())
 )
 def test_too_slow_fails(group, case, speedup, fails):
     result = case_result(group, case, STEADY, [us * speedup for us in STEADY])
-    failure = result.failure()
+    failure = result.failure(READ)
     assert (failure is not None) == fails
     if fails:
         assert f"{group} B={case.B}" in failure
         assert f"{speedup:.2f} times as long" in failure
+
+
+def test_at_the_machines_limit_no_speedup_is_required():
+    """1000 bytes in 10 us are 0.1 GB/s."""
+    result = case_result(FLAGSHIP, cases.Case(1, 256), [10.0] * 20, [12.0] * 20)
+    limit = 0.1 / cases.SHARE_AT_THE_LIMIT
+    for rate, fails in ((limit * 1.01, True), (limit * 0.99, False)):
+        assert (result.failure(machine.ReadBandwidth(rate, "sum", {})) is not None) == fails
 
 
 def test_a_draw_does_not_fail_by_chance(seed):
@@ -175,7 +183,7 @@ def test_a_draw_does_not_fail_by_chance(seed):
     got = result.speedup("eager")
     assert got.value == pytest.approx(0.99)
     assert got.low < 0.99 < got.high
-    assert (result.failure() is None) == (got.high >= 1)
+    assert (result.failure(READ) is None) == (got.high >= 1)
 
 
 def test_the_plans_hold_what_was_promised():

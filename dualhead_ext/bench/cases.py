@@ -92,6 +92,11 @@ def gpu_plan(quick: bool = False) -> list[Group]:
     ]
 
 
+# A step that reads at this share of the bandwidth measured beside it is at the machine's limit,
+# which no speed-up can pass.
+SHARE_AT_THE_LIMIT = 0.85
+
+
 def required_speedup(group: Group, case: Case) -> float:
     """What the fused step must reach over eager: 1.5 on the CPU at Llama-2-7B's size in bf16 for
     one request, 1 elsewhere."""

@@ -69,9 +69,13 @@ def draw_growth(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
             )
         fixed = {n: line[-1][n] for n in ("V", "T", "B") if n != axis}
         axes.set_title(", ".join(f"{n} = {value}" for n, value in fixed.items()), fontsize=9)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([row[axis] for row in line], [str(row[axis]) for row in line], fontsize=8)
-        axes.minorticks_off()
+        if axis != "V":  # linear in V, which shows on a linear axis only
+            axes.set_xscale("log", base=2)
+            places = [row[axis] for row in line]
+            axes.set_xticks(places, [str(place) for place in places], fontsize=8)
+            axes.minorticks_off()
+        else:
+            axes.set_xlim(left=0)
         axes.set_xlabel(axis)
         axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("milliseconds per step")

@@ -57,7 +57,7 @@ class Report:
     def add(self, result: CaseResult, read: ReadBandwidth) -> str:
         """Take in the result of a case; returns the lines to print."""
         (self.again if self.second else self.cases).extend(result.rows(read))
-        failure = result.failure()
+        failure = result.failure(read)
         self.failures += [failure] if failure else []
         return case_lines(result, read) + (f"\n    TOO SLOW: {failure}" if failure else "")
 

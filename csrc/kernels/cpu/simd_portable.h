@@ -20,18 +20,29 @@ inline F32 load(const BFloat16* p) {
   __builtin_memcpy(&x, p, sizeof(x));
   return reinterpret_cast<F32>(__builtin_convertvector(x, I32) << 16);
 }
-inline F32 load(const int8_t* p) {
-  return F32{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
-             static_cast<float>(p[3])};
+// Four bytes, by way of shifts: a vector of four bytes is no register anywhere.
+inline I32 load_bytes(const void* p) {
+  uint32_t x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) x = __builtin_bswap32(x);
+  const I32 all = I32{} + static_cast<int32_t>(x);
+  return (all >> I32{0, 8, 16, 24}) & 255;
 }
+inline F32 load(const int8_t* p) {
+  return __builtin_convertvector((load_bytes(p) ^ 128) - 128, F32);
+}
+// Exponents moved to where a float has them; subnormal numbers are multiples of 2^-9.
 inline F32 load(const Fp8* p) {
-  return F32{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  const I32 x = load_bytes(p), magnitude = x & 127;
+  const F32 normal = reinterpret_cast<F32>((magnitude << 20) + (120 << 23));
+  const F32 subnormal = __builtin_convertvector(magnitude, F32) * 0.001953125f;
+  const F32 y = magnitude < 8 ? subnormal : normal;
+  return reinterpret_cast<F32>(reinterpret_cast<I32>(y) | (x & 128) << 24);
 }
 inline void load_pairs(const Int4Pair* p, F32& low, F32& high) {
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = static_cast<float>((p[i].bits & 15) - 8);
-    high[i] = static_cast<float>((p[i].bits >> 4) - 8);
-  }
+  const I32 x = load_bytes(p);
+  low = __builtin_convertvector((x & 15) - 8, F32);
+  high = __builtin_convertvector((x >> 4) - 8, F32);
 }
 template <class T>
 inline F32 load_partial(const T* p, int64_t n) {
