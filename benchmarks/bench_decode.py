@@ -13,7 +13,9 @@ from dualhead_ext.bench import cases, runner
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    groups = cases.plan(metafunc.config.option.benchmark_quick)
+    quick = metafunc.config.option.benchmark_quick
+    growing = metafunc.function is test_growth
+    groups = cases.plan(quick) if not growing else [] if quick else cases.growth_plan()
     metafunc.parametrize("group", groups, ids=str)
 
 
@@ -22,3 +24,8 @@ def test_decode_step(group, benchmarks):
     runner.run_group(group, benchmarks.found, benchmarks.seconds, benchmarks.emit)
     failures = benchmarks.found.failures[before:]
     assert not failures, "\n".join(failures)
+
+
+def test_growth(group, benchmarks):
+    """The step by V, T and B; what it must be is in its own tests, here it is measured."""
+    runner.run_growth(group, benchmarks.found, benchmarks.seconds, benchmarks.emit)

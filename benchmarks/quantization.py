@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the quantised formats cost and save on this CPU: `python benchmarks/quantization.py FILE`.
+"""What the quantised formats cost and save on this CPU:
 
-Times whole decode steps (d = 4096, V = 32000, B = 1, greedy, attention gate, 256 columns), all
-contenders in turns, and compares tokens and mixtures of quantised heads with bf16's on hidden
-states of the embedded backbone over its test pairs. Writes one JSON object; docs/quantization.md
-quotes it.
+    dualhead train --eval-share 0 --output HEADS --learning-rate 1e-3 \\
+        --set per_device_train_batch_size=16 --set gradient_accumulation_steps=1 \\
+        --set warmup_steps=0.1 --set lm_reduction=mean --set max_length=256
+    python benchmarks/quantization.py FILE --part accuracy --heads HEADS
+    python benchmarks/quantization.py FILE --part speed
+
+speed: whole decode steps (d = 4096, V = 32000, B = 1, greedy, attention gate, 256 columns), all
+contenders in turns. accuracy: tokens and mixtures of quantised heads against bf16's, on hidden
+states of the embedded backbone over its test pairs, with and without calibration on those of its
+training pairs. Each part replaces its own in FILE, one JSON object, which docs/quantization.md
+quotes.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import itertools
 import json
-import sys
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from dualhead_ext import DualHead, ops, reference
+from dualhead_ext import DualHead, DualHeadForCausalLM, detach, ops, reference
 from dualhead_ext.bench.machine import describe, read_bandwidth
 from dualhead_ext.bench.timing import Contender, alternate, ratio
 from dualhead_ext.data import embedded_backbone_path, load_preference_data
@@ -24,7 +33,7 @@ from dualhead_ext.quantization import FORMATS
 
 BF16 = torch.bfloat16
 D, V, COLUMNS, HEADS, HEAD_DIM = 4096, 32000, 256, 8, 48
-PAIRS, TOKENS = 100, 256
+TEST_PAIRS, CALIBRATION_PAIRS, TOKENS = 100, 60, 256
 
 
 def random_heads(name: str) -> dict[str, torch.Tensor]:
@@ -93,62 +102,103 @@ def timings() -> dict:
 
 
 @torch.no_grad()
-def hidden_states(pairs) -> tuple[torch.Tensor, torch.nn.Linear]:
-    """(N, d) of the prompts and chosen responses of test pairs, and the LM head."""
-    path = embedded_backbone_path()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=BF16)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    states = []
-    for index in range(PAIRS):
-        pair = pairs[index]
+def hidden_states(model, tokenizer, split: str, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the prompts and chosen responses of pairs: (N, d), and alpha (N,) that a gated model's
+    gate gives them.
+    """
+    states, alphas = [], []
+    model.lm_head.register_forward_hook(lambda module, x, out: states.append(x[0][0]))
+    for pair in itertools.islice(load_preference_data("embedded", split), pairs):
         ids = tokenizer(pair["prompt"] + pair["chosen"], return_tensors="pt").input_ids[:, :TOKENS]
-        states.append(model.model(ids).last_hidden_state[0])
-    return torch.cat(states), model.lm_head
+        model(ids)
+        alphas.append(model.lm_head.last_alpha[0])
+    model.lm_head._forward_hooks.clear()
+    return torch.cat(states), torch.cat(alphas)
 
 
 @torch.no_grad()
-def agreement(hidden: torch.Tensor, linear: torch.nn.Linear, reward_noise: float) -> list[dict]:
-    """Greedy agreement with bf16 and KL(bf16 || quantised) in nats per token, alpha = 1/2. The
-    reward head is the LM head plus noise of this share of its standard deviation."""
-
-    def head() -> DualHead:
-        made = DualHead.from_lm_head(linear, gate="fixed", gate_alpha=0.5).to(BF16)
-        noise = torch.randn(made.reward_head.weight.shape, generator=torch.manual_seed(0))
-        made.reward_head.weight += (noise * linear.weight.float().std() * reward_noise).to(BF16)
-        return made
-
+def agreement(
+    heads: DualHead, hidden: torch.Tensor, alpha: torch.Tensor, calibration: torch.Tensor | None
+) -> list[dict]:
+    """Greedy agreement of quantised heads with bf16 and KL(bf16 || quantised) in nats per token, at
+    hidden states (N, d) and alpha (N,).
+    """
     # "eager" rounds logits to bf16; "fused" sums the same weights in fp32, as the kernel does.
+    wide = copy.deepcopy(heads).float()(hidden[:, None].float(), alpha=alpha)
     bases = {
-        "eager": torch.log_softmax(head()(hidden[:, None]).logits[:, 0], -1),
-        "fused": torch.log_softmax(head().float()(hidden[:, None].float()).logits[:, 0], -1),
+        name: torch.log_softmax(out.logits[:, 0], -1)
+        for name, out in (("eager", heads(hidden[:, None], alpha=alpha)), ("fused", wide))
     }
     rows = []
-    for name, (against, base) in itertools.product(FORMATS, bases.items()):
-        got = torch.log_softmax(head().quantize(name)(hidden[:, None]).logits[:, 0], -1)
-        same = (got.argmax(-1) == base.argmax(-1)).float().mean().item()
-        kl = (base.exp() * (base - got)).sum(-1).mean().item()
-        row = {
-            "format": name,
-            "against_bf16": against,
-            "reward_noise": reward_noise,
-            "positions": len(hidden),
-        }
-        rows.append(row | {"greedy_agreement": same, "kl_nats": kl})
+    for name, calibrated in itertools.product(FORMATS, (False, True)):
+        if calibrated and calibration is None:
+            continue
+        quantized = copy.deepcopy(heads).quantize(name, calibration if calibrated else None)
+        got = torch.log_softmax(quantized(hidden[:, None], alpha=alpha).logits[:, 0], -1)
+        for against, base in bases.items():
+            row = {"format": name, "calibrated": calibrated, "against_bf16": against}
+            row["greedy_agreement"] = (got.argmax(-1) == base.argmax(-1)).float().mean().item()
+            row["kl_nats"] = (base.exp() * (base - got)).sum(-1).mean().item()
+            rows.append(row)
     return rows
 
 
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    results = describe()
-    with torch.no_grad():
-        results["decode"] = timings()
-    pairs = load_preference_data("embedded", "test")
-    states, linear = hidden_states(pairs)
-    random = torch.randn(4096, states.shape[1]) * states.float().std()
-    results["agreement"] = {
-        "real": agreement(states, linear, 0.0) + agreement(states, linear, 0.1),
-        "random": agreement(random.to(BF16), linear, 0.0),
+def accuracy(trained: str | None) -> dict:
+    """Reward heads that are the LM head, that and noise of a tenth of its standard deviation, and,
+    with a folder of heads, trained ones; alpha = 1/2, of trained heads also what their gate says.
+    """
+    path = str(embedded_backbone_path())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if trained is None:
+        model = DualHeadForCausalLM.from_backbone(path, dtype=BF16)
+    else:
+        model = DualHeadForCausalLM.from_pretrained(trained, dtype=BF16)
+    hidden, alpha = hidden_states(model, tokenizer, "test", TEST_PAIRS)
+    calibration, _ = hidden_states(model, tokenizer, "train", CALIBRATION_PAIRS)
+    reward = model.lm_head.reward_head.weight.detach().to(BF16)
+    linear, half = detach(model).lm_head, torch.full((len(hidden),), 0.5)
+
+    def heads(reward: torch.Tensor) -> DualHead:
+        made = DualHead.from_lm_head(linear, gate="fixed").to(BF16)
+        with torch.no_grad():
+            made.reward_head.weight.copy_(reward)
+        return made
+
+    weight = linear.weight.detach()
+    noise = torch.randn(weight.shape, generator=torch.manual_seed(0)) * weight.float().std() / 10
+    random = (torch.randn(4096, hidden.shape[1]) * hidden.float().std()).to(BF16)
+    copied = heads(weight)
+    found = {
+        "copy": agreement(copied, hidden, half, calibration),
+        "noise": agreement(heads(weight + noise.to(BF16)), hidden, half, calibration),
+        "random_states": agreement(copied, random, half[:4096], None),
     }
-    with open(sys.argv[1], "w") as file:
-        json.dump(results, file, indent=1)
-        file.write("\n")
+    if trained is not None:
+        found["trained"] = agreement(heads(reward), hidden, half, calibration)
+        found["trained_with_its_gate"] = agreement(heads(reward), hidden, alpha, calibration)
+    return {
+        "positions": len(hidden),
+        "calibration_states": len(calibration),
+        "mean_alpha_of_trained": alpha.mean().item() if trained is not None else None,
+        "rows": found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--part", choices=("speed", "accuracy"), action="append")
+    parser.add_argument("--heads", help="folder of trained heads, for accuracy")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results = json.loads(arguments.file.read_text()) if arguments.file.exists() else {}
+    for part in arguments.part or ("speed", "accuracy"):
+        machine = describe()
+        with torch.no_grad():
+            found = timings() if part == "speed" else accuracy(arguments.heads)
+        results[part] = {"machine": machine, **found}
+        arguments.file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

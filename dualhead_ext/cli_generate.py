@@ -40,11 +40,11 @@ def generate(arguments: Namespace) -> None:
 def _refuse_gate_without_heads(arguments: Namespace) -> None:
     if not arguments.backbone_only:
         return
-    for name in (*_CONTROLS, "show_gate"):
+    for name in (*_CONTROLS, "show_gate", "quantize"):
         if getattr(arguments, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"--backbone-only: expected no option of the gate with it, got {option}"
+                f"--backbone-only: expected no option of the gate or heads with it, got {option}"
             )
 
 
@@ -109,11 +109,15 @@ def load(arguments: Namespace) -> tuple[Any, Any]:
             path = backbone_path(backbone)
             backbone = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     with loading("heads", heads):
-        model = DualHeadForCausalLM.from_pretrained(heads, backbone=backbone)
+        model = DualHeadForCausalLM.from_pretrained(
+            heads, backbone=backbone, quantize=arguments.quantize
+        )
     with argument("--backbone"):
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    if arguments.backbone_only:
+    if arguments.backbone_only and model.lm_head_module.quantized is None:
         model = detach(model)
+    elif arguments.backbone_only:  # what was its own LM head is gone
+        model = AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype="auto")
     cuda = arguments.device == "auto" and torch.cuda.is_available()
     device = "cuda" if cuda else arguments.device
     return model if device == "auto" else model.to(device), tokenizer

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import bench
 from .cli_train import TRAINING_OPTIONS
-from .config import GATE_NAMES, MIX_NAMES, DualHeadConfig
+from .config import FORMAT_NAMES, GATE_NAMES, MIX_NAMES, DualHeadConfig
 from .show import COLOR_NAMES
 
 OVERVIEW = """\
@@ -41,6 +41,7 @@ examples:
   dualhead generate heads "Tell me a joke." --show-gate --strength 1.5
   dualhead generate heads "Tell me a joke." --alpha 0.3 --sample --temperature 0.8 --seed 7
   dualhead generate heads "Tell me a joke." --backbone-only
+  dualhead generate heads "Tell me a joke." --quantize int8
   echo "What is a gate?" | dualhead generate heads
 
 A bare question becomes a Human turn (or goes through the tokenizer's chat template); --raw sends
@@ -49,6 +50,7 @@ the text as it is."""
 _INFO = """\
 examples:
   dualhead info
+  dualhead info heads                             what a folder of heads holds
   dualhead info --json"""
 
 _BENCH = """\
@@ -216,6 +218,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone-only", action="store_true", help="the backbone's own text, without the heads"
     )
+    parser.add_argument(
+        "--quantize",
+        choices=FORMAT_NAMES,
+        help="both heads in this format (default: as they are in the folder)",
+    )
     add_device(parser)
     gate = parser.add_argument_group("gate")
     gate.add_argument("--show-gate", action="store_true", help="show alpha of each token")
@@ -255,6 +262,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "heads", nargs="?", help="folder of heads to describe (default: the installation)"
+    )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
@@ -313,7 +323,7 @@ OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
     "generate": (add_generate, "decode a prompt, token by token as they come", _GENERATE),
     "eval": (add_eval, "compare systems as the paper does: train, decode, measure", _EVAL),
-    "info": (add_info, "what was built, and what it found", _INFO),
+    "info": (add_info, "what was built, and what it found; or what a folder of heads holds", _INFO),
     "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),
     "demo": (add_demo, "train on the embedded sample, measure, decode", _DEMO),
 }

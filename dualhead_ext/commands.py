@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,12 @@ from .data import EMBEDDED
 
 
 def info(arguments: Namespace) -> None:
-    """What was built, what it runs on, and which optional packages are there."""
+    """What was built, what it runs on, and which optional packages are there; or what a folder of
+    heads holds.
+    """
+    if arguments.heads is not None:
+        _print(_describe_heads(arguments.heads), arguments.json)
+        return
     import torch
 
     from .build_info import build_info
@@ -27,15 +33,40 @@ def info(arguments: Namespace) -> None:
     optional = {name: extra for name, extra in reversed(extras()) if extra != "test"}
     report["packages"] = {name: _version(name) for name in sorted(optional)}
     if arguments.json:
-        print(json.dumps(report, indent=2))
+        _print(report, as_json=True)
         return
     packages = report.pop("packages")
+    _print(report)
+    for name, version in packages.items():
+        print(f"{name:16} {version or f'not installed (extra: {optional[name]})'}")
+
+
+def _print(report: dict[str, Any], as_json: bool = False) -> None:
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
     for name, value in report.items():
         if isinstance(value, list):
             value = ", ".join(value) or "none"
         print(f"{name:16} {'-' if value is None else value}")
-    for name, version in packages.items():
-        print(f"{name:16} {version or f'not installed (extra: {optional[name]})'}")
+
+
+def _describe_heads(folder: str) -> dict[str, Any]:
+    if not os.path.isdir(folder):
+        raise UserError(f"heads: expected a folder written by train, got {folder}, which is none")
+    with argument("heads"):
+        quiet_transformers(EMBEDDED)
+        from .pretrained import WEIGHTS_NAME, read_config
+
+        stored = read_config(folder)
+        size = os.path.getsize(os.path.join(folder, WEIGHTS_NAME))
+    return {
+        "heads": folder,
+        "backbone": stored["backbone"]["name_or_path"],
+        "quantized": stored["quantized"],
+        "megabytes": round(size / 1e6, 1),
+        **stored["dual_head"].to_dict(),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 GATE_NAMES = ("attention", "fixed", "linear")
 MIX_NAMES = ("logits", "probs")
+FORMAT_NAMES = ("int8", "fp8", "int4")  # of quantised heads: `quantization.FORMATS`
 
 
 @dataclass

@@ -2,7 +2,7 @@
 """Files of a dual-head model: the heads alone, and a JSON that names the backbone they belong to.
 
 ``dualhead_config.json`` holds format_version, dual_head (DualHeadConfig), quantized (a name of
-:data:`dualhead_ext.quantization.FORMATS`, or null) and backbone (name, revision, fingerprint);
+:data:`dualhead_ext.config.FORMAT_NAMES`, or null) and backbone (name, revision, fingerprint);
 ``dualhead_model.safetensors`` gate.*, reward_head.*, and lm_head.* only if it was trained or
 quantised, with their weight_scale if so.
 
@@ -26,11 +26,11 @@ from transformers.utils import cached_file
 from transformers.utils.hub import PushToHubMixin
 
 from .backbones import module_name
-from .config import DualHeadConfig
+from .config import FORMAT_NAMES, DualHeadConfig
 from .data import EMBEDDED, embedded_backbone_path
 from .fingerprint import VALUES, check_fingerprint, fingerprint
 from .head_files import check_head_state, head_state, load_head_state
-from .quantization import FORMATS, check_format
+from .quantization import check_format
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "dualhead_config.json"
@@ -91,7 +91,7 @@ def read_config(folder: str, revision: str | None = None) -> dict[str, Any]:
         name, marks = backbone["name_or_path"], backbone["fingerprint"]
         sound = isinstance(marks["model_type"], str) and isinstance(marks["parameters"], dict)
         sound = sound and (name is None or isinstance(name, str))
-        sound = sound and stored.setdefault("quantized", None) in (None, *FORMATS)
+        sound = sound and stored.setdefault("quantized", None) in (None, *FORMAT_NAMES)
         if not sound or any(len(v) != VALUES for v in marks["parameters"].values()):
             raise ValueError("backbone or quantized is not as it should be")
     except (ValueError, KeyError, TypeError) as error:

@@ -26,8 +26,11 @@ from dualhead_ext.bench import (
     timing,
 )
 
-CASES = (cases.Case(2, 9, graphs=True), cases.Case(3, 5, sampled=True, graphs=True))
-GROUP = cases.Group(40, 77, "bf16", CASES)
+CASES = (
+    cases.Case(2, 9, graphs=True, quantized=True),
+    cases.Case(3, 5, sampled=True, graphs=True),
+)
+GROUP = cases.Group(128, 77, "bf16", CASES)
 LOSS = loss.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
 NAMES = ["dualhead", "eager", "two_gemms", "one_gemm", "lm_head"]
 
@@ -54,7 +57,10 @@ def gpu(results, **changes):
 
 def test_the_run_on_the_cpu_has_all_contenders_twice(results):
     for rows in (results["cases"], results["cases_again"]):
-        assert [row["contender"] for row in rows] == 2 * NAMES
+        formats = ["int8", "fp8", "int4"]
+        assert [row["contender"] for row in rows] == NAMES + len(formats) * ["dualhead"] + NAMES
+        quantized = [row["format"] for row in rows if row["format"] != "bf16"]
+        assert quantized == formats
         needed = {"format", "d", "V", "B", "T", "sampled", "us_median", "us_q1", "us_q3", "repeats"}
         assert all(needed <= row.keys() and row["repeats"] == 4 for row in rows)
     assert results["copy_gb_per_s"] > 0
@@ -75,7 +81,7 @@ def test_it_writes_after_each_group(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     with pytest.raises(KeyError):
         runner.run_gpu(True, 0.0, lambda text: None, str(path), device_type="cpu")
-    assert len(report.load(path)["cases"]) == 10
+    assert len(report.load(path)["cases"]) == 13
 
 
 def test_the_gpu_plan_holds_what_was_promised():
@@ -187,11 +193,19 @@ def test_a_plot_is_drawn(results, tmp_path, capsys):
     assert "Made Up 9000" in capsys.readouterr().out
     with pytest.raises(ValueError, match="must hold cases, got none"):
         plot.draw({"device": "x", "cases": []}, picture)
+    growth = [row | {"B": 1, "T": 256} for row in results["cases"] if not row["sampled"]]
+    source.write_text(json.dumps(results | {"growth": growth}))
+    picture = tmp_path / "growth.png"
+    assert command_line("--report", str(source), "--plot-growth", str(picture)) == 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(ValueError, match="must hold growth rows, got none"):
+        plot.draw_growth(results, picture)
 
 
 def test_a_plot_needs_a_report_and_matplotlib(results, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="it needs --report FILE"):
-        command_line("--plot", "x.png")
+    for option in ("--plot", "--plot-growth"):
+        with pytest.raises(ValueError, match=f"^{option} draws .* it needs --report FILE"):
+            command_line(option, "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"--plot needs matplotlib: pip install"):
         plot.draw(results, tmp_path / "x.png")

@@ -59,6 +59,22 @@ def test_a_failure_is_reported():
     assert len(found.as_json()["failures"]) == 1
 
 
+def test_quantised_heads_stand_beside_the_bf16_contenders():
+    group = cases.Group(128, 77, "bf16", (cases.Case(1, 5, quantized=True),))
+    operands = contenders.Operands(group, EFFORT.cold_bytes)
+    found = report.Report({**machine.describe()})
+    printed = found.add(decode.run_case(group.cases[0], operands, EFFORT), READ)
+    assert all(f" {name} " in printed for name in report.QUANTIZED)
+    rows = {(row["contender"], row["format"]): row for row in found.cases}
+    names = [("dualhead", "bf16"), ("eager", "bf16"), ("lm_head", "bf16")]
+    assert list(rows) == names + [("dualhead", name) for name in report.QUANTIZED]
+    table = report.markdown(found.as_json())
+    for name in report.QUANTIZED:
+        ratio = rows["eager", "bf16"]["us_median"] / rows["dualhead", name]["us_median"]
+        line = next(line for line in table.splitlines() if f"| {name} | 1 | 5 |" in line)
+        assert f"{ratio:.2f}x" in line
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "must be JSON"), ("[]", "must be a results file"), ("{}", "must be a results file")],
@@ -100,6 +116,7 @@ def test_the_command_refuses_before_it_runs(monkeypatch):
 
 def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
+    monkeypatch.setattr(cases, "growth_plan", lambda: [TINY])
     monkeypatch.setattr(loss, "plan", lambda quick: [TINY_LOSS])
     monkeypatch.setattr(loss, "_required_ratio", lambda case: 0.0)
     monkeypatch.setattr(generation, "plan", lambda quick: [generation.tiny_model()])
@@ -111,7 +128,7 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     assert "40x77-bf16" in printed
     assert "tokens/s" in printed
     results = report.load(path)
-    assert len(results["cases"]) == 6
+    assert len(results["cases"]) == len(results["growth"]) == 6
     assert len(results["generate"]) == 4
     assert {row["contender"] for row in results["loss"]} >= {"dualhead", "eager"}
     monkeypatch.setattr(cases, "plan", None)  # nothing runs now
@@ -122,6 +139,7 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
 
 def test_the_command_fails_where_the_step_is_too_slow(monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
+    monkeypatch.setattr(cases, "growth_plan", lambda: [])
     monkeypatch.setattr(loss, "plan", lambda quick: [])
     monkeypatch.setattr(generation, "plan", lambda quick: [])
     monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
@@ -137,6 +155,7 @@ TINY_SESSION = """
     from dualhead_ext.bench import cases, decode, generation, loss, machine
     tiny = (cases.Case(2, 9), cases.Case(1, 5, sampled=True))
     cases.plan = lambda quick: [cases.Group(40, 77, name, tiny) for name in ("fp32", "bf16")]
+    cases.growth_plan = lambda: [cases.Group(40, 77, "bf16", tiny[:1])]
     decode.required_speedup = lambda group, case: {required}[group.format]
     generation.plan = lambda quick: [generation.tiny_model()]
     loss.plan = lambda quick: []
@@ -157,7 +176,7 @@ def pytest_session(*arguments, required, csrc_hash="libraries.csrc_hash()"):
         "-p",
         "no:cacheprovider",
         "-k",
-        "test_decode_step or test_loss or test_generate",
+        "test_decode_step or test_growth or test_loss or test_generate",
         *arguments,
     )
     command = [sys.executable, "-c", source, *arguments]
@@ -169,13 +188,14 @@ def test_pytest_benchmark_from_the_root(tmp_path):
     path = tmp_path / "results.json"
     done = pytest_session(f"--benchmark-json={path}", required={"fp32": 0.01, "bf16": 1e9})
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 failed, 2 passed" in done.stdout
+    assert "1 failed, 3 passed" in done.stdout
     assert "_ test_decode_step[40x77-bf16] _" in done.stdout
     assert "deselected" not in done.stdout, "tests were collected beside the benchmarks"
     for text in ("40x77-fp32: ", "40x77-bf16: ", "dualhead", "eager", "lm_head", "tokens/s"):
         assert text in done.stdout
     results = report.load(path)
     assert len(results["cases"]) == 12
+    assert len(results["growth"]) == 3
     assert len(results["generate"]) == 4
     assert len(results["failures"]) == 2
 
@@ -184,7 +204,7 @@ def test_a_stale_build_is_not_timed():
     done = pytest_session(required={"fp32": 0.01, "bf16": 0.01}, csrc_hash="'0' * 64")
     assert done.returncode == 1
     assert "csrc/ has changed since it was compiled" in done.stdout
-    assert "3 errors" in done.stdout
+    assert "4 errors" in done.stdout
     assert "quartiles" not in done.stdout
 
 

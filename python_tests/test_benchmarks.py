@@ -12,7 +12,8 @@ import torch
 from benchmark_cases import EFFORT, READ, STEADY, TINY, case_result
 
 from dualhead_ext import ops, reference
-from dualhead_ext.bench import cases, contenders, decode, generation
+from dualhead_ext.bench import cases, contenders, decode, generation, plot, report
+from dualhead_ext.quantization import FORMATS
 
 # --- the decode step ------------------------------------------------------------------------------
 
@@ -46,6 +47,44 @@ def test_a_case_times_all_contenders(format_name, sampled):
         share = row["bytes"] / (row["us_median"] * 1e-6) / 10e9
         assert row["share_of_read_bandwidth"] == pytest.approx(share)
     json.dumps(rows)
+
+
+def test_quantised_heads_take_part(monkeypatch):
+    """Their bytes by hand, and that each call gets the next of their own copies."""
+    seen = {}
+
+    def spy(**arguments):
+        if "lm_scale" in arguments:
+            seen.setdefault(arguments["lm_weight"].dtype, []).append(arguments["lm_weight"])
+        return step(**arguments)
+
+    step = ops.decode_step
+    monkeypatch.setattr(contenders.ops, "decode_step", spy)
+    group = cases.Group(128, 77, "bf16", ())
+    operands = contenders.Operands(group, cold_bytes=500_000)
+    case, effort = cases.Case(2, 9, quantized=True), decode.Effort(0.0, 500_000, 2**40, 4)
+    result = decode.run_case(case, operands, effort)
+    assert list(result.timings) == ["dualhead", "eager", "lm_head", *FORMATS]
+    gate = bytes_by_hand(128, 0, 2, 9, 2) + 4  # b_g
+    per_row = {"int8": 128 + 4, "fp8": 128 + 4, "int4": 64 + 4}
+    for name, weight_format in FORMATS.items():
+        assert result.num_bytes[name] == gate + 2 * 77 * per_row[name]
+        used = [weight.data_ptr() for weight in seen[weight_format.dtype]]
+        count = -(-500_000 // (result.num_bytes[name] - contenders.cache_bytes(group, case)))
+        assert len(used) == 1 + 2 + 4 and len(set(used)) == min(count, 7)
+        assert used[0] != used[1]
+
+
+def test_a_wrong_quantised_contender_is_not_timed(monkeypatch):
+    def broken(**arguments):
+        out = ops_step(**arguments)
+        return out._replace(logits=out.logits * 2) if "lm_scale" in arguments else out
+
+    ops_step = ops.decode_step
+    monkeypatch.setattr(contenders.ops, "decode_step", broken)
+    operands = contenders.Operands(cases.Group(128, 77, "bf16", ()), 1)
+    with pytest.raises(RuntimeError, match=r"int8 and eager differ by .* in logits"):
+        decode.run_case(cases.Case(2, 9, quantized=True), operands, EFFORT)
 
 
 def test_every_step_has_t_columns():
@@ -152,6 +191,26 @@ def test_the_plans_hold_what_was_promised():
         required = [cases.required_speedup(g, c) for g in groups for c in g.cases]
         assert sorted(set(required)) == [1.0, 1.5]
         assert required.count(1.5) == 1
+
+
+def test_quantised_heads_are_in_the_full_plan():
+    assert tuple(FORMATS) == report.QUANTIZED
+    found = [(g.d, g.V, c.B) for g in cases.plan() for c in g.cases if c.quantized]
+    assert found == [(4096, 32000, 1), (4096, 32000, 8)]
+
+
+def test_the_growth_plan_has_a_line_along_each_axis():
+    rows = [
+        {"contender": "dualhead", "V": g.V, "T": c.T, "B": c.B}
+        for g in cases.growth_plan()
+        for c in g.cases
+    ]
+    lines = {
+        axis: [row[axis] for row in plot.growth_line(rows, axis, "dualhead")] for axis in "VTB"
+    }
+    assert lines["V"] == [2000, 4000, 8000, 16000, 32000]
+    assert lines["T"] == [64, 256, 1024, 2048, 4096]
+    assert lines["B"] == [1, 2, 4, 8, 16, 32, 64]
 
 
 # --- whole models ---------------------------------------------------------------------------------

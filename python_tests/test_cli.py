@@ -4,6 +4,7 @@ one sentence, exit code 2, and no change to any file."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,15 @@ def test_info_says_what_was_built(capsys):
     assert all(name in text for name in report if name != "packages")
 
 
+def test_info_describes_heads(heads, quantized_heads, capsys):
+    assert run("info", str(heads), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    expected = {"backbone": "embedded", "quantized": None, "hidden_size": 256, "gate": "attention"}
+    assert report.items() >= expected.items()
+    assert run("info", str(quantized_heads)) == 0
+    assert re.search(r"quantized +int4\n", capsys.readouterr().out)
+
+
 # --- train and generate ---------------------------------------------------------------------------
 
 
@@ -125,6 +135,27 @@ def test_strength_zero_max_kl_zero_and_backbone_only_are_the_backbones_text(head
     ids = backbone.generate(**inputs, max_new_tokens=12, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :]
     assert texts == [tokenizer.decode(new, skip_special_tokens=True) + "\n"] * 3
+
+
+@pytest.fixture(scope="module")
+def quantized_heads(heads, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    dh.DualHeadForCausalLM.from_pretrained(heads, quantize="int4").save_pretrained(folder)
+    return folder
+
+
+def test_quantized_heads_generate(heads, quantized_heads, capsys):
+    texts = []
+    for folder, option in ((heads, ("--quantize", "int4")), (quantized_heads, ())):
+        assert run("generate", str(folder), PROMPT, "--max-new-tokens", "12", *option) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) > 12
+    for folder in (heads, quantized_heads):
+        assert run("generate", str(folder), PROMPT, "--max-new-tokens", "9", "--backbone-only") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[2] == texts[3]
+    assert run("generate", str(quantized_heads), PROMPT, "--quantize", "int8") == 2
+    assert "holds heads in int4, which cannot become int8" in capsys.readouterr().err
 
 
 def test_show_gate(heads, capsys):
@@ -210,6 +241,10 @@ MISTAKES = [
     (["generate", "{heads}", "hi", "--max-new-tokens", "5000"], "a context of 1024"),
     (["generate", "{heads}", "  "], "prompt: expected some text"),
     (["generate", "{heads}", "hi", "--backbone-only", "--alpha", "1"], "no option of the gate"),
+    (["generate", "{heads}", "hi", "--backbone-only", "--quantize", "int8"], "got --quantize"),
+    (["generate", "{heads}", "hi", "--quantize", "int3"], "invalid choice: 'int3'"),
+    (["info", "{dir}/none"], "heads: expected a folder written by train"),
+    (["info", "{dir}"], "heads:"),
     (["generate", "{heads}", "hi", "--device", "tpu"], "expected auto, cpu, cuda or cuda:N"),
     (["generate", "{heads}", "hi", "--device", "cuda:99"], "expected a device that torch"),
     (["generate", "{heads}", "hi", "--colour", "never"], "unrecognized arguments: --colour"),

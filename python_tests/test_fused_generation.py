@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import dualhead_ext as dh
 from dualhead_ext import generation
+from dualhead_ext.gated_generation import GatedGenerationMixin
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -181,12 +182,12 @@ def test_it_is_a_custom_loop_too(loops):
     expected = model.generate(**batch, **GREEDY, fused=False)
     got = model.generate(**batch, **GREEDY, custom_generate=generation.fused_sample)
     assert torch.equal(got, expected) and loops["tokens"] == NEW - 1
-    got = super(dh.DualHeadForCausalLM, model).generate(
+    got = super(GatedGenerationMixin, model).generate(
         **batch, **GREEDY, custom_generate=generation.fused_sample
     )
     assert torch.equal(got, expected) and loops["tokens"] == 2 * (NEW - 1)
     with pytest.raises(ValueError, match=r"fused_sample: .* ruled out by output_scores"):
-        super(dh.DualHeadForCausalLM, model).generate(
+        super(GatedGenerationMixin, model).generate(
             **batch, **GREEDY, output_scores=True, custom_generate=generation.fused_sample
         )
 

@@ -272,6 +272,7 @@ GUARD_PAGES = """
 import ctypes, mmap, torch
 from decode_cases import CPU_ISAS, forced_isa, make_case
 from dualhead_ext import ops
+from dualhead_ext.quantization import FORMATS, quantize
 
 libc = ctypes.CDLL(None, use_errno=True)
 kept = []
@@ -295,6 +296,17 @@ for isa in CPU_ISAS:
             for at_end in (True, False):
                 case = make_case(0, B, d, V, K, dtype, S=S, bias=True, controls=True, sample=True,
                                  objective_weights=True, record_attention=True)
+                case = {k: guarded(v, at_end) if isinstance(v, torch.Tensor) else v
+                        for k, v in case.items()}
+                with forced_isa(isa), torch.no_grad():
+                    assert ops.decode_step(**case).status.eq(0).all()
+        for name in FORMATS:
+            d = 256 if name == "int4" else 50
+            for at_end in (True, False):
+                case = make_case(0, 5, d, 131, 2, dtype, gate="logit", bias=True)
+                for head in ("lm", "reward"):
+                    q, scale = quantize(case[f"{head}_weight"], name)
+                    case |= {f"{head}_weight": q, f"{head}_scale": scale}
                 case = {k: guarded(v, at_end) if isinstance(v, torch.Tensor) else v
                         for k, v in case.items()}
                 with forced_isa(isa), torch.no_grad():

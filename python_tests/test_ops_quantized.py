@@ -19,8 +19,8 @@ from decode_cases import (
     threads,
 )
 
-from dualhead_ext import ops, reference
-from dualhead_ext.quantization import FORMATS
+from dualhead_ext import ops, quantization, reference
+from dualhead_ext.quantization import FORMATS, quantize
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -57,12 +57,15 @@ def test_against_float64(isa, name, dtype, mix_probs):
 
 
 @pytest.mark.parametrize("isa", CPU_ISAS)
-def test_every_fp8_number(isa):
-    numbers = torch.arange(256, dtype=torch.uint8)
-    numbers = numbers[(numbers & 127) != 127].view(torch.float8_e4m3fn)  # without NaN
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_every_number_of_a_byte(isa, dtype, name):
+    """-128 too, which quantize does not make; fp8 without NaN."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(FORMATS[name].dtype)
+    numbers = numbers[~numbers.float().isnan()]
     weight, count = numbers[:, None], numbers.numel()
     case = {
-        "hidden": torch.ones(1, 1),
+        "hidden": torch.ones(1, 1, dtype=dtype),
         "lm_weight": weight,
         "reward_weight": weight[None],
         "lm_scale": torch.ones(count),
@@ -72,6 +75,23 @@ def test_every_fp8_number(isa):
     with forced_isa(isa):
         got, _ = run(ops.decode_step, case)
     assert torch.equal(got.logits[0], numbers.float())
+
+
+@pytest.mark.parametrize("isa", CPU_ISAS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_input_meets_its_own_weight(isa, name):
+    """Logit v is a multiple of the sum of the inputs from v on: a wrong order of inputs shows, in
+    every step, tail and turn."""
+    d = 2176 if name == "int4" else 2117
+    steps = torch.ones(d, d).triu()
+    q, scale = quantize(steps, name)
+    hidden = torch.randint(-8, 8, (5, d)).to(BF16)
+    case = {"hidden": hidden, "lm_weight": q, "reward_weight": q[None], "lm_scale": scale}
+    case |= {"reward_scale": scale[None], "gate_logit": torch.full((5,), -torch.inf)}
+    with forced_isa(isa):
+        got, _ = run(ops.decode_step, case)
+    exact = hidden.double() @ quantization.dequantize(q, scale, torch.float64).T
+    torch.testing.assert_close(got.logits.double(), exact, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("isa", CPU_ISAS)

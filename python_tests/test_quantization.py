@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dualhead_ext import DualHead, DualHeadConfig
+from dualhead_ext.config import FORMAT_NAMES
 from dualhead_ext.quantization import FORMATS, dequantize, quantize
 from dualhead_ext.rounding import feedback_factor, round_with_feedback
 
@@ -135,6 +136,10 @@ def test_feedback_is_least_squares_step_by_step():
         weight.float(), scale.float()[:, None], feedback_factor(hidden), FORMATS["int4"].round
     )
     assert torch.equal(got.double(), expected)
+
+
+def test_the_names_are_those_of_the_command_line():
+    assert tuple(FORMATS) == FORMAT_NAMES
 
 
 def test_int4_bytes_are_as_documented():

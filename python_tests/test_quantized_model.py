@@ -185,13 +185,15 @@ def test_casts_and_copies(name, family):
     assert len(numbers) == 4
     tokens = model.generate(**batch, **GREEDY)
     twin = copy.deepcopy(model)
-    for cast in (twin.to(torch.bfloat16), twin.half(), twin.float(), twin.to("cpu")):
-        head = cast.lm_head_module
-        assert head.hidden_dtype == head.gate.out.weight.dtype == cast.dtype
-        assert head.reward_head.compute_dtype == cast.dtype
-        state = cast.state_dict()
+    head = twin.lm_head_module
+    for cast in (torch.bfloat16, torch.float16, "cpu", torch.float32):
+        dtype = twin.to(cast).dtype
+        assert cast in ("cpu", dtype)
+        assert head.hidden_dtype == head.gate.out.weight.dtype == dtype
+        assert head.reward_head.compute_dtype == dtype
+        state = twin.state_dict()
         assert same_bits({n: state[n] for n in numbers}, numbers)
-        assert cast.generate(**batch, **GREEDY).shape == tokens.shape
+        assert twin.generate(**batch, **GREEDY).shape == tokens.shape
     assert torch.equal(model.generate(**batch, **GREEDY), tokens)
     other = wide_model(family, seed=4).quantize(name)
     other.load_state_dict(model.state_dict())

@@ -37,6 +37,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--plot", metavar="PNG", help="with --report: draw them there too (needs matplotlib)"
     )
+    parser.add_argument(
+        "--plot-growth", metavar="PNG", help="likewise, how a step grows with V, T and B"
+    )
 
 
 def main(arguments: Namespace) -> int:
@@ -55,9 +58,14 @@ def main(arguments: Namespace) -> int:
             from . import plot
 
             plot.draw(results, arguments.plot)
+        if arguments.plot_growth is not None:
+            from . import plot
+
+            plot.draw_growth(results, arguments.plot_growth)
         return 0
-    if arguments.plot is not None:
-        raise ValueError("--plot draws a results file: it needs --report FILE")
+    for option, given in (("--plot", arguments.plot), ("--plot-growth", arguments.plot_growth)):
+        if given is not None:
+            raise ValueError(f"{option} draws a results file: it needs --report FILE")
     check_options(arguments.seconds, arguments.json, arguments.device)
     from . import runner
 

@@ -18,6 +18,8 @@ class Case:
 
     ``compile`` says whether the torch.compile contender takes part: compiling takes longer than all
     the timing of a case. ``graphs``: whether those of :mod:`.graphs` do, which is the plan of GPUs.
+    ``quantized``: whether the fused step takes part with heads in each format of
+    :mod:`dualhead_ext.quantization` too.
     """
 
     B: int
@@ -25,6 +27,7 @@ class Case:
     sampled: bool = False
     compile: bool = False
     graphs: bool = False
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,11 @@ def plan(quick: bool = False) -> list[Group]:
     for d, V in SIZES:
         for name in FORMATS:
             largest = (d, V) == SIZES[-1]
+            formats = largest and name == "bf16"
             cases = (
-                Case(1, 256, compile=True),
+                Case(1, 256, compile=True, quantized=formats),
                 Case(4, 256, compile=largest and name == "fp32"),
-                Case(8, 256, compile=largest and name == "bf16"),
+                Case(8, 256, compile=formats, quantized=formats),
                 Case(1, 256, sampled=True),
                 Case(1, 4096),
             )
@@ -64,15 +68,25 @@ def plan(quick: bool = False) -> list[Group]:
     return groups
 
 
+def growth_plan() -> list[Group]:
+    """What shows how the cost of a step grows: with V, and at the largest size with T and B."""
+    d, V = SIZES[-1]
+    smaller = [Group(d, V // n, "bf16", (Case(1, 256),)) for n in (16, 8, 4, 2)]
+    lengths = tuple(Case(1, T) for T in (64, 1024, 2048, 4096))
+    batches = tuple(Case(B, 256) for B in (1, 2, 4, 8, 16, 32, 64))
+    return [*smaller, Group(d, V, "bf16", lengths + batches)]
+
+
 def gpu_plan(quick: bool = False) -> list[Group]:
     """The groups to run on a GPU: heads of 7B, 8B and 70B models, requests alone and together."""
-    one = Case(1, 256, compile=True, graphs=True)
+    one = Case(1, 256, compile=True, graphs=True, quantized=True)
     if quick:
         return [Group(4096, 32000, "bf16", (Case(1, 256, graphs=True),))]
     batches = tuple(Case(B, 256, graphs=True) for B in (8, 64))
+    formats = tuple(Case(B, 256, graphs=True, quantized=True) for B in (8, 64))
     long, sampled = Case(1, 4096, graphs=True), Case(1, 256, sampled=True, graphs=True)
     return [
-        Group(4096, 32000, "bf16", (one, *batches, long, sampled)),
+        Group(4096, 32000, "bf16", (one, *formats, long, sampled)),
         Group(4096, 128256, "bf16", (one, *batches, sampled)),
         Group(8192, 128256, "bf16", (Case(1, 256, graphs=True), *batches)),
         Group(4096, 32000, "fp32", (Case(1, 256, graphs=True),)),

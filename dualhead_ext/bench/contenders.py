@@ -11,6 +11,7 @@ All from the same hidden states, weights and gate caches:
   while all others read theirs from memory.
 - ``lm_head``: the backbone's head alone and a token from its logits, in eager PyTorch: what a model
   that nobody directs pays.
+- ``int8``, ``fp8``, ``int4``: as ``dualhead``, the same heads quantised.
 
 Cases for GPUs have those of :mod:`.graphs` as well, and all but ``eager`` run from CUDA graphs.
 """
@@ -18,6 +19,7 @@ Cases for GPUs have those of :mod:`.graphs` as well, and all but ``eager`` run f
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..config import DualHeadConfig
+from ..quantization import quantize
 from .cases import FORMATS, Case, Group
 from .graphs import capture, gemm_step, gumbel_token
 from .timing import Contender, copies_needed
@@ -73,6 +76,19 @@ class Operands:
             }
             for i in range(count)
         ]
+
+    def quantized(self, name: str, cold_bytes: int) -> list[dict[str, Tensor]]:
+        """The weight arguments with the heads in a format, in as many copies as are cold."""
+        weights = dict(self.copies[0])
+        for head in ("lm", "reward"):
+            q, scale = quantize(weights[f"{head}_weight"], name)
+            weights |= {f"{head}_weight": q, f"{head}_scale": scale}
+        count = copies_needed(bytes_of(weights), cold_bytes)
+        return [{n: w.clone() for n, w in weights.items()} for _ in range(count)]
+
+
+def bytes_of(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def requests(
@@ -182,17 +198,25 @@ def check_agreement(
             raise RuntimeError(f"benchmark: {name} and eager differ by {error:.3g} in {field}")
 
 
+def _in_turn(steps: list[Callable[[int], object]]) -> Callable[[int], object]:
+    """The next of ``steps`` at each call, whatever copy the other contenders are at."""
+    turn = itertools.cycle(steps)
+    return lambda copy: next(turn)(copy)
+
+
 def make_contenders(
     case: Case,
     arguments: list[dict[str, Tensor]],
     weights: dict[str, Tensor],
     freeze: bool,
     stacked: Tensor | None = None,
+    quantized: dict[str, list[dict[str, Tensor]]] | None = None,
 ) -> list[Contender]:
     """All that take part in a case, compiled, captured and seen to agree.
 
     Args:
         arguments: of each copy. weights: those of the first. stacked: (copies, 2V, d), both heads'.
+        quantized: by format, the weight arguments of copies of its own.
     """
 
     def rewind(copy: int) -> None:
@@ -210,14 +234,28 @@ def make_contenders(
         calls["two_gemms"] = lambda copy: gemm_step(arguments[copy])
         calls["one_gemm"] = lambda copy: gemm_step(arguments[copy], stacked[copy])
     calls["lm_head"] = lambda copy: lm_head_step(arguments[copy])
-    if case.graphs:
-        device, copies = weights["lm_weight"].device, len(arguments)
-        for name in calls.keys() - {"eager"}:
-            calls[name] = capture(calls[name], rewind, copies, device)
+    device, copies = weights["lm_weight"].device, len(arguments)
+
+    def graph(call: Callable[[int], object]) -> Callable[[int], object]:
+        return capture(call, rewind, copies, device) if case.graphs else call
+
+    for name in calls.keys() - {"eager"}:
+        calls[name] = graph(calls[name])
+    for name, copies_of in (quantized or {}).items():
+        # Smaller weights need more copies than the others have: a step, and a graph, for each.
+        steps = [
+            lambda copy, own=own: ops.decode_step(**arguments[copy] | own) for own in copies_of
+        ]
+        calls[name] = _in_turn([graph(step) for step in steps])
     rewind(0)
     expected = reference.decode_step(**arguments[0])
     for name, call in calls.items():
         rewind(0)
-        if name != "lm_head":
+        if name in (quantized or {}):
+            rewind(0)
+            truth = reference.decode_step(**arguments[0] | quantized[name][0])
+            rewind(0)
+            check_agreement(name, call(0), truth)
+        elif name != "lm_head":
             check_agreement(name, call(0), expected)
     return [Contender(name, call, rewind) for name, call in calls.items()]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..quantization import FORMATS as QUANTIZED
 from .cases import FORMATS, Case, Group, required_speedup
-from .contenders import Operands, cache_bytes, make_contenders, requests
+from .contenders import Operands, bytes_of, cache_bytes, make_contenders, requests
 from .machine import ReadBandwidth
 from .timing import Ratio, Timing, alternate, clock_of, copies_needed, ratio
 
@@ -54,11 +55,12 @@ class CaseResult:
         )
 
     def rows(self, read: ReadBandwidth) -> list[dict[str, Any]]:
-        """One plain dict per contender, as results files have them."""
+        """One plain dict per contender, as results files have them. The fused step on quantised
+        heads is ``dualhead`` of that format there."""
         return [
             {
-                "contender": name,
-                "format": self.group.format,
+                "contender": "dualhead" if name in QUANTIZED else name,
+                "format": name if name in QUANTIZED else self.group.format,
                 "d": self.group.d,
                 "V": self.group.V,
                 "B": self.case.B,
@@ -113,8 +115,12 @@ def run_case(case: Case, operands: Operands, effort: Effort) -> CaseResult:
     arguments = [weights | own for weights, own in zip(operands.copies, mine, strict=False)]
     # A frozen graph has one copy of its weights, and packing them is for the CPU.
     freeze = device.type == "cpu" and operands.num_bytes >= effort.cache_bytes
+    formats = QUANTIZED if case.quantized else ()
+    quantized = {name: operands.quantized(name, effort.cold_bytes) for name in formats}
     with torch.no_grad(), _no_recompiling():
-        contenders = make_contenders(case, arguments, operands.copies[0], freeze, operands.memory)
+        contenders = make_contenders(
+            case, arguments, operands.copies[0], freeze, operands.memory, quantized
+        )
         timings = alternate(
             contenders,
             seconds=effort.seconds,
@@ -126,6 +132,8 @@ def run_case(case: Case, operands: Operands, effort: Effort) -> CaseResult:
         torch.compiler.reset()  # frees a frozen graph's weights
     head_alone = group.V * group.d * FORMATS[group.format].itemsize
     num_bytes = dict.fromkeys(timings, whole) | {"lm_head": head_alone}
+    for name, copies_of in quantized.items():
+        num_bytes[name] = bytes_of(copies_of[0]) + cache_bytes(group, case)
     options = ("max-autotune, freezing" if freeze else "max-autotune") if case.compile else None
     return CaseResult(group, case, timings, num_bytes, count, options)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A results file as a picture: microseconds per decode step, a group of bars per case."""
+"""A results file as a picture: microseconds per decode step, a group of bars per case; and how they
+grow with V, T and B."""
 
 from __future__ import annotations
 
@@ -16,12 +17,7 @@ def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed. ValueError: no cases, or a suffix that matplotlib
             does not know.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "--plot needs matplotlib: pip install 'dualhead_ext[plot]' (or matplotlib)"
-        ) from error
+    Figure = _figure_class("--plot")
     cases = grouped(results)
     if not cases:
         raise ValueError("plot: the results file must hold cases, got none")
@@ -48,3 +44,63 @@ def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     axes.set_title(f"{results['device']}, commit {str(results.get('commit'))[:12]}", fontsize=9)
     axes.legend(fontsize=8)
     figure.savefig(path)
+
+
+def draw_growth(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a plot of the rows of :func:`.cases.growth_plan`: milliseconds per step against V, T
+    and B, a line per contender, with quartiles.
+
+    Raises:
+        ImportError, ValueError: as :func:`draw`; ValueError: no such rows.
+    """
+    Figure = _figure_class("--plot-growth")
+    rows = results.get("growth") or []
+    if not rows:
+        raise ValueError("plot: the results file must hold growth rows, got none")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, axis in zip(figure.subplots(1, 3), ("V", "T", "B"), strict=True):
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            line = growth_line(rows, axis, name)
+            medians = [row["us_median"] / 1e3 for row in line]
+            below = [(row["us_median"] - row["us_q1"]) / 1e3 for row in line]
+            above = [(row["us_q3"] - row["us_median"]) / 1e3 for row in line]
+            axes.errorbar(
+                [row[axis] for row in line], medians, (below, above), marker=".", label=name
+            )
+        fixed = {n: line[-1][n] for n in ("V", "T", "B") if n != axis}
+        axes.set_title(", ".join(f"{n} = {value}" for n, value in fixed.items()), fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([row[axis] for row in line], [str(row[axis]) for row in line], fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel(axis)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].set_ylabel("milliseconds per step")
+    figure.axes[0].legend(fontsize=8)
+    what = f"d = {rows[0]['d']}, {rows[0]['format']}"
+    where = f"{results['device']}, {results['threads']} threads"
+    commit = str(results.get("commit"))[:12]
+    figure.suptitle(f"{what}; {where}, commit {commit}", fontsize=9)
+    figure.savefig(path)
+
+
+def growth_line(rows: list[dict[str, Any]], axis: str, contender: str) -> list[dict[str, Any]]:
+    """A contender's rows in which only ``axis`` ("V", "T" or "B") differs from the largest V,
+    T = 256, B = 1; by rising ``axis``. Of two rows for one place, the last."""
+    middle = {"V": max(row["V"] for row in rows), "T": 256, "B": 1}
+    kept = {
+        row[axis]: row
+        for row in rows
+        if row["contender"] == contender
+        and all(row[name] == value for name, value in middle.items() if name != axis)
+    }
+    return [kept[place] for place in sorted(kept)]
+
+
+def _figure_class(option: str) -> type:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"{option} needs matplotlib: pip install 'dualhead_ext[plot]' (or matplotlib)"
+        ) from error
+    return Figure

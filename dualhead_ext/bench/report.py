@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .loss import LossResult
     from .machine import ReadBandwidth
 
+# Names of quantised heads in results files; quantization.py, which has them, needs torch.
+QUANTIZED = ("int8", "fp8", "int4")
 _COLUMNS = "{:>3} {:>5} {:<8} {:<9} {:>9} {:>19} {:>9} {:>13} {:>6} {:>5}"
 
 
@@ -31,6 +33,7 @@ class Report:
         quick: whether it was the quick plan, whose figures nobody should quote.
         cases, loss, generate: rows, plain dicts.
         again: the rows of a second run of all cases, where there was one.
+        growth: the rows of :func:`.cases.growth_plan`, which have no required speed-up.
         copy_gb_per_s: how fast the device copies its own memory, where it was measured.
         failures: sentences; empty if all was as fast as required.
     """
@@ -45,6 +48,7 @@ class Report:
     again: list[dict[str, Any]] = field(default_factory=list)
     copy_gb_per_s: float | None = None
     second: bool = False
+    growth: list[dict[str, Any]] = field(default_factory=list)
 
     def begin_again(self) -> None:
         """Cases from here on are the second run's."""
@@ -56,6 +60,11 @@ class Report:
         failure = result.failure()
         self.failures += [failure] if failure else []
         return case_lines(result, read) + (f"\n    TOO SLOW: {failure}" if failure else "")
+
+    def add_growth(self, result: CaseResult, read: ReadBandwidth) -> str:
+        """Take in a case of the growth plan; returns the lines to print."""
+        self.growth.extend(result.rows(read))
+        return case_lines(result, read)
 
     def add_loss(self, result: LossResult) -> str:
         """Take in the result of a case of the loss; returns the lines to print."""
@@ -80,6 +89,7 @@ class Report:
             "loss": self.loss,
             **({"loss_again": self.loss_again} if self.loss_again else {}),
             "generate": self.generate,
+            **({"growth": self.growth} if self.growth else {}),
             "failures": self.failures,
         }
 
@@ -199,8 +209,11 @@ def _case_lines(results: dict[str, Any]) -> list[str]:
     titles += others.values()
     lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
     scale, form = (1.0, "{:.1f} us") if is_gpu(results) else (1e-3, "{:.2f} ms")
-    for (d, V, name, B, T, sampled), rows in grouped(results).items():
+    cases = grouped(results)
+    for (d, V, name, B, T, sampled), rows in cases.items():
         ours = rows["dualhead"]
+        if name in QUANTIZED:  # beside the same contenders in bf16
+            rows = cases[d, V, "bf16", B, T, sampled]
         cells = [f"{d} x {V}", name, B, T, "sampled" if sampled else "greedy"]
         cells += [form.format(ours["us_median"] * scale), f"{ours['share_of_read_bandwidth']:.0%}"]
         for contender in others:

@@ -20,6 +20,8 @@ def run(quick: bool, seconds: float | None, emit: Callable[[str], None]) -> repo
     found = start(quick, emit)
     for group in cases.plan(quick):
         run_group(group, found, seconds, emit)
+    for group in () if quick else cases.growth_plan():
+        run_growth(group, found, seconds, emit)
     for case in loss.plan(quick):
         run_loss(case, found, seconds, emit)
     for model in generation.plan(quick):
@@ -70,9 +72,14 @@ def run_group(
     emit: Callable[[str], None],
     device_type: str = "cpu",
     min_rounds: int = 15,
+    add: Callable[[decode.CaseResult, machine.ReadBandwidth], str] | None = None,
 ) -> None:
-    """One group of the decode benchmark: make its weights, measure how fast this machine reads
-    memory over those very weights, time its cases."""
+    """One group of the decode benchmark: make its weights; before each of its cases, measure how
+    fast this machine reads memory over those very weights, which other tenants of a host change.
+
+    Args:
+        add: takes in a result, default ``found.add``.
+    """
     effort = decode.Effort(
         seconds=_seconds(found, seconds),
         cold_bytes=machine.cold_bytes(device_type),
@@ -82,8 +89,17 @@ def run_group(
     operands = contenders.Operands(group, effort.cold_bytes, device_type)
     read = machine.read_bandwidth(operands.memory)
     emit(report.group_lines(operands, effort, read))
-    for case in group.cases:
-        emit(found.add(decode.run_case(case, operands, effort), read))
+    for number, case in enumerate(group.cases):
+        if number > 0:
+            read = machine.read_bandwidth(operands.memory)
+        emit((add or found.add)(decode.run_case(case, operands, effort), read))
+
+
+def run_growth(
+    group: cases.Group, found: report.Report, seconds: float | None, emit: Callable[[str], None]
+) -> None:
+    """One group of :func:`.cases.growth_plan`."""
+    run_group(group, found, seconds, emit, add=found.add_growth)
 
 
 def run_loss(

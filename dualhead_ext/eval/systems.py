@@ -156,9 +156,10 @@ BETAS = {"dual_head": 0.1, "autoregressive_reward": 0.05, "dpo": 0.1, "simpo": 2
 
 # The gated head and what is taken from it or changed in it, one thing at a time: options of
 # training.train_dual_head. Two keep one attention head: of the same number of parameters
-# (384 = 8 x 48 wide), and of the same head size. Then what may keep the gate from closing: the
-# language-model loss averaged over tokens, not summed, so that it does not drown the preference
-# loss; that and the preference loss on the mixture, which the gate then sees; smaller steps.
+# (384 = 8 x 48 wide), and of the same head size. Then the language-model loss as the paper sums it,
+# which drowns the preference loss; and a preference loss of means over tokens (beta_r as SimPO's),
+# since a difference of sums is mostly one of lengths and saturates the sigmoid: alone, and on the
+# mixture, so that the gate sees the rejected side.
 DUAL_HEAD_VARIANTS: dict[str, dict[str, Any]] = {
     "dual_head": {},
     "probs_mix": {"mix": "probs"},
@@ -169,7 +170,7 @@ DUAL_HEAD_VARIANTS: dict[str, dict[str, Any]] = {
     "pref_on_mixed": {"pref_on": "mixed"},
     "single_head_equal_parameters": {"gate_num_heads": 1, "gate_head_dim": 384},
     "single_head_equal_size": {"gate_num_heads": 1, "gate_head_dim": 48},
-    "lm_mean": {"lm_reduction": "mean"},
-    "lm_mean_pref_on_mixed": {"lm_reduction": "mean", "pref_on": "mixed"},
-    "smaller_steps": {"learning_rate": 1e-4},
+    "lm_sum": {"lm_reduction": "sum"},
+    "pref_mean": {"pref_reduction": "mean", "beta_r": 2.0},
+    "pref_mean_on_mixed": {"pref_reduction": "mean", "beta_r": 2.0, "pref_on": "mixed"},
 }

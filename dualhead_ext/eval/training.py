@@ -41,7 +41,7 @@ def train_dual_head(
         pairs: rows of :func:`dualhead_ext.data.load_preference_data`; with K > 1 each may name its
             ``objective``.
         out: the folder to write; must be new or empty.
-        settings: beta is beta_r. Weights train in fp32.
+        settings: beta is beta_r, unless options name it. Weights train in fp32.
         progress: show a bar.
         options: fields of DualHeadConfig (gate, gate_num_heads, mix, num_objectives, ...) and of
             DualHeadTrainingArguments (lambda_g, gate_regularizer, pref_on, lm_reduction, ...).
@@ -52,6 +52,7 @@ def train_dual_head(
             ``out`` holds something. TypeError: an unknown option.
     """
     names = {field.name for field in fields(DualHeadConfig)}
+    beta_r = options.get("beta_r", settings.beta_of("dual_head"))
     head = {name: value for name, value in options.items() if name in names}
     loss = {name: value for name, value in options.items() if name not in names}
     tokenizer = load_tokenizer(backbone)
@@ -60,7 +61,7 @@ def train_dual_head(
         model = DualHeadForCausalLM.from_backbone(str(backbone), dtype=torch.float32, **head)
         return DualHeadTrainer(
             model,
-            DualHeadTrainingArguments(beta_r=settings.beta_of("dual_head"), **arguments | loss),
+            DualHeadTrainingArguments(**arguments | loss | {"beta_r": beta_r}),
             train_dataset=tokenize_pairs(pairs, tokenizer, settings.max_length),
             processing_class=tokenizer,
         )

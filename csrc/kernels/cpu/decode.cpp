@@ -37,15 +37,25 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// Elements from row to row so that two requests' kTurn inputs do not want the same places in L1, as
+// they would a multiple of 4 KB apart.
+template <class T>
+int64_t spread_stride(int64_t d) {
+  return units(d * sizeof(T), 4096) * 4096 / sizeof(T) + kTurn;
+}
+
 Step lay_out(const DecodeParams& p, Arena& arena) {
   Step s{};
   s.params = &p;
   const int64_t stats = p.B * units(p.V, kUnit);
-  s.hidden_f32 = static_cast<const float*>(p.hidden);
-  s.hidden_f32_stride = p.hidden_stride;
+  s.hidden_f32_stride = spread_stride<float>(p.d);
+  s.hidden_f32 = arena.take<float>(p.B * s.hidden_f32_stride);
   if (p.dtype != DType::kFloat32) {
-    s.hidden_f32 = arena.take<float>(p.B * p.d);
-    s.hidden_f32_stride = p.d;
+    s.hidden_bf16_stride = spread_stride<BFloat16>(p.d);
+    s.hidden_bf16 = arena.take<BFloat16>(p.B * s.hidden_bf16_stride);
+    if (p.quantization != Quantization::kNone) {
+      s.hidden_packed = arena.take<BFloat16>(p.B * s.hidden_bf16_stride);
+    }
   }
   s.column = arena.take<int32_t>(p.B);
   s.q = arena.take<float>(p.B * p.H * p.d_k);
@@ -88,12 +98,17 @@ void share(ParallelFor parallel, const Step& step, void (*kernel)(const Step&, i
 // --- the gate
 // ---------------------------------------------------------------------------------------
 
-void widen_hidden(const Step& s) {
+void copy_hidden(const Step& s) {
   const DecodeParams& p = *s.params;
-  float* out = const_cast<float*>(s.hidden_f32);
   for (int64_t b = 0; b < p.B; ++b) {
+    float* wide = s.hidden_f32 + b * s.hidden_f32_stride;
+    if (p.dtype == DType::kFloat32) {
+      std::copy_n(static_cast<const float*>(p.hidden) + b * p.hidden_stride, p.d, wide);
+      continue;
+    }
     const BFloat16* row = static_cast<const BFloat16*>(p.hidden) + b * p.hidden_stride;
-    for (int64_t k = 0; k < p.d; ++k) out[b * p.d + k] = to_float(row[k]);
+    std::copy_n(row, p.d, s.hidden_bf16 + b * s.hidden_bf16_stride);
+    for (int64_t k = 0; k < p.d; ++k) wide[k] = to_float(row[k]);
   }
 }
 
@@ -276,7 +291,8 @@ void decode_step(const DecodeParams& params, const Kernels& kernels, void* works
   if (params.B == 0) return;
   Arena arena(workspace);
   Step step = lay_out(params, arena);
-  if (params.dtype != DType::kFloat32) widen_hidden(step);
+  copy_hidden(step);
+  if (step.hidden_packed && kernels.pack_hidden) kernels.pack_hidden(step);
   if (has_cache(params)) run_attention_gate(step, kernels, parallel);
   finish_gate(step);
   choose_matrices(step);

@@ -12,10 +12,8 @@ struct Hidden<W, float> {
 };
 template <class W>
 struct Hidden<W, BFloat16> {
-  static const BFloat16* data(const Step& s) {
-    return static_cast<const BFloat16*>(s.params->hidden);
-  }
-  static int64_t stride(const Step& s) { return s.params->hidden_stride; }
+  static const BFloat16* data(const Step& s) { return s.hidden_bf16; }
+  static int64_t stride(const Step& s) { return s.hidden_bf16_stride; }
 };
 
 inline void store_as(float* p, float x) { *p = x; }
@@ -34,11 +32,11 @@ void project_keys_and_queries(const Step& s, int64_t row, int64_t end) {
     rows[r] = (i < g ? static_cast<const W*>(p.q_weight) + i * p.d
                      : static_cast<const W*>(p.k_weight) + (i - g) * p.d);
   }
-  float out[kBatchBlock][4];
+  float out[kBatchBlock][4 * kMaxGroups];
   for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
     const int64_t batch = smaller(kBatchBlock, p.B - b0);
     const X* x = Hidden<W, X>::data(s) + b0 * Hidden<W, X>::stride(s);
-    dot_rows<W, X>(rows, 4 * p.d * sizeof(W), x, Hidden<W, X>::stride(s), batch, p.d, out);
+    dot_rows<W, X>(rows, 1, rows[0] + 4 * p.d, x, Hidden<W, X>::stride(s), batch, p.d, out);
     for (int64_t b = b0; b < b0 + batch; ++b) {
       for (int64_t i = row; i < smaller(row + 4, end); ++i) {
         const float value = out[b - b0][i - row];
@@ -59,11 +57,11 @@ inline void project_values(const Step& s, int64_t row, int64_t end) {
   const DecodeParams& p = *s.params;
   const float* rows[4];
   for (int64_t r = 0; r < 4; ++r) rows[r] = p.u_weight + smaller(row + r, end - 1) * p.d;
-  float out[kBatchBlock][4];
+  float out[kBatchBlock][4 * kMaxGroups];
   for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
     const int64_t batch = smaller(kBatchBlock, p.B - b0);
     const float* x = s.hidden_f32 + b0 * s.hidden_f32_stride;
-    dot_rows<float, float>(rows, 4 * p.d * sizeof(float), x, s.hidden_f32_stride, batch, p.d, out);
+    dot_rows<float, float>(rows, 1, rows[0] + 4 * p.d, x, s.hidden_f32_stride, batch, p.d, out);
     for (int64_t b = b0; b < b0 + batch; ++b) {
       if (s.column[b] < 0) continue;
       for (int64_t h = row; h < smaller(row + 4, end); ++h) {
@@ -140,16 +138,18 @@ void score_columns(const Step& s, int64_t b, int64_t h, int64_t first, int64_t c
   const uint8_t* valid = p.cache_valid + b * p.S + first;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(p.d_k));
   for (int64_t i = 0; i < kUnit; i += 4) {
-    float out[1][4] = {};
+    float out[4] = {};
     if (i < count) {
       const W* rows[4];
       for (int64_t r = 0; r < 4; ++r) rows[r] = k + smaller(i + r, count - 1) * p.d_k;
-      const float* q = s.q + pair * p.d_k;
-      dot_tile<W, float, 1, Prefetch::kToL1>(rows, 16 * p.d_k * sizeof(W), q, 0, p.d_k, out);
+      F32 sums[1][4] = {};
+      const Fetch fetch{reinterpret_cast<const char*>(rows[0] + 16 * p.d_k), 64};
+      Tile<W, float>::template run<1>(rows, fetch, s.q + pair * p.d_k, 0, 0, p.d_k, sums);
+      reduce4(out, sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
     }
     for (int64_t r = 0; r < 4; ++r) {
       const bool visible = i + r < count && valid[i + r];
-      scores[i + r] = visible ? out[0][r] * scale : -__builtin_inff();
+      scores[i + r] = visible ? out[r] * scale : -__builtin_inff();
       values[i + r] = visible ? u[i + r] : 0.0f;
       *seen = *seen || visible;
     }

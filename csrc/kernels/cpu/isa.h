@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../params.h"
+#include "../weight_format.h"
 
 namespace dualhead::cpu {
 
@@ -18,14 +19,19 @@ constexpr int64_t kUnit = 64;
 constexpr int64_t kProjectionUnit = 16;
 // Requests whose logits of one unit are kept on the stack at a time.
 constexpr int64_t kBatchBlock = 64;
+// Inputs that larger batches take in turn (dot_tile.h): 2 KB of bf16 hidden states per request.
+constexpr int64_t kTurn = 1024;
 
 inline int64_t units(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // One step in flight: the caller's params and what the phases hand to each other.
 struct Step {
   const DecodeParams* params;
-  const float* hidden_f32;  // (B, d): hidden, widened; params->hidden itself for fp32
-  int64_t hidden_f32_stride;
+  // (B, d), rows apart: copies of hidden, widened, and as it is (bf16 only).
+  float* hidden_f32;
+  BFloat16* hidden_bf16;
+  BFloat16* hidden_packed;  // in the order of packed_tile.h; bf16 with quantised heads only
+  int64_t hidden_f32_stride, hidden_bf16_stride;
   int32_t* column;       // (B,): where the new position goes; -1 = the cache is full
   float* q;              // (B, g)
   float* head_context;   // (B, H): sum_s p_s u_s of each head
@@ -44,6 +50,8 @@ struct Step {
 struct Kernels {
   const char* name;
   bool (*supported)();
+  // hidden_packed of the whole batch; null where it is not used.
+  void (*pack_hidden)(const Step&);
   // Units of kProjectionUnit rows: W_Q (g), W_K (g), then U (H), for the whole batch. Writes q and
   // the cache's new column.
   void (*project)(const Step&, int64_t begin, int64_t end);

@@ -33,6 +33,7 @@ bool supported() {
 
 extern const Kernels avx2_kernels{"avx2",
                                   &supported,
+                                  nullptr,
                                   &avx2::project,
                                   &avx2::attend,
                                   &avx2::vocabulary,

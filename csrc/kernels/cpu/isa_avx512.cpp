@@ -36,6 +36,7 @@ bool supported() {
 
 extern const Kernels avx512_kernels{"avx512",
                                     &supported,
+                                    nullptr,
                                     &avx512::project,
                                     &avx512::attend,
                                     &avx512::vocabulary,

@@ -22,6 +22,7 @@ bool supported() { return true; }
 
 extern const Kernels portable_kernels{"portable",
                                       &supported,
+                                      nullptr,
                                       &portable::project,
                                       &portable::attend,
                                       &portable::vocabulary,

@@ -14,5 +14,8 @@
 #include "gate.h"
 #include "int4_tile.h"
 #include "loss_rows.h"
+#if DUALHEAD_NATIVE_BF16
+#include "packed_tile.h"
+#endif
 // ^ before the rest: they use it.
 #include "vocabulary.h"

@@ -16,77 +16,78 @@ inline float bias_at(const void* bias, DType dtype, int64_t i) {
                                   : to_float(static_cast<const BFloat16*>(bias)[i]);
 }
 
+// Row v of matrix m (0: the LM head; m >= 1: objective m - 1), the last one where there is no row
+// v.
 template <class W>
-struct IsQuantized {
-  static constexpr bool kRows = false;  // a scale per row
+inline const W* head_row(const DecodeParams& p, int64_t m, int64_t v) {
+  v = smaller(v, p.V - 1);
+  return m == 0 ? static_cast<const W*>(p.lm_weight) + v * p.lm_weight_stride
+                : static_cast<const W*>(p.reward_weight) + (m - 1) * p.reward_weight_stride_k +
+                      v * p.reward_weight_stride;
+}
+
+// Of quantised rows, the first of row v's scales: `count` for each row.
+inline const float* head_scale(const DecodeParams& p, int64_t m, int64_t v, int64_t count) {
+  const float* first = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * count;
+  return first + smaller(v, p.V - 1) * count;
+}
+
+template <class W>
+struct ScaleOf {  // of a row as a whole
+  static float at(const DecodeParams& p, int64_t m, int64_t v) { return *head_scale(p, m, v, 1); }
+};
+struct NoScale {
+  static float at(const DecodeParams&, int64_t, int64_t) { return 1.0f; }
 };
 template <>
-struct IsQuantized<int8_t> {
-  static constexpr bool kRows = true;
-};
+struct ScaleOf<float> : NoScale {};
 template <>
-struct IsQuantized<Fp8> {
-  static constexpr bool kRows = true;
+struct ScaleOf<BFloat16> : NoScale {};
+template <>
+struct ScaleOf<Int4Pair> : NoScale {};
+
+template <class W>
+inline void find_row(const DecodeParams& p, int64_t m, int64_t v, const W*& row) {
+  row = head_row<W>(p, m, v);
+}
+inline void find_row(const DecodeParams& p, int64_t m, int64_t v, Int4Row& row) {
+  row = {head_row<Int4Pair>(p, m, v), head_scale(p, m, v, p.d / kInt4Group)};
+}
+
+// Rows from v of matrix m on.
+struct Place {
+  int64_t m, v;
 };
 
-// The products of dot_group, with the scales of quantised rows.
+// `groups` groups of 4 rows for requests [b0, b0 + batch); `next`: the rows that follow.
 template <class W, class X>
-void head_rows(const Step& s, int64_t m, int64_t v, const W* const* rows, int64_t ahead, const X* x,
-               int64_t batch, float (*out)[4]) {
+void dot_groups(const Step& s, Place at, int64_t groups, Place next, int64_t b0, int64_t batch,
+                int64_t in_unit, UnitLogits& z) {
   const DecodeParams& p = *s.params;
-  dot_rows<W, X>(rows, ahead, x, Hidden<W, X>::stride(s), batch, p.d, out);
-  if constexpr (IsQuantized<W>::kRows) {
-    const float* scale = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V;
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t r = 0; r < 4; ++r) out[b][r] *= scale[smaller(v + r, p.V - 1)];
-    }
-  }
-}
-template <>
-inline void head_rows<Int4Pair, float>(const Step& s, int64_t m, int64_t v,
-                                       const Int4Pair* const* rows, int64_t ahead, const float* x,
-                                       int64_t batch, float (*out)[4]) {
-  const DecodeParams& p = *s.params;
-  const int64_t groups = p.d / kInt4Group;
-  const float* first = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * groups;
-  const float* scales[4];
-  for (int64_t r = 0; r < 4; ++r) scales[r] = first + smaller(v + r, p.V - 1) * groups;
-  int4_rows(rows, scales, ahead, x, Hidden<Int4Pair, float>::stride(s), batch, p.d, out);
-}
-
-// One matrix (m = 0: the LM head; m >= 1: objective m - 1), rows [v, v + 4), requests [b0, b0 +
-// batch).
-template <class W>
-void dot_group(const Step& s, int64_t m, int64_t v, int64_t b0, int64_t batch, int64_t in_unit,
-               UnitLogits& z) {
-  typedef typename OperandOf<W>::Type X;
-  const DecodeParams& p = *s.params;
-  const int64_t stride = m == 0 ? p.lm_weight_stride : p.reward_weight_stride;
-  const W* matrix =
-      m == 0 ? static_cast<const W*>(p.lm_weight)
-             : static_cast<const W*>(p.reward_weight) + (m - 1) * p.reward_weight_stride_k;
-  const W* rows[4];
-  for (int64_t r = 0; r < 4; ++r) rows[r] = matrix + smaller(v + r, p.V - 1) * stride;
-  const X* x = Hidden<W, X>::data(s) + b0 * Hidden<W, X>::stride(s);
-  float out[kBatchBlock][4];
-  head_rows<W, X>(s, m, v, rows, 4 * stride * sizeof(W), x, batch, out);
+  const auto [m, v] = at;
+  typename Tile<W, X>::Row rows[4 * kMaxGroups];
+  for (int64_t r = 0; r < 4 * groups; ++r) find_row(p, m, v + r, rows[r]);
+  const int64_t stride = Hidden<W, X>::stride(s);
+  const X* x = Hidden<W, X>::data(s) + b0 * stride;
+  float out[kBatchBlock][4 * kMaxGroups];
+  dot_rows<W, X>(rows, groups, head_row<W>(p, next.m, next.v), x, stride, batch, p.d, out);
 
   const void* bias = m == 0 ? p.lm_bias : p.reward_bias;
-  float bias4[4];
-  for (int64_t r = 0; r < 4; ++r) {
-    bias4[r] = bias_at(bias, p.dtype, (m == 0 ? 0 : (m - 1) * p.V) + smaller(v + r, p.V - 1));
-  }
-  for (int64_t b = 0; b < batch; ++b) {
-    float* row = (m == 0 ? z.lm[b] : z.rm[b]) + in_unit;
-    if (m == 0 || (p.K == 1 && !p.objective_weights)) {
-      for (int r = 0; r < 4; ++r) row[r] = out[b][r] + bias4[r];
-      continue;
-    }
-    const float weight = p.objective_weights ? p.objective_weights[(b0 + b) * p.K + m - 1]
-                                             : 1.0f / static_cast<float>(p.K);
-    for (int r = 0; r < 4; ++r) {
-      const float term = weight * (out[b][r] + bias4[r]);
-      row[r] = m == 1 ? term : row[r] + term;
+  const bool weighed = m > 0 && (p.K > 1 || p.objective_weights);
+  for (int64_t r = 0; r < 4 * groups; ++r) {
+    const float scale = ScaleOf<W>::at(p, m, v + r);
+    const int64_t row = smaller(v + r, p.V - 1);
+    const float bias_r = bias_at(bias, p.dtype, m == 0 ? row : (m - 1) * p.V + row);
+    for (int64_t b = 0; b < batch; ++b) {
+      float* to = (m == 0 ? z.lm[b] : z.rm[b]) + in_unit + r;
+      const float logit = out[b][r] * scale + bias_r;
+      if (!weighed) {
+        *to = logit;
+        continue;
+      }
+      const float weight = p.objective_weights ? p.objective_weights[(b0 + b) * p.K + m - 1]
+                                               : 1.0f / static_cast<float>(p.K);
+      *to = m == 1 ? weight * logit : *to + weight * logit;
     }
   }
 }
@@ -141,7 +142,7 @@ inline void finish_apart(const Step& s, int64_t unit, int64_t b, float* lm, floa
   softmax_sums(rm, s.rm_unit_max + at, s.rm_unit_sum + at);
 }
 
-template <class W>
+template <class W, class X = typename OperandOf<W>::Type>
 void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
   const DecodeParams& p = *s.params;
   UnitLogits z = {};
@@ -149,9 +150,12 @@ void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
     const int64_t first = unit * kUnit, last = smaller(first + kUnit, p.V);
     for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
       const int64_t batch = smaller(kBatchBlock, p.B - b0);
-      for (int64_t v = first; v < last; v += 4) {
+      for (int64_t v = first, groups; v < last; v += 4 * groups) {
+        groups = smaller(groups_at_once(batch), units(last - v, 4));
         for (int64_t m = s.first_matrix; m < s.end_matrix; ++m) {
-          dot_group<W>(s, m, v, b0, batch, v - first, z);
+          const bool last_matrix = m + 1 == s.end_matrix;
+          const Place next = last_matrix ? Place{s.first_matrix, v + 4 * groups} : Place{m + 1, v};
+          dot_groups<W, X>(s, {m, v}, groups, next, b0, batch, v - first, z);
         }
       }
       for (int64_t b = 0; b < batch; ++b) {
@@ -165,14 +169,24 @@ void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
   }
 }
 
+// Of quantised heads: with hidden states in the format's own order where the instruction set has
+// such tiles.
+template <class W>
+void quantized_units(const Step& s, int64_t begin, int64_t end) {
+#if DUALHEAD_NATIVE_BF16
+  if (s.hidden_packed) return vocabulary_units<W, PackedFor<W>>(s, begin, end);
+#endif
+  vocabulary_units<W>(s, begin, end);
+}
+
 void vocabulary(const Step& s, int64_t begin, int64_t end) {
   switch (s.params->quantization) {
     case Quantization::kInt8:
-      return vocabulary_units<int8_t>(s, begin, end);
+      return quantized_units<int8_t>(s, begin, end);
     case Quantization::kFp8:
-      return vocabulary_units<Fp8>(s, begin, end);
+      return quantized_units<Fp8>(s, begin, end);
     case Quantization::kInt4:
-      return vocabulary_units<Int4Pair>(s, begin, end);
+      return quantized_units<Int4Pair>(s, begin, end);
     default:
       break;
   }

@@ -86,8 +86,8 @@ class Builder:
         return Cell("train", label, options, {"backbone": home, **(needs or {})})
 
     def dual_head(self, variant: str = "dual_head", **others: Any) -> Cell:
-        """A gated head; a mean LM term, since the paper's sum closes the gate on so few pairs (the
-        README's option lm_reduction).
+        """A gated head; a mean LM term, since the paper's sum drowns the preference loss on so few
+        pairs (the variant ``lm_sum`` has it).
         """
         return self.train(
             "dual_head", **{"lm_reduction": "mean"} | DUAL_HEAD_VARIANTS[variant] | others
@@ -180,11 +180,9 @@ SYSTEMS: dict[str, System] = {
         "one attention head, equal parameters", "single_head_equal_parameters"
     ),
     "single_head_equal_size": _gated("one attention head, equal size", "single_head_equal_size"),
-    "lm_mean": _gated("LM loss per token", "lm_mean"),
-    "lm_mean_pref_on_mixed": _gated(
-        "LM loss per token, preference loss on the mixture", "lm_mean_pref_on_mixed"
-    ),
-    "smaller_steps": _gated("a tenth of the learning rate", "smaller_steps"),
+    "lm_sum": _gated("LM loss summed, as printed", "lm_sum"),
+    "pref_mean": _gated("preference loss per token", "pref_mean"),
+    "pref_mean_on_mixed": _gated("preference loss per token, on the mixture", "pref_mean_on_mixed"),
     "genarm_lora": System("GenARM (LoRA)", partial(_genarm, lora=True), True),
     "genarm_full": System("GenARM (full copy)", partial(_genarm, lora=False), True),
     "args_1.0": System("ARGS, w = 1", partial(_args, weight=1.0), True),
@@ -215,9 +213,9 @@ GATED = (
     "pref_on_mixed",
     "single_head_equal_parameters",
     "single_head_equal_size",
-    "lm_mean",
-    "lm_mean_pref_on_mixed",
-    "smaller_steps",
+    "lm_sum",
+    "pref_mean",
+    "pref_mean_on_mixed",
 )
 ABLATIONS = ("backbone", "dual_head", "fixed_gate", *GATED[1:])
 # Timed; others decode as one of these does.

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of quantised rows for AVX512_BF16: numbers turn into bf16, in which those of every format
+// are exact, by tables, and multiply bf16 hidden states as NativeBf16Product does. Included inside
+// a target region. The order of each sum is fixed, as in dot_tile.h.
+
+// bf16 hidden states in the order in which weights of type W come apart; zeros up to whole steps.
+template <class W>
+struct PackedFor {
+  BFloat16 value;
+};
+
+template <class W>
+struct Hidden<W, PackedFor<W>> {
+  static const PackedFor<W>* data(const Step& s) {
+    return reinterpret_cast<const PackedFor<W>*>(s.hidden_packed);
+  }
+  static int64_t stride(const Step& s) { return s.hidden_bf16_stride; }
+};
+
+// Where in its 128 inputs the i-th packed one comes from.
+inline int64_t packed_from(Quantization quantization, int64_t i) {
+  if (quantization == Quantization::kInt4) {
+    // 16-bit lane n of a line, shifted right by 4 j, has input (j odd: 64 +) 2 n + j / 2 at its
+    // bottom.
+    const int64_t j = i / 32, n = i % 32;
+    return j % 2 * 64 + 2 * n + j / 2;
+  }
+  // Bytes unpack 8 of each 16 at a time: first the lower halves of 64, then the upper ones.
+  const int64_t half = i % 64 / 32, n = i % 32;
+  return i / 64 * 64 + n / 8 * 16 + half * 8 + n % 8;
+}
+
+inline void pack_hidden(const Step& s) {
+  const DecodeParams& p = *s.params;
+  int64_t from[128];
+  for (int64_t i = 0; i < 128; ++i) from[i] = packed_from(p.quantization, i);
+  for (int64_t b = 0; b < p.B; ++b) {
+    const BFloat16* row = s.hidden_bf16 + b * s.hidden_bf16_stride;
+    BFloat16* to = s.hidden_packed + b * s.hidden_bf16_stride;
+    for (int64_t k = 0; k < p.d; k += 128) {
+      for (int64_t i = 0; i < 128; ++i) {
+        to[k + i] = k + from[i] < p.d ? row[k + from[i]] : BFloat16{0};
+      }
+    }
+  }
+}
+
+inline __m512i load_packed(const void* x) { return _mm512_loadu_si512(x); }
+
+// --- one byte each -------------------------------------------------------------------------------
+
+// bf16's bits of an integer 0 <= n < 256.
+constexpr int integer_bits(int n) {
+  int exponent = 0;
+  while (n >> (exponent + 1)) ++exponent;
+  return n == 0 ? 0 : (127 + exponent) << 7 | (n << 7 >> exponent & 127);
+}
+
+// bf16's bits of the W whose lowest 7 bits are i and whose sign is plus.
+constexpr int magnitude_bits(int8_t, int i) { return integer_bits(i); }
+constexpr int magnitude_bits(Fp8, int i) {
+  if (i >= 8) return ((i >> 3) + 120) << 7 | (i & 7) << 4;
+  return i == 0 ? 0 : integer_bits(i) - (9 << 7);  // subnormal: i 2^-9
+}
+
+// Both bytes of 128 magnitudes, looked up by the 7 lowest bits.
+template <class W>
+struct ByteTable {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr ByteTable() : low(), high() {
+    for (int i = 0; i < 128; ++i) {
+      low[i] = static_cast<uint8_t>(magnitude_bits(W{}, i) & 255);
+      high[i] = static_cast<uint8_t>(magnitude_bits(W{}, i) >> 8);
+    }
+  }
+};
+template <class W>
+constexpr ByteTable<W> kByteTable{};
+
+struct ByteTables {
+  __m512i low[2], high[2];
+};
+
+template <class W>
+inline ByteTables byte_tables() {
+  const ByteTable<W>& t = kByteTable<W>;
+  return {{_mm512_load_si512(t.low), _mm512_load_si512(t.low + 64)},
+          {_mm512_load_si512(t.high), _mm512_load_si512(t.high + 64)}};
+}
+
+inline __m512i look_up(const __m512i (&table)[2], __m512i index) {
+  return _mm512_permutex2var_epi8(table[0], index, table[1]);
+}
+
+// The high bytes with their numbers' signs.
+inline __m512i with_sign(__m512i high, __m512i numbers) {
+  constexpr int kOrAnd = 0xF8;  // a | (b & c)
+  return _mm512_ternarylogic_epi32(high, numbers, _mm512_set1_epi8(-128), kOrAnd);
+}
+
+inline void to_bytes(Fp8, const ByteTables& t, __m512i x, __m512i& low, __m512i& high) {
+  low = look_up(t.low, x), high = with_sign(look_up(t.high, x), x);
+}
+inline void to_bytes(int8_t, const ByteTables& t, __m512i x, __m512i& low, __m512i& high) {
+  const __m512i index = _mm512_abs_epi8(x);
+  low = look_up(t.low, index), high = look_up(t.high, index);
+  // -128 has no magnitude among 7 bits: looked up as 0, whose low byte it has.
+  const __mmask64 lowest = _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8(-128));
+  high = with_sign(_mm512_mask_mov_epi8(high, lowest, _mm512_set1_epi8(0x43)), x);
+}
+
+template <class W>
+struct Tile<W, PackedFor<W>> {
+  typedef const W* Row;
+  static constexpr int kMaxBatch = 4;
+  static constexpr int64_t kStep = 64;
+  static constexpr int64_t kStepBytes = 4 * kStep, kFetches = 4;
+
+  template <int kBatch>
+  static void run(const Row* rows, Fetch fetch, const PackedFor<W>* x, int64_t x_stride,
+                  int64_t begin, int64_t end, F32 (*sums)[4]) {
+    const ByteTables tables = byte_tables<W>();
+    F32 sum[kBatch][4];
+    __builtin_memcpy(sum, sums, sizeof(sum));
+    for (int64_t k = begin; k < end; k += kStep) {
+      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, 3);
+      fetch.at += kFetches * fetch.step;
+      const __mmask64 inside = end - k < kStep ? (uint64_t{1} << (end - k)) - 1 : ~uint64_t{0};
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        __m512i low, high;
+        to_bytes(W{}, tables, _mm512_maskz_loadu_epi8(inside, rows[r] + k), low, high);
+        const __m512i w0 = _mm512_unpacklo_epi8(low, high), w1 = _mm512_unpackhi_epi8(low, high);
+#pragma GCC unroll 4
+        for (int b = 0; b < kBatch; ++b) {
+          const PackedFor<W>* x_b = x + b * x_stride + k;
+          sum[b][r] = NativeBf16Product::accumulate(sum[b][r], w0, load_packed(x_b));
+          sum[b][r] = NativeBf16Product::accumulate(sum[b][r], w1, load_packed(x_b + 32));
+        }
+      }
+    }
+    __builtin_memcpy(sums, sum, sizeof(sum));
+  }
+};
+
+// --- int4 ----------------------------------------------------------------------------------------
+
+// By the 5 lowest bits, of which the highest is another number's.
+struct Int4Table {
+  alignas(64) uint16_t bits[32];
+  constexpr Int4Table() : bits() {
+    for (int i = 0; i < 32; ++i) {
+      const int n = i % 16 - 8;
+      bits[i] = static_cast<uint16_t>(n < 0 ? 0x8000 | integer_bits(-n) : integer_bits(n));
+    }
+  }
+};
+constexpr Int4Table kInt4Table{};
+
+template <>
+struct Tile<Int4Pair, PackedFor<Int4Pair>> {
+  typedef Int4Row Row;
+  static constexpr int kMaxBatch = 4;
+  static constexpr int64_t kStep = kInt4Group;
+  static constexpr int64_t kStepBytes = 4 * kStep / 2, kFetches = 4;
+
+  template <int kBatch>
+  static void run(const Row* rows, Fetch fetch, const PackedFor<Int4Pair>* x, int64_t x_stride,
+                  int64_t begin, int64_t end, F32 (*sums)[4]) {
+    const __m512i numbers = _mm512_load_si512(kInt4Table.bits);
+    F32 sum[kBatch][4];
+    __builtin_memcpy(sum, sums, sizeof(sum));
+    for (int64_t k = begin; k < end; k += kStep) {
+      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, 3);
+      fetch.at += kFetches * fetch.step;
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const __m512i line = load_packed(rows[r].at + k / 2);
+        const F32 scale = splat(rows[r].scales[k / kStep]);
+        const __m512i w[4] = {_mm512_permutexvar_epi16(line, numbers),
+                              _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4), numbers),
+                              _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), numbers),
+                              _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), numbers)};
+#pragma GCC unroll 4
+        for (int b = 0; b < kBatch; ++b) {
+          F32 part = {};
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const __m512i x_j = load_packed(x + b * x_stride + k + 32 * j);
+            part = NativeBf16Product::accumulate(part, w[j], x_j);
+          }
+          sum[b][r] = fma(scale, part, sum[b][r]);
+        }
+      }
+    }
+    __builtin_memcpy(sums, sum, sizeof(sum));
+  }
+};
