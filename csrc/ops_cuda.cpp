@@ -18,8 +18,8 @@ namespace {
 // again only in this stream's order, or, under capture, keeps it for the graph. So streams, threads
 // and graphs never share scratch, and nothing is cached here.
 DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
-  BoundDecode bound = bind_decode_step(
-      std::move(arguments), {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  BoundDecode bound = bind_decode_step(std::move(arguments),
+                                       {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   const DecodeParams& params = bound.params;
   const Tensor& hidden = bound.arguments.hidden;
   const auto device = hidden.get_device_index();

@@ -26,8 +26,11 @@ from dualhead_ext.bench import (
     timing,
 )
 
-CASES = (cases.Case(2, 9, graphs=True), cases.Case(3, 5, sampled=True, graphs=True))
-GROUP = cases.Group(40, 77, "bf16", CASES)
+CASES = (
+    cases.Case(2, 9, graphs=True, quantized=True),
+    cases.Case(3, 5, sampled=True, graphs=True),
+)
+GROUP = cases.Group(128, 77, "bf16", CASES)
 LOSS = loss.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
 NAMES = ["dualhead", "eager", "two_gemms", "one_gemm", "lm_head"]
 
@@ -54,7 +57,10 @@ def gpu(results, **changes):
 
 def test_the_run_on_the_cpu_has_all_contenders_twice(results):
     for rows in (results["cases"], results["cases_again"]):
-        assert [row["contender"] for row in rows] == 2 * NAMES
+        formats = ["int8", "fp8", "int4"]
+        assert [row["contender"] for row in rows] == NAMES + len(formats) * ["dualhead"] + NAMES
+        quantized = [row["format"] for row in rows if row["format"] != "bf16"]
+        assert quantized == formats
         needed = {"format", "d", "V", "B", "T", "sampled", "us_median", "us_q1", "us_q3", "repeats"}
         assert all(needed <= row.keys() and row["repeats"] == 4 for row in rows)
     assert results["copy_gb_per_s"] > 0
@@ -75,7 +81,7 @@ def test_it_writes_after_each_group(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     with pytest.raises(KeyError):
         runner.run_gpu(True, 0.0, lambda text: None, str(path), device_type="cpu")
-    assert len(report.load(path)["cases"]) == 10
+    assert len(report.load(path)["cases"]) == 13
 
 
 def test_the_gpu_plan_holds_what_was_promised():

@@ -47,12 +47,13 @@ SIZES = {  # d is made a multiple of int4's groups, or of nothing above 16
 
 @EVERY_FORMAT
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_step_is_the_float64_one(run, seed, name, size, dtype):
+def test_step_is_the_float64_one(run, seed, name, size):
+    """Dtypes of hidden states, and copy engines, in turn."""
+    turn = list(FORMATS).index(name) + list(SIZES).index(size)
+    dtype, engine = ("float32", "bfloat16", "float16")[turn % 3], (BULK, PIECES)[turn % 2]
     rng = np.random.default_rng(seed)
     sizes = SIZES[size] | {"d": SIZES[size]["d"] + (0 if name == "int4" else 16)}
     arguments = heads(rng, name, dtype, **sizes) | {"mix_probs": bool(seed % 2)}
-    engine = (BULK, PIECES)[(list(FORMATS).index(name) + list(SIZES).index(size)) % 2]
     step = run(arguments, dtype, record=True, compute_major=engine, seed=seed // 2)
     check_step(arguments, step, dtype)
 
@@ -117,8 +118,9 @@ def test_bad_hidden_states_stay_alone(run, seed, name):
         assert step.logits[b].tobytes() == plain.logits[b].tobytes()
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("int8", "bfloat16"), ("fp8", "float32"), ("int4", "bfloat16")]
+)
 def test_bits_depend_on_no_batch_device_or_schedule(run, seed, name, dtype):
     rng = np.random.default_rng(seed)
     arguments = heads(rng, name, dtype, d=384, B=40, V=17)

@@ -79,13 +79,14 @@ def growth_plan() -> list[Group]:
 
 def gpu_plan(quick: bool = False) -> list[Group]:
     """The groups to run on a GPU: heads of 7B, 8B and 70B models, requests alone and together."""
-    one = Case(1, 256, compile=True, graphs=True)
+    one = Case(1, 256, compile=True, graphs=True, quantized=True)
     if quick:
         return [Group(4096, 32000, "bf16", (Case(1, 256, graphs=True),))]
     batches = tuple(Case(B, 256, graphs=True) for B in (8, 64))
+    formats = tuple(Case(B, 256, graphs=True, quantized=True) for B in (8, 64))
     long, sampled = Case(1, 4096, graphs=True), Case(1, 256, sampled=True, graphs=True)
     return [
-        Group(4096, 32000, "bf16", (one, *batches, long, sampled)),
+        Group(4096, 32000, "bf16", (one, *formats, long, sampled)),
         Group(4096, 128256, "bf16", (one, *batches, sampled)),
         Group(8192, 128256, "bf16", (Case(1, 256, graphs=True), *batches)),
         Group(4096, 32000, "fp32", (Case(1, 256, graphs=True),)),

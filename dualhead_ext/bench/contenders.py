@@ -198,12 +198,10 @@ def check_agreement(
             raise RuntimeError(f"benchmark: {name} and eager differ by {error:.3g} in {field}")
 
 
-def _rotating(
-    arguments: list[dict[str, Tensor]], weights: list[dict[str, Tensor]]
-) -> Callable[[int], reference.DecodeOutput]:
-    """The fused step on the next of ``weights`` at each call, whatever copy the others are at."""
-    turn = itertools.cycle(weights)
-    return lambda copy: ops.decode_step(**arguments[copy] | next(turn))
+def _in_turn(steps: list[Callable[[int], object]]) -> Callable[[int], object]:
+    """The next of ``steps`` at each call, whatever copy the other contenders are at."""
+    turn = itertools.cycle(steps)
+    return lambda copy: next(turn)(copy)
 
 
 def make_contenders(
@@ -236,12 +234,19 @@ def make_contenders(
         calls["two_gemms"] = lambda copy: gemm_step(arguments[copy])
         calls["one_gemm"] = lambda copy: gemm_step(arguments[copy], stacked[copy])
     calls["lm_head"] = lambda copy: lm_head_step(arguments[copy])
+    device, copies = weights["lm_weight"].device, len(arguments)
+
+    def graph(call: Callable[[int], object]) -> Callable[[int], object]:
+        return capture(call, rewind, copies, device) if case.graphs else call
+
+    for name in calls.keys() - {"eager"}:
+        calls[name] = graph(calls[name])
     for name, copies_of in (quantized or {}).items():
-        calls[name] = _rotating(arguments, copies_of)
-    if case.graphs:
-        device, copies = weights["lm_weight"].device, len(arguments)
-        for name in calls.keys() - {"eager"}:
-            calls[name] = capture(calls[name], rewind, copies, device)
+        # Smaller weights need more copies than the others have: a step, and a graph, for each.
+        steps = [
+            lambda copy, own=own: ops.decode_step(**arguments[copy] | own) for own in copies_of
+        ]
+        calls[name] = _in_turn([graph(step) for step in steps])
     rewind(0)
     expected = reference.decode_step(**arguments[0])
     for name, call in calls.items():

@@ -19,15 +19,15 @@ struct Stream {
   const DecodeParams& p;
   const Workspace& ws;
   const StreamPlan& plan;
-  int begin, end;                      // the block's units
-  int weight_bytes;                    // of a row
-  int chunks, passes;                  // stages of a row; pairs of matrices
-  int tile_units;                      // units of a full tile
-  const unsigned char* hidden;         // the operand of the products: (terms, B, operand inputs)
-  int64_t hidden_stride, term_stride;  // in bytes
-  int hidden_bytes;                    // of a row
-  int terms;
-  const float* operand_scale;  // (B,): of the sums; quantised weights only
+  int begin = 0, end = 0;                 // the block's units
+  int weight_bytes = 0;                   // of a row
+  int chunks = 0, passes = 0;             // stages of a row; pairs of matrices
+  int tile_units = 0;                     // units of a full tile
+  const unsigned char* hidden = nullptr;  // the operand of the products: (terms, B, operand inputs)
+  int64_t hidden_stride = 0, term_stride = 0;  // in bytes
+  int hidden_bytes = 0;                        // of a row
+  int terms = 1;
+  const float* operand_scale = nullptr;  // (B,): of the sums; quantised weights only
 };
 
 struct Slot {
