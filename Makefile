@@ -15,6 +15,8 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.dualhead-installed
 CMAKE_FOLDER := build/cmake
+# Apart from the other packages: transformers would import it, and it writes to stderr when it is.
+TORCHAO := .venv/torchao
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Larger real data for tests and benchmarks, where it lies beside the checkout.
@@ -35,6 +37,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt | $(VENV_PYTHON)
 	$(VENV_PYTHON) -m pip install -c constraints.txt setuptools torch
 	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
 	$(VENV_PYTHON) -m pip install -c constraints.txt --no-build-isolation -e '.[all]'
+	$(VENV_PYTHON) -m pip install -c constraints.txt --no-deps --upgrade --target $(TORCHAO) torchao
 	@touch $@
 
 $(VENV_PYTHON):

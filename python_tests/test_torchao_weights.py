@@ -1,172 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LM heads that torchao has quantised: numbers taken over bit for bit, or a refusal that says why
-and leaves the backbone as it was.
+"""Runs torchao_cases.py in a process of its own: torchao lies apart from the other packages, since
+transformers imports it wherever it finds it, and that writes to stderr.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-import torch
-from tiny_models import make_backbone, make_model, prompts
 
-import dualhead_ext as dh
-from dualhead_ext.quantization import dequantize
-from dualhead_ext.torchao_weights import is_torchao
-
-pytest.importorskip("torchao", reason="the extra test is not installed")
-
-from torchao.quantization import (
-    Float8WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8DynamicActivationIntxWeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    quantize_,
-)
-from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
-from torchao.quantization.quant_primitives import MappingType
-
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
-WIDE = {"hidden_size": 256, "head_dim": 16}
-INT4 = {"weight_dtype": torch.int4, "granularity": PerGroup(128)}
-OURS = {
-    "int8": ("int8", Int8WeightOnlyConfig()),
-    "int8 intx": ("int8", IntxWeightOnlyConfig(torch.int8, PerAxis(0))),
-    "fp8": ("fp8", Float8WeightOnlyConfig(granularity=PerRow())),
-    "int4": ("int4", IntxWeightOnlyConfig(**INT4)),
-    "int4 no clipping": (
-        "int4",
-        IntxWeightOnlyConfig(**INT4, mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR),
-    ),
-}
+ROOT = Path(__file__).resolve().parent.parent
+APART = ROOT / ".venv" / "torchao"  # where `make install` puts it
 
 
-def torchao_backbone(config, dtype=torch.float32, everything: bool = False):
-    model = make_backbone("llama", **WIDE).to(dtype)
-    if not everything:
-        quantize_(model, config, filter_fn=lambda module, name: name == "lm_head")
-    else:
-        quantize_(model, config)
-    assert is_torchao(model.lm_head.weight)
-    return model
-
-
-@pytest.mark.parametrize("case", OURS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_are_taken_over_bit_for_bit(case, dtype):
-    name, config = OURS[case]
-    backbone = torchao_backbone(config, dtype)
-    theirs = backbone.lm_head.weight
-    model = dh.DualHeadForCausalLM.from_backbone(backbone, quantize=name, num_objectives=2)
-    head = model.lm_head
-    assert head.quantized == name and head.hidden_dtype == dtype
-    ours = dequantize(head.weight, head.weight_scale)
-    # What torchao itself makes of them, rounded to its dtype once.
-    assert torch.equal(ours.to(dtype), theirs.dequantize())
-    scale = theirs.scale.float().view(head.weight_scale.shape)
-    assert torch.equal(head.weight_scale, scale)
-    if name != "int4":
-        assert torch.equal(head.weight.view(torch.int8), theirs.qdata.view(torch.int8))
-    for k in range(2):  # the reward heads start as its copy: in numbers too
-        assert torch.equal(
-            head.reward_head.weight[k].view(torch.uint8), head.weight.view(torch.uint8)
-        )
-        assert torch.equal(head.reward_head.weight_scale[k], head.weight_scale)
-
-
-def test_greedy_text_is_torchaos():
-    """In fp32, with both heads alike: what the torchao model itself writes."""
-    backbone, batch = torchao_backbone(Int8WeightOnlyConfig()), prompts()
-    expected = backbone.generate(**batch, **GREEDY)
-    model = dh.DualHeadForCausalLM.from_backbone(backbone, quantize="int8")
-    assert torch.equal(model.generate(**batch, **GREEDY), expected)
-
-
-def test_a_backbone_quantised_throughout(tmp_path):
-    """Its layers stay torchao's, and a file of its heads goes with it, and with the plain one."""
-    model = dh.DualHeadForCausalLM.from_backbone(
-        torchao_backbone(Int8WeightOnlyConfig(), everything=True), quantize="int8"
+def test_torchao_cases():
+    if not APART.is_dir() and importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    path = os.pathsep.join([str(APART), *filter(None, [os.environ.get("PYTHONPATH")])])
+    cases = Path(__file__).with_name("torchao_cases.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
-    assert is_torchao(model.model.layers[0].mlp.up_proj.weight)
-    tokens = model.generate(**prompts(), **GREEDY)
-    model.save_pretrained(tmp_path)
-    for everything in (True, False):
-        backbone = torchao_backbone(Int8WeightOnlyConfig(), everything=everything)
-        again = dh.DualHeadForCausalLM.from_pretrained(tmp_path, backbone=backbone)
-        assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-        if everything:
-            assert torch.equal(again.generate(**prompts(), **GREEDY), tokens)
-
-
-def test_trained_heads_on_a_torchao_lm_head(tmp_path):
-    """The LM head's numbers are torchao's, the reward head's its own."""
-    trained = make_model("llama", sizes=WIDE)
-    trained.save_pretrained(tmp_path)
-    backbone = torchao_backbone(Int8WeightOnlyConfig())
-    theirs = backbone.lm_head.weight.qdata.clone()
-    with pytest.raises(
-        ValueError, match=r"from_pretrained: lm_head.weight is torchao's Int8Tensor"
-    ):
-        dh.DualHeadForCausalLM.from_pretrained(tmp_path, backbone=backbone)
-    model = dh.DualHeadForCausalLM.from_pretrained(tmp_path, backbone=backbone, quantize="int8")
-    assert torch.equal(model.lm_head.weight, theirs)
-    trained.quantize("int8")
-    assert torch.equal(model.lm_head.reward_head.weight, trained.lm_head.reward_head.weight)
-
-
-@pytest.mark.parametrize(
-    ("config", "name", "message"),
-    [
-        (
-            Int8WeightOnlyConfig(),
-            None,
-            "Int8Tensor: both heads are in one format, so pass quantize=",
-        ),
-        (Int8WeightOnlyConfig(), "fp8", r"cannot be taken over as fp8: it holds torch\.int8"),
-        (
-            Int8WeightOnlyConfig(granularity=PerGroup(64)),
-            "int8",
-            r"block of \[1, 256\], got \[1, 64\]",
-        ),
-        (Int8WeightOnlyConfig(granularity=PerTensor()), "int8", r"got \[101, 256\]"),
-        (Int8DynamicActivationInt8WeightConfig(), "int8", "it quantises the hidden states too"),
-        (
-            Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(128)),
-            "int4",
-            "it quantises the hidden states too",
-        ),
-        (
-            IntxWeightOnlyConfig(**INT4, mapping_type=MappingType.ASYMMETRIC),
-            "int4",
-            "it is not symmetric",
-        ),
-        (
-            IntxWeightOnlyConfig(torch.int4, PerGroup(32)),
-            "int4",
-            r"block of \[1, 128\], got \[1, 32\]",
-        ),
-    ],
-)
-def test_what_is_not_ours_is_refused(config, name, message):
-    backbone = torchao_backbone(config)
-    with pytest.raises(ValueError, match=message) as error:
-        dh.DualHeadForCausalLM.from_backbone(backbone, quantize=name)
-    assert not isinstance(backbone, dh.DualHeadForCausalLM)
-    # The message says how to go on, and that works.
-    assert "linear.weight = nn.Parameter(linear.weight.dequantize(), False)" in str(error.value)
-    linear = backbone.lm_head
-    linear.weight = torch.nn.Parameter(linear.weight.dequantize(), False)
-    model = dh.DualHeadForCausalLM.from_backbone(backbone, quantize=name)
-    assert model.lm_head.quantized == name
-
-
-def test_other_quantised_heads_are_refused():
-    linear = torch.nn.Linear(128, 9, bias=False)
-    quantize_(linear, Int8WeightOnlyConfig())
-    with pytest.raises(ValueError, match=r"DualHead\.from_lm_head: lm_head.weight is torchao's"):
-        dh.DualHead.from_lm_head(linear)
-    backbone = make_backbone("llama")
-    backbone.lm_head.weight = torch.nn.Parameter(backbone.lm_head.weight.to(torch.int8), False)
-    with pytest.raises(TypeError, match=r"got Parameter of torch\.int8"):
-        dh.DualHeadForCausalLM.from_backbone(backbone)
-    assert not isinstance(backbone, dh.DualHeadForCausalLM)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 22
