@@ -239,3 +239,17 @@ def test_the_documents_tables_are_of_the_committed_results(document, head, file,
     assert not results["quick"] and not results["failures"]
     assert len(rows) >= least
     assert set(rows) <= set(report.markdown(results).splitlines())
+
+
+def test_the_comparisons_shown_are_those_of_the_committed_run():
+    """Every table of the run, row by row, and its plots; no system without a row."""
+    run = ROOT / "benchmarks" / "results" / "paper" / "small"
+    text, tables = (ROOT / "docs" / "results.md").read_text(), (run / "tables.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows == [line for line in tables.splitlines() if line.startswith("|")]
+    assert "not run" not in tables
+    cells = json.loads((run / "results.json").read_text())["cells"]
+    assert f"{len(cells)} of {len(cells)} cells" in tables
+    assert all(cell["environment"].keys() >= {"device", "commit", "torch"} for cell in cells)
+    for plot in run.glob("*.png"):
+        assert f"(../benchmarks/results/paper/small/{plot.name})" in text

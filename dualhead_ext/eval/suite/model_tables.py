@@ -7,7 +7,7 @@ from typing import Any
 
 from .plan import MAIN
 from .systems import ABLATIONS, GATED, SYSTEMS, TIMED
-from .table import NOT_RUN, Results, Table, interval, number, percent
+from .table import NOT_RUN, Results, Table, interval, number, percent, score
 
 
 def likelihoods(r: Results) -> Table:
@@ -51,7 +51,7 @@ def ablations(r: Results) -> Table:
         rows.append(
             [
                 r.label(name),
-                interval(r.of(place, "reward", "reward")),
+                score(r.of(place, "reward", "reward")),
                 interval(r.of(place, "likelihood", "perplexity"), 1),
                 percent(r.of(place, "likelihood", "pair_accuracy")),
                 number(r.get(gate, "mean")) if gated else "-",
@@ -87,7 +87,7 @@ def sweep(r: Results) -> Table:
     rows = [
         [
             f"{alpha:g}",
-            interval(r.get(measured.reward, "reward")),
+            score(r.get(measured.reward, "reward")),
             interval(r.get(measured.likelihood, "perplexity"), 1),
             interval(r.get(measured.likelihood, "kl"), 3),
             percent(r.get(measured.likelihood, "pair_accuracy")),

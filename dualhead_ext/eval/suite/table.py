@@ -77,6 +77,11 @@ def percent(found: Sequence[float] | None) -> str:
     return interval(found, 1, 100.0)
 
 
+def score(found: Sequence[float] | None) -> str:
+    """A reward: those of a small reward model lie close together."""
+    return interval(found, 3)
+
+
 def number(value: float | None, digits: int = 2) -> str:
     return NOT_RUN if value is None else f"{value:.{digits}f}"
 

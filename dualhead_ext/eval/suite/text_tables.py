@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from .plan import MAIN, OTHER
 from .systems import BENCHMARKED, HEADLINE, SYSTEMS, WEAK_TO_STRONG
-from .table import NOT_RUN, Results, Table, interval, number, percent
+from .table import NOT_RUN, Results, Table, interval, number, percent, score
 
 
 def _text_row(r: Results, place: tuple[str, str, int]) -> list[str]:
     over = r.plan.over_backbone.get(place)
     wins = [percent(r.get(over, name)) for name in ("win_rate", "length_controlled")]
     return [
-        interval(r.of(place, "reward", "reward")),
+        score(r.of(place, "reward", "reward")),
         *(wins if place[1] != "backbone" else ["-", "-"]),
         number(r.of(place, "texts", "diversity")),
         number(r.of(place, "texts", "diversity_without_plus_one")),
@@ -95,8 +95,8 @@ def front(r: Results) -> Table:
         [
             r.label(name),
             f"{weight:g} / {1 - weight:g}",
-            interval(r.get(helpful, "reward")),
-            interval(r.get(harmless, "reward")),
+            score(r.get(helpful, "reward")),
+            score(r.get(harmless, "reward")),
         ]
         for (name, weight), (helpful, harmless) in r.plan.front.items()
     ]
@@ -117,7 +117,7 @@ def questions(r: Results) -> Table:
                 r.label(name),
                 percent(r.get(r.plan.truthfulqa.get(name), "mc1")),
                 percent(r.get(r.plan.truthfulqa.get(name), "mc2")),
-                interval(r.get(reward, "reward")),
+                score(r.get(reward, "reward")),
                 "-" if name == "backbone" else percent(r.get(compared, "win_rate")),
             ]
         )
@@ -141,8 +141,8 @@ def seeds(r: Results) -> Table:
                 r.of((backbone, name, seed), "reward", "reward") for seed in range(r.plan.seeds)
             ]
             there = [value[0] for value in found if value is not None]
-            spread = f"{min(there):.2f} to {max(there):.2f}" if there else NOT_RUN
-            rows.append([r.label(name), backbone, *(interval(value) for value in found), spread])
+            spread = f"{min(there):.3f} to {max(there):.3f}" if there else NOT_RUN
+            rows.append([r.label(name), backbone, *(score(value) for value in found), spread])
     header = ("system", "backbone", *(f"seed {s}" for s in range(r.plan.seeds)), "range")
     note = "Average reward by seed of training and sampling; the judge is the same."
     return Table("seeds", "Seeds", note, header, rows)
