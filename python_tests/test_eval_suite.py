@@ -122,6 +122,18 @@ def test_a_second_call_computes_nothing_and_shows_the_same(done, data, capsys):
     assert stamps() == before and (done / "tables.md").read_bytes() == shown
 
 
+def test_a_run_goes_on_from_its_results_file_alone(done, data, tmp_path, capsys):
+    (tmp_path / report.RESULTS).write_bytes((done / report.RESULTS).read_bytes())
+    assert command(data, tmp_path) == 0
+    assert not (tmp_path / "files").exists()
+    for name in (report.RESULTS, "tables.md"):
+        assert (tmp_path / name).read_bytes() == (done / name).read_bytes()
+    for text in ("{", '{"cells": 1}', '{"cells": [{"step": "train", "key": "../x"}]}'):
+        (tmp_path / report.RESULTS).write_text(text)
+        assert command(data, tmp_path) == 2
+        assert "suite: " in capsys.readouterr().err
+
+
 def test_what_was_not_run_says_so_and_is_computed_when_asked_for(done, data, store, tmp_path):
     out = tmp_path / "some"
     assert command(data, out, "--decoders", FEW) == 0

@@ -50,9 +50,9 @@ void nap();            // __nanosleep: lets other warps go first
 void step_back();      // before an atomic: lets any ready thread go first
 
 // --- for async.cpp ---
-[[noreturn]] void stop(const std::string& error);  // ends the grid; run_grid throws it
-void note_progress();                              // nap() gives up after long without any
-uint64_t next_random();                            // drawn from the seed
+[[noreturn]] void stop(std::string error);  // ends the grid; run_grid throws it
+void note_progress();                       // nap() gives up after long without any
+uint64_t next_random();                     // drawn from the seed
 uint64_t schedule_seed();
 int count_copy_wait();  // how often this thread has called it
 int skipped_copy_wait();

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -105,6 +106,20 @@ class Store:
             raise ValueError(f"suite: {path} must be of cell {cell.key}; remove it")
         return record
 
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Take over a record of another folder, unless this cell has one here.
+
+        Raises:
+            ValueError: it is not a record of a known step.
+        """
+        step, key = record.get("step"), str(record.get("key"))
+        # Both are parts of a file's name.
+        if step not in self.steps or not re.fullmatch("[0-9a-f]{16}", key):
+            raise ValueError(f"suite: a record must name its step and key, got {step!r} and {key}")
+        path = self.out / "cells" / f"{step}-{key}.json"
+        if not path.is_file():
+            self._write(path, record)
+
     def result(self, cell: Cell) -> dict[str, Any]:
         """What a cell's step returned.
 
@@ -153,7 +168,7 @@ class Store:
         digests = {r: record["result"].get("weights") for r, record in results.items() if record}
         return {role: digest for role, digest in digests.items() if digest}
 
-    def _write(self, path: Path, record: dict[str, Any]) -> None:
+    def _write(self, path: Path, record: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_suffix(f".{os.getpid()}.tmp")
         staging.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -53,6 +53,24 @@ def write(plan: Plan, store: Store, scale: str) -> list[Path]:
     return [*(store.out / name for name in texts), *plots.draw_all(results, store.out)]
 
 
+def restore(store: Store) -> None:
+    """Take over what the folder's results file has and its cells lack: a run goes on from the file
+    alone. Models are then trained again where something left reads them.
+
+    Raises:
+        ValueError: a file that is no results file.
+    """
+    path = store.out / RESULTS
+    if not path.is_file():
+        return
+    try:
+        records = list(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"suite: {path} must be a results file; remove it to start") from error
+    for record in records:
+        store.keep(record)
+
+
 def markdown(plan: Plan, store: Store, scale: str, tables: list[Table]) -> str:
     """All tables, after what they were measured on."""
     records = [store.record(cell) for cell in unfolded(plan.cells())]

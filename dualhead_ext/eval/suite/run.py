@@ -47,7 +47,8 @@ def main(arguments: Namespace) -> int:
             arguments.judge_url,
             arguments.judge_model,
         )()
-    store = Store(Path(arguments.out), STEPS, data)
+        store = Store(Path(arguments.out), STEPS, data)
+        report.restore(store)
     _check_packages(plan, store)
     outcome = compute(plan, store, arguments.minutes, arguments.state_mb)
     for path in report.write(plan, store, arguments.scale):
