@@ -2,7 +2,7 @@
 """The decode step by size: fused, eager, torch.compile, and the plain head.
 
 See :mod:`dualhead_ext.bench.contenders`. Fails where the fused step is slower than eager PyTorch,
-or, at d = 4096, V = 32000, B = 1 in bf16, neither 1.5 times as fast nor at 85 % of the bandwidth.
+or, at d = 4096, V = 32000, B = 1 in bf16, neither 1.5 times as fast nor at 90 % of the bandwidth.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def gpu_plan(quick: bool = False) -> list[Group]:
 
 # A step that reads at this share of the bandwidth measured beside it is at the machine's limit,
 # which no speed-up can pass.
-SHARE_AT_THE_LIMIT = 0.85
+SHARE_AT_THE_LIMIT = 0.9
 
 
 def required_speedup(group: Group, case: Case) -> float:
