@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "decode_binding.h"
+#include "head_products.h"
 #include "kernels/cuda/decode.h"
 
 namespace dualhead {
@@ -20,10 +21,17 @@ namespace {
 DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
   BoundDecode bound = bind_decode_step(std::move(arguments),
                                        {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-  const DecodeParams& params = bound.params;
+  DecodeParams& params = bound.params;
   const Tensor& hidden = bound.arguments.hidden;
   const auto device = hidden.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor reward_product;  // lives until the launch is on the stream
+  if (cuda::decode_wants_products(params)) {
+    reward_product = allocate<3>({params.K, params.B, params.V}, ScalarType::Float, hidden);
+    head_products(bound.arguments, bound.logits, reward_product);
+    params.lm_product = pointer<const float>(bound.logits);
+    params.reward_product = pointer<const float>(reward_product);
+  }
   const int64_t bytes = static_cast<int64_t>(cuda::decode_workspace_bytes(params));
   const Tensor workspace = allocate<1>({bytes}, ScalarType::Byte, hidden);
   void* stream = nullptr;

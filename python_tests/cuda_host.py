@@ -64,6 +64,9 @@ def runner(testing_module):
         if record:
             outputs["attention"] = guarded(arguments["cache_u"].shape, np.float32, np.nan)
         named = {f"out_{name}": view for name, (_, view) in outputs.items()}
+        if "lm_product" in arguments:  # in the logits' place, where the operator has it
+            named["out_logits"][...] = arguments["lm_product"]
+            named["lm_product"] = named["out_logits"]
         testing_module.set_device(**device)
         try:
             error = testing_module.decode_step(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from tiny_models import make_model
+from torchrun import leave
 from trainer_cases import heads, history, make_trainer, pairs, same
 
 folder = Path(sys.argv[1])
@@ -58,3 +59,4 @@ result = {
 if main:
     (folder / "result.json").write_text(json.dumps(result))
 plain.accelerator.wait_for_everyone()
+leave()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tiny_models import make_model
+from torchrun import leave
 from trainer_cases import heads, history, make_trainer, pairs, same
 
 folder = Path(sys.argv[1])
@@ -42,3 +43,4 @@ if main:
     }
     (folder / "result.json").write_text(json.dumps(result))
 whole.accelerator.wait_for_everyone()
+leave()

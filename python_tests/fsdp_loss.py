@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tiny_models import make_model
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from torchrun import leave
 from trainer_cases import pairs
 
 from dualhead_ext.collate import PreferenceCollator
@@ -28,4 +29,4 @@ gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.r
 if rank == 0:
     save_file(gradients, str(Path(sys.argv[1]) / "gradients.safetensors"))
 distributed.barrier()
-distributed.destroy_process_group()
+leave()

@@ -26,6 +26,7 @@ SIZES = [  # B, d, V, K, options
     (5, 72, 1003, 1, {"mix_probs": True, "sample": True, "record_attention": True}),
     (17, 264, 150, 2, {"bias": True, "H": 2, "d_k": 8, "S": 200}),
     (64, 640, 70, 3, {"sample": True, "S": 130}),
+    (66, 64, 70, 2, {"sample": True, "bias": True, "S": 9}),
 ]
 QUANTIZED_SIZES = [  # d a multiple of 128 where int4 needs it
     (1, 128, 65, 1, {"controls": True}),

@@ -87,7 +87,7 @@ def test_it_writes_after_each_group(tmp_path, monkeypatch):
 def test_the_gpu_plan_holds_what_was_promised():
     plan = [(group, case) for group in cases.gpu_plan() for case in group.cases]
     assert all(case.graphs for _, case in plan)
-    assert {case.B for _, case in plan} == {1, 8, 64}
+    assert {case.B for _, case in plan} == {1, 8, 64, 128}
     assert any(case.compile for _, case in plan) and any(case.sampled for _, case in plan)
     assert {cases.required_speedup(*pair) for pair in plan} == {1.0}
     assert runner.GPU_ROUNDS >= 100

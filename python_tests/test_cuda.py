@@ -28,6 +28,8 @@ SIZES = [  # B, d, V, K, options
     (9, 130, 257, 1, {"gate": "logit", "controls": True, "bias": True}),
     (64, 384, 1000, 1, {"logit_scale": -1.5, "logit_softcap": 30.0, "S": 200}),
     (2, 1024, 32003, 1, {"H": 8, "d_k": 48, "S": 4096}),
+    (65, 31, 63, 2, {"bias": True, "objective_weights": True}),  # beyond 64 rows: GEMMs
+    (130, 384, 1000, 1, {"logit_softcap": 30.0, "S": 200}),
 ]
 
 
@@ -97,6 +99,16 @@ def test_a_row_depends_neither_on_its_batch_nor_on_the_run(dtype, B, seed):
             type(expected)(*(x[[b]] if x.numel() else x for x in expected)),
             f"row {b} of {B}",
         )
+
+
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+def test_more_rows_than_one_pass_are_the_same_run_after_run(dtype, mix_probs, seed):
+    case = make(seed, 100, 192, 1003, 2, dtype, S=300, sample=True, mix_probs=mix_probs)
+    expected, state = run(ops.decode_step, case)
+    for _ in range(5):
+        again, left = run(ops.decode_step, case)
+        assert_same_bits(again, expected)
+        assert_same_bits(left, state)
 
 
 QUANTIZED_SIZES = [  # B, d, V, K, options; int4's groups divide d
@@ -184,10 +196,11 @@ def test_distribution_of_400000_draws(filters, seed):
     assert_distribution(tokens, filtered_probabilities(logits, **filters))
 
 
-def test_a_captured_step_replays_with_growing_lengths(dtype, seed):
+@pytest.mark.parametrize("B", [3, 66])
+def test_a_captured_step_replays_with_growing_lengths(dtype, B, seed):
     """Lengths and draws are read on the device: a graph's replays equal separate calls."""
-    case = make(seed, 3, 64, 501, 1, dtype, S=40, sample=True)
-    case["cache_length"][:] = torch.tensor([0, 5, 20], device=DEVICE)
+    case = make(seed, B, 64, 501, 1, dtype, S=40, sample=True)
+    case["cache_length"][:] = torch.tensor([0, 5, 20], device=DEVICE).repeat(B // 3)
     plain = {k: v.clone() if k in STATE else v for k, v in case.items()}
     with torch.no_grad():
         side = torch.cuda.Stream()

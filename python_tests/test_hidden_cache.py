@@ -5,15 +5,13 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import faults
 import pytest
 import torch
 from tiny_models import make_model
+from torchrun import run_in_two_processes
 from trainer_cases import arguments, heads, history, make_trainer, pairs, same
 from transformers import AutoTokenizer
 
@@ -558,18 +556,7 @@ def test_rows_travel_to_spawned_workers(tmp_path):
 def test_two_processes_share_one_cache(tmp_path):
     """Each computes its own batches; the numbers are those without a cache; a failure of one is a
     failure of both, and nothing stays."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-            *(str(Path(__file__).parent / "ddp_hidden_cache.py"), str(tmp_path)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_in_two_processes("ddp_hidden_cache.py", tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == {
         "equal": [True, True],

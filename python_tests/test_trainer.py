@@ -4,15 +4,12 @@
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from loss_cases import Products
 from tiny_models import make_backbone, make_model
+from torchrun import run_in_two_processes
 from trainer_cases import arguments, heads, make_trainer, pairs, same
 from transformers import AutoTokenizer
 
@@ -128,26 +125,11 @@ def test_one_step_is_the_gradient_of_the_loss(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
 
 
-DISTRIBUTED = Path(__file__).parent / "ddp_training.py"
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_to_the_bit(tmp_path):
     """DDP over gloo, find_unused_parameters=False: the same weights as one process with the same
     global batch; each pair evaluated once; interrupted and resumed, the same bits."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-            *(str(DISTRIBUTED), str(tmp_path)),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_in_two_processes("ddp_training.py", tmp_path)
     two = json.loads((tmp_path / "result.json").read_text())
     assert two["find_unused_parameters"] is False and two["resumed_equal"] is True
     with pytest.raises(ValueError, match="has the random numbers of 2 processes on cpu, this run"):

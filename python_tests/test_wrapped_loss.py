@@ -2,23 +2,17 @@
 """The loss inside a model that something else has wrapped: torch.compile, activation checkpointing,
 FSDP (DDP is in test_trainer.py); and a run of 200 steps beside eager's."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import make_model
 from torch.utils.checkpoint import checkpoint
+from torchrun import run_in_two_processes
 from trainer_cases import make_trainer, pairs
 
 from dualhead_ext import fused_loss, reference_loss
 from dualhead_ext.collate import PreferenceCollator
 from dualhead_ext.trainer import prepare_for_training
-
-SHARDED = Path(__file__).parent / "fsdp_loss.py"
 
 
 def make_case(rows=None):
@@ -61,18 +55,7 @@ def test_under_activation_checkpointing(reentrant):
 
 
 def test_in_a_model_sharded_by_fsdp(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-            *(str(SHARDED), str(tmp_path)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_in_two_processes("fsdp_loss.py", tmp_path)
     got = load_file(tmp_path / "gradients.safetensors")
     means = None
     for row in pairs(2):

@@ -43,6 +43,10 @@ struct DecodeParams {
   const float* lm_scale;           // (V,) or, int4, (V, d / 128); null for kNone
   const float* reward_scale;       // (K, V) or (K, V, d / 128); null for kNone
   const float* objective_weights;  // (B, K) or null: 1/K each
+  // Where the caller has multiplied already (CUDA, batches above 64): W h, without bias or scale;
+  // null = the launch multiplies. lm_product may be out_logits.
+  const float* lm_product;      // (B, V)
+  const float* reward_product;  // (K, B, V)
 
   // --- attention gate; all null when gate_logit_in is given ---
   const void* q_weight;      // (g, d)

@@ -67,6 +67,8 @@ DecodeParams params_from(const py::dict& a, DType dtype) {
   p.reward_weight_stride = stride(reward_weight, 1);
   p.reward_bias = pointer<void>(a, "reward_bias");
   p.objective_weights = pointer<float>(a, "objective_weights");
+  p.lm_product = pointer<float>(a, "lm_product");
+  p.reward_product = pointer<float>(a, "reward_product");
   p.lm_scale = pointer<float>(a, "lm_scale"), p.reward_scale = pointer<float>(a, "reward_scale");
   if (a.contains("format")) p.quantization = quantization_from(a["format"].cast<std::string>());
   p.q_weight = pointer<void>(a, "q_weight"), p.k_weight = pointer<void>(a, "k_weight");
@@ -195,6 +197,9 @@ PYBIND11_MODULE(dualhead_testing, m) {
         py::arg("skipped_grid_barrier") = -1, py::arg("skipped_block_barrier") = -1,
         py::arg("skipped_copy_wait") = -1);
   m.def("bytes_copied", &host_cuda::bytes_copied);
+  m.def("wants_products", [](const py::dict& arguments, const std::string& dtype) {
+    return cuda::decode_wants_products(params_from(arguments, dtype_from(dtype)));
+  });
   m.def("stream_plan", &stream_plan, py::arg("arguments"), py::arg("dtype"),
         py::arg("compute_major") = 9, py::arg("shared_kib") = 227);
   m.def("bfloat16_to_float", &widened<cuda::BFloat16>);

@@ -85,8 +85,9 @@ def gpu_plan(quick: bool = False) -> list[Group]:
     batches = tuple(Case(B, 256, graphs=True) for B in (8, 64))
     formats = tuple(Case(B, 256, graphs=True, quantized=True) for B in (8, 64))
     long, sampled = Case(1, 4096, graphs=True), Case(1, 256, sampled=True, graphs=True)
+    many = Case(128, 256, graphs=True)  # by GEMMs
     return [
-        Group(4096, 32000, "bf16", (one, *formats, long, sampled)),
+        Group(4096, 32000, "bf16", (one, *formats, many, long, sampled)),
         Group(4096, 128256, "bf16", (one, *batches, sampled)),
         Group(8192, 128256, "bf16", (Case(1, 256, graphs=True), *batches)),
         Group(4096, 32000, "fp32", (Case(1, 256, graphs=True),)),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode step, hidden state in, token out, in one cooperative launch, and its plain path: fp32
-// weights, and rows that do not lie at multiples of 16 bytes. All else streams (stream.cu).
+// weights, and rows that do not lie at multiples of 16 bytes; and the step around products that
+// were computed before, by GEMMs. All else streams (stream.cu).
 //
 // Phases with grid barriers between them; every phase strides over work items cut at constants
 // (workspace.h), so that a row's bits depend neither on the grid nor on its neighbours, and no
@@ -11,6 +12,7 @@
 //   attend            (b, h) x cache split       warp    q, cache           attention parts
 //   weigh             b                          warp    attention parts    alpha, cache length
 //   heads             chunk of V x tile          block   hidden, alpha      logits, softmax parts
+//   (finish_products  b x chunk                  warp    products, alpha    the same)
 //   normalizers       b x head, mix_probs        block   softmax parts      two log-sum-exps
 //   mix_distributions b x chunk, mix_probs       warp    f(z) of both       log-probs, parts
 //   pick_tokens       b                          block   logits, parts      token, logprob, status
@@ -52,7 +54,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   weigh(p, ws, whole_grid(), false);
   grid_barrier();  // alpha and status are
   if (p.out_attention) normalize_attention(p, ws, whole_grid());
-  heads(p, ws, dtype, quantization);
+  if (p.lm_product) {
+    finish_products(p, ws, dtype);
+  } else {
+    heads(p, ws, dtype, quantization);
+  }
   grid_barrier();  // logits and softmax parts are
   if (p.mix_probs) {
     normalizers(p, ws);
@@ -66,7 +72,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 // Blocks that the largest phase can occupy; more would only lengthen the barriers.
 int64_t useful_blocks(const DecodeParams& p, int threads) {
   const int64_t tiles = ceil_div(p.B, kTile), warps = threads / kWarp;
-  const int64_t heads = ceil_div(p.V, kChunk) * tiles;
+  const int64_t chunks = ceil_div(p.V, kChunk);
+  const int64_t heads = p.lm_product ? ceil_div(p.B * chunks, warps) : chunks * tiles;
   const int64_t project = ceil_div((2 * p.H * p.d_k + p.H) * tiles, warps);
   const int64_t attend = ceil_div(p.B * p.H * ceil_div(p.S, kSplit), warps);
   const int64_t most = heads > project ? heads : project;
@@ -97,6 +104,8 @@ cudaError_t launch_path(const DecodeParams& p, const Workspace& ws, int device, 
 }  // namespace
 
 bool decode_streams(const DecodeParams& params) { return streams(params); }
+
+bool decode_wants_products(const DecodeParams& params) { return wants_products(params); }
 
 size_t decode_workspace_bytes(const DecodeParams& params) {
   Workspace workspace;

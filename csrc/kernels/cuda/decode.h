@@ -25,6 +25,11 @@ struct LaunchShape {
 // (stream_plan.h).
 bool decode_streams(const DecodeParams& params);
 
+// Whether the step should be given lm_product and reward_product, from GEMMs, which read the
+// weights once for any batch: it has more rows than the kernels share one pass among. Results then
+// depend on the GEMM's choices, so on the batch; run after run they are the same.
+bool decode_wants_products(const DecodeParams& params);
+
 // Bytes of scratch that decode_step needs, aligned to 256; its contents may be anything.
 size_t decode_workspace_bytes(const DecodeParams& params);
 

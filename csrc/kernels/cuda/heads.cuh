@@ -104,6 +104,16 @@ struct HeadRow {
   }
 };
 
+// Of matrix m's row v (0: LM head; m: objective m - 1).
+__device__ __forceinline__ float bias_of(const DecodeParams& p, DType dtype, int64_t m, int64_t v) {
+  const Numbers bias{m == 0 ? p.lm_bias : p.reward_bias, dtype};
+  return bias.data ? bias(m == 0 ? v : (m - 1) * p.V + v) : 0.0f;
+}
+
+__device__ __forceinline__ float objective_weight(const DecodeParams& p, int64_t b, int64_t k) {
+  return p.objective_weights ? p.objective_weights[b * p.K + k] : 1.0f / static_cast<float>(p.K);
+}
+
 // z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
 // vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none of these
 // rows needs is not read.
@@ -120,18 +130,12 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
       float dots[kTile];
       dot_tile(row, hidden, p.hidden_stride, p.d, count, dots);
       if (lane_index() >= count) continue;  // the row's objective weights end with the batch
-      const void* biases = m == 0 ? p.lm_bias : p.reward_bias;
-      const int64_t i = m == 0 ? v : (m - 1) * p.V + v;
-      const float bias = biases ? Numbers{biases, dtype}(i) : 0.0f;
-      const float z = pick_own(dots) * row.scale + bias;
+      const float z = pick_own(dots) * row.scale + bias_of(p, dtype, m, v);
       if (m == 0) {
         lm = z;
         continue;
       }
-      const float weight = p.objective_weights
-                               ? p.objective_weights[(b0 + lane_index()) * p.K + m - 1]
-                               : 1.0f / static_cast<float>(p.K);
-      reward = fmaf(weight, z, reward);
+      reward = fmaf(objective_weight(p, b0 + lane_index(), m - 1), z, reward);
     }
     if (lane_index() < count) {
       out->lm[lane_index()][j] = lm;
@@ -140,8 +144,26 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
   }
 }
 
-// Phase 4: both products; then either the mixed logits and their summary, or (mix_probs) f of both
-// heads' logits, each with its softmax parts. A block per chunk and batch tile.
+// What becomes of 32 entries' logits of row b, one per lane: either the mixed logits and their
+// summary, or (mix_probs) f of both heads' logits, each with its softmax part.
+__device__ __forceinline__ void finish_chunk(const DecodeParams& p, const Workspace& ws, int64_t b,
+                                             int64_t chunk, int64_t v, float lm, float reward) {
+  const int64_t at = b * p.V + v;
+  if (!p.mix_probs) {
+    const float mixed = v < p.V ? mix_logits(p, p.out_alpha[b], lm, reward) : -INFINITY;
+    if (v < p.V) p.out_logits[at] = mixed;
+    summarize_chunk(p, ws, b, chunk, v, mixed);
+    return;
+  }
+  const float f_lm = v < p.V ? postprocess(p, lm) : -INFINITY;
+  const float f_reward = v < p.V ? postprocess(p, reward) : -INFINITY;
+  if (v < p.V) p.out_logits[at] = f_lm, ws.reward_logits[at] = f_reward;
+  const SoftmaxPart part_lm = warp_softmax_part(f_lm), part_reward = warp_softmax_part(f_reward);
+  const int64_t slot = b * ceil_div(p.V, kChunk) + chunk;
+  if (lane_index() == 0) ws.part[0][slot] = part_lm, ws.part[1][slot] = part_reward;
+}
+
+// Phase 4: both products, and what becomes of them. A block per chunk and batch tile.
 __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype,
                                       Quantization quantization) {
   ChunkLogits* z = reinterpret_cast<ChunkLogits*>(shared_memory());
@@ -161,22 +183,30 @@ __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws
       const int64_t b = b0 + t;
       const float lm = v < p.V ? z->lm[t][lane_index()] : -INFINITY;
       const float reward = v < p.V ? z->reward[t][lane_index()] : -INFINITY;
-      if (p.mix_probs) {
-        const float f_lm = v < p.V ? postprocess(p, lm) : -INFINITY;
-        const float f_reward = v < p.V ? postprocess(p, reward) : -INFINITY;
-        if (v < p.V) p.out_logits[b * p.V + v] = f_lm, ws.reward_logits[b * p.V + v] = f_reward;
-        const SoftmaxPart part_lm = warp_softmax_part(f_lm);
-        const SoftmaxPart part_reward = warp_softmax_part(f_reward);
-        if (lane_index() == 0) {
-          ws.part[0][b * chunks + chunk] = part_lm, ws.part[1][b * chunks + chunk] = part_reward;
-        }
-      } else {
-        const float mixed = v < p.V ? mix_logits(p, p.out_alpha[b], lm, reward) : -INFINITY;
-        if (v < p.V) p.out_logits[b * p.V + v] = mixed;
-        summarize_chunk(p, ws, b, chunk, v, mixed);
-      }
+      finish_chunk(p, ws, b, chunk, v, lm, reward);
     }
     block_barrier();  // the next chunk overwrites z
+  }
+}
+
+// Phase 4 where the products are given: z_LM and z_RM = sum_k w_k (product + b_k), objectives in
+// order, and what becomes of them. A warp per chunk and batch row.
+__device__ __forceinline__ void finish_products(const DecodeParams& p, const Workspace& ws,
+                                                DType dtype) {
+  const int64_t chunks = ceil_div(p.V, kChunk);
+  for (int64_t item = warp_in_grid(); item < p.B * chunks; item += warps_in_grid()) {
+    const int64_t b = item / chunks, chunk = item % chunks, v = chunk * kChunk + lane_index();
+    float lm = 0.0f, reward = 0.0f;
+    for (int64_t m = 0; m <= p.K && v < p.V; ++m) {
+      const float* product = m == 0 ? p.lm_product : p.reward_product + (m - 1) * p.B * p.V;
+      const float z = product[b * p.V + v] + bias_of(p, dtype, m, v);
+      if (m == 0) {
+        lm = z;
+      } else {
+        reward = fmaf(objective_weight(p, b, m - 1), z, reward);
+      }
+    }
+    finish_chunk(p, ws, b, chunk, v, lm, reward);
   }
 }
 

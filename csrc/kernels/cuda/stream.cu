@@ -12,8 +12,8 @@
 //
 // A row's result is the same for every batch up to 64 rows, grid and architecture's copy engine:
 // the products go through a row's inputs in one order, one tensor core sum per column, and all
-// parts are cut at constants. Beyond 64 rows the weights are read once per 64, and that still
-// holds.
+// parts are cut at constants. Beyond 64 rows, which only quantised weights have here, they are read
+// once per 64, and that still holds.
 #include "gate.cuh"
 #include "launch.cuh"
 #include "stream_heads.cuh"

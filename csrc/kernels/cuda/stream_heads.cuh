@@ -30,11 +30,6 @@ struct Entry {
   bool there;
 };
 
-__device__ __forceinline__ float bias_of(const DecodeParams& p, int64_t matrix, int64_t v) {
-  const Numbers bias{matrix == 0 ? p.lm_bias : p.reward_bias, p.dtype};
-  return bias.data ? bias(matrix == 0 ? v : (matrix - 1) * p.V + v) : 0.0f;
-}
-
 // The scale of a whole row: int4 has them inside its sums.
 template <Format kFormat>
 __device__ __forceinline__ float row_scale(const DecodeParams& p, int64_t matrix, int64_t v) {
@@ -93,9 +88,7 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
   const int64_t m = 2 * pass;  // and m + 1: the pass's matrices
   const bool last = pass == s.passes - 1, second = m + 1 <= p.K;
   const auto add = [&](float reward, int64_t b, int64_t k, float product) {
-    const float weight =
-        p.objective_weights ? p.objective_weights[b * p.K + k] : 1.0f / static_cast<float>(p.K);
-    return fmaf(weight, product, reward);
+    return fmaf(objective_weight(p, b, k), product, reward);
   };
   // One place of code for all tiles of all units, columns two by two: the sums are picked out of
   // their registers. Unrolled, this would be most of the kernel.
@@ -113,8 +106,8 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
     entry.v = static_cast<int64_t>(entry.unit) * kUnit + lane_index() / 4;
     entry.there = entry.v < p.V;
     const bool pair = entry.there && second;
-    const float low_bias = entry.there ? bias_of(p, m, entry.v) : 0.0f;
-    const float high_bias = pair ? bias_of(p, m + 1, entry.v) : 0.0f;
+    const float low_bias = entry.there ? bias_of(p, p.dtype, m, entry.v) : 0.0f;
+    const float high_bias = pair ? bias_of(p, p.dtype, m + 1, entry.v) : 0.0f;
     const float low_scale = entry.there ? row_scale<kFormat>(p, m, entry.v) : 1.0f;
     const float high_scale = pair ? row_scale<kFormat>(p, m + 1, entry.v) : 1.0f;
 #pragma unroll 1

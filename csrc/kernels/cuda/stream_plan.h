@@ -134,6 +134,7 @@ inline bool try_plan(const DecodeParams& p, int64_t shared_bytes, int64_t batch_
 // Whether the streaming path takes this step. fp32 weights go to the plain one, and so do rows that
 // do not start at multiples of 16 bytes.
 inline bool streams(const DecodeParams& p) {
+  if (p.lm_product) return false;
   const bool quantized = p.quantization != Quantization::kNone;
   if (!quantized && p.dtype == DType::kFloat32) return false;
   const int64_t weight_bits = stored_bytes(p, p.lm_weight_stride) |
@@ -144,6 +145,13 @@ inline bool streams(const DecodeParams& p) {
   return row_bytes % 16 == 0 && weight_bits % 16 == 0 && p.d % 8 == 0 && p.hidden_stride % 8 == 0 &&
          sixteen_divides_all(
              {p.hidden, p.lm_weight, p.reward_weight, p.q_weight, p.k_weight, p.u_weight});
+}
+
+// Beyond one pass's rows a GEMM reads the weights once, the kernels once per pass. Quantised
+// weights have no GEMM but after widening: a byte read, two written and two read again for each,
+// which five passes over the byte itself do not exceed, at 320 rows.
+inline bool wants_products(const DecodeParams& p) {
+  return p.B > kMaxBatchTile && p.quantization == Quantization::kNone;
 }
 
 // The plan for a device with so much shared memory per block; false if none fits.
