@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .prompt_projection import PromptProjection
+
 
 class DecodeWeights:
     """The tensors that ``decode_step`` reads, as they were when the cache was made.
@@ -20,6 +22,10 @@ class DecodeWeights:
     def __init__(self, tensors: dict[str, Tensor | None], stamp: tuple) -> None:
         self.tensors = tensors
         self.stamp = stamp
+        k_weight = tensors.get("k_weight")
+        self.projection: PromptProjection | None = None  # of prompts, where the device has one
+        if k_weight is not None and PromptProjection.applies(k_weight):
+            self.projection = PromptProjection(k_weight, tensors["u_weight"])
 
     def __deepcopy__(self, memo: dict) -> DecodeWeights:
         return self

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DualHeadConfig
+from .prompt_projection import PromptProjection
 from .reference import accumulator_dtype, fold_values, masked_softmax
 
 # Queries attended to at once in `attend`: bounds its score matrix to B * H * 256 * S numbers.
@@ -93,13 +94,18 @@ class AttentionGate(nn.Module):
             self.v_proj.weight, self.o_proj.weight, self.out.weight, self.num_heads
         ).detach()
 
-    def keys_and_values(self, hidden: Tensor, u_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(
+        self, hidden: Tensor, u_weight: Tensor, projection: PromptProjection | None
+    ) -> tuple[Tensor, Tensor]:
         """What the cache keeps of hidden (B, T, d): k (B, H, T, d_k) in its dtype, u (B, H, T) fp32
-        or float64.
+        or float64. projection: what makes both at once, where there is one.
         """
-        k = self._split(linear(hidden, self.k_proj))
-        u = F.linear(hidden.to(u_weight.dtype), u_weight).transpose(1, 2)
-        return k, u
+        if projection is not None:
+            k, u = projection(hidden)
+        else:
+            k = linear(hidden, self.k_proj)
+            u = F.linear(hidden.to(u_weight.dtype), u_weight)
+        return self._split(k), u.transpose(1, 2)
 
     def attend(
         self, hidden: Tensor, columns: Tensor, k: Tensor, u: Tensor, valid: Tensor

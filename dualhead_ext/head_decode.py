@@ -196,7 +196,9 @@ class DecodingHead(HeadBase):
         if not self.gate.has_state:
             cache.append(None, None, valid)
             return self.gate(queries)
-        cache.append(*self.gate.keys_and_values(hidden, cache.weights.tensors["u_weight"]), valid)
+        weights = cache.weights
+        u_weight = weights.tensors["u_weight"]
+        cache.append(*self.gate.keys_and_values(hidden, u_weight, weights.projection), valid)
         filled = slice(0, cache.columns)
         return self.gate.attend(
             queries, columns, cache.k[:, :, filled], cache.u[:, :, filled], cache.valid[:, filled]

@@ -191,7 +191,9 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
             valid = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
         k = u = None
         if self.gate.has_state:
-            k, u = self.gate.keys_and_values(hidden, gate_cache.weights.tensors["u_weight"])
+            weights = gate_cache.weights
+            u_weight = weights.tensors["u_weight"]
+            k, u = self.gate.keys_and_values(hidden, u_weight, weights.projection)
         if torch.compiler.is_compiling():
             call.past = gate_cache.length.clone()
             gate_cache.append_on_device(k, u, valid)

@@ -28,6 +28,7 @@ LAYERS = (
         "rounding",
         "quantized_head",
         "torchao_weights",
+        "prompt_projection",
         "reference",
         "reference_sampling",
         "checkpoint",
