@@ -59,6 +59,27 @@ def test_step_is_the_float64_one(run, seed, dtype, size, engine):
         check_step(arguments, step, dtype)
 
 
+LARGEST = {  # of what is promised: hidden size, vocabulary, width of the gate
+    "hidden": dict(B=2, d=8192, V=20),
+    "hidden, a full batch": dict(B=64, d=8192, V=9),
+    "vocabulary": dict(B=2, d=8, V=262144),
+    "gate": dict(B=2, d=16, V=9, H=8, d_k=128, S=140, lengths=[130, 139]),
+}
+
+
+@pytest.mark.parametrize("size", LARGEST)
+def test_the_largest_sizes(run, seed, size):
+    rng = np.random.default_rng(seed)
+    arguments = aligned(rng, "bfloat16", **LARGEST[size])
+    if size == "vocabulary":  # the best entry far beyond what 16 bits count
+        arguments["lm_weight"][261111] = model.narrow(8 * np.ones(8), "bfloat16")
+        arguments["hidden"][...] = model.narrow(np.ones((2, 8)), "bfloat16")
+        arguments["alpha"] = np.float32([0, 0.25])
+    step = run(arguments, "bfloat16", seed=seed)
+    check_step(arguments, step, "bfloat16")
+    assert size != "vocabulary" or step.token.tolist() == [261111, 261111]
+
+
 def test_every_plan_is_among_the_tested_ones(testing_module, seed):
     """Small shared memory shortens the runs: of a step that then takes the same bits from them."""
     rng = np.random.default_rng(seed)
