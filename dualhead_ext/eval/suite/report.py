@@ -27,6 +27,7 @@ TABLES: tuple[Callable[[Results], Table], ...] = (
     model_tables.judges,
     text_tables.questions,
     text_tables.seeds,
+    text_tables.seed_win_rates,
 )
 RESULTS = "results.json"
 

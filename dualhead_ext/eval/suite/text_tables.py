@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from .plan import MAIN, OTHER
 from .systems import BENCHMARKED, HEADLINE, SYSTEMS, WEAK_TO_STRONG
 from .table import NOT_RUN, Results, Table, interval, number, percent, score
@@ -132,17 +134,38 @@ def questions(r: Results) -> Table:
     return Table("questions", "TruthfulQA and MT-Bench", note, header, rows)
 
 
-def seeds(r: Results) -> Table:
-    """Each headline system's reward by seed."""
+Find = Callable[[Results, tuple[str, str, int]], Sequence[float] | None]
+
+
+def _by_seed(
+    r: Results, names: Sequence[str], find: Find, digits: int, factor: float
+) -> tuple[list[str], list]:
+    """Header and rows: what ``find`` has of each system, (value, low, high), by seed."""
     rows = []
     for backbone in (MAIN, OTHER):
-        for name in HEADLINE:
-            found = [
-                r.of((backbone, name, seed), "reward", "reward") for seed in range(r.plan.seeds)
-            ]
-            there = [value[0] for value in found if value is not None]
-            spread = f"{min(there):.3f} to {max(there):.3f}" if there else NOT_RUN
-            rows.append([r.label(name), backbone, *(score(value) for value in found), spread])
-    header = ("system", "backbone", *(f"seed {s}" for s in range(r.plan.seeds)), "range")
+        for name in names:
+            found = [find(r, (backbone, name, seed)) for seed in range(r.plan.seeds)]
+            there = [f"{factor * x[0]:.{digits}f}" for x in found if x is not None]
+            spread = f"{min(there, key=float)} to {max(there, key=float)}" if there else NOT_RUN
+            values = (interval(x, digits, factor) for x in found)
+            rows.append([r.label(name), backbone, *values, spread])
+    return ["system", "backbone", *(f"seed {s}" for s in range(r.plan.seeds)), "range"], rows
+
+
+def seeds(r: Results) -> Table:
+    def find(r: Results, place: tuple[str, str, int]) -> Sequence[float] | None:
+        return r.of(place, "reward", "reward")
+
+    header, rows = _by_seed(r, HEADLINE, find, 3, 1.0)
     note = "Average reward by seed of training and sampling; the judge is the same."
     return Table("seeds", "Seeds", note, header, rows)
+
+
+def seed_win_rates(r: Results) -> Table:
+    def find(r: Results, place: tuple[str, str, int]) -> Sequence[float] | None:
+        return r.get(r.plan.over_backbone.get(place), "length_controlled")
+
+    names = [name for name in HEADLINE if name != "backbone"]
+    header, rows = _by_seed(r, names, find, 1, 100.0)
+    note = "Length-controlled win rate over the backbone's answers of the same seed, %."
+    return Table("seed_win_rates", "Seeds: win rates", note, header, rows)
