@@ -151,7 +151,7 @@ void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
     for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
       const int64_t batch = smaller(kBatchBlock, p.B - b0);
       for (int64_t v = first, groups; v < last; v += 4 * groups) {
-        groups = smaller(groups_at_once(batch), units(last - v, 4));
+        groups = smaller(groups_at_once<Tile<W, X>, X>(batch, p.d), units(last - v, 4));
         for (int64_t m = s.first_matrix; m < s.end_matrix; ++m) {
           const bool last_matrix = m + 1 == s.end_matrix;
           const Place next = last_matrix ? Place{s.first_matrix, v + 4 * groups} : Place{m + 1, v};
