@@ -12,7 +12,16 @@ import torch
 from benchmark_cases import EFFORT, READ, STEADY, TINY, case_result
 
 from dualhead_ext import ops, reference
-from dualhead_ext.bench import cases, contenders, decode, generation, machine, plot, report
+from dualhead_ext.bench import (
+    cases,
+    contenders,
+    decode,
+    generation,
+    machine,
+    plot,
+    report,
+    timing,
+)
 from dualhead_ext.quantization import FORMATS
 
 # --- the decode step ------------------------------------------------------------------------------
@@ -47,6 +56,24 @@ def test_a_case_times_all_contenders(format_name, sampled):
         share = row["bytes"] / (row["us_median"] * 1e-6) / 10e9
         assert row["share_of_read_bandwidth"] == pytest.approx(share)
     json.dumps(rows)
+
+
+def test_a_plain_read_takes_turns_with_the_steps(monkeypatch):
+    """The share is of what was read in the same turns, and the loop no contender of the results."""
+    operands = contenders.Operands(TINY, 200_000)
+    seen, real = [], machine.read_loops
+
+    def spy(buffer):
+        num_bytes, loops = real(buffer)
+        assert num_bytes <= buffer.nbytes < num_bytes + 4 * 4096
+        return num_bytes, {n: timing.Contender(n, lambda copy, n=n: seen.append(n)) for n in loops}
+
+    monkeypatch.setattr(decode, "read_loops", spy)
+    result = decode.run_case(TINY.cases[0], operands, EFFORT, READ)
+    assert set(seen) == {READ.method} and len(seen) == EFFORT.min_rounds + 2  # and the warm-up
+    assert list(result.timings) == list(result.num_bytes) == ["dualhead", "eager", "lm_head"]
+    assert result.read.method == READ.method and result.read.gb_per_s > READ.gb_per_s
+    assert decode.run_case(TINY.cases[0], operands, EFFORT).read is None
 
 
 def test_quantised_heads_take_part(monkeypatch):

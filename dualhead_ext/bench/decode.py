@@ -12,7 +12,7 @@ from .. import ops
 from ..quantization import FORMATS as QUANTIZED
 from .cases import FORMATS, SHARE_AT_THE_LIMIT, Case, Group, required_speedup
 from .contenders import Operands, bytes_of, cache_bytes, make_contenders, requests
-from .machine import ReadBandwidth
+from .machine import ReadBandwidth, read_loops
 from .timing import Ratio, Timing, alternate, clock_of, copies_needed, ratio
 
 
@@ -24,6 +24,7 @@ class CaseResult:
         copies: of weights and caches, used in turn.
         num_bytes: what each contender has to read from memory at least.
         compile_options: what torch.compile was asked for; None where it did not take part.
+        read: what a plain loop read from memory in the same turns; None if none took part.
     """
 
     group: Group
@@ -32,6 +33,7 @@ class CaseResult:
     num_bytes: dict[str, int]
     copies: int
     compile_options: str | None
+    read: ReadBandwidth | None = None
 
     def speedup(self, over: str) -> Ratio:
         """How many times as long as the fused step ``over`` takes."""
@@ -101,9 +103,14 @@ class Effort:
     min_rounds: int = 15
 
 
-def run_case(case: Case, operands: Operands, effort: Effort) -> CaseResult:
+def run_case(
+    case: Case, operands: Operands, effort: Effort, read: ReadBandwidth | None = None
+) -> CaseResult:
     """Time all contenders of one case.
 
+    Args:
+        read: its method takes part over all of the operands' memory, so that the steps' share of
+            the bandwidth is of the same moments: other tenants of a host change it by the second.
     Raises:
         RuntimeError: there is no compiled kernel to time, or contenders disagree.
     """
@@ -126,13 +133,17 @@ def run_case(case: Case, operands: Operands, effort: Effort) -> CaseResult:
         contenders = make_contenders(
             case, arguments, operands.copies[0], freeze, operands.memory, quantized
         )
+        num_read, loops = read_loops(operands.memory) if read else (0, {})
         timings = alternate(
-            contenders,
+            [*contenders, *([loops[read.method]] if read else [])],
             seconds=effort.seconds,
             min_rounds=effort.min_rounds,
             copies=count,
             clock=clock_of(device.type),
         )
+    if read:
+        rate = num_read / timings.pop(read.method).us_median / 1e3
+        read = ReadBandwidth(rate, read.method, {read.method: rate})
     if case.compile:
         torch.compiler.reset()  # frees a frozen graph's weights
     head_alone = group.V * group.d * FORMATS[group.format].itemsize
@@ -140,7 +151,7 @@ def run_case(case: Case, operands: Operands, effort: Effort) -> CaseResult:
     for name, copies_of in quantized.items():
         num_bytes[name] = bytes_of(copies_of[0]) + cache_bytes(group, case)
     options = ("max-autotune, freezing" if freeze else "max-autotune") if case.compile else None
-    return CaseResult(group, case, timings, num_bytes, count, options)
+    return CaseResult(group, case, timings, num_bytes, count, options, read)
 
 
 def _no_recompiling():

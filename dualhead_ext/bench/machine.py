@@ -145,21 +145,19 @@ class ReadBandwidth:
         return num_bytes / us / 1e3 / self.gb_per_s
 
 
-def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) -> ReadBandwidth:
-    """How fast this machine reads memory, as far as PyTorch's own multi-threaded loops show it.
-
-    Four ways to read ``buffer`` once, in turns: its sum as fp32 and as int64, its dot product with
-    itself, and its product with a vector (rows of 4096 fp32 numbers). The best median counts. This
-    is what such loops reach and no hardware limit: a kernel with better prefetching can pass 100 %.
+def read_loops(buffer: Tensor) -> tuple[int, dict[str, Contender]]:
+    """Four ways to read ``buffer`` once by PyTorch's own multi-threaded loops: its sum as fp32 and
+    as int64, its dot product with itself, and its product with a vector (rows of 4096 fp32
+    numbers).
 
     Args:
-        buffer: contiguous, any dtype, read as it lies; should be several times the last-level
-            cache, which :func:`cold_bytes` is.
+        buffer: contiguous, any dtype, read as it lies.
+    Returns: the bytes that each reads, and the loops by name.
     """
     raw = buffer.view(-1).view(torch.uint8)
     row = _MATRIX_COLUMNS * 4
     if raw.numel() < row:
-        raise ValueError(f"read_bandwidth: buffer must have {row} bytes or more, got {raw.numel()}")
+        raise ValueError(f"read_loops: buffer must have {row} bytes or more, got {raw.numel()}")
     raw = raw[: raw.numel() // row * row]
     numbers, vector = raw.view(torch.float32), torch.rand(_MATRIX_COLUMNS, device=raw.device)
     methods = {
@@ -168,10 +166,23 @@ def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) ->
         "dot product": lambda: torch.dot(numbers, numbers),
         "matrix-vector product": lambda: torch.mv(numbers.view(-1, _MATRIX_COLUMNS), vector),
     }
-    contenders = [Contender(name, lambda copy, read=read: read()) for name, read in methods.items()]
-    clock = clock_of(raw.device.type)
-    timings = alternate(contenders, seconds=seconds, min_rounds=min_rounds, warmup=1, clock=clock)
-    rates = {name: raw.numel() / timing.us_median / 1e3 for name, timing in timings.items()}
+    loops = {name: Contender(name, lambda copy, f=method: f()) for name, method in methods.items()}
+    return raw.numel(), loops
+
+
+def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) -> ReadBandwidth:
+    """How fast this machine reads memory, as far as :func:`read_loops` show it: in turns, the best
+    median counts. This is what such loops reach and no hardware limit: a kernel with better
+    prefetching can pass 100 %.
+
+    Args:
+        buffer: should be several times the last-level cache, which :func:`cold_bytes` is.
+    """
+    num_bytes, loops = read_loops(buffer)
+    clock = clock_of(buffer.device.type)
+    loops = list(loops.values())
+    timings = alternate(loops, seconds=seconds, min_rounds=min_rounds, warmup=1, clock=clock)
+    rates = {name: num_bytes / timing.us_median / 1e3 for name, timing in timings.items()}
     best = max(rates, key=rates.__getitem__)
     return ReadBandwidth(rates[best], best, rates)
 

@@ -74,9 +74,8 @@ def run_group(
     min_rounds: int = 15,
     add: Callable[[decode.CaseResult, machine.ReadBandwidth], str] | None = None,
 ) -> None:
-    """One group of the decode benchmark: make its weights; measure how fast this machine reads
-    memory over those very weights, before and after each case, since other tenants of a host
-    change it: the faster counts.
+    """One group of the decode benchmark: make its weights; find how this machine reads memory
+    fastest, over those very weights; time each case, that loop beside it.
 
     Args:
         add: takes in a result, default ``found.add``.
@@ -91,10 +90,8 @@ def run_group(
     read = machine.read_bandwidth(operands.memory)
     emit(report.group_lines(operands, effort, read))
     for case in group.cases:
-        result, before = decode.run_case(case, operands, effort), read
-        read = machine.read_bandwidth(operands.memory)
-        faster = max(before, read, key=lambda measured: measured.gb_per_s)
-        emit((add or found.add)(result, faster))
+        result = decode.run_case(case, operands, effort, read)
+        emit((add or found.add)(result, result.read))
 
 
 def run_growth(
