@@ -17,7 +17,7 @@ INSTALLED := .venv/.dualhead-installed
 CMAKE_FOLDER := build/cmake
 # Apart from the other packages: transformers would import it, and it writes to stderr when it is.
 TORCHAO := .venv/torchao
-CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $(shell find csrc python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Larger real data for tests and benchmarks, where it lies beside the checkout.
 ifneq ($(wildcard ../shared/data),)
