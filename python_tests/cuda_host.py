@@ -85,6 +85,19 @@ def runner(testing_module):
     return step
 
 
+def stream_runner(testing_module):
+    """The same for steps that must take the streaming path."""
+    step = runner(testing_module)
+
+    def stream(arguments, dtype, **options):
+        kept = {k: options[k] for k in ("compute_major", "shared_kib") if k in options}
+        assert testing_module.stream_plan(arguments, dtype, **kept), "takes the plain path"
+        options = {"blocks": 2, "threads": 0, "blocks_per_multiprocessor": 1} | options
+        return step(arguments, dtype, **options)
+
+    return stream
+
+
 def same_bits(a: Step, b: Step, but=()) -> list[str]:
     """Names of what differs in any bit."""
     left, right = a.arrays(), b.arrays()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import numpy_decode as model
 import pytest
-from cuda_host import check_step, runner, same_bits
+from cuda_host import check_step, runner, same_bits, stream_runner
 
 from dualhead_ext.quantization import FORMATS
 
@@ -17,15 +17,7 @@ EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
 
 @pytest.fixture
 def run(testing_module):
-    step = runner(testing_module)
-
-    def stream(arguments, dtype, **options):
-        kept = {k: options[k] for k in ("compute_major", "shared_kib") if k in options}
-        assert testing_module.stream_plan(arguments, dtype, **kept), "takes the plain path"
-        options = {"blocks": 2, "threads": 0, "blocks_per_multiprocessor": 1} | options
-        return step(arguments, dtype, **options)
-
-    return stream
+    return stream_runner(testing_module)
 
 
 def heads(rng, name, dtype, *, d, **sizes):

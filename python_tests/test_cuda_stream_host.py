@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy_decode as model
 import pytest
-from cuda_host import check_row, check_step, runner, same_bits
+from cuda_host import check_row, check_step, runner, same_bits, stream_runner
 
 DTYPES = ["bfloat16", "float16"]
 BULK, PIECES = 9, 8  # compute capability: a bulk copy per row, or 16 bytes by a lane
@@ -16,15 +16,7 @@ BULK, PIECES = 9, 8  # compute capability: a bulk copy per row, or 16 bytes by a
 
 @pytest.fixture
 def run(testing_module):
-    step = runner(testing_module)
-
-    def stream(arguments, dtype, **options):
-        kept = {k: options[k] for k in ("compute_major", "shared_kib") if k in options}
-        assert testing_module.stream_plan(arguments, dtype, **kept), "takes the plain path"
-        options = {"blocks": 2, "threads": 0, "blocks_per_multiprocessor": 1} | options
-        return step(arguments, dtype, **options)
-
-    return stream
+    return stream_runner(testing_module)
 
 
 def aligned(rng, dtype, **sizes):

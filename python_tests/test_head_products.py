@@ -85,7 +85,7 @@ def test_batches_beyond_one_pass_want_them(testing_module, dtype, seed):
 # --- the launch around them ----------------------------------------------------------------------
 
 
-def given_products(arguments, dtype, rng):
+def given_products(arguments, dtype):
     """The products beside weights that nobody may read."""
     hidden = model.widen(arguments["hidden"], dtype)
     lm, reward = (model.widen(arguments[f"{name}_weight"], dtype) for name in ("lm", "reward"))
@@ -118,7 +118,7 @@ def test_step_is_the_float64_one(testing_module, seed, dtype, size, mix_probs):
         arguments["objective_weights"] = rng.standard_normal((B, K)).astype(np.float32)
     if size != "one":
         arguments |= {"seeds": rng.integers(0, 2**40, B), "draws": np.arange(B)}
-    given = given_products(arguments, dtype, rng)
+    given = given_products(arguments, dtype)
     run = runner(testing_module)
     step = run(given, dtype, record=True, seed=seed)
     check_step(arguments, step, dtype)
@@ -130,7 +130,7 @@ def test_a_head_that_a_row_does_not_need_may_be_anything(testing_module, seed):
     rng = np.random.default_rng(seed)
     arguments = model.random_arguments(rng, "bfloat16", B=3, gate="given")
     arguments["alpha"] = np.array([0, 1, 0.5], np.float32)
-    given = given_products(arguments, "bfloat16", rng)
+    given = given_products(arguments, "bfloat16")
     given["reward_product"][:, 0] = np.nan
     given["lm_product"][1] = np.inf
     step = runner(testing_module)(given, "bfloat16", seed=seed)
@@ -146,7 +146,7 @@ def test_a_missing_barrier_shows(testing_module, seed, barrier):
     rng = np.random.default_rng(seed)
     arguments = model.random_arguments(rng, "bfloat16", B=9, d=24, V=200, H=3, d_k=5, S=140)
     arguments["mix_probs"] = barrier > 3
-    given = given_products(arguments, "bfloat16", rng)
+    given = given_products(arguments, "bfloat16")
     run = runner(testing_module)
     expected = run(given, "bfloat16", seed=seed, blocks=4)
     broken = [

@@ -134,7 +134,7 @@ def questions(r: Results) -> Table:
     return Table("questions", "TruthfulQA and MT-Bench", note, header, rows)
 
 
-Find = Callable[[Results, tuple[str, str, int]], Sequence[float] | None]
+Find = Callable[[tuple[str, str, int]], Sequence[float] | None]
 
 
 def _by_seed(
@@ -144,7 +144,7 @@ def _by_seed(
     rows = []
     for backbone in (MAIN, OTHER):
         for name in names:
-            found = [find(r, (backbone, name, seed)) for seed in range(r.plan.seeds)]
+            found = [find((backbone, name, seed)) for seed in range(r.plan.seeds)]
             there = [f"{factor * x[0]:.{digits}f}" for x in found if x is not None]
             spread = f"{min(there, key=float)} to {max(there, key=float)}" if there else NOT_RUN
             values = (interval(x, digits, factor) for x in found)
@@ -153,16 +153,13 @@ def _by_seed(
 
 
 def seeds(r: Results) -> Table:
-    def find(r: Results, place: tuple[str, str, int]) -> Sequence[float] | None:
-        return r.of(place, "reward", "reward")
-
-    header, rows = _by_seed(r, HEADLINE, find, 3, 1.0)
+    header, rows = _by_seed(r, HEADLINE, lambda place: r.of(place, "reward", "reward"), 3, 1.0)
     note = "Average reward by seed of training and sampling; the judge is the same."
     return Table("seeds", "Seeds", note, header, rows)
 
 
 def seed_win_rates(r: Results) -> Table:
-    def find(r: Results, place: tuple[str, str, int]) -> Sequence[float] | None:
+    def find(place: tuple[str, str, int]) -> Sequence[float] | None:
         return r.get(r.plan.over_backbone.get(place), "length_controlled")
 
     names = [name for name in HEADLINE if name != "backbone"]
