@@ -118,30 +118,40 @@ struct Tile {
     }
   }
 
-  // The same of one whole row: sums[b][0] += row . x_b. Meanwhile the `next` one comes; but fp32
-  // was faster by the hardware's prefetchers alone.
+  // The same of one whole row: sums[b] = row . x_b. Meanwhile the `next` one comes; but fp32 was
+  // faster by loads alone, and four at a time (one request took 0.80 of the time where memory gave
+  // 75 GB/s, 0.95 where it gave 48; bf16 1.04 and more).
   template <int kBatch>
-  static void run_row(Row row, Row next, const X* x, int64_t x_stride, int64_t d, F32 (*sums)[4]) {
+  static void run_row(Row row, Row next, const X* x, int64_t x_stride, int64_t d, F32* sums) {
+    constexpr bool kFetch = sizeof(W) < 4;
+    constexpr int64_t kAtOnce = kFetch ? 1 : 4;
+    F32 total[kBatch] = {};
     for (int64_t k = 0; k < d;) {
       const int64_t stop = smaller(k + kSegment, d);
       F32 sum[kBatch] = {};
-      for (; k + kStep <= stop; k += kStep) {
-        if (sizeof(W) < 4) __builtin_prefetch(next + k, 0, 3);
-        const typename P::Vector w_k = P::load(row + k);
+      const auto step = [&](int64_t at) {
+        if (kFetch) __builtin_prefetch(next + at, 0, 3);
+        const typename P::Vector w_k = P::load(row + at);
 #pragma GCC unroll 8
         for (int b = 0; b < kBatch; ++b) {
-          sum[b] = P::accumulate(sum[b], w_k, P::load(x + b * x_stride + k));
+          sum[b] = P::accumulate(sum[b], w_k, P::load(x + b * x_stride + at));
         }
+      };
+      for (; k + kAtOnce * kStep <= stop; k += kAtOnce * kStep) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kAtOnce; ++i) step(k + i * kStep);
       }
+      for (; k + kStep <= stop; k += kStep) step(k);
       for (int b = 0; b < kBatch; ++b) {
         if (k < stop) {
           const typename P::Vector x_k = P::load_partial(x + b * x_stride + k, stop - k);
           sum[b] = P::accumulate(sum[b], P::load_partial(row + k, stop - k), x_k);
         }
-        sums[b][0] += sum[b];
+        total[b] += sum[b];
       }
       k = stop;
     }
+    for (int b = 0; b < kBatch; ++b) sums[b] = total[b];
   }
 };
 
@@ -186,13 +196,13 @@ template <class W, int kBatch, class X>
 void dot_single_rows(const W* const* rows, int64_t groups, const W* next, const X* x,
                      int64_t x_stride, int64_t d, float (*out)[4 * kMaxGroups]) {
   for (int64_t first = 0; first < 4 * groups; first += 4) {
-    F32 sums[4][kBatch][4] = {};
+    F32 sums[4][kBatch];
     for (int64_t r = 0; r < 4; ++r) {
       const W* following = first + r + 1 < 4 * groups ? rows[first + r + 1] : next;
       Tile<W, X>::template run_row<kBatch>(rows[first + r], following, x, x_stride, d, sums[r]);
     }
     for (int b = 0; b < kBatch; ++b) {
-      reduce4(out[b] + first, sums[0][b][0], sums[1][b][0], sums[2][b][0], sums[3][b][0]);
+      reduce4(out[b] + first, sums[0][b], sums[1][b], sums[2][b], sums[3][b]);
     }
   }
 }
