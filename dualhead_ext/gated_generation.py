@@ -30,13 +30,17 @@ class GatedGenerationMixin(FusedDecodingMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        new = embeds if ids is None else ids
         if attention_mask is not None and attention_mask.dim() == 2:
-            ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-            length = (embeds if ids is None else ids).shape[1]
             # Cloned, as transformers does with ids: a slice's stride would grow with the mask and
             # recompile each step.
-            valid = attention_mask[:, -length:].bool()
+            valid = attention_mask[:, -new.shape[1] :].bool()
             inputs["dualhead_valid"] = valid.clone(memory_format=torch.contiguous_format)
+        elif attention_mask is None and inputs.get("attention_mask") is not None:
+            # It drops a mask of ones, and makes a static cache's own without it.
+            shape = new.shape[:2]
+            inputs["dualhead_valid"] = torch.ones(shape, dtype=torch.bool, device=new.device)
         return inputs
 
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:

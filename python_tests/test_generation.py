@@ -89,6 +89,17 @@ def test_every_way_of_caching_gives_the_same_tokens(family, options):
 
 
 @EVERY
+def test_a_static_cache_of_prompts_without_padding(family):
+    """transformers may drop a mask of ones, and then makes the static cache's own without it."""
+    model, ids = make_model(family), prompts()["input_ids"].clamp(min=3)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(**batch, **GREEDY, use_cache=False)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for fused in (True, False):
+        assert torch.equal(model.generate(**batch, **GREEDY, **static, fused=fused), expected)
+
+
+@EVERY
 def test_beams_equal_beams_without_a_cache(family):
     model, batch = make_model(family), prompts()
     beams = {"num_beams": 4, "num_return_sequences": 2} | GREEDY
