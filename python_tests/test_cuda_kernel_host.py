@@ -243,6 +243,41 @@ def test_equal_logits_at_a_cut_keep_the_lowest_indices(run, filters, kept):
     assert drawn == kept
 
 
+HARD_ROWS = {  # for a cut that is looked for in bins of 1/64 nat, up to 512 tokens of one bin
+    "equal": np.full(1100, 1.5),
+    "nearly equal": 1.5 + np.arange(1100) * 1e-6,
+    "two values": np.where(np.arange(1100) % 3 == 0, 2.0, -50.0),
+    "beyond the last bin": -0.5 * np.arange(1100.0),
+    "spread": 4.0 * np.sin(np.arange(1100.0)),
+}
+
+
+@pytest.mark.parametrize("values", HARD_ROWS.values(), ids=list(HARD_ROWS))
+@pytest.mark.parametrize(
+    "filters",
+    [
+        dict(top_k=1),  # nearly every winner is refused, and the race run again above it
+        dict(top_k=600),
+        dict(top_p=1e-6),
+        dict(top_k=600, top_p=0.50042),
+        dict(top_k=3, top_p=0.9),
+        dict(top_k=2, top_p=0.45),
+        dict(top_k=2, min_p=0.999),
+        dict(top_p=0.7, min_p=0.01),
+    ],
+    ids=str,
+)
+def test_filters_of_rows_that_are_hard_to_cut(run, values, filters):
+    base = equal_logits(values)
+    for name, value in filters.items():
+        base[name] = np.array([value], np.int32 if name == "top_k" else np.float32)
+    for draw in range(3):
+        arguments = base | {"seeds": np.array([7]), "draws": np.array([draw])}
+        step = run(arguments, blocks=1, threads=32 if draw % 2 else 256)
+        raced = model.race(arguments, 0, step.logits[0], draw)
+        assert step.token.tolist() == [int(np.argmax(raced))]
+
+
 # --- rows that are not finite --------------------------------------------------------------------
 
 

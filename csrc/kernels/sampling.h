@@ -61,7 +61,11 @@ DUALHEAD_HD Philox4 philox(uint64_t seed, uint64_t draw, uint32_t block) {
 
 // The word of one vocabulary index.
 DUALHEAD_HD uint32_t random_word(uint64_t seed, uint64_t draw, int64_t index) {
-  return philox(seed, draw, static_cast<uint32_t>(index >> 2)).word[index & 3];
+  const Philox4 words = philox(seed, draw, static_cast<uint32_t>(index >> 2));
+  // Chosen, not indexed: a GPU's registers have no addresses.
+  const uint32_t low = index & 1 ? words.word[1] : words.word[0];
+  const uint32_t high = index & 1 ? words.word[3] : words.word[2];
+  return index & 2 ? high : low;
 }
 
 // A word as a number in (0, 1): at least 2^-33, at most 1 - 2^-24.
@@ -143,6 +147,20 @@ DUALHEAD_HD uint64_t rank_key(float x, int64_t index) {
 
 DUALHEAD_HD int64_t index_of_rank_key(uint64_t key) {
   return static_cast<int64_t>(0xFFFFFFFFu - static_cast<uint32_t>(key));
+}
+
+// --- tokens in bins ------------------------------------------------------------------------------
+
+// How filters find a cut without sorting: tokens are counted into bins by their distance from the
+// top, and only the bin that the cut falls into is looked at closely.
+constexpr int kBins = 2048;
+constexpr float kBinsPerUnit = 64.0f;  // 32 nats from the top to the last bin, which takes the rest
+
+// The bin of x, given the row's largest: monotone, so bins are ordered as their tokens are.
+DUALHEAD_HD int bin_of(float x, float largest) {
+  const float gap = x == largest ? 0.0f : largest - x;  // inf - inf would be NaN
+  const float scaled = gap * kBinsPerUnit;
+  return scaled < kBins - 1 ? static_cast<int>(scaled) : kBins - 1;
 }
 
 // --- log-sum-exp in parts ------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Each filter keeps a prefix of one ranking (value descending, index ascending), so together they
-// keep the shortest prefix: one cut, found without sorting the vocabulary. Tokens are counted
-// into bins by their distance from the top, only the bin that a cut falls into is looked at
-// closely. Masses are sums of exp in double, in a fixed order.
+// keep the shortest prefix: one cut, found in bins (sampling.h). Masses are sums of exp in double,
+// in a fixed order.
 #include "sample.h"
 
 #include <algorithm>
@@ -14,16 +13,6 @@
 
 namespace dualhead::cpu {
 namespace {
-
-constexpr int kBins = 2048;
-constexpr float kBinsPerUnit = 64.0f;  // 32 nats from the top to the last bin, which takes the rest
-
-// The bin of x, given the row's largest: monotone, so bins are ordered as their tokens are.
-inline int bin_of(float x, float largest) {
-  const float gap = x == largest ? 0.0f : largest - x;  // inf - inf would be NaN
-  const float scaled = gap * kBinsPerUnit;
-  return scaled < kBins - 1 ? static_cast<int>(scaled) : kBins - 1;
-}
 
 // The last token that stays, in the order (value descending, index ascending). A comparison of
 // floats, not of rank keys: it is made for every token, and predicts well.

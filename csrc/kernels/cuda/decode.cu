@@ -17,7 +17,7 @@
 //   mix_distributions b x chunk, mix_probs       warp    f(z) of both       log-probs, parts
 //   pick_tokens       b                          block   logits, parts      token, logprob, status
 //
-// Shared memory: ChunkLogits (2 KiB) in heads, BlockScratch (320 B) later, in one place.
+// Shared memory: ChunkLogits (2 KiB) in heads, TokenScratch (13 KiB) later, in one place.
 #include <cstdio>
 
 #include "decode.h"
@@ -34,8 +34,8 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-constexpr int kSharedBytes = sizeof(ChunkLogits) > sizeof(BlockScratch) ? sizeof(ChunkLogits)
-                                                                        : sizeof(BlockScratch);
+static_assert(sizeof(ChunkLogits) <= sizeof(TokenScratch), "heads and later phases share memory");
+constexpr int kSharedBytes = sizeof(TokenScratch);
 
 // kFloat32: fp32 weights and hidden states, which are what this path is for; else any, told apart
 // at every number.
@@ -60,13 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     heads(p, ws, dtype, quantization);
   }
   grid_barrier();  // logits and softmax parts are
-  if (p.mix_probs) {
-    normalizers(p, ws);
-    grid_barrier();  // both heads' log-sum-exps are, and their parts may be overwritten
-    mix_distributions(p, ws);
-    grid_barrier();  // log-probabilities and their parts are
-  }
-  pick_tokens(p, ws);
+  finish_step(p, ws);
 }
 
 // Blocks that the largest phase can occupy; more would only lengthen the barriers.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Both heads of the decode step and their mixture, on the plain path: logits, and per chunk of
-// vocabulary rows a softmax part and the first-ranked token. Each function is one phase of the
+// vocabulary rows a softmax part and the best token. Each function is one phase of the
 // launch. The phases after the products are the streaming path's too.
 #pragma once
 
@@ -49,13 +49,31 @@ __device__ __forceinline__ SoftmaxPart warp_softmax_part(float z) {
   return SoftmaxPart{max, warp_sum(e)};
 }
 
+__device__ __forceinline__ bool is_sampled(const DecodeParams& p, int64_t b) {
+  return p.seeds && (!p.temperature || p.temperature[b] > 0.0f);
+}
+
+__device__ __forceinline__ float temperature_of(const DecodeParams& p, int64_t b) {
+  return p.temperature ? p.temperature[b] : 1.0f;
+}
+
+// What entry v of row b has scored, as a key: the row's largest is its token, until filters object.
+// A greedy row's is its logit's. Not inlined: noise takes a hundred instructions, and none of them
+// per weight.
+static __device__ __noinline__ unsigned long long score_key(const DecodeParams& p, int64_t b,
+                                                            int64_t v, float z) {
+  if (!is_sampled(p, b)) return rank_key(z, v);
+  const uint32_t word = random_word(p.seeds[b], p.draws[b], v);
+  return rank_key(z / temperature_of(p, b) + gumbel_from_word(word), v);
+}
+
 // Stores what the token phase needs of 32 mixed logits of row b: z belongs to vocabulary entry v.
 __device__ __forceinline__ void summarize_chunk(const DecodeParams& p, const Workspace& ws,
                                                 int64_t b, int64_t chunk, int64_t v, float z) {
   const int64_t slot = b * ceil_div(p.V, kChunk) + chunk;
   const SoftmaxPart part = warp_softmax_part(z);
-  const unsigned long long key = warp_max(v < p.V ? rank_key(z, v) : 0ull);
-  if (lane_index() == 0) ws.part[0][slot] = part, ws.top_key[slot] = key;
+  const unsigned long long key = warp_max(v < p.V ? score_key(p, b, v, z) : 0ull);
+  if (lane_index() == 0) ws.part[0][slot] = part, ws.best_key[slot] = key;
 }
 
 // A row of one matrix (0: LM head; m: objective m - 1) as numbers, in any way of storing them.

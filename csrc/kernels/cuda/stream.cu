@@ -7,8 +7,8 @@
 //   consumers   8   both products on the tensor cores; then alpha, logits, softmax parts
 //                   (stream_heads.cuh)
 //
-// so that the gate is hidden behind the first tile of weights. Then all of them go on with the
-// phases of the plain path: normalizers and mix_distributions (mix_probs), pick_tokens.
+// so that the gate is hidden behind the first tile of weights. Then all of them go on with what
+// follows the products on every path (token.cuh).
 //
 // A row's result is the same for every batch up to 64 rows, grid and architecture's copy engine:
 // the products go through a row's inputs in one order, one tensor core sum per column, and all
@@ -25,7 +25,6 @@ namespace {
 
 constexpr int kStreamThreads = kStreamWarps * kWarp;
 
-static_assert(sizeof(BlockScratch) <= kHeadBytes, "later phases find their scratch below the ring");
 static_assert(2 * kMaxStages * sizeof(Barrier) <= kHeadBytes / 2, "and the ring its barriers");
 static_assert((kMaxBatchTile + kStreamWarps) * sizeof(float) <= kHeadBytes / 2, "and the scales");
 
@@ -39,8 +38,7 @@ __device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round
   group_barrier<kGateGroup, kGateWarps * kWarp>();
 }
 
-// Not inlined, as the later phases are not: one copy serves the kernels of all formats, and neither
-// counts among what is done per weight.
+// Not inlined, as finish_step is not.
 __device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
   const DType dtype = p.dtype;
   const Team team{static_cast<int64_t>(blockIdx.x) * kGateWarps + warp_in_block() - kConsumers,
@@ -57,16 +55,6 @@ __device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
     gate_barrier(ws, ++round);  // sums and status of all rows are
     normalize_attention(p, ws, team);
   }
-}
-
-__device__ __noinline__ void later_phases(const DecodeParams& p, const Workspace& ws) {
-  if (p.mix_probs) {
-    normalizers(p, ws);
-    grid_barrier();  // both heads' log-sum-exps are, and their parts may be overwritten
-    mix_distributions(p, ws);
-    grid_barrier();  // log-probabilities and their parts are
-  }
-  pick_tokens(p, ws);
 }
 
 template <Format kFormat>
@@ -147,7 +135,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
     consume_by_batch<kFormat>(s);
   }
   grid_barrier();  // logits, softmax parts, alpha and status are complete
-  later_phases(p, ws);
+  finish_step(p, ws);
 }
 
 template <Format kFormat, bool kBulk>
@@ -161,8 +149,11 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
 template <Format kFormat, bool kBulk>
 cudaError_t launch(const DecodeParams& p, const Workspace& ws, const StreamPlan& plan, int device,
                    cudaStream_t stream, int blocks) {
+  // The token phase has its scratch where the ring and all else were.
+  const int scratch = static_cast<int>(sizeof(TokenScratch));
+  const int shared_bytes = plan.shared_bytes > scratch ? plan.shared_bytes : scratch;
   return launch_cooperative(stream_kernel<kFormat, kBulk>, device, stream, blocks,
-                            ceil_div(p.V, kUnit), kStreamThreads, plan.shared_bytes, p, ws, plan);
+                            ceil_div(p.V, kUnit), kStreamThreads, shared_bytes, p, ws, plan);
 }
 
 template <bool kBulk>

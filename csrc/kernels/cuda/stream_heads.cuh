@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The warps that multiply, on the streaming path: both heads of a tile of units from the ring, and,
 // while they are still in registers, their mixture, the logits, and each unit's softmax part and
-// first-ranked token. alpha is waited for only then.
+// best token. alpha is waited for only then.
 #pragma once
 
 #include "fragments.cuh"
@@ -74,9 +74,9 @@ __device__ __forceinline__ void finish_entry(const Stream& s, const Entry& entry
   if (real) p.out_logits[at] = z;
   const SoftmaxPart part = column_part(z);
   const unsigned long long key =
-      column_reduce(real ? rank_key(z, entry.v) : 0ull,
+      column_reduce(real ? score_key(p, b, entry.v, z) : 0ull,
                     [](unsigned long long x, unsigned long long y) { return x > y ? x : y; });
-  if (reports) ws.part[0][slot] = part, ws.top_key[slot] = key;
+  if (reports) ws.part[0][slot] = part, ws.best_key[slot] = key;
 }
 
 // A tile's sums become logits; or, where more objectives follow, sums over those so far, kept in

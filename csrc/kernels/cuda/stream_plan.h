@@ -85,7 +85,7 @@ struct StreamPlan {
   bool resident;  // hidden states lie in shared memory as a whole
 };
 
-// Shared memory below the ring: its barriers, and the scratch of the later phases in their place.
+// Shared memory below the ring: its barriers, and scales.
 constexpr int kHeadBytes = 1024;
 
 inline bool sixteen_divides_all(std::initializer_list<const void*> pointers) {

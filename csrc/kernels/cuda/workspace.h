@@ -39,17 +39,17 @@ enum Counter {
 // Uninitialised at launch; each field is written in one phase and read after a grid barrier, or by
 // whom a counter lets pass.
 struct Workspace {
-  int64_t part_entries;         // vocabulary entries of a part of the heads: kChunk or kUnit
-  float* q;                     // (B, g)
-  AttentionPart* attention;     // (B, H, splits)
-  SoftmaxPart* attention_row;   // (B, H): softmax over the whole row
-  SoftmaxPart* part[2];         // (B, parts): of the mixture, or of LM and reward head (mix_probs)
-  unsigned long long* top_key;  // (B, parts): largest rank_key of the part
-  float* reward_logits;         // (B, V): f(z_RM) with mix_probs; sums over objectives on their way
-  float* normalizer[2];         // (B,): log-sum-exp of f(z_LM), f(z_RM), mix_probs only
-  unsigned* counter;            // (kCounters,), streaming path only
-  uint16_t* operand;            // (terms, B, operand_inputs): hidden states for quantised weights
-  float* operand_scale;         // (B,): what they are to be multiplied by
+  int64_t part_entries;          // vocabulary entries of a part of the heads: kChunk or kUnit
+  float* q;                      // (B, g)
+  AttentionPart* attention;      // (B, H, splits)
+  SoftmaxPart* attention_row;    // (B, H): softmax over the whole row
+  SoftmaxPart* part[2];          // (B, parts): of the mixture, or of LM and reward head (mix_probs)
+  unsigned long long* best_key;  // (B, parts): largest score_key of the part
+  float* reward_logits;  // (B, V): f(z_RM) with mix_probs; sums over objectives on their way
+  float* normalizer[2];  // (B,): log-sum-exp of f(z_LM), f(z_RM), mix_probs only
+  unsigned* counter;     // (kCounters,), streaming path only
+  uint16_t* operand;     // (terms, B, operand_inputs): hidden states for quantised weights
+  float* operand_scale;  // (B,): what they are to be multiplied by
 };
 
 // Lays the fields out from `base` on; with base null, only counts. Returns the bytes in all.
@@ -70,7 +70,7 @@ inline size_t lay_out_workspace(const DecodeParams& p, void* base, Workspace* wo
   take(workspace->attention_row, p.B * p.H);
   take(workspace->part[0], p.B * chunks);
   take(workspace->part[1], p.B * chunks * probs);
-  take(workspace->top_key, p.B * chunks);
+  take(workspace->best_key, p.B * chunks);
   take(workspace->reward_logits, p.B * p.V * sums);
   take(workspace->normalizer[0], p.B * probs);
   take(workspace->normalizer[1], p.B * probs);
