@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import pytest
 
-from dualhead_ext.bench import loss, runner
+from dualhead_ext.bench import loss_cases, runner
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = loss.plan(metafunc.config.option.benchmark_quick)
+    cases = loss_cases.plan(metafunc.config.option.benchmark_quick)
     metafunc.parametrize("case", cases, ids=str)
 
 

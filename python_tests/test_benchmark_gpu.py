@@ -17,13 +17,15 @@ from dualhead_ext import reference
 from dualhead_ext.bench import (
     cases,
     contenders,
+    generation,
     graphs,
-    loss,
+    loss_cases,
     machine,
     plot,
     report,
     runner,
     timing,
+    training_cases,
 )
 
 CASES = (
@@ -31,7 +33,7 @@ CASES = (
     cases.Case(3, 5, sampled=True, graphs=True),
 )
 GROUP = cases.Group(128, 77, "bf16", CASES)
-LOSS = loss.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
+LOSS = loss_cases.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
 NAMES = ["dualhead", "eager", "two_gemms", "one_gemm", "lm_head"]
 
 
@@ -41,7 +43,7 @@ def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "results.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cases, "gpu_plan", lambda quick: [GROUP])
-        patch.setattr(loss, "gpu_plan", lambda quick: [LOSS])
+        patch.setattr(loss_cases, "gpu_plan", lambda quick: [LOSS])
         patch.setattr(runner, "GPU_ROUNDS", 4)
         patch.setattr(machine, "cold_bytes", lambda device: 2**20)
         patch.setattr(machine, "last_level_cache_bytes", lambda device="cpu": 2**18)
@@ -71,7 +73,40 @@ def test_the_loss_is_timed_twice_too(results):
     for rows in (results["loss"], results["loss_again"]):
         assert {row["contender"] for row in rows} >= {"dualhead", "eager"}
         assert all(row["us_median"] > 0 and row["extra_bytes"] > 0 for row in rows)
-    assert {(case.d, case.V) for case in loss.gpu_plan()} == {(4096, 32000), (4096, 128256)}
+    assert {(case.d, case.V) for case in loss_cases.gpu_plan()} == {(4096, 32000), (4096, 128256)}
+
+
+def test_parts_are_run_once_each(tmp_path, monkeypatch):
+    """What `--part` asks for, over the plans of a GPU; nothing else is run."""
+    path = tmp_path / "results.json"
+    settings = {"compile": False, "pairs": 0, "sequences": 4}
+    variant = loss_cases.LossCase(24, 77, "bf16", tokens=32, **settings)
+    model = generation.tiny_model(generation.GPU_CONTENDERS)
+    monkeypatch.setattr(cases, "gpu_plan", None)
+    monkeypatch.setattr(loss_cases, "gpu_plan", lambda quick: [LOSS])
+    monkeypatch.setattr(loss_cases, "gpu_variants", lambda quick: [variant])
+    monkeypatch.setattr(generation, "gpu_plan", lambda quick: [model])
+    monkeypatch.setattr(training_cases, "gpu_plan", lambda quick: [training_cases.tiny_case()])
+    monkeypatch.setattr(runner, "MODEL_ROUNDS", 2)
+    parts = ["loss", "models", "training"]
+    runner.run_gpu(True, 0.0, lambda text: None, str(path), device_type="cpu", parts=parts)
+    found = report.load(path)
+    names = [row["contender"] for row in found["generate"]]
+    assert names == list(generation.GPU_CONTENDERS)
+    assert {row["repeats"] for row in found["generate"] + found["training"]} == {2}
+    assert [row["contender"] for row in found["training"]] == [
+        *("forward", "dualhead", "eager", "cached")
+    ]
+    assert [row["pairs"] for row in found["loss"] if row["contender"] == "dualhead"] == [2, 0]
+    assert found["cases"] == [] and not {"loss_again", "copy_gb_per_s"} & found.keys()
+    table = report.markdown(gpu(found))
+    assert "| 32, in the LM term alone |" in table and "dualhead_static" in table
+    assert "| bf16 | cached |" in table and "copy bandwidth not measured" in table
+
+
+def test_a_quick_run_of_a_part_is_small():
+    for plan in (loss_cases.gpu_variants, generation.gpu_plan, training_cases.gpu_plan):
+        assert plan(True) != plan(False)
 
 
 def test_it_writes_after_each_group(tmp_path, monkeypatch):
@@ -159,6 +194,29 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(runner, "run_gpu", None)
     with pytest.raises(ValueError, match=r"device cuda: torch .* finds no CUDA device"):
         command_line("--device", "cuda")
+
+
+@pytest.mark.parametrize("parts", [None, ["models"], ["loss", "decode"]])
+def test_the_parts_of_a_command(parts, monkeypatch):
+    """On a GPU and on the CPU, whose default the runner states."""
+    seen = []
+
+    def run_gpu(quick, seconds, emit, path, parts):
+        seen.append(parts)
+        return report.Report({})
+
+    def run(quick, seconds, emit, parts="the default"):
+        seen.append(parts)
+        return report.Report({})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner, "run_gpu", run_gpu)
+    monkeypatch.setattr(runner, "run", run)
+    options = ["--part", *parts] if parts else []
+    assert command_line("--device", "cuda", *options) == command_line(*options) == 0
+    assert seen == [parts, parts or "the default"]
+    with pytest.raises(SystemExit):
+        command_line("--part", "everything")
 
 
 # --- what is made of the file ---------------------------------------------------------------------

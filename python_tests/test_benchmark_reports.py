@@ -15,10 +15,21 @@ import pytest
 from benchmark_cases import EFFORT, READ, STEADY, TINY, case_result
 
 from dualhead_ext import bench
-from dualhead_ext.bench import cases, contenders, decode, generation, loss, machine, report, runner
+from dualhead_ext.bench import (
+    cases,
+    contenders,
+    decode,
+    generation,
+    loss,
+    loss_cases,
+    machine,
+    report,
+    runner,
+    training_cases,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY_LOSS = loss.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
+TINY_LOSS = loss_cases.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
 
 
 def tiny_report():
@@ -117,7 +128,7 @@ def test_the_command_refuses_before_it_runs(monkeypatch):
 def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
     monkeypatch.setattr(cases, "growth_plan", lambda: [TINY])
-    monkeypatch.setattr(loss, "plan", lambda quick: [TINY_LOSS])
+    monkeypatch.setattr(loss_cases, "plan", lambda quick: [TINY_LOSS])
     monkeypatch.setattr(loss, "_required_ratio", lambda case: 0.0)
     monkeypatch.setattr(generation, "plan", lambda quick: [generation.tiny_model()])
     monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
@@ -137,10 +148,24 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     assert "random Llama" in printed and "| 24 x 77 | bf16 | 32 |" in printed
 
 
+def test_the_command_runs_one_part(tmp_path, monkeypatch, capsys):
+    for module in (cases, loss_cases, generation):
+        monkeypatch.setattr(module, "plan", None)
+    monkeypatch.setattr(training_cases, "plan", lambda quick: [training_cases.tiny_case()])
+    path = str(tmp_path / "results.json")
+    assert command_line("--part", "training", "--seconds", "0", "--json", path) == 0
+    assert "times forward's time" in capsys.readouterr().out
+    results = report.load(path)
+    assert [row["contender"] for row in results["training"]] == [
+        *("forward", "dualhead", "eager", "cached")
+    ]
+    assert "| random Llama, 0.2M | bf16 | cached |" in report.markdown(results)
+
+
 def test_the_command_fails_where_the_step_is_too_slow(monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
     monkeypatch.setattr(cases, "growth_plan", lambda: [])
-    monkeypatch.setattr(loss, "plan", lambda quick: [])
+    monkeypatch.setattr(loss_cases, "plan", lambda quick: [])
     monkeypatch.setattr(generation, "plan", lambda quick: [])
     monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 1e9)
@@ -152,13 +177,13 @@ TINY_SESSION = """
     import sys
     sys.path.insert(0, {build!r})
     import libraries, pytest
-    from dualhead_ext.bench import cases, decode, generation, loss, machine
+    from dualhead_ext.bench import cases, decode, generation, loss_cases, machine
     tiny = (cases.Case(2, 9), cases.Case(1, 5, sampled=True))
     cases.plan = lambda quick: [cases.Group(40, 77, name, tiny) for name in ("fp32", "bf16")]
     cases.growth_plan = lambda: [cases.Group(40, 77, "bf16", tiny[:1])]
     decode.required_speedup = lambda group, case: {required}[group.format]
     generation.plan = lambda quick: [generation.tiny_model()]
-    loss.plan = lambda quick: []
+    loss_cases.plan = lambda quick: []
     machine.cold_bytes = lambda device: 2**20
     real = machine.describe()
     machine.describe = lambda device: real | dict(csrc_sha256={csrc_hash})

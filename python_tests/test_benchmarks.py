@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' cases: the bytes and ratios they report, contenders that must agree, whole
-models; on tiny sizes, with the real operator."""
+"""The benchmarks' cases: the bytes and ratios they report, contenders that must agree; on
+tiny sizes, with the real operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dualhead_ext.bench import (
     cases,
     contenders,
     decode,
-    generation,
     machine,
     plot,
     report,
@@ -246,34 +245,3 @@ def test_the_growth_plan_has_a_line_along_each_axis():
     assert lines["V"] == [2000, 4000, 8000, 16000, 32000]
     assert lines["T"] == [64, 256, 1024, 2048, 4096]
     assert lines["B"] == [1, 2, 4, 8, 16, 32, 64]
-
-
-# --- whole models ---------------------------------------------------------------------------------
-
-
-def test_whole_models_decode_with_each_step(monkeypatch):
-    calls = []
-
-    def spy(name, step):
-        def call(**arguments):
-            calls.append(name)
-            return step(**arguments)
-
-        return call
-
-    monkeypatch.setattr(generation.ops, "decode_step", spy("fused", ops.decode_step))
-    monkeypatch.setattr(generation.reference, "decode_step", spy("eager", reference.decode_step))
-    model = generation.tiny_model()
-    result = generation.run_model(model, seconds=0, min_rounds=2)
-    # The first token comes from the prompt's pass; three calls each, one to warm up. The fused step
-    # serves two loops.
-    expected = 3 * (model.new_tokens - 1)
-    assert (calls.count("fused"), calls.count("eager")) == (2 * expected, expected)
-    rows = {row["contender"]: row for row in result.rows()}
-    assert list(rows) == ["backbone", "dualhead", "logits", "eager"]
-    for name, row in rows.items():
-        seconds = result.timings[name].us_median / 1e6
-        assert row["tokens_per_s_median"] == pytest.approx(model.new_tokens / seconds)
-        assert row["tokens_per_s_q1"] <= row["tokens_per_s_median"] <= row["tokens_per_s_q3"]
-        assert row["format"] == "bf16"
-    assert "tokens/s" in result.text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: one timer, one decode step by size, whole models, and their reports.
+"""The benchmarks: one timer; decode steps, the training loss, whole models, training; reports.
 
 ``dualhead bench`` and ``pytest --benchmark`` are two front ends of what is here. Importing this
 module imports neither torch nor transformers.
@@ -8,6 +8,10 @@ module imports neither torch nor transformers.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+
+# What there is to measure. Without a choice: decode, loss and models on the CPU; on a GPU decode
+# and loss, twice, which is what `make gpu-check` has the time for.
+PARTS = ("decode", "loss", "models", "training")
 
 # Of timing per case; the slowest cases take longer, since a median needs some rounds.
 SECONDS, QUICK_SECONDS = 1.0, 0.3
@@ -27,6 +31,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=("cpu", "cuda"),
         default="cpu",
         help="what to measure; cuda: decode steps and the training loss, all of them twice",
+    )
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"only these, each of them once: {', '.join(PARTS)} (default: decode, loss, models; "
+        "on a GPU decode and a part of loss)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     parser.add_argument(
@@ -72,10 +84,11 @@ def main(arguments: Namespace) -> int:
     def emit(text: str) -> None:
         print(text, flush=True)
 
+    run = (arguments.quick, arguments.seconds, emit)
     if arguments.device == "cuda":
-        found = runner.run_gpu(arguments.quick, arguments.seconds, emit, arguments.json)
+        found = runner.run_gpu(*run, arguments.json, parts=arguments.part)
     else:
-        found = runner.run(arguments.quick, arguments.seconds, emit)
+        found = runner.run(*run, *([] if arguments.part is None else [arguments.part]))
     if arguments.json is not None:
         found.write(arguments.json)
     for failure in found.failures:

@@ -1,32 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per second of whole models: what a gated head adds to decoding with the backbone.
 
-Contenders, each through ``generate()``, greedy, one request:
+Contenders, each through ``generate()``, greedy, one request, over the very same weights:
 
 - ``backbone``: the plain model.
 - ``dualhead``: the same with a gated head, in the fused loop (:mod:`dualhead_ext.generation`).
 - ``logits``: that in transformers' own loop, which takes an argmax of the step's logits.
 - ``eager``: that with the step in plain PyTorch.
+- ``backbone_static``, ``dualhead_static``: as ``backbone`` and ``dualhead`` with a static cache,
+  for which transformers compiles the forward pass. With its default cache a GPU waits for Python.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo
 
 from .. import ops, reference
-from .timing import Contender, Timing, alternate, ratio
+from . import models
+from .timing import Contender, Ratio, Timing, alternate, clock_of, ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _EMBEDDED = Path(__file__).resolve().parents[1] / "backbone"
 _PROMPT_TOKENS = 16
+
+CONTENDERS = ("backbone", "dualhead", "logits", "eager")
+GPU_CONTENDERS = ("backbone", "dualhead", "logits", "backbone_static", "dualhead_static")
+# What the gated head may add per token to a 7B model, as a factor of the plain model's time.
+ALLOWED_7B = 1.022
 
 
 @dataclass(frozen=True)
@@ -35,48 +43,37 @@ class Model:
 
     Attributes:
         name: for tables.
-        build: makes it, with random weights or the embedded ones.
+        build: makes it on a device of this type, with random weights or the embedded ones.
         new_tokens: to generate per call.
+        contenders: who takes part, of those above; each static one beside its plain counterpart.
+        allowed: the most that the fused loop may take, as a factor of its plain counterpart's time;
+            None: it is measured only.
     """
 
     name: str
-    build: Callable[[], PreTrainedModel]
+    build: Callable[[str], PreTrainedModel]
     new_tokens: int
+    contenders: tuple[str, ...] = CONTENDERS
+    allowed: float | None = None
 
 
-def _llama(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: int):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        intermediate_size=intermediate,
-        vocab_size=vocabulary,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(torch.bfloat16)
-
-
-def tiny_model() -> Model:
+def tiny_model(contenders: tuple[str, ...] = CONTENDERS) -> Model:
     """A random Llama of 2 layers, for tests of the harness."""
-    return Model("random Llama, 0.2M", lambda: _llama(64, 2, 4, 128, 512), 4)
+    return Model("random Llama, 0.2M", models.TINY.build, 4, contenders)
 
 
 def medium_model() -> Model:
-    """A random Llama of 92 million parameters, 41 of them in its embeddings and its head."""
-    return Model("random Llama, 92M", lambda: _llama(640, 10, 10, 1792, 32000), 24)
+    """A random Llama of 92 million parameters."""
+    return Model("random Llama, 92M", models.MEDIUM.build, 24)
 
 
 def embedded_model() -> Model:
     """The backbone that comes with the package."""
 
-    def build() -> PreTrainedModel:
+    def build(device_type: str) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(_EMBEDDED)
+        return AutoModelForCausalLM.from_pretrained(_EMBEDDED).to(device_type)
 
     return Model("embedded backbone", build, 48)
 
@@ -84,6 +81,18 @@ def embedded_model() -> Model:
 def plan(quick: bool = False) -> list[Model]:
     """The models to run; the quick plan leaves out the random one of medium size."""
     return [embedded_model()] if quick else [embedded_model(), medium_model()]
+
+
+def gpu_plan(quick: bool = False) -> list[Model]:
+    """The models to run on a GPU: random Llamas of the size of 7B models, or, quick, of 1B ones."""
+    if quick:
+        return [Model("random Llama, 1.1B", models.LLAMA_1B.build, 16, GPU_CONTENDERS)]
+    return [Model("random Llama, 6.7B", models.LLAMA_7B.build, 64, GPU_CONTENDERS, ALLOWED_7B)]
+
+
+def plain_counterpart(contender: str) -> str:
+    """The plain model in the same loop with the same cache."""
+    return "backbone_static" if contender.endswith("_static") else "backbone"
 
 
 @dataclass(frozen=True)
@@ -116,42 +125,80 @@ class ModelResult:
             for name, timing in self.timings.items()
         ]
 
+    def against_plain(self, contender: str) -> Ratio:
+        """How many times as long it takes as its plain counterpart."""
+        return ratio(self.timings[contender], self.timings[plain_counterpart(contender)])
+
+    def failures(self) -> list[str]:
+        """Sentences on fused loops that take longer than allowed, beyond the spread."""
+        found = []
+        for name in [n for n in self.timings if n.startswith("dualhead") and self.model.allowed]:
+            against = self.against_plain(name)
+            if min(against.value, against.low) > self.model.allowed:
+                found.append(
+                    f"{self.model.name}: {name} takes {against.value:.3f} times as long as "
+                    f"{plain_counterpart(name)} (95 % interval {against.low:.3f} to "
+                    f"{against.high:.3f}), allowed: {self.model.allowed:g}"
+                )
+        return found
+
     def text(self) -> str:
         """The rows for a terminal."""
         lines = [f"\n{self.model.name}, {self.format}, greedy, B=1, {self.model.new_tokens} tokens"]
-        for row, timing in zip(self.rows(), self.timings.values(), strict=True):
-            against = ratio(timing, self.timings["backbone"])
+        for row in self.rows():
+            name = row["contender"]
+            against = self.against_plain(name)
             lines.append(
-                f"    {row['contender']:<9} {row['tokens_per_s_median']:>8.1f} tokens/s "
+                f"    {name:<15} {row['tokens_per_s_median']:>8.1f} tokens/s "
                 f"({row['tokens_per_s_q1']:.1f}..{row['tokens_per_s_q3']:.1f}), "
-                f"{against.value:.2f} times the backbone's time, n = {row['repeats']}"
+                f"{against.value:.3f} times {plain_counterpart(name)}'s time "
+                f"({against.low:.3f}..{against.high:.3f}), n = {row['repeats']}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + [f"    TOO SLOW: {failure}" for failure in self.failures()])
 
 
-def _decode_with(head: Any, step: Callable[..., reference.DecodeOutput]) -> None:
-    """Let this one head use ``step``, whatever kernel there is."""
-    head._decode_function = lambda *arguments: step
+# What a head is told to decode with, whatever kernel there is. Functions of the module: a new one
+# in each call would be compiled anew in each.
+def _fused_step(*arguments: Any) -> Callable[..., reference.DecodeOutput]:
+    return ops.decode_step
 
 
-def run_model(model: Model, *, seconds: float, min_rounds: int = 5) -> ModelResult:
-    """Time ``generate()`` of one model with and without the gated head.
+def _eager_step(*arguments: Any) -> Callable[..., reference.DecodeOutput]:
+    return reference.decode_step
 
-    Args:
-        seconds, min_rounds: as in :func:`~dualhead_ext.bench.timing.alternate`.
-    Raises:
-        RuntimeError: there is no compiled kernel to time, or a contender stopped early.
-    """
-    from ..modeling import DualHeadForCausalLM
 
-    plain = model.build().eval()
-    plain.generation_config.eos_token_id = None  # min_new_tokens would need logits
-    gated = DualHeadForCausalLM.from_backbone(copy.deepcopy(plain)).eval()
-    if not ops.kernel_for("cpu", plain.dtype):
-        raise RuntimeError(f"benchmark: no compiled CPU kernel for {plain.dtype} to time")
-    prompt = torch.randint(0, plain.config.vocab_size, (1, _PROMPT_TOKENS))
+def _static_options(device_type: str) -> dict[str, Any]:
+    """Of ``generate()``: a static cache, and the compilation that transformers then does on a GPU
+    by itself. On the CPU it has to be told to, and the graph is not given to a compiler."""
+    from transformers import CompileConfig
 
-    def decoding(which: PreTrainedModel, **options: bool) -> Callable[[int], None]:
+    compiled = CompileConfig()
+    if device_type == "cpu":
+        compiled = CompileConfig(backend="aot_eager", mode=None)
+        compiled._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compiled}
+
+
+def _contenders(model: Model, plain: Any, gated: Any) -> list[Contender]:
+    device = plain.device
+    prompt = torch.randint(0, plain.config.vocab_size, (1, _PROMPT_TOKENS)).to(device)
+    static = _static_options(device.type)
+    ways = {
+        "backbone": (plain, {}, None),
+        "dualhead": (gated, {"fused": True}, _fused_step),
+        "logits": (gated, {"fused": False}, _fused_step),
+        "eager": (gated, {"fused": False}, _eager_step),
+        "backbone_static": (plain, static, None),
+        "dualhead_static": (gated, static | {"fused": True}, _fused_step),
+    }
+
+    def contender(name: str) -> Contender:
+        which, options, step = ways[name]
+
+        def prepare(copy: int) -> None:
+            if step is not None:
+                gated.lm_head._decode_function = step
+
         def call(copy: int) -> None:
             made = which.generate(
                 prompt,
@@ -163,27 +210,43 @@ def run_model(model: Model, *, seconds: float, min_rounds: int = 5) -> ModelResu
             )
             if made.shape[1] != _PROMPT_TOKENS + model.new_tokens:
                 raise RuntimeError(f"benchmark: {model.name} made {tuple(made.shape)} tokens")
+            if "compile_config" in options and not hasattr(which, "_compiled_call"):
+                raise RuntimeError(f"benchmark: transformers did not compile {name}'s forward pass")
 
-        return call
+        return Contender(name, call, prepare)
 
-    contenders = [
-        Contender("backbone", decoding(plain)),
-        Contender(
-            "dualhead",
-            decoding(gated, fused=True),
-            lambda copy: _decode_with(gated.lm_head, ops.decode_step),
-        ),
-        Contender(
-            "logits",
-            decoding(gated, fused=False),
-            lambda copy: _decode_with(gated.lm_head, ops.decode_step),
-        ),
-        Contender(
-            "eager",
-            decoding(gated, fused=False),
-            lambda copy: _decode_with(gated.lm_head, reference.decode_step),
-        ),
-    ]
-    timings = alternate(contenders, seconds=seconds, min_rounds=min_rounds, warmup=1)
+    return [contender(name) for name in model.contenders]
+
+
+def run_model(
+    model: Model, *, seconds: float, min_rounds: int = 5, device_type: str = "cpu"
+) -> ModelResult:
+    """Time ``generate()`` of one model with and without the gated head.
+
+    Args:
+        seconds, min_rounds: as in :func:`~dualhead_ext.bench.timing.alternate`.
+    Raises:
+        RuntimeError: there is no compiled kernel to time, a contender stopped early, or one that
+            should have been compiled was not.
+    """
+    from ..modeling import DualHeadForCausalLM
+
+    plain = model.build(device_type).eval()
+    plain.generation_config.eos_token_id = None  # min_new_tokens would need logits
+    gated = DualHeadForCausalLM.from_backbone(models.twin(plain)).eval()
+    if not ops.kernel_for(device_type, plain.dtype):
+        raise RuntimeError(
+            f"benchmark: no compiled {device_type.upper()} kernel for {plain.dtype} to time"
+        )
+    # The first round compiles, the second may record CUDA graphs again for its own caches.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        timings = alternate(
+            _contenders(model, plain, gated),
+            seconds=seconds,
+            min_rounds=min_rounds,
+            warmup=2 if device_type == "cuda" else 1,
+            clock=clock_of(device_type),
+        )
+    torch.compiler.reset()  # frees graphs, and with them what they hold of the models
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[plain.dtype]
     return ModelResult(model, name, timings)

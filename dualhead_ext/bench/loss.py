@@ -1,82 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss, forward and backward, with the LM head and the backbone frozen: time, memory.
-
-Contenders, over the same hidden states of pairs whose every token is a response token:
-
-- ``dualhead``: :mod:`dualhead_ext.fused_loss`.
-- ``eager``: :mod:`dualhead_ext.reference_loss`, the same objective in plain PyTorch.
-- ``compile``: that under ``torch.compile``.
-- ``torch_chunked``: ``torch.nn.functional.linear_cross_entropy``, chunked, over
-  ``[(1 - a) h; a h]`` and ``[W_LM; W_RM]``. It computes the language model term alone (no
-  preference term, and a gradient of W_LM that nobody asked for); left out where PyTorch has none.
-- ``liger``: Liger-Kernel's fused linear cross-entropy over the same, on CUDA, where installed.
-
-bf16 means what training means by it: hidden states and LM head in bf16, the reward head in fp32
-under autocast.
-"""
+"""The training loss, forward and backward, against what else there is (:mod:`.loss_contenders`):
+time, and memory beyond the gradients."""
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch._dynamo
+from torch import Tensor
 
-from .. import fused_loss, reference_loss
-from ..losses import LossOptions
-from .cases import FORMATS
+from .loss_cases import LARGEST, LossCase
+from .loss_contenders import (
+    Batch,
+    Call,
+    eager_language_model_term,
+    language_model_calls,
+    whole_calls,
+)
+from .memory import peak_of
+from .tables import loss_setting
 from .timing import Contender, Timing, alternate, clock_of, ratio
 
 # What the fused loss must reach at the largest size: its share of eager's time and of the memory
 # that eager takes beyond the gradients; elsewhere it must not be slower than eager.
 REQUIRED_TIME, REQUIRED_MEMORY = 0.8, 0.15
-_LARGEST = (1024, 32000)
 
-
-try:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-except ImportError:
-    liger = None
-
-
-@dataclass(frozen=True)
-class LossCase:
-    """A batch of pairs: ``tokens`` of all responses together, half of them chosen. ``compile`` says
-    whether the torch.compile contender takes part.
-    """
-
-    d: int
-    V: int
-    format: str
-    tokens: int = 2048
-    pairs: int = 8
-    compile: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.d}x{self.V}-{self.format}"
-
-
-def plan(quick: bool = False) -> list[LossCase]:
-    """The cases to run; the quick plan's is small."""
-    if quick:
-        return [LossCase(256, 4096, "fp32", tokens=512)]
-    return [LossCase(d, V, name) for d, V in ((256, 4096), _LARGEST) for name in FORMATS]
-
-
-def gpu_plan(quick: bool = False) -> list[LossCase]:
-    """The cases to run on a GPU: 8192 response tokens at the sizes of 7B and 8B models."""
-    if quick:
-        return [LossCase(256, 4096, "bf16", tokens=512, compile=False)]
-    return [LossCase(4096, V, "bf16", tokens=8192, pairs=32) for V in (32000, 128256)]
+# By how much losses and gradients may differ from eager's. bf16: its logits of order 1 round to 3
+# digits, and the gate's gradient is a difference of them. Those of the language model term round
+# more (a h, and some their sums): only what is wrong altogether is told apart.
+_TOLERANCE = {True: 5e-2, False: 1e-3}
+_LANGUAGE_MODEL_TOLERANCE = {True: 0.2, False: 1e-3}
 
 
 def _is_largest(case: LossCase) -> bool:
-    return (case.d, case.V) == _LARGEST
+    return (case.d, case.V) == LARGEST
 
 
 def _required_ratio(case: LossCase) -> float:
@@ -97,10 +57,7 @@ class LossResult:
         return [
             {
                 "contender": name,
-                "format": self.case.format,
-                "d": self.case.d,
-                "V": self.case.V,
-                "tokens": self.case.tokens,
+                **self.case.settings(),
                 "us_median": timing.us_median,
                 "us_q1": timing.us_q1,
                 "us_q3": timing.us_q3,
@@ -114,19 +71,20 @@ class LossResult:
         """Sentences on what was missed."""
         against = ratio(self.timings["eager"], self.timings["dualhead"])
         memory = self.extra_bytes["dualhead"] / self.extra_bytes["eager"]
-        found = []
+        found, name = [], f"loss {self.case}, {loss_setting(self.case.settings())}"
         if max(against.value, against.high) < _required_ratio(self.case):
             found.append(
-                f"loss {self.case}: eager takes {against.value:.2f} times as long (95 % interval "
+                f"{name}: eager takes {against.value:.2f} times as long (95 % interval "
                 f"{against.low:.2f} to {against.high:.2f})"
             )
         if _is_largest(self.case) and memory > REQUIRED_MEMORY:
-            found.append(f"loss {self.case}: {memory:.0%} of the memory that eager takes")
+            found.append(f"{name}: {memory:.0%} of the memory that eager takes")
         return found
 
     def text(self) -> str:
         """The rows for a terminal."""
-        lines = [f"\nloss, {self.case}, {self.case.tokens} tokens, forward and backward"]
+        setting = loss_setting(self.case.settings())
+        lines = [f"\nloss, {self.case}, {setting}, forward and backward"]
         for row, timing in zip(self.rows(), self.timings.values(), strict=True):
             against = ratio(timing, self.timings["dualhead"])
             lines.append(
@@ -138,80 +96,7 @@ class LossResult:
         return "\n".join(lines + [f"    MISSED: {failure}" for failure in self.failures()])
 
 
-class _Batch:
-    """Random operands of a case, and one forward and backward pass over them per contender."""
-
-    def __init__(self, case: LossCase, device_type: str = "cpu") -> None:
-        generator = torch.Generator(device_type).manual_seed(0)
-        on = {"generator": generator, "device": device_type}
-        rows, length = 2 * case.pairs, case.tokens // (2 * case.pairs)
-        dtype = FORMATS[case.format]
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, **on)
-
-        self.device_type = device_type
-
-        self.autocast = dtype == torch.bfloat16
-        self.pairs = case.pairs
-        self.hidden = normal(rows, length, case.d).to(dtype)
-        self.labels = torch.randint(case.V, (rows, length), **on)
-        self.mask = torch.ones(rows, length, dtype=torch.bool, device=device_type)
-        self.gate_logit = normal(rows, length).requires_grad_()
-        self.lm_weight = (normal(case.V, case.d) / case.d**0.5).to(dtype)
-        noise = normal(case.V, case.d) / case.d**0.5
-        self.reward_weight = (self.lm_weight.float() + 0.1 * noise)[None].requires_grad_()
-
-    def objective(self, function: Callable[..., Any]) -> torch.Tensor:
-        """The loss of both terms by one of the modules' ``dual_head_loss``."""
-        heads = reference_loss.Heads(self.lm_weight, None, self.reward_weight, None, None)
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
-            return function(
-                self.hidden, self.labels, self.mask, self.gate_logit, heads, LossOptions(),
-                self.pairs,
-            ).loss  # fmt: skip
-
-    def language_model_term(self, cross_entropy: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """By a fused linear cross-entropy (hidden, weight, labels) -> sum."""
-        share = torch.sigmoid(self.gate_logit[: self.pairs])[..., None].to(self.hidden.dtype)
-        hidden = self.hidden[: self.pairs]
-        both = torch.cat(((1 - share) * hidden, share * hidden), -1).flatten(0, 1)
-        reward = self.reward_weight[0].to(self.lm_weight.dtype)
-        weight = torch.cat((self.lm_weight, reward), 1)
-        labels = self.labels[: self.pairs].flatten()
-        return cross_entropy(both, weight, labels) / self.pairs
-
-    def forget(self, copy: int = 0) -> None:
-        """Gradients are made anew in each call."""
-        self.gate_logit.grad = self.reward_weight.grad = None
-
-
-def _calls(batch: _Batch, compile: bool) -> dict[str, Callable[[], torch.Tensor]]:
-    calls = {
-        "dualhead": lambda: batch.objective(fused_loss.dual_head_loss),
-        "eager": lambda: batch.objective(reference_loss.dual_head_loss),
-    }
-    if compile:
-        compiled = torch.compile(reference_loss.dual_head_loss)
-        calls["compile"] = lambda: batch.objective(compiled)
-    if hasattr(F, "linear_cross_entropy"):
-        calls["torch_chunked"] = lambda: batch.language_model_term(_torch_chunked)
-    if liger is not None and batch.device_type == "cuda":
-        calls["liger"] = lambda: batch.language_model_term(_liger)
-    return calls
-
-
-def _torch_chunked(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
-
-
-def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return liger(hidden, weight, labels, reduction="sum")
-
-
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else eager is timed, unsaid
 def run_case(
     case: LossCase, *, seconds: float, min_rounds: int = 5, device_type: str = "cpu"
 ) -> LossResult:
@@ -222,16 +107,21 @@ def run_case(
     Raises:
         RuntimeError: contenders disagree.
     """
-    batch = _Batch(case, device_type)
-    calls = _calls(batch, case.compile)
+    if case.compile:
+        torch.compiler.reset()  # graphs of another case would count towards the limit
+    batch = Batch(case, device_type)
+    whole, parts = whole_calls(batch, case.compile), language_model_calls(batch)
+    _check_agreement(batch, whole, _TOLERANCE)
+    if parts:
+        eager = {"eager": lambda: eager_language_model_term(batch)}
+        _check_agreement(batch, eager | parts, _LANGUAGE_MODEL_TOLERANCE)
 
-    def passes(call: Callable[[], torch.Tensor]) -> Callable[[int], None]:
+    def passes(call: Call) -> Callable[[int], None]:
         return lambda copy: call().backward()
 
-    contenders = [Contender(name, passes(call), batch.forget) for name, call in calls.items()]
-    _check_agreement(batch, calls)
-    gradients = sum(x.numel() * 4 for x in (batch.gate_logit, batch.reward_weight))
-    peak = peak_cuda_bytes if device_type == "cuda" else peak_bytes
+    contenders = [Contender(n, passes(call), batch.forget) for n, call in (whole | parts).items()]
+    gradients = sum(leaf.nbytes for leaf in batch.leaves.values())
+    peak = peak_of(device_type)
     extra = {c.name: peak(c) - gradients for c in contenders}
     timings = alternate(
         contenders,
@@ -244,48 +134,17 @@ def run_case(
     return LossResult(case, timings, extra)
 
 
-def _check_agreement(batch: _Batch, calls: dict[str, Callable[[], torch.Tensor]]) -> None:
-    """Raise unless the whole objectives and their gradients agree: eager's bf16 logits of order 1
-    round to 3 digits, and the gate's gradient is a difference of them.
-    """
-    tolerance, found = 5e-2 if batch.autocast else 1e-3, {}
-    for name in [name for name in ("eager", "dualhead", "compile") if name in calls]:
-        batch.forget()
-        loss = calls[name]()
-        loss.backward()
-        found[name] = (loss.detach(), batch.gate_logit.grad, batch.reward_weight.grad)
-        for got, expected in zip(found[name], found["eager"], strict=True):
-            error = ((got - expected).norm() / expected.norm()).item()
-            if not error <= tolerance:
-                raise RuntimeError(f"benchmark: {name} and eager's loss differ by {error:.2g}")
-    batch.forget()
+def _check_agreement(batch: Batch, calls: dict[str, Call], tolerance: dict[bool, float]) -> None:
+    """Raise unless the losses and gradients of all agree with those of ``eager``."""
+    expected = batch.gradients(calls["eager"])
+    for name in [name for name in calls if name != "eager"]:
+        for what, got in batch.gradients(calls[name]).items():
+            error = _difference(got, expected[what])
+            if not error <= tolerance[batch.autocast]:
+                raise RuntimeError(
+                    f"benchmark: {name} and eager's loss differ by {error:.2g} in {what}"
+                )
 
 
-def peak_bytes(contender: Contender) -> int:
-    """The most bytes of PyTorch's CPU allocator in use during a call, beyond those before it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    contender.prepare(0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        contender.call(0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        watched.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    in_use = peak = 0
-    for event in memory:
-        in_use += event["args"]["Bytes"]
-        peak = max(peak, in_use)
-    return peak
-
-
-def peak_cuda_bytes(contender: Contender) -> int:
-    """The same of the CUDA allocator of the current device."""
-    contender.prepare(0)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    contender.call(0)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def _difference(got: Tensor, expected: Tensor) -> float:
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()

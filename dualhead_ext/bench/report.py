@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import tables
+
 if TYPE_CHECKING:
     from .contenders import Operands
     from .decode import CaseResult, Effort
     from .generation import ModelResult
     from .loss import LossResult
     from .machine import ReadBandwidth
+    from .training import TrainingResult
 
 # Names of quantised heads in results files; quantization.py, which has them, needs torch.
 QUANTIZED = ("int8", "fp8", "int4")
@@ -31,7 +34,7 @@ class Report:
     Attributes:
         environment: :func:`dualhead_ext.bench.machine.describe`.
         quick: whether it was the quick plan, whose figures nobody should quote.
-        cases, loss, generate: rows, plain dicts.
+        cases, loss, generate, training: rows, plain dicts.
         again: the rows of a second run of all cases, where there was one.
         growth: the rows of :func:`.cases.growth_plan`, which have no required speed-up.
         copy_gb_per_s: how fast the device copies its own memory, where it was measured.
@@ -44,6 +47,7 @@ class Report:
     loss: list[dict[str, Any]] = field(default_factory=list)
     loss_again: list[dict[str, Any]] = field(default_factory=list)
     generate: list[dict[str, Any]] = field(default_factory=list)
+    training: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     again: list[dict[str, Any]] = field(default_factory=list)
     copy_gb_per_s: float | None = None
@@ -75,6 +79,13 @@ class Report:
     def add_model(self, result: ModelResult) -> str:
         """Take in the result of a whole model; returns the lines to print."""
         self.generate += result.rows()
+        self.failures += result.failures()
+        return result.text()
+
+    def add_training(self, result: TrainingResult) -> str:
+        """Take in the result of a training case; returns the lines to print."""
+        self.training += result.rows()
+        self.failures += result.failures()
         return result.text()
 
     def as_json(self) -> dict[str, Any]:
@@ -89,6 +100,7 @@ class Report:
             "loss": self.loss,
             **({"loss_again": self.loss_again} if self.loss_again else {}),
             "generate": self.generate,
+            **({"training": self.training} if self.training else {}),
             **({"growth": self.growth} if self.growth else {}),
             "failures": self.failures,
         }
@@ -188,15 +200,12 @@ def markdown(results: dict[str, Any]) -> str:
     """The table for a README from a results file: milliseconds (of a GPU, microseconds), and how
     many times as long each contender takes as the fused step."""
     lines = _case_lines(results) if results["cases"] else []
-    if results.get("loss"):
-        lines += ["", *_loss_lines(results["loss"])]
-    if results.get("generate"):
-        lines += ["", "| model | weights | decoding with | tokens/s |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {row['model']} | {row['format']} | {row['contender']} "
-            f"| {row['tokens_per_s_median']:.1f} |"
-            for row in results["generate"]
-        ]
+    for key, table in (
+        ("loss", tables.loss_lines),
+        ("generate", tables.model_lines),
+        ("training", tables.training_lines),
+    ):
+        lines += ["", *table(results[key])] if results.get(key) else []
     return "\n".join([*lines, "", _footer(results), *_gpu_lines(results)]).lstrip("\n")
 
 
@@ -223,32 +232,6 @@ def _case_lines(results: dict[str, Any]) -> list[str]:
             cells.append(f"{shown}, {times:.2f}x" if row else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
-
-
-def _loss_lines(rows: list[dict[str, Any]]) -> list[str]:
-    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["d"], row["V"], row["format"], row["tokens"])
-        cases.setdefault(key, {})[row["contender"]] = row
-    present = {row["contender"] for row in rows}
-    others = {"eager": "eager", "compile": "torch.compile"}
-    others |= {"torch_chunked": "torch's chunked, LM term only", "liger": "Liger, LM term only"}
-    others = {name: title for name, title in others.items() if name in present}
-    titles = ["loss, d x V", "weights", "tokens", "dualhead", *others.values()]
-    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
-    for (d, V, name, tokens), of_case in cases.items():
-        ours = of_case["dualhead"]
-        cells = [f"{d} x {V}", name, tokens, f"{_time_and_memory(ours)}"]
-        for contender in others:
-            row = of_case.get(contender)
-            times = row and row["us_median"] / ours["us_median"]
-            cells.append(f"{_time_and_memory(row)}, {times:.2f}x" if row else "")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
-
-
-def _time_and_memory(row: dict[str, Any]) -> str:
-    return f"{row['us_median'] / 1e3:.0f} ms, {row['extra_bytes'] / 1e6:.0f} MB"
 
 
 def _footer(results: dict[str, Any]) -> str:

@@ -3,29 +3,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from . import QUICK_SECONDS, SECONDS, cases, contenders, decode, generation, loss, machine, report
+from . import (
+    QUICK_SECONDS,
+    SECONDS,
+    cases,
+    contenders,
+    decode,
+    generation,
+    loss,
+    loss_cases,
+    machine,
+    report,
+    training,
+    training_cases,
+)
 
-# Calls per contender and case that a figure of a GPU is the median of, at least.
-GPU_ROUNDS = 100
+# Calls per contender and case that a figure of a GPU is the median of, at least: of a decode step,
+# and of a whole model, which takes seconds.
+GPU_ROUNDS, MODEL_ROUNDS = 100, 12
 
 
-def run(quick: bool, seconds: float | None, emit: Callable[[str], None]) -> report.Report:
-    """Run all benchmarks; ``emit`` gets text as it comes.
+def run(
+    quick: bool,
+    seconds: float | None,
+    emit: Callable[[str], None],
+    parts: Sequence[str] = ("decode", "loss", "models"),
+) -> report.Report:
+    """Run the benchmarks of the CPU; ``emit`` gets text as it comes.
 
     Args:
         seconds: of timing per case, None for the default.
+        parts: of :data:`~dualhead_ext.bench.PARTS`.
     """
     found = start(quick, emit)
-    for group in cases.plan(quick):
-        run_group(group, found, seconds, emit)
-    for group in () if quick else cases.growth_plan():
-        run_growth(group, found, seconds, emit)
-    for case in loss.plan(quick):
+    if "decode" in parts:
+        for group in cases.plan(quick):
+            run_group(group, found, seconds, emit)
+        for group in () if quick else cases.growth_plan():
+            run_growth(group, found, seconds, emit)
+    for case in loss_cases.plan(quick) if "loss" in parts else ():
         run_loss(case, found, seconds, emit)
-    for model in generation.plan(quick):
+    for model in generation.plan(quick) if "models" in parts else ():
         run_model(model, found, seconds, emit)
+    for case in training_cases.plan(quick) if "training" in parts else ():
+        run_training(case, found, seconds, emit)
     return found
 
 
@@ -35,27 +58,42 @@ def run_gpu(
     emit: Callable[[str], None],
     path: str | None = None,
     device_type: str = "cuda",
+    parts: Sequence[str] | None = None,
 ) -> report.Report:
-    """The decode step and the training loss on a GPU, all of it twice, to know the spread.
+    """The benchmarks of a GPU.
 
     Args:
-        path: of the results file, which is written after each group: what was measured stays.
+        path: of the results file, which is written after each case: what was measured stays.
         device_type: "cpu" runs the very same over contenders without graphs.
+        parts: of :data:`~dualhead_ext.bench.PARTS`, each of them once, the loss with
+            :func:`.loss_cases.gpu_variants`. None: the decode step and the training loss without
+            them, all of it twice, to know the spread.
     """
     found = start(quick, emit, device_type)
-    found.copy_gb_per_s = machine.copy_bandwidth(device_type)
-    for again in (False, True):
+    if parts is None or "decode" in parts:
+        found.copy_gb_per_s = machine.copy_bandwidth(device_type)
+    for again in (False, True) if parts is None else (False,):
         if again:
             found.begin_again()
-        for group in cases.gpu_plan(quick):
-            run_group(group, found, seconds, emit, device_type, min_rounds=GPU_ROUNDS)
-            if path is not None:
-                found.write(path)
-        for case in loss.gpu_plan(quick):
-            run_loss(case, found, seconds, emit, device_type)
-            if path is not None:
-                found.write(path)
+        for part in parts or ("decode", "loss"):
+            run, wanted, options = _gpu_work(part, quick, variants=parts is not None)
+            for case in wanted:
+                run(case, found, seconds, emit, device_type, **options)
+                if path is not None:
+                    found.write(path)
     return found
+
+
+def _gpu_work(part: str, quick: bool, variants: bool) -> tuple[Callable[..., None], list, dict]:
+    """What runs a part on a GPU, over what, and with which options."""
+    if part == "decode":
+        return run_group, cases.gpu_plan(quick), {"min_rounds": GPU_ROUNDS}
+    if part == "loss":
+        more = loss_cases.gpu_variants(quick) if variants else []
+        return run_loss, loss_cases.gpu_plan(quick) + more, {}
+    if part == "models":
+        return run_model, generation.gpu_plan(quick), {"min_rounds": MODEL_ROUNDS}
+    return run_training, training_cases.gpu_plan(quick), {"min_rounds": MODEL_ROUNDS}
 
 
 def start(quick: bool, emit: Callable[[str], None], device_type: str = "cpu") -> report.Report:
@@ -102,7 +140,7 @@ def run_growth(
 
 
 def run_loss(
-    case: loss.LossCase,
+    case: loss_cases.LossCase,
     found: report.Report,
     seconds: float | None,
     emit: Callable[[str], None],
@@ -118,10 +156,25 @@ def run_model(
     found: report.Report,
     seconds: float | None,
     emit: Callable[[str], None],
+    device_type: str = "cpu",
+    min_rounds: int = 5,
 ) -> None:
     """One whole model."""
-    per_contender = 2 * _seconds(found, seconds)
-    emit(found.add_model(generation.run_model(model, seconds=per_contender)))
+    effort = {"seconds": 2 * _seconds(found, seconds), "min_rounds": min_rounds}
+    emit(found.add_model(generation.run_model(model, **effort, device_type=device_type)))
+
+
+def run_training(
+    case: training_cases.TrainingCase,
+    found: report.Report,
+    seconds: float | None,
+    emit: Callable[[str], None],
+    device_type: str = "cpu",
+    min_rounds: int = 5,
+) -> None:
+    """One case of training steps."""
+    effort = {"seconds": 10 * _seconds(found, seconds), "min_rounds": min_rounds}
+    emit(found.add_training(training.run_case(case, **effort, device_type=device_type)))
 
 
 def _seconds(found: report.Report, seconds: float | None) -> float:

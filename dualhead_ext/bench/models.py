@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones for the benchmarks of whole models: random Llamas of any shape, and twins that share
+their weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The shape of a random Llama; its weights are bf16, its embeddings not tied.
+
+    Attributes:
+        hidden: d. layers, heads: numbers of them, each head with its own keys and values.
+        intermediate: width of the MLPs. vocabulary: V.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+
+    def build(self, device_type: str = "cpu") -> PreTrainedModel:
+        """Make it, drawn on the device and in bf16 from the start: no other copy ever exists."""
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            intermediate_size=self.intermediate,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=False,
+        )
+        torch.manual_seed(0)
+        with torch.device(device_type):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+TINY = Llama(64, 2, 4, 128, 512)
+# 92 million parameters, 41 of them in its embeddings and its head.
+MEDIUM = Llama(640, 10, 10, 1792, 32000)
+# Of TinyLlama's size and of Llama-2-7B's.
+LLAMA_1B = Llama(2048, 22, 32, 5632, 32000)
+LLAMA_7B = Llama(4096, 32, 32, 11008, 32000)
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own modules and the very same parameters and buffers, so that a gated head can
+    be attached to one while the other stays plain: neither a second copy of the weights nor a hook.
+    """
+    shared = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

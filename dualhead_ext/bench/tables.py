@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of a results file for a README: the loss, whole models, training. Plain dicts in, lines
+out; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SYMBOLS = {"reward": "W_RM", "lm": "W_LM", "hidden": "h"}
+
+
+def loss_setting(row: dict[str, Any]) -> str:
+    """The batch of a row of ``loss``: its tokens, and what is not the paper's setting (pairs, the
+    backbone and the LM head frozen). Rows of older files, which lack the keys, are of that."""
+    words = [f"{row['tokens']} tokens"]
+    words += {0: ["in the LM term alone"], 1: ["one pair"]}.get(row.get("pairs"), [])
+    if (count := row.get("objectives", 1)) > 1:
+        words.append(f"K = {count}")
+    words += ["packed"] if row.get("packed") else []
+    gradients = row.get("gradients", ["reward"])
+    if gradients != ["reward"]:
+        words.append(f"gradients of {' '.join(_SYMBOLS[name] for name in gradients)}")
+    return ", ".join(words)
+
+
+def loss_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Time and memory of each contender, and its time over the fused loss's."""
+    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        setting = loss_setting(row).replace(" tokens", "", 1)
+        key = (row["d"], row["V"], row["format"], setting)
+        cases.setdefault(key, {})[row["contender"]] = row
+    present = {row["contender"] for row in rows}
+    others = {"eager": "eager", "compile": "torch.compile"}
+    others |= {"torch_chunked": "torch's chunked, LM term only", "liger": "Liger, LM term only"}
+    others = {name: title for name, title in others.items() if name in present}
+    lines = _head("loss, d x V", "weights", "tokens", "dualhead", *others.values())
+    for (d, V, name, setting), of_case in cases.items():
+        ours = of_case["dualhead"]
+        cells = [f"{d} x {V}", name, setting, f"{_time_and_memory(ours)}"]
+        for contender in others:
+            row = of_case.get(contender)
+            times = row and row["us_median"] / ours["us_median"]
+            cells.append(f"{_time_and_memory(row)}, {times:.2f}x" if row else "")
+        lines.append(_line(*cells))
+    return lines
+
+
+def model_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Tokens per second of whole models."""
+    return _head("model", "weights", "decoding with", "tokens/s") + [
+        _line(row["model"], row["format"], row["contender"], f"{row['tokens_per_s_median']:.1f}")
+        for row in rows
+    ]
+
+
+def training_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Tokens per second of training steps, and their memory."""
+    lines = _head("training", "weights", "step", "tokens/s", "memory held", "and in a step")
+    for row in rows:
+        held, extra = (f"{row[name] / 1e6:.0f} MB" for name in ("held_bytes", "extra_bytes"))
+        rate = f"{row['tokens_per_s_median']:.0f}"
+        lines.append(_line(row["model"], row["format"], row["contender"], rate, held, extra))
+    return lines
+
+
+def _head(*titles: str) -> list[str]:
+    return [_line(*titles), _line(*["---"] * len(titles))]
+
+
+def _line(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _time_and_memory(row: dict[str, Any]) -> str:
+    return f"{row['us_median'] / 1e3:.0f} ms, {row['extra_bytes'] / 1e6:.0f} MB"
