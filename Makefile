@@ -7,6 +7,7 @@
 # make lint      ruff and clang-format on every file;  make format puts them right
 # make bench     the benchmarks
 # make gpu-check all that needs a GPU, in the environment of $(PYTHON), into benchmarks/results
+# make gpu-models the long benchmarks of a GPU: the loss in all settings, training, 7B models
 #
 # PYTHON (default python3) is what .venv is made from. How to build: DUALHEAD_CUDA=auto|0|1,
 # TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS (see setup.py).
@@ -27,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test cpp-test sanitize lint format bench gpu-check clean
+.PHONY: install build demo test cpp-test sanitize lint format bench gpu-check gpu-models clean
 
 install: $(INSTALLED)
 
@@ -81,6 +82,9 @@ bench: build
 
 gpu-check:
 	$(PYTHON) python_tests/gpu_check.py
+
+gpu-models:
+	$(PYTHON) python_tests/gpu_models.py
 
 clean:
 	rm -rf build dist *.egg-info dualhead_ext/*.so dualhead_ext/_build_info.json

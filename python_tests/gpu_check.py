@@ -40,28 +40,29 @@ def missing() -> str | None:
     return None
 
 
-def results_path(device: str) -> Path:
+def results_path(device: str, suffix: str = "") -> Path:
     """ "NVIDIA H200" -> benchmarks/results/nvidia-h200.json."""
-    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}{suffix}.json"
 
 
 class Results:
     """The results file as it grows: what describes the machine, the benchmark's part, the steps."""
 
+    target, seconds = "gpu-check", SECONDS
+
     def __init__(self, path: Path, environment: dict[str, Any], part: Path) -> None:
         self.path, self.environment, self.part = path, environment, part
         self.suite = Suite(part.parent)
-        self.steps = Steps(SECONDS, self.write)
+        self.steps = Steps(self.seconds, self.write, self.target)
+
+    def measured(self) -> dict[str, Any]:
+        """What the steps have left in files so far, and the suite's counts."""
+        benchmark = json.loads(self.part.read_text()) if self.part.is_file() else {"cases": []}
+        return benchmark | {"tests": self.suite.tests}
 
     def write(self) -> None:
         """Write what there is, whole or not at all."""
-        measured = json.loads(self.part.read_text()) if self.part.is_file() else {"cases": []}
-        found = {
-            **measured,
-            **self.environment,
-            "tests": self.suite.tests,
-            "steps": self.steps.rows,
-        }
+        found = {**self.measured(), **self.environment, "steps": self.steps.rows}
         whole = self.path.with_name(f".{self.path.name}.part")
         whole.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(whole, self.path)
@@ -81,7 +82,7 @@ def environment_of(device_type: str) -> dict[str, Any]:
     is built in between must not be loaded here."""
     done = run_command([sys.executable, "-c", _DESCRIBE, device_type], 60)
     if done.code != 0:
-        raise RuntimeError(f"gpu-check: the machine cannot be described: {done.last_line}")
+        raise RuntimeError(f"the machine cannot be described: {done.last_line}")
     return json.loads(done.last_line_whole)
 
 
@@ -137,19 +138,20 @@ def check(
     return results.steps.passed
 
 
-def main() -> int:
+def run(kind: type[Results], plan: Callable[[Results], list[list[Step]]], suffix: str = "") -> int:
+    """Build, run a plan into the file of this GPU and ``suffix``; the exit code."""
     sentence = missing()
     if sentence is not None:
-        print(f"gpu-check: no GPU to check: {sentence}.", file=sys.stderr)
+        print(f"{kind.target}: no GPU to check: {sentence}.", file=sys.stderr)
         return NO_GPU
     environment = environment_of("cuda")
     with tempfile.TemporaryDirectory() as folder:
-        path = results_path(environment["device"])
-        results = Results(path, environment, Path(folder) / "benchmark.json")
+        path = results_path(environment["device"], suffix)
+        results = kind(path, environment, Path(folder) / "benchmark.json")
         passed = check(results, build_step(), plan(results), lambda: environment_of("cuda"))
-    print(f"gpu-check: {'passed' if passed else 'NOT passed'}; {path.relative_to(ROOT)}")
+    print(f"{kind.target}: {'passed' if passed else 'NOT passed'}; {path.relative_to(ROOT)}")
     return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(Results, plan))

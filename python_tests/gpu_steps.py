@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of ``make gpu-check``: commands with a time limit, each with an outcome, whatever the
-others do."""
+"""Steps of ``make gpu-check`` and ``make gpu-models``: commands with a time limit, each with an
+outcome, whatever the others do."""
 
 from __future__ import annotations
 
@@ -109,10 +109,13 @@ class Steps:
 
     Attributes:
         rows: name, outcome, seconds, detail of each; in the results file.
+        target: what make calls them, said before each line.
     """
 
-    def __init__(self, seconds: float, changed: Callable[[], None]) -> None:
-        self._end = time.monotonic() + seconds
+    def __init__(
+        self, seconds: float, changed: Callable[[], None], target: str = "gpu-check"
+    ) -> None:
+        self._end, self.target = time.monotonic() + seconds, target
         self._changed, self._lock = changed, threading.Lock()
         self.rows: list[dict[str, Any]] = []
 
@@ -132,7 +135,7 @@ class Steps:
         if limit <= 0:
             outcome = Outcome(DID_NOT_RUN, "no time was left")
         else:
-            print(f"gpu-check: {step.name} ...", flush=True)
+            print(f"{self.target}: {step.name} ...", flush=True)
             try:
                 outcome = step.run(limit)
             except Exception as error:  # whatever it is, the other steps go on
@@ -144,7 +147,7 @@ class Steps:
         row = {"name": name, "outcome": outcome.word, "seconds": round(seconds, 1)}
         with self._lock:
             self.rows.append({**row, "detail": outcome.detail})
-            print(f"gpu-check: {name}: {outcome.word}. {outcome.detail}", flush=True)
+            print(f"{self.target}: {name}: {outcome.word}. {outcome.detail}", flush=True)
             self._changed()
 
     @property
