@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from dualhead_ext import DualHead, DualHeadForCausalLM, detach
 from dualhead_ext.bench.machine import describe
 from dualhead_ext.data import embedded_backbone_path, load_preference_data
-from dualhead_ext.quantization import FORMATS
+from dualhead_ext.quantization import FORMATS, quantize
 
 BF16 = torch.bfloat16
 TEST_PAIRS, CALIBRATION_PAIRS, TOKENS = 100, 60, 256
@@ -46,12 +46,24 @@ def hidden_states(model, tokenizer, split: str, pairs: int) -> tuple[torch.Tenso
     return torch.cat(states), torch.cat(alphas)
 
 
+def quantized(heads: DualHead, name: str, calibration: str, states: torch.Tensor) -> DualHead:
+    """A quantised copy. calibration: "nearest" numbers; "default", what `quantize` does without
+    hidden states; or by "states" (N, d).
+    """
+    copied = copy.deepcopy(heads)
+    if calibration != "nearest":
+        return copied.quantize(name, states if calibration == "states" else None)
+    lm, reward = (quantize(w, name) for w in (heads.lm_weight, heads.reward_head.weight))
+    copied.hold_numbers(lm, reward, heads.reward_head.bias, heads.hidden_dtype)
+    return copied
+
+
 @torch.no_grad()
 def agreement(
-    heads: DualHead, hidden: torch.Tensor, alpha: torch.Tensor, calibration: torch.Tensor | None
+    heads: DualHead, hidden: torch.Tensor, alpha: torch.Tensor, states: torch.Tensor | None
 ) -> list[dict]:
     """Greedy agreement of quantised heads with bf16 and KL(bf16 || quantised) in nats per token, at
-    hidden states (N, d) and alpha (N,).
+    hidden states (N, d) and alpha (N,), with calibration on other ``states``.
     """
     # "eager" rounds logits to bf16; "fused" sums the same weights in fp32, as the kernel does.
     wide = copy.deepcopy(heads).float()(hidden[:, None].float(), alpha=alpha)
@@ -60,13 +72,15 @@ def agreement(
         for name, out in (("eager", heads(hidden[:, None], alpha=alpha)), ("fused", wide))
     }
     rows = []
-    for name, calibrated in itertools.product(FORMATS, (False, True)):
-        if calibrated and calibration is None:
+    for name, calibration in itertools.product(FORMATS, ("nearest", "default", "states")):
+        if calibration == "states" and states is None:
             continue
-        quantized = copy.deepcopy(heads).quantize(name, calibration if calibrated else None)
-        got = torch.log_softmax(quantized(hidden[:, None], alpha=alpha).logits[:, 0], -1)
+        if calibration == "nearest" and not FORMATS[name].coarse:
+            continue  # that is their default
+        made = quantized(heads, name, calibration, states)
+        got = torch.log_softmax(made(hidden[:, None], alpha=alpha).logits[:, 0], -1)
         for against, base in bases.items():
-            row = {"format": name, "calibrated": calibrated, "against_bf16": against}
+            row = {"format": name, "calibration": calibration, "against_bf16": against}
             row["greedy_agreement"] = (got.argmax(-1) == base.argmax(-1)).float().mean().item()
             row["kl_nats"] = (base.exp() * (base - got)).sum(-1).mean().item()
             rows.append(row)

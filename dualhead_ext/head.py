@@ -16,7 +16,7 @@ from .config import DualHeadConfig
 from .controls import objective_rows, per_row
 from .head_base import RewardHead
 from .head_decode import DecodingHead
-from .quantization import calibration_factor, check_format, format_of, quantize_with
+from .quantization import calibration_factor, check_format, format_of, quantize_with, stand_ins
 from .quantized_head import QuantizedHead
 from .reference import accumulator_dtype
 from .torchao_weights import check_lm_weight, is_torchao, numbers_of
@@ -52,7 +52,8 @@ class GatedHead(DecodingHead):
 
         Args:
             calibration: hidden states (..., d) like those that the heads will read, padding left
-                out: a few thousand make less error of the same format. Default: none; each number
+                out: a few thousand make less error of the same format. Default: for int4 the LM
+                head's own rows, which point to where hidden states do; else none, and each number
                 is the nearest one.
         Returns: self.
         Raises:
@@ -67,12 +68,15 @@ class GatedHead(DecodingHead):
         if "meta" in (weight.device.type, reward.device.type):
             raise RuntimeError("quantize: the heads' weights are not in memory (device meta)")
         dtype = weight.dtype
+        plain = weight.dequantize() if is_torchao(weight) else weight
+        if calibration is None:
+            calibration = stand_ins(plain, format)
         factor = calibration_factor("quantize", calibration, reward)
         if is_torchao(weight):
             lm_numbers = numbers_of("quantize", weight, format)
         else:
             lm_numbers = quantize_with(weight, format, factor)
-        if is_torchao(weight) and torch.equal(reward, weight.dequantize().expand_as(reward)):
+        if is_torchao(weight) and torch.equal(reward, plain.expand_as(reward)):
             # Still the LM head's copy: rounding the values anew would give other numbers.
             count = self.config.num_objectives
             reward_numbers = tuple(n.expand(count, *n.shape).clone() for n in lm_numbers)

@@ -49,6 +49,7 @@ class WeightFormat:
     round: Callable[[Tensor], Tensor]  # W / s -> the nearest number of the format, fp32
     pack: Callable[[Tensor], Tensor] | None = None  # numbers (..., d) fp32 -> storage
     unpack: Callable[[Tensor], Tensor] | None = None  # storage -> numbers (..., d), integers
+    coarse: bool = False  # rounds so much that a head is calibrated even without hidden states
 
     def scale_of(self, groups: Tensor) -> Tensor:
         """(R, G, d/G) -> (R, G, 1)."""
@@ -97,6 +98,7 @@ FORMATS = {
         _round_int4,
         _pack_int4,
         _unpack_int4,
+        coarse=True,
     ),
 }
 _BY_DTYPE = {weight_format.dtype: name for name, weight_format in FORMATS.items()}
@@ -168,6 +170,25 @@ def calibration_factor(operator: str, calibration: Tensor | None, weight: Tensor
     if not torch.isfinite(calibration).all():
         raise ValueError(f"{operator}: calibration must be finite, got NaN or infinite numbers")
     return feedback_factor(calibration.to(weight.device).reshape(-1, d))
+
+
+# Rows that say enough about where the others point, even of d = 8192.
+_STAND_INS = 2**15
+
+
+@torch.no_grad()
+def stand_ins(weight: Tensor, name: str) -> Tensor | None:
+    """What calibrates the heads where no hidden states are given: of a coarse format (int4) the
+    rows of the LM head (V, d) itself, every n-th so that at most 32768 are left; else None.
+
+    Hidden states point to where the rows of likely tokens do, so errors matter most in the
+    directions that rows have in common. Measured in docs/quantization.md.
+    """
+    if not FORMATS[name].coarse:
+        return None
+    rows = weight.detach()[:: -(-weight.shape[0] // _STAND_INS)]
+    rows = rows[torch.isfinite(rows).all(-1)]
+    return rows if len(rows) else None
 
 
 @torch.no_grad()

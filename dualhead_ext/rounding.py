@@ -60,8 +60,10 @@ def feedback_factor(hidden: Tensor) -> Tensor:
     Row i of U says how the best correction of the inputs after i goes with an error in input i.
     In float64: H is as ill-conditioned as hidden states are alike.
     """
-    hidden = hidden.double()
-    second = hidden.T @ hidden / len(hidden)
+    d = hidden.shape[-1]
+    second = torch.zeros(d, d, dtype=torch.float64, device=hidden.device)
+    for part in hidden.split(4096):  # a copy of all in float64 could be gigabytes
+        second.addmm_(part.double().T, part.double(), alpha=1 / len(hidden))
     second.diagonal().add_(_DAMPING * second.diagonal().mean().clamp(min=1e-30))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
     return torch.linalg.cholesky(inverse, upper=True).float()

@@ -10,7 +10,7 @@ import torch
 
 from dualhead_ext import DualHead, DualHeadConfig
 from dualhead_ext.config import FORMAT_NAMES
-from dualhead_ext.quantization import FORMATS, dequantize, quantize
+from dualhead_ext.quantization import FORMATS, dequantize, quantize, stand_ins
 from dualhead_ext.rounding import feedback_factor, round_with_feedback
 
 NAMES = tuple(FORMATS)
@@ -290,6 +290,35 @@ def test_calibrated_heads_decode_their_numbers():
     with pytest.raises(ValueError, match="calibration must be finite"):
         head.quantize("int4", calibration=hidden * torch.nan)
     assert head.quantized is None and head.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lm_heads_rows_stand_in_for_hidden_states(name):
+    """In int4, which needs it; a row that is not finite stays out of it."""
+    head = make_head()
+    with torch.no_grad():
+        head.lm_head.weight[3, 5] = torch.nan
+    rows = head.lm_weight[[v for v in range(len(head.lm_weight)) if v != 3]].clone()
+    expected = [
+        quantize(w, name, rows if name == "int4" else None)
+        for w in (head.lm_weight, head.reward_head.weight)
+    ]
+    head.quantize(name)
+    for got, (q, scale) in zip(
+        ((head.lm_weight, head.lm_scale), (head.reward_head.weight, head.reward_head.weight_scale)),
+        expected,
+        strict=True,
+    ):
+        assert torch.equal(got[0].view(torch.uint8), q.view(torch.uint8))
+        assert torch.equal(got[1].nan_to_num(7), scale.nan_to_num(7))
+    assert head.lm_scale[3].isnan().any() and torch.isfinite(head.lm_scale[4:]).all()
+
+
+def test_rows_of_a_large_vocabulary_are_thinned_out():
+    assert torch.equal(
+        stand_ins(torch.arange(70000.0)[:, None], "int4")[:, 0], torch.arange(0, 70000.0, 3)
+    )
+    assert stand_ins(torch.full((3, 128), torch.nan), "int4") is None
 
 
 def test_a_shared_lm_head_keeps_its_weights():

@@ -6,15 +6,17 @@ files. What their numbers mean is tested in test_quantization.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
 import torch
 from test_quantization import hidden_states
 from tiny_models import FAMILIES, make_backbone, make_model, prompts
-from transformers import CompileConfig, StaticCache
+from transformers import AutoTokenizer, CompileConfig, StaticCache
 
 import dualhead_ext as dh
+from dualhead_ext.data import embedded_backbone_path, load_preference_data
 from dualhead_ext.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from dualhead_ext.quantization import FORMATS, dequantize, quantize
 
@@ -281,6 +283,28 @@ def test_calibration_reaches_both_heads():
     model.quantize("int4", calibration=hidden.view(2, 100, 128))
     assert torch.equal(model.lm_head.weight, expected[0])
     assert torch.equal(model.lm_head.reward_head.weight, expected[1])
+
+
+@torch.no_grad()
+def test_int4_of_a_trained_backbone_is_nearer_than_nearest_numbers():
+    """Its LM head's rows as stand-ins for hidden states, on real ones: KL(bf16 || int4)."""
+    model = dh.DualHeadForCausalLM.from_backbone(embedded_backbone_path())
+    tokenizer = AutoTokenizer.from_pretrained(embedded_backbone_path())
+    pairs = itertools.islice(load_preference_data("embedded", "test"), 12)
+    texts = [tokenizer(pair["prompt"] + pair["chosen"], return_tensors="pt") for pair in pairs]
+    states = [model.get_decoder()(**text).last_hidden_state[0] for text in texts]
+    hidden = torch.cat(states).float()
+    weight = model.lm_head.weight.detach().clone()
+    base = torch.log_softmax(hidden @ weight.float().T, -1)
+
+    def kl(numbers, scale):
+        got = torch.log_softmax(hidden @ dequantize(numbers, scale).T, -1)
+        return (base.exp() * (base - got)).sum(-1).mean()
+
+    nearest = kl(*quantize(weight, "int4"))
+    model.quantize("int4")
+    by_rows = kl(model.lm_head.weight, model.lm_head.weight_scale)
+    assert by_rows < 0.9 * nearest
 
 
 # --- files ----------------------------------------------------------------------------------------
