@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -46,7 +47,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
     @classmethod
     def from_backbone(
         cls,
-        backbone: str | PreTrainedModel,
+        backbone: str | os.PathLike | PreTrainedModel,
         *,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
@@ -73,7 +74,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         if quantize is not None:
             check_format("from_backbone", quantize)
         if not isinstance(backbone, PreTrainedModel):
-            if not isinstance(backbone, str):
+            if not isinstance(backbone, (str, os.PathLike)):
                 raise TypeError(
                     f"from_backbone: backbone must be a model, a path or a hub name, got "
                     f"{type(backbone).__name__}"

@@ -174,7 +174,7 @@ class DualHeadFilesMixin(PushToHubMixin):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
-        backbone: str | PreTrainedModel | None = None,
+        backbone: str | os.PathLike | PreTrainedModel | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         revision: str | None = None,

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,8 +74,9 @@ def test_heads_trained_in_fp32_stay_so_beside_a_bf16_backbone(tmp_path):
     assert out.shape == (3, 12)
 
 
-def test_the_embedded_backbone_goes_by_name(tmp_path):
-    model = dh.DualHeadForCausalLM.from_backbone(str(dh.data.embedded_backbone_path()))
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_embedded_backbone_goes_by_name(tmp_path, kind):
+    model = dh.DualHeadForCausalLM.from_backbone(kind(dh.data.embedded_backbone_path()))
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / CONFIG_NAME).read_text())
     assert stored["backbone"]["name_or_path"] == "embedded"
