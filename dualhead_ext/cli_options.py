@@ -57,6 +57,7 @@ _BENCH = """\
 examples:
   dualhead bench --quick
   dualhead bench --json results.json
+  dualhead bench --device cuda --part training models
   dualhead bench --report results.json            a table of what was measured before"""
 
 _EVAL = """\

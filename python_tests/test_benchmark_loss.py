@@ -74,12 +74,18 @@ def test_the_plan_of_a_gpu_holds_the_variants_tested_here():
 def test_packed_rows_hold_half_of_the_tokens_each():
     case = tiny(tokens=240, pairs=6, packed=True)
     lengths = case.lengths()
-    assert sum(lengths) == 240 and sum(lengths[:6]) == 120
+    assert sum(lengths) == 240 and sum(lengths[:6]) == 120 and lengths[:6] == lengths[:5:-1]
     assert min(lengths) < 0.7 * 20 and max(lengths) > 1.3 * 20
     batch = loss_contenders.Batch(case)
     assert batch.hidden.shape == (1, 240, 24) and batch.mask.sum(-1).tolist() == lengths
     # Row-major, the rows' tokens are the packed ones in their order.
     assert torch.equal(batch.in_rows(batch.hidden)[batch.mask], batch.hidden[0])
+
+
+def test_pairs_take_turns_with_the_objectives():
+    batch = loss_contenders.Batch(tiny(tokens=48, pairs=3, objectives=2))
+    assert batch.objective.tolist() == [0, 1, 0] and batch.reward_weight.shape[0] == 2
+    assert not torch.equal(*batch.reward_weight)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ Contenders, each through ``generate()``, greedy, one request, over the very same
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,7 @@ class ModelResult:
         return "\n".join(lines + [f"    TOO SLOW: {failure}" for failure in self.failures()])
 
 
-# What a head is told to decode with, whatever kernel there is. Functions of the module: a new one
-# in each call would be compiled anew in each.
+# What a head is told to decode with, whatever kernel there is.
 def _fused_step(*arguments: Any) -> Callable[..., reference.DecodeOutput]:
     return ops.decode_step
 
@@ -196,6 +196,7 @@ def _contenders(model: Model, plain: Any, gated: Any) -> list[Contender]:
         which, options, step = ways[name]
 
         def prepare(copy: int) -> None:
+            gc.collect()  # the timer has it off: the last call's cache must not pile up meanwhile
             if step is not None:
                 gated.lm_head._decode_function = step
 
