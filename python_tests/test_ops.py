@@ -377,7 +377,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_its_place(isa, dtype, mix_pro
 
 @pytest.mark.parametrize("d", [1024, 2100, 4096, 9000])
 def test_a_row_depends_not_on_its_batch_when_rows_are_long(isa, dtype, d, seed):
-    """Sums in several segments and turns, row by row or in tiles, as d and B have it."""
+    """Sums in several turns, row by row or in tiles, as d and B have it."""
     case = make_case(seed, 11, d, 70, 2, dtype, S=9, sample=True)
     whole, _ = run(ops.decode_step, case)
     for chosen in ([0], [10], [3, 4], [5, 6, 7], [0, 1, 2, 8, 9]):

@@ -2,8 +2,8 @@
 // The inner loop of everything: dot products of 4 weight rows with up to kMaxBatchTile requests.
 // Included inside a target region and a namespace of its own per instruction set.
 //
-// Each dot product goes through k in order, with one vector accumulator per segment (quantised
-// rows: one for all), ends in one masked step, and is summed over lanes by reduce4's tree, in every
+// Each dot product goes through k in order, with one vector accumulator per turn (quantised rows:
+// one for all), ends in one masked step, and is summed over lanes by reduce4's tree, in every
 // tile size and at every place in a tile: so a request's bits depend neither on the batch nor on
 // its place in it.
 
@@ -60,19 +60,22 @@ struct Fetch {
 // wait for that: 0.95 to 0.98 of the time of batches of 4 and 8 (16 KB ahead as well).
 constexpr int64_t kPage = 4096, kPagesAhead = 64 * 1024;
 
-// Of weights W and hidden states X: sums[b][r] += rows[r] . x_b over k in [begin, end), for
-// kBatch requests; `begin` and, but for d, `end` are multiples of kSegment.
+// Inputs that take a turn together. Their hidden states should stay in L1 while groups of rows, and
+// what is fetched meanwhile, pass through it; but each turn costs additions. In fp32 with tiles of
+// 4 requests and more, 1024 took 1.03 of the time of 4 requests and 1.17 of that of 8; elsewhere
+// 512 took up to 1.2.
+template <class W>
+constexpr int64_t kTurn = sizeof(W) == 4 && kMaxBatchTile >= 4 ? 512 : 1024;
+
+// Of weights W and hidden states X: sums[b][r] += rows[r] . x_b over a turn's inputs k in [begin,
+// end), which share an accumulator, for kBatch requests; `begin` is a multiple of kTurn.
 template <class W, class X>
 struct Tile {
   typedef Product<W, X> P;
   typedef const W* Row;
   static constexpr int kMaxBatch = kMaxBatchTile;
   static constexpr int64_t kStep = P::kStep;
-  static constexpr bool kSumsBySegment = true, kRowsAreLong = sizeof(W) == 4;
-  // Inputs that share an accumulator. Segments do not wait for each other, so that even of a single
-  // row enough loads are under way to keep memory busy. One request in fp32 took 0.90 to 0.97 of
-  // the time of longer ones; bf16's longer ones cost batches fewer additions.
-  static constexpr int64_t kSegment = sizeof(W) == 4 ? 256 : 1024;
+  static constexpr bool kSumsByTurn = true, kRowsAreLong = sizeof(W) == 4;
   // Whether few requests go through it row by row: where a step of one row is a line of cache.
   static constexpr bool kByRow = kStep * sizeof(W) == 64;
   // Prefetches per step, a line each where a step reads that much.
@@ -82,39 +85,36 @@ struct Tile {
   template <int kBatch>
   static void run(const Row* rows, Fetch fetch, const X* x, int64_t x_stride, int64_t begin,
                   int64_t end, F32 (*sums)[4]) {
-    for (int64_t k = begin; k < end;) {
-      const int64_t stop = smaller(k + kSegment, end);
-      for (int64_t page = 0; page < kSegment / kStep * kFetches * fetch.step; page += kPage) {
-        __builtin_prefetch(fetch.at + kPagesAhead + page, 0, 3);
-      }
-      F32 sum[kBatch][4] = {};
-      for (; k + kStep <= stop; k += kStep) {
-        typename P::Vector x_k[kBatch];
+    for (int64_t page = 0; page < kTurn<W> / kStep * kFetches * fetch.step; page += kPage) {
+      __builtin_prefetch(fetch.at + kPagesAhead + page, 0, 3);
+    }
+    F32 sum[kBatch][4] = {};
+    int64_t k = begin;
+    for (; k + kStep <= end; k += kStep) {
+      typename P::Vector x_k[kBatch];
 #pragma GCC unroll 8
-        for (int b = 0; b < kBatch; ++b) x_k[b] = P::load(x + b * x_stride + k);
-        for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, 3);
-        fetch.at += kFetches * fetch.step;
+      for (int b = 0; b < kBatch; ++b) x_k[b] = P::load(x + b * x_stride + k);
+      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, 3);
+      fetch.at += kFetches * fetch.step;
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          const typename P::Vector w_k = P::load(rows[r] + k);
+      for (int r = 0; r < 4; ++r) {
+        const typename P::Vector w_k = P::load(rows[r] + k);
 #pragma GCC unroll 8
-          for (int b = 0; b < kBatch; ++b) sum[b][r] = P::accumulate(sum[b][r], w_k, x_k[b]);
-        }
+        for (int b = 0; b < kBatch; ++b) sum[b][r] = P::accumulate(sum[b][r], w_k, x_k[b]);
       }
-      if (k < stop) {
-        for (int b = 0; b < kBatch; ++b) {
-          const typename P::Vector x_k = P::load_partial(x + b * x_stride + k, stop - k);
-          for (int r = 0; r < 4; ++r) {
-            sum[b][r] = P::accumulate(sum[b][r], P::load_partial(rows[r] + k, stop - k), x_k);
-          }
-        }
-      }
-      k = stop;
-#pragma GCC unroll 8
+    }
+    if (k < end) {
       for (int b = 0; b < kBatch; ++b) {
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) sums[b][r] += sum[b][r];
+        const typename P::Vector x_k = P::load_partial(x + b * x_stride + k, end - k);
+        for (int r = 0; r < 4; ++r) {
+          sum[b][r] = P::accumulate(sum[b][r], P::load_partial(rows[r] + k, end - k), x_k);
+        }
       }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < kBatch; ++b) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) sums[b][r] += sum[b][r];
     }
   }
 
@@ -127,7 +127,7 @@ struct Tile {
     constexpr int64_t kAtOnce = kFetch ? 1 : 4;
     F32 total[kBatch] = {};
     for (int64_t k = 0; k < d;) {
-      const int64_t stop = smaller(k + kSegment, d);
+      const int64_t stop = smaller(k + kTurn<W>, d);
       F32 sum[kBatch] = {};
       const auto step = [&](int64_t at) {
         if (kFetch) __builtin_prefetch(next + at, 0, 3);
@@ -227,7 +227,7 @@ void dot_rows(const typename Tile<W, X>::Row* rows, int64_t groups, const void* 
   const int64_t all_tiles = (batch + T::kMaxBatch - 1) / T::kMaxBatch;
   const int64_t bytes = T::kStepBytes / T::kFetches;
   Fetch fetch{static_cast<const char*>(next), (bytes + all_tiles - 1) / all_tiles};
-  const int64_t turn = T::kSumsBySegment || batch > kFewRequests ? kTurn : d;
+  const int64_t turn = T::kSumsByTurn || batch > kFewRequests ? kTurn<W> : d;
   for (int64_t begin = 0; begin < d; begin += turn) {
     const int64_t end = smaller(begin + turn, d);
     for (int64_t g = 0; g < groups; ++g) {

@@ -13,7 +13,7 @@ struct Tile<Int4Pair, float> {
   static constexpr int kMaxBatch = 2;
   static constexpr int64_t kStep = kInt4Group;
   static constexpr int64_t kHalf = kInt4Group / 2;  // bytes: a line of cache
-  static constexpr bool kSumsBySegment = false, kByRow = false, kRowsAreLong = false;
+  static constexpr bool kSumsByTurn = false, kByRow = false, kRowsAreLong = false;
   static constexpr int64_t kStepBytes = 4 * kHalf, kFetches = 4;
 
   template <int kBatch>

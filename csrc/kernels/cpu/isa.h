@@ -19,9 +19,6 @@ constexpr int64_t kUnit = 64;
 constexpr int64_t kProjectionUnit = 16;
 // Requests whose logits of one unit are kept on the stack at a time.
 constexpr int64_t kBatchBlock = 64;
-// Inputs that larger batches take in turn (dot_tile.h), whole segments: 2 KB of bf16 hidden states
-// per request.
-constexpr int64_t kTurn = 1024;
 
 inline int64_t units(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

@@ -114,7 +114,7 @@ struct Tile<W, PackedFor<W>> {
   typedef const W* Row;
   static constexpr int kMaxBatch = 4;
   static constexpr int64_t kStep = 64;
-  static constexpr bool kSumsBySegment = false, kByRow = false, kRowsAreLong = false;
+  static constexpr bool kSumsByTurn = false, kByRow = false, kRowsAreLong = false;
   static constexpr int64_t kStepBytes = 4 * kStep, kFetches = 4;
 
   template <int kBatch>
@@ -163,7 +163,7 @@ struct Tile<Int4Pair, PackedFor<Int4Pair>> {
   typedef Int4Row Row;
   static constexpr int kMaxBatch = 4;
   static constexpr int64_t kStep = kInt4Group;
-  static constexpr bool kSumsBySegment = false, kByRow = false, kRowsAreLong = false;
+  static constexpr bool kSumsByTurn = false, kByRow = false, kRowsAreLong = false;
   static constexpr int64_t kStepBytes = 4 * kStep / 2, kFetches = 4;
 
   template <int kBatch>
