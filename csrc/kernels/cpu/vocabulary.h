@@ -3,12 +3,19 @@
 // read from memory once per step (once per kBatchBlock requests from cache). Included inside a
 // target region.
 
-// One unit's logits before the mixture, per request of a block; rows beyond the vocabulary hold
+// Units whose rows of one matrix are read in a run when requests are few, before those of the next:
+// the longer a run of memory, the better. One request took 0.86 to 0.92 of the time in int4, 0.93 to
+// 0.97 in int8, 0.92 to 0.95 in fp32; 4 and 8 requests in fp32 took 1.03 and 1.06.
+constexpr int64_t kRun = 4;
+
+// A run's logits before the mixture, `rows` per request of a block; rows beyond the vocabulary hold
 // anything, those of a head that is not read some number.
-struct UnitLogits {
-  float lm[kBatchBlock][kUnit];
-  float rm[kBatchBlock][kUnit];
+struct RunLogits {
+  float lm[kBatchBlock * kUnit];
+  float rm[kBatchBlock * kUnit];
+  int64_t rows;
 };
+static_assert(kFewRequests * kRun <= kBatchBlock, "runs of few requests fit");
 
 inline float bias_at(const void* bias, DType dtype, int64_t i) {
   if (!bias) return 0.0f;
@@ -62,7 +69,7 @@ struct Place {
 // `groups` groups of 4 rows for requests [b0, b0 + batch); `next`: the rows that follow.
 template <class W, class X>
 void dot_groups(const Step& s, Place at, int64_t groups, Place next, int64_t b0, int64_t batch,
-                int64_t in_unit, UnitLogits& z) {
+                int64_t in_run, RunLogits& z) {
   const DecodeParams& p = *s.params;
   const auto [m, v] = at;
   typename Tile<W, X>::Row rows[4 * kMaxGroups];
@@ -79,7 +86,7 @@ void dot_groups(const Step& s, Place at, int64_t groups, Place next, int64_t b0,
     const int64_t row = smaller(v + r, p.V - 1);
     const float bias_r = bias_at(bias, p.dtype, m == 0 ? row : (m - 1) * p.V + row);
     for (int64_t b = 0; b < batch; ++b) {
-      float* to = (m == 0 ? z.lm[b] : z.rm[b]) + in_unit + r;
+      float* to = (m == 0 ? z.lm : z.rm) + b * z.rows + in_run + r;
       const float logit = out[b][r] * scale + bias_r;
       if (!weighed) {
         *to = logit;
@@ -142,29 +149,40 @@ inline void finish_apart(const Step& s, int64_t unit, int64_t b, float* lm, floa
   softmax_sums(rm, s.rm_unit_max + at, s.rm_unit_sum + at);
 }
 
+// What becomes of one unit of a run, for requests [b0, b0 + batch).
+inline void finish_unit(const Step& s, int64_t unit, int64_t b0, int64_t batch, RunLogits& z,
+                        int64_t in_run) {
+  for (int64_t b = 0; b < batch; ++b) {
+    float* lm = z.lm + b * z.rows + in_run;
+    float* rm = z.rm + b * z.rows + in_run;
+    if (s.params->mix_probs) {
+      finish_apart(s, unit, b0 + b, lm, rm);
+    } else {
+      finish_mixture(s, unit, b0 + b, lm, rm);
+    }
+  }
+}
+
 template <class W, class X = typename OperandOf<W>::Type>
 void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
   const DecodeParams& p = *s.params;
-  UnitLogits z = {};
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t first = unit * kUnit, last = smaller(first + kUnit, p.V);
+  RunLogits z = {};
+  for (int64_t unit = begin, run; unit < end; unit += run) {
+    run = smaller(p.B <= kFewRequests ? kRun : 1, end - unit);
+    z.rows = run * kUnit;
+    const int64_t first = unit * kUnit, last = smaller(first + z.rows, p.V);
     for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
       const int64_t batch = smaller(kBatchBlock, p.B - b0);
-      for (int64_t v = first, groups; v < last; v += 4 * groups) {
-        groups = smaller(groups_at_once<Tile<W, X>, X>(batch, p.d), units(last - v, 4));
-        for (int64_t m = s.first_matrix; m < s.end_matrix; ++m) {
-          const bool last_matrix = m + 1 == s.end_matrix;
-          const Place next = last_matrix ? Place{s.first_matrix, v + 4 * groups} : Place{m + 1, v};
+      for (int64_t m = s.first_matrix; m < s.end_matrix; ++m) {
+        const bool more = m + 1 < s.end_matrix;
+        const Place after = more ? Place{m + 1, first} : Place{s.first_matrix, last};
+        for (int64_t v = first, groups; v < last; v += 4 * groups) {
+          groups = smaller(groups_at_once<Tile<W, X>, X>(batch, p.d), units(last - v, 4));
+          const Place next = v + 4 * groups < last ? Place{m, v + 4 * groups} : after;
           dot_groups<W, X>(s, {m, v}, groups, next, b0, batch, v - first, z);
         }
       }
-      for (int64_t b = 0; b < batch; ++b) {
-        if (p.mix_probs) {
-          finish_apart(s, unit, b0 + b, z.lm[b], z.rm[b]);
-        } else {
-          finish_mixture(s, unit, b0 + b, z.lm[b], z.rm[b]);
-        }
-      }
+      for (int64_t u = 0; u < run; ++u) finish_unit(s, unit + u, b0, batch, z, u * kUnit);
     }
   }
 }
