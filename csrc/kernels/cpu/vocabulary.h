@@ -4,9 +4,10 @@
 // target region.
 
 // Units whose rows of one matrix are read in a run when requests are few, before those of the next:
-// the longer a run of memory, the better. One request took 0.86 to 0.92 of the time in int4, 0.93 to
-// 0.97 in int8, 0.92 to 0.95 in fp32; 4 and 8 requests in fp32 took 1.03 and 1.06.
-constexpr int64_t kRun = 4;
+// the longer a run of memory, the better. With 4 units instead of 1 one request took 0.86 to 0.92
+// of the time in int4, 0.93 to 0.97 in int8, 0.92 to 0.95 in fp32, and with 16 instead of 4 another
+// 0.93, 0.95 and 0.96; with 32 nothing less. But 4 and 8 requests in fp32 took 1.03 and 1.06.
+constexpr int64_t kRun = 16;
 
 // A run's logits before the mixture, `rows` per request of a block; rows beyond the vocabulary hold
 // anything, those of a head that is not read some number.
