@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA step on a real device, from the operator to generate() and training: what the host
-backend (test_cuda_kernel_host.py) cannot show. The same cases and bounds as for the CPU."""
+backend (test_cuda_*_host.py) cannot show. The same cases and bounds as for the CPU."""
 
 from __future__ import annotations
 
