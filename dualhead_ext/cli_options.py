@@ -33,7 +33,8 @@ examples:
   dualhead train --output heads --epochs 3 --cache-hidden hidden     run the backbone only once
   dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
 
-Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF)."""
+Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF), or a
+prompt, responses and their scores."""
 
 _GENERATE = """\
 examples:

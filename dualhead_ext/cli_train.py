@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .cli_errors import UserError, argument, one_line
 from .cli_models import backbone_path, check_device, loading, quiet_transformers
 from .config import DualHeadConfig
-from .data import EMBEDDED, PreferenceData, load_preference_data
+from .data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
 
 if TYPE_CHECKING:
     from .trainer import DualHeadTrainer, DualHeadTrainingArguments
@@ -69,7 +69,8 @@ def train(arguments: Namespace) -> None:
         from .progress import ProgressBars, held_out_accuracy
     check_device(arguments.device)
     trainer = _make_trainer(arguments, rows, held_out)
-    print(f"{len(rows)} pairs to train on, {len(held_out)} held out", flush=True)
+    unit = RANKED if "responses" in rows[0] else PAIRS
+    print(f"{len(rows)} {unit} to train on, {len(held_out)} held out", flush=True)
     if trainer.args.cache_hidden is not None:
         with argument("--cache-hidden"):
             trainer.cache_hidden()

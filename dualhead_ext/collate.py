@@ -5,15 +5,17 @@ offsets, padding.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .data import ASSISTANT, HUMAN
+from .data import ASSISTANT, HUMAN, score_pairs
 
 _TURN = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 
@@ -97,9 +99,10 @@ def _adds_bos(tokenizer: Any) -> bool:
 def tokenize_pairs(
     rows: Iterable[dict[str, Any]], tokenizer: Any, max_length: int = 512
 ) -> list[dict[str, Any]]:
-    """Preference rows as tokens: ``chosen_input_ids``, ``chosen_completion_mask``, the same for
-    rejected, and ``objective`` (default 0). Says in the log how many texts were cut to
-    ``max_length``.
+    """Preference rows as tokens. Of a pair: ``chosen_input_ids``, ``chosen_completion_mask``, the
+    same for rejected. Of a ranked list: ``response_input_ids`` and ``response_completion_mask``,
+    one entry for each response, and ``scores``. Of both: ``objective`` (default 0). Says in the log
+    how many texts were cut to ``max_length``.
 
     Raises:
         ValueError: a tokenizer without offsets (a slow one), or max_length below 2.
@@ -110,31 +113,62 @@ def tokenize_pairs(
         )
     if max_length < 2:
         raise ValueError(f"tokenize_pairs: max_length must be at least 2, got {max_length}")
-    pairs, cut = [], 0
+    coded_rows, texts, cut = [], 0, 0
     for row in rows:
-        pair: dict[str, Any] = {"objective": row.get("objective", 0)}
-        for side in ("chosen", "rejected"):
-            coded = encode(*render(row["prompt"], row[side], tokenizer), tokenizer, max_length)
-            pair[f"{side}_input_ids"] = coded["input_ids"]
-            pair[f"{side}_completion_mask"] = coded["completion_mask"]
-            cut += coded["truncated"]
-        pairs.append(pair)
+        ranked = "responses" in row
+        responses = row["responses"] if ranked else [row["chosen"], row["rejected"]]
+        coded = [
+            encode(*render(row["prompt"], response, tokenizer), tokenizer, max_length)
+            for response in responses
+        ]
+        texts += len(coded)
+        cut += sum(text["truncated"] for text in coded)
+        coded_row: dict[str, Any] = {"objective": row.get("objective", 0)}
+        for name in ("input_ids", "completion_mask"):
+            if ranked:
+                coded_row[f"response_{name}"] = [text[name] for text in coded]
+            else:
+                coded_row[f"chosen_{name}"], coded_row[f"rejected_{name}"] = (
+                    text[name] for text in coded
+                )
+        if ranked:
+            coded_row["scores"] = row["scores"]
+        coded_rows.append(coded_row)
     if cut:
         logger.warning(
-            "%d of %d texts were longer than max_length = %d and cut",
-            cut,
-            2 * len(pairs),
-            max_length,
+            "%d of %d texts were longer than max_length = %d and cut", cut, texts, max_length
         )
-    return pairs
+    return coded_rows
 
 
-def tokens_of(row: dict[str, Any], side: str) -> tuple[list[int], list[int]]:
-    """(token ids, completion mask) of one text of a tokenised row; side "chosen" or "rejected"."""
-    if f"{side}_input_ids" in row:
-        return row[f"{side}_input_ids"], row[f"{side}_completion_mask"]
-    prompt, response = row["prompt_ids"], row[f"{side}_ids"]
-    return [*prompt, *response], [0] * len(prompt) + [1] * len(response)
+def is_tokenized(row: dict[str, Any]) -> bool:
+    """Whether a row holds tokens: ours (:func:`tokenize_pairs`) or TRL's."""
+    return any(name in row for name in ("chosen_input_ids", "chosen_ids", "response_input_ids"))
+
+
+def texts_of(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """(token ids, completion mask) of each text of a tokenised row: of the chosen and the rejected
+    one, or of the responses of a ranked list.
+    """
+    if "response_input_ids" in row:
+        masks = row["response_completion_mask"]
+        return list(zip(row["response_input_ids"], masks, strict=True))
+    if "chosen_input_ids" in row:
+        return [
+            (row[f"{side}_input_ids"], row[f"{side}_completion_mask"])
+            for side in ("chosen", "rejected")
+        ]
+    prompt, responses = row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
+    return [([*prompt, *text], [0] * len(prompt) + [1] * len(text)) for text in responses]
+
+
+def batch_order(ranked: bool, counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(row, text) of each sequence of a batch whose rows have ``counts`` texts: all chosen, then
+    all rejected; of ranked lists one list after the other.
+    """
+    if ranked:
+        return [(row, text) for row, count in enumerate(counts) for text in range(count)]
+    return [(row, text) for text in (0, 1) for row in range(len(counts))]
 
 
 class PreferenceCollator:
@@ -147,10 +181,24 @@ class PreferenceCollator:
     ([[1, 5, 6], [1, 5, 0]], [[0, 0, 1], [0, 1, 0]])
 
     Also takes TRL's columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. Returns input_ids,
-    attention_mask, completion_mask (2P, T) int64 and objective (P,) int64.
+    attention_mask, completion_mask (R, T) int64, R = 2P, and objective (P,) int64.
 
-    ``padding_free=True``: the 2P sequences one after the other: input_ids, completion_mask and
+    Of ranked lists, R is the number of their responses, one list after the other, and ``pairs``
+    (P, 2) int64 has the batch's rows of the better and the worse response of every two with
+    different scores.
+
+    >>> texts = {"response_input_ids": [[1, 5], [1, 6], [1, 7]]}
+    >>> masks = {"response_completion_mask": [[0, 1]] * 3}
+    >>> row = texts | masks | {"scores": [0.5, 2.0, 0.5]}
+    >>> PreferenceCollator(pad_token_id=0)([row])["pairs"].tolist()
+    [[1, 0], [1, 2]]
+
+    ``padding_free=True``: the R sequences one after the other: input_ids, completion_mask and
     position_ids, which start again at 0 in each, (1, N), and objective (P,).
+
+    Raises:
+        ValueError: pairs and ranked lists in one batch; scores that are not one finite number for
+            each response, or all equal.
     """
 
     def __init__(
@@ -161,9 +209,24 @@ class PreferenceCollator:
         self.padding_free = padding_free
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        sides = [tokens_of(row, side) for side in ("chosen", "rejected") for row in rows]
+        texts, ranked = [texts_of(row) for row in rows], _all_ranked(rows)
+        order = batch_order(ranked, [len(row) for row in texts])
+        sides = [texts[row][text] for row, text in order]
         batch = self._packed(sides) if self.padding_free else self._padded(sides)
-        batch["objective"] = torch.tensor([row.get("objective", 0) for row in rows])
+        objectives = [row.get("objective", 0) for row in rows]
+        if ranked:
+            found = [_ranked_pairs(row) for row in rows]
+            starts = itertools.accumulate((len(row) for row in texts), initial=0)
+            pairs = [
+                (start + better, start + worse)
+                for start, row in zip(starts, found, strict=False)
+                for better, worse in row
+            ]
+            batch["pairs"] = torch.tensor(pairs)
+            objectives = [
+                objective for objective, row in zip(objectives, found, strict=True) for _ in row
+            ]
+        batch["objective"] = torch.tensor(objectives)
         return batch
 
     @staticmethod
@@ -187,3 +250,26 @@ class PreferenceCollator:
             batch["attention_mask"][row, : len(ids)] = 1
             batch["completion_mask"][row, : len(ids)] = torch.tensor(mask)
         return batch
+
+
+def _all_ranked(rows: Sequence[dict[str, Any]]) -> bool:
+    ranked = ["response_input_ids" in row for row in rows]
+    if any(ranked) and not all(ranked):
+        raise ValueError(
+            "PreferenceCollator: rows must be all pairs or all ranked lists, got "
+            f"{len(ranked) - sum(ranked)} pairs and {sum(ranked)} ranked lists in one batch"
+        )
+    return any(ranked)
+
+
+def _ranked_pairs(row: dict[str, Any]) -> list[tuple[int, int]]:
+    scores, count = row["scores"], len(row["response_input_ids"])
+    if len(scores) != count or not all(math.isfinite(score) for score in scores):
+        raise ValueError(
+            f"PreferenceCollator: scores must be {count} finite numbers, one for each response, "
+            f"got {scores!r}"
+        )
+    pairs = score_pairs(scores)
+    if not pairs:
+        raise ValueError(f"PreferenceCollator: scores must hold two different ones, got {scores!r}")
+    return pairs

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference pairs from files and the hub: rows with prompt, chosen, rejected, whatever layout they
-come in.
+"""Preferences from files and the hub: pairs with prompt, chosen, rejected, or ranked lists with
+prompt, responses, scores, whatever layout they come in.
 
 Understood are TRL's preference format (strings, or lists of messages; with or without a prompt
-column) and HH-RLHF's (two whole dialogues). A row that cannot be used is skipped and reported with
-its line; a file that cannot be read is an exception that names the line.
+column), HH-RLHF's (two whole dialogues), and ranked lists: several responses to one prompt, each
+with a score. A row that cannot be used is skipped and reported with its line; a file that cannot be
+read is an exception that names the line.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
 # The sample of HH-RLHF harmless-base inside this package, and the model trained to go with it.
 EMBEDDED = "embedded"
 _SPLITS = ("train", "test")
+# The two layouts of a file, as they are called in messages.
+PAIRS, RANKED = "pairs", "ranked lists"
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class DataReport:
     source: str
     kept: int = 0
     skipped: dict[str, list[int]] = field(default_factory=dict)
-    unit: str = "pairs"
+    unit: str = PAIRS
 
     def skip(self, reason: str, line: int) -> None:
         """Note a row that cannot be used."""
@@ -68,8 +72,9 @@ class DataReport:
 
 
 class PreferenceData(list):
-    """Rows ``{"prompt", "chosen", "rejected"[, "objective"][, "subset"]}``: strings, or lists of
-    messages. ``report`` says what was skipped.
+    """Rows ``{"prompt", "chosen", "rejected"[, "objective"][, "subset"]}``, or ``{"prompt",
+    "responses", "scores"[, ...]}``: texts are strings or lists of messages, scores floats.
+    ``report`` says what was skipped.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], report: DataReport) -> None:
@@ -80,7 +85,7 @@ class PreferenceData(list):
 def load_preference_data(
     path_or_name: str | os.PathLike, split: str | None = None
 ) -> PreferenceData:
-    """Read preference pairs.
+    """Read preference pairs or ranked lists.
 
     Args:
         path_or_name: a .jsonl or .jsonl.gz file, ``"embedded"`` (the sample in this package), or
@@ -89,9 +94,9 @@ def load_preference_data(
     Returns:
         rows; ``.report`` says what was skipped and why.
     Raises:
-        FileNotFoundError: no such file. ValueError: a broken line (naming it), wrong columns, no
-            usable pair, a split for a file. ImportError: a hub name without the ``datasets``
-            package.
+        FileNotFoundError: no such file. ValueError: a broken line (naming it), wrong columns, pairs
+            and ranked lists in one file, no usable row, a split for a file. ImportError: a hub name
+            without the ``datasets`` package.
     """
     name = os.fspath(path_or_name)
     if name == EMBEDDED:
@@ -177,18 +182,28 @@ def _hub_rows(
 
 def _collect(source: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> PreferenceData:
     report, kept = DataReport(source), []
+    layout: tuple[str, int] | None = None  # of the file, and the line that shows it
     for line, row in rows:
         try:
-            pair = _pair_of(row)
+            found = _layout_of(row)
+            layout = layout or (found, line)
+            if found != layout[0]:
+                raise ValueError(
+                    f"expected {layout[0]}, as line {layout[1]} is, got {found}; "
+                    "put pairs and ranked lists into files of their own"
+                )
+            usable = _pair_of(row) if found == PAIRS else _ranked_of(row)
+            usable |= _labels_of(row)
         except _Unusable as reason:
             report.skip(str(reason), line)
             continue
         except ValueError as error:
             raise ValueError(f"{source}, line {line}: {error}") from error
-        kept.append(pair)
+        kept.append(usable)
     report.kept = len(kept)
+    report.unit = layout[0] if layout else PAIRS
     if not kept:
-        raise ValueError(f"load_preference_data: no usable pair in {report}")
+        raise ValueError(f"load_preference_data: no usable row in {report}")
     if report.skipped:
         logger.warning("%s", report)
     return PreferenceData(kept, report)
@@ -198,12 +213,24 @@ class _Unusable(Exception):
     """A row to skip, and why."""
 
 
-def _pair_of(row: dict[str, Any]) -> dict[str, Any]:
-    chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
-    if chosen is None or rejected is None:
+def _layout_of(row: dict[str, Any]) -> str:
+    """`PAIRS` or `RANKED`, by the columns that are there."""
+    pair = [name for name in ("chosen", "rejected") if row.get(name) is not None]
+    ranked = [name for name in ("responses", "scores") if row.get(name) is not None]
+    if pair and ranked:
         raise ValueError(
-            f"expected columns chosen and rejected (and prompt), got {', '.join(row) or 'none'}"
+            f"expected chosen and rejected, or responses and scores, got {', '.join(pair + ranked)}"
         )
+    if len(pair) < 2 and len(ranked) < 2:
+        raise ValueError(
+            "expected columns chosen and rejected (and prompt), or prompt, responses and scores, "
+            f"got {', '.join(row) or 'none'}"
+        )
+    return PAIRS if pair else RANKED
+
+
+def _pair_of(row: dict[str, Any]) -> dict[str, Any]:
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     kinds = {_kind(value) for value in (chosen, rejected, prompt) if value is not None}
     if len(kinds) > 1:
         raise ValueError("prompt, chosen and rejected must all be strings or all lists of messages")
@@ -214,15 +241,66 @@ def _pair_of(row: dict[str, Any]) -> dict[str, Any]:
         raise _Unusable("chosen equals rejected")
     if _is_empty(chosen) or _is_empty(rejected):
         raise _Unusable("empty response")
-    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _ranked_of(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, responses, scores = row.get("prompt"), row["responses"], row["scores"]
+    if prompt is None:
+        raise ValueError(f"expected columns prompt, responses and scores, got {', '.join(row)}")
+    for name, values in (("responses", responses), ("scores", scores)):
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(f"{name} must be a list, got {type(values).__name__}")
+    if len(responses) != len(scores):
+        raise ValueError(
+            "responses and scores must have one length, got "
+            f"{len(responses)} responses and {len(scores)} scores"
+        )
+    scores = [_score(value) for value in scores]
+    if len({_kind(value) for value in (prompt, *responses)}) > 1:
+        raise ValueError("prompt and responses must all be strings or all lists of messages")
+    if len(responses) < 2:
+        raise _Unusable("fewer than two responses")
+    if any(_is_empty(response) for response in responses):
+        raise _Unusable("empty response")
+    if not score_pairs(scores):
+        raise _Unusable("no two different scores")
+    return {"prompt": prompt, "responses": list(responses), "scores": scores}
+
+
+def _score(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"scores must be numbers, got {value!r}")
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise ValueError(f"scores must be finite, got {score!r}")
+    return score
+
+
+def _labels_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that rows of both layouts may have."""
+    labels = {}
     objective = row.get("objective")
     if objective is not None:
         if isinstance(objective, bool) or not isinstance(objective, int) or objective < 0:
             raise ValueError(f"objective must be an integer >= 0, got {objective!r}")
-        pair["objective"] = objective
+        labels["objective"] = objective
     if isinstance(row.get("subset"), str):
-        pair["subset"] = row["subset"]
-    return pair
+        labels["subset"] = row["subset"]
+    return labels
+
+
+def score_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """(better, worse): indices of all pairs of responses with different scores.
+
+    >>> score_pairs([1.0, 3.0, 1.0])
+    [(1, 0), (1, 2)]
+    """
+    indices = range(len(scores))
+    return [(i, j) for i in indices for j in indices if scores[i] > scores[j]]
 
 
 def _kind(value: Any) -> str:

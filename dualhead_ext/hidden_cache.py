@@ -6,11 +6,12 @@
                                 hidden (tokens, d), rows (n,); named by build, process, number
     DIR/train/.lock             held while a cache is being built
 
-Of each row (a pair) a shard holds the states of the chosen text, then those of the rejected one,
-without padding. A folder is a cache if its index is there and everything agrees with it: the
-identity of what is asked for (backbone, rows, tokenisation, collation, precision), each file's size
-and shape, each row once. Otherwise it is built anew, and one sentence says why. Sizes are checked,
-not the states themselves: reading all of them at each start would cost what the cache saves.
+Of each row a shard holds the states of its texts one after the other, without padding: of a pair
+the chosen text's, then the rejected one's; of a ranked list those of its responses. A folder is a
+cache if its index is there and everything agrees with it: the identity of what is asked for
+(backbone, rows, tokenisation, collation, precision), each file's size and shape, each row once.
+Otherwise it is built anew, and one sentence says why. Sizes are checked, not the states themselves:
+reading all of them at each start would cost what the cache saves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collate import tokens_of
+from .collate import batch_order, texts_of
 
 FORMAT, FORMAT_VERSION = "dualhead-hidden-states", 1
 INDEX_NAME = "index.json"
@@ -61,15 +62,14 @@ def backbone_identity(model: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def rows_identity(rows: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """(a hash of every row's tokens, their numbers in the chosen and the rejected text)."""
+def rows_identity(rows: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, ...]]]:
+    """(a hash of every row's tokens, for each row the numbers of tokens in its texts)."""
     digest, lengths = hashlib.sha256(), []
     for index in range(len(rows)):
-        row = rows[index]
-        sides = [torch.tensor(tokens_of(row, side)[0]) for side in ("chosen", "rejected")]
-        lengths.append((len(sides[0]), len(sides[1])))
+        texts = [torch.tensor(tokens) for tokens, _ in texts_of(rows[index])]
+        lengths.append(tuple(map(len, texts)))
         digest.update(f"{lengths[-1]}".encode())
-        for tokens in sides:
+        for tokens in texts:
             digest.update(tokens.to(torch.int64).numpy())
     return digest.hexdigest()[:32], lengths
 
@@ -82,26 +82,32 @@ def collator_identity(collator: Any) -> str:
     return f"{type(collator).__qualname__}({shown})"
 
 
-def split_pairs(
-    hidden: Tensor, attention_mask: Tensor | None, lengths: list[tuple[int, int]]
+def split_rows(
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    lengths: list[tuple[int, ...]],
+    ranked: bool = False,
 ) -> list[Tensor]:
-    """Of the hidden states of a batch [all chosen; all rejected], padded (2P, T, d) or packed
-    (1, N, d) without a mask, for each pair those of its tokens (tokens of both texts, d).
+    """Of the hidden states of a collator's batch, padded (R, T, d) or packed (1, N, d) without a
+    mask, for each row of data those of its tokens (tokens of all its texts, d). ranked: whether
+    they are ranked lists, which decides their order (:func:`dualhead_ext.collate.batch_order`).
 
     Raises:
         ValueError: the batch has another number of tokens than ``lengths`` say.
     """
     states = hidden.flatten(0, 1) if attention_mask is None else hidden[attention_mask.bool()]
-    chosen, rejected = zip(*lengths, strict=True)
-    expected = sum(chosen) + sum(rejected)
-    if len(states) != expected:
+    order = batch_order(ranked, [len(row) for row in lengths])
+    sizes = [lengths[row][text] for row, text in order]
+    if len(states) != sum(sizes):
         raise ValueError(
-            f"cache_hidden: {len(lengths)} rows have {expected} tokens, the collator's batch of "
+            f"cache_hidden: {len(lengths)} rows have {sum(sizes)} tokens, the collator's batch of "
             f"them {len(states)}"
         )
-    parts = states.split([*chosen, *rejected])
-    half = len(lengths)
-    return [torch.cat(pair) for pair in zip(parts[:half], parts[half:], strict=True)]
+    parts = dict(zip(order, states.split(sizes), strict=True))
+    return [
+        torch.cat([parts[row, text] for text in range(len(texts))])
+        for row, texts in enumerate(lengths)
+    ]
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -112,13 +118,13 @@ class HiddenCache:
 
     Args:
         folder: of the cache.
-        identity: what it has to be of. lengths: tokens in the two texts of each row.
+        identity: what it has to be of. lengths: tokens in each text of each row.
     Raises:
         UnusableCacheError: it is no whole cache of that, and why. OSError: it cannot be read.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, identity: dict[str, Any], lengths: list[tuple[int, int]]
+        self, folder: str | os.PathLike, identity: dict[str, Any], lengths: list[tuple[int, ...]]
     ) -> None:
         self._made_from = (folder, identity, lengths)
         index = _read_index(Path(folder))
@@ -158,10 +164,10 @@ class HiddenCache:
         if not (shape == entry["shape"] == list(hidden.shape) and hidden.dtype == dtype):
             raise UnusableCacheError(f"{path.name} has another shape or dtype than its index says")
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        """(states of the chosen text (tokens, d), of the rejected one), as stored."""
-        (hidden, start), (chosen, rejected) = self._where[row], self._lengths[row]
-        return hidden[start:][:chosen], hidden[start + chosen :][:rejected]
+    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
+        """The states of each text (tokens, d) of a row, as stored."""
+        (hidden, start), sizes = self._where[row], self._lengths[row]
+        return hidden[start : start + sum(sizes)].split(sizes)
 
     def __reduce__(self) -> tuple:
         """For worker processes that are spawned: they map the files themselves."""
@@ -214,7 +220,7 @@ class CachedRows(torch.utils.data.Dataset):
 
 
 class HiddenCollator:
-    """A collator whose batches also have ``hidden_states`` (2P, T, d), zero at padding, or packed
+    """A collator whose batches also have ``hidden_states`` (R, T, d), zero at padding, or packed
     (1, N, d), if the rows have them.
     """
 
@@ -227,7 +233,8 @@ class HiddenCollator:
             return self.collator(rows)
         without = [{k: v for k, v in row.items() if k != "hidden_states"} for row in rows]
         batch = self.collator(without)
-        states = torch.cat([pair[side] for side in (0, 1) for pair, _ in found])
+        order = batch_order("pairs" in batch, [len(texts) for texts, _ in found])
+        states = torch.cat([found[row][0][text] for row, text in order])
         mask = batch.get("attention_mask")  # none: packed
         mask = torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
         hidden = torch.zeros(*mask.shape, states.shape[1], dtype=found[0][1])

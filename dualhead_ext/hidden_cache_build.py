@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 def open_or_build(
     folder: str | os.PathLike,
     identity: dict[str, Any],
-    lengths: list[tuple[int, int]],
+    lengths: list[tuple[int, ...]],
     batches: list[list[int]],
     states_of: Callable[[list[int]], list[Tensor]],
     dtype: str = AS_COMPUTED,
@@ -62,7 +62,7 @@ def open_or_build(
     Args:
         folder, identity, lengths: of :class:`HiddenCache`.
         batches: rows of the batches of this process; those in none come on top.
-        states_of: rows of a batch -> for each the states (tokens of both texts, d).
+        states_of: rows of a batch -> for each the states (tokens of its texts, d).
         dtype: one of `STORAGE_DTYPES`. progress: show a bar.
     Raises:
         OSError: too little room on the disk (nothing has been written), or it failed on the way
@@ -118,7 +118,7 @@ class _Build:
         self,
         folder: Path,
         identity: dict[str, Any],
-        lengths: list[tuple[int, int]],
+        lengths: list[tuple[int, ...]],
         states_of: Callable[[list[int]], list[Tensor]],
         dtype: str,
     ) -> None:
@@ -152,7 +152,7 @@ class _Build:
             return
         why = f"rebuilt, because {problem}: " if self._files() else ""
         print(
-            f"{self.folder}: {why}hidden states of {len(self.lengths)} pairs, {_shown(size)} on "
+            f"{self.folder}: {why}hidden states of {len(self.lengths)} rows, {_shown(size)} on "
             "disk",
             flush=True,
         )

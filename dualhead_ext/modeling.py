@@ -31,7 +31,7 @@ from .torchao_weights import check_lm_weight
 # What forward takes beyond the backbone's own arguments.
 _NEW_ARGUMENTS = (
     *(*CONTROLS, "dualhead_valid", "dualhead_decoding"),
-    *("completion_mask", "objective", "loss_options", "hidden_states"),
+    *("completion_mask", "objective", "pairs", "loss_options", "hidden_states"),
 )
 
 
@@ -250,8 +250,11 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         if packed is not None:
             hidden, input_ids = packed.unpack(hidden), packed.unpack(input_ids)
             completion_mask, mask = packed.unpack(completion_mask) * packed.valid, packed.valid
+        options = dict(new["loss_options"] or {})
+        if new["pairs"] is not None:
+            options["pairs"] = new["pairs"]
         return self.lm_head_module.training_loss(
-            hidden, input_ids, mask, completion_mask, new["objective"], new["loss_options"] or {}
+            hidden, input_ids, mask, completion_mask, new["objective"], options
         )
 
     def training_hidden_states(self, **inputs: Any) -> Tensor:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from .data import score_pairs
 from .eval.metrics import wilson_interval
 from .show import accuracy_line
 from .trainer import DualHeadTrainer
@@ -85,6 +86,8 @@ def held_out_accuracy(trainer: DualHeadTrainer) -> str:
     summed over each response, under ``softmax(z_RM)`` (or as the preference options of the
     arguments say), with its 95 % Wilson interval, as text.
     """
-    total = len(trainer.eval_dataset)
+    rows = trainer.eval_dataset
+    ranked = "scores" in rows[0]
+    total = sum(len(score_pairs(row["scores"])) for row in rows) if ranked else len(rows)
     correct = round(trainer.evaluate()["eval_rewards/accuracies"] * total)
     return accuracy_line(correct, total, wilson_interval(correct, total))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .collate import PreferenceCollator, tokenize_pairs
+from .collate import PreferenceCollator, is_tokenized, tokenize_pairs
 from .hidden_cache import HiddenCollator
 from .losses import LossCounts, metrics_of_totals
 from .modeling import DualHeadForCausalLM
@@ -79,7 +79,8 @@ def prepare_for_training(
 class DualHeadTrainer(CachingTrainer):
     """Train reward heads and gate on preference pairs.
 
-    The data are rows ``{"prompt", "chosen", "rejected"[, "objective"]}`` (see
+    The data are rows ``{"prompt", "chosen", "rejected"[, "objective"]}``, or ranked lists
+    ``{"prompt", "responses", "scores"[, "objective"]}`` (see
     :func:`dualhead_ext.data.load_preference_data`), tokenised here with ``processing_class``, or
     rows that are tokenised already. Everything else is transformers' Trainer: accumulation, mixed
     precision, DDP (torchrun), schedules, callbacks.
@@ -174,7 +175,7 @@ class DualHeadTrainer(CachingTrainer):
             )
         if len(rows) == 0:
             raise ValueError(f"DualHeadTrainer: {name} must hold at least one pair, got none")
-        if "chosen_input_ids" in rows[0] or "chosen_ids" in rows[0]:
+        if is_tokenized(rows[0]):
             return rows
         if self._tokenizer is None:
             raise ValueError(

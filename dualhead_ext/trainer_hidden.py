@@ -19,7 +19,7 @@ from .hidden_cache import (
     backbone_identity,
     collator_identity,
     rows_identity,
-    split_pairs,
+    split_rows,
 )
 from .hidden_cache_build import open_or_build
 from .trainer_checkpoints import CheckpointedTrainer
@@ -78,7 +78,8 @@ class CachingTrainer(CheckpointedTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 hidden = model.training_hidden_states(**inputs)
             mask = inputs.get("attention_mask")
-            return split_pairs(hidden, mask, [lengths[index] for index in batch])
+            sizes = [lengths[index] for index in batch]
+            return split_rows(hidden, mask, sizes, ranked="pairs" in inputs)
 
         rows.cache = open_or_build(
             os.path.join(self.args.cache_hidden, name),

@@ -113,7 +113,7 @@ def test_unusable_rows_are_skipped_and_said(tmp_path, caplog):
         ),
         ('{"chosen": "a", "rejected": "b"\n', ValueError, "line 1: not JSON"),
         ("[1]\n", ValueError, "line 1: expected an object, got list"),
-        ("", ValueError, "no usable pair"),
+        ("", ValueError, "no usable row"),
         (b"\xff\xfe\n", ValueError, "not UTF-8"),
         (
             '{"prompt":"p","chosen":"a","rejected":"b","objective":-1}\n',

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import dualhead_ext as dh
 from dualhead_ext import hidden_cache_build
-from dualhead_ext.collate import PreferenceCollator, tokenize_pairs, tokens_of
+from dualhead_ext.collate import PreferenceCollator, texts_of, tokenize_pairs
 from dualhead_ext.hidden_cache import CachedRows, HiddenCache, UnusableCacheError
 from dualhead_ext.hidden_cache_build import open_or_build
 
@@ -43,8 +43,7 @@ def index_of(folder):
 
 
 def lengths_of(rows):
-    sides = ("chosen", "rejected")
-    return [tuple(len(tokens_of(row, side)[0]) for side in sides) for row in rows]
+    return [tuple(len(tokens) for tokens, _ in texts_of(row)) for row in rows]
 
 
 def names(folder):
@@ -251,7 +250,7 @@ def another_row():
 def test_what_has_changed_is_computed_again(tmp_path, capsys, changes, why):
     run(tmp_path, tmp_path / "cache")
     out = capsys.readouterr().out
-    assert f"{tmp_path}/cache/train: hidden states of 14 pairs, " in out and "rebuilt" not in out
+    assert f"{tmp_path}/cache/train: hidden states of 14 rows, " in out and "rebuilt" not in out
     changes, model = dict(changes), make_model("llama")
     changes.pop("change", lambda model: None)(model)
     _, calls = run(tmp_path, tmp_path / "cache", model, **changes)

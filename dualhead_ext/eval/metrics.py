@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from ..data import score_pairs
+
 
 def wilson_interval(
     successes: float, trials: int, z: float = 1.959963984540054
@@ -29,17 +31,26 @@ def wilson_interval(
 
 
 def longer_is_better(rows: Iterable[dict[str, Any]]) -> tuple[float, int]:
-    """How often the longer response (in characters) is the chosen one, ties as a half, and the
-    number of pairs: the baseline that any preference accuracy stands beside.
+    """How often the longer response (in characters) is the better one, ties as a half, and the
+    number of pairs, of which a ranked list has one for every two different scores: the baseline
+    that any preference accuracy stands beside.
     """
     wins, count = 0.0, 0
     for row in rows:
-        chosen, rejected = _length(row["chosen"]), _length(row["rejected"])
-        wins += 1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0
-        count += 1
+        for better, worse in _pairs(row):
+            wins += 1.0 if better > worse else 0.5 if better == worse else 0.0
+            count += 1
     if count == 0:
         raise ValueError("longer_is_better: expected at least one pair, got none")
     return wins / count, count
+
+
+def _pairs(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """(length of the better response, of the worse one)."""
+    if "responses" not in row:
+        return [(_length(row["chosen"]), _length(row["rejected"]))]
+    lengths = [_length(response) for response in row["responses"]]
+    return [(lengths[better], lengths[worse]) for better, worse in score_pairs(row["scores"])]
 
 
 def _length(response: str | list[dict[str, str]]) -> int:
