@@ -21,6 +21,7 @@ _EXPORTS = {
     "detach": "modeling",
     "WeakToStrong": "weak_to_strong",
     "DualHeadTrainer": "trainer",
+    "backbone_path": "builtin_backbones",
     "DualHeadTrainingArguments": "trainer",
 }
 _MODULES = ("data", "functional", "ops", "reference")

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .atomic import synchronise
+
 logger = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "dualhead-checkpoint", 1
@@ -81,11 +83,11 @@ def commit(staging: Path) -> Path:
         file.flush()
         os.fsync(file.fileno())
     for folder, _, _ in os.walk(staging):
-        _synchronise_folder(Path(folder))
+        synchronise(Path(folder))
     if os.path.lexists(final):
         os.rename(final, replaced)
     os.rename(staging, final)
-    _synchronise_folder(staging.parent)
+    synchronise(staging.parent)
     if os.path.lexists(replaced):
         _remove(replaced)
     return final
@@ -122,7 +124,7 @@ def clean(directory: str | os.PathLike) -> None:
         final = Path(directory) / match[1]
         if match[2] == "replaced" and not os.path.lexists(final):
             os.rename(entry.path, final)
-            _synchronise_folder(Path(directory))
+            synchronise(Path(directory))
         else:
             _remove(Path(entry.path))
 
@@ -155,7 +157,7 @@ def rotate(
     for path in [p for p in whole if os.path.realpath(p) not in kept][:excess]:
         deleting = path.with_name(f".{path.name}.deleting")
         os.rename(path, deleting)
-        _synchronise_folder(path.parent)
+        synchronise(path.parent)
         _remove(deleting)
 
 
@@ -349,15 +351,6 @@ def _digest(path: Path, synchronise: bool = False) -> tuple[int, str]:
         if synchronise:
             os.fsync(file.fileno())
     return size, digest.hexdigest()
-
-
-def _synchronise_folder(folder: Path) -> None:
-    """See the folder's entries onto the disk: a rename is durable only then."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -9,8 +9,9 @@ from argparse import Namespace
 from typing import Any
 
 from . import show
+from .builtin_backbones import backbone_path
 from .cli_errors import UserError, argument
-from .cli_models import backbone_path, check_device, loading, quiet_transformers
+from .cli_models import check_device, loading, quiet_transformers
 from .data import ASSISTANT, HUMAN
 
 # Name of a sampling filter -> the value that does nothing.

@@ -7,13 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .builtin_backbones import BUILTIN_BACKBONES, backbone_path
 from .cli_errors import UserError, argument, one_line
-from .data import EMBEDDED, embedded_backbone_path
-
-
-def backbone_path(name: str) -> str:
-    """A folder or a hub name for transformers; "embedded" is the one in this package."""
-    return str(embedded_backbone_path()) if name == EMBEDDED else name
 
 
 @contextmanager
@@ -22,8 +17,7 @@ def loading(option: str, name: str) -> Iterator[None]:
     the two was looked for.
     """
     with argument(option):
-        if name == EMBEDDED:
-            name = str(embedded_backbone_path())
+        name = backbone_path(name)
         looks_local = (
             os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
         )
@@ -42,7 +36,7 @@ def loading(option: str, name: str) -> Iterator[None]:
 
 def quiet_transformers(backbone: str | None) -> None:
     """Import transformers without its bars and remarks; without asking a hub for what is here."""
-    if backbone == EMBEDDED:
+    if backbone in BUILTIN_BACKBONES:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

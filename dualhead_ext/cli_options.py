@@ -27,6 +27,7 @@ examples:
 _TRAIN = """\
 examples:
   dualhead train --output heads                   the embedded backbone and its sample of pairs
+  dualhead train --backbone smollm2 --output heads            a chat model of 135M parameters
   dualhead train --backbone ./llama --data pairs.jsonl --eval-data test.jsonl --output heads
   dualhead train --data pairs.jsonl.gz --gate linear --mix probs --learning-rate 1e-3 --output heads
   dualhead train --output heads --resume          go on from the last complete checkpoint
@@ -138,7 +139,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--backbone",
         default="embedded",
-        help='folder or hub name of a causal LM, or "embedded" (default)',
+        help='folder or hub name of a causal LM, "smollm2" or "embedded" (default)',
     )
     data.add_argument(
         "--data",

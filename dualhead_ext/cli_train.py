@@ -11,8 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .builtin_backbones import backbone_path
 from .cli_errors import UserError, argument, one_line
-from .cli_models import backbone_path, check_device, loading, quiet_transformers
+from .cli_models import check_device, loading, quiet_transformers
 from .config import DualHeadConfig
 from .data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
 

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .atomic import write_durably
 from .hidden_cache import (
     AS_COMPUTED,
     FORMAT,
@@ -34,7 +35,6 @@ from .hidden_cache import (
     HiddenCache,
     UnusableCacheError,
 )
-from .pretrained import write_durably
 from .training_state import agree_on
 
 SHARD_BYTES = 256 * 2**20  # of the states that a process holds before it writes them

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .backbones import backbone_post_processing, module_name, refuse_packed, replace_module
+from .builtin_backbones import backbone_path
 from .config import DualHeadConfig
 from .gated_generation import CONTROLS, GatedGenerationMixin
 from .generation_options import Decoding
@@ -59,8 +60,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         gate (alpha = 1/2).
 
         Args:
-            backbone: a model, or a path or hub name for ``AutoModelForCausalLM.from_pretrained``
-                (with dtype, device_map, revision; dtype default "auto", as the files are).
+            backbone: a model, or a path, hub name or built-in backbone ("embedded", "smollm2") for
+                ``AutoModelForCausalLM.from_pretrained`` (with dtype, device_map, revision; dtype
+                default "auto", as the files are).
             quantize: "int8", "fp8" or "int4": the heads in this format at once, see
                 :meth:`quantize`. A torchao lm_head needs it: its numbers become both heads', bit
                 for bit (:mod:`dualhead_ext.torchao_weights`).
@@ -80,7 +82,10 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
                     f"{type(backbone).__name__}"
                 )
             backbone = AutoModelForCausalLM.from_pretrained(
-                backbone, dtype=dtype or "auto", device_map=device_map, revision=revision
+                backbone_path(backbone),
+                dtype=dtype or "auto",
+                device_map=device_map,
+                revision=revision,
             )
         elif not (dtype is device_map is revision is None):
             raise TypeError(

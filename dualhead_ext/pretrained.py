@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import PushToHubMixin
 
+from .atomic import write_durably
 from .backbones import module_name
+from .builtin_backbones import BUILTIN_BACKBONES, backbone_path, builtin_name
 from .config import FORMAT_NAMES, DualHeadConfig
-from .data import EMBEDDED, embedded_backbone_path
 from .fingerprint import VALUES, check_fingerprint, fingerprint
 from .head_files import check_head_state, head_state, load_head_state
 from .quantization import check_format
@@ -45,21 +46,6 @@ def untie_lm_head(model: PreTrainedModel) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one step: a crash leaves the old file or the new one, never a
-    part.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _file_of(folder: str, name: str, revision: str | None) -> Path:
@@ -146,8 +132,7 @@ class DualHeadFilesMixin(PushToHubMixin):
         head, config = self.lm_head_module, self.config
         name = config._name_or_path or None
         if name is not None and os.path.isdir(name):
-            embedded = os.path.realpath(name) == os.path.realpath(embedded_backbone_path())
-            name = EMBEDDED if embedded else None  # a path of this machine means nothing on another
+            name = builtin_name(name)  # a path of this machine means nothing on another
         stored = {
             "format_version": FORMAT_VERSION,
             "dual_head": head.config.to_dict(),
@@ -184,7 +169,8 @@ class DualHeadFilesMixin(PushToHubMixin):
 
         Args:
             pretrained_model_name_or_path: a folder or hub name that :meth:`save_pretrained` wrote.
-            backbone: a model, path or hub name instead of the one that the file names.
+            backbone: a model, path, hub name or built-in backbone (``dualhead_ext.backbone_path``)
+                instead of the one that the file names.
             dtype, device_map: for loading the backbone; the heads follow it. revision: of the
                 heads' repository.
             quantize: "int8", "fp8" or "int4": full-precision heads, once restored, in this
@@ -215,13 +201,12 @@ class DualHeadFilesMixin(PushToHubMixin):
                     f"from_pretrained: {folder} names no backbone (it was a local folder); pass "
                     f"backbone="
                 )
-            if backbone != EMBEDDED and (os.path.isabs(backbone) or ".." in Path(backbone).parts):
+            known = backbone in BUILTIN_BACKBONES
+            if not known and (os.path.isabs(backbone) or ".." in Path(backbone).parts):
                 raise ValueError(
                     f"from_pretrained: {folder} names the backbone {backbone!r}, which is not a "
                     f"hub name"
                 )
-        if backbone == EMBEDDED:
-            backbone = str(embedded_backbone_path())
         loaded = _load_backbone(backbone, dtype, device_map, source["revision"])
         linear = loaded.get_output_embeddings()
         for name, there in (
@@ -255,7 +240,7 @@ def _load_backbone(
     if isinstance(backbone, PreTrainedModel):
         return backbone
     return AutoModelForCausalLM.from_pretrained(
-        backbone,
+        backbone_path(backbone),
         dtype=dtype or "auto",
         device_map=device_map,
         revision=revision,

@@ -39,6 +39,17 @@ def testing_module() -> ModuleType:
     return native.testing_module()
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The folder of a real chat model of 135M parameters; its first use converts it."""
+    from dualhead_ext.builtin_backbones import smollm2_path
+
+    try:
+        return str(smollm2_path())
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip(NO_CUDA)

@@ -31,8 +31,10 @@ LAYERS = (
         "prompt_projection",
         "reference",
         "reference_sampling",
+        "atomic",
         "checkpoint",
         "data",
+        "builtin_backbones",
         "show",
         "cli_errors",
         "bench.timing",  # the one timer, of steps and of whole decoders
