@@ -14,7 +14,7 @@ from typing import Any
 
 from . import bench
 from .cli_train import TRAINING_OPTIONS
-from .config import FORMAT_NAMES, GATE_NAMES, MIX_NAMES, DualHeadConfig
+from .config import FORMAT_NAMES, GATE_NAMES, MIX_NAMES, REWARD_HEAD_NAMES, DualHeadConfig
 from .show import COLOR_NAMES
 
 OVERVIEW = """\
@@ -174,7 +174,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     default = _config_defaults()
     head.add_argument("--gate", choices=GATE_NAMES, default=default["gate"])
     head.add_argument("--mix", choices=MIX_NAMES, default=default["mix"])
+    head.add_argument("--reward-head", choices=REWARD_HEAD_NAMES, default=default["reward_head"])
     for name, kind in (
+        ("reward_rank", number(int, 0)),
         ("gate_num_heads", number(int, 1)),
         ("gate_head_dim", number(int, 1)),
         ("gate_alpha", number(float, 0, 1)),

@@ -9,6 +9,7 @@ from typing import Any
 
 GATE_NAMES = ("attention", "fixed", "linear")
 MIX_NAMES = ("logits", "probs")
+REWARD_HEAD_NAMES = ("full", "embedding", "lowrank")
 FORMAT_NAMES = ("int8", "fp8", "int4")  # of quantised heads: `quantization.FORMATS`
 
 
@@ -29,6 +30,11 @@ class DualHeadConfig:
         mix: ``"logits"``: z = (1-a) z_LM + a z_RM. ``"probs"``: pi = (1-a) softmax(z_LM) + a
             softmax(z_RM).
         num_objectives: K, the number of reward heads.
+        reward_head: ``"full"``: z_RM = W_RM h, a matrix of the LM head's size. Or a correction of
+            the LM head, z_RM = z_LM + delta: ``"embedding"``, delta = W_LM (U D h + c), or
+            ``"lowrank"``, delta = B A h + b.
+        reward_rank: r, the inner width of a correction. Default 16; 0 leaves c alone
+            (``"embedding"`` only). Unused by ``"full"``.
         bias: whether both heads carry a bias (read from the LM head by ``from_lm_head``).
         logit_scale: first half of the backbone's post-processing f(z) = cap(logit_scale * z).
         logit_softcap: second half, cap(z) = c tanh(z / c); 0 means no cap.
@@ -46,24 +52,32 @@ class DualHeadConfig:
     gate_alpha: float = 0.5
     mix: str = "logits"
     num_objectives: int = 1
+    reward_head: str = "full"
+    reward_rank: int = 16
     bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "vocab_size", "gate_num_heads", "gate_head_dim", "num_objectives")
-        for name in sizes:
+        for name in (*sizes, "reward_rank"):
             value = getattr(self, name)
+            lowest = 0 if name == "reward_rank" else 1
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"DualHeadConfig: {name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"DualHeadConfig: {name} must be at least 1, got {value}")
-        for name, names in (("gate", GATE_NAMES), ("mix", MIX_NAMES)):
+            if value < lowest:
+                raise ValueError(f"DualHeadConfig: {name} must be at least {lowest}, got {value}")
+        choices = (("gate", GATE_NAMES), ("mix", MIX_NAMES), ("reward_head", REWARD_HEAD_NAMES))
+        for name, names in choices:
             if getattr(self, name) not in names:
                 raise ValueError(
                     f"DualHeadConfig: {name} must be one of {', '.join(names)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        if self.reward_head == "lowrank" and self.reward_rank == 0:
+            raise ValueError(
+                'DualHeadConfig: reward_rank must be at least 1 for reward_head="lowrank", got 0'
+            )
         for name in ("gate_alpha", "logit_scale", "logit_softcap"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

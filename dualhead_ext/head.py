@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .config import DualHeadConfig
 from .controls import objective_rows, per_row
-from .head_base import RewardHead
 from .head_decode import DecodingHead
 from .quantization import calibration_factor, check_format, format_of, quantize_with, stand_ins
 from .quantized_head import QuantizedHead
 from .reference import accumulator_dtype
+from .reward_head import QuantizedRewardHead, make_reward_head
 from .torchao_weights import check_lm_weight, is_torchao, numbers_of
 
 
@@ -40,15 +40,17 @@ class GatedHead(DecodingHead):
         self.gate.to(device=weight.device, dtype=weight.dtype)
         if weight.device.type != "meta":
             plain = weight.dequantize() if is_torchao(weight) else weight
-            self.reward_head.copy_from(plain, linear.bias)
+            self.reward_head.start_from(plain, linear.bias)
 
     @torch.no_grad()
     def quantize(self, format: str, calibration: Tensor | None = None) -> GatedHead:
         """Both heads in ``format``, "int8", "fp8" or "int4" (:mod:`dualhead_ext.quantization`), in
-        place; the gate stays. Full precision is gone: quantise a copy to keep it. A weight that is
-        shared with a backbone is replaced here and stays as it is there.
+        place; the gate stays, and so does a reward head that is a correction. Full precision is
+        gone: quantise a copy to keep it. A weight that is shared with a backbone is replaced here
+        and stays as it is there.
 
-        state_dict then has lm_head.weight_scale and reward_head.weight_scale.
+        state_dict then has lm_head.weight_scale and, of a full reward head,
+        reward_head.weight_scale.
 
         Args:
             calibration: hidden states (..., d) like those that the heads will read, padding left
@@ -64,18 +66,22 @@ class GatedHead(DecodingHead):
         """
         check_format("quantize", format, self.config.hidden_size)
         self._refuse_quantized("quantize")
-        weight, reward = self.lm_weight, self.reward_head.weight
-        if "meta" in (weight.device.type, reward.device.type):
+        weight, full = self.lm_weight, self.reward_head.kind == "full"
+        reward = self.reward_head.weight if full else None
+        if "meta" in (weight.device.type, next(self.reward_head.parameters()).device.type):
             raise RuntimeError("quantize: the heads' weights are not in memory (device meta)")
         dtype = weight.dtype
         plain = weight.dequantize() if is_torchao(weight) else weight
         if calibration is None:
             calibration = stand_ins(plain, format)
-        factor = calibration_factor("quantize", calibration, reward)
+        factor = calibration_factor("quantize", calibration, plain)
         if is_torchao(weight):
             lm_numbers = numbers_of("quantize", weight, format)
         else:
             lm_numbers = quantize_with(weight, format, factor)
+        if reward is None:
+            self._hold_lm(*lm_numbers, dtype)
+            return self
         if is_torchao(weight) and torch.equal(reward, plain.expand_as(reward)):
             # Still the LM head's copy: rounding the values anew would give other numbers.
             count = self.config.num_objectives
@@ -92,11 +98,11 @@ class GatedHead(DecodingHead):
         reward_bias: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        """Take (weight, weight_scale) of one format as LM head and as reward heads, for hidden
-        states of ``dtype``.
+        """Take (weight, weight_scale) of one format as LM head and as full reward heads, for
+        hidden states of ``dtype``.
         """
         self._hold_lm(*lm, dtype)
-        self.reward_head = QuantizedHead(*reward, reward_bias, dtype)
+        self.reward_head = QuantizedRewardHead(*reward, reward_bias, dtype)
 
     def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         """Take numbers of a format as the LM head, for hidden states of ``dtype``."""
@@ -199,7 +205,7 @@ class DualHead(GatedHead):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
         self.lm_head.requires_grad_(False)
         self._add_gate_and_reward_head(config)
-        self.reward_head.copy_from(self.lm_head.weight, self.lm_head.bias)
+        self.reward_head.start_from(self.lm_head.weight, self.lm_head.bias)
 
     @property
     def lm_weight(self) -> Tensor:
@@ -262,5 +268,5 @@ class DualHead(GatedHead):
         head = cls.__new__(cls)
         nn.Module.__init__(head)
         head.lm_head, head.config, head.gate = linear, config, other.gate
-        head.reward_head = RewardHead(config).to(other.reward_head.weight)
+        head.reward_head = make_reward_head(config).to(next(other.reward_head.parameters()))
         return head

@@ -18,6 +18,7 @@ from .gate import GATES
 from .kl_cap import capped_alpha
 from .quantization import format_of
 from .reference import accumulator_dtype
+from .reward_head import RewardHead, make_reward_head
 
 
 @dataclass
@@ -44,23 +45,6 @@ class StepOutput:
     attention: Tensor | None
 
 
-class RewardHead(nn.Module):
-    """K linear heads: weight (K, V, d), bias (K, V) or None."""
-
-    def __init__(self, config: DualHeadConfig) -> None:
-        super().__init__()
-        k, v, d = config.num_objectives, config.vocab_size, config.hidden_size
-        self.weight = nn.Parameter(torch.empty(k, v, d))
-        self.bias = nn.Parameter(torch.zeros(k, v)) if config.bias else None
-
-    @torch.no_grad()
-    def copy_from(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Start every objective at the LM head: weight (V, d), bias (V,). A copy, never tied."""
-        self.weight.copy_(weight.expand_as(self.weight))
-        if self.bias is not None:
-            self.bias.copy_(bias.expand_as(self.bias))
-
-
 class HeadBase(nn.Module):
     """Gate, reward head and mixture. Subclasses give `lm_weight` and `lm_bias`."""
 
@@ -70,7 +54,7 @@ class HeadBase(nn.Module):
 
     def _add_gate_and_reward_head(self, config: DualHeadConfig) -> None:
         self.config = config
-        self.reward_head = RewardHead(config)
+        self.reward_head = make_reward_head(config)
         self.gate = GATES[config.gate](config)
 
     @property
@@ -90,7 +74,7 @@ class HeadBase(nn.Module):
 
     @property
     def reward_scale(self) -> Tensor | None:
-        """The quantised reward head's scales, (K, V) or (K, V, d/128), or None."""
+        """The quantised "full" reward head's scales, (K, V) or (K, V, d/128), or None."""
         return getattr(self.reward_head, "weight_scale", None)
 
     @property
@@ -125,14 +109,14 @@ class HeadBase(nn.Module):
             hidden: (B, T, d), in the LM head's dtype.
             attention_mask: (B, T), nonzero = real token; left, right or ragged padding. Default:
                 all real.
-            strength: scales alpha, ``a <- clamp(s a, 0, 1)``; >= 0; 0 gives z_LM itself. A number
-                or (B,).
+            strength: s >= 0 scales alpha, ``a <- s a``, in the probability mix at most 1; 0 gives
+                z_LM itself. A number or (B,).
             gate_offset: added to the gate's logit. A number or (B,).
             alpha: replaces the gate's value, in [0, 1]. A number or (B,).
             objective_weights: (K,) or (B, K); default 1/K each.
             max_kl: lowers alpha until ``KL(pi_mix || pi_LM) <= max_kl`` nats at each token
                 (:func:`dualhead_ext.kl_cap.capped_alpha`); >= 0. A number or (B,). Default: no cap.
-            skip_threshold: alpha below it counts as 0, alpha above 1 - skip_threshold as 1, before
+            skip_threshold: alpha below it counts as 0, alpha nearer to 1 than it as 1, before
                 ``max_kl``; in [0, 0.5], default 0. A number or (B,). What it saves, and the bounds
                 on the error: docs/generation.md.
         Raises:
@@ -188,24 +172,49 @@ class HeadBase(nn.Module):
         )
         if rows["gate_offset"] is not None:
             gate_logit = gate_logit + rows["gate_offset"]
+        mix = self.config.mix
         a = reference.mixing_weight(
-            gate_logit, rows["alpha"], rows["strength"], rows["skip_threshold"]
+            gate_logit, rows["alpha"], rows["strength"], rows["skip_threshold"], mix
         )
-        lm, reward = (
-            (self.lm_weight, self.lm_bias),
-            (self.reward_head.weight, self.reward_head.bias),
-        )
-        if self.lm_scale is None:
-            lm, reward = self._cast(hidden, *lm), self._cast(hidden, *reward)
-        z_lm = reference.head_logits(hidden, *lm, self.lm_scale)
-        z_rm = reference.reward_logits(hidden, *reward, weights, self.reward_scale)
         limit_alpha = self._alpha_limit(operator, max_kl, batch, dtype, device)
+        post = (self.config.logit_scale, self.config.logit_softcap) if post_process else (1.0, 0.0)
+        if self.reward_head.kind == "embedding" and mix == "logits" and limit_alpha is None:
+            moved = reference.move_hidden(hidden, self._correction(hidden, weights), a)
+            logits = reference.postprocess(self._lm_logits(moved), *post)
+            return DualHeadOutput(logits, a, gate_logit)
+        z_lm = self._lm_logits(hidden)
+        z_rm = self.reward_logits(hidden, z_lm, weights)
         if limit_alpha is not None:
             a = limit_alpha(z_lm, z_rm, a)
-        post = (self.config.logit_scale, self.config.logit_softcap) if post_process else (1.0, 0.0)
-        return DualHeadOutput(
-            reference.mix_logits(z_lm, z_rm, a, self.config.mix, *post), a, gate_logit
-        )
+        return DualHeadOutput(reference.mix_logits(z_lm, z_rm, a, mix, *post), a, gate_logit)
+
+    def _lm_logits(self, hidden: Tensor, bias: bool = True) -> Tensor:
+        """z_LM of (..., d), before f; ``bias=False`` leaves b_LM out."""
+        lm = (self.lm_weight, self.lm_bias if bias else None)
+        if self.lm_scale is None:
+            lm = self._cast(hidden, *lm)
+        return reference.head_logits(hidden, *lm, self.lm_scale)
+
+    def _correction(self, hidden: Tensor, weights: Tensor | None) -> Tensor:
+        """:func:`reference.correction` by the reward head's own maps."""
+        head = self.reward_head
+        maps = [None if w is None else self._cast(hidden, w, None)[0] for w in head.maps]
+        return reference.correction(hidden, *maps, head.bias, weights)
+
+    def reward_logits(self, hidden: Tensor, z_lm: Tensor, weights: Tensor | None) -> Tensor:
+        """z_RM (B, ..., V) before f, of hidden (B, ..., d) at objective weights (B, K) or None.
+        ``z_lm`` is what a reward head that is a correction is added to.
+        """
+        head = self.reward_head
+        if head.kind == "full":
+            reward = (head.weight, head.bias)
+            if self.reward_scale is None:
+                reward = self._cast(hidden, *reward)
+            return reference.reward_logits(hidden, *reward, weights, self.reward_scale)
+        change = self._correction(hidden, weights)
+        if head.kind == "embedding":
+            change = self._lm_logits(change.to(hidden.dtype), bias=False)
+        return z_lm + change
 
     def _alpha_limit(
         self, operator: str, max_kl: Any, batch: int, dtype: torch.dtype, device: torch.device

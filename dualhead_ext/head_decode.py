@@ -15,6 +15,7 @@ from . import ops, reference
 from .cache import DecodeWeights, GateCache, parameter_stamp
 from .controls import objective_rows, per_row
 from .head_base import DualHeadOutput, HeadBase, StepOutput
+from .quantization import format_of
 from .reference import accumulator_dtype
 
 
@@ -67,20 +68,18 @@ class DecodingHead(HeadBase):
 
     def _decode_weights(self) -> DecodeWeights:
         dtype = self.hidden_dtype
-        quantized = self.lm_scale is not None
 
-        def plain(value: Tensor | None, keep: bool = False) -> Tensor | None:
-            return None if value is None else value.detach().to(value.dtype if keep else dtype)
+        def plain(value: Any) -> Any:
+            """In the dtype of hidden states; quantised numbers stay as they are."""
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach() if format_of(value) else value.detach().to(dtype)
 
-        tensors = {
-            "lm_weight": plain(self.lm_weight, keep=quantized),
-            "lm_bias": plain(self.lm_bias),
-            "reward_weight": plain(self.reward_head.weight, keep=quantized),
-            "reward_bias": plain(self.reward_head.bias),
-        }
-        if quantized:
-            scales = {"lm_scale": self.lm_scale, "reward_scale": self.reward_scale}
-            tensors |= {name: plain(scale, keep=True) for name, scale in scales.items()}
+        tensors = {name: plain(value) for name, value in self.reward_head.tensors().items()}
+        tensors["lm_weight"] = plain(self.lm_weight)
+        tensors["lm_bias"] = plain(self.lm_bias)
+        scales = {"lm_scale": self.lm_scale, "reward_scale": self.reward_scale}
+        tensors |= {name: s.detach() for name, s in scales.items() if s is not None}
         if self.gate.has_state:
             tensors |= {
                 "q_weight": plain(self.gate.q_proj.weight),
@@ -337,6 +336,8 @@ class DecodingHead(HeadBase):
         else:
             arguments["gate_logit"] = self.gate(hidden)
         function = self._decode_function(hidden)
+        if self.reward_head.kind != "full":
+            function = reference.decode_step
         limit = self._alpha_limit(operator, controls.get("max_kl"), batch, dtype, device)
         if limit is not None:
             function = partial(reference.decode_step, limit_alpha=limit)

@@ -18,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantization import dequantize
+from .reference_heads import accumulator_dtype as accumulator_dtype
+from .reference_heads import corrected_logits as corrected_logits
+from .reference_heads import correction as correction
+from .reference_heads import head_logits as head_logits
+from .reference_heads import move_hidden as move_hidden
+from .reference_heads import reward_logits as reward_logits
+from .reference_heads import token_rewards as token_rewards
 from .reference_sampling import keep_mask as keep_mask
 from .reference_sampling import philox_uniform as philox_uniform
 from .reference_sampling import sample_token as sample_token
 
 STATUS_OK, STATUS_NON_FINITE, STATUS_CACHE_FULL = 0, 1, 2
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, alpha and log-probabilities: float64 for float64, fp32 for all else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def attention_gate_logit(
@@ -101,11 +102,13 @@ def mixing_weight(
     alpha: Tensor | None = None,
     strength: Tensor | None = None,
     skip_threshold: Tensor | None = None,
+    mix: str = "logits",
 ) -> Tensor:
     """alpha from the gate's logit and the caller's controls, in this order:
-    ``sigmoid(gate_logit)``, or ``alpha`` where given; then ``clamp(strength * alpha, 0, 1)``, with
-    strength 0 giving 0 whatever alpha is (NaN too); then 0 where that is below ``skip_threshold``
-    and 1 where it is less than that below 1, which is what may spare a head. All shapes broadcast.
+    ``sigmoid(gate_logit)``, or ``alpha`` where given; then times ``strength``, at least 0, and in
+    the probability mix at most 1, with strength 0 giving 0 whatever alpha is (NaN too); then 0
+    where that is below ``skip_threshold`` and 1 where it is nearer than that to 1, which is what
+    may spare a head. All shapes broadcast.
     """
     weight = (
         torch.sigmoid(gate_logit)
@@ -122,50 +125,9 @@ def mixing_weight(
         weight = torch.where(
             weight < threshold,
             torch.zeros_like(weight),
-            torch.where(1 - weight < threshold, torch.ones_like(weight), weight),
+            torch.where((1 - weight).abs() < threshold, torch.ones_like(weight), weight),
         )
     return weight
-
-
-def head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None
-) -> Tensor:
-    """``W h + b``: hidden (..., d), weight (V, d), bias (V,) -> (..., V) in fp32 or float64.
-
-    With ``scale`` the weight is quantised: W is what it means, and products are fp32 too.
-    """
-    if scale is not None:
-        dtype = accumulator_dtype(hidden.dtype)
-        hidden, weight = hidden.to(dtype), dequantize(weight, scale, dtype)
-        bias = None if bias is None else bias.to(dtype)
-    logits = F.linear(hidden, weight, bias)
-    return logits.to(accumulator_dtype(logits.dtype))
-
-
-def reward_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    objective_weights: Tensor | None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """``z_RM = sum_k w_k (W_RM,k h + b_k)``.
-
-    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by
-    1/K; scale (K, V, ...): of quantised weights. Returns (B, ..., V).
-    """
-    num_objectives = weight.shape[0]
-    total = None
-    for k in range(num_objectives):
-        scale_k = None if scale is None else scale[k]
-        logits = head_logits(hidden, weight[k], None if bias is None else bias[k], scale_k)
-        if objective_weights is not None:
-            share = objective_weights[:, k].to(logits.dtype)
-            logits = logits * share.view(-1, *(1,) * (logits.dim() - 1))
-        elif num_objectives > 1:
-            logits = logits / num_objectives
-        total = logits if total is None else total + logits
-    return total
 
 
 def postprocess(logits: Tensor, logit_scale: float = 1.0, logit_softcap: float = 0.0) -> Tensor:
@@ -269,7 +231,7 @@ def decode_step(
     hidden: Tensor,
     lm_weight: Tensor,
     lm_bias: Tensor | None = None,
-    reward_weight: Tensor,
+    reward_weight: Tensor | None = None,
     reward_bias: Tensor | None = None,
     objective_weights: Tensor | None = None,
     q_weight: Tensor | None = None,
@@ -300,12 +262,17 @@ def decode_step(
     return_logits: bool = True,
     record_attention: bool = False,
     limit_alpha: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    reward_head: str = "full",
+    reward_down: Tensor | None = None,
+    reward_up: Tensor | None = None,
 ) -> DecodeOutput:
     """One decode step, hidden state in, token out; the meaning of the operator
     ``dualhead::decode_step``.
 
     Arguments and results are those of :func:`dualhead_ext.ops.decode_step`, which documents them,
-    but for ``limit_alpha``: of (z_LM, z_RM, alpha), the alpha to mix with (:mod:`.kl_cap`).
+    but for ``limit_alpha``: of (z_LM, z_RM, alpha), the alpha to mix with (:mod:`.kl_cap`), and
+    for ``reward_head``, ``reward_down`` and ``reward_up``: of a correction, which has no
+    reward_weight (:func:`corrected_logits`).
     """
     batch = hidden.shape[0]
     accumulate = accumulator_dtype(hidden.dtype)
@@ -328,15 +295,20 @@ def decode_step(
     gate_logit = gate_logit.to(accumulate)
     if gate_offset is not None:
         gate_logit = gate_logit + gate_offset.to(accumulate)
-    weight = mixing_weight(gate_logit, alpha, strength, skip_threshold)
+    mix = "probs" if mix_probs else "logits"
+    weight = mixing_weight(gate_logit, alpha, strength, skip_threshold, mix)
 
     z_lm = head_logits(hidden, lm_weight, lm_bias, lm_scale)
-    z_rm = reward_logits(hidden, reward_weight, reward_bias, objective_weights, reward_scale)
+    if reward_head == "full":
+        z_rm = reward_logits(hidden, reward_weight, reward_bias, objective_weights, reward_scale)
+    else:
+        maps = (reward_down, reward_up, reward_bias)
+        z_rm = corrected_logits(
+            hidden, z_lm, reward_head, *maps, objective_weights, lm_weight, lm_scale
+        )
     if limit_alpha is not None:
         weight = limit_alpha(z_lm, z_rm, weight)
-    logits = mix_logits(
-        z_lm, z_rm, weight, "probs" if mix_probs else "logits", logit_scale, logit_softcap
-    )
+    logits = mix_logits(z_lm, z_rm, weight, mix, logit_scale, logit_softcap)
 
     nan = torch.full_like(weight, torch.nan)
     weight, gate_logit = torch.where(full, nan, weight), torch.where(full, nan, gate_logit)

@@ -30,6 +30,7 @@ LAYERS = (
         "torchao_weights",
         "prompt_projection",
         "reference",
+        "reference_heads",
         "reference_sampling",
         "atomic",
         "checkpoint",
@@ -42,7 +43,7 @@ LAYERS = (
     {"_extension", "ops", "collate"},
     # bench.machine: what a results file, of a benchmark or a comparison, says of where it was made
     {"build_info", "bench.machine", "gate", "cache", "controls", "kl_cap"},
-    {"head_base", "head_decode", "head"},
+    {"reward_head", "head_base", "head_decode", "head"},
     {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "generation_options", "fingerprint", "head_files"},
     {"lm_head", "pretrained", "generation", "gated_generation", "modeling"},
