@@ -6,8 +6,12 @@
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
 # make lint      ruff and clang-format on every file;  make format puts them right
 # make bench     the benchmarks
-# make gpu-check all that needs a GPU, in the environment of $(PYTHON), into benchmarks/results
-# make gpu-models the long benchmarks of a GPU: the loss in all settings, training, 7B models
+# make gpu-check   all that needs a GPU, in the environment of $(PYTHON), in under eight minutes
+# make gpu-recheck smoke, the five cases of the goals twice, one compile contender, a 7B model: 200 s
+# make gpu-models  the long benchmarks of a GPU, 200 s each: training, 7B models, the loss
+#
+# The GPU's results go to build/gpu/ and from there into benchmarks/results/. GPU_OPTIONS="--no-build"
+# uses the libraries that are there; `python -m tools.gpu.check --help` lists the others.
 #
 # PYTHON (default python3) is what .venv is made from. How to build: DUALHEAD_CUDA=auto|0|1,
 # TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS (see setup.py).
@@ -18,6 +22,9 @@ INSTALLED := .venv/.dualhead-installed
 CMAKE_FOLDER := build/cmake
 # Apart from the other packages: transformers would import it, and it writes to stderr when it is.
 TORCHAO := .venv/torchao
+GPU_OUTPUT := build/gpu
+GPU_PARTS := training models loss
+GPU_OPTIONS ?=
 CPP_FILES = $(shell find csrc python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Larger real data for tests and benchmarks, where it lies beside the checkout.
@@ -28,7 +35,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test cpp-test sanitize lint format bench gpu-check gpu-models clean
+.PHONY: install build demo test cpp-test sanitize lint format bench clean
+.PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
 
@@ -82,11 +90,20 @@ format: $(INSTALLED)
 bench: build
 	$(VENV_PYTHON) -m pytest --benchmark
 
+# A check that has not passed has results too.
 gpu-check:
-	$(PYTHON) python_tests/gpu_check.py
+	$(PYTHON) -m tools.gpu.check check --output $(GPU_OUTPUT)/check $(GPU_OPTIONS); code=$$?; \
+	  [ $$code = 3 ] || $(PYTHON) -m tools.gpu.results $(GPU_OUTPUT)/check; exit $$code
+
+gpu-recheck:
+	$(PYTHON) -m tools.gpu.check recheck --output $(GPU_OUTPUT)/recheck $(GPU_OPTIONS)
 
 gpu-models:
-	$(PYTHON) python_tests/gpu_models.py
+	code=0; for part in $(GPU_PARTS); do \
+	  $(PYTHON) -m tools.gpu.check $$part --output $(GPU_OUTPUT)/$$part $(GPU_OPTIONS) || code=$$?; \
+	  [ $$code != 3 ] || exit 3; \
+	done; \
+	$(PYTHON) -m tools.gpu.results --models $(GPU_PARTS:%=$(GPU_OUTPUT)/%); exit $$code
 
 clean:
 	rm -rf build dist *.egg-info dualhead_ext/*.so dualhead_ext/_build_info.json

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // One bug for each tool of compute-sanitizer: `seeded_bugs TOOL`. A tool that does not find its own
-// here says nothing about our kernels either (python_tests/gpu_sanitize.py).
+// here says nothing about our kernels either (tools/gpu/sanitizers.py). They have the
+// namespace of our kernels, so that a filter of kernels which misses ours misses these too.
 #include <cstdio>
 #include <cstring>
+
+namespace dualhead {
 
 __global__ void memcheck_bug(int* out) { out[threadIdx.x + 1] = 1; }  // one beyond the end
 
@@ -21,6 +24,8 @@ __global__ void initcheck_bug(int* out, const int* never_written) {
   out[threadIdx.x] = never_written[threadIdx.x];
 }
 
+}  // namespace dualhead
+
 int main(int argc, char** argv) {
   const char* tool = argc > 1 ? argv[1] : "";
   const size_t bytes = 64 * sizeof(int);
@@ -28,13 +33,13 @@ int main(int argc, char** argv) {
   int* in = nullptr;
   if (cudaMalloc(&out, bytes) != cudaSuccess || cudaMalloc(&in, bytes) != cudaSuccess) return 2;
   if (!strcmp(tool, "memcheck")) {
-    memcheck_bug<<<1, 64>>>(out);
+    dualhead::memcheck_bug<<<1, 64>>>(out);
   } else if (!strcmp(tool, "racecheck")) {
-    racecheck_bug<<<1, 64>>>(out);
+    dualhead::racecheck_bug<<<1, 64>>>(out);
   } else if (!strcmp(tool, "synccheck")) {
-    synccheck_bug<<<1, 64>>>(out);
+    dualhead::synccheck_bug<<<1, 64>>>(out);
   } else if (!strcmp(tool, "initcheck")) {
-    initcheck_bug<<<1, 64>>>(out, in);
+    dualhead::initcheck_bug<<<1, 64>>>(out, in);
   } else {
     fprintf(stderr, "usage: seeded_bugs memcheck | racecheck | synccheck | initcheck\n");
     return 2;

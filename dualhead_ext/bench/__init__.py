@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 # What there is to measure. Without a choice: decode, loss and models on the CPU; on a GPU decode
-# and loss, twice, which is what `make gpu-check` has the time for.
+# and loss.
 PARTS = ("decode", "loss", "models", "training")
 
 # Of timing per case; the slowest cases take longer, since a median needs some rounds.
@@ -30,14 +30,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="what to measure; cuda: decode steps and the training loss, all of them twice",
+        help="what to measure; cuda: decode steps and the training loss",
     )
     parser.add_argument(
         "--part",
         nargs="+",
         choices=PARTS,
         metavar="PART",
-        help=f"only these, each of them once: {', '.join(PARTS)} (default: decode, loss, models; "
+        help=f"only these: {', '.join(PARTS)} (default: decode, loss, models; "
         "on a GPU decode and a part of loss)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results there")

@@ -92,20 +92,21 @@ def bytes_of(tensors: dict[str, Tensor]) -> int:
 
 
 def requests(
-    group: Group, case: Case, count: int, device: torch.device | None = None
+    group: Group, case: Case, count: int, device: torch.device | None = None, steps: int = 1
 ) -> list[dict[str, Tensor]]:
     """The arguments of ``decode_step`` that belong to requests, ``count`` times: hidden states, a
-    gate cache with room for the last of T columns, and what sampling needs."""
+    gate cache of T - 1 columns with room for ``steps`` more, and what sampling needs."""
     B, T, dtype = case.B, case.T, FORMATS[group.format]
+    columns = T - 1 + steps
     heads, head_dim = _GATE["gate_num_heads"], _GATE["gate_head_dim"]
     hidden = torch.randn(B, group.d).to(dtype)
     made = []
     for _ in range(count):
         arguments = {
             "hidden": hidden.clone(),
-            "cache_k": torch.randn(B, heads, T, head_dim).to(dtype),
-            "cache_u": torch.randn(B, heads, T),
-            "cache_valid": torch.ones(B, T, dtype=torch.bool),
+            "cache_k": torch.randn(B, heads, columns, head_dim).to(dtype),
+            "cache_u": torch.randn(B, heads, columns),
+            "cache_valid": torch.ones(B, columns, dtype=torch.bool),
             "cache_length": torch.full((B,), T - 1, dtype=torch.int32),
         }
         if case.sampled:

@@ -35,7 +35,6 @@ class Report:
         environment: :func:`dualhead_ext.bench.machine.describe`.
         quick: whether it was the quick plan, whose figures nobody should quote.
         cases, loss, generate, training: rows, plain dicts.
-        again: the rows of a second run of all cases, where there was one.
         growth: the rows of :func:`.cases.growth_plan`, which have no required speed-up.
         copy_gb_per_s: how fast the device copies its own memory, where it was measured.
         failures: sentences; empty if all was as fast as required.
@@ -45,22 +44,15 @@ class Report:
     quick: bool = False
     cases: list[dict[str, Any]] = field(default_factory=list)
     loss: list[dict[str, Any]] = field(default_factory=list)
-    loss_again: list[dict[str, Any]] = field(default_factory=list)
     generate: list[dict[str, Any]] = field(default_factory=list)
     training: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    again: list[dict[str, Any]] = field(default_factory=list)
     copy_gb_per_s: float | None = None
-    second: bool = False
     growth: list[dict[str, Any]] = field(default_factory=list)
-
-    def begin_again(self) -> None:
-        """Cases from here on are the second run's."""
-        self.second = True
 
     def add(self, result: CaseResult, read: ReadBandwidth) -> str:
         """Take in the result of a case; returns the lines to print."""
-        (self.again if self.second else self.cases).extend(result.rows(read))
+        self.cases.extend(result.rows(read))
         failure = result.failure(read)
         self.failures += [failure] if failure else []
         return case_lines(result, read) + (f"\n    TOO SLOW: {failure}" if failure else "")
@@ -72,7 +64,7 @@ class Report:
 
     def add_loss(self, result: LossResult) -> str:
         """Take in the result of a case of the loss; returns the lines to print."""
-        (self.loss_again if self.second else self.loss).extend(result.rows())
+        self.loss.extend(result.rows())
         self.failures += result.failures()
         return result.text()
 
@@ -90,7 +82,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, plain values."""
-        gpu = {"copy_gb_per_s": self.copy_gb_per_s, "cases_again": self.again}
+        gpu = {"copy_gb_per_s": self.copy_gb_per_s}
         return {
             **self.environment,
             **(gpu if self.copy_gb_per_s is not None else {}),
@@ -98,7 +90,6 @@ class Report:
             "read_gb_per_s": max((row["read_gb_per_s"] for row in self.cases), default=None),
             "cases": self.cases,
             "loss": self.loss,
-            **({"loss_again": self.loss_again} if self.loss_again else {}),
             "generate": self.generate,
             **({"training": self.training} if self.training else {}),
             **({"growth": self.growth} if self.growth else {}),
@@ -245,14 +236,12 @@ def _footer(results: dict[str, Any]) -> str:
 
 
 def _gpu_lines(results: dict[str, Any]) -> list[str]:
-    """What only a GPU's file has: driver, copy bandwidth, second run, steps of gpu-check."""
+    """What only a GPU's file has: driver, copy bandwidth, steps of gpu-check."""
     if not is_gpu(results):
         return []
     copies = results.get("copy_gb_per_s")
     speed = f"copies {copies:.0f} GB/s" if copies else "copy bandwidth not measured"
-    spread = spread_of_runs(results)
-    again = "no second run" if spread is None else f"a second run differed by at most {spread:.1%}"
-    lines = ["", f"driver {results['driver']}, CUDA {results.get('cuda')}; {speed}; {again}."]
+    lines = ["", f"driver {results['driver']}, CUDA {results.get('cuda')}; {speed}."]
     if results.get("steps"):
         lines += ["", "| step | outcome | seconds | |", "| --- | --- | --- | --- |"]
         lines += [
@@ -260,22 +249,6 @@ def _gpu_lines(results: dict[str, Any]) -> list[str]:
             for step in results["steps"]
         ]
     return lines
-
-
-def spread_of_runs(results: dict[str, Any]) -> float | None:
-    """By what share the medians of the fused step differ most between the two runs; None without a
-    second one."""
-
-    def ours(rows: list[dict[str, Any]]) -> dict[tuple, float]:
-        return {
-            key: found["dualhead"]["us_median"]
-            for key, found in grouped({"cases": rows}).items()
-            if "dualhead" in found
-        }
-
-    first, second = ours(results["cases"]), ours(results.get("cases_again") or [])
-    shares = [abs(second[key] / first[key] - 1) for key in first.keys() & second.keys()]
-    return max(shares, default=None)
 
 
 def stale(results: dict[str, Any], csrc_sha256: str) -> str | None:

@@ -65,22 +65,23 @@ def run_gpu(
     Args:
         path: of the results file, which is written after each case: what was measured stays.
         device_type: "cpu" runs the very same over contenders without graphs.
-        parts: of :data:`~dualhead_ext.bench.PARTS`, each of them once, the loss with
+        parts: of :data:`~dualhead_ext.bench.PARTS`, the loss with
             :func:`.loss_cases.gpu_variants`. None: the decode step and the training loss without
-            them, all of it twice, to know the spread.
+            them.
     """
     found = start(quick, emit, device_type)
     if parts is None or "decode" in parts:
         found.copy_gb_per_s = machine.copy_bandwidth(device_type)
-    for again in (False, True) if parts is None else (False,):
-        if again:
-            found.begin_again()
-        for part in parts or ("decode", "loss"):
-            run, wanted, options = _gpu_work(part, quick, variants=parts is not None)
-            for case in wanted:
-                run(case, found, seconds, emit, device_type, **options)
-                if path is not None:
-                    found.write(path)
+
+    def emit_and_write(text: str) -> None:
+        emit(text)
+        if path is not None:
+            found.write(path)
+
+    for part in parts or ("decode", "loss"):
+        run, wanted, options = _gpu_work(part, quick, variants=parts is not None)
+        for case in wanted:
+            run(case, found, seconds, emit_and_write, device_type, **options)
     return found
 
 

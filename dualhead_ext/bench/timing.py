@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one timer. Everything that this project says about speed was measured by :func:`alternate`.
 
-Contenders take turns, one call each per round, in an order that shifts from round to round: a
-neighbour that slows the machine down, or a clock that drops, hits all of them alike. Every call
-gets the next copy of its operands, so that what is too small for the caches' taste to be cold is
-cold all the same; see :func:`copies_needed`.
+Contenders take turns, one call (on a GPU a few) each per round, in an order that shifts from round
+to round: a neighbour that slows the machine down, or a clock that drops, hits all of them alike.
+Every call gets the next copy of its operands, so that what is too small for the caches' taste to be
+cold is cold all the same; see :func:`copies_needed`.
 """
 
 from __future__ import annotations
@@ -41,28 +41,29 @@ class Contender:
 
 
 class Clock(Protocol):
-    """Times one call."""
+    """Times calls that follow each other."""
 
-    def us(self, call: Callable[[int], object], copy: int) -> float:
-        """Microseconds of ``call(copy)``."""
+    def us(self, call: Callable[[int], object], copies: Sequence[int]) -> float:
+        """Microseconds of one ``call(copy)``, the mean over ``copies``."""
 
 
 class HostClock:
     """As the host sees it: for work that is done when the call returns."""
 
-    def us(self, call: Callable[[int], object], copy: int) -> float:
-        """Microseconds of ``call(copy)``."""
+    def us(self, call: Callable[[int], object], copies: Sequence[int]) -> float:
+        """Microseconds of one ``call(copy)``, the mean over ``copies``."""
         before = time.perf_counter_ns()
-        call(copy)
-        return (time.perf_counter_ns() - before) / 1000
+        for copy in copies:
+            call(copy)
+        return (time.perf_counter_ns() - before) / 1000 / len(copies)
 
 
 class CudaClock:
     """As the device sees it, between two CUDA events.
 
-    The device is kept busy while the host queues the call, so that launching is not timed unless
-    it takes the host longer than that: one launch (a kernel, a graph) does not, the thirty of an
-    eager step do.
+    The device is kept busy while the host queues the first call, so that launching is not timed
+    unless it takes the host longer than that: one launch (a kernel, a graph) does not, the thirty
+    of an eager step do. The events themselves take a few microseconds, which several calls share.
     """
 
     def __init__(self) -> None:
@@ -73,15 +74,16 @@ class CudaClock:
             [torch.cuda.Event(enable_timing=True) for _ in range(2)],
         )
 
-    def us(self, call: Callable[[int], object], copy: int) -> float:
-        """Microseconds of ``call(copy)``."""
+    def us(self, call: Callable[[int], object], copies: Sequence[int]) -> float:
+        """Microseconds of one ``call(copy)``, the mean over ``copies``."""
         start, end = self._events
         self._sleep(_BUSY_CYCLES)
         start.record()
-        call(copy)
+        for copy in copies:
+            call(copy)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1000
+        return start.elapsed_time(end) * 1000 / len(copies)
 
 
 def clock_of(device_type: str) -> Clock:
@@ -95,11 +97,13 @@ class Timing:
 
     Attributes:
         name: the contender's.
-        us: microseconds of each call, in the order of the rounds.
+        us: microseconds of a call, by round.
+        calls: per round, of which ``us`` is the mean.
     """
 
     name: str
     us: tuple[float, ...] = field(repr=False)
+    calls: int = 1
 
     @property
     def us_median(self) -> float:
@@ -118,7 +122,7 @@ class Timing:
 
     @property
     def repeats(self) -> int:
-        """Calls timed."""
+        """Rounds timed."""
         return len(self.us)
 
 
@@ -145,6 +149,7 @@ def alternate(
     min_rounds: int = 15,
     max_rounds: int = 1000,
     warmup: int = 2,
+    calls: int = 1,
     clock: Clock | None = None,
 ) -> dict[str, Timing]:
     """Time contenders against each other, in turns.
@@ -155,6 +160,7 @@ def alternate(
             and at most ``max_rounds``.
         copies: of the operands; call n of the whole run uses copy n mod ``copies``.
         warmup: untimed rounds.
+        calls: of a contender in a round, back to back; their mean is the round's time.
         clock: of the device that the contenders run on; default the host's.
     Returns: a timing per name, all of the same number of rounds.
     Raises:
@@ -182,15 +188,17 @@ def alternate(
                 break
             for place in range(len(contenders)):
                 contender = contenders[(place + number) % len(contenders)]
-                contender.prepare(turn % copies)
-                us = clock.us(contender.call, turn % copies)
-                turn += 1
+                turns = [number_of_call % copies for number_of_call in range(turn, turn + calls)]
+                for copy in sorted(set(turns)):
+                    contender.prepare(copy)
+                us = clock.us(contender.call, turns)
+                turn += calls
                 if number >= 0:
                     taken[contender.name].append(us)
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(name, tuple(us)) for name, us in taken.items()}
+    return {name: Timing(name, tuple(us), calls) for name, us in taken.items()}
 
 
 def ratio(slower: Timing, faster: Timing) -> Ratio:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compute-sanitizer over small decode steps and losses (:mod:`tools.gpu.small_steps`).
+
+Each tool is first run over a program with a bug of its kind (csrc/testing/seeded_bugs.cu). One that
+does not find it, because it refuses the device or is not installed, is reported as not run: it says
+nothing about our kernels.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .processes import ROOT, run_command
+from .records import DID_NOT_RUN, FAILED, PASSED, TIMED_OUT
+from .stages import Output
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FOUND = 86  # the exit code that we give to "errors were found"
+OURS = "dualhead"  # the namespace that our kernels' names begin with
+STEP_IS_FINE = "fine: "  # before the name of each step that small_steps has done
+_SUMMARY = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "LEAK SUMMARY", "Target")
+# Only our kernels are watched, which takes a fraction of the time; the seeded bugs have the same
+# namespace. initcheck must see who writes memory, PyTorch's kernels too.
+_FILTER = ["--kernel-regex", f"kernel_substring={OURS}"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One of the words of :mod:`.records`, and a line for a person."""
+
+    word: str
+    detail: str
+
+
+def find_tool() -> str | None:
+    """compute-sanitizer on PATH, or beside nvcc."""
+    found = shutil.which("compute-sanitizer")
+    nvcc = shutil.which("nvcc")
+    if found is None and nvcc is not None:
+        beside = Path(nvcc).resolve().parent / "compute-sanitizer"
+        found = str(beside) if beside.is_file() else None
+    return found
+
+
+def build_seeded_bugs(folder: Path, limit: float) -> tuple[Path | None, str]:
+    """(program, "") or (None, why not), for the GPU that is there."""
+    program = folder / "seeded_bugs"
+    source = ROOT / "csrc" / "testing" / "seeded_bugs.cu"
+    if shutil.which("nvcc") is None:
+        return None, "nvcc is not found, which builds the seeded bugs"
+    command = ["nvcc", "-std=c++17", "-arch=native", "-o", str(program), str(source)]
+    done = run_command(command, limit)
+    return (program, "") if done.code == 0 else (None, f"nvcc: {done.last_line.strip()}")
+
+
+def reports(text: str) -> list[str]:
+    """What a tool found, one text each: a line behind ``=========`` without indentation, and the
+    indented ones below it."""
+    found: list[str] = []
+    for line in text.splitlines():
+        match = re.match(r"=========( +)(\S.*)", line)
+        if match is None:
+            continue
+        if len(match[1]) > 1:
+            if found:
+                found[-1] += "\n" + match[2]
+        elif not match[2].startswith(_SUMMARY):
+            found.append(match[2])
+    return found
+
+
+def counts(report: str) -> bool:
+    """Whether a report is about us: it names a kernel of ours, or no kernel at all. PyTorch's own
+    kernels and cuBLAS's are not ours to check."""
+    return OURS in report or not re.search(r"(?m)^at |\bat .+\+0x", report)
+
+
+def judge(code: int | None, text: str) -> Outcome:
+    """The outcome of a tool's run over our kernels; ``code`` None: its time ran out."""
+    found = reports(text)
+    ours = [report for report in found if counts(report)]
+    fine = [line for line in text.splitlines() if line.startswith(STEP_IS_FINE)]
+    steps = f"{len(fine)} steps"
+    if code == 0:
+        return Outcome(PASSED, steps)
+    if code == FOUND and not ours and found:
+        return Outcome(PASSED, f"{steps}; {len(found)} reports in kernels that are not ours")
+    if ours:
+        first = ours[0].partition("\n")[0]
+        return Outcome(FAILED, f"{len(ours)} reports, the first: {first}; {steps} had ended")
+    if code is None:
+        return Outcome(TIMED_OUT, f"nothing found in the {steps} that had ended")
+    lines = text.strip().splitlines() or ["no output"]
+    return Outcome(FAILED, f"exit code {code}: {lines[-1][:200]}; {steps} had ended")
+
+
+def sanitize(
+    tool: str,
+    program: Path,
+    limit: float,
+    seen: Callable[[str], None] = lambda line: None,
+    target: list[str] | None = None,
+) -> Outcome:
+    """Run one tool, first over its seeded bug in ``program``, then over ``target`` (default: the
+    small steps)."""
+    sanitizer = find_tool()
+    if sanitizer is None:
+        return Outcome(DID_NOT_RUN, "compute-sanitizer is not found")
+    end = time.monotonic() + limit
+    start = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND)]
+    filters = [] if tool == "initcheck" else _FILTER
+    seeded = run_command([*start, *filters, str(program), tool], limit / 3)
+    if seeded.code != FOUND and filters:  # perhaps this version has no such option
+        filters = []
+        seeded = run_command([*start, str(program), tool], (end - time.monotonic()) / 2)
+    if seeded.code != FOUND:
+        last = seeded.last_line.strip()
+        return Outcome(DID_NOT_RUN, f"did not find its seeded bug ({seeded.why}): {last}")
+    seen(f"{tool} found its seeded bug, {'with' if filters else 'without'} a filter of kernels\n")
+    target = target or [sys.executable, "-m", "tools.gpu.small_steps"]
+    # Memory that PyTorch keeps and hands out again would hide what the tools look for.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    left = end - time.monotonic()
+    done = run_command([*start, *filters, *target], left, environment, seen)
+    return judge(done.code, done.text)
+
+
+def run(output: Output, end_time: float) -> tuple[str, str]:
+    """All tools side by side, into ``sanitizers.txt``; outcome and detail."""
+    with tempfile.TemporaryDirectory() as folder:
+        program, problem = build_seeded_bugs(Path(folder), 40)
+        if program is None:
+            return DID_NOT_RUN, problem
+
+        def one(tool: str) -> str:
+            start = time.monotonic()
+
+            def seen(line: str) -> None:
+                output.text("sanitizers.txt", f"{tool}: {line}")
+
+            found = sanitize(tool, program, end_time - start, seen)
+            seconds = round(time.monotonic() - start, 1)
+            output.stages.add(name=tool, outcome=found.word, seconds=seconds, detail=found.detail)
+            output.say(f"{tool}: {found.word} in {seconds} s. {found.detail}")
+            return found.word
+
+        with ThreadPoolExecutor(len(TOOLS)) as pool:
+            words = list(pool.map(one, TOOLS))
+    worst = next((word for word in (FAILED, TIMED_OUT, DID_NOT_RUN) if word in words), PASSED)
+    return worst, ", ".join(f"{tool} {word}" for tool, word in zip(TOOLS, words, strict=True))
