@@ -67,6 +67,17 @@ def refuse_packed(kwargs: dict[str, Any]) -> None:
             )
 
 
+def class_name(thing: Any) -> str:
+    """A class's name with the package it is from: "peft Linear"."""
+    kind = type(thing)
+    return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+
+
+def inside_peft(model: Any) -> Any:
+    """The model inside PEFT's wrapper, adapters in its layers; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def module_name(model: nn.Module, module: nn.Module) -> str:
     """Where ``module`` is in the model's tree of modules."""
     for name, found in model.named_modules():

@@ -6,6 +6,7 @@ line in GATES.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,54 @@ from .reference import accumulator_dtype, fold_values, masked_softmax
 _QUERY_BLOCK = 256
 
 
-def linear(hidden: Tensor, layer: nn.Linear) -> Tensor:
-    """``layer(hidden)`` with the weights cast to the dtype of ``hidden``: trained weights are kept
-    in fp32 beside a backbone in bf16. Autocast, where enabled, does this itself.
+def linear(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden @ weight.T`` with the weight cast to the dtype of ``hidden``: trained weights are
+    kept in fp32 beside a backbone in bf16. Autocast, where enabled, does this itself.
     """
-    if layer.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
-        return layer(hidden)
-    bias = None if layer.bias is None else layer.bias.to(hidden.dtype)
-    return F.linear(hidden, layer.weight.to(hidden.dtype), bias)
+    if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+        return F.linear(hidden, weight)
+    return F.linear(hidden, weight.to(hidden.dtype))
 
 
-class AttentionGate(nn.Module):
+class Gate(nn.Module):
+    """A gate's parameters, which belong to the gate itself and not to ``nn.Linear`` children.
+
+    Tools that replace linear layers (PEFT's default target names and "all-linear", torchao) would
+    take children named q_proj to o_proj for the backbone's: training would go through the
+    replacement, decoding would read the plain weights. In a state dict every parameter has the
+    name that files use, ``gate.q_proj.weight`` for ``gate.q_weight``.
+    """
+
+    has_state = False
+    state_names: ClassVar[dict[str, str]] = {}  # parameter -> its name in a state dict
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        own: dict[str, Tensor] = {}
+        super()._save_to_state_dict(own, "", keep_vars)
+        for name, value in own.items():
+            destination[prefix + self.state_names[name]] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = {prefix + there: prefix + here for here, there in self.state_names.items()}
+        renamed = {names.get(key, key): value for key, value in state_dict.items()}
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            renamed, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        back = {here: there for there, here in names.items()}
+        missing_keys += [back.get(key, key) for key in missing]
+
+
+class AttentionGate(Gate):
     """The context-aware gate: ``logit_t = w_g.W_O Concat_i
     softmax_{s<=t}(q_{t,i}.k_{s,i}/sqrt(d_k)) v_{s,i} + b_g``.
 
@@ -37,18 +75,27 @@ class AttentionGate(nn.Module):
     """
 
     has_state = True
+    state_names: ClassVar[dict[str, str]] = {
+        "q_weight": "q_proj.weight",
+        "k_weight": "k_proj.weight",
+        "v_weight": "v_proj.weight",
+        "o_weight": "o_proj.weight",
+        "out_weight": "out.weight",
+        "out_bias": "out.bias",
+    }
 
     def __init__(self, config: DualHeadConfig) -> None:
         super().__init__()
         d, g = config.hidden_size, config.gate_size
         self.num_heads, self.head_dim = config.gate_num_heads, config.gate_head_dim
-        self.q_proj = nn.Linear(d, g, bias=False)
-        self.k_proj = nn.Linear(d, g, bias=False)
-        self.v_proj = nn.Linear(d, g, bias=False)
-        self.o_proj = nn.Linear(g, g, bias=False)
-        self.out = nn.Linear(g, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.q_weight = nn.Parameter(torch.empty(g, d))
+        self.k_weight = nn.Parameter(torch.empty(g, d))
+        self.v_weight = nn.Parameter(torch.empty(g, d))
+        self.o_weight = nn.Parameter(torch.empty(g, g))
+        for weight in (self.q_weight, self.k_weight, self.v_weight, self.o_weight):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear starts
+        self.out_weight = nn.Parameter(torch.zeros(1, g))
+        self.out_bias = nn.Parameter(torch.zeros(1))
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(
@@ -60,7 +107,8 @@ class AttentionGate(nn.Module):
         (float64 for float64). A position that sees no real token, itself included, gets b_g.
         """
         q, k, v = (
-            self._split(linear(hidden, layer)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+            self._split(linear(hidden, weight))
+            for weight in (self.q_weight, self.k_weight, self.v_weight)
         )
         if attention_mask is None:
             context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -76,13 +124,13 @@ class AttentionGate(nn.Module):
             # then drop them.
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~seen)
             context = context.masked_fill(~seen, 0.0)
-        context = linear(context.transpose(1, 2).flatten(2), self.o_proj)
+        context = linear(context.transpose(1, 2).flatten(2), self.o_weight)
         accumulate = accumulator_dtype(context.dtype)
         # w_g.a_t in the accumulator's dtype: a rounded logit would move alpha by more than the
         # products do.
         with torch.autocast(hidden.device.type, enabled=False):
             logit = F.linear(
-                context.to(accumulate), self.out.weight.to(accumulate), self.out.bias.to(accumulate)
+                context.to(accumulate), self.out_weight.to(accumulate), self.out_bias.to(accumulate)
             )
         return logit.squeeze(-1)
 
@@ -90,9 +138,7 @@ class AttentionGate(nn.Module):
         """The folded value rows U (H, d), fp32 or float64: see
         :func:`dualhead_ext.reference.fold_values`.
         """
-        return fold_values(
-            self.v_proj.weight, self.o_proj.weight, self.out.weight, self.num_heads
-        ).detach()
+        return fold_values(self.v_weight, self.o_weight, self.out_weight, self.num_heads).detach()
 
     def keys_and_values(
         self, hidden: Tensor, u_weight: Tensor, projection: PromptProjection | None
@@ -103,7 +149,7 @@ class AttentionGate(nn.Module):
         if projection is not None:
             k, u = projection(hidden)
         else:
-            k = linear(hidden, self.k_proj)
+            k = linear(hidden, self.k_weight)
             u = F.linear(hidden.to(u_weight.dtype), u_weight)
         return self._split(k), u.transpose(1, 2)
 
@@ -117,44 +163,41 @@ class AttentionGate(nn.Module):
         """
         accumulate = accumulator_dtype(hidden.dtype)
         keys, index = k.to(accumulate).transpose(-1, -2), torch.arange(k.shape[2], device=k.device)
-        bias, logits = self.out.bias.to(accumulate), []
+        bias, logits = self.out_bias.to(accumulate), []
         for queries, column in zip(
             hidden.split(_QUERY_BLOCK, 1), columns.split(_QUERY_BLOCK, 1), strict=True
         ):
-            q = self._split(linear(queries, self.q_proj)).to(accumulate)
+            q = self._split(linear(queries, self.q_weight)).to(accumulate)
             visible = (index <= column[..., None]) & valid[:, None, :]  # (B, N, S)
             weights = masked_softmax(q @ keys / math.sqrt(self.head_dim), visible[:, None])
             logits.append((weights @ u.to(accumulate)[..., None]).squeeze(-1).sum(1) + bias)
         return torch.cat(logits, dim=1)
 
 
-class LinearGate(nn.Module):
+class LinearGate(Gate):
     """The control without attention: ``logit_t = w.h_t + b``; d + 1 parameters, zero at first."""
 
-    has_state = False
+    state_names: ClassVar[dict[str, str]] = {"out_weight": "out.weight", "out_bias": "out.bias"}
 
     def __init__(self, config: DualHeadConfig) -> None:
         super().__init__()
-        self.out = nn.Linear(config.hidden_size, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out_weight = nn.Parameter(torch.zeros(1, config.hidden_size))
+        self.out_bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """hidden (..., d) -> (...) fp32 or float64. The mask has nothing to hide from it."""
         accumulate = accumulator_dtype(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             logit = F.linear(
-                hidden.to(accumulate), self.out.weight.to(accumulate), self.out.bias.to(accumulate)
+                hidden.to(accumulate), self.out_weight.to(accumulate), self.out_bias.to(accumulate)
             )
         return logit.squeeze(-1)
 
 
-class FixedGate(nn.Module):
+class FixedGate(Gate):
     """alpha = ``config.gate_alpha`` for every token: the logit is log(a / (1 - a)), -inf at 0 and
     +inf at 1.
     """
-
-    has_state = False
 
     def __init__(self, config: DualHeadConfig) -> None:
         super().__init__()
@@ -167,7 +210,7 @@ class FixedGate(nn.Module):
         return torch.logit(alpha)
 
 
-GATES: dict[str, type[nn.Module]] = {
+GATES: dict[str, type[Gate]] = {
     "attention": AttentionGate,
     "linear": LinearGate,
     "fixed": FixedGate,

@@ -82,10 +82,10 @@ class DecodingHead(HeadBase):
         tensors |= {name: s.detach() for name, s in scales.items() if s is not None}
         if self.gate.has_state:
             tensors |= {
-                "q_weight": plain(self.gate.q_proj.weight),
-                "k_weight": plain(self.gate.k_proj.weight),
+                "q_weight": plain(self.gate.q_weight),
+                "k_weight": plain(self.gate.k_weight),
                 "u_weight": self.gate.folded_values().to(accumulator_dtype(dtype)),
-                "gate_bias": self.gate.out.bias.detach().to(accumulator_dtype(dtype)),
+                "gate_bias": self.gate.out_bias.detach().to(accumulator_dtype(dtype)),
             }
         return DecodeWeights(tensors, self._stamp())
 

@@ -78,7 +78,7 @@ def load_head_state(
         ValueError: as :func:`check_head_state`; the head is left as it was.
     """
     check_head_state(head.config, state, quantized, where)
-    own = dict(head.named_parameters()) | {"lm_head.weight": head.lm_weight}
+    own = head.state_dict(keep_vars=True) | {"lm_head.weight": head.lm_weight}
     own["lm_head.bias"] = head.lm_bias
     if quantized is not None:
         state, weight = dict(state), head.lm_weight

@@ -140,8 +140,10 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
             return
         call.hidden = output[0]
         batch, length = call.hidden.shape[:2]
-        if call.new_valid is None and call.attention_mask is not None:
-            call.new_valid = call.attention_mask[:, -length:].bool()
+        if call.attention_mask is not None:
+            # PEFT puts virtual tokens before a prompt after it was asked which tokens are real.
+            if call.new_valid is None or call.new_valid.shape[1] != length:
+                call.new_valid = call.attention_mask[:, -length:].bool()
         cache = getattr(output, "past_key_values", None) if call.cache is None else call.cache
         if not isinstance(cache, Cache):
             return

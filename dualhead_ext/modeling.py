@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .backbones import backbone_post_processing, module_name, refuse_packed, replace_module
+from .backbones import (
+    backbone_post_processing,
+    class_name,
+    inside_peft,
+    module_name,
+    refuse_packed,
+    replace_module,
+)
 from .builtin_backbones import backbone_path
 from .config import DualHeadConfig
 from .gated_generation import CONTROLS, GatedGenerationMixin
@@ -35,6 +42,12 @@ _NEW_ARGUMENTS = (
     *("completion_mask", "objective", "pairs", "loss_options", "hidden_states"),
 )
 
+_NOT_ADAPTED = (
+    "which cannot be adapted: leave lm_head out of target_modules, target_parameters and "
+    "modules_to_save (and, where it is tied to the embedding, the embedding too), or adapt the "
+    "backbone and merge the adapter before attaching"
+)
+
 
 class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
     """A Hugging Face causal language model with a gated, two-headed lm_head. Not made by its
@@ -48,49 +61,51 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
     @classmethod
     def from_backbone(
         cls,
-        backbone: str | os.PathLike | PreTrainedModel,
+        backbone: str | os.PathLike | nn.Module,
         *,
-        dtype: torch.dtype | str | None = None,
-        device_map: Any = None,
-        revision: str | None = None,
         quantize: str | None = None,
-        **config: Any,
+        **options: Any,
     ) -> DualHeadForCausalLM:
         """Extend a causal language model in place with a reward head (a copy of its LM head) and a
         gate (alpha = 1/2).
 
         Args:
             backbone: a model, or a path, hub name or built-in backbone ("embedded", "smollm2") for
-                ``AutoModelForCausalLM.from_pretrained`` (with dtype, device_map, revision; dtype
-                default "auto", as the files are).
+                ``AutoModelForCausalLM.from_pretrained``.
+                Of a ``PeftModel`` the model inside is extended and returned; the wrapper goes on
+                working.
             quantize: "int8", "fp8" or "int4": the heads in this format at once, see
                 :meth:`quantize`. A torchao lm_head needs it: its numbers become both heads', bit
                 for bit (:mod:`dualhead_ext.torchao_weights`).
-            config: fields of :class:`DualHeadConfig` but sizes, bias and post-processing, which are
-                read from it.
+            options: fields of :class:`DualHeadConfig` but sizes, bias and post-processing, which
+                are read from the backbone. For a path or name, all others go to its
+                ``from_pretrained``: device_map, revision, attn_implementation, gguf_file, ...;
+                dtype is "auto", as the files are, by default.
         Raises:
-            TypeError: not a causal language model, an unknown field, or an lm_head that something
-                else than torchao has quantised. ValueError: it has a gated head already; quantize
-                is no format, or not that of a torchao lm_head. The backbone is as it was then.
+            TypeError: not a causal language model, an unknown option, or an lm_head that something
+                else than torchao has quantised or adapted. ValueError: it has a gated head already;
+                quantize is no format, or not that of a torchao lm_head. The backbone is as it was
+                then.
         """
         if quantize is not None:
             check_format("from_backbone", quantize)
-        if not isinstance(backbone, PreTrainedModel):
-            if not isinstance(backbone, (str, os.PathLike)):
-                raise TypeError(
-                    f"from_backbone: backbone must be a model, a path or a hub name, got "
-                    f"{type(backbone).__name__}"
-                )
-            backbone = AutoModelForCausalLM.from_pretrained(
-                backbone_path(backbone),
-                dtype=dtype or "auto",
-                device_map=device_map,
-                revision=revision,
-            )
-        elif not (dtype is device_map is revision is None):
+        known = {field.name for field in fields(DualHeadConfig)}
+        config = {name: value for name, value in options.items() if name in known}
+        loading = {name: value for name, value in options.items() if name not in known}
+        if isinstance(backbone, (str, os.PathLike)):
+            loading["dtype"] = loading.get("dtype") or "auto"
+            backbone = AutoModelForCausalLM.from_pretrained(backbone_path(backbone), **loading)
+        elif loading:
             raise TypeError(
-                "from_backbone: dtype, device_map and revision are for a path or hub name, not a "
-                "model"
+                f"from_backbone: unknown arguments {', '.join(sorted(loading))}; what "
+                "from_pretrained takes (dtype, device_map, ...) is for a path or hub name, not for "
+                "a model"
+            )
+        backbone = inside_peft(backbone)
+        if not isinstance(backbone, PreTrainedModel):
+            raise TypeError(
+                "from_backbone: backbone must be a model, a path or a hub name, got "
+                f"{type(backbone).__name__}"
             )
         model = cls._extend("from_backbone", backbone, config, quantize)
         if quantize is not None:
@@ -113,7 +128,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"{operator}: {type(backbone).__name__} must have a linear lm_head, got "
-                f"{type(linear).__name__}"
+                f"{class_name(linear)}"
             )
         read = {
             "hidden_size": linear.in_features,
@@ -276,8 +291,26 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
 
     @property
     def lm_head_module(self) -> DualHeadLMHead:
-        """The gated head, whatever attribute the backbone keeps its lm_head under."""
-        return self.get_output_embeddings()
+        """The gated head, whatever attribute the backbone keeps its lm_head under.
+
+        Raises:
+            NotImplementedError: an adapter has taken its place.
+        """
+        head = self.get_output_embeddings()
+        if not isinstance(head, DualHeadLMHead):
+            raise NotImplementedError(
+                f"DualHeadForCausalLM: {class_name(head)} stands in the place of the gated "
+                f"lm_head, {_NOT_ADAPTED}"
+            )
+        if not torch.compiler.is_compiling():
+            for name in ("reward_head", "gate"):
+                part = getattr(head, name)
+                if class_name(part).startswith("peft "):
+                    raise NotImplementedError(
+                        f"DualHeadForCausalLM: {class_name(part)} stands in the place of "
+                        f"lm_head.{name}, {_NOT_ADAPTED}"
+                    )
+        return head
 
     @property
     def dual_head_config(self) -> DualHeadConfig:

@@ -28,9 +28,9 @@ def reference_logits(model, ids, strength=None):
     """The paper's formulas over a whole sequence: (1, T, V), after the backbone's own f."""
     head, config = model.lm_head_module, model.dual_head_config
     hidden, gate = hidden_states(model, ids), head.gate
-    projections = (getattr(gate, f"{name}_proj").weight for name in "qkvo")
+    projections = (getattr(gate, f"{name}_weight") for name in "qkvo")
     logit = reference.attention_gate_logit(
-        hidden, *projections, gate.out.weight, gate.out.bias, gate.num_heads
+        hidden, *projections, gate.out_weight, gate.out_bias, gate.num_heads
     )
     alpha = reference.mixing_weight(
         logit, None, None if strength is None else torch.tensor(strength)
@@ -436,7 +436,6 @@ def test_lora_on_top():
         task_type="CAUSAL_LM",
         target_modules=["q_proj", "v_proj"],
         r=2,
-        exclude_modules=r".*lm_head.*",
     )
     wrapped = peft.get_peft_model(model, config)
     assert torch.equal(wrapped.generate(**batch, **GREEDY), expected)

@@ -30,9 +30,9 @@ def full_reference(head, hidden, mask=None, alpha=None):
     gate, config = head.gate, head.config
     logit = reference.attention_gate_logit(
         hidden,
-        *(getattr(gate, f"{n}_proj").weight for n in "qkvo"),
-        gate.out.weight,
-        gate.out.bias,
+        *(getattr(gate, f"{n}_weight") for n in "qkvo"),
+        gate.out_weight,
+        gate.out_bias,
         gate.num_heads,
         mask,
     )
@@ -160,8 +160,8 @@ def test_attention_gate_of_zero_weights_is_a_fixed_gate(alpha):
     """The theorem's construction, W_g = 0 and b_g = logit(alpha)."""
     head = make_head()
     with torch.no_grad():
-        head.gate.out.weight.zero_()
-        head.gate.out.bias.fill_(torch.logit(torch.tensor(alpha, dtype=torch.float64)))
+        head.gate.out_weight.zero_()
+        head.gate.out_bias.fill_(torch.logit(torch.tensor(alpha, dtype=torch.float64)))
     hidden = torch.randn(2, 5, D, dtype=torch.float64)
     torch.testing.assert_close(head(hidden).logits, head(hidden, alpha=alpha).logits)
 

@@ -48,7 +48,7 @@ def test_keys_and_values_are_those_of_two_products(products, dtype, seed):
     torch.manual_seed(seed)
     config = dh.DualHeadConfig(hidden_size=96, vocab_size=50, gate_num_heads=3, gate_head_dim=8)
     head = dh.DualHead(config).to(dtype)
-    torch.nn.init.normal_(head.gate.out.weight)
+    torch.nn.init.normal_(head.gate.out_weight)
     hidden = torch.randn(2, 11, 96).to(dtype)
     weights = head.new_cache(2, 16).weights
     u_weight = weights.tensors["u_weight"]
@@ -65,7 +65,7 @@ def test_keys_and_values_are_those_of_two_products(products, dtype, seed):
 def test_a_prompt_goes_through_it_and_says_the_same(products, seed):
     torch.manual_seed(seed)
     head = dh.DualHead(dh.DualHeadConfig(hidden_size=64, vocab_size=50)).bfloat16()
-    torch.nn.init.normal_(head.gate.out.weight)
+    torch.nn.init.normal_(head.gate.out_weight)
     hidden = torch.randn(3, 9, 64).bfloat16()
     cache = head.new_cache(3, 16)
     assert cache.weights.projection is not None

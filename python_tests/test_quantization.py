@@ -242,7 +242,7 @@ def test_casts_leave_the_numbers_alone(name):
     head = make_head().quantize(name)
     before = {n: v.clone() for n, v in head.state_dict().items() if "head.weight" in n}
     cast = copy.deepcopy(head).to(torch.bfloat16)
-    assert cast.hidden_dtype == torch.bfloat16 and cast.gate.out.weight.dtype == torch.bfloat16
+    assert cast.hidden_dtype == torch.bfloat16 and cast.gate.out_weight.dtype == torch.bfloat16
     for n, value in before.items():
         after = cast.state_dict()[n]
         assert after.dtype == value.dtype and torch.equal(

@@ -191,7 +191,7 @@ def test_casts_and_copies(name, family):
     for cast in (torch.bfloat16, torch.float16, "cpu", torch.float32):
         dtype = twin.to(cast).dtype
         assert cast in ("cpu", dtype)
-        assert head.hidden_dtype == head.gate.out.weight.dtype == dtype
+        assert head.hidden_dtype == head.gate.out_weight.dtype == dtype
         assert head.reward_head.compute_dtype == dtype
         state = twin.state_dict()
         assert same_bits({n: state[n] for n in numbers}, numbers)
@@ -247,7 +247,6 @@ def test_adapters_train_through_quantised_heads():
             task_type="CAUSAL_LM",
             target_modules=["q_proj", "v_proj"],
             r=2,
-            exclude_modules=r".*lm_head.*",
         )
         wrapped = peft.get_peft_model(each, config)
         wrapped(**batch, labels=batch["input_ids"]).loss.backward()

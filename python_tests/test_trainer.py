@@ -249,7 +249,7 @@ def test_a_nan_is_not_hidden(tmp_path):
 def test_a_collapsed_gate_is_announced_once(tmp_path, caplog):
     model = make_model("llama")
     with torch.no_grad():
-        model.lm_head_module.gate.out.bias.fill_(12.0)
+        model.lm_head_module.gate.out_bias.fill_(12.0)
     trainer = make_trainer(tmp_path, model, max_steps=3)
     with caplog.at_level(logging.WARNING):
         trainer.train()

@@ -49,9 +49,9 @@ def slow_logits(strong, weak, ids, row=None):
     head, config = weak.lm_head_module, weak.dual_head_config
     hidden = weak.get_decoder()(input_ids=ids, use_cache=False)[0]
     gate = head.gate
-    projections = (getattr(gate, f"{name}_proj").weight for name in "qkvo")
+    projections = (getattr(gate, f"{name}_weight") for name in "qkvo")
     logit = reference.attention_gate_logit(
-        hidden, *projections, gate.out.weight, gate.out.bias, gate.num_heads
+        hidden, *projections, gate.out_weight, gate.out_bias, gate.num_heads
     )
     logit = logit + controls.get("gate_offset", 0.0)
     alpha = (torch.sigmoid(logit) * controls.get("strength", 1.0)).clamp(0, 1)[:, -1]

@@ -103,8 +103,8 @@ def make_model(family: str, seed: int = 0, sizes: dict | None = None, **config):
     with torch.no_grad():
         for parameter in (*head.reward_head.parameters(), *head.gate.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
-        if hasattr(head.gate, "out"):
-            head.gate.out.weight.mul_(0.2)  # alpha away from 0 and 1
+        if hasattr(head.gate, "out_weight"):
+            head.gate.out_weight.mul_(0.2)  # alpha away from 0 and 1
     return model.eval()
 
 

@@ -56,7 +56,7 @@ class Training:
         head = self.model.lm_head_module
         weight = head.reward_head.weight
         weight.add_(torch.randn_like(weight), alpha=0.3 * weight.std().item())
-        head.gate.out.weight.normal_(std=0.1)
+        head.gate.out_weight.normal_(std=0.1)
 
     def _on_host(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         pinned = self.device_type == "cuda"  # as Trainer's loaders do
