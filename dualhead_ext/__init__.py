@@ -18,7 +18,7 @@ _EXPORTS = {
     "DualHeadConfig": "config",
     "DualHead": "head",
     "DualHeadForCausalLM": "modeling",
-    "detach": "modeling",
+    "detach": "attachment",
     "WeakToStrong": "weak_to_strong",
     "DualHeadTrainer": "trainer",
     "backbone_path": "builtin_backbones",

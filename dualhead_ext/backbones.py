@@ -73,6 +73,14 @@ def class_name(thing: Any) -> str:
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
 
 
+def decoder_of(model: nn.Module, found: nn.Module) -> nn.Module:
+    """What transformers' ``get_decoder`` has ``found``, or ``model.model`` where that is the model
+    itself (Llama 4's text model names another attribute as its base).
+    """
+    inner = getattr(model, "model", None)
+    return inner if found is model and isinstance(inner, nn.Module) else found
+
+
 def inside_peft(model: Any) -> Any:
     """The model inside PEFT's wrapper, adapters in its layers; any other as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -99,7 +99,8 @@ def load(arguments: Namespace) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .modeling import DualHeadForCausalLM, detach
+    from .attachment import detach
+    from .modeling import DualHeadForCausalLM
 
     check_device(arguments.device)
     heads, backbone = arguments.heads, arguments.backbone

@@ -8,8 +8,6 @@ The model is extended in place: it stays an instance of its own class, and its o
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 from dataclasses import fields
 from typing import Any
@@ -18,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .attachment import attach, extended_class
 from .backbones import (
     backbone_post_processing,
     class_name,
+    decoder_of,
     inside_peft,
     module_name,
     refuse_packed,
-    replace_module,
 )
 from .builtin_backbones import backbone_path
 from .config import DualHeadConfig
@@ -148,7 +147,8 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         if quantize is not None:
             check_format(operator, quantize, settings.hidden_size)
         check_lm_weight(operator, linear.weight, quantize)
-        return _attach(backbone, linear, settings)
+        extended = extended_class(DualHeadForCausalLM, type(backbone), _NEW_ARGUMENTS)
+        return attach(backbone, linear, settings, extended)
 
     # --- quantised heads ---
 
@@ -289,6 +289,10 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         kwargs = {k: v for k, v in inputs.items() if k not in (*dropped, *_NEW_ARGUMENTS)}
         return self.get_decoder()(**kwargs, use_cache=False)[0]
 
+    def get_decoder(self) -> nn.Module:
+        """What gives the hidden states that the head reads."""
+        return decoder_of(self, super().get_decoder())
+
     @property
     def lm_head_module(self) -> DualHeadLMHead:
         """The gated head, whatever attribute the backbone keeps its lm_head under.
@@ -324,79 +328,3 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         raise NotImplementedError(
             "resize_token_embeddings: resize the backbone first, then attach the gated head"
         )
-
-
-@functools.cache
-def _extended_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The backbone's class with the gated head's methods before its own. It keeps the name:
-    pipelines and saved configs go by it, and ``isinstance`` holds both ways.
-    """
-    signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())
-    names = tuple(p.name for p in parameters[1:] if p.kind is not p.VAR_KEYWORD)
-
-    # generate() and Trainer inspect signatures: without the base's, GPT-2 silently loses its
-    # position_ids.
-    @functools.wraps(base.forward)
-    def forward(self, *args, **kwargs):
-        return self._dual_head_forward(base.forward, names, args, kwargs)
-
-    added = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in _NEW_ARGUMENTS
-    ]
-    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    forward.__signature__ = signature.replace(
-        parameters=[p for p in parameters if p.kind is not p.VAR_KEYWORD] + added + rest
-    )
-    return type(
-        base.__name__,
-        (DualHeadForCausalLM, base),
-        {"forward": forward, "__module__": base.__module__},
-    )
-
-
-def _attach(
-    model: PreTrainedModel, linear: nn.Linear, config: DualHeadConfig
-) -> DualHeadForCausalLM:
-    model.requires_grad_(False)
-    head = DualHeadLMHead(linear, config)
-    head.train(linear.training)
-    replace_module(model, linear, head)
-    head.decoder_hook = model.get_decoder().register_forward_hook(head.on_decoder, with_kwargs=True)
-    model.__class__ = _extended_class(type(model))
-    return model
-
-
-def detach(model: DualHeadForCausalLM, dequantize: bool = False) -> PreTrainedModel:
-    """The plain backbone back, in place: its class, its lm_head, nothing left behind.
-
-    A quantised LM head that was tied to the embedding becomes the embedding's weight again. One
-    that was not has lost its full precision.
-
-    Args:
-        dequantize: what such an lm_head gets: its numbers' values (True), or an error.
-    Raises:
-        TypeError: the model has no gated head. RuntimeError: see dequantize; nothing has changed.
-    """
-    if not isinstance(model, DualHeadForCausalLM):
-        raise TypeError(f"detach: model must have a gated head, got {type(model).__name__}")
-    head, weight = model.lm_head_module, model._plain_lm_weight()
-    if weight is None:
-        if not dequantize:
-            raise RuntimeError(
-                f"detach: the LM head is quantised ({head.quantized}) and its full precision is "
-                "gone: load the backbone again, or pass dequantize=True for an lm_head with the "
-                "values of its numbers"
-            )
-        weight = nn.Parameter(head.dequantized(), requires_grad=False)
-    head.decoder_hook.remove()
-    linear = nn.Linear(
-        head.in_features, head.out_features, bias=head.bias is not None, device="meta"
-    )
-    linear.weight = weight
-    if head.bias is not None:
-        linear.bias = head.bias
-    linear.train(head.training)
-    replace_module(model, head, linear)
-    model.__class__ = type(model).__bases__[1]
-    return model

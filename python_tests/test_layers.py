@@ -46,7 +46,7 @@ LAYERS = (
     {"reward_head", "head_base", "head_decode", "head"},
     {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "generation_options", "fingerprint", "head_files"},
-    {"lm_head", "pretrained", "generation", "gated_generation", "modeling"},
+    {"lm_head", "attachment", "pretrained", "generation", "gated_generation", "modeling"},
     {"state_file", "hidden_cache", "hidden_cache_build", "training_args", "training_state"},
     {"trainer_checkpoints", "trainer_hidden", "trainer"},
     {"decoding", "weak_to_strong", "eval"},

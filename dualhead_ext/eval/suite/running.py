@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import decoding
-from ...modeling import DualHeadForCausalLM, detach
+from ...attachment import detach
+from ...modeling import DualHeadForCausalLM
 from ...weak_to_strong import WeakToStrong
 from ..likelihood import Distribution, of_genarm, of_model
 from ..trained import load_policy, load_reward_model
