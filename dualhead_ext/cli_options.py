@@ -15,12 +15,14 @@ from typing import Any
 from . import bench
 from .cli_train import TRAINING_OPTIONS
 from .config import FORMAT_NAMES, GATE_NAMES, MIX_NAMES, REWARD_HEAD_NAMES, DualHeadConfig
+from .eval.scorers import SCORERS
 from .show import COLOR_NAMES
 
 OVERVIEW = """\
 examples:
   dualhead demo                                   train and decode in a few minutes, nothing needed
-  dualhead train --data pairs.jsonl --output heads
+  dualhead sample --backbone smollm2 --prompts open --scorer vader --out ranked.jsonl
+  dualhead train --backbone smollm2 --data ranked.jsonl --output heads
   dualhead generate heads "How do I keep bread fresh?" --show-gate
   dualhead <command> --help                       more examples"""
 
@@ -48,6 +50,17 @@ examples:
 
 A bare question becomes a Human turn (or goes through the tokenizer's chat template); --raw sends
 the text as it is."""
+
+_SAMPLE = """\
+examples:
+  dualhead sample --backbone smollm2 --prompts open --scorer vader --out ranked.jsonl
+  dualhead sample --backbone ./llama --prompts questions.txt --scorer rules:score -n 8 --out r.jsonl
+  dualhead sample --prompts rows.jsonl --scorer reward-model:./reward --out ranked.jsonl
+  dualhead sample --prompts rows.jsonl --scorer judge:NAME --judge-url http://localhost:8000/v1 \\
+      --out ranked.jsonl
+
+The same command goes on where it was stopped. Prompts are a question a line, or .jsonl rows with
+"prompt"; "open" is a set of 208 neutral prompts that comes with this package."""
 
 _INFO = """\
 examples:
@@ -266,6 +279,40 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_color(parser)
 
 
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backbone",
+        default="embedded",
+        help="folder or hub name of a causal LM, or a built-in one: embedded (default), smollm2",
+    )
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help='questions, or "open": see below'
+    )
+    parser.add_argument(
+        "--scorer",
+        required=True,
+        metavar="NAME",
+        help=f"what ranks the responses: {', '.join(SCORERS)}; or module:function (prompt, "
+        "response -> number, higher is better), reward-model:FOLDER (a classifier with one label), "
+        "judge:MODEL",
+    )
+    parser.add_argument("--judge-url", metavar="URL", help="of an OpenAI-compatible endpoint")
+    parser.add_argument("--out", required=True, metavar="FILE", help=".jsonl of ranked responses")
+    parser.add_argument(
+        "-n", type=number(int, 2), default=6, metavar="N", help="responses to a prompt (default 6)"
+    )
+    for name, kind, default, text in (
+        ("max-new-tokens", number(int, 1), 64, "a longer response is cut"),
+        ("temperature", number(float, 1e-6), 1.0, "of sampling"),
+        ("seed", number(int, 0), 0, "of sampling"),
+        ("batch-size", number(int, 1), 48, "responses at once"),
+    ):
+        help_text = f"{text} (default {default:g})"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help_text)
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="use the first N prompts")
+    add_device(parser)
+
+
 def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "heads", nargs="?", help="folder of heads to describe (default: the installation)"
@@ -327,6 +374,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
     "generate": (add_generate, "decode a prompt, token by token as they come", _GENERATE),
+    "sample": (add_sample, "sample and rank responses to train on", _SAMPLE),
     "eval": (add_eval, "compare systems as the paper does: train, decode, measure", _EVAL),
     "info": (add_info, "what was built, and what it found; or what a folder of heads holds", _INFO),
     "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),

@@ -36,9 +36,9 @@ def response_spans(response: str) -> list[tuple[int, int]]:
     return [span for span in spans if span[0] < span[1]]
 
 
-def render(prompt: Any, response: Any, tokenizer: Any) -> tuple[str, str]:
+def render(prompt: Any, response: Any, tokenizer: Any, ended: bool = True) -> tuple[str, str]:
     """(prompt, response) as text. Messages go through the tokenizer's chat template if it has one,
-    else into HH-RLHF's layout.
+    else into HH-RLHF's layout. Without ``ended`` nothing follows the response's last word.
 
     Raises:
         ValueError: a chat template that changes the prompt when a response follows.
@@ -52,20 +52,26 @@ def render(prompt: Any, response: Any, tokenizer: Any) -> tuple[str, str]:
             raise ValueError(
                 "the tokenizer's chat template renders a prompt differently once a response follows"
             )
-        return start, whole[len(start) :]
+        text = whole[len(start) :]
+        if not ended:
+            content = response[-1]["content"]
+            text = text[: text.rindex(content) + len(content)]
+        return start, text
     names = {"user": HUMAN, "human": HUMAN, "assistant": ASSISTANT, "system": ""}
     turns = "".join(f"{names.get(m['role'], HUMAN)} {m['content']}" for m in prompt)
     return turns + ASSISTANT, "".join(f" {m['content']}" for m in response)
 
 
-def encode(prompt: str, response: str, tokenizer: Any, max_length: int) -> dict[str, Any]:
+def encode(
+    prompt: str, response: str, tokenizer: Any, max_length: int, ended: bool = True
+) -> dict[str, Any]:
     """One side of a pair as tokens: ``input_ids``, ``completion_mask`` and whether it was
     ``truncated``.
 
     The whole text is tokenised at once, so that there is no seam; a token belongs to the response
     if any of its characters does. BOS once at the start if the tokenizer adds it, EOS once at the
-    end, part of the response. Too long: the prompt loses tokens from its left, then the response
-    from its right.
+    end if it ``ended``, part of the response. Too long: the prompt loses tokens from its left, then
+    the response from its right.
     """
     text, eos = prompt + response, tokenizer.eos_token_id
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -73,7 +79,7 @@ def encode(prompt: str, response: str, tokenizer: Any, max_length: int) -> dict[
     spans = [(a + len(prompt), b + len(prompt)) for a, b in response_spans(response)]
     mask = [int(any(start < b and end > a for a, b in spans)) for start, end in offsets]
     first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-    if eos is not None and (not ids or ids[-1] != eos):
+    if ended and eos is not None and (not ids or ids[-1] != eos):
         ids.append(eos)
         mask.append(1)
     head = []
@@ -117,9 +123,10 @@ def tokenize_pairs(
     for row in rows:
         ranked = "responses" in row
         responses = row["responses"] if ranked else [row["chosen"], row["rejected"]]
+        ended = row.get("ended") or [True] * len(responses)
         coded = [
-            encode(*render(row["prompt"], response, tokenizer), tokenizer, max_length)
-            for response in responses
+            encode(*render(row["prompt"], response, tokenizer, end), tokenizer, max_length, end)
+            for response, end in zip(responses, ended, strict=True)
         ]
         texts += len(coded)
         cut += sum(text["truncated"] for text in coded)

@@ -13,6 +13,7 @@ from typing import Any
 from .cli_errors import UserError, argument, extras
 from .cli_generate import generate
 from .cli_models import quiet_transformers
+from .cli_sample import sample
 from .cli_train import train
 from .data import EMBEDDED
 
@@ -107,6 +108,7 @@ def demo(arguments: Namespace) -> None:
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "train": train,
     "generate": generate,
+    "sample": sample,
     "eval": evaluate,
     "info": info,
     "bench": bench,

@@ -73,7 +73,8 @@ class DataReport:
 
 class PreferenceData(list):
     """Rows ``{"prompt", "chosen", "rejected"[, "objective"][, "subset"]}``, or ``{"prompt",
-    "responses", "scores"[, ...]}``: texts are strings or lists of messages, scores floats.
+    "responses", "scores"[, "ended"][, ...]}``: texts are strings or lists of messages, scores
+    floats; ``ended`` is false for a response that was cut off before its end.
     ``report`` says what was skipped.
     """
 
@@ -265,7 +266,13 @@ def _ranked_of(row: dict[str, Any]) -> dict[str, Any]:
         raise _Unusable("empty response")
     if not score_pairs(scores):
         raise _Unusable("no two different scores")
-    return {"prompt": prompt, "responses": list(responses), "scores": scores}
+    ranked = {"prompt": prompt, "responses": list(responses), "scores": scores}
+    ended = row.get("ended")
+    if ended is not None:
+        if not isinstance(ended, list) or [type(x) for x in ended] != [bool] * len(responses):
+            raise ValueError(f"ended must be {len(responses)} booleans, got {ended!r}")
+        ranked["ended"] = ended
+    return ranked
 
 
 def _score(value: Any) -> float:

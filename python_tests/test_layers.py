@@ -51,7 +51,7 @@ LAYERS = (
     {"trainer_checkpoints", "trainer_hidden", "trainer"},
     {"decoding", "weak_to_strong", "eval"},
     {"bench", "progress", "demo"},
-    {"commands", "cli", "cli_options", "cli_models", "cli_train", "cli_generate"},
+    {"commands", "cli", "cli_options", "cli_models", "cli_train", "cli_generate", "cli_sample"},
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

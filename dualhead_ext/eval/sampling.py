@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sampled responses to each of many prompts, and their scores: on-policy training data.
+
+The prompt is computed once for its n responses. Each response has its own random numbers, so what
+is drawn for a prompt does not depend on the prompts beside it or on where a run was cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from ..collate import render
+from ..data import HUMAN
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Response:
+    """Attributes:
+    text: without special tokens and white space around it.
+    ended: whether the model ended its turn, or was cut off.
+    """
+
+    text: str
+    ended: bool
+
+
+class RowNoise(LogitsProcessor):
+    """Makes greedy decoding sample: adds Gumbel noise to ``scores / temperature``, each row's from
+    a generator of its own. The largest of them is a draw from ``softmax(scores / temperature)``.
+
+    Args:
+        seeds: one for each row.
+        temperature: above 0.
+        device: of the scores.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._temperature = temperature
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self._temperature - noise.clamp_(min=1e-30).log_()
+
+
+def row_seed(*parts: Any) -> int:
+    """A seed from anything that has a text, such as (seed, prompt, number)."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def prompt_text(prompt: str | list[Message], tokenizer: Any) -> str:
+    """A prompt as the model reads it: messages by the chat template, a text as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return render(prompt, [{"role": "assistant", "content": ""}], tokenizer)[0]
+
+
+def encode_prompts(texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """ids and mask (B, T), padded on the left. BOS once, if the tokenizer adds one."""
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        rows = [ids if ids[:1] == [bos] else [bos, *ids] for ids in rows]
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def prefill(model: nn.Module, ids: Tensor, mask: Tensor) -> DynamicCache:
+    """The cache of a prompt without its last token, which ``generate()`` reads itself."""
+    cache = DynamicCache(config=model.config)
+    if ids.shape[1] > 1:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+        model.get_decoder()(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return cache
+
+
+@torch.inference_mode()
+def sample(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str | list[Message]],
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[list[Response]]:
+    """n responses to each of one batch of prompts, by ``generate()``.
+
+    Args:
+        model: a causal language model.
+        prompts: texts, or messages that end with the user's.
+        max_new_tokens: a longer response is cut.
+        seed: with the prompt's text and a response's number, it decides the response.
+    """
+    texts = [prompt_text(prompt, tokenizer) for prompt in prompts]
+    ids, mask = (x.to(model.device) for x in encode_prompts(texts, tokenizer))
+    seeds = [row_seed(seed, text, number) for text in texts for number in range(n)]
+    cache = prefill(model, ids, mask)
+    cache.batch_repeat_interleave(n)
+    out = model.generate(
+        input_ids=ids.repeat_interleave(n, 0),
+        attention_mask=mask.repeat_interleave(n, 0),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([RowNoise(seeds, temperature, model.device)]),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    found = [response(row, tokenizer, ends) for row in out[:, ids.shape[1] :].tolist()]
+    return [found[i : i + n] for i in range(0, len(found), n)]
+
+
+def response(ids: list[int], tokenizer: Any, ends: Sequence[int]) -> Response:
+    """The text of new tokens, up to an end token or to a human turn that the model makes up."""
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    said = text.partition(HUMAN)[0]
+    return Response(said.strip(), end is not None or said != text)
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive runs of at most ``size``."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
