@@ -93,7 +93,7 @@ def attend(arguments, dtype, b, columns):
 def mixing_weight(arguments, b, gate_logit):
     weight = controlled_weight(arguments, b, gate_logit)
     threshold = float(arguments["skip_threshold"][b]) if "skip_threshold" in arguments else 0.0
-    return 0.0 if weight < threshold else 1.0 if 1 - weight < threshold else weight
+    return 0.0 if weight < threshold else 1.0 if abs(1 - weight) < threshold else weight
 
 
 def controlled_weight(arguments, b, gate_logit):
@@ -101,7 +101,8 @@ def controlled_weight(arguments, b, gate_logit):
     if "strength" not in arguments:
         return alpha
     strength = float(arguments["strength"][b])
-    return 0.0 if strength == 0 else min(max(strength * alpha, 0.0), 1.0)
+    highest = 1.0 if arguments.get("mix_probs") else math.inf
+    return 0.0 if strength == 0 else min(max(strength * alpha, 0.0), highest)
 
 
 def head_weight(arguments, name, dtype):

@@ -168,7 +168,7 @@ DUALHEAD_HD int bin_of(float x, float largest) {
 // sum_v exp(z_v) = sum * exp(max). A part that saw only -inf has max = -inf, sum = 0; a NaN
 // anywhere makes sum NaN and +inf makes the log-sum-exp non-finite, so one test of the result finds
 // both.
-struct SoftmaxPart {
+struct alignas(8) SoftmaxPart {
   float max;
   float sum;
 };

@@ -141,12 +141,14 @@ std::string loss_rows(const py::dict& arguments, bool backward, int device) {
 }
 
 void set_device(int multiprocessors, int blocks_per_multiprocessor, bool cooperative_launch,
-                int compute_major, int shared_kib, uint64_t seed, int skipped_grid_barrier,
-                int skipped_block_barrier, int skipped_copy_wait) {
+                int compute_major, int compiled_major, int shared_kib, bool proxy_fences,
+                uint64_t seed, int skipped_grid_barrier, int skipped_block_barrier,
+                int skipped_copy_wait) {
   host_cuda::device() = {
       multiprocessors,    blocks_per_multiprocessor,
       cooperative_launch, compute_major,
-      shared_kib * 1024,  {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
+      compiled_major,     shared_kib * 1024,
+      proxy_fences,       {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
 }
 
 // Whether these arguments take the streaming path, and how it cuts them.
@@ -193,9 +195,10 @@ PYBIND11_MODULE(dualhead_testing, m) {
   m.def("loss_rows", &loss_rows, py::arg("arguments"), py::arg("backward"), py::arg("device") = 0);
   m.def("set_device", &set_device, py::kw_only(), py::arg("multiprocessors") = 4,
         py::arg("blocks_per_multiprocessor") = 2, py::arg("cooperative_launch") = true,
-        py::arg("compute_major") = 9, py::arg("shared_kib") = 227, py::arg("seed") = 0,
-        py::arg("skipped_grid_barrier") = -1, py::arg("skipped_block_barrier") = -1,
-        py::arg("skipped_copy_wait") = -1);
+        py::arg("compute_major") = 9, py::arg("compiled_major") = 0, py::arg("shared_kib") = 227,
+        py::arg("proxy_fences") = true, py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,
+        py::arg("skipped_block_barrier") = -1, py::arg("skipped_copy_wait") = -1);
+  m.def("error_text", [](int error) { return std::string(cuda::error_text(error)); });
   m.def("bytes_copied", &host_cuda::bytes_copied);
   m.def("wants_products", [](const py::dict& arguments, const std::string& dtype) {
     return cuda::decode_wants_products(params_from(arguments, dtype_from(dtype)));

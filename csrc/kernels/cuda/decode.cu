@@ -8,8 +8,8 @@
 // float is ever added atomically.
 //
 //   phase             item                       unit    reads              writes
-//   project           projection row x tile      warp    hidden             q, cache column
-//   attend            (b, h) x cache split       warp    q, cache           attention parts
+//   project           rows x slice of d x tile   warp    hidden             partial sums
+//   attend            (b, h) x cache split       warp    those, cache       column, attention parts
 //   weigh             b                          warp    attention parts    alpha, cache length
 //   heads             chunk of V x tile          block   hidden, alpha      logits, softmax parts
 //   (finish_products  b x chunk                  warp    products, alpha    the same)
@@ -37,6 +37,15 @@ constexpr int kMaxThreads = 256;
 static_assert(sizeof(ChunkLogits) <= sizeof(TokenScratch), "heads and later phases share memory");
 constexpr int kSharedBytes = sizeof(TokenScratch);
 
+// Whether fp32 rows can be read sixteen bytes at a time; the same bits either way.
+__device__ __forceinline__ bool in_fours(const DecodeParams& p) {
+  const int64_t numbers = p.d | p.hidden_stride | p.lm_weight_stride | p.reward_weight_stride |
+                          p.reward_weight_stride_k;
+  return numbers % 4 == 0 && sixteen_divides(p.hidden) && sixteen_divides(p.lm_weight) &&
+         sixteen_divides(p.reward_weight) && sixteen_divides(p.q_weight) &&
+         sixteen_divides(p.k_weight) && sixteen_divides(p.u_weight);
+}
+
 // kFloat32: fp32 weights and hidden states, which are what this path is for; else any, told apart
 // at every number.
 template <bool kFloat32>
@@ -46,9 +55,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   const DType dtype = kFloat32 ? DType::kFloat32 : p.dtype;
   const Quantization quantization = kFloat32 ? Quantization::kNone : p.quantization;
   if (!p.gate_logit_in) {
-    project<false>(p, ws, whole_grid(), dtype);
-    grid_barrier();  // q and the new cache column are complete
-    attend(p, ws, whole_grid(), dtype);
+    if (kFloat32 && in_fours(p)) {
+      project_plain<true>(p, ws, whole_grid(), dtype);
+    } else {
+      project_plain<false>(p, ws, whole_grid(), dtype);
+    }
+    grid_barrier();  // all slices of the projections are complete
+    attend<8>(p, ws, whole_grid());
     grid_barrier();  // all attention parts are
   }
   weigh(p, ws, whole_grid(), false);
@@ -56,8 +69,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   if (p.out_attention) normalize_attention(p, ws, whole_grid());
   if (p.lm_product) {
     finish_products(p, ws, dtype);
+  } else if (kFloat32 && in_fours(p)) {
+    heads<true>(p, ws, dtype, quantization);
   } else {
-    heads(p, ws, dtype, quantization);
+    heads<false>(p, ws, dtype, quantization);
   }
   grid_barrier();  // logits and softmax parts are
   finish_step(p, ws);
@@ -68,7 +83,8 @@ int64_t useful_blocks(const DecodeParams& p, int threads) {
   const int64_t tiles = ceil_div(p.B, kTile), warps = threads / kWarp;
   const int64_t chunks = ceil_div(p.V, kChunk);
   const int64_t heads = p.lm_product ? ceil_div(p.B * chunks, warps) : chunks * tiles;
-  const int64_t project = ceil_div((2 * p.H * p.d_k + p.H) * tiles, warps);
+  const int64_t project =
+      ceil_div(ceil_div(projection_rows(p), kFmaRows) * ceil_div(p.d, kSlice) * 2 * tiles, warps);
   const int64_t attend = ceil_div(p.B * p.H * ceil_div(p.S, kSplit), warps);
   const int64_t most = heads > project ? heads : project;
   return most > attend ? most : attend;
@@ -123,9 +139,27 @@ int decode_step(const DecodeParams& params, void* workspace, int device, CUstrea
 }
 
 const char* error_text(int error) {
-  static thread_local char text[256];
+  static thread_local char text[512];
   const cudaError_t code = static_cast<cudaError_t>(error);
-  snprintf(text, sizeof(text), "%s: %s", cudaGetErrorName(code), cudaGetErrorString(code));
+  int length =
+      snprintf(text, sizeof(text), "%s: %s", cudaGetErrorName(code), cudaGetErrorString(code));
+  if (code != cudaErrorNoKernelImageForDevice && code != cudaErrorInvalidDeviceFunction) {
+    return text;
+  }
+  // Not the driver's sentence alone: what there is, and what there should be.
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    return text;
+  }
+  length += snprintf(text + length, sizeof(text) - length, " (compiled for");
+  for (const int arch : {__CUDA_ARCH_LIST__}) {
+    length += snprintf(text + length, sizeof(text) - length, " sm_%d", arch / 10);
+  }
+  snprintf(text + length, sizeof(text) - length,
+           ", device %d is sm_%d%d: compile with TORCH_CUDA_ARCH_LIST=%d.%d)", device, major, minor,
+           major, minor);
   return text;
 }
 

@@ -37,11 +37,12 @@ size_t decode_workspace_bytes(const DecodeParams& params);
 // nothing. Returns a cudaError_t, 0 if the launch was accepted. Among the errors:
 // cudaErrorNotSupported, the device has no cooperative launch; cudaErrorCooperativeLaunchTooLarge,
 // the grid does not fit on the device at once; cudaErrorInvalidValue, shape.threads is no multiple
-// of 32 up to 256.
+// of 32 up to 256; cudaErrorNoKernelImageForDevice, the library was compiled for others.
 int decode_step(const DecodeParams& params, void* workspace, int device, CUstream_st* stream,
                 LaunchShape shape = {0, 0});
 
-// "cudaErrorNotSupported: operation not supported", for the caller's message.
+// "cudaErrorNotSupported: operation not supported", for the caller's message; where no code fits
+// the current device, also which devices there is code for.
 const char* error_text(int error);
 
 }  // namespace cuda

@@ -2,11 +2,12 @@
 // The gate of the decode step, folded (docs/paper.md): project the new position, append it to the
 // cache, attend over the cache by splits, and turn the gate's logit into alpha. Each function is
 // one phase of the launch, done by a team of warps; barriers stand between them.
+//
+// The gate's bytes are few (6.4 MB at d = 4096 and g = 384), so that what counts is how long a warp
+// waits for them: every phase asks for all that it can before it uses the first of it.
 #pragma once
 
-#include "dot.cuh"
-#include "primitives.cuh"
-#include "workspace.h"
+#include "projection.cuh"
 
 namespace dualhead {
 namespace cuda {
@@ -18,135 +19,188 @@ __device__ __forceinline__ int64_t new_column(const DecodeParams& p, int64_t b) 
   return length >= 0 && length < p.S ? length : -1;
 }
 
-// Warps that share a phase: each takes item first, first + stride, ...
-struct Team {
-  int64_t first, stride;
-};
-
-__device__ __forceinline__ Team whole_grid() { return Team{warp_in_grid(), warps_in_grid()}; }
-
-// Phase 1: q to the workspace; k, u and the valid flag to the cache, at column length[b].
-// A warp per projection row and batch tile; rows are W_Q's g, W_K's g, then the H folded ones.
-// dtype: p.dtype, where the caller knows it. kWide: by dot_tile_wide.
-template <bool kWide>
-__device__ __forceinline__ void project(const DecodeParams& p, const Workspace& ws, Team team,
-                                        DType dtype) {
-  const int64_t g = p.H * p.d_k, tiles = ceil_div(p.B, kTile);
-  for (int64_t item = team.first; item < (2 * g + p.H) * tiles; item += team.stride) {
-    const int64_t row = item / tiles, b0 = item % tiles * kTile;
-    const int count = static_cast<int>(p.B - b0 < kTile ? p.B - b0 : kTile);
-    const Numbers hidden = Numbers{p.hidden, dtype}.from(b0 * p.hidden_stride);
-    const Numbers weight =
-        row < 2 * g ? Numbers{row < g ? p.q_weight : p.k_weight, dtype}.from(row % g * p.d)
-                    : Numbers{p.u_weight, DType::kFloat32}.from((row - 2 * g) * p.d);
-    float dots[kTile];
-    if constexpr (kWide) {
-      dot_tile_wide(weight, hidden, p.hidden_stride, p.d, count, dots);
-    } else {
-      dot_tile(weight, hidden, p.hidden_stride, p.d, count, dots);
-    }
-    if (lane_index() >= count) continue;  // lane t stores batch row b0 + t; no exchange follows
-    const float own = pick_own(dots);
-    const int64_t b = b0 + lane_index(), column = new_column(p, b);
-    if (row < g) {
-      ws.q[b * g + row] = own;
-    } else if (column >= 0 && row < 2 * g) {
-      const int64_t h = (row - g) / p.d_k, j = (row - g) % p.d_k;
-      store_number(p.cache_k, dtype, ((b * p.H + h) * p.S + column) * p.d_k + j, own);
-    } else if (column >= 0) {
-      const int64_t h = row - 2 * g;
-      p.cache_u[(b * p.H + h) * p.S + column] = own;
-      if (h == 0) p.cache_valid[b * p.S + column] = p.new_valid ? p.new_valid[b] : 1;
-    }
-  }
+__device__ __forceinline__ bool new_is_valid(const DecodeParams& p, int64_t b) {
+  return !p.new_valid || p.new_valid[b];
 }
 
-// q . k / sqrt(d_k) of one column, by one lane; in eights where `wide` (d_k a multiple of 8, the
-// addresses of 16), to the same bits.
-__device__ __forceinline__ float attention_score(const float* q, Numbers k, int64_t d_k,
-                                                 bool wide) {
-  float dot = 0.0f;
-  if (wide) {
-    for (int64_t j = 0; j < d_k; j += 8) {
-      float eight_q[8], eight_k[8];
-      load_eight(q + j, eight_q);
-      k.eight(j, eight_k);
+// The new position's key, folded value and valid flag to the cache: head h of row b, by a warp.
+__device__ __forceinline__ void append(const DecodeParams& p, const Workspace& ws, DType dtype,
+                                       int64_t b, int64_t h, int64_t column) {
+  const int64_t g = p.H * p.d_k, at = (b * p.H + h) * p.S + column;
+  for (int64_t j = lane_index(); j < p.d_k; j += kWarp) {
+    store_number(p.cache_k, dtype, at * p.d_k + j, projected(p, ws, b, g + h * p.d_k + j));
+  }
+  if (lane_index() == 0) {
+    p.cache_u[at] = projected(p, ws, b, 2 * g + h);
+    if (h == 0) p.cache_valid[b * p.S + column] = new_is_valid(p, b);
+  }
+  warp_barrier();  // every lane may read the column
+}
+
+constexpr int kColumns = kSplit / kWarp;  // of a split, per lane
+
+// dot[i] = q . k of each column of a lane; every lane calls. q: the projections' first row for this
+// head. k_of(i): column i's key, or null. The inputs go in order, kEights of eight at once for all
+// columns, so that kAhead loads of 16 bytes are under way. kWide: d_k is a multiple of 8 and 16
+// divides the keys' addresses.
+template <DType kDType, bool kWide, int kAhead, typename KeyOf>
+__device__ __forceinline__ void attention_dots(const DecodeParams& p, const Workspace& ws,
+                                               int64_t b, int64_t first_row, KeyOf key_of,
+                                               float (&dot)[kColumns]) {
+  constexpr int kEights = !kWide ? 1 : kDType == DType::kFloat32 ? kAhead / 8 : kAhead / 4;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) dot = fmaf(eight_q[i], eight_k[i], dot);
+  for (int i = 0; i < kColumns; ++i) dot[i] = 0.0f;
+  for (int64_t j0 = 0; j0 < p.d_k; j0 += 8 * kEights) {
+    Eight<kDType> k[kEights][kColumns];
+#pragma unroll
+    for (int e = 0; e < kEights; ++e) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const void* key = key_of(i);
+        const int64_t left = key ? p.d_k - j0 - 8 * e : 0;
+        k[e][i].template load<kWide>(key, j0 + 8 * e, left);
+      }
     }
-  } else {
-    for (int64_t j = 0; j < d_k; ++j) dot = fmaf(q[j], k(j), dot);
+    const int64_t j = j0 + lane_index();
+    const bool own = lane_index() < 8 * kEights && j < p.d_k;
+    const float q = own ? projected(p, ws, b, first_row + j) : 0.0f;
+#pragma unroll
+    for (int e = 0; e < kEights; ++e) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float q_n = exchange_from(q, 8 * e + n);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) dot[i] = fmaf(q_n, k[e][i].number(n), dot[i]);
+      }
+    }
   }
-  return dot / sqrtf(static_cast<float>(d_k));
 }
 
-// Phase 2: the attention part of each split of kSplit columns, by a warp; with out_attention, the
-// raw scores go there for now, -inf where nothing is visible.
-__device__ __forceinline__ void attend(const DecodeParams& p, const Workspace& ws, Team team,
-                                       DType dtype) {
+// Phase 2: the new position to the cache, and the attention part of each split of kSplit columns,
+// by a warp; with out_attention, the raw scores go there for now, -inf where nothing is visible.
+template <DType kDType, bool kWide, int kAhead>
+__device__ __forceinline__ void attend_splits(const DecodeParams& p, const Workspace& ws,
+                                              Team team) {
   const int64_t splits = ceil_div(p.S, kSplit);
-  const bool wide = p.d_k % 8 == 0 && sixteen_divides(p.cache_k) && sixteen_divides(ws.q);
   for (int64_t item = team.first; item < p.B * p.H * splits; item += team.stride) {
-    const int64_t bh = item / splits, s0 = item % splits * kSplit, b = bh / p.H;
+    const int64_t bh = item / splits, s0 = item % splits * kSplit, b = bh / p.H, h = bh % p.H;
     const int64_t column = new_column(p, b);  // the last filled one, or -1
     if (s0 > column && !p.out_attention) continue;
-    const float* q = ws.q + bh * p.d_k;
-    float score[kSplit / kWarp];
+    if (s0 <= column && column < s0 + kSplit) append(p, ws, kDType, b, h, column);
+    // Of the filled columns all is loaded, and what is not visible, which may be anything, NaN too,
+    // is then passed over, not weighed by 0.
+    uint8_t valid[kColumns];
+    float u[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int64_t s = s0 + i * kWarp + lane_index();
+      valid[i] = s < column ? p.cache_valid[b * p.S + s] : 0;
+      u[i] = s <= column ? p.cache_u[bh * p.S + s] : 0.0f;
+    }
+    const bool new_valid = new_is_valid(p, b);  // head 0's warp writes the cache's flag at any time
+    float dot[kColumns];
+    const auto key_of = [&](int i) -> const void* {
+      const int64_t s = s0 + i * kWarp + lane_index();
+      return s <= column ? Numbers{p.cache_k, kDType}.from((bh * p.S + s) * p.d_k).data : nullptr;
+    };
+    attention_dots<kDType, kWide, kAhead>(p, ws, b, h * p.d_k, key_of, dot);
+    bool visible[kColumns];
     float max = -INFINITY;
     int seen = 0;
 #pragma unroll
-    for (int i = 0; i < kSplit / kWarp; ++i) {
+    for (int i = 0; i < kColumns; ++i) {
       const int64_t s = s0 + i * kWarp + lane_index();
-      // Columns that are not visible may hold anything, NaN too: they are skipped, not weighed by
-      // 0.
-      const bool visible = s <= column && p.cache_valid[b * p.S + s];
-      score[i] = -INFINITY;
-      if (visible) {
-        const Numbers k = Numbers{p.cache_k, dtype}.from((bh * p.S + s) * p.d_k);
-        score[i] = attention_score(q, k, p.d_k, wide);
-        max = fmaxf(max, score[i]);
-        seen |= 1 << i;
-      }
-      if (p.out_attention && s < p.S) p.out_attention[bh * p.S + s] = score[i];
+      visible[i] = s == column ? new_valid : valid[i] != 0;
+      dot[i] = visible[i] ? dot[i] / sqrtf(static_cast<float>(p.d_k)) : -INFINITY;
+      max = fmaxf(max, dot[i]);
+      seen += visible[i];
+      if (p.out_attention && s < p.S) p.out_attention[bh * p.S + s] = dot[i];
     }
     max = warp_max(max);
     float sum = 0.0f, value = 0.0f;
     // A part whose visible scores are all -inf has no mass; weigh() tells it from an empty one.
 #pragma unroll
-    for (int i = 0; i < kSplit / kWarp; ++i) {
-      if (!(seen >> i & 1) || score[i] == -INFINITY) continue;
-      const float e = expf(score[i] - max);
+    for (int i = 0; i < kColumns; ++i) {
+      if (!visible[i] || dot[i] == -INFINITY) continue;
+      const float e = expf(dot[i] - max);
       sum += e;
-      value = fmaf(e, p.cache_u[bh * p.S + s0 + i * kWarp + lane_index()], value);
+      value = fmaf(e, u[i], value);
     }
-    int visible_columns = 0;
-#pragma unroll
-    for (int i = 0; i < kSplit / kWarp; ++i) visible_columns += seen >> i & 1;
-    const AttentionPart part{max, warp_sum(sum), warp_sum(value), warp_sum(visible_columns)};
+    const AttentionPart part{max, warp_sum(sum), warp_sum(value), warp_sum(seen)};
     if (lane_index() == 0) ws.attention[item] = part;
   }
 }
 
-// Head bh's share of the gate logit, sum_s softmax_s(score) u_s, from `splits` parts; every lane
-// calls and gets it. The whole row's softmax goes to the workspace.
-__device__ __forceinline__ float head_share(const Workspace& ws, int64_t bh, int64_t splits,
-                                            int64_t stride) {
-  const AttentionPart* parts = ws.attention + bh * stride;
+template <DType kDType, int kAhead>
+__device__ __forceinline__ void attend_in(const DecodeParams& p, const Workspace& ws, Team team) {
+  if (p.d_k % 8 == 0 && sixteen_divides(p.cache_k)) {
+    attend_splits<kDType, true, kAhead>(p, ws, team);
+  } else {
+    attend_splits<kDType, false, kAhead>(p, ws, team);
+  }
+}
+
+// kAhead: loads of sixteen bytes that a lane has under way, 8 or 16.
+template <int kAhead>
+__device__ __forceinline__ void attend(const DecodeParams& p, const Workspace& ws, Team team) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return attend_in<DType::kFloat32, kAhead>(p, ws, team);
+    case DType::kBFloat16:
+      return attend_in<DType::kBFloat16, kAhead>(p, ws, team);
+    default:
+      return attend_in<DType::kFloat16, kAhead>(p, ws, team);
+  }
+}
+
+// Shares of the gate logit, sum_s softmax_s(score) u_s, of row b's heads h0 ... h0 + 7 from
+// `splits` parts each, four lanes a head; each of the four gets it, 0 beyond the last head. Heads'
+// softmaxes go to the workspace.
+__device__ __forceinline__ float head_shares(const DecodeParams& p, const Workspace& ws, int64_t b,
+                                             int64_t h0, int64_t splits) {
+  constexpr int kAhead = 8;
+  const int64_t h = h0 + lane_index() / 4, bh = b * p.H + h;
+  const AttentionPart* parts = ws.attention + bh * ceil_div(p.S, kSplit);
   float max = -INFINITY, sum = 0.0f, value = 0.0f;
   int seen = 0;
-  for (int64_t i = lane_index(); i < splits; i += kWarp) max = fmaxf(max, parts[i].max);
-  max = warp_max(max);
-  for (int64_t i = lane_index(); i < splits; i += kWarp) {
-    seen |= parts[i].seen > 0;
-    // A NaN score leaves max at -inf and sum at NaN: pass it on. Only -inf with sum 0 is empty.
-    const float scale = parts[i].max == -INFINITY ? 1.0f : expf(parts[i].max - max);
-    sum = fmaf(parts[i].sum, scale, sum);
-    value = fmaf(parts[i].value, scale, value);
+  // A NaN score leaves max at -inf and sum at NaN: pass it on. Only -inf with sum 0 is empty.
+  const auto add = [&](float part_max, float part_sum, float part_value, float largest) {
+    const float scale = part_max == -INFINITY ? 1.0f : expf(part_max - largest);
+    sum = fmaf(part_sum, scale, sum);
+    value = fmaf(part_value, scale, value);
+  };
+  const auto rescale = [&](float largest) {
+    const float scale = max == -INFINITY ? 1.0f : expf(max - largest);
+    sum *= scale, value *= scale, max = largest;
+  };
+  for (int64_t first = lane_index() % 4; h < p.H && first < splits; first += 4 * kAhead) {
+    AttentionPart part[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      part[i] = AttentionPart{-INFINITY, 0.0f, 0.0f, 0};
+      if (first + 4 * i < splits) part[i] = parts[first + 4 * i];
+    }
+    float largest = max;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) largest = fmaxf(largest, part[i].max);
+    rescale(largest);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      seen |= part[i].seen > 0;
+      add(part[i].max, part[i].sum, part[i].value, largest);
+    }
   }
-  sum = warp_sum(sum), value = warp_sum(value), seen = warp_sum(seen);
-  if (lane_index() == 0) ws.attention_row[bh] = SoftmaxPart{max, sum};
-  if (seen == 0) return 0.0f;  // no valid column: the gate's logit is b_g
-  return value / sum;          // 0 / 0 = NaN where every visible score is -inf, as a softmax has it
+  float largest = fmaxf(max, exchange_xor(max, 1));
+  largest = fmaxf(largest, exchange_xor(largest, 2));
+  rescale(largest);
+#pragma unroll
+  for (int offset = 1; offset < 4; offset *= 2) {
+    sum += exchange_xor(sum, offset), value += exchange_xor(value, offset);
+    seen |= exchange_xor(seen, offset);
+  }
+  if (lane_index() % 4 == 0 && h < p.H) ws.attention_row[bh] = SoftmaxPart{largest, sum};
+  if (h >= p.H || seen == 0) return 0.0f;  // no valid column: the gate's logit is b_g
+  return value / sum;  // 0 / 0 = NaN where every visible score is -inf, as a softmax has it
 }
 
 // alpha from the gate's logit and the row's controls, before its rounding to a head.
@@ -156,14 +210,16 @@ __device__ __forceinline__ float controlled_weight(const DecodeParams& p, int64_
   if (!p.strength) return a;
   if (p.strength[b] == 0.0f) return 0.0f;  // whatever alpha is, NaN too
   const float weighed = p.strength[b] * a;
-  return weighed < 0.0f ? 0.0f : weighed > 1.0f ? 1.0f : weighed;  // a NaN passes
+  // Two distributions mix by a weight in [0, 1]; logits may be driven past the reward head's.
+  if (p.mix_probs && weighed > 1.0f) return 1.0f;
+  return weighed < 0.0f ? 0.0f : weighed;  // a NaN passes
 }
 
 __device__ __forceinline__ float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
   const float a = controlled_weight(p, b, gate_logit);
   if (!p.skip_threshold) return a;
   const float threshold = p.skip_threshold[b];
-  return a < threshold ? 0.0f : 1.0f - a < threshold ? 1.0f : a;
+  return a < threshold ? 0.0f : fabsf(1.0f - a) < threshold ? 1.0f : a;
 }
 
 // Which heads a row's mixture depends on: alpha 0 and 1 select one, and NaN is NaN with any.
@@ -179,13 +235,14 @@ __device__ __forceinline__ Needs needs_of(float a) {
 // `counted`: whether each row, and which heads it needs, is reported to the counters.
 __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws, Team team,
                                       bool counted) {
-  const int64_t stride = ceil_div(p.S, kSplit);
   for (int64_t b = team.first; b < p.B; b += team.stride) {
     const int64_t column = p.gate_logit_in ? 0 : new_column(p, b);
     float gate_logit = p.gate_logit_in ? p.gate_logit_in[b] : 0.0f;
     if (!p.gate_logit_in && column >= 0) {
-      for (int64_t h = 0; h < p.H; ++h) {
-        gate_logit += head_share(ws, b * p.H + h, column / kSplit + 1, stride);
+      for (int64_t h0 = 0; h0 < p.H; h0 += kWarp / 4) {
+        const float share = head_shares(p, ws, b, h0, column / kSplit + 1);
+#pragma unroll
+        for (int h = 0; h < kWarp / 4; ++h) gate_logit += exchange_from(share, 4 * h);
       }
       gate_logit += p.gate_bias[0];
     }
@@ -198,8 +255,8 @@ __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws
     if (!p.gate_logit_in && !full) p.cache_length[b] = static_cast<int32_t>(column + 1);
     if (!counted) continue;
     const Needs needs = needs_of(p.out_alpha[b]);
-    if (needs.lm) signal(ws.counter + kNeedLm, 1);
-    if (needs.reward) signal(ws.counter + kNeedReward, 1);
+    if (needs.lm) raise(ws.counter + kNeedLm, 1);
+    if (needs.reward) raise(ws.counter + kNeedReward, 1);
     signal(ws.counter + kWeighedRows, 1);
   }
 }

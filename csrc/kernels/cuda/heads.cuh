@@ -120,6 +120,18 @@ struct HeadRow {
         return Numbers{row, dtype}(k);
     }
   }
+
+  // As Numbers::four; kFours is for weights that are not quantised.
+  template <bool kFours>
+  __device__ __forceinline__ Four four(int64_t k, int64_t left) const {
+    if constexpr (kFours) return Numbers{row, dtype}.template four<true>(k, left);
+    Four out = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j < left) out.x[j] = (*this)(k + j);
+    }
+    return out;
+  }
 };
 
 // Of matrix m's row v (0: LM head; m: objective m - 1).
@@ -135,6 +147,7 @@ __device__ __forceinline__ float objective_weight(const DecodeParams& p, int64_t
 // z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
 // vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none of these
 // rows needs is not read.
+template <bool kFours>
 __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
                                                int count, Needs needs, DType dtype,
                                                Quantization quantization, ChunkLogits* out) {
@@ -146,7 +159,7 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
       if (!(m == 0 ? needs.lm : needs.reward)) continue;
       const HeadRow row(p, m, v, dtype, quantization);
       float dots[kTile];
-      dot_tile(row, hidden, p.hidden_stride, p.d, count, dots);
+      dot_tile<kFours>(row, hidden, p.hidden_stride, p.d, count, dots);
       if (lane_index() >= count) continue;  // the row's objective weights end with the batch
       const float z = pick_own(dots) * row.scale + bias_of(p, dtype, m, v);
       if (m == 0) {
@@ -182,6 +195,7 @@ __device__ __forceinline__ void finish_chunk(const DecodeParams& p, const Worksp
 }
 
 // Phase 4: both products, and what becomes of them. A block per chunk and batch tile.
+template <bool kFours>
 __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype,
                                       Quantization quantization) {
   ChunkLogits* z = reinterpret_cast<ChunkLogits*>(shared_memory());
@@ -194,7 +208,7 @@ __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws
       const Needs own = needs_of(p.out_alpha[b0 + t]);
       needs.lm |= own.lm, needs.reward |= own.reward;
     }
-    chunk_products(p, v0, b0, count, needs, dtype, quantization, z);
+    chunk_products<kFours>(p, v0, b0, count, needs, dtype, quantization, z);
     block_barrier();  // the warps below read what other warps computed
     const int64_t v = v0 + lane_index();
     for (int t = warp_in_block(); t < count; t += warps_per_block()) {
@@ -234,25 +248,59 @@ struct BlockScratch {
   SoftmaxPart part[kMergers];
 };
 
-// The softmax part of a whole row from its `count` parts, the same bits in every thread; the whole
-// block calls. Part i goes to lane i % 32 of merger i / 32 % kMergers, whatever warp does its work.
-__device__ __forceinline__ SoftmaxPart merge_row(const SoftmaxPart* parts, int64_t count,
-                                                 BlockScratch* scratch) {
+// A whole row's softmax part and largest key.
+struct RowSummary {
+  SoftmaxPart softmax;
+  unsigned long long best_key;
+};
+
+// Of a row's `count` parts, the same bits in every thread; the whole block calls. keys: one for
+// each part, or null. Part i goes to lane i % 32 of merger i / 32 % kMergers, whatever warp does
+// its work; a lane asks for the parts of kAhead rounds at once, eight bytes each: 2 times at V =
+// 32000.
+__device__ __forceinline__ RowSummary merge_row(const SoftmaxPart* parts,
+                                                const unsigned long long* keys, int64_t count,
+                                                BlockScratch* scratch) {
+  constexpr int kAhead = 8, kStep = kMergers * kWarp;
   for (int merger = warp_in_block(); merger < kMergers; merger += warps_per_block()) {
-    SoftmaxPart part = empty_part();
-    for (int64_t i = merger * kWarp + lane_index(); i < count; i += kMergers * kWarp) {
-      part = merge_parts(part, parts[i]);
+    SoftmaxPart whole = empty_part();
+    unsigned long long best = 0;
+    for (int64_t first = merger * kWarp + lane_index(); first < count; first += kAhead * kStep) {
+      SoftmaxPart part[kAhead];
+      unsigned long long key[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t at = first + i * kStep;
+        part[i] = at < count ? parts[at] : empty_part();
+        key[i] = keys && at < count ? keys[at] : 0ull;
+      }
+      // As merge_parts, but one after the other only in the additions.
+      float max = whole.max;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) max = part[i].max > max ? part[i].max : max;
+      float sum = whole.sum * (whole.max == -INFINITY ? 1.0f : expf(whole.max - max));
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const float scale = part[i].max == -INFINITY ? 1.0f : expf(part[i].max - max);
+        sum = fmaf(part[i].sum, scale, sum);
+        best = key[i] > best ? key[i] : best;
+      }
+      whole = SoftmaxPart{max, sum};
     }
-    part = warp_merge(part);
-    if (lane_index() == 0) scratch->part[merger] = part;
+    whole = warp_merge(whole);
+    best = warp_max(best);
+    if (lane_index() == 0) scratch->part[merger] = whole, scratch->slot[merger] = best;
   }
   block_barrier();  // all mergers are done
-  SoftmaxPart part = scratch->part[0];
+  RowSummary row{scratch->part[0], scratch->slot[0]};
+#pragma unroll
   for (int merger = 1; merger < kMergers; ++merger) {
-    part = merge_parts(part, scratch->part[merger]);
+    const unsigned long long key = scratch->slot[merger];
+    row.softmax = merge_parts(row.softmax, scratch->part[merger]);
+    row.best_key = key > row.best_key ? key : row.best_key;
   }
   block_barrier();  // every thread has read; the next call may write
-  return part;
+  return row;
 }
 
 // Phase 5, mix_probs only: log-sum-exp of each head's row, by a block.
@@ -261,7 +309,8 @@ __device__ __forceinline__ void normalizers(const DecodeParams& p, const Workspa
   const int64_t parts = ceil_div(p.V, ws.part_entries);
   for (int64_t item = blockIdx.x; item < 2 * p.B; item += gridDim.x) {
     const int64_t head = item / p.B, b = item % p.B;
-    const float normalizer = log_sum_exp(merge_row(ws.part[head] + b * parts, parts, scratch));
+    const RowSummary row = merge_row(ws.part[head] + b * parts, nullptr, parts, scratch);
+    const float normalizer = log_sum_exp(row.softmax);
     if (threadIdx.x == 0) ws.normalizer[head][b] = normalizer;
   }
 }

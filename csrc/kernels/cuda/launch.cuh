@@ -12,9 +12,30 @@
 namespace dualhead {
 namespace cuda {
 
-// The largest grid that the device holds at once, asked for the very kernel and shape to launch,
-// after its limit of shared memory is set: a guess that is too large would deadlock at the first
-// barrier, if it were launched at all.
+// What a kernel is on a device.
+struct KernelFacts {
+  int arch;          // that its code was compiled for (its PTX, where the driver compiled that)
+  int shared_bytes;  // the most dynamic shared memory that a block may have
+};
+
+// Also raises the kernel's limit of shared memory to all that a block may have. The limit belongs
+// to the kernel and not to a launch: if each launch set what it needs, a second thread could lower
+// it between another's setting and its launch.
+inline cudaError_t kernel_facts(const void* kernel, int device, KernelFacts* facts) {
+  cudaFuncAttributes attributes = {};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;  // above all: no code that this device can run
+  int most = 0;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  facts->arch = attributes.ptxVersion;
+  facts->shared_bytes = most - static_cast<int>(attributes.sharedSizeBytes);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              facts->shared_bytes);
+}
+
+// The largest grid that the device holds at once, asked for the very kernel and shape to launch: a
+// guess that is too large would deadlock at the first barrier, if it were launched at all.
 inline cudaError_t resident_blocks(const void* kernel, int device, int threads, int shared_bytes,
                                    int* blocks) {
   int cooperative = 0, multiprocessors = 0, per_multiprocessor = 0;
@@ -23,8 +44,10 @@ inline cudaError_t resident_blocks(const void* kernel, int device, int threads, 
   if (!cooperative) return cudaErrorNotSupported;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  KernelFacts facts;
+  error = kernel_facts(kernel, device, &facts);
   if (error != cudaSuccess) return error;
+  if (shared_bytes > facts.shared_bytes) return cudaErrorInvalidConfiguration;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
                                                         static_cast<size_t>(shared_bytes));
   *blocks = multiprocessors * per_multiprocessor;

@@ -3,6 +3,8 @@
 // them, and where the caller knows the dtype, its branches are gone once inlined.
 #pragma once
 
+#include <type_traits>
+
 #include "../params.h"
 #include "primitives.cuh"
 
@@ -36,9 +38,77 @@ struct Numbers {
     }
   }
 
+  // Four from i on, of which the first `left` are there, the others 0. kFours: left is a multiple
+  // of 4, and 16 bytes, of 16-bit numbers 8, divide the address.
+  template <bool kFours>
+  __device__ __forceinline__ Four four(int64_t i, int64_t left) const {
+    Four out = {};
+    if constexpr (kFours) {
+      if (left <= 0) return out;
+      if (dtype == DType::kFloat32) {
+        const float4 all = *reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
+        return Four{{all.x, all.y, all.z, all.w}};
+      }
+      const uint2 all = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint16_t bits = static_cast<uint16_t>((j < 2 ? all.x : all.y) >> 16 * (j % 2));
+        out.x[j] = dtype == DType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j < left) out.x[j] = (*this)(i + j);
+      }
+    }
+    return out;
+  }
+
   __device__ __forceinline__ Numbers from(int64_t i) const {
     const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
     return Numbers{static_cast<const unsigned char*>(data) + i * bytes, dtype};
+  }
+};
+
+// Eight neighbours as they lie, so that many can be loaded before the first is widened.
+template <DType kDType>
+struct Eight {
+  static constexpr bool kSingle = kDType == DType::kFloat32;
+  Words words[kSingle ? 2 : 1];
+
+  // Those from i on, of which the first `left` are there, the others 0. kWide: left is a multiple
+  // of 8, and 16 divides the address.
+  template <bool kWide>
+  __device__ __forceinline__ void load(const void* data, int64_t i, int64_t left) {
+    using T = std::conditional_t<kSingle, uint32_t, uint16_t>;
+    const T* from = static_cast<const T*>(data) + i;
+#pragma unroll
+    for (int half = 0; half < (kSingle ? 2 : 1); ++half) {
+      words[half] = Words{};
+      if constexpr (kWide) {
+        if (left > 0) words[half] = load_words(from + 4 * half);
+      }
+    }
+    if constexpr (!kWide) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        if (n >= left) continue;
+        if constexpr (kSingle) {
+          words[n / 4].x[n % 4] = from[n];
+        } else {
+          words[0].x[n / 2] |= static_cast<uint32_t>(from[n]) << 16 * (n % 2);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float number(int n) const {
+    if constexpr (kSingle) {
+      return bits_float(words[n / 4].x[n % 4]);
+    } else {
+      const uint16_t bits = static_cast<uint16_t>(words[0].x[n / 2] >> 16 * (n % 2));
+      return kDType == DType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+    }
   }
 };
 

@@ -26,6 +26,7 @@ constexpr bool kHasBulkCopies = true, kHasAsyncCopies = true;
 #else
 constexpr bool kHasBulkCopies = __CUDA_ARCH__ >= 900, kHasAsyncCopies = __CUDA_ARCH__ < 900;
 #endif
+constexpr int kBulkArch = 90;  // from which on it is the bulk one
 
 // --- places --------------------------------------------------------------------------------------
 
@@ -68,26 +69,48 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 // runs on the first.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
-// A counter in global memory that some warps of the grid raise and others wait for. What a thread
-// wrote before signal() is visible to whoever wait_for() lets pass.
-__device__ __forceinline__ void signal(unsigned* counter, unsigned amount) {
-  __threadfence();
+// Ends the launch with an error.
+__device__ __forceinline__ void trap() {
+#if defined(__CUDACC__)
+  asm volatile("trap;");
+#else
+  host_cuda::stop("trap");
+#endif
+}
+
+// Counters in global memory that some threads of the grid raise and others wait for. What a thread
+// wrote before signal() is visible to whoever wait_for() or has_reached() lets pass.
+
+// Alone: ordered only by the same thread's next signal().
+__device__ __forceinline__ void raise(unsigned* counter, unsigned amount) {
   atomicAdd(counter, amount);
 }
 
-// What signal() has raised it to, and with it what was written before.
-__device__ __forceinline__ unsigned look_at(const unsigned* counter) {
+__device__ __forceinline__ void signal(unsigned* counter, unsigned amount) {
+#if defined(__CUDACC__)
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
+#else
+  atomicAdd(counter, amount);
+#endif
+}
+
+// The counter's value, without what was written before it.
+__device__ __forceinline__ unsigned peek(const unsigned* counter) {
 #if defined(__CUDACC__)
   unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 #else
   return *counter;
 #endif
 }
 
-__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned target) {
-  while (look_at(counter) < target) __nanosleep(64);
+// After a peek() by the same thread: what was written before the signal() that it saw. It empties
+// the multiprocessor's first-level cache, which is why nothing polls with it.
+__device__ __forceinline__ void acquire_fence() {
+#if defined(__CUDACC__)
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
 }
 
 // --- exchange within a warp; every lane calls
@@ -157,6 +180,27 @@ __device__ __forceinline__ SoftmaxPart warp_merge(SoftmaxPart part) {
   return part;
 }
 
+// --- waiting for counters; the whole warp calls --------------------------------------------------
+
+// One lane looks, and fences once.
+__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned target) {
+  if (lane_index() == 0) {
+    while (peek(counter) < target) __nanosleep(32);
+    acquire_fence();
+  }
+  warp_barrier();
+}
+
+// Without waiting; the same answer in every lane.
+__device__ __forceinline__ bool has_reached(const unsigned* counter, unsigned target) {
+  int reached = 0;
+  if (lane_index() == 0 && peek(counter) >= target) {
+    acquire_fence();
+    reached = 1;
+  }
+  return exchange_from(reached, 0) != 0;
+}
+
 // --- shared memory -------------------------------------------------------------------------------
 
 // The block's dynamic shared memory, aligned to 16 bytes; the launch says how much there is.
@@ -218,7 +262,19 @@ __device__ __forceinline__ Words load_words(const void* p) {
 }
 
 __device__ __forceinline__ void store_words(void* p, Words words) {
+#if !defined(__CUDACC__)
+  host_cuda::note_store(p);
+#endif
   *static_cast<uint4*>(p) = make_uint4(words.x[0], words.x[1], words.x[2], words.x[3]);
+}
+
+// Asks for the line of 128 bytes around an address to come to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  (void)p;
+#endif
 }
 
 // --- asynchronous copies into shared memory ------------------------------------------------------
@@ -291,6 +347,16 @@ __device__ __forceinline__ void mbarrier_expect(Barrier* barrier, unsigned bytes
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
+#endif
+}
+
+// The copy engine reads global memory past the path of ordinary stores: between what the grid wrote
+// (and a barrier that showed it to this thread) and this thread's bulk copies of it stands a fence.
+__device__ __forceinline__ void proxy_fence() {
+#if !defined(__CUDACC__)
+  host_cuda::proxy_fence();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
 

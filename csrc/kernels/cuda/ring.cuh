@@ -86,19 +86,19 @@ struct Producer {
   Slot slot = {};
   Needs needs = {true, true};  // of the batch, as far as is known
   bool weighed = false;
+  unsigned seen = 0;  // lane 0: of the counter, when it was last looked at
 
   // Once every row has its alpha, a head that none of them needs is not read any more: what its
-  // half of the tensor cores' tiles then holds is selected by nobody. The warp's lanes agree.
+  // half of the tensor cores' tiles then holds is selected by nobody. The warp's lanes agree. What
+  // is looked at was asked for a stage ago, so that no stage waits for the answer.
   __device__ __forceinline__ void learn_needs() {
     if (weighed) return;
     const unsigned* counter = s.ws.counter;
-    unsigned known = 0;
-    if (lane_index() == 0 && look_at(counter + kWeighedRows) == static_cast<unsigned>(s.p.B)) {
-      known = 4 | (look_at(counter + kNeedLm) > 0) | (look_at(counter + kNeedReward) > 0) * 2;
-    }
-    known = exchange_from(known, 0);
-    if (known == 0) return;
-    weighed = true, needs = Needs{(known & 1) != 0, (known & 2) != 0};
+    weighed = exchange_from(seen, 0) == static_cast<unsigned>(s.p.B);
+    if (lane_index() == 0) seen = peek(counter + kWeighedRows);
+    if (!weighed) return;
+    acquire_fence();
+    needs = Needs{peek(counter + kNeedLm) > 0, peek(counter + kNeedReward) > 0};
   }
 
   __device__ __forceinline__ bool reads(int matrix) const {

@@ -31,23 +31,34 @@ static_assert((kMaxBatchTile + kStreamWarps) * sizeof(float) <= kHeadBytes / 2, 
 // All blocks' gate warps: what any wrote is visible to all. `round` counts from 1.
 __device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round) {
   group_barrier<kGateGroup, kGateWarps * kWarp>();
-  if (threadIdx.x == kConsumers * kWarp) {
-    signal(ws.counter + kGateBlocks, 1);
+  if (warp_in_block() == kConsumers) {
+    if (lane_index() == 0) signal(ws.counter + kGateBlocks, 1);
     wait_for(ws.counter + kGateBlocks, round * gridDim.x);
   }
   group_barrier<kGateGroup, kGateWarps * kWarp>();
 }
 
-// Not inlined, as finish_step is not.
+__device__ __forceinline__ Team gate_team() {
+  return Team{static_cast<int64_t>(blockIdx.x) * kGateWarps + warp_in_block() - kConsumers,
+              static_cast<int64_t>(gridDim.x) * kGateWarps};
+}
+
+// Neither they nor gate() are inlined, as finish_step is not: each has all registers for its loads.
+__device__ __noinline__ void gate_projections(const DecodeParams& p, const Workspace& ws) {
+  project_streamed(p, ws, gate_team());
+}
+
+__device__ __noinline__ void gate_attention(const DecodeParams& p, const Workspace& ws) {
+  attend<16>(p, ws, gate_team());
+}
+
 __device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
-  const DType dtype = p.dtype;
-  const Team team{static_cast<int64_t>(blockIdx.x) * kGateWarps + warp_in_block() - kConsumers,
-                  static_cast<int64_t>(gridDim.x) * kGateWarps};
+  const Team team = gate_team();
   unsigned round = 0;
   if (!p.gate_logit_in) {
-    project<true>(p, ws, team, dtype);
-    gate_barrier(ws, ++round);  // q and the new cache column are complete
-    attend(p, ws, team, dtype);
+    gate_projections(p, ws);
+    gate_barrier(ws, ++round);  // all slices of the projections are complete
+    gate_attention(p, ws);
     gate_barrier(ws, ++round);  // all attention parts are
   }
   weigh(p, ws, team, true);
@@ -108,6 +119,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kCounters) ws.counter[threadIdx.x] = 0;
   block_barrier();  // the barriers are there
   const bool producer = warp_in_block() == kConsumers + kGateWarps;
+  if (!producer && warp_in_block() >= kConsumers) prefetch_projection(p, gate_team());
   Fill weights{s}, hidden{s};
   if (producer) {
     for (int i = 0; i < plan.stages && weights.more(); ++i, weights.advance())
@@ -121,6 +133,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
   }
   grid_barrier();  // the counters are zero, and hidden states prepared
   if (producer) {
+    proxy_fence();  // the copies below read what the grid has prepared
     for (int i = 0; i < plan.stages && hidden.more(); ++i, hidden.advance()) hidden.copy_hidden();
     for (; weights.more(); weights.advance()) {
       // The phase before the one that this round's consumers will end.
@@ -142,8 +155,12 @@ template <Format kFormat, bool kBulk>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     stream_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ Workspace ws,
                   const __grid_constant__ StreamPlan plan) {
-  // The other copy engine's kernel is empty here; launch_stream asks the device which to take.
-  if constexpr (kBulk ? kHasBulkCopies : kHasAsyncCopies) step<kFormat, kBulk>(p, ws, plan);
+  // launch_stream takes the kernel that this compilation has; the other one must not pass for it.
+  if constexpr (kBulk ? kHasBulkCopies : kHasAsyncCopies) {
+    step<kFormat, kBulk>(p, ws, plan);
+  } else {
+    trap();
+  }
 }
 
 template <Format kFormat, bool kBulk>
@@ -178,14 +195,15 @@ cudaError_t launch_format(const DecodeParams& p, const Workspace& ws, const Stre
 
 cudaError_t launch_stream(const DecodeParams& p, const Workspace& ws, int device,
                           cudaStream_t stream, int blocks) {
-  int major = 0, shared = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  // What the code was compiled for says which of the two copy engines it has: on a Hopper device it
+  // may well be sm_80's PTX, compiled by the driver. One kernel speaks for all.
+  KernelFacts facts;
+  const void* kernel = reinterpret_cast<const void*>(stream_kernel<Format::kBFloat16, true>);
+  const cudaError_t error = kernel_facts(kernel, device, &facts);
   if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  const bool bulk = major >= 9;
+  const bool bulk = facts.arch >= kBulkArch;
   StreamPlan plan;
-  if (!make_plan(p, shared, bulk, &plan)) return cudaErrorInvalidConfiguration;
+  if (!make_plan(p, facts.shared_bytes, bulk, &plan)) return cudaErrorInvalidConfiguration;
   return bulk ? launch_format<true>(p, ws, plan, device, stream, blocks)
               : launch_format<false>(p, ws, plan, device, stream, blocks);
 }

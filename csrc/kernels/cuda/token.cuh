@@ -38,21 +38,14 @@ __device__ __forceinline__ void pick_tokens(const DecodeParams& p, const Workspa
   // mix_distributions makes chunks of its own.
   const int64_t parts = ceil_div(p.V, p.mix_probs ? kChunk : ws.part_entries);
   for (int64_t b = blockIdx.x; b < p.B; b += gridDim.x) {
-    const SoftmaxPart whole = merge_row(ws.part[0] + b * parts, parts, &scratch->block);
-    const float a = p.out_alpha[b], normalizer = log_sum_exp(whole);
+    const RowSummary whole =
+        merge_row(ws.part[0] + b * parts, ws.best_key + b * parts, parts, &scratch->block);
+    const float a = p.out_alpha[b], normalizer = log_sum_exp(whole.softmax);
     const bool full = p.out_status[b] == kCacheFull;
     const bool failed = a != a || !(fabsf(normalizer) < INFINITY);
-    int64_t token = 0;
-    if (!failed) {
-      unsigned long long best = 0;
-      for (int64_t i = threadIdx.x; i < parts; i += blockDim.x) {
-        const unsigned long long key = ws.best_key[b * parts + i];
-        best = key > best ? key : best;
-      }
-      token = index_of_rank_key(block_reduce(best, &scratch->block, CombineMax()));
-    }
+    int64_t token = failed ? 0 : index_of_rank_key(whole.best_key);
     if (!failed && is_sampled(p, b)) {
-      const Row row(p, b, whole.max, scratch);
+      const Row row(p, b, whole.softmax.max, scratch);
       token = first_kept(row, Filters(p, b, row.max), token,
                          [&](unsigned long long key) { return race_above(p, b, row, key); });
     }

@@ -17,10 +17,11 @@ namespace cuda {
 constexpr int kTile = 8;     // batch rows that share one pass over a weight row
 constexpr int kChunk = 32;   // vocabulary entries that share one softmax part: one per lane
 constexpr int kMergers = 8;  // warps' worth of lanes that share the parts of a row
+constexpr int kSlice = 512;  // inputs that share one partial sum of a gate projection
 constexpr int kSplit = 128;  // cache columns that share one attention part: four per lane
 
 // Attention over one split of the cache: softmax numerators relative to the split's own maximum.
-struct AttentionPart {
+struct alignas(16) AttentionPart {
   float max;     // over visible columns; -inf if none
   float sum;     // sum of exp(score - max)
   float value;   // sum of exp(score - max) u
@@ -36,11 +37,14 @@ enum Counter {
   kCounters = 128
 };
 
+// Of one position: q, k and u.
+DUALHEAD_HD int64_t projection_rows(const DecodeParams& p) { return 2 * p.H * p.d_k + p.H; }
+
 // Uninitialised at launch; each field is written in one phase and read after a grid barrier, or by
 // whom a counter lets pass.
 struct Workspace {
   int64_t part_entries;          // vocabulary entries of a part of the heads: kChunk or kUnit
-  float* q;                      // (B, g)
+  float* projection;             // (slices of d, B, projection_rows): partial sums
   AttentionPart* attention;      // (B, H, splits)
   SoftmaxPart* attention_row;    // (B, H): softmax over the whole row
   SoftmaxPart* part[2];          // (B, parts): of the mixture, or of LM and reward head (mix_probs)
@@ -65,7 +69,7 @@ inline size_t lay_out_workspace(const DecodeParams& p, void* base, Workspace* wo
   workspace->part_entries = stream ? kUnit : kChunk;
   const int64_t chunks = ceil_div(p.V, workspace->part_entries), splits = ceil_div(p.S, kSplit);
   const int64_t probs = p.mix_probs ? 1 : 0, sums = p.mix_probs || (stream && p.K > 1) ? 1 : 0;
-  take(workspace->q, p.B * p.H * p.d_k);
+  take(workspace->projection, ceil_div(p.d, kSlice) * p.B * projection_rows(p));
   take(workspace->attention, p.B * p.H * splits);
   take(workspace->attention_row, p.B * p.H);
   take(workspace->part[0], p.B * chunks);

@@ -6,9 +6,12 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "cuda_fp16.h"
+#include "cuda_runtime.h"
 #include "grid.h"
 
 namespace dualhead {
@@ -35,6 +38,10 @@ struct Copy {
 std::map<const uint64_t*, Phase> phases;
 std::map<unsigned, std::vector<Copy>> under_way;  // by block
 uint64_t copied = 0;
+// For note_store: when each sixteen bytes were stored, and when each thread fenced, by one clock.
+uint64_t stores = 0;
+std::unordered_map<uintptr_t, uint64_t> stored;
+std::map<std::pair<unsigned, unsigned>, uint64_t> fenced;  // by block and thread
 
 Phase& phase_of(const uint64_t* barrier) {
   const auto found = phases.find(barrier);
@@ -100,6 +107,19 @@ void start(const Copy& copy) {
   maybe_land();
 }
 
+void check_fenced(const void* from, unsigned bytes) {
+  if (stored.empty()) return;
+  const auto fence = fenced.find({blockIdx.x, threadIdx.x});
+  const uint64_t seen = fence == fenced.end() ? 0 : fence->second;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(from) / 16;
+  for (uintptr_t i = first; i < first + bytes / 16; ++i) {
+    const auto store = stored.find(i);
+    if (store != stored.end() && store->second > seen) {
+      stop("a bulk copy reads what the grid has stored, without a proxy fence");
+    }
+  }
+}
+
 float brain_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
@@ -115,6 +135,9 @@ void forget_copies() {
   copied = 0;
   phases.clear();
   under_way.clear();
+  stores = 0;
+  stored.clear();
+  fenced.clear();
 }
 
 void mbarrier_init(uint64_t* barrier, unsigned count) {
@@ -144,8 +167,19 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   }
 }
 
+void note_store(const void* to) { stored[reinterpret_cast<uintptr_t>(to) / 16] = ++stores; }
+
+void proxy_fence() {
+  if (device().proxy_fences) fenced[{blockIdx.x, threadIdx.x}] = stores;
+}
+
 void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
   if (bytes == 0) stop("a bulk copy of nothing");
+  const Device& here = device();
+  if ((here.compiled_major ? here.compiled_major : here.compute_major) < 9) {
+    stop("a bulk copy in code for a device without them: nvcc's kernel would be empty");
+  }
+  check_fenced(from, bytes);
   start({threadIdx.x, true, to, from, bytes, barrier});
 }
 

@@ -19,6 +19,11 @@ void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier);
 void async_copy(void* to, const void* from, unsigned bytes);
 void async_copies_arrive(uint64_t* barrier);
 
+// The copy engine does not see the grid's own stores before a fence of the copying thread: a bulk
+// copy from where store_words() has stored since that thread's last one stops the grid.
+void note_store(const void* to);  // sixteen bytes
+void proxy_fence();
+
 // Products are exact, and each of the four sums is rounded once.
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool brain);
 

@@ -3,6 +3,8 @@
 #include "cuda_runtime.h"
 
 #include <map>
+#include <mutex>
+#include <thread>
 
 namespace dualhead {
 namespace host_cuda {
@@ -11,12 +13,26 @@ namespace {
 constexpr size_t kSharedBytes = 48 * 1024;  // without cudaFuncSetAttribute
 constexpr unsigned kMostThreads = 1024;
 
-cudaError_t last_error = cudaSuccess;
+thread_local cudaError_t last_error = cudaSuccess;
 
-std::map<const void*, size_t>& shared_limits() {
-  static std::map<const void*, size_t> limits;
-  return limits;
-}
+// The limits of shared memory that kernels were given; the default where they were not.
+struct SharedLimits {
+  std::mutex mutex;
+  std::map<const void*, size_t> of_kernel;
+
+  size_t get(const void* kernel) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto limit = of_kernel.find(kernel);
+    return limit == of_kernel.end() ? kSharedBytes : limit->second;
+  }
+
+  void set(const void* kernel, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    of_kernel[kernel] = bytes;
+  }
+};
+
+SharedLimits shared_limits;
 
 cudaError_t record(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -24,12 +40,10 @@ cudaError_t record(cudaError_t error) {
 }
 
 cudaError_t refusal(const cudaLaunchConfig_t& config, const void* kernel, bool cooperative) {
-  const auto limit = shared_limits().find(kernel);
-  const size_t shared_limit = limit == shared_limits().end() ? kSharedBytes : limit->second;
   if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > kMostThreads) {
     return cudaErrorInvalidConfiguration;
   }
-  if (config.dynamicSmemBytes > shared_limit) return cudaErrorInvalidValue;
+  if (config.dynamicSmemBytes > shared_limits.get(kernel)) return cudaErrorInvalidValue;
   if (cooperative && !device().cooperative_launch) return cudaErrorNotSupported;
   const int64_t resident =
       static_cast<int64_t>(device().multiprocessors) * device().blocks_per_multiprocessor;
@@ -73,6 +87,10 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidValue";
     case cudaErrorInvalidConfiguration:
       return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDeviceFunction:
+      return "cudaErrorInvalidDeviceFunction";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
     case cudaErrorInvalidDevice:
       return "cudaErrorInvalidDevice";
     case cudaErrorNotSupported:
@@ -106,6 +124,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
     case cudaDevAttrComputeCapabilityMajor:
       *value = device().compute_major;
       break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
     case cudaDevAttrCooperativeLaunch:
       *value = device().cooperative_launch;
       break;
@@ -116,17 +137,27 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
   return cudaSuccess;
 }
 
+cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  if (device().compiled_major < 0) return record(cudaErrorNoKernelImageForDevice);
+  const int major = device().compiled_major ? device().compiled_major : device().compute_major;
+  *attributes = {0, 10 * major};
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   if (value < 0 || value > device().shared_bytes_per_block) {
     return record(cudaErrorInvalidValue);
   }
-  dualhead::host_cuda::shared_limits()[kernel] = static_cast<size_t>(value);
+  dualhead::host_cuda::shared_limits.set(kernel, static_cast<size_t>(value));
   return cudaSuccess;
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
                                                           size_t shared_bytes) {
   if (threads < 1) return record(cudaErrorInvalidValue);
+  std::this_thread::yield();  // between a thread's settings and its launch others have theirs
   // A multiprocessor's shared memory is one block's and 1 KiB, which the driver keeps per block.
   const size_t all = static_cast<size_t>(device().shared_bytes_per_block) + 1024;
   const int fit = static_cast<int>(all / (shared_bytes + 1024));

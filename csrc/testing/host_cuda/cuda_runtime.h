@@ -100,6 +100,9 @@ T atomicCAS(T* address, T expected, T value) {
   return old;
 }
 
+// What nvcc says that it compiles for.
+#define __CUDA_ARCH_LIST__ 800, 900, 1000
+
 // --- runtime -------------------------------------------------------------------------------------
 
 struct CUstream_st;
@@ -109,7 +112,9 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDeviceFunction = 98,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorNotSupported = 801,
   cudaErrorCooperativeLaunchTooLarge = 720,
 };
@@ -120,8 +125,14 @@ const char* cudaGetErrorString(cudaError_t error);
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrCooperativeLaunch = 95,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+  int ptxVersion;
 };
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -150,6 +161,8 @@ struct cudaLaunchConfig_t {
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetLastError();
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
                                                           int threads, size_t shared_bytes);
@@ -163,7 +176,9 @@ struct Device {
   int blocks_per_multiprocessor = 2;
   bool cooperative_launch = true;
   int compute_major = 9;
+  int compiled_major = 0;  // that the kernels are compiled for: 0 = the device's, -1 = none
   int shared_bytes_per_block = 227 * 1024;  // with cudaFuncSetAttribute; 48 KiB without
+  bool proxy_fences = true;                 // false, a seeded bug: proxy_fence() does nothing
   Schedule schedule;
 };
 

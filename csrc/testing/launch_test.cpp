@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches from several threads, and what a bulk copy must not read, on the host backend.
+#include "kernels/cuda/launch.cuh"
+
+#include <atomic>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "cuda_runtime.h"  // the host backend's
+#include "kernels/cuda/primitives.cuh"
+
+using namespace dualhead;
+
+namespace {
+
+void count_threads(std::atomic<int>* threads) { ++*threads; }
+
+// A warp whose lane 0 copies what `write` has left in `global`.
+std::string error_of_copy(bool fenced, bool stored_later) {
+  alignas(16) static unsigned char global[32];
+  try {
+    host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 256, false, {1, -1, -1, -1}, [&] {
+      cuda::Barrier* barrier = reinterpret_cast<cuda::Barrier*>(cuda::shared_memory());
+      if (threadIdx.x == 0) cuda::mbarrier_init(barrier, 1);
+      if (threadIdx.x == 1) cuda::store_words(global + 16, cuda::Words{});
+      cuda::block_barrier();
+      if (threadIdx.x == 0 && fenced) cuda::proxy_fence();
+      cuda::block_barrier();
+      if (threadIdx.x == 1 && stored_later) cuda::store_words(global + 16, cuda::Words{});
+      cuda::block_barrier();
+      if (threadIdx.x == 0) {
+        cuda::mbarrier_expect(barrier, 32);
+        cuda::bulk_copy(cuda::shared_memory() + 64, global, 32, barrier, 0);
+      }
+      cuda::mbarrier_wait(barrier, 0);
+    });
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST(threads_that_launch_different_plans_do_not_refuse_each_other) {
+  const int shared_bytes[] = {60 * 1024, 220 * 1024};
+  std::atomic<int> errors{0}, ran{0};
+  constexpr int kLaunches = 500;
+  std::vector<std::thread> threads;
+  for (const int bytes : shared_bytes) {
+    threads.emplace_back([&, bytes] {
+      for (int i = 0; i < kLaunches; ++i) {
+        errors += cuda::launch_cooperative(count_threads, 0, nullptr, 1, 1, cuda::kWarp, bytes,
+                                           &ran) != cudaSuccess;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK_EQUAL(errors.load(), 0);
+  CHECK_EQUAL(ran.load(), 2 * kLaunches * cuda::kWarp);
+}
+
+TEST(more_shared_memory_than_there_is_is_refused) {
+  std::atomic<int> ran{0};
+  CHECK_EQUAL(static_cast<int>(cuda::launch_cooperative(count_threads, 0, nullptr, 1, 1,
+                                                        cuda::kWarp, 228 * 1024, &ran)),
+              static_cast<int>(cudaErrorInvalidConfiguration));
+  CHECK_EQUAL(ran.load(), 0);
+}
+
+TEST(a_bulk_copy_of_what_the_grid_stored_needs_a_fence) {
+  CHECK_EQUAL(error_of_copy(true, false), std::string());
+  for (const bool fenced : {false, true}) {
+    const std::string error = error_of_copy(fenced, fenced);  // too late a store, or no fence
+    CHECK(error.find("without a proxy fence") != std::string::npos);
+  }
+}

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA step asks of a device before it launches, and of the copy engine, on the host
+backend: the code that the device runs, and the fence before bulk copies of what the grid wrote."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy_decode as model
+import pytest
+from cuda_host import check_step, same_bits, stream_runner
+
+NO_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+
+
+@pytest.fixture
+def run(testing_module):
+    return stream_runner(testing_module)
+
+
+@pytest.fixture
+def arguments(seed):
+    """int8 heads and more batch rows than shared memory holds: the grid prepares hidden states."""
+    rng = np.random.default_rng(seed)
+    sizes = dict(B=20, d=2048, V=20, H=2, d_k=8, S=5)
+    arguments = model.random_arguments(rng, "bfloat16", aligned=True, **sizes)
+    return model.quantized(rng, arguments, "int8", apart=16)
+
+
+def test_code_of_an_older_architecture_runs_as_what_it_is(run, seed, arguments):
+    """sm_80's PTX, compiled by the driver for Hopper, has no bulk copies: a kernel with them would
+    be empty there, which the host backend says where the first one is made."""
+    step = run(arguments, "bfloat16", record=True, compute_major=9, compiled_major=8, seed=seed)
+    check_step(arguments, step, "bfloat16")
+    newest = run(arguments, "bfloat16", record=True, compute_major=9, seed=seed)
+    assert not same_bits(step, newest)
+
+
+def test_a_device_without_code_is_refused_by_name(testing_module, run, arguments):
+    for compute_major in (8, 9):
+        with pytest.raises(AssertionError, match="cudaErrorNoKernelImageForDevice"):
+            run(arguments, "bfloat16", compute_major=compute_major, compiled_major=-1)
+    text = testing_module.error_text(NO_IMAGE)
+    assert "compiled for sm_80 sm_90 sm_100, device 0 is sm_90" in text
+    assert "sm_" not in testing_module.error_text(1)
+
+
+def test_bulk_copies_of_prepared_hidden_states_stand_behind_a_fence(
+    testing_module, run, seed, arguments
+):
+    assert not testing_module.stream_plan(arguments, "bfloat16")["resident"]
+    check_step(arguments, run(arguments, "bfloat16", seed=seed), "bfloat16")
+    with pytest.raises(RuntimeError, match="without a proxy fence"):
+        run(arguments, "bfloat16", seed=seed, proxy_fences=False)
+    # Sixteen bytes by a lane go the ordinary way.
+    run(arguments, "bfloat16", seed=seed, proxy_fences=False, compute_major=8)
