@@ -90,7 +90,7 @@ def stream_runner(testing_module):
     step = runner(testing_module)
 
     def stream(arguments, dtype, **options):
-        kept = {k: options[k] for k in ("compute_major", "shared_kib") if k in options}
+        kept = {k: options[k] for k in ("shared_kib",) if k in options}
         assert testing_module.stream_plan(arguments, dtype, **kept), "takes the plain path"
         options = {"blocks": 2, "threads": 0, "blocks_per_multiprocessor": 1} | options
         return step(arguments, dtype, **options)

@@ -78,12 +78,13 @@ def test_every_plan_is_among_the_tested_ones(testing_module, seed):
     found = set()
     for size in SIZES.values():
         arguments = aligned(rng, "bfloat16", **size)
-        for engine in (BULK, PIECES):
-            for kib in (227, 163, 99):
-                plan = testing_module.stream_plan(arguments, "bfloat16", engine, kib)
-                assert plan["shared_bytes"] <= kib * 1024 and 2 <= plan["stages"] <= 8
-                found |= {(name, plan[name]) for name in ("batch_tile", "row_bytes", "resident")}
-    values = {"batch_tile": [8, 16, 32, 64], "row_bytes": [64, 128, 256], "resident": [True, False]}
+        for kib in (227, 163, 99):
+            plan = testing_module.stream_plan(arguments, "bfloat16", kib)
+            assert plan["shared_bytes"] <= kib * 1024 and 2 <= plan["stages"] <= 8
+            found |= {(name, plan[name]) for name in ("batch_tile", "blocks", "resident")}
+            found.add(("kept_tiles", plan["kept_tiles"]))
+    values = {"batch_tile": [8, 16, 32, 64], "blocks": [1, 2], "resident": [True, False]}
+    values["kept_tiles"] = [0, 4]
     assert found == {(name, value) for name, many in values.items() for value in many}
 
 
@@ -253,9 +254,18 @@ def test_a_head_that_no_row_needs_is_no_longer_read(
     one = 540 * 520 * 2  # of one matrix
     assert bytes_read[0.5] == (K + 1) * one  # hidden states are resident
     # What had been asked for before, of both: two blocks' rings.
-    early = 2 * testing_module.stream_plan(arguments, "bfloat16", engine)["stages"] * 128 * 256
+    early = 2 * testing_module.stream_plan(arguments, "bfloat16")["stages"] * 128 * 256
     assert one < bytes_read[0.0] <= one + early < 0.9 * bytes_read[0.5], bytes_read
     assert K * one < bytes_read[1.0] <= K * one + early < bytes_read[0.5], bytes_read
+
+
+@pytest.mark.parametrize("B", [1, 16, 64])
+@pytest.mark.parametrize("d", [256, 576, 4096])
+def test_one_instruction_copies_a_kilobyte_or_more(testing_module, run, seed, d, B):
+    """The producer is one lane: at 16.5 bytes a clock it has 62 clocks for a copy of 1 KiB."""
+    arguments = aligned(np.random.default_rng(seed), "bfloat16", B=B, d=d, V=1024, gate="given")
+    run(arguments, "bfloat16", seed=seed)
+    assert testing_module.bytes_copied() >= 1024 * testing_module.boxes_copied() > 0
 
 
 # --- which path ----------------------------------------------------------------------------------
@@ -281,7 +291,7 @@ def test_what_streams_and_what_does_not(testing_module, seed):
 
 def test_a_device_with_too_little_shared_memory_refuses(testing_module, run, seed):
     arguments = aligned(np.random.default_rng(seed), "bfloat16", gate="given")
-    assert testing_module.stream_plan(arguments, "bfloat16", BULK, 20) is None
+    assert testing_module.stream_plan(arguments, "bfloat16", 20) is None
     with pytest.raises(AssertionError, match="cudaErrorInvalidConfiguration"):
         runner(testing_module)(arguments, "bfloat16", blocks=0, threads=0, shared_kib=20)
     with pytest.raises(AssertionError, match="cudaErrorInvalidValue"):

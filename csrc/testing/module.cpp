@@ -152,18 +152,16 @@ void set_device(int multiprocessors, int blocks_per_multiprocessor, bool coopera
 }
 
 // Whether these arguments take the streaming path, and how it cuts them.
-py::object stream_plan(const py::dict& arguments, const std::string& dtype, int compute_major,
-                       int shared_kib) {
+py::object stream_plan(const py::dict& arguments, const std::string& dtype, int shared_kib) {
   const DecodeParams params = params_from(arguments, dtype_from(dtype));
   cuda::StreamPlan plan;
-  if (!cuda::decode_streams(params) ||
-      !cuda::make_plan(params, shared_kib * 1024, compute_major >= 9, &plan)) {
+  if (!cuda::decode_streams(params) || !cuda::make_plan(params, shared_kib * 1024, &plan)) {
     return py::none();
   }
   py::dict found;
   found["batch_tile"] = plan.batch_tile, found["stages"] = plan.stages;
-  found["row_bytes"] = plan.row_bytes, found["resident"] = plan.resident;
-  found["shared_bytes"] = plan.shared_bytes;
+  found["blocks"] = plan.blocks, found["resident"] = plan.resident;
+  found["shared_bytes"] = plan.shared_bytes, found["kept_tiles"] = plan.kept_tiles;
   return found;
 }
 
@@ -200,11 +198,12 @@ PYBIND11_MODULE(dualhead_testing, m) {
         py::arg("skipped_block_barrier") = -1, py::arg("skipped_copy_wait") = -1);
   m.def("error_text", [](int error) { return std::string(cuda::error_text(error)); });
   m.def("bytes_copied", &host_cuda::bytes_copied);
+  m.def("boxes_copied", &host_cuda::boxes_copied);
   m.def("wants_products", [](const py::dict& arguments, const std::string& dtype) {
     return cuda::decode_wants_products(params_from(arguments, dtype_from(dtype)));
   });
   m.def("stream_plan", &stream_plan, py::arg("arguments"), py::arg("dtype"),
-        py::arg("compute_major") = 9, py::arg("shared_kib") = 227);
+        py::arg("shared_kib") = 227);
   m.def("bfloat16_to_float", &widened<cuda::BFloat16>);
   m.def("float16_to_float", &widened<cuda::Float16>);
   m.def("float_to_bfloat16", &rounded<cuda::BFloat16>);

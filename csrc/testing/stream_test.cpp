@@ -16,7 +16,7 @@ using host_cuda::Schedule;
 
 namespace {
 
-constexpr int kCopied = 64;  // bytes
+constexpr int kCopied = 128;  // bytes: a row of a box
 
 // A warp whose lane 0 copies from `source` to shared memory, after a barrier of its own; what is
 // there before and after the wait.
@@ -26,17 +26,21 @@ struct Seen {
 
 Seen copy_once(const std::vector<uint8_t>& source, bool bulk, uint64_t seed) {
   Seen seen{};
-  host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 256, false, {seed, -1, -1, -1}, [&] {
+  cuda::TensorMap map;
+  CHECK(host_cuda::encode_map(source.data(), kCopied, 1, kCopied, 1, kCopied, 1, &map));
+  host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 2048, false, {seed, -1, -1, -1}, [&] {
     cuda::Barrier* barrier = reinterpret_cast<cuda::Barrier*>(cuda::shared_memory());
-    unsigned char* to = cuda::shared_memory() + 64;
+    unsigned char* to = cuda::shared_memory() + 1024;
     if (threadIdx.x == 0) cuda::mbarrier_init(barrier, 1);
     cuda::block_barrier();
     if (threadIdx.x == 0) {
       if (bulk) {
         cuda::mbarrier_expect(barrier, kCopied);
-        cuda::bulk_copy(to, source.data(), kCopied, barrier, 0);
+        cuda::copy_box(to, &map, 0, 0, 0, barrier, 0);
       } else {
-        for (int i = 0; i < kCopied; i += 16) cuda::async_copy_16(to + i, source.data() + i, 0);
+        for (int i = 0; i < kCopied; i += 16) {
+          cuda::async_copy_16(to + i, source.data() + i, true, 0);
+        }
         cuda::async_copies_arrive(barrier);
       }
       seen.before = to[5];
@@ -49,7 +53,7 @@ Seen copy_once(const std::vector<uint8_t>& source, bool bulk, uint64_t seed) {
 
 std::string error_of(Schedule schedule, const std::function<void()>& body) {
   try {
-    host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 256, false, schedule, body);
+    host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 2048, false, schedule, body);
   } catch (const std::exception& error) {
     return error.what();
   }
@@ -80,7 +84,10 @@ TEST(a_copy_lands_when_it_is_waited_for) {
 
 TEST(misuse_is_named) {
   const auto barrier = [] { return reinterpret_cast<cuda::Barrier*>(cuda::shared_memory()); };
-  static unsigned char source[64];
+  alignas(16) static unsigned char source[kCopied];
+  cuda::TensorMap map;
+  CHECK(host_cuda::encode_map(source, kCopied, 1, kCopied, 1, kCopied, 1, &map));
+  CHECK(!host_cuda::encode_map(source + 8, kCopied, 1, kCopied, 1, kCopied, 1, &map));
   CHECK(mentions(error_of({}, [&] { cuda::mbarrier_wait(barrier(), 0); }), "nobody made"));
   CHECK(mentions(error_of({},
                           [&] {
@@ -90,7 +97,8 @@ TEST(misuse_is_named) {
                           }),
                  "no progress"));
   CHECK(mentions(
-      error_of({}, [&] { cuda::bulk_copy(cuda::shared_memory() + 8, source, 16, barrier(), 0); }),
+      error_of({},
+               [&] { cuda::copy_box(cuda::shared_memory() + 16, &map, 0, 0, 0, barrier(), 0); }),
       "not aligned"));
   // The wrong phase: the second has not ended when the first has.
   CHECK(mentions(error_of({},
@@ -142,30 +150,76 @@ TEST(a_tile_is_the_product_of_two_matrices) {
   }
 }
 
+// A box lands row by row, 128 bytes apart, each row's sixteens exchanged as swizzled() says; what
+// is outside of the matrix is zeros. Here rows 5 to 12 of 10, from byte 128 on, of 160 bytes each.
+TEST(a_box_is_swizzled_and_ends_in_zeros) {
+  constexpr int kRow = 160, kRows = 10, kPlanes = 2;
+  alignas(16) static unsigned char source[kPlanes][kRows][kRow];
+  for (int i = 0; i < kPlanes * kRows * kRow; ++i) {
+    (&source[0][0][0])[i] = static_cast<unsigned char>(1 + i % 251);
+  }
+  cuda::TensorMap map;
+  CHECK(host_cuda::encode_map(source, kRow, kRows, kRow, kPlanes, kRows * kRow, 8, &map));
+  std::vector<unsigned char> seen(1024);
+  host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 2048, false, {}, [&] {
+    cuda::Barrier* barrier = reinterpret_cast<cuda::Barrier*>(cuda::shared_memory());
+    if (threadIdx.x == 0) {
+      cuda::mbarrier_init(barrier, 1);
+      cuda::mbarrier_expect(barrier, 1024);
+      cuda::copy_box(cuda::shared_memory() + 1024, &map, 128, 5, 1, barrier, 0);
+      cuda::mbarrier_wait(barrier, 0);
+      std::memcpy(seen.data(), cuda::shared_memory() + 1024, 1024);
+    }
+  });
+  for (int r = 0; r < 8; ++r) {
+    for (int i = 0; i < 128; ++i) {
+      const bool there = 5 + r < kRows && 128 + i < kRow;
+      const int expected = there ? source[1][5 + r][128 + i] : 0;
+      CHECK_EQUAL(int{seen[cuda::swizzled(r, i / 16) + i % 16]}, expected);
+    }
+  }
+}
+
+// The eight lanes that read shared memory together meet all 32 banks, in both runs of a block.
+TEST(lanes_that_read_together_meet_different_banks) {
+  for (int phase = 0; phase < 4; ++phase) {
+    std::vector<int> seen(8);
+    for (int lane = 8 * phase; lane < 8 * phase + 8; ++lane) {
+      ++seen[cuda::swizzled(cuda::row_of_place(lane / 4), lane % 4) / 16 % 8];
+    }
+    for (int count : seen) CHECK_EQUAL(count, 1);
+  }
+}
+
 // Every byte, at every place of a step, becomes the number that it is.
 template <cuda::Format kFormat>
-void check_unpack(int bytes, float (*number)(int byte, int half)) {
-  alignas(16) unsigned char stored[16];
+void check_unpack(float (*number)(int byte, int half)) {
+  constexpr int kBytes = 16 / cuda::steps_of(kFormat);
+  unsigned char stored[16];
   for (int first = 0; first < 256; ++first) {
-    for (int i = 0; i < bytes; ++i) stored[i] = static_cast<unsigned char>(first + 37 * i);
-    uint32_t pairs[4];
-    cuda::unpack<kFormat>(stored, pairs);
-    for (int i = 0; i < 8; ++i) {
-      const uint16_t half = static_cast<uint16_t>(pairs[i / 2] >> 16 * (i % 2));
-      const int input = cuda::input_of(kFormat, i);  // of lane 0, step 0
-      const float expected = number(stored[input % 64], input / 64);
-      if (expected != expected) continue;  // fp8's NaN, which no row holds
-      CHECK_EQUAL(cuda::to_float(cuda::Float16{half}) * cuda::unpacked_unit<kFormat>(), expected);
+    for (int i = 0; i < 16; ++i) stored[i] = static_cast<unsigned char>(first + 37 * i);
+    cuda::Words words;
+    std::memcpy(words.x, stored, sizeof(words.x));
+    for (int step = 0; step < cuda::steps_of(kFormat); ++step) {
+      uint32_t pairs[4];
+      cuda::unpack<kFormat>(words, step, pairs);
+      for (int i = 0; i < 8; ++i) {
+        const uint16_t half = static_cast<uint16_t>(pairs[i / 2] >> 16 * (i % 2));
+        const int input = cuda::input_of(kFormat, i);  // of lane 0, step 0
+        const float expected = number(stored[input % 64 + step * kBytes], input / 64);
+        if (expected != expected) continue;  // fp8's NaN, which no row holds
+        CHECK_EQUAL(cuda::to_float(cuda::Float16{half}) * cuda::unpacked_unit<kFormat>(), expected);
+      }
     }
   }
 }
 
 TEST(every_stored_byte_unpacks_to_its_number) {
   check_unpack<cuda::Format::kInt8>(
-      8, [](int byte, int) { return static_cast<float>(static_cast<int8_t>(byte)); });
-  check_unpack<cuda::Format::kFp8>(8, [](int byte, int) {
+      [](int byte, int) { return static_cast<float>(static_cast<int8_t>(byte)); });
+  check_unpack<cuda::Format::kFp8>([](int byte, int) {
     return (byte & 127) == 127 ? NAN : to_float(Fp8{static_cast<uint8_t>(byte)});
   });
   check_unpack<cuda::Format::kInt4>(
-      4, [](int byte, int half) { return static_cast<float>((half ? byte >> 4 : byte & 15) - 8); });
+      [](int byte, int half) { return static_cast<float>((half ? byte >> 4 : byte & 15) - 8); });
 }

@@ -39,26 +39,24 @@ __device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t bytes) {
   return (bytes & 0x80008000u) | (bytes >> 1 & 0x3F803F80u);
 }
 
-// The pairs of one step, from where its bytes begin: 16, 8 or 4. 0x6400 is 1024 in float16, whose
-// last place is 1: a small number in the lowest bits is added to it.
+// The pairs of one step of a lane's sixteen bytes. 0x6400 is 1024 in float16, whose last place is
+// 1: a small number in the lowest bits is added to it.
 template <Format kFormat>
-__device__ __forceinline__ void unpack(const unsigned char* at, uint32_t (&pairs)[4]) {
+__device__ __forceinline__ void unpack(const Words& sixteen, int step, uint32_t (&pairs)[4]) {
   if constexpr (steps_of(kFormat) == 1) {
-    const Words raw = load_words(at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = raw.x[i];
+    for (int i = 0; i < 4; ++i) pairs[i] = sixteen.x[i];
   } else if constexpr (kFormat == Format::kInt4) {
-    const uint32_t even = *reinterpret_cast<const uint32_t*>(at), odd = even >> 8;
+    const uint32_t even = sixteen.x[step], odd = even >> 8;
     // 1024 + u - 1032, and (1024 + 16 u) / 16 - 72.
     pairs[0] = half2_add((even & 0x000F000Fu) | 0x64006400u, 0xE408E408u);
     pairs[1] = half2_add((odd & 0x000F000Fu) | 0x64006400u, 0xE408E408u);
     pairs[2] = half2_fma((even & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
     pairs[3] = half2_fma((odd & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
   } else {
-    const uint2 raw = *reinterpret_cast<const uint2*>(at);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t bytes = i == 0 ? raw.x : raw.y;
+      const uint32_t bytes = sixteen.x[2 * step + i];
       if constexpr (kFormat == Format::kInt8) {
         const uint32_t biased = bytes ^ 0x80808080u;  // and less 1152, of which 128 is the bias
         pairs[2 * i] = half2_add(select_bytes(biased, 0x64646464u, 0x4240), 0xE480E480u);
@@ -77,100 +75,118 @@ __device__ __forceinline__ constexpr float unpacked_unit() {
   return kFormat == Format::kFp8 ? 256.0f : 1.0f;
 }
 
-// Where a lane finds its part of a stage.
+// The row of eight that belongs to place `place` of a tile. Lanes 8i to 8i + 7 read shared memory
+// together, two rows' sixteens of one run. Rows four apart have them in different halves of the
+// banks, so neighbouring places are given such.
+__device__ __forceinline__ int row_of_place(int place) { return place / 2 + place % 2 * 4; }
+
+// Where a lane finds its part of a stage. All rows lie at multiples of 1024 bytes but for the
+// lane's own row among eight, whose sixteen bytes of a block's first run are at `own`; those of the
+// second run are 64 bytes away, up or down.
 struct LaneView {
-  const unsigned char* low;     // rows of the unit's first matrix, at this lane's row and sixteen
-  const unsigned char* high;    // of its second
-  int unit_pitch;               // to the warp's next unit, in bytes
-  const unsigned char* hidden;  // column lane / 4, this lane's sixteen
+  const unsigned char* low;  // the warp's first unit, in the first block of the first matrix
+  int high;                  // from there to the second matrix, in bytes
+  int block_pitch, unit_pitch;
+  const unsigned char* hidden;  // the first eight columns, in the first block
+  int hidden_pitch;             // to the next block
   int tile_pitch, term_pitch;   // to the next 8 columns, the next term
-  int terms;
-  const unsigned char* low_scales;  // int4: of the stage's groups
-  const unsigned char* high_scales;
+  int own;
 };
 
-// `there`: whether the row has this lane's sixteen bytes; else they count as zeros, whatever lies
-// in their place.
-template <Format kFormat, int kTiles, int kUnits>
-__device__ __forceinline__ void multiply_step(const LaneView& at, int run, int step, bool there,
-                                              float (&z)[kUnits][kTiles][4]) {
+__device__ __forceinline__ int own_sixteen() {
+  return swizzled(row_of_place(lane_index() / 4), lane_index() % 4);
+}
+
+// int4: the scales of a stage's groups, of this lane's row of each unit and matrix.
+template <Format kFormat, int kUnits>
+struct GroupScales {};
+
+template <int kUnits>
+struct GroupScales<Format::kInt4, kUnits> {
+  float low[kUnits][4], high[kUnits][4];
+};
+
+// One run of a block: z += rows times hidden states. kTerms: of the operand.
+template <Format kFormat, int kTerms, int kTiles, int kUnits>
+__device__ __forceinline__ void multiply_run(const LaneView& at, int block, int half,
+                                             float (&z)[kUnits][kTiles][4]) {
   constexpr bool kBrain = kFormat == Format::kBFloat16;
-  uint32_t low[kUnits][4] = {}, high[kUnits][4] = {};
-  if (there) {
+  constexpr int kSteps = steps_of(kFormat);
+  Words low[kUnits], high[kUnits];
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const unsigned char* row =
+        at.low + block * at.block_pitch + u * at.unit_pitch + (at.own ^ half * kRunBytes);
+    low[u] = load_words(row);
+    high[u] = load_words(row + at.high);
+  }
+  const unsigned char* hidden = at.hidden + block * kSteps * at.hidden_pitch;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    uint32_t first[kUnits][4], second[kUnits][4];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const int bytes = u * at.unit_pitch + run * kRunBytes + step * (16 / steps_of(kFormat));
-      unpack<kFormat>(at.low + bytes, low[u]);
-      unpack<kFormat>(at.high + bytes, high[u]);
+      unpack<kFormat>(low[u], step, first[u]);
+      unpack<kFormat>(high[u], step, second[u]);
     }
-  }
-  const int terms = steps_of(kFormat) == 1 ? 1 : at.terms;
+    const int run = half * kSteps + step;  // of hidden states
+    const unsigned char* column =
+        hidden + run / 2 * at.hidden_pitch + (at.own ^ run % 2 * kRunBytes);
 #pragma unroll 1
-  for (int term = 0; term < terms; ++term) {
-    const unsigned char* hidden =
-        at.hidden + (run * steps_of(kFormat) + step) * kRunBytes + term * at.term_pitch;
+    for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n, hidden += at.tile_pitch) {
-      Words b = {};
-      if (there) b = load_words(hidden);
+      for (int n = 0; n < kTiles; ++n) {
+        const Words b = load_words(column + term * at.term_pitch + n * at.tile_pitch);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {  // tiles of 16 inputs
+        for (int i = 0; i < 2; ++i) {  // tiles of 16 inputs
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          const uint32_t a[4] = {low[u][2 * half], high[u][2 * half], low[u][2 * half + 1],
-                                 high[u][2 * half + 1]};
-          mma_m16n8k16<kBrain>(z[u][n], a, b.x[2 * half], b.x[2 * half + 1]);
+          for (int u = 0; u < kUnits; ++u) {
+            const uint32_t a[4] = {first[u][2 * i], second[u][2 * i], first[u][2 * i + 1],
+                                   second[u][2 * i + 1]};
+            mma_m16n8k16<kBrain>(z[u][n], a, b.x[2 * i], b.x[2 * i + 1]);
+          }
         }
       }
     }
   }
 }
 
-template <Format kFormat, int kTiles, int kUnits>
-__device__ __forceinline__ void multiply_run(const LaneView& at, int run, bool there,
-                                             float (&z)[kUnits][kTiles][4]) {
-  constexpr int kSteps = steps_of(kFormat), kUnroll = kTiles * kUnits < 8 ? kSteps : 1;
-#pragma unroll kUnroll
-  for (int step = 0; step < kSteps; ++step) multiply_step<kFormat>(at, run, step, there, z);
-}
-
-// int4: a run is a group, with a sum of its own, times its scale.
-template <int kTiles, int kUnits>
-__device__ __forceinline__ void multiply_group(const LaneView& at, int run,
+// A stage: z += rows times hidden states over `blocks` blocks. Behind a row's end both lie as
+// zeros. int4: a run is a group, with a sum of its own, times its scale.
+template <Format kFormat, int kTerms, int kTiles, int kUnits>
+__device__ __forceinline__ void multiply_stage(const LaneView& at, int blocks,
+                                               const GroupScales<kFormat, kUnits>& scales,
                                                float (&z)[kUnits][kTiles][4]) {
-  float part[kUnits][kTiles][4] = {};
-  multiply_run<Format::kInt4>(at, run, true, part);
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const int scale = u * at.unit_pitch + 4 * run;
-    const float low = *reinterpret_cast<const float*>(at.low_scales + scale);
-    const float high = *reinterpret_cast<const float*>(at.high_scales + scale);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) z[u][n][i] = fmaf(i < 2 ? low : high, part[u][n][i], z[u][n][i]);
-    }
-  }
-}
-
-// A stage: z += rows times hidden states over `bytes` of each row.
-template <Format kFormat, int kTiles, int kUnits>
-__device__ __forceinline__ void multiply_stage(const LaneView& at, int bytes,
-                                               float (&z)[kUnits][kTiles][4]) {
-  // Two runs at once where one would leave the tensor cores waiting, and registers allow it.
-  [[maybe_unused]] constexpr int kUnroll = kTiles * kUnits < 8 ? 2 : 1;
-  const int runs = bytes / kRunBytes, rest = bytes % kRunBytes;
+  // Both blocks at once where one would leave the tensor cores waiting, and registers allow it.
   if constexpr (kFormat == Format::kInt4) {
-#pragma unroll kUnroll
-    for (int run = 0; run < runs; ++run) multiply_group(at, run, z);
-  } else if constexpr (steps_of(kFormat) == 2) {
-    // Behind a row's end lie bytes of another, which are numbers, and meet hidden states' zeros.
-#pragma unroll kUnroll
-    for (int run = 0; run < runs + (rest > 0); ++run) multiply_run<kFormat>(at, run, true, z);
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      if (block == blocks) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float part[kUnits][kTiles][4] = {};
+        multiply_run<kFormat, kTerms>(at, block, half, part);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          const float low = scales.low[u][2 * block + half];
+          const float high = scales.high[u][2 * block + half];
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              z[u][n][i] = fmaf(i < 2 ? low : high, part[u][n][i], z[u][n][i]);
+            }
+          }
+        }
+      }
+    }
   } else {
+    [[maybe_unused]] constexpr int kUnroll = kTiles * kUnits < 8 && kTerms == 1 ? 2 : 1;
 #pragma unroll kUnroll
-    for (int run = 0; run < runs; ++run) multiply_run<kFormat>(at, run, true, z);
-    if (rest > 0) multiply_run<kFormat>(at, runs, 16 * (lane_index() % 4) < rest, z);
+    for (int block = 0; block < blocks; ++block) {
+      multiply_run<kFormat, kTerms>(at, block, 0, z);
+      multiply_run<kFormat, kTerms>(at, block, 1, z);
+    }
   }
 }
 

@@ -36,14 +36,25 @@ __device__ __forceinline__ float largest_of(Numbers row, int64_t d, int thread, 
   return largest;
 }
 
-// Writes a thread's share of a row: eights of positions (fragments.cuh), `term_bytes` between
+// Where a row of the operand goes, eight positions to each sixteen bytes: one after the other, or
+// (shared memory) in blocks `block_pitch` apart, swizzled as row `row` of a box.
+struct OperandPlace {
+  unsigned char* first;
+  int64_t block_pitch;
+  int row;
+
+  __device__ __forceinline__ unsigned char* sixteen(int64_t i) const {
+    return first + i / 8 * block_pitch + 16 * ((static_cast<int>(i) ^ row) & 7);
+  }
+};
+
+// Writes a thread's share of a row: `eights` of positions (fragments.cuh), `term_bytes` between
 // terms; zeros beyond d. Not inlined: one copy serves all formats.
 __device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d, float unit,
-                                           int terms, unsigned char* to, int64_t term_bytes,
-                                           int thread, int threads) {
+                                           int terms, OperandPlace to, int64_t eights,
+                                           int64_t term_bytes, int thread, int threads) {
   const int run = run_inputs(format);
   const float inverse = 1.0f / unit;  // a power of two
-  const int64_t eights = round_up(d, run) / 8;
   for (int64_t i = thread; i < eights; i += threads) {
     float rest[8];
 #pragma unroll
@@ -61,7 +72,7 @@ __device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d
         words.x[j] = first.bits | static_cast<uint32_t>(second.bits) << 16;
         rest[2 * j] -= to_float(first), rest[2 * j + 1] -= to_float(second);
       }
-      store_words(to + term * term_bytes + 16 * i, words);
+      store_words(to.sixteen(i) + term * term_bytes, words);
     }
   }
 }
@@ -83,7 +94,8 @@ __device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspac
     const float unit = operand_unit(largest);
     if (threadIdx.x == 0) ws.operand_scale[b] = unit;
     unsigned char* to = reinterpret_cast<unsigned char*>(ws.operand) + b * row_bytes;
-    write_operand(format, row, p.d, unit, terms, to, p.B * row_bytes, threadIdx.x, kThreads);
+    write_operand(format, row, p.d, unit, terms, {to, kBlockBytes, 0}, row_bytes / 16,
+                  p.B * row_bytes, threadIdx.x, kThreads);
     group_barrier<kGroup, kThreads>();  // every thread has read the slots
   }
 }

@@ -8,6 +8,9 @@
 #include <cooperative_groups.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#if defined(__CUDACC__)
+#include <cuda.h>
+#endif
 
 #include <cstdint>
 
@@ -203,10 +206,11 @@ __device__ __forceinline__ bool has_reached(const unsigned* counter, unsigned ta
 
 // --- shared memory -------------------------------------------------------------------------------
 
-// The block's dynamic shared memory, aligned to 16 bytes; the launch says how much there is.
+// The block's dynamic shared memory, aligned to 1024 bytes, which the copy engine's swizzle counts
+// from; the launch says how much there is.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #if defined(__CUDACC__)
-  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
   return dynamic_shared_memory;
 #else
   return host_cuda::shared_memory();
@@ -377,41 +381,76 @@ __device__ __forceinline__ uint64_t cache_policy(Keep keep) {
   return policy;
 }
 
-// A run of bytes by the bulk copy engine (sm_90); 16 divides both addresses and the size. It has
-// come when the barrier's phase ends.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, unsigned bytes,
-                                          Barrier* barrier, uint64_t policy) {
+// True in one lane of the warp, whose lanes meet here. The compiler knows that the branch has one
+// thread, so the copies in it take their addresses from uniform registers, without a loop over the
+// lanes.
+__device__ __forceinline__ bool elect_one() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.b32 %0, 1, 0, p; }"
+               : "=r"(elected));
+  return elected != 0;
+#else
+  warp_barrier();
+  return lane_index() == 0;
+#endif
+}
+
+// A matrix as the copy engine (sm_90) knows it: planes of rows of bytes, and the box that one copy
+// takes: kBlockBytes of each of `box_rows` rows. encode_map() in tensor_map.h makes one.
+#if defined(__CUDACC__)
+using TensorMap = CUtensorMap;
+#else
+using TensorMap = host_cuda::TensorMap;
+#endif
+
+// Bytes of a row in a box, and in shared memory the distance between the rows of a box.
+constexpr int kBlockBytes = 128;
+
+// Where the sixteen bytes number `sixteen` (0 to 7) of row `row` of a box lie in shared memory. The
+// copy engine's 128-byte swizzle: lanes that read one sixteen of several rows meet different banks.
+__device__ __forceinline__ int swizzled(int row, int sixteen) {
+  return row * kBlockBytes + 16 * ((sixteen ^ row) & 7);
+}
+
+// Starts the copy of one box: from `byte` of row `row` of `plane` on, to an address that 1024
+// divides. What lies outside of the matrix becomes zeros. The barrier counts the bytes of the whole
+// box. By one lane, with arguments that are the same in all of them.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int byte, int row,
+                                         int plane, Barrier* barrier, uint64_t policy) {
 #if !defined(__CUDACC__)
   (void)policy;
-  host_cuda::bulk_copy(to, from, bytes, barrier);
+  host_cuda::copy_box(to, *map, byte, row, plane, barrier);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      "cp.async.bulk.tensor.3d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(byte), "r"(row), "r"(plane), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 #endif
 }
 
-// Sixteen bytes by a thread of its own accord (sm_80), or four.
-__device__ __forceinline__ void async_copy_16(void* to, const void* from, uint64_t policy) {
+// Asks for the map itself, which the first copy would otherwise wait for.
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#else
+  (void)map;
+#endif
+}
+
+// Sixteen bytes by a thread of its own accord (sm_80); where there are none (`there` false), zeros,
+// and `from` is not read.
+__device__ __forceinline__ void async_copy_16(void* to, const void* from, bool there,
+                                              uint64_t policy) {
 #if defined(__CUDACC__)
   asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-      "l"(from), "l"(policy)
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)),
+      "l"(from), "r"(there ? 16 : 0), "l"(policy)
       : "memory");
 #else
   (void)policy;
-  host_cuda::async_copy(to, from, 16);
-#endif
-}
-
-__device__ __forceinline__ void async_copy_4(void* to, const void* from) {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-#else
-  host_cuda::async_copy(to, from, 4);
+  host_cuda::async_copy(to, there ? from : nullptr, 16);
 #endif
 }
 

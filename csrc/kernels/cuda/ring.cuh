@@ -3,7 +3,11 @@
 // when its copies have landed, and empty when every consumer warp has said so; the two barriers of
 // a slot are used in turn, for ever, and never reset.
 //
-// sm_90 and up: a bulk copy per row. Below: sixteen bytes by a lane. Both end at the same barrier,
+// A stage holds blocks of 128 bytes: of the tile's rows of the first matrix, block by block, then
+// of the second, then of hidden states. Within a block rows lie beneath each other, swizzled.
+//
+// sm_90 and up: one lane asks the copy engine for whole boxes, all rows of a block in one
+// instruction. Below: sixteen bytes by a lane. Both end at the same barrier and in the same places,
 // so that consumers know no difference.
 #pragma once
 
@@ -14,13 +18,23 @@
 namespace dualhead {
 namespace cuda {
 
+// What the copy engine reads, and in which boxes: a full tile's rows, and, where a block's units
+// end within a tile, a unit's. Unused, and not filled in, where lanes copy.
+struct StreamMaps {
+  TensorMap lm_tile, lm_unit;
+  TensorMap reward_tile, reward_unit;  // a plane per objective
+  TensorMap hidden;                    // a batch tile; the operand's terms follow each other
+};
+
 // What a block has to do, and where its stages lie; the same numbers for all of its threads.
 struct Stream {
   const DecodeParams& p;
   const Workspace& ws;
   const StreamPlan& plan;
+  const StreamMaps& maps;
   int begin = 0, end = 0;                 // the block's units
   int weight_bytes = 0;                   // of a row
+  int row_blocks = 0;                     // of a row of weights
   int chunks = 0, passes = 0;             // stages of a row; pairs of matrices
   int tile_units = 0;                     // units of a full tile
   const unsigned char* hidden = nullptr;  // the operand of the products: (terms, B, operand inputs)
@@ -28,6 +42,16 @@ struct Stream {
   int hidden_bytes = 0;                        // of a row
   int terms = 1;
   const float* operand_scale = nullptr;  // (B,): of the sums; quantised weights only
+
+  // Bytes of one block of a tile's rows.
+  __device__ __forceinline__ int block_bytes() const { return tile_units * kUnit * kBlockBytes; }
+
+  // Blocks of a row of weights that a stage with this chunk holds; of hidden states steps_of()
+  // times as many.
+  __device__ __forceinline__ int blocks_of(int chunk) const {
+    const int left = row_blocks - chunk * plan.blocks;
+    return left < plan.blocks ? left : plan.blocks;
+  }
 };
 
 struct Slot {
@@ -53,27 +77,20 @@ __device__ __forceinline__ unsigned char* stage_of(const StreamPlan& plan, const
   return shared_memory() + plan.ring_offset + slot.index * plan.stage_bytes;
 }
 
-// Copies rows of `bytes` bytes each, `pitch` apart, by a warp; row_of(r) is null where there is
-// none.
-template <bool kBulk, typename RowOf>
-__device__ __forceinline__ void copy_rows(unsigned char* to, int pitch, int rows, int bytes,
-                                          Barrier* barrier, uint64_t policy, RowOf row_of) {
-  if constexpr (kBulk) {
-    for (int r = lane_index(); r < rows; r += kWarp) {
-      const void* row = row_of(r);
-      if (row) bulk_copy(to + r * pitch, row, static_cast<unsigned>(bytes), barrier, policy);
-    }
-  } else {
-    // Neighbouring lanes copy neighbouring sixteens; as many rows at once as that leaves lanes for.
-    int lanes = kWarp;
-    while (lanes > 4 && lanes * 8 >= bytes) lanes /= 2;
-    for (int r = lane_index() / lanes; r < rows; r += kWarp / lanes) {
-      const unsigned char* row = static_cast<const unsigned char*>(row_of(r));
-      if (!row) continue;
-      for (int i = 16 * (lane_index() % lanes); i < bytes; i += 16 * lanes) {
-        async_copy_16(to + r * pitch + i, row + i, policy);
-      }
-    }
+// Where a box would put them: `blocks` blocks of `rows` rows, by the lanes of a warp, sixteen bytes
+// each. row_of(r) is the row's first byte, null where there is none; bytes from `left` on count as
+// zeros, as do rows that are not there.
+template <typename RowOf>
+__device__ __forceinline__ void copy_by_lanes(unsigned char* to, int rows, int blocks, int left,
+                                              uint64_t policy, RowOf row_of) {
+  const unsigned sixteens = kBlockBytes / 16;
+  for (unsigned i = lane_index(); i < sixteens * rows * blocks; i += kWarp) {
+    const int sixteen = i % sixteens, r = i / sixteens % rows, block = i / sixteens / rows;
+    const int at = block * kBlockBytes + 16 * sixteen;
+    const unsigned char* row = row_of(r);
+    const bool there = row != nullptr && at < left;
+    async_copy_16(to + block * rows * kBlockBytes + swizzled(r, sixteen),
+                  there ? row + at : nullptr, there, policy);
   }
 }
 
@@ -119,102 +136,102 @@ struct Producer {
     b0 += s.plan.batch_tile;
   }
 
-  __device__ __forceinline__ int weight_bytes() const {
-    const int left = s.weight_bytes - chunk * s.plan.row_bytes;
-    return left < s.plan.row_bytes ? left : s.plan.row_bytes;
+  __device__ __forceinline__ int units() const {
+    return s.end - unit < s.tile_units ? s.end - unit : s.tile_units;
   }
 
-  // Of a row of hidden states in this chunk.
-  __device__ __forceinline__ int hidden_bytes() const {
-    const int most = steps_of(kFormat) * s.plan.row_bytes;
-    const int left = s.hidden_bytes - chunk * most;
-    return left < most ? left : most;
-  }
-
-  __device__ __forceinline__ int batch_rows() const {
-    const int64_t left = s.p.B - b0;
-    return static_cast<int>(left < s.plan.batch_tile ? left : s.plan.batch_tile);
-  }
-
-  // Vocabulary entry of row r of the stage; -1 where there is no such row, or nobody needs it.
-  __device__ __forceinline__ int64_t entry_of(int r) const {
-    const int own = unit + r / (2 * kUnit);
-    const int64_t v = static_cast<int64_t>(own) * kUnit + r % kUnit;
-    const bool there = own < s.end && v < s.p.V && reads(matrix_of(r));
-    return there ? v : -1;
-  }
-
-  __device__ __forceinline__ int matrix_of(int r) const { return 2 * pass + r / kUnit % 2; }
-
-  __device__ __forceinline__ unsigned weight_rows() const {
-    const int64_t last = unit + s.tile_units < s.end ? unit + s.tile_units : s.end;
-    const int64_t entries =
-        (last * kUnit < s.p.V ? last * kUnit : s.p.V) - static_cast<int64_t>(unit) * kUnit;
-    return static_cast<unsigned>(entries * (reads(2 * pass) + reads(2 * pass + 1)));
-  }
-
+  // Announces a stage, and starts to copy its weights. Read once: nothing else should leave the
+  // cache for them.
   __device__ __forceinline__ void copy_weights() const {
+    const uint64_t policy = cache_policy(Keep::kFirstToGo);
+    const int blocks = s.blocks_of(chunk), own = units();
+    unsigned char* stage = stage_of(s.plan, slot);
+    if constexpr (kBulk) {
+      if (!elect_one()) return;
+      const int matrices = reads(2 * pass) + reads(2 * pass + 1);
+      const int boxes = blocks * steps_of(kFormat) * s.terms;
+      mbarrier_expect(full_barrier(slot), (matrices * blocks * own * kUnit +
+                                           (s.plan.resident ? 0 : boxes * s.plan.batch_tile)) *
+                                              kBlockBytes);
+      for (int side = 0; side < 2; ++side) {
+        const int m = 2 * pass + side;
+        if (!reads(m)) continue;
+        for (int block = 0; block < blocks; ++block) {
+          copy_block(stage + (side * s.plan.blocks + block) * s.block_bytes(), m,
+                     (chunk * s.plan.blocks + block) * kBlockBytes, own, policy);
+        }
+      }
+    } else {
+      const int left = s.weight_bytes - chunk * s.plan.blocks * kBlockBytes;
+      for (int side = 0; side < 2; ++side) {
+        const int m = 2 * pass + side;
+        if (!reads(m)) continue;
+        copy_by_lanes(stage + side * s.plan.blocks * s.block_bytes(), s.tile_units * kUnit, blocks,
+                      left, policy, [&](int r) { return row_of(m, r); });
+      }
+    }
+  }
+
+  // One block of the tile's rows: a box, or one per unit.
+  __device__ __forceinline__ void copy_block(unsigned char* to, int m, int byte, int own,
+                                             uint64_t policy) const {
+    const int plane = m == 0 ? 0 : m - 1;
+    Barrier* full = full_barrier(slot);
+    if (own == s.tile_units) {
+      const TensorMap* map = m == 0 ? &s.maps.lm_tile : &s.maps.reward_tile;
+      copy_box(to, map, byte, unit * kUnit, plane, full, policy);
+      return;
+    }
+    const TensorMap* map = m == 0 ? &s.maps.lm_unit : &s.maps.reward_unit;
+    for (int i = 0; i < own; ++i, to += kUnit * kBlockBytes) {
+      copy_box(to, map, byte, (unit + i) * kUnit, plane, full, policy);
+    }
+  }
+
+  // This chunk of matrix m's row r of the tile; null where there is no such row.
+  __device__ __forceinline__ const unsigned char* row_of(int m, int r) const {
     constexpr int kPerByte = kFormat == Format::kBFloat16 || kFormat == Format::kFloat16 ? 2 : 1;
     const DecodeParams& p = s.p;
-    const int bytes = weight_bytes(), rows = 2 * kUnit * s.tile_units;
-    unsigned char* stage = stage_of(s.plan, slot);
-    Barrier* full = full_barrier(slot);
-    if (kBulk && lane_index() == 0) {
-      const int terms = s.plan.resident ? 0 : s.terms;
-      mbarrier_expect(full, weight_rows() * bytes + terms * batch_rows() * hidden_bytes());
-    }
-    warp_barrier();  // announced before the first can land
-    const auto row_of = [&](int r) -> const void* {
-      const int64_t v = entry_of(r), m = matrix_of(r);
-      if (v < 0) return nullptr;
-      const void* matrix = m == 0 ? p.lm_weight : p.reward_weight;
-      const int64_t row = m == 0 ? v * p.lm_weight_stride
-                                 : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride;
-      return static_cast<const unsigned char*>(matrix) + row * kPerByte +
-             static_cast<int64_t>(chunk) * s.plan.row_bytes;
-    };
-    // Read once: nothing else should leave the cache for it.
-    copy_rows<kBulk>(stage, s.plan.row_pitch, rows, bytes, full, cache_policy(Keep::kFirstToGo),
-                     row_of);
-    if constexpr (kFormat == Format::kInt4) {
-      copy_scales(stage, rows);
-      if (kBulk) async_copies_arrive(full);
-    }
-  }
-
-  // int4: the scales of this chunk's groups, behind each row.
-  __device__ __forceinline__ void copy_scales(unsigned char* stage, int rows) const {
-    const int64_t row_groups = s.p.d / kInt4Group;
-    const int groups = weight_bytes() / kRunBytes, first = chunk * (s.plan.row_bytes / kRunBytes);
-    for (int i = lane_index(); i < rows * groups; i += kWarp) {
-      const int r = i / groups, group = i % groups;
-      const int64_t v = entry_of(r), m = matrix_of(r);
-      if (v < 0) continue;
-      const float* scales = m == 0 ? s.p.lm_scale : s.p.reward_scale + (m - 1) * s.p.V * row_groups;
-      async_copy_4(stage + r * s.plan.row_pitch + s.plan.row_bytes + 4 * group,
-                   scales + v * row_groups + first + group);
-    }
+    const int64_t v = static_cast<int64_t>(unit) * kUnit + r;
+    if (v >= p.V || unit + r / kUnit >= s.end) return nullptr;
+    const void* matrix = m == 0 ? p.lm_weight : p.reward_weight;
+    const int64_t row = m == 0 ? v * p.lm_weight_stride
+                               : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride;
+    return static_cast<const unsigned char*>(matrix) + row * kPerByte +
+           static_cast<int64_t>(chunk) * s.plan.blocks * kBlockBytes;
   }
 
   __device__ __forceinline__ void copy_hidden() const {
+    constexpr int kSteps = steps_of(kFormat);
     Barrier* full = full_barrier(slot);
     if (!s.plan.resident) {
+      const uint64_t policy = cache_policy(Keep::kStay);
+      const int blocks = s.blocks_of(chunk) * kSteps;
+      const int first = chunk * s.plan.blocks * kSteps * kBlockBytes;
+      const int rows = s.plan.batch_tile, block_bytes = rows * kBlockBytes;
       unsigned char* to = stage_of(s.plan, slot) + s.plan.hidden_offset;
-      const int64_t from = static_cast<int64_t>(chunk) * steps_of(kFormat) * s.plan.row_bytes;
-      for (int term = 0; term < s.terms; ++term) {
-        const unsigned char* first = s.hidden + term * s.term_stride + b0 * s.hidden_stride + from;
-        copy_rows<kBulk>(to + term * s.plan.batch_tile * s.plan.hidden_pitch, s.plan.hidden_pitch,
-                         batch_rows(), hidden_bytes(), full, cache_policy(Keep::kStay),
-                         [&](int r) -> const void* { return first + r * s.hidden_stride; });
+      for (int term = 0; term < s.terms; ++term, to += s.plan.blocks * kSteps * block_bytes) {
+        if constexpr (kBulk) {
+          if (!elect_one()) continue;
+          const int row = static_cast<int>(term * s.p.B) + b0;
+          for (int block = 0; block < blocks; ++block) {
+            copy_box(to + block * block_bytes, &s.maps.hidden, first + block * kBlockBytes, row, 0,
+                     full, policy);
+          }
+        } else {
+          const unsigned char* from =
+              s.hidden + term * s.term_stride + b0 * s.hidden_stride + first;
+          copy_by_lanes(to, rows, blocks, s.hidden_bytes - first, policy, [&](int r) {
+            return b0 + r < s.p.B ? from + r * s.hidden_stride : nullptr;
+          });
+        }
       }
     }
     if (!kBulk) async_copies_arrive(full);
   }
 
   // Arrivals that fill a stage.
-  static __device__ __forceinline__ unsigned arrivals() {
-    return (kBulk ? 1 : kWarp) + (kBulk && kFormat == Format::kInt4 ? kWarp : 0);
-  }
+  static __device__ __forceinline__ unsigned arrivals() { return kBulk ? 1 : kWarp; }
 };
 
 }  // namespace cuda

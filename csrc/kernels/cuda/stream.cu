@@ -17,6 +17,7 @@
 #include "gate.cuh"
 #include "launch.cuh"
 #include "stream_heads.cuh"
+#include "tensor_map.h"
 #include "token.cuh"
 
 namespace dualhead {
@@ -25,8 +26,11 @@ namespace {
 
 constexpr int kStreamThreads = kStreamWarps * kWarp;
 
-static_assert(2 * kMaxStages * sizeof(Barrier) <= kHeadBytes / 2, "and the ring its barriers");
-static_assert((kMaxBatchTile + kStreamWarps) * sizeof(float) <= kHeadBytes / 2, "and the scales");
+static_assert(2 * kMaxStages * sizeof(Barrier) <= kHeadBytes / 2,
+              "the ring's barriers fit in the first half of the head of shared memory");
+static_assert((kMaxBatchTile + kStreamWarps) * sizeof(float) <= kHeadBytes / 2,
+              "the scales fit in the second half");
+static_assert(kRowBlock == kBlockBytes, "plans are made in the copy engine's blocks");
 
 // All blocks' gate warps: what any wrote is visible to all. `round` counts from 1.
 __device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round) {
@@ -84,14 +88,15 @@ __device__ __forceinline__ void consume_by_batch(const Stream& s) {
 
 template <Format kFormat>
 __device__ __forceinline__ Stream stream_of(const DecodeParams& p, const Workspace& ws,
-                                            const StreamPlan& plan) {
+                                            const StreamPlan& plan, const StreamMaps& maps) {
   const int64_t units = ceil_div(p.V, kUnit), inputs = round_up(p.d, run_inputs(kFormat));
   const bool prepared = steps_of(kFormat) > 1;
-  Stream s{p, ws, plan};
+  Stream s{p, ws, plan, maps};
   s.begin = static_cast<int>(units * blockIdx.x / gridDim.x);
   s.end = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x);
   s.weight_bytes = static_cast<int>(p.d * 2 / steps_of(kFormat));
-  s.chunks = static_cast<int>(ceil_div(s.weight_bytes, plan.row_bytes));
+  s.row_blocks = static_cast<int>(ceil_div(s.weight_bytes, kBlockBytes));
+  s.chunks = static_cast<int>(ceil_div(s.row_blocks, plan.blocks));
   s.passes = static_cast<int>((p.K + 2) / 2);
   s.tile_units = kConsumers * units_per_warp(kFormat, plan.batch_tile / 8);
   s.hidden = static_cast<const unsigned char*>(prepared ? ws.operand : p.hidden);
@@ -103,10 +108,18 @@ __device__ __forceinline__ Stream stream_of(const DecodeParams& p, const Workspa
   return s;
 }
 
+__device__ __forceinline__ void prefetch_maps(const StreamMaps& maps) {
+  if (!elect_one()) return;
+  for (const TensorMap* map :
+       {&maps.lm_tile, &maps.reward_tile, &maps.lm_unit, &maps.reward_unit, &maps.hidden}) {
+    prefetch_map(map);
+  }
+}
+
 template <Format kFormat, bool kBulk>
 __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
-                                     const StreamPlan& plan) {
-  const Stream s = stream_of<kFormat>(p, ws, plan);
+                                     const StreamPlan& plan, const StreamMaps& maps) {
+  const Stream s = stream_of<kFormat>(p, ws, plan, maps);
   using Fill = Producer<kFormat, kBulk>;
   if (threadIdx.x == 0) {
     Slot slot;
@@ -122,6 +135,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
   if (!producer && warp_in_block() >= kConsumers) prefetch_projection(p, gate_team());
   Fill weights{s}, hidden{s};
   if (producer) {
+    if (kBulk) prefetch_maps(maps);
     for (int i = 0; i < plan.stages && weights.more(); ++i, weights.advance())
       weights.copy_weights();
   }
@@ -154,13 +168,41 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
 template <Format kFormat, bool kBulk>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     stream_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ Workspace ws,
-                  const __grid_constant__ StreamPlan plan) {
+                  const __grid_constant__ StreamPlan plan,
+                  const __grid_constant__ StreamMaps maps) {
   // launch_stream takes the kernel that this compilation has; the other one must not pass for it.
   if constexpr (kBulk ? kHasBulkCopies : kHasAsyncCopies) {
-    step<kFormat, kBulk>(p, ws, plan);
+    step<kFormat, kBulk>(p, ws, plan, maps);
   } else {
     trap();
   }
+}
+
+// The matrices that a step reads, as the copy engine is told of them.
+template <Format kFormat>
+cudaError_t encode_maps(const DecodeParams& p, const Workspace& ws, const StreamPlan& plan,
+                        StreamMaps* maps) {
+  const int64_t row_bytes = p.d * 2 / steps_of(kFormat);
+  const int64_t stride = stored_bytes(p, p.lm_weight_stride);
+  const Rows3 lm{p.lm_weight, row_bytes, p.V, stride, 1, p.V * stride};
+  const int64_t reward_stride = stored_bytes(p, p.reward_weight_stride);
+  // With one objective its stride may be anything.
+  const int64_t plane = p.K > 1 ? stored_bytes(p, p.reward_weight_stride_k) : p.V * reward_stride;
+  const Rows3 reward{p.reward_weight, row_bytes, p.V, reward_stride, p.K, plane};
+  const bool prepared = steps_of(kFormat) > 1;
+  const int64_t hidden_bytes = 2 * (prepared ? operand_inputs(p) : p.d);
+  const int64_t hidden_rows = operand_terms(p) * p.B;
+  const int64_t hidden_stride = prepared ? hidden_bytes : 2 * p.hidden_stride;
+  const void* hidden_base = prepared ? static_cast<const void*>(ws.operand) : p.hidden;
+  const Rows3 hidden{
+      hidden_base, hidden_bytes, hidden_rows, hidden_stride, 1, hidden_rows * hidden_stride};
+  const int tile_rows = kUnit * kConsumers * units_per_warp(kFormat, plan.batch_tile / 8);
+  cudaError_t error = encode_map(lm, tile_rows, &maps->lm_tile);
+  if (error == cudaSuccess) error = encode_map(lm, kUnit, &maps->lm_unit);
+  if (error == cudaSuccess) error = encode_map(reward, tile_rows, &maps->reward_tile);
+  if (error == cudaSuccess) error = encode_map(reward, kUnit, &maps->reward_unit);
+  if (error == cudaSuccess) error = encode_map(hidden, plan.batch_tile, &maps->hidden);
+  return error;
 }
 
 template <Format kFormat, bool kBulk>
@@ -169,8 +211,13 @@ cudaError_t launch(const DecodeParams& p, const Workspace& ws, const StreamPlan&
   // The token phase has its scratch where the ring and all else were.
   const int scratch = static_cast<int>(sizeof(TokenScratch));
   const int shared_bytes = plan.shared_bytes > scratch ? plan.shared_bytes : scratch;
+  StreamMaps maps = {};
+  if (kBulk) {
+    const cudaError_t error = encode_maps<kFormat>(p, ws, plan, &maps);
+    if (error != cudaSuccess) return error;
+  }
   return launch_cooperative(stream_kernel<kFormat, kBulk>, device, stream, blocks,
-                            ceil_div(p.V, kUnit), kStreamThreads, shared_bytes, p, ws, plan);
+                            ceil_div(p.V, kUnit), kStreamThreads, shared_bytes, p, ws, plan, maps);
 }
 
 template <bool kBulk>
@@ -203,7 +250,7 @@ cudaError_t launch_stream(const DecodeParams& p, const Workspace& ws, int device
   if (error != cudaSuccess) return error;
   const bool bulk = facts.arch >= kBulkArch;
   StreamPlan plan;
-  if (!make_plan(p, facts.shared_bytes, bulk, &plan)) return cudaErrorInvalidConfiguration;
+  if (!make_plan(p, facts.shared_bytes, &plan)) return cudaErrorInvalidConfiguration;
   return bulk ? launch_format<true>(p, ws, plan, device, stream, blocks)
               : launch_format<false>(p, ws, plan, device, stream, blocks);
 }

@@ -103,7 +103,7 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
     Entry entry;
     entry.unit = unit0 + warp_in_block() + i / kTiles * kConsumers;
     if (entry.unit >= s.end) return;  // the whole warp
-    entry.v = static_cast<int64_t>(entry.unit) * kUnit + lane_index() / 4;
+    entry.v = static_cast<int64_t>(entry.unit) * kUnit + row_of_place(lane_index() / 4);
     entry.there = entry.v < p.V;
     const bool pair = entry.there && second;
     const float low_bias = entry.there ? bias_of(p, p.dtype, m, entry.v) : 0.0f;
@@ -112,8 +112,8 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
     const float high_scale = pair ? row_scale<kFormat>(p, m + 1, entry.v) : 1.0f;
 #pragma unroll 1
     for (int column = 0; column < 2; ++column) {
-      const int64_t b =
-          static_cast<int64_t>(b0) + 8 * (i % kTiles) + 2 * (lane_index() % 4) + column;
+      const int64_t b = static_cast<int64_t>(b0) + 8 * (i % kTiles) +
+                        row_of_place(2 * (lane_index() % 4) + column);
       const bool real = entry.there && b < p.B;
       const int64_t at = b * p.V + entry.v;
       float low = column == 0 ? own[0] : own[1], high = column == 0 ? own[2] : own[3];
@@ -138,26 +138,30 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
 }
 
 // Hidden states of the one batch tile that stay in shared memory, by all consumers: as they are, or
-// (quantised weights) prepared, a row by a warp, with scales below the ring.
+// (quantised weights) prepared, a row by a warp, with scales below the ring. In blocks as the
+// ring's, zeros behind a row's end.
 template <Format kFormat>
 __device__ __forceinline__ void load_resident(const Stream& s) {
   const DecodeParams& p = s.p;
   unsigned char* to = shared_memory() + s.plan.hidden_offset;
+  const int block_pitch = s.plan.batch_tile * kBlockBytes;
+  const int blocks = s.row_blocks * steps_of(kFormat), sixteens = 8 * blocks;
   if constexpr (steps_of(kFormat) == 1) {
-    const int pieces = s.hidden_bytes / 16;
-    for (int i = threadIdx.x; i < p.B * pieces; i += kConsumers * kWarp) {
-      const int b = i / pieces, at = 16 * (i % pieces);
-      store_words(to + b * s.plan.hidden_pitch + at,
-                  load_words(s.hidden + b * s.hidden_stride + at));
+#pragma unroll 8
+    for (int i = threadIdx.x; i < p.B * sixteens; i += kConsumers * kWarp) {
+      const int b = i / sixteens, j = i % sixteens;
+      Words words = {};
+      if (16 * j < s.hidden_bytes) words = load_words(s.hidden + b * s.hidden_stride + 16 * j);
+      store_words(to + j / 8 * block_pitch + swizzled(b, j % 8), words);
     }
   } else {
     for (int b = warp_in_block(); b < p.B; b += kConsumers) {
-      const int64_t term_bytes = s.plan.batch_tile * s.plan.hidden_pitch;
+      const int64_t term_bytes = static_cast<int64_t>(blocks) * block_pitch;
       const Numbers row = Numbers{p.hidden, p.dtype}.from(b * p.hidden_stride);
       const float unit = operand_unit(warp_max(largest_of(row, p.d, lane_index(), kWarp)));
       if (lane_index() == 0) resident_scales()[b] = unit;
-      write_operand(kFormat, row, p.d, unit, s.terms, to + b * s.plan.hidden_pitch, term_bytes,
-                    lane_index(), kWarp);
+      write_operand(kFormat, row, p.d, unit, s.terms, {to + b * kBlockBytes, block_pitch, b},
+                    sixteens, term_bytes, lane_index(), kWarp);
     }
   }
   group_barrier<kConsumerGroup, kConsumers * kWarp>();
@@ -167,48 +171,139 @@ template <Format kFormat>
 __device__ __forceinline__ LaneView lane_view(const Stream& s, const Slot& slot, int chunk) {
   const StreamPlan& plan = s.plan;
   const unsigned char* stage = stage_of(plan, slot);
-  const int row = lane_index() / 4, sixteen = 16 * (lane_index() % 4);
-  const unsigned char* rows = stage + (2 * kUnit * warp_in_block() + row) * plan.row_pitch;
-  const unsigned char* hidden = plan.resident ? shared_memory() + plan.hidden_offset +
-                                                    chunk * steps_of(kFormat) * plan.row_bytes
-                                              : stage + plan.hidden_offset;
+  const int blocks = plan.blocks * steps_of(kFormat);  // of hidden states
   LaneView at;
-  at.low = rows + sixteen;
-  at.high = at.low + kUnit * plan.row_pitch;
-  at.unit_pitch = 2 * kUnit * kConsumers * plan.row_pitch;
-  at.hidden = hidden + row * plan.hidden_pitch + sixteen;
-  at.tile_pitch = 8 * plan.hidden_pitch;
-  at.term_pitch = plan.batch_tile * plan.hidden_pitch;
-  at.terms = s.terms;
-  at.low_scales = rows + plan.row_bytes;
-  at.high_scales = at.low_scales + kUnit * plan.row_pitch;
+  at.low = stage + kUnit * kBlockBytes * warp_in_block();
+  at.block_pitch = s.block_bytes();
+  at.high = plan.blocks * at.block_pitch;
+  at.unit_pitch = kUnit * kBlockBytes * kConsumers;
+  at.hidden_pitch = plan.batch_tile * kBlockBytes;
+  at.hidden = plan.resident
+                  ? shared_memory() + plan.hidden_offset + chunk * blocks * at.hidden_pitch
+                  : stage + plan.hidden_offset;
+  at.tile_pitch = 8 * kBlockBytes;
+  at.term_pitch = (plan.resident ? s.row_blocks * steps_of(kFormat) : blocks) * at.hidden_pitch;
+  at.own = own_sixteen();
   return at;
 }
 
-// All of a block's stages, in the producer's order.
+// From memory, as they are needed: a chunk's groups of a row are at most sixteen bytes.
+template <Format kFormat, int kUnits>
+__device__ __forceinline__ void load_scales(const Stream& s, int unit0, int pass, int chunk,
+                                            GroupScales<kFormat, kUnits>* scales) {
+  if constexpr (kFormat == Format::kInt4) {
+    const DecodeParams& p = s.p;
+    const int64_t groups = p.d / kInt4Group, first = chunk * s.plan.blocks * 2;
+    const int there =
+        static_cast<int>(groups - first < 2 * s.plan.blocks ? groups - first : 2 * s.plan.blocks);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int unit = unit0 + warp_in_block() + u * kConsumers;
+      const int64_t v = static_cast<int64_t>(unit) * kUnit + row_of_place(lane_index() / 4);
+      const bool own = unit < s.end && v < p.V;
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        const int64_t m = 2 * pass + side;
+        const float* all = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * groups;
+        const Four four = load_four(all + v * groups + first, own && m <= p.K ? there : 0);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) (side == 0 ? scales->low : scales->high)[u][i] = four.x[i];
+      }
+    }
+  }
+}
+
+// Products of tiles that are complete before alpha is: the lane's own, in shared memory.
+template <int kTiles, int kUnits>
+struct KeptProducts {
+  static constexpr int kNumbers = kUnits * kTiles * 4;
+  float* mine;
+
+  __device__ __forceinline__ explicit KeptProducts(const StreamPlan& plan)
+      : mine(reinterpret_cast<float*>(shared_memory() + plan.kept_offset) +
+             warp_in_block() * plan.kept_tiles * kNumbers * kWarp + lane_index()) {}
+
+  __device__ __forceinline__ void store(int tile, const float (&z)[kUnits][kTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      mine[(tile * kNumbers + i) * kWarp] = z[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
+    }
+  }
+
+  __device__ __forceinline__ void load(int tile, float (&z)[kUnits][kTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      z[i / (4 * kTiles)][i / 4 % kTiles][i % 4] = mine[(tile * kNumbers + i) * kWarp];
+    }
+  }
+};
+
+// Whether every row has its alpha; if `wait`, once it is so. The warp's lanes agree.
+__device__ __forceinline__ bool alpha_is_there(const Stream& s, bool wait) {
+  const unsigned* counter = s.ws.counter + kWeighedRows;
+  const unsigned rows = static_cast<unsigned>(s.p.B);
+  if (wait) {
+    wait_for(counter, rows);
+    return true;
+  }
+  return exchange_from(look_at(counter), 0) >= rows;
+}
+
+// All of a block's stages, in the producer's order. Where alpha is not there when a tile ends, the
+// tile's products are kept, as long as there is room, and finished later.
 template <Format kFormat, int kTiles>
 __device__ void consume(const Stream& s) {
   constexpr int kUnits = units_per_warp(kFormat, kTiles);
   if (s.plan.resident) load_resident<kFormat>(s);
+  const KeptProducts<kTiles, kUnits> products(s.plan);
   Slot slot;
   bool weighed = false;
+  int kept = 0;
   for (int b0 = 0; b0 < s.p.B; b0 += s.plan.batch_tile) {
     for (int unit0 = s.begin; unit0 < s.end; unit0 += s.tile_units) {
       for (int pass = 0; pass < s.passes; ++pass) {
         float z[kUnits][kTiles][4] = {};
-        int left = s.weight_bytes;
         for (int chunk = 0; chunk < s.chunks; ++chunk) {
+          GroupScales<kFormat, kUnits> scales;
+          load_scales<kFormat, kUnits>(s, unit0, pass, chunk, &scales);
           mbarrier_wait(full_barrier(slot), slot.parity);
-          const int bytes = left < s.plan.row_bytes ? left : s.plan.row_bytes;
-          multiply_stage<kFormat>(lane_view<kFormat>(s, slot, chunk), bytes, z);
-          left -= bytes;
+          const LaneView at = lane_view<kFormat>(s, slot, chunk);
+          const int blocks = s.blocks_of(chunk);
+          if (steps_of(kFormat) == 1 || s.terms == 1) {
+            multiply_stage<kFormat, 1>(at, blocks, scales, z);
+          } else {
+            multiply_stage<kFormat, 3>(at, blocks, scales, z);
+          }
           warp_barrier();  // every lane has read: the stage may be filled again
           if (lane_index() == 0) mbarrier_arrive(empty_barrier(slot));
           slot.advance(s.plan.stages);
         }
-        if (!weighed) wait_for(s.ws.counter + kWeighedRows, static_cast<unsigned>(s.p.B));
-        weighed = true;
-        finish_pass<kFormat>(s, unit0, b0, pass, z);
+        if (pass < s.passes - 1) {
+          finish_pass<kFormat>(s, unit0, b0, pass, z);
+          continue;
+        }
+        if (!weighed) {
+          const bool last = unit0 + s.tile_units >= s.end && b0 + s.plan.batch_tile >= s.p.B;
+          weighed = alpha_is_there(s, last || kept + 1 >= s.plan.kept_tiles);
+        }
+        if (!weighed || kept > 0) products.store(kept++, z);
+        if (!weighed) continue;
+        // This tile, or all that were kept: the last of a run of tiles, this one among them.
+        int unit = unit0, first = b0;
+        for (int back = 1; back < kept; ++back) {
+          unit -= s.tile_units;
+          if (unit >= s.begin) continue;
+          unit = s.begin + (s.end - s.begin - 1) / s.tile_units * s.tile_units;
+          first -= s.plan.batch_tile;
+        }
+        int tile = 0;
+        do {
+          if (kept > 0) products.load(tile, z);
+          finish_pass<kFormat>(s, unit, first, pass, z);
+          unit += s.tile_units;
+          if (unit >= s.end) unit = s.begin, first += s.plan.batch_tile;
+        } while (++tile < kept);
+        kept = 0;
       }
     }
   }

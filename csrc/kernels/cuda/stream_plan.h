@@ -5,8 +5,8 @@
 // A unit is kUnit vocabulary entries: their rows of two matrices (LM head and first objective, then
 // objectives two at a time) are the 16 rows of one tensor core tile. A block has a run of units and
 // takes them a tile at a time, units_per_warp() for each of its kConsumers warps; a tile's rows
-// come through a ring of stages, each with run_bytes of every row. None of these sizes shows in a
-// result: each sum goes through the inputs in the one order that the format has.
+// come through a ring of stages, each with a few blocks of 128 bytes of every row. None of these
+// sizes shows in a result: each sum goes through the inputs in the one order that the format has.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,8 @@ constexpr int kGateWarps = 3;  // warps that make alpha meanwhile
 // And one that fills the ring. Twelve warps have 168 registers a thread; a thirteenth, the fourth
 // of its scheduler, would leave 128.
 constexpr int kStreamWarps = kConsumers + kGateWarps + 1;
-constexpr int kRunBytes = 64;  // of a row: what the four lanes that share it take at once
-constexpr int kPadBytes = 64;  // between rows in shared memory, against bank conflicts; int4
-                               // keeps the scales of a stage's groups there
+constexpr int kRunBytes = 64;   // of a row: what the four lanes that share it take at once
+constexpr int kRowBlock = 128;  // bytes of a row that lie together in shared memory: two runs
 constexpr int kMaxStages = 8;
 constexpr int kMaxBatchTile = 64;  // batch rows that share one pass over the weights
 
@@ -75,12 +74,12 @@ inline int64_t operand_inputs(const DecodeParams& p) {
 struct StreamPlan {
   int32_t batch_tile;  // batch rows of one pass over the weights: 8, 16, 32 or 64
   int32_t stages;
-  int32_t row_bytes;      // of a row in one stage
-  int32_t row_pitch;      // between rows of a stage, in bytes
-  int32_t hidden_pitch;   // between rows of hidden states in shared memory, in bytes
+  int32_t blocks;         // of a row of weights in one stage
   int32_t stage_bytes;    // of weights, then of hidden states unless they are resident
   int32_t hidden_offset;  // into a stage; resident: into shared memory
-  int32_t ring_offset;    // into shared memory
+  int32_t ring_offset;    // into shared memory, as is:
+  int32_t kept_offset;    // of the products of tiles that wait for alpha
+  int32_t kept_tiles;     // of each warp
   int32_t shared_bytes;
   bool resident;  // hidden states lie in shared memory as a whole
 };
@@ -99,34 +98,43 @@ inline int64_t stored_bytes(const DecodeParams& p, int64_t elements) {
   return p.quantization == Quantization::kNone ? 2 * elements : elements;
 }
 
-// One way to cut: a batch tile, and run_bytes of each row per stage.
+// Bytes of one tile's products, for all consumers: 16 x 8 numbers a unit and 8 columns.
+DUALHEAD_HD constexpr int64_t kept_bytes(Format format, int batch_tiles) {
+  return int64_t{4} * 2 * kUnit * 8 * batch_tiles * kConsumers *
+         units_per_warp(format, batch_tiles);
+}
+
+// One way to cut: a batch tile, `blocks` of each row per stage, and room for the products of
+// kept_tiles.
 inline bool try_plan(const DecodeParams& p, int64_t shared_bytes, int64_t batch_tile,
-                     int64_t row_bytes, int64_t least_stages, StreamPlan* plan) {
+                     int64_t blocks, int64_t kept_tiles, int64_t least_stages, StreamPlan* plan) {
   const Format format = format_of(p);
   const int64_t terms = operand_terms(p), batch_tiles = batch_tile / 8;
-  const int64_t rows = 2 * kUnit * kConsumers * units_per_warp(format, batch_tiles);
-  const int64_t weights = rows * (row_bytes + kPadBytes);
-  // Rows of hidden states too are an odd number of 64 bytes apart.
-  const int64_t whole_pitch = round_up(2 * operand_inputs(p), 128) + kPadBytes;
-  const int64_t stage_pitch = row_bytes * steps_of(format) + kPadBytes;
-  const int64_t whole = terms * batch_tile * whole_pitch;
-  const int64_t space = shared_bytes - kHeadBytes;
+  const int64_t rows =
+      2 * kUnit * kConsumers * units_per_warp(format, static_cast<int>(batch_tiles));
+  const int64_t weights = rows * blocks * kRowBlock;
+  const int64_t row = terms * batch_tile * kRowBlock;  // of hidden states, a block of each
+  const int64_t row_blocks = ceil_div(2 * p.d / steps_of(format), kRowBlock);
+  const int64_t whole = row * row_blocks * steps_of(format);
+  const int64_t kept = kept_tiles * kept_bytes(format, static_cast<int>(batch_tiles));
+  const int64_t space = shared_bytes - kHeadBytes - kept;
   // Resident, every block reads them once; but not at the ring's expense.
   const bool resident =
       p.B <= batch_tile && whole <= space / 2 && (space - whole) / weights >= least_stages;
-  const int64_t stage = weights + (resident ? 0 : terms * batch_tile * stage_pitch);
+  const int64_t stage = weights + (resident ? 0 : row * blocks * steps_of(format));
   const int64_t ring = kHeadBytes + (resident ? whole : 0);
-  const int64_t fit = (shared_bytes - ring) / stage, stages = fit < kMaxStages ? fit : kMaxStages;
+  const int64_t fit = (shared_bytes - kept - ring) / stage;
+  const int64_t stages = fit < kMaxStages ? fit : kMaxStages;
   if (stages < least_stages) return false;
   plan->batch_tile = static_cast<int32_t>(batch_tile);
   plan->stages = static_cast<int32_t>(stages);
-  plan->row_bytes = static_cast<int32_t>(row_bytes);
-  plan->row_pitch = static_cast<int32_t>(row_bytes + kPadBytes);
-  plan->hidden_pitch = static_cast<int32_t>(resident ? whole_pitch : stage_pitch);
+  plan->blocks = static_cast<int32_t>(blocks);
   plan->stage_bytes = static_cast<int32_t>(stage);
   plan->hidden_offset = static_cast<int32_t>(resident ? kHeadBytes : weights);
   plan->ring_offset = static_cast<int32_t>(ring);
-  plan->shared_bytes = static_cast<int32_t>(ring + stages * stage);
+  plan->kept_offset = static_cast<int32_t>(ring + stages * stage);
+  plan->kept_tiles = static_cast<int32_t>(kept_tiles);
+  plan->shared_bytes = static_cast<int32_t>(ring + stages * stage + kept);
   plan->resident = resident;
   return true;
 }
@@ -154,17 +162,31 @@ inline bool wants_products(const DecodeParams& p) {
   return p.B > kMaxBatchTile && p.quantization == Quantization::kNone;
 }
 
+// Room for the products of this many tiles, while alpha is not there yet. A tile of 8 batch rows is
+// 1 MiB of bf16 weights at d = 4096, 32 us of memory's time, and of int4 8 us; alpha takes
+// about 10. Larger batches have tiles of twice the rows, and alpha is there before the first ends.
+constexpr int64_t kKeptTiles = 4;
+
 // The plan for a device with so much shared memory per block; false if none fits.
-inline bool make_plan(const DecodeParams& p, int64_t shared_bytes, bool bulk, StreamPlan* plan) {
-  // The longer a row's run, the better for memory, and the fewer bulk copies; at least two stages,
-  // or, where each thread copies 16 bytes at a time, four: then there is less to wait for at once.
-  const int64_t least = bulk ? 2 : 4;
-  int64_t batch_tile = 8;
-  while (batch_tile < kMaxBatchTile && batch_tile < p.B) batch_tile *= 2;
-  for (; batch_tile >= 8; batch_tile /= 2) {
-    for (int64_t row_bytes = 256; row_bytes >= kRunBytes; row_bytes /= 2) {
-      if (try_plan(p, shared_bytes, batch_tile, row_bytes, least, plan)) return true;
+//
+// Worked example, H200, bf16, d = 4096, B = 1: 227 KiB a block, of which hidden states take 64 and
+// kept products 16. Two blocks of 128 rows are 32 KiB a stage, so four stages. Memory brings 16.5
+// bytes a clock to a multiprocessor, a stage in 1,990 clocks; with a latency of 1,600 clocks 26 KiB
+// must be under way, and at least 96 are.
+inline bool make_plan(const DecodeParams& p, int64_t shared_bytes, StreamPlan* plan) {
+  int64_t most = 8;
+  while (most < kMaxBatchTile && most < p.B) most *= 2;
+  const auto fits = [&](int64_t batch_tile, int64_t kept, int64_t stages) {
+    for (int64_t blocks : {2, 1}) {
+      if (try_plan(p, shared_bytes, batch_tile, blocks, kept, stages, plan)) return true;
     }
+    return false;
+  };
+  // With fewer than four stages memory idles while one of them is read; with a smaller batch tile
+  // the weights are read twice, which is worse.
+  for (int64_t batch_tile = most; batch_tile >= 8; batch_tile /= 2) {
+    if (batch_tile == 8 && fits(8, kKeptTiles, 4)) return true;
+    if (fits(batch_tile, 0, 4) || fits(batch_tile, 0, 2)) return true;
   }
   return false;
 }

@@ -18,6 +18,8 @@ namespace dualhead {
 namespace host_cuda {
 namespace {
 
+constexpr int kBoxBytes = 128;  // of a row
+
 struct Phase {
   unsigned count;       // arrivals per phase
   unsigned missing;     // in this phase
@@ -33,11 +35,13 @@ struct Copy {
   const void* from;
   unsigned bytes;
   uint64_t* barrier;
+  TensorMap map = {};  // of a box, which starts at:
+  int byte = 0, row = 0, plane = 0;
 };
 
 std::map<const uint64_t*, Phase> phases;
 std::map<unsigned, std::vector<Copy>> under_way;  // by block
-uint64_t copied = 0;
+uint64_t copied = 0, boxes = 0;
 // For note_store: when each sixteen bytes were stored, and when each thread fenced, by one clock.
 uint64_t stores = 0;
 std::unordered_map<uintptr_t, uint64_t> stored;
@@ -62,11 +66,36 @@ void arrive(Phase& phase) {
   settle(phase);
 }
 
+// The bytes of the matrix among it.
+unsigned land_box(const Copy& copy) {
+  const TensorMap& map = copy.map;
+  unsigned read = 0;
+  for (int r = 0; r < map.box_rows; ++r) {
+    for (int i = 0; i < kBoxBytes; ++i) {
+      const long long byte = copy.byte + i, row = copy.row + r;
+      const bool there = byte < map.row_bytes && row < map.rows && copy.plane < map.planes;
+      const unsigned char* from = static_cast<const unsigned char*>(map.base) +
+                                  copy.plane * map.plane_stride + row * map.row_stride + byte;
+      const int swizzled = ((i / 16) ^ (r & 7)) * 16 + i % 16;
+      static_cast<unsigned char*>(copy.to)[r * kBoxBytes + swizzled] = there ? *from : 0;
+      read += there;
+    }
+  }
+  return read;
+}
+
 void land(std::vector<Copy>& copies, size_t i) {
   const Copy copy = copies[i];
   copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
-  if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
-  copied += copy.bytes;
+  if (copy.bulk) {
+    copied += land_box(copy);
+    ++boxes;
+  } else if (copy.bytes > 0 && copy.from) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    copied += copy.bytes;
+  } else if (copy.bytes > 0) {
+    std::memset(copy.to, 0, copy.bytes);
+  }
   note_progress();
   if (copy.bulk) {
     Phase& phase = phase_of(copy.barrier);
@@ -100,7 +129,7 @@ void maybe_land() {
 
 void start(const Copy& copy) {
   const auto bits = reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from);
-  const unsigned unit = copy.bulk ? 16 : copy.bytes;
+  const unsigned unit = copy.bulk ? 1024 : copy.bytes;
   if (copy.bytes % unit != 0 || bits % unit != 0) stop("an asynchronous copy is not aligned");
   std::memset(copy.to, 0xFF, copy.bytes);
   under_way[blockIdx.x].push_back(copy);
@@ -130,9 +159,10 @@ float brain_float(uint16_t bits) {
 }  // namespace
 
 uint64_t bytes_copied() { return copied; }
+uint64_t boxes_copied() { return boxes; }
 
 void forget_copies() {
-  copied = 0;
+  copied = boxes = 0;
   phases.clear();
   under_way.clear();
   stores = 0;
@@ -162,7 +192,7 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   if (count_copy_wait() == skipped_copy_wait()) return;
   maybe_land();
   while (phase_of(barrier).parity == parity) {
-    land_some(8);
+    land_some(1);  // no more than is needed, so that whoever does not wait comes too early
     if (phase_of(barrier).parity == parity) nap();
   }
 }
@@ -173,14 +203,35 @@ void proxy_fence() {
   if (device().proxy_fences) fenced[{blockIdx.x, threadIdx.x}] = stores;
 }
 
-void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-  if (bytes == 0) stop("a bulk copy of nothing");
+bool encode_map(const void* base, long long row_bytes, long long rows, long long row_stride,
+                long long planes, long long plane_stride, int box_rows, TensorMap* map) {
+  const auto bits = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(base)) |
+                    static_cast<unsigned long long>(row_stride | plane_stride);
+  if (bits % 16 != 0 || row_bytes < 1 || rows < 1 || planes < 1) return false;
+  if (row_stride < row_bytes || plane_stride >= 1ll << 40 || box_rows < 1 || box_rows > 256) {
+    return false;
+  }
+  *map = {base, row_bytes, rows, row_stride, planes, plane_stride, box_rows};
+  return true;
+}
+
+void copy_box(void* to, const TensorMap& map, int byte, int row, int plane, uint64_t* barrier) {
+  if (map.box_rows == 0) stop("a copy by a map that nobody made");
+  if (byte < 0 || row < 0 || plane < 0) stop("a box starts before its matrix");
   const Device& here = device();
   if ((here.compiled_major ? here.compiled_major : here.compute_major) < 9) {
     stop("a bulk copy in code for a device without them: nvcc's kernel would be empty");
   }
-  check_fenced(from, bytes);
-  start({threadIdx.x, true, to, from, bytes, barrier});
+  for (int r = 0; r < map.box_rows && row + r < map.rows && plane < map.planes; ++r) {
+    const long long left = map.row_bytes - byte;
+    if (left <= 0) break;
+    check_fenced(static_cast<const unsigned char*>(map.base) + plane * map.plane_stride +
+                     (row + r) * map.row_stride + byte,
+                 static_cast<unsigned>(left < kBoxBytes ? left : kBoxBytes));
+  }
+  Copy copy{threadIdx.x, true, to, nullptr, 0, barrier, map, byte, row, plane};
+  copy.bytes = static_cast<unsigned>(kBoxBytes * map.box_rows);
+  start(copy);
 }
 
 void async_copy(void* to, const void* from, unsigned bytes) {

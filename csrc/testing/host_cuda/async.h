@@ -15,8 +15,21 @@ void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_expect(uint64_t* barrier, unsigned bytes);  // announces bytes, then arrives
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
 
-void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier);
-void async_copy(void* to, const void* from, unsigned bytes);
+// A matrix of planes x rows x row_bytes bytes, and the box of one copy: 128 bytes of box_rows rows.
+struct TensorMap {
+  const void* base = nullptr;
+  long long row_bytes = 0, rows = 0, row_stride = 0, planes = 0, plane_stride = 0;
+  int box_rows = 0;
+};
+
+// False where the driver would refuse: alignment, sizes.
+bool encode_map(const void* base, long long row_bytes, long long rows, long long row_stride,
+                long long planes, long long plane_stride, int box_rows, TensorMap* map);
+
+// With the 128-byte swizzle; zeros for what lies outside of the matrix.
+void copy_box(void* to, const TensorMap& map, int byte, int row, int plane, uint64_t* barrier);
+
+void async_copy(void* to, const void* from, unsigned bytes);  // from null: zeros
 void async_copies_arrive(uint64_t* barrier);
 
 // The copy engine does not see the grid's own stores before a fence of the copying thread: a bulk
@@ -30,8 +43,9 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 // a b + c of two float16 numbers, rounded once each.
 uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c);
 
-// That asynchronous copies of the last grid have brought.
+// That asynchronous copies of the last grid have brought, and how many of them were boxes.
 uint64_t bytes_copied();
+uint64_t boxes_copied();
 
 // A new grid: no barrier exists, nothing is under way.
 void forget_copies();

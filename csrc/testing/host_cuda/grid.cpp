@@ -54,11 +54,15 @@ struct Warp {
   std::vector<Fiber*> ready;
 };
 
+struct FreeMemory {
+  void operator()(unsigned char* memory) const { std::free(memory); }
+};
+
 struct Block {
   Index3 index;
   Meeting meeting;
   std::map<int, Meeting> groups;
-  std::unique_ptr<unsigned char[]> shared;
+  std::unique_ptr<unsigned char, FreeMemory> shared;  // at a multiple of 1024, as on the device
 };
 
 // A stack and where its execution stands.
@@ -298,7 +302,8 @@ void make_threads(Grid* grid) {
     Block& block = grid->blocks[b];
     block.index = {static_cast<unsigned>(b), 0, 0};
     block.meeting.expected = threads;
-    block.shared.reset(new unsigned char[grid->shared_bytes]);
+    const size_t rounded = (grid->shared_bytes + 1023) / 1024 * 1024;
+    block.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, rounded)));
     std::memset(block.shared.get(), 0xFF, grid->shared_bytes);
   }
   for (Fiber& fiber : grid->fibers) make_ready(&fiber);
