@@ -39,6 +39,12 @@ __device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t bytes) {
   return (bytes & 0x80008000u) | (bytes >> 1 & 0x3F803F80u);
 }
 
+// Element i of an array that lives in registers.
+template <typename T>
+__device__ __forceinline__ T pick(const T (&four)[4], int i) {
+  return i < 2 ? (i == 0 ? four[0] : four[1]) : (i == 2 ? four[2] : four[3]);
+}
+
 // The pairs of one step of a lane's sixteen bytes. 0x6400 is 1024 in float16, whose last place is
 // 1: a small number in the lowest bits is added to it.
 template <Format kFormat>
@@ -47,7 +53,7 @@ __device__ __forceinline__ void unpack(const Words& sixteen, int step, uint32_t 
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = sixteen.x[i];
   } else if constexpr (kFormat == Format::kInt4) {
-    const uint32_t even = sixteen.x[step], odd = even >> 8;
+    const uint32_t even = pick(sixteen.x, step), odd = even >> 8;
     // 1024 + u - 1032, and (1024 + 16 u) / 16 - 72.
     pairs[0] = half2_add((even & 0x000F000Fu) | 0x64006400u, 0xE408E408u);
     pairs[1] = half2_add((odd & 0x000F000Fu) | 0x64006400u, 0xE408E408u);
@@ -56,7 +62,7 @@ __device__ __forceinline__ void unpack(const Words& sixteen, int step, uint32_t 
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t bytes = sixteen.x[2 * step + i];
+      const uint32_t bytes = step == 0 ? sixteen.x[i] : sixteen.x[2 + i];
       if constexpr (kFormat == Format::kInt8) {
         const uint32_t biased = bytes ^ 0x80808080u;  // and less 1152, of which 128 is the bias
         pairs[2 * i] = half2_add(select_bytes(biased, 0x64646464u, 0x4240), 0xE480E480u);
@@ -106,10 +112,16 @@ struct GroupScales<Format::kInt4, kUnits> {
   float low[kUnits][4], high[kUnits][4];
 };
 
-// One run of a block: z += rows times hidden states. kTerms: of the operand.
-template <Format kFormat, int kTerms, int kTiles, int kUnits>
-__device__ __forceinline__ void multiply_run(const LaneView& at, int block, int half,
-                                             float (&z)[kUnits][kTiles][4]) {
+// Whether `tiles` tiles of sums leave registers to multiply several runs at once. int4 has two sets
+// of sums.
+DUALHEAD_HD constexpr bool few_sums(Format format, int tiles) {
+  return tiles < (format == Format::kInt4 ? 4 : 8);
+}
+
+// One run of a block: z += rows times hidden states.
+template <Format kFormat, int kTiles, int kUnits>
+__device__ __forceinline__ void multiply_run(const LaneView& at, const unsigned char* hidden,
+                                             int block, int half, float (&z)[kUnits][kTiles][4]) {
   constexpr bool kBrain = kFormat == Format::kBFloat16;
   constexpr int kSteps = steps_of(kFormat);
   Words low[kUnits], high[kUnits];
@@ -120,8 +132,9 @@ __device__ __forceinline__ void multiply_run(const LaneView& at, int block, int 
     low[u] = load_words(row);
     high[u] = load_words(row + at.high);
   }
-  const unsigned char* hidden = at.hidden + block * kSteps * at.hidden_pitch;
-#pragma unroll
+  // Steps one by one where their products fill the registers.
+  [[maybe_unused]] constexpr int kUnroll = few_sums(kFormat, kTiles * kUnits) ? kSteps : 1;
+#pragma unroll kUnroll
   for (int step = 0; step < kSteps; ++step) {
     uint32_t first[kUnits][4], second[kUnits][4];
 #pragma unroll
@@ -131,61 +144,76 @@ __device__ __forceinline__ void multiply_run(const LaneView& at, int block, int 
     }
     const int run = half * kSteps + step;  // of hidden states
     const unsigned char* column =
-        hidden + run / 2 * at.hidden_pitch + (at.own ^ run % 2 * kRunBytes);
-#pragma unroll 1
-    for (int term = 0; term < kTerms; ++term) {
+        hidden + (block * kSteps + run / 2) * at.hidden_pitch + (at.own ^ run % 2 * kRunBytes);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const Words b = load_words(column + term * at.term_pitch + n * at.tile_pitch);
+    for (int n = 0; n < kTiles; ++n) {
+      const Words b = load_words(column + n * at.tile_pitch);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {  // tiles of 16 inputs
+      for (int i = 0; i < 2; ++i) {  // tiles of 16 inputs
 #pragma unroll
-          for (int u = 0; u < kUnits; ++u) {
-            const uint32_t a[4] = {first[u][2 * i], second[u][2 * i], first[u][2 * i + 1],
-                                   second[u][2 * i + 1]};
-            mma_m16n8k16<kBrain>(z[u][n], a, b.x[2 * i], b.x[2 * i + 1]);
-          }
+        for (int u = 0; u < kUnits; ++u) {
+          const uint32_t a[4] = {first[u][2 * i], second[u][2 * i], first[u][2 * i + 1],
+                                 second[u][2 * i + 1]};
+          mma_m16n8k16<kBrain>(z[u][n], a, b.x[2 * i], b.x[2 * i + 1]);
         }
       }
     }
   }
 }
 
-// A stage: z += rows times hidden states over `blocks` blocks. Behind a row's end both lie as
-// zeros. int4: a run is a group, with a sum of its own, times its scale.
-template <Format kFormat, int kTerms, int kTiles, int kUnits>
-__device__ __forceinline__ void multiply_stage(const LaneView& at, int blocks,
+// Both runs of a block. Behind a row's end weights and hidden states lie as zeros. int4: a run is a
+// group, with a sum of its own, times its scale.
+template <Format kFormat, int kTiles, int kUnits>
+__device__ __forceinline__ void multiply_block(const LaneView& at, const unsigned char* hidden,
+                                               int block,
                                                const GroupScales<kFormat, kUnits>& scales,
                                                float (&z)[kUnits][kTiles][4]) {
-  // Both blocks at once where one would leave the tensor cores waiting, and registers allow it.
-  if constexpr (kFormat == Format::kInt4) {
+  [[maybe_unused]] constexpr int kUnroll =
+      few_sums(kFormat, kTiles * kUnits) || steps_of(kFormat) == 1 ? 2 : 1;
+#pragma unroll kUnroll
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (kFormat == Format::kInt4) {
+      float part[kUnits][kTiles][4] = {};
+      multiply_run<kFormat>(at, hidden, block, half, part);
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      if (block == blocks) break;
+      for (int u = 0; u < kUnits; ++u) {
+        const float low = pick(scales.low[u], 2 * block + half);
+        const float high = pick(scales.high[u], 2 * block + half);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float part[kUnits][kTiles][4] = {};
-        multiply_run<kFormat, kTerms>(at, block, half, part);
+        for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          const float low = scales.low[u][2 * block + half];
-          const float high = scales.high[u][2 * block + half];
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              z[u][n][i] = fmaf(i < 2 ? low : high, part[u][n][i], z[u][n][i]);
-            }
+          for (int i = 0; i < 4; ++i) {
+            z[u][n][i] = fmaf(i < 2 ? low : high, part[u][n][i], z[u][n][i]);
           }
         }
       }
+    } else {
+      multiply_run<kFormat>(at, hidden, block, half, z);
     }
-  } else {
-    [[maybe_unused]] constexpr int kUnroll = kTiles * kUnits < 8 && kTerms == 1 ? 2 : 1;
+  }
+}
+
+// A stage: z += rows times hidden states over `blocks` blocks, block by block, in each of them term
+// by term.
+template <Format kFormat, int kTiles, int kUnits>
+__device__ __forceinline__ void multiply_stage(const LaneView& at, int terms, int blocks,
+                                               const GroupScales<kFormat, kUnits>& scales,
+                                               float (&z)[kUnits][kTiles][4]) {
+  if (few_sums(kFormat, kTiles * kUnits) && terms == 1) {
+    // Two blocks at once where one would leave the tensor cores waiting.
+    [[maybe_unused]] constexpr int kUnroll = steps_of(kFormat) < 4 ? 2 : 1;
 #pragma unroll kUnroll
     for (int block = 0; block < blocks; ++block) {
-      multiply_run<kFormat, kTerms>(at, block, 0, z);
-      multiply_run<kFormat, kTerms>(at, block, 1, z);
+      multiply_block<kFormat>(at, at.hidden, block, scales, z);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int block = 0; block < blocks; ++block) {
+    const unsigned char* hidden = at.hidden;
+#pragma unroll 1
+    for (int term = 0; term < terms; ++term, hidden += at.term_pitch) {
+      multiply_block<kFormat>(at, hidden, block, scales, z);
     }
   }
 }

@@ -217,23 +217,26 @@ __device__ __forceinline__ void load_scales(const Stream& s, int unit0, int pass
 template <int kTiles, int kUnits>
 struct KeptProducts {
   static constexpr int kNumbers = kUnits * kTiles * 4;
-  float* mine;
+  const StreamPlan& plan;
 
-  __device__ __forceinline__ explicit KeptProducts(const StreamPlan& plan)
-      : mine(reinterpret_cast<float*>(shared_memory() + plan.kept_offset) +
-             warp_in_block() * plan.kept_tiles * kNumbers * kWarp + lane_index()) {}
+  __device__ __forceinline__ float* place(int tile) const {
+    float* all = reinterpret_cast<float*>(shared_memory() + plan.kept_offset);
+    return all + (warp_in_block() * plan.kept_tiles + tile) * kNumbers * kWarp + lane_index();
+  }
 
   __device__ __forceinline__ void store(int tile, const float (&z)[kUnits][kTiles][4]) const {
+    float* to = place(tile);
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) {
-      mine[(tile * kNumbers + i) * kWarp] = z[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
+      to[i * kWarp] = z[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
     }
   }
 
   __device__ __forceinline__ void load(int tile, float (&z)[kUnits][kTiles][4]) const {
+    const float* from = place(tile);
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) {
-      z[i / (4 * kTiles)][i / 4 % kTiles][i % 4] = mine[(tile * kNumbers + i) * kWarp];
+      z[i / (4 * kTiles)][i / 4 % kTiles][i % 4] = from[i * kWarp];
     }
   }
 };
@@ -255,7 +258,7 @@ template <Format kFormat, int kTiles>
 __device__ void consume(const Stream& s) {
   constexpr int kUnits = units_per_warp(kFormat, kTiles);
   if (s.plan.resident) load_resident<kFormat>(s);
-  const KeptProducts<kTiles, kUnits> products(s.plan);
+  const KeptProducts<kTiles, kUnits> products{s.plan};
   Slot slot;
   bool weighed = false;
   int kept = 0;
@@ -269,11 +272,7 @@ __device__ void consume(const Stream& s) {
           mbarrier_wait(full_barrier(slot), slot.parity);
           const LaneView at = lane_view<kFormat>(s, slot, chunk);
           const int blocks = s.blocks_of(chunk);
-          if (steps_of(kFormat) == 1 || s.terms == 1) {
-            multiply_stage<kFormat, 1>(at, blocks, scales, z);
-          } else {
-            multiply_stage<kFormat, 3>(at, blocks, scales, z);
-          }
+          multiply_stage<kFormat>(at, steps_of(kFormat) == 1 ? 1 : s.terms, blocks, scales, z);
           warp_barrier();  // every lane has read: the stage may be filled again
           if (lane_index() == 0) mbarrier_arrive(empty_barrier(slot));
           slot.advance(s.plan.stages);
