@@ -19,9 +19,11 @@ void count_threads(std::atomic<int>* threads) { ++*threads; }
 
 // A warp whose lane 0 copies what `write` has left in `global`.
 std::string error_of_copy(bool fenced, bool stored_later) {
-  alignas(16) static unsigned char global[32];
+  alignas(16) static unsigned char global[128];
+  cuda::TensorMap map;
+  CHECK(host_cuda::encode_map(global, 128, 1, 128, 1, 128, 1, &map));
   try {
-    host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 256, false, {1, -1, -1, -1}, [&] {
+    host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 2048, false, {1, -1, -1, -1}, [&] {
       cuda::Barrier* barrier = reinterpret_cast<cuda::Barrier*>(cuda::shared_memory());
       if (threadIdx.x == 0) cuda::mbarrier_init(barrier, 1);
       if (threadIdx.x == 1) cuda::store_words(global + 16, cuda::Words{});
@@ -31,8 +33,8 @@ std::string error_of_copy(bool fenced, bool stored_later) {
       if (threadIdx.x == 1 && stored_later) cuda::store_words(global + 16, cuda::Words{});
       cuda::block_barrier();
       if (threadIdx.x == 0) {
-        cuda::mbarrier_expect(barrier, 32);
-        cuda::bulk_copy(cuda::shared_memory() + 64, global, 32, barrier, 0);
+        cuda::mbarrier_expect(barrier, 128);
+        cuda::copy_box(cuda::shared_memory() + 1024, &map, 0, 0, 0, barrier, 0);
       }
       cuda::mbarrier_wait(barrier, 0);
     });

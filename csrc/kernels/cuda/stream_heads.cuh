@@ -249,7 +249,9 @@ __device__ __forceinline__ bool alpha_is_there(const Stream& s, bool wait) {
     wait_for(counter, rows);
     return true;
   }
-  return exchange_from(look_at(counter), 0) >= rows;
+  const bool there = exchange_from(peek(counter), 0) >= rows;
+  if (there) acquire_fence();
+  return there;
 }
 
 // All of a block's stages, in the producer's order. Where alpha is not there when a tile ends, the
