@@ -411,10 +411,13 @@ def test_it_builds_for_this_gpu_whatever_the_image_asks_for(tmp_path, monkeypatc
 
 
 def test_nothing_runs_where_loading_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "describe", lambda *_: None)
+    said = {"missing": None, "problem": "the library is missing", "arch": "9.0a"}
+    monkeypatch.setattr(check, "describe", lambda *_: said)
+    monkeypatch.setattr(check, "run_command", lambda *_: processes.Done(1, "nvcc: no such file"))
     assert check.main(["--output", str(tmp_path), "--device", "cuda"]) == 1
     rows = read_lines(tmp_path / "stages.jsonl")
     assert rows[0]["outcome"] == FAILED and len(rows) == 8
+    assert "the build failed (exit code 1): nvcc" in rows[0]["detail"]
     assert {row["outcome"] for row in rows[1:]} == {DID_NOT_RUN}
 
 
