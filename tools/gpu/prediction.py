@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the decode step should take on an H200, by its machine code and four constants of the chip.
+A prediction, to be confirmed or corrected by a measurement, line by line.
+
+``python -m tools.gpu.prediction`` writes ``benchmarks/results/predicted-h200.json``;
+``python -m tools.gpu.prediction --against FOLDER`` puts the ``timings.jsonl`` of a check beside it.
+
+A step takes its start, then the longest of what runs side by side, then its end::
+
+    start     launch, the block's set-up, and the first bytes from memory
+    memory    bytes of weights, gate and cache at the chip's bandwidth
+    producer  copies of the busiest block, at the stall cycles per copy of the machine code
+    consumers its bytes at the best rate of the loop of products: the stall cycles of a warp, or a
+              scheduler's one instruction per cycle
+    token     dependent round trips to L2 after the last product
+
+What it leaves out: contention, a gate that is later than the first tiles, a consumer that waits for
+shared memory, and that blocks end at different times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .processes import ROOT
+from .records import read_lines
+
+BANDWIDTH, CLOCK = 4.3e12, 1.98e9  # bytes and cycles per second
+MEMORY_US, L2_US = 0.8, 0.25  # latencies
+BLOCKS, CONSUMERS, SCHEDULERS = 132, 8, 4
+LAUNCH_US = 2.0  # of a cooperative launch in a graph, an estimate
+GATE_NUMBERS = 2 * 8 * 48 + 2 * 8  # rows of the gate's matrices; the folded ones are fp32
+COLUMN_BYTES = 8 * 48 * 2 + 8 * 4 + 1  # of the gate's cache, for each column
+UNIT = 8  # vocabulary entries of a tile of the tensor cores
+# Round trips to L2 from the last product to the token: the barrier's signal and poll, the parts of
+# all blocks (their sums, then the winner's), then what is written.
+TOKEN_TRIPS, SAMPLED_TRIPS = 6, 8
+BITS = {"bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4}
+GROUP = 128  # int4 weights that share an fp32 scale
+RESULT = ROOT / "benchmarks" / "results" / "predicted-h200.json"
+NOTE = (
+    "A PREDICTION from machine code and four constants of the chip (tools/gpu/prediction.py). "
+    "Nothing here was measured."
+)
+# Microseconds that are aimed at, by case of tools.gpu.timings.
+GOALS = {
+    "bf16-4096x32000-1": 130,
+    "bf16-4096x128256-1": 505,
+    "bf16-8192x128256-1": 1005,
+    "int8-4096x32000-1": 69,
+    "int8-4096x128256-1": 258,
+    "int4-4096x32000-1": 42,
+    "int4-4096x128256-1": 140,
+    "bf16-4096x32000-4": 130 * 1.02,
+    "bf16-4096x32000-16": 130 * 1.04,
+    "bf16-4096x32000-64": 130 * 1.10,
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the model needs of a kernel's machine code.
+
+    Attributes:
+        cycles_per_copy: stall cycles of the producer for one bulk copy, of the loop with the most
+            copies. bytes_per_copy: of that copy.
+        consumer_bytes_per_clock: that all consumers of a multiprocessor take, for one request.
+    """
+
+    cycles_per_copy: float
+    bytes_per_copy: int
+    consumer_bytes_per_clock: float
+
+
+def kernel_of(report: dict[str, Any], format: str, bytes_per_copy: int) -> Kernel:
+    """From a report of :mod:`tools.gpu.machine_code`.
+
+    A product of the tensor cores takes 16 rows by 16 inputs of weights; the loop of one request has
+    the fewest products per shared load of 16 bytes.
+    """
+    copies = report["copy_loops"]
+    slowest = max(copies, key=lambda loop: (loop["copies"], loop["stall_cycles_per_copy"]))
+    rates = []
+    for loop in report["consumer_loops"]:
+        num_bytes = loop["products"] * 16 * 16 * BITS[format] / 8
+        by_stalls = CONSUMERS * num_bytes / loop["stall_cycles"]
+        by_issue = SCHEDULERS * num_bytes / loop["instructions"]
+        loads = sum(loop["shared_loads"].values())
+        rates.append((loop["products"] / loads, min(by_stalls, by_issue)))
+    least_shared = min(rates)[0]
+    best = max(rate for share, rate in rates if share == least_shared)
+    return Kernel(slowest["stall_cycles_per_copy"], bytes_per_copy, best)
+
+
+def bytes_read(d: int, V: int, B: int, T: int, format: str) -> tuple[float, float]:
+    """(of both heads, of all) that a step must read."""
+    heads = 2 * V * d * BITS[format] / 8
+    heads += 2 * V * 4 * (d / GROUP if format == "int4" else 1 if BITS[format] == 8 else 0)
+    gate = GATE_NUMBERS * d * 2 + B * T * COLUMN_BYTES
+    return heads, heads + gate
+
+
+def predict(
+    kernel: Kernel, d: int, V: int, B: int, format: str, T: int = 256, sampled: bool = False
+) -> dict[str, float]:
+    """Microseconds of a step, and of its terms."""
+    heads, all_bytes = bytes_read(d, V, B, T, format)
+    units = -(-V // UNIT)
+    busiest = -(-units // BLOCKS) / units  # share of the heads that the busiest block has
+    of_block = heads * busiest
+    us = 1e6 / CLOCK
+    terms = {
+        "start_us": LAUNCH_US + MEMORY_US + 2 * L2_US,
+        "memory_us": all_bytes / BANDWIDTH * 1e6,
+        "producer_us": of_block / kernel.bytes_per_copy * kernel.cycles_per_copy * us,
+        "consumers_us": of_block / kernel.consumer_bytes_per_clock * us,
+        "token_us": (SAMPLED_TRIPS if sampled else TOKEN_TRIPS) * L2_US,
+    }
+    longest = max(terms[name] for name in ("memory_us", "producer_us", "consumers_us"))
+    total = terms["start_us"] + longest + terms["token_us"]
+    return {"us": round(total, 1), **{name: round(value, 1) for name, value in terms.items()}}
+
+
+def predictions(
+    reports: dict[str, dict[str, Any]], bytes_per_copy: dict[str, int]
+) -> dict[str, Any]:
+    """The file: the constants, what the machine code gave, and a row per case of the timings.
+
+    Batches of more than 8 have loops of their own, which the model does not tell apart: for them
+    the consumers' term is that of one request.
+    """
+    from .timings import CASES
+
+    kernels = {
+        format: kernel_of(reports[name], format, bytes_per_copy[format])
+        for format in BITS
+        for name in reports
+        if name.startswith(f"stream_kernel<{format}")
+    }
+    constants = {"bandwidth": BANDWIDTH, "clock": CLOCK, "memory_us": MEMORY_US, "l2_us": L2_US}
+    rows = []
+    for name, case in CASES.items():
+        found = predict(kernels[case.format], case.d, case.V, case.B, case.format)
+        goal = {"goal_us": round(GOALS[name], 1)} if name in GOALS else {}
+        rows.append({"case": name, "predicted": True, **found, **goal})
+    return {
+        "note": NOTE,
+        "predicted": True,
+        "constants": constants,
+        "kernels": {name: vars(kernel) for name, kernel in kernels.items()},
+        "rows": rows,
+    }
+
+
+def beside(predicted: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
+    """A line per case: predicted, measured, goal, and the largest term of the model."""
+    steps = {row["case"]: row for row in measured if row.get("contender") == "step"}
+    lines = [
+        "| case | predicted us | measured us | measured / predicted | goal us | largest term |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in predicted["rows"]:
+        got = steps.get(row["case"], {}).get("us_median")
+        terms = {name: row[name] for name in ("memory_us", "producer_us", "consumers_us")}
+        largest = max(terms, key=terms.__getitem__)
+        cells = [
+            row["case"],
+            f"{row['us']:.1f}",
+            "not measured" if got is None else f"{got:.1f}",
+            "" if got is None else f"{got / row['us']:.2f}",
+            row.get("goal_us", ""),
+            f"{largest.removesuffix('_us')} {terms[largest]:.1f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the prediction, or put a measurement beside it."""
+    from . import machine_code
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    library = ROOT / "dualhead_ext" / "_C_cuda.so"
+    parser.add_argument("--object", type=Path, default=library, help="library or object file")
+    parser.add_argument("--to", type=Path, default=RESULT, metavar="FILE")
+    parser.add_argument(
+        "--bytes-per-copy",
+        type=int,
+        required=False,
+        help="of the producer's bulk copies (default: a box of 64 rows of 128 bytes)",
+        default=64 * 128,
+    )
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="the output of a check")
+    options = parser.parse_args(arguments)
+    if options.against is not None:
+        predicted = json.loads(options.to.read_text())
+        print("\n".join(beside(predicted, read_lines(options.against / "timings.jsonl"))))
+        return
+    found = predictions(
+        machine_code.report(options.object), dict.fromkeys(BITS, options.bytes_per_copy)
+    )
+    options.to.write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(beside(found, [])))
+
+
+if __name__ == "__main__":
+    main()
