@@ -104,6 +104,12 @@ def test_parts_are_run_once_each(tmp_path, monkeypatch):
     assert "| bf16 | cached |" in table and "copy bandwidth not measured" in table
 
 
+def test_the_loss_compiles_last_and_once():
+    _, wanted, _ = runner._gpu_work("loss", False, variants=True)
+    assert [case.compile for case in wanted] == [False] * 7 + [True]
+    assert len({str(case.settings()) for case in wanted}) == 7
+
+
 def test_a_quick_run_of_a_part_is_small():
     for plan in (loss_cases.gpu_variants, generation.gpu_plan, training_cases.gpu_plan):
         assert plan(True) != plan(False)

@@ -84,6 +84,13 @@ def test_shared_loads_of_products_by_width():
         plain("@P0 BRA 0x0", 5),
         plain("LDS.U8 R4, [R2]"),  # outside
     )
+    around = report_of(
+        plain("LDS.64 R4, [R2]", 3),
+        plain("HMMA.16816.F32 R4, R8, R12, R4", 7),
+        plain("@P0 BRA 0x10", 5),
+        plain("@P0 BRA 0x0", 5),
+    )
+    assert around["consumer_loops"][0]["shared_loads"] == {"64": 1}, "read once, used several times"
     assert found["consumer_loops"] == [
         {
             "products": 1,

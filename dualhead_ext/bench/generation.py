@@ -88,7 +88,11 @@ def gpu_plan(quick: bool = False) -> list[Model]:
     """The models to run on a GPU: random Llamas of the size of 7B models, or, quick, of 1B ones."""
     if quick:
         return [Model("random Llama, 1.1B", models.LLAMA_1B.build, 16, GPU_CONTENDERS)]
-    return [Model("random Llama, 6.7B", models.LLAMA_7B.build, 64, GPU_CONTENDERS, ALLOWED_7B)]
+    # Two cases, so that the first is kept whatever the compiler does to the second.
+    return [
+        Model("random Llama, 6.7B", models.LLAMA_7B.build, 64, contenders, ALLOWED_7B)
+        for contenders in (GPU_CONTENDERS[:3], GPU_CONTENDERS[3:])
+    ]
 
 
 def plain_counterpart(contender: str) -> str:

@@ -10,8 +10,8 @@ A step takes its start, then the longest of what runs side by side, then its end
     start     launch, the block's set-up, and the first bytes from memory
     memory    bytes of weights, gate and cache at the chip's bandwidth
     producer  copies of the busiest block, at the stall cycles per copy of the machine code
-    consumers its bytes at the best rate of the loop of products: the stall cycles of a warp, or a
-              scheduler's one instruction per cycle
+    consumers its bytes at the rate of the loop of products: the stall cycles of a warp, or a
+              scheduler's one instruction per cycle, whichever is slower
     token     dependent round trips to L2 after the last product
 
 What it leaves out: contention, a gate that is later than the first tiles, a consumer that waits for
@@ -79,8 +79,8 @@ class Kernel:
 def kernel_of(report: dict[str, Any], format: str, bytes_per_copy: int) -> Kernel:
     """From a report of :mod:`tools.gpu.machine_code`.
 
-    A product of the tensor cores takes 16 rows by 16 inputs of weights; the loop of one request has
-    the fewest products per shared load of 16 bytes.
+    A product of the tensor cores takes 16 rows by 16 inputs of weights. Which of the loops is that
+    of one request the machine code does not say; the slowest counts.
     """
     copies = report["copy_loops"]
     slowest = max(copies, key=lambda loop: (loop["copies"], loop["stall_cycles_per_copy"]))
@@ -88,12 +88,8 @@ def kernel_of(report: dict[str, Any], format: str, bytes_per_copy: int) -> Kerne
     for loop in report["consumer_loops"]:
         num_bytes = loop["products"] * 16 * 16 * BITS[format] / 8
         by_stalls = CONSUMERS * num_bytes / loop["stall_cycles"]
-        by_issue = SCHEDULERS * num_bytes / loop["instructions"]
-        loads = sum(loop["shared_loads"].values())
-        rates.append((loop["products"] / loads, min(by_stalls, by_issue)))
-    least_shared = min(rates)[0]
-    best = max(rate for share, rate in rates if share == least_shared)
-    return Kernel(slowest["stall_cycles_per_copy"], bytes_per_copy, best)
+        rates.append(min(by_stalls, SCHEDULERS * num_bytes / loop["instructions"]))
+    return Kernel(slowest["stall_cycles_per_copy"], bytes_per_copy, min(rates))
 
 
 def bytes_read(d: int, V: int, B: int, T: int, format: str) -> tuple[float, float]:
