@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from . import fused_loss, reference_loss
-from .losses import DualHeadLossOutput, LossCounts, LossOptions
+from .config import REWARD_HEAD_NAMES
+from .loss_pairs import Pairing
+from .losses import UNTAUGHT_GATE, DualHeadLossOutput, LossCounts, LossOptions
 from .reference import accumulator_dtype
 
 _NAME = "dual_head_loss"
@@ -25,13 +27,19 @@ def dual_head_loss(
     gate_logit: Tensor,
     *,
     lm_weight: Tensor,
-    reward_weight: Tensor,
+    reward_weight: Tensor | None = None,
     lm_bias: Tensor | None = None,
     reward_bias: Tensor | None = None,
+    reward_head: str = "full",
+    reward_down: Tensor | None = None,
+    reward_up: Tensor | None = None,
     mix: str = LossOptions.mix,
     beta_r: float = LossOptions.beta_r,
     lambda_r: float = LossOptions.lambda_r,
     lambda_g: float = LossOptions.lambda_g,
+    kl_price: float = LossOptions.kl_price,
+    preference: str = LossOptions.preference,
+    pref_gate: int = LossOptions.pref_gate,
     gate_regularizer: str = LossOptions.gate_regularizer,
     lm_reduction: str = LossOptions.lm_reduction,
     pref_on: str = LossOptions.pref_on,
@@ -42,44 +50,59 @@ def dual_head_loss(
     logit_scale: float = LossOptions.logit_scale,
     logit_softcap: float = LossOptions.logit_softcap,
     num_pairs: int | None = None,
+    pairs: Tensor | None = None,
     objective: Tensor | None = None,
     objective_weights: Tensor | None = None,
     counts: LossCounts | None = None,
     lengths: Sequence[int] | Tensor | None = None,
 ) -> DualHeadLossOutput:
-    """``L = L_LM + lambda_R L_pref + L_gate`` of a batch of pairs, without N x V logits.
+    """``L = L_LM + lambda_R L_pref + L_gate + L_KL`` of a batch of pairs, without N x V logits.
 
-    ``L_LM = -E_{(x,y)} sum_t log P(y_t)`` of the mixture over the chosen responses and the rows
-    after the pairs; ``L_pref = -E log sigmoid(beta_r (sum_t log pi_r(y+_t) - sum_t log pi_r(y-_t))
-    - gamma)`` with ``pi_r = softmax(f(z_RM))``; ``L_gate = -lambda_G E_t[H(a_t)]`` over all
-    response tokens. Source: the paper, Training; `docs/paper.md` has the departures. Products run
-    in the dtype of each weight (autocast applies), log-softmax and all that follows in fp32
-    (float64 for float64).
+    ``L_LM = -E_{(x,y)} sum_t log P(y_t)`` of the mixture over the chosen responses and the rows in
+    no pair; ``L_pref = -E log sigmoid(beta_r (r(y+) - r(y-)) - gamma)``; ``L_gate = -lambda_G
+    E_t[H(a_t)]`` and ``L_KL = kl_price E_t[KL(pi_mix || pi_LM)]`` over all response tokens.
+
+    ``preference="log_prob"``, the paper's: ``r(y) = sum_t log pi_r(y_t)`` with ``pi_r =
+    softmax(f(z_RM))``. ``"token_reward"``: ``r(y) = sum_t a_t^kappa delta_t(y_t)`` with ``delta =
+    z_RM - z_LM`` before f and kappa = pref_gate; then only the rows of the tokens that occur are
+    read, and there is no product with the vocabulary unless L_LM or L_KL needs one.
+
+    Source: the paper, Training; `docs/paper.md` has the departures. Products run in the dtype of
+    each weight (autocast applies), log-softmax and all that follows in fp32 (float64 for float64).
 
     A token outside ``mask`` has no part in anything, whatever is stored there. An empty response
-    has log-probability 0 and no gradient; a pair of two counts 0 in L_pref; a batch with no
+    has r = 0 and no gradient; a pair of two counts 0 in L_pref; a batch with no
     response token has loss 0 and zero gradients.
 
-    Whole pairs go through the products together, as many as fit into a bounded workspace, and
-    their gradients are made at once: memory does not grow with N, and nothing is computed twice
-    but for a pair that is too long by itself. There is a first derivative only.
+    Rows that are linked by pairs go through the products together, as many as fit into a bounded
+    workspace, and their gradients are made at once: logits take no more memory for a larger N, and
+    nothing is computed twice but for such a group that is too long by itself. There is a first
+    derivative only.
 
     How many tokens there are decides over every size, so a loss on CUDA waits for the device: once,
-    or not at all where ``lengths`` says it and objective and objective_weights are on the CPU. What
+    or not at all where ``lengths`` says it and pairs, objective and objective_weights are on the
+    CPU. What
     is wrong with the labels is then found by an assertion on the device.
 
     Args:
-        hidden: (R, T, d), the backbone's final hidden states; R = 2P rows [all chosen; all
-            rejected], then rows for L_LM alone.
+        hidden: (R, T, d), the backbone's final hidden states; by default R = 2P rows [all chosen;
+            all rejected], then rows for L_LM alone.
         labels: (R, T) int64 or int32, the token that position t predicts, i.e. the input shifted
             by one; in [0, V) where ``mask`` is set, anything elsewhere.
         mask: (R, T) bool (or nonzero = set): the label is a response token.
         gate_logit: (R, T) fp32 (float64 for float64), a = sigmoid(gate_logit); a fixed a of 0 or 1
             is -inf or +inf: entropy 0, no gradient.
         lm_weight, lm_bias: (V, d), (V,).
-        reward_weight, reward_bias: (V, d) or (K, V, d); (V,) or (K, V).
+        reward_head: "full", "embedding" or "lowrank" (`DualHeadConfig`).
+        reward_weight, reward_bias: of "full": (V, d) or (K, V, d); (V,) or (K, V).
+        reward_down, reward_up, reward_bias: of the others: D (K, r, d), U (K, n, r) and c (K, n),
+            delta_k = W_LM (U_k D_k h + c_k), n = d, for "embedding", U_k D_k h + c_k, n = V, for
+            "lowrank". "embedding" may leave out down and up: rank 0.
         mix ... logit_softcap: see :class:`dualhead_ext.losses.LossOptions`.
-        num_pairs: P; default R / 2.
+        num_pairs: P of the default pairs; default R / 2.
+        pairs: (P, 2) int64, rows of (better, worse), instead: a row may be in many, as those of a
+            ranked list are. L_LM then reads the rows that are worse in no pair. On the device of
+            hidden or on the CPU.
         objective: (P,) int64, the head that L_pref of each pair acts on; default 0. On the device
             of hidden or on the CPU, as objective_weights.
         objective_weights: (K,), how L_LM's mixture weighs the heads; default 1/K each.
@@ -89,11 +112,12 @@ def dual_head_loss(
             of int, or a tensor on the CPU. Default: counted.
     Returns:
         :class:`dualhead_ext.losses.DualHeadLossOutput`; ``out.loss`` is differentiable with respect
-        to hidden, gate_logit and the four weights.
+        to hidden, gate_logit and all weights.
     Raises:
         TypeError: not a tensor, a wrong dtype, a float64 mixed with another.
         ValueError: shapes that disagree, an empty batch, values out of range, labels outside [0, V)
-            where the mask is set, lengths that are not the mask's, tensors on different devices.
+            where the mask is set, lengths that are not the mask's, tensors on different devices,
+            a gate_logit that wants a gradient and would have none (`LossOptions.teaches_gate`).
             On CUDA with lengths given, a device assertion says so of labels and lengths.
     """
     options = LossOptions(
@@ -101,6 +125,9 @@ def dual_head_loss(
         beta_r=beta_r,
         lambda_r=lambda_r,
         lambda_g=lambda_g,
+        kl_price=kl_price,
+        preference=preference,
+        pref_gate=pref_gate,
         gate_regularizer=gate_regularizer,
         lm_reduction=lm_reduction,
         pref_on=pref_on,
@@ -112,24 +139,34 @@ def dual_head_loss(
         logit_softcap=logit_softcap,
     )
     _check_batch(hidden, labels, mask, gate_logit)
-    _check_heads(hidden, lm_weight, lm_bias, reward_weight, reward_bias)
-    if reward_weight.dim() == 2:
+    if reward_weight is not None and reward_weight.dim() == 2:
         reward_weight = reward_weight[None]
         reward_bias = None if reward_bias is None else reward_bias[None]
-    num_pairs = _checked_num_pairs(num_pairs, hidden.shape[0])
-    num_objectives = reward_weight.shape[0]
+    heads = reference_loss.Heads(
+        lm_weight, lm_bias, reward_weight, reward_bias, None, reward_head, reward_down, reward_up
+    )
+    _check_heads(hidden, heads)
+    num_rows, num_objectives = hidden.shape[0], heads.num_objectives
+    num_pairs = _checked_num_pairs(num_pairs, pairs, num_rows, hidden.device)
     _check_objective(objective, num_pairs, hidden.device)
     weights = _checked_weights(objective_weights, num_objectives, gate_logit)
     if counts is not None and not isinstance(counts, LossCounts):
         raise TypeError(f"{_NAME}: counts must be LossCounts or None, got {type(counts).__name__}")
-    lengths = _checked_lengths(lengths, hidden.shape[0])
-    lengths, objective, weights = _on_host(
-        labels, mask, lm_weight.shape[0], lengths, objective, weights
+    lengths = _checked_lengths(lengths, num_rows)
+    lengths, objective, heads.objective_weights, pairs = _on_host(
+        labels, mask, lm_weight.shape[0], lengths, [objective, weights, pairs]
     )
     _check_objective_values(objective, num_objectives)
-    heads = reference_loss.Heads(lm_weight, lm_bias, reward_weight, reward_bias, weights)
+    if pairs is None:
+        pairs = [(p, num_pairs + p) for p in range(num_pairs)]
+    else:
+        pairs = _checked_pairs(pairs, num_rows)
+    pairing = Pairing(num_rows, pairs, None if objective is None else objective.tolist())
+    has_lm = any(pairing.in_lm(lm_on_chosen))
+    if gate_logit.requires_grad and pairs and not options.teaches_gate(has_lm):
+        raise ValueError(f"{_NAME}: {UNTAUGHT_GATE}")
     return fused_loss.dual_head_loss(
-        hidden, labels, mask, gate_logit, heads, options, num_pairs, objective, counts, lengths
+        hidden, labels, mask, gate_logit, heads, options, pairing, counts, lengths
     )
 
 
@@ -170,32 +207,46 @@ def _check_batch(hidden: Tensor, labels: Tensor, mask: Tensor, gate_logit: Tenso
         raise TypeError(f"{_NAME}: gate_logit must be {expected}, got {gate_logit.dtype}")
 
 
-def _check_heads(
-    hidden: Tensor,
-    lm_weight: Tensor,
-    lm_bias: Tensor | None,
-    reward_weight: Tensor,
-    reward_bias: Tensor | None,
-) -> None:
-    for name, value in (("lm_weight", lm_weight), ("reward_weight", reward_weight)):
-        _check_tensor(name, value)
-    size = hidden.shape[-1]
-    if lm_weight.dim() != 2 or lm_weight.shape[1] != size or lm_weight.shape[0] == 0:
-        raise ValueError(f"{_NAME}: lm_weight must be (V, {size}), got {tuple(lm_weight.shape)}")
-    vocab = lm_weight.shape[0]
-    if reward_weight.shape[-2:] != lm_weight.shape or reward_weight.dim() not in (2, 3):
+def _check_heads(hidden: Tensor, heads: reference_loss.Heads) -> None:
+    kind, size = heads.reward_head, hidden.shape[-1]
+    if kind not in REWARD_HEAD_NAMES:
         raise ValueError(
-            f"{_NAME}: reward_weight must be ({vocab}, {size}) or (K, {vocab}, {size}), "
-            f"got {tuple(reward_weight.shape)}"
+            f"{_NAME}: reward_head must be one of {', '.join(REWARD_HEAD_NAMES)}, got {kind!r}"
         )
-    if reward_weight.shape[0] == 0:
-        raise ValueError(f"{_NAME}: reward_weight must hold at least one head, got K = 0")
-    for name, value, shape in (
-        ("lm_weight", lm_weight, tuple(lm_weight.shape)),
-        ("lm_bias", lm_bias, (vocab,)),
-        ("reward_weight", reward_weight, tuple(reward_weight.shape)),
-        ("reward_bias", reward_bias, tuple(reward_weight.shape[:-1])),
-    ):
+    _check_tensor("lm_weight", heads.lm_weight)
+    if heads.lm_weight.dim() != 2 or heads.lm_weight.shape[1] != size or not len(heads.lm_weight):
+        raise ValueError(
+            f"{_NAME}: lm_weight must be (V, {size}), got {tuple(heads.lm_weight.shape)}"
+        )
+    vocab = len(heads.lm_weight)
+    expected = {"lm_weight": (vocab, size), "lm_bias": (vocab,)}
+    if kind == "full":
+        _check_absent(heads, kind, "reward_down", "reward_up")
+        weight = heads.reward_weight
+        _check_tensor("reward_weight", weight)
+        if weight.shape[-2:] != (vocab, size) or weight.dim() not in (2, 3):
+            raise ValueError(
+                f"{_NAME}: reward_weight must be ({vocab}, {size}) or (K, {vocab}, {size}), "
+                f"got {tuple(weight.shape)}"
+            )
+        count = len(weight)
+        expected |= {"reward_weight": tuple(weight.shape), "reward_bias": tuple(weight.shape[:-1])}
+    else:
+        _check_absent(heads, kind, "reward_weight")
+        width = size if kind == "embedding" else vocab
+        _check_tensor("reward_bias", heads.reward_bias)
+        count = len(heads.reward_bias) if heads.reward_bias.dim() else 0
+        expected |= {"reward_bias": (count, width)}
+        if kind == "lowrank" or heads.reward_down is not None or heads.reward_up is not None:
+            for name in ("reward_down", "reward_up"):
+                _check_tensor(name, getattr(heads, name))
+            rank = heads.reward_down.shape[1] if heads.reward_down.dim() == 3 else 0
+            expected |= {"reward_down": (count, rank, size), "reward_up": (count, width, rank)}
+    if count == 0:
+        raise ValueError(f"{_NAME}: reward_{'weight' if kind == 'full' else 'bias'} must hold at "
+                         "least one head, got K = 0")  # fmt: skip
+    for name, shape in expected.items():
+        value = getattr(heads, name)
         if value is None:
             continue
         _check_tensor(name, value)
@@ -207,14 +258,34 @@ def _check_heads(
                 f"{_NAME}: {name} must be float64 exactly where hidden is, got {value.dtype} "
                 f"beside {hidden.dtype}"
             )
-    for name, weight, bias in (("lm", lm_weight, lm_bias), ("reward", reward_weight, reward_bias)):
+    biased = [("lm", heads.lm_weight, heads.lm_bias)]
+    if kind == "full":
+        biased.append(("reward", heads.reward_weight, heads.reward_bias))
+    for name, weight, bias in biased:
         if bias is not None and bias.dtype != weight.dtype:
             raise TypeError(
                 f"{_NAME}: {name}_bias must be {weight.dtype}, as {name}_weight, got {bias.dtype}"
             )
 
 
-def _checked_num_pairs(num_pairs: int | None, num_rows: int) -> int:
+def _check_absent(heads: reference_loss.Heads, kind: str, *names: str) -> None:
+    for name in names:
+        if getattr(heads, name) is not None:
+            raise ValueError(f'{_NAME}: {name} must be None for reward_head="{kind}"')
+
+
+def _checked_num_pairs(
+    num_pairs: int | None, pairs: Tensor | None, num_rows: int, device: torch.device
+) -> int:
+    if pairs is not None:
+        _check_tensor("pairs", pairs)
+        if num_pairs is not None:
+            raise ValueError(f"{_NAME}: num_pairs must be None where pairs are given")
+        if pairs.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{_NAME}: pairs must be int64, got {pairs.dtype}")
+        device = pairs.device if pairs.device.type == "cpu" else device
+        _check_shape("pairs", pairs, (len(pairs) if pairs.dim() else 0, 2), device)
+        return len(pairs)
     if num_pairs is None:
         if num_rows % 2:
             raise ValueError(
@@ -230,6 +301,17 @@ def _checked_num_pairs(num_pairs: int | None, num_rows: int) -> int:
             f"got {num_pairs}"
         )
     return num_pairs
+
+
+def _checked_pairs(pairs: Tensor, num_rows: int) -> list[tuple[int, int]]:
+    """pairs, on the CPU, as numbers."""
+    for better, worse in (found := [(b, w) for b, w in pairs.tolist()]):
+        if not (0 <= better < num_rows and 0 <= worse < num_rows) or better == worse:
+            raise ValueError(
+                f"{_NAME}: pairs must hold two different rows in [0, {num_rows}), "
+                f"got ({better}, {worse})"
+            )
+    return found
 
 
 def _check_objective(objective: Tensor | None, num_pairs: int, device: torch.device) -> None:
@@ -287,11 +369,10 @@ def _on_host(
     mask: Tensor,
     vocab_size: int,
     lengths: list[int] | None,
-    objective: Tensor | None,
-    weights: Tensor | None,
-) -> tuple[list[int], Tensor | None, Tensor | None]:
-    """lengths, objective and weights on the CPU, once the labels are checked: by the host, or,
-    where it would wait for CUDA for nothing else, by the device.
+    others: list[Tensor | None],
+) -> tuple[list[int] | Tensor | None, ...]:
+    """(lengths, *others) on the CPU, once the labels are checked: by the host, or, where it would
+    wait for CUDA for nothing else, by the device.
     """
     outside = mask.bool() & ((labels < 0) | (labels >= vocab_size))
     counted, wrong = mask.bool().sum(-1), outside.any()
@@ -302,8 +383,8 @@ def _on_host(
         given = torch.tensor(lengths).to(mask.device, non_blocking=True)
         same = (counted == given).all()
         torch._assert_async(same, f"{_NAME}: lengths must be those of mask")
-        return lengths, *_copied([objective, weights])
-    counted, wrong, objective, weights = _copied([counted, wrong, objective, weights])
+        return lengths, *_copied(others)
+    counted, wrong, *others = _copied([counted, wrong, *others])
     if wrong:
         where = tuple(outside.nonzero()[0].tolist())
         raise ValueError(
@@ -314,7 +395,7 @@ def _on_host(
         raise ValueError(
             f"{_NAME}: lengths must be those of mask, {counted.tolist()}, got {lengths}"
         )
-    return counted.tolist(), objective, weights
+    return counted.tolist(), *others
 
 
 def _copied(tensors: list[Tensor | None]) -> list[Tensor | None]:

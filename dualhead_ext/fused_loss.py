@@ -14,6 +14,7 @@ nothing here waits for a device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from . import loss_rows
-from .loss_products import Job, Product, Products, Tokens, lay_out
+from .loss_pairs import Pairing
+from .loss_products import Job, Linear, Product, Products, Terms, Tokens, lay_out
 from .losses import (
     LM_REDUCTIONS,
     PREFERENCE_REDUCTIONS,
@@ -32,12 +34,15 @@ from .losses import (
     gate_entropy,
     pair_loss,
 )
+from .reference import accumulator_dtype
 from .reference_loss import Heads, RowSums, combine, gate_statistics
 
 # Logits of a chunk, in bytes: at V = 32000 and fp32 512 rows. Half of it is 15 % slower there (more
 # passes over dW), twice as much gains nothing.
 WORKSPACE_BYTES = 64 << 20
 
+# (the mixture's logits or one objective's, whose rewards, in L_LM) -> rows of the batch.
+Plan = dict[tuple[bool, "int | None", bool], list[int]]
 # Jobs with their rows, and the products that they share.
 Computed = tuple[list[tuple[Job, loss_rows.Rows]], list[Product]]
 
@@ -45,6 +50,62 @@ Computed = tuple[list[tuple[Job, loss_rows.Rows]], list[Product]]
 def on_device(x: Tensor) -> bool:
     """Whether the host would have to wait to read x."""
     return x.device.type != "cpu"
+
+
+class Maps:
+    """The linear maps that logits are made of, and the gradients of what they hold.
+
+    Args:
+        inputs: `_INPUTS` by name, detached. reward_features: (K, N, m), what the correction's
+            matrix is multiplied by; None for a full head, which multiplies the hidden states.
+        heads: which kind they are and how the objectives are weighed.
+        wanted: whether the gradient of each input is.
+    """
+
+    def __init__(
+        self, inputs: dict[str, Tensor | None], heads: Heads, wanted: dict[str, bool]
+    ) -> None:
+        self.dtype = accumulator_dtype(inputs["hidden"].dtype)
+        self.grads = {
+            name: torch.zeros(x.shape, dtype=self.dtype, device=x.device)
+            if x is not None and wanted[name]
+            else None
+            for name, x in inputs.items()
+            if name != "gate_logit"
+        }
+        self.lm = self._linear(inputs, "lm_weight", "lm_bias", "hidden")
+        corrects = heads.reward_head != "full"
+        weight = "lm_weight" if heads.reward_head == "embedding" else "reward_weight"
+        features = "reward_features" if corrects else "hidden"
+        self.objectives = [
+            self._linear(inputs, weight, "reward_bias", features, k)
+            for k in range(heads.num_objectives)
+        ]
+        self._base: Terms = ((self.lm, 1.0),) if corrects else ()
+        self.mixture = self._base + tuple(zip(self.objectives, heads.shares(), strict=True))
+        # The mixture's z_RM is that of the only objective.
+        self.one = self.mixture == self.objective(0) and len(self.objectives) == 1
+
+    def objective(self, k: int) -> Terms:
+        """What makes z_k."""
+        return (*self._base, (self.objectives[k], 1.0))
+
+    def _linear(
+        self,
+        inputs: dict[str, Tensor | None],
+        weight: str,
+        bias: str,
+        features: str,
+        k: int | None = None,
+    ) -> Linear:
+        """Of inputs with a first dimension K the k-th."""
+
+        def part(name: str, of: dict[str, Tensor | None]) -> Tensor | None:
+            x = of.get(name)
+            return x[k] if x is not None and name.startswith("reward") else x
+
+        named = [(name, of) for of in (inputs, self.grads) for name in (weight, bias, features)]
+        return Linear(*(part(name, of) for name, of in named))
 
 
 class Pass:
@@ -57,106 +118,116 @@ class Pass:
         tokens: Tokens,
         lengths: Tensor,
         known_lengths: list[int],
-        heads: Heads,
+        maps: Maps,
         options: LossOptions,
-        num_pairs: int,
-        objective: Tensor | None,
+        pairing: Pairing,
         counts: LossCounts,
         wanted: dict[str, bool],
     ) -> None:
         self.tokens, self.lengths, self.options = tokens, lengths, options
-        self.num_pairs, self.counts = num_pairs, counts
-        self.products = Products(tokens, heads, wanted)
+        self.pairing, self.counts, self.maps = pairing, counts, maps
+        device = tokens.hidden.device
+        self.products = Products(device, maps.dtype)
         self.needs_gradients = any(wanted.values())
-        self.wants_gate = wanted["gate_logit"]
-        self._lm_gradients = wanted["lm_weight"] or wanted["lm_bias"] or wanted["hidden"]
-        dtype, device = self.products.dtype, tokens.hidden.device
-        self.lm_nll = torch.zeros(len(lengths), dtype=dtype, device=device)
-        self.pair_logps = torch.zeros_like(self.lm_nll)
-        self.gate_grad = torch.zeros_like(tokens.gate_logit)
+        self.lm_nll = torch.zeros(len(lengths), dtype=maps.dtype, device=device)
+        self.kl = torch.zeros_like(self.lm_nll)
+        self.rewards = self.lm_nll.new_zeros(len(lengths), len(maps.objectives))
+        self.gate_grad = torch.zeros_like(tokens.gate_logit) if wanted["gate_logit"] else None
+        self._known, self._longest = known_lengths, max(known_lengths)
         self._starts = [0, *accumulate(known_lengths)]
-        self._longest = max(known_lengths)
-        self._objective = None if objective is None else objective.tolist()
-        count = heads.reward_weight.shape[0]
-        weights = heads.objective_weights
-        shares = [1.0 / count] * count if weights is None else weights.tolist()
-        self._mixture = tuple(enumerate(shares))
-        self._one = self._mixture == ((0, 1.0),)
-        vocab = heads.lm_weight.shape[0]
-        # Two rows at least: a token's z_LM and z_RM. Four at most, where it has two jobs that mix.
+        self._in_lm = pairing.in_lm(options.lm_on_chosen)
+        self._compares = options.preference == "log_prob"
+        vocab = maps.lm.weight.shape[0]
+        # Two rows at least: a token's z_LM and z_RM. At most that for each of a token's jobs, the
+        # mixture's and one for each objective.
         self._budget = max(2, WORKSPACE_BYTES // (vocab * self.lm_nll.element_size()))
-        rows = min(self._budget, 4 * len(tokens.rows))
-        self._workspace = torch.empty(rows, vocab, dtype=dtype, device=device)
+        rows = min(self._budget, 2 * (1 + len(maps.objectives)) * len(tokens.rows))
+        self._workspace = torch.empty(rows, vocab, dtype=maps.dtype, device=device)
         self._lm_count = at_least_one(LM_REDUCTIONS[options.lm_reduction](counts))
 
     # --- what the chunks are ---
 
-    def _jobs(self, first: int, last: int, in_lm: bool, objectives: list[int] | None) -> list[Job]:
-        """For the tokens of rows [first, last): of pairs with these objectives, or of none."""
-        index = self._tokens_of(first, last)
-        mixed = self.options.pref_on == "mixed"
-        if objectives is None or (self._one and in_lm):
-            return [Job(index, self._mixture, in_lm, objectives is not None, mixed)]
-        jobs = [Job(index, self._mixture, True, False, False)] if in_lm else []
-        for k in sorted(set(objectives)):
-            rows = [first + i for i, of_row in enumerate(objectives) if of_row == k]
-            index = torch.cat([self._tokens_of(row, row + 1) for row in rows])
-            jobs.append(Job(index, ((k, 1.0),), False, True, mixed))
-        return jobs
+    def _plan(self, rows: list[int], pairs: list[int]) -> Plan:
+        """What these rows, whose pairs these are, are needed for."""
+        of_pairs: dict[int, set[int]] = {}  # the rows that a head's rewards are wanted of
+        if self._compares:
+            pairing = self.pairing
+            for pair in pairs:
+                compared = of_pairs.setdefault(pairing.objective[pair], set())
+                compared.update((pairing.better[pair], pairing.worse[pair]))
+        plan: Plan = {}
+        for row in rows:
+            objectives = [k for k, compared in of_pairs.items() if row in compared]
+            if self._in_lm[row] or self.options.kl_price > 0.0:
+                # One product for both terms where they read the same logits.
+                k = objectives.pop() if self.maps.one and objectives else None
+                plan.setdefault((True, k, self._in_lm[row]), []).append(row)
+            for k in objectives:
+                plan.setdefault((False, k, False), []).append(row)
+        return plan
 
-    def _tokens_of(self, first: int, last: int) -> Tensor:
-        """Of rows [first, last)."""
-        device = self.tokens.rows.device
-        return torch.arange(self._starts[first], self._starts[last], device=device)
-
-    def _rows_of_logits(self, jobs: list[Job]) -> int:
-        return sum(len(job.index) * (2 if job.mixes else 1) for job in jobs)
-
-    def _chunks(self) -> Iterator[tuple[list[Job], list[int]]]:
-        """(jobs, their consecutive pairs): pairs until the workspace is full, then rows without."""
-        in_lm, P = self.options.lm_on_chosen, self.num_pairs
-
-        def of_pairs(first: int, last: int) -> list[Job]:
-            kinds = [0] * (last - first) if self._objective is None else self._objective[first:last]
-            jobs = self._jobs(first, last, in_lm, kinds)
-            return jobs + self._jobs(P + first, P + last, False, kinds)
-
-        yield from self._packed(0, P, of_pairs, lambda a, b: list(range(a, b)))
-        rest = range(2 * P, len(self.lengths))
-        yield from self._packed(
-            rest.start, rest.stop, lambda a, b: self._jobs(a, b, True, None), lambda a, b: []
+    def _rows_of_logits(self, plan: Plan) -> int:
+        both = self.options.pref_on == "mixed"
+        return sum(
+            sum(self._known[row] for row in rows) * (2 if mixture or both else 1)
+            for (mixture, _, _), rows in plan.items()
         )
 
-    def _packed(
-        self,
-        first: int,
-        stop: int,
-        jobs_of: Callable[[int, int], list[Job]],
-        pairs_of: Callable[[int, int], list[int]],
-    ) -> Iterator[tuple[list[Job], list[int]]]:
-        """Runs of consecutive examples, each as long as the workspace allows, one at least."""
-        while first < stop:
-            last, jobs = first + 1, jobs_of(first, first + 1)
-            while last < stop:
-                more = jobs_of(first, last + 1)
-                if self._rows_of_logits(more) > self._budget:
+    def _jobs(self, plan: Plan) -> list[Job]:
+        made, mixed = [], self.options.pref_on == "mixed"
+        for (mixture, k, in_lm), rows in plan.items():
+            job = Job(
+                self._tokens_of(rows),
+                ((self.maps.lm, 1.0),) if mixture or mixed else None,
+                self.maps.mixture if mixture else self.maps.objective(k),
+                in_lm,
+                k,
+                mixed,
+                mixture and self.options.kl_price > 0.0,
+            )
+            made.append(job)
+        return [job for job in made if len(job.index)]
+
+    def _tokens_of(self, rows: list[int]) -> Tensor:
+        """(n,), of these rows in their order."""
+        spans: list[list[int]] = []
+        for row in rows:
+            start, end = self._starts[row], self._starts[row + 1]
+            if spans and spans[-1][1] == start:
+                spans[-1][1] = end
+            else:
+                spans.append([start, end])
+        device = self.tokens.rows.device
+        return torch.cat([torch.arange(*span, device=device) for span in spans])
+
+    def _chunks(self) -> Iterator[tuple[list[Job], list[int]]]:
+        """(jobs, their pairs): examples until the workspace is full, one at least."""
+        examples, of_example = self.pairing.examples, self.pairing.pairs_of_examples
+        first = 0
+        while first < len(examples):
+            last, plan, rows, pairs = first, {}, [], []
+            while last < len(examples):
+                more = self._plan(rows + examples[last], pairs + of_example[last])
+                if last > first and self._rows_of_logits(more) > self._budget:
                     break
-                last, jobs = last + 1, more
-            yield [job for job in jobs if len(job.index)], pairs_of(first, last)
+                plan, rows, pairs = more, rows + examples[last], pairs + of_example[last]
+                last += 1
+            if jobs := self._jobs(plan):
+                yield jobs, pairs
             first = last
 
     def _pieces(self, job: Job) -> Iterator[Job]:
         """The job in parts that fit into the workspace alone."""
-        size = max(1, self._budget // (2 if job.mixes else 1))
+        size = max(1, self._budget // (1 if job.lm is None else 2))
         for index in job.index.split(size):
-            yield Job(index, job.reward, job.in_lm, job.in_pairs, job.pairs_mixed)
+            yield replace(job, index=index)
 
     # --- the work ---
 
     def run(self) -> None:
         """All chunks."""
         for jobs, pairs in self._chunks():
-            if self._rows_of_logits(jobs) <= self._budget:
+            if sum(job.rows for job in jobs) <= self._budget:
                 computed = self._log_probabilities(jobs)
                 self._gradients(computed, self._pair_coefficients(pairs))
                 continue
@@ -182,8 +253,8 @@ class Pass:
                 self.tokens.gate_logit[job.index],
                 self.tokens.labels[job.index],
                 self.options,
-                mixed=job.mixes,
-                reward=job.in_pairs and not job.pairs_mixed,
+                mixed=job.needs_mixed,
+                reward=job.objective is not None and not job.pairs_mixed,
             )
             held.append((job, rows))
             if record:
@@ -193,9 +264,11 @@ class Pass:
     def _record(self, job: Job, rows: loss_rows.Rows) -> None:
         if job.in_lm:
             self.lm_nll -= self._row_sums(job.index, rows.mixed)
-        if job.in_pairs:
+        if job.objective is not None:
             found = rows.mixed if job.pairs_mixed else rows.reward
-            self.pair_logps += self._row_sums(job.index, found)
+            self.rewards[:, job.objective] += self._row_sums(job.index, found)
+        if job.in_kl:
+            self.kl += self._row_sums(job.index, loss_rows.kl(rows))
 
     def _row_sums(self, index: Tensor, of_tokens: Tensor) -> Tensor:
         """(R,), in one order: index_add_ has none on CUDA."""
@@ -205,53 +278,68 @@ class Pass:
         return dense.index_put_((of_row, column), of_tokens).sum(-1)
 
     def _pair_coefficients(self, pairs: list[int]) -> Tensor:
-        """dL / d(sum of log-probabilities) of each row (R,), those of these pairs filled in."""
-        out = torch.zeros_like(self.pair_logps)
-        if not pairs or not self.needs_gradients:
+        """dL / d rewards (R, K), those of these pairs filled in."""
+        out = torch.zeros_like(self.rewards)
+        if not pairs or not self.needs_gradients or not self._compares:
             return out
-        index = torch.arange(pairs[0], pairs[0] + len(pairs), device=out.device)
-        index = torch.cat((index, index + self.num_pairs))
-        lengths, options = self.lengths[index], self.options
+        pairing, options = self.pairing, self.options
+        better, worse, objective = pairing.tensors(out.device, pairs)
+        reduce = PREFERENCE_REDUCTIONS[options.pref_reduction]
         with torch.enable_grad():
-            sums = self.pair_logps[index].requires_grad_()
-            reduced = PREFERENCE_REDUCTIONS[options.pref_reduction](sums, lengths)
-            chosen, rejected = (options.beta_r * reduced).chunk(2)
+            rewards = self.rewards.detach().requires_grad_()
+            chosen, rejected = (
+                options.beta_r * reduce(rewards[rows, objective], self.lengths[rows])
+                for rows in (better, worse)
+            )
             losses = pair_loss(chosen - rejected - options.gamma, options.label_smoothing)
-            losses = losses.masked_fill(sum(lengths.chunk(2)) == 0, 0.0)
+            empty = self.lengths[better] + self.lengths[worse] == 0
+            losses = losses.masked_fill(empty, 0.0)
             total = options.lambda_r * losses.sum() / at_least_one(self.counts.pairs)
-            out[index] = torch.autograd.grad(total, sums)[0]
-        return out
+            return torch.autograd.grad(total, rewards)[0]
 
-    def _gradients(self, computed: Computed, of_pairs: Tensor) -> None:
+    def _gradients(self, computed: Computed, of_rewards: Tensor) -> None:
         if not self.needs_gradients:
             return
         held, products = computed
         for job, rows in held:
-            self._logit_gradients(job, rows, of_pairs)
+            self._logit_gradients(job, rows, of_rewards)
         for product in products:
-            if product.name == "reward" or self._lm_gradients:
+            if product.trains:
                 self.products.accumulate(product)
 
-    def _logit_gradients(self, job: Job, rows: loss_rows.Rows, of_pairs: Tensor) -> None:
+    def _logit_gradients(self, job: Job, rows: loss_rows.Rows, of_rewards: Tensor) -> None:
         """In the logits' place, and the gate's."""
-        pair = of_pairs[self.tokens.rows[job.index]]
-        mixed = torch.zeros_like(pair)
+        mixed = torch.zeros_like(rows.gate_logit)
+        pair = None
+        if job.objective is not None:
+            pair = of_rewards[self.tokens.rows[job.index], job.objective]
         if job.in_lm:
             mixed = (mixed - 1.0) / self._lm_count
-        if job.in_pairs and job.pairs_mixed:
-            mixed = mixed + pair
-        gate = loss_rows.gradients_(
-            rows, mixed, pair if rows.reward is not None else None, lm=self._lm_gradients
-        )
-        if gate is not None:
+        if pair is not None and job.pairs_mixed:
+            mixed, pair = mixed + pair, None
+        of_kl = None
+        if job.in_kl:
+            price = self.options.kl_price / at_least_one(self.counts.tokens)
+            of_kl = torch.ones_like(mixed) * price
+        gate = loss_rows.gradients_(rows, mixed, pair, of_kl, lm=self.maps.lm.trains)
+        if gate is not None and self.gate_grad is not None:
             self.gate_grad.index_add_(0, job.index, gate.to(self.gate_grad.dtype))
 
 
-_INPUTS = ("hidden", "gate_logit", "lm_weight", "lm_bias", "reward_weight", "reward_bias")
+# What the logits are made of, as inputs of one autograd function. reward_features: see `Maps`.
+_INPUTS = (
+    "hidden",
+    "gate_logit",
+    "lm_weight",
+    "lm_bias",
+    "reward_weight",
+    "reward_bias",
+    "reward_features",
+)
 
 
 class _Carrier(torch.autograd.Function):
-    """A zero whose gradient is that of both heads' terms."""
+    """A zero whose gradient is that of all terms with logits."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[[dict[str, bool]], Pass], *inputs: Tensor | None) -> tuple:
@@ -260,8 +348,8 @@ class _Carrier(torch.autograd.Function):
         ctx.gradients = _gradients_of(result)
         ctx.likes = [None if x is None else (x.shape, x.dtype) for x in inputs]
         ctx.save_for_backward(*inputs)
-        ctx.mark_non_differentiable(result.lm_nll, result.pair_logps)
-        return inputs[1].new_zeros(()), result.lm_nll, result.pair_logps
+        ctx.mark_non_differentiable(result.lm_nll, result.rewards, result.kl)
+        return inputs[1].new_zeros(()), result.lm_nll, result.rewards, result.kl
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *unused: Any) -> tuple:
@@ -287,16 +375,8 @@ class _Carrier(torch.autograd.Function):
 
 def _gradients_of(result: Pass) -> list[Tensor | None]:
     """One for each of `_INPUTS`, None where it is not wanted."""
-    products = result.products
-    weights, biases = products.weight_grads, products.bias_grads
-    return [
-        products.hidden_grad,
-        result.gate_grad if result.wants_gate else None,
-        weights["lm"],
-        biases["lm"],
-        weights["reward"],
-        biases["reward"],
-    ]
+    grads = result.maps.grads | {"gate_logit": result.gate_grad}
+    return [grads[name] for name in _INPUTS]
 
 
 def dual_head_loss(
@@ -306,48 +386,73 @@ def dual_head_loss(
     gate_logit: Tensor,
     heads: Heads,
     options: LossOptions,
-    num_pairs: int,
-    objective: Tensor | None = None,
+    pairing: Pairing,
     counts: LossCounts | None = None,
     lengths: list[int] | None = None,
 ) -> DualHeadLossOutput:
     """As :func:`dualhead_ext.reference_loss.dual_head_loss`, over checked arguments. Waits for a
-    device only if lengths are not given, or objective or heads.objective_weights lie there.
+    device only if lengths are not given, or heads.objective_weights lie there.
     """
     counted = mask.bool().sum(-1)
     if lengths is None:
         lengths = counted.tolist()
     rows, columns = torch.nonzero_static(mask.bool(), size=sum(lengths)).unbind(-1)
     if counts is None:
-        counts = LossCounts.of_lengths(counted, num_pairs, options.lm_on_chosen)
+        counts = LossCounts.of_lengths(counted, pairing, options.lm_on_chosen)
     picked, picked_gate = hidden[rows, columns], gate_logit[rows, columns]
-
-    def run(wanted: dict[str, bool]) -> Pass:
-        tokens = Tokens(rows, labels[rows, columns].long(), picked_gate.detach(), picked.detach())
-        parts = (heads.lm_weight, heads.lm_bias, heads.reward_weight, heads.reward_bias)
-        frozen = Heads(*(None if x is None else x.detach() for x in parts), heads.objective_weights)
-        work = Pass(tokens, counted, lengths, frozen, options, num_pairs, objective, counts, wanted)
-        # What autocast asks for is in `work.products`; it must not touch anything else.
-        with torch.autocast(hidden.device.type, enabled=False):
-            work.run()
-        return work
-
-    inputs = (
-        picked, picked_gate, heads.lm_weight, heads.lm_bias, heads.reward_weight, heads.reward_bias
-    )  # fmt: skip
-    if torch.is_grad_enabled():
-        carrier, lm_nll, pair_logps = _Carrier.apply(run, *inputs)
-    else:
-        done = run(dict.fromkeys(_INPUTS, False))
-        carrier, lm_nll, pair_logps = None, done.lm_nll, done.pair_logps
+    picked_labels = labels[rows, columns].long()
 
     def sums(of_tokens: Tensor) -> Tensor:
         dense = of_tokens.new_zeros(mask.shape)
         return dense.index_put((rows, columns), of_tokens).sum(-1)
 
-    per_row = RowSums(lm_nll, pair_logps, sums(gate_entropy(picked_gate)), counted)
+    rewards = carrier = None
+    zero = torch.zeros(len(lengths), dtype=accumulator_dtype(hidden.dtype), device=hidden.device)
+    lm_nll = kl = zero
+    # What autocast asks for is in `Products`; it must not touch anything else.
+    with torch.autocast(hidden.device.type, enabled=False):
+        if options.preference == "token_reward":
+            of_tokens = heads.token_rewards(picked, picked_labels)
+            if options.pref_gate:
+                of_tokens = of_tokens * torch.sigmoid(picked_gate)
+            rewards = torch.stack([sums(of_objective) for of_objective in of_tokens], -1)
+        features = None if heads.reward_head == "full" else heads.features(picked)
+    needs_logits = rewards is None or options.kl_price > 0.0
+    if needs_logits or any(pairing.in_lm(options.lm_on_chosen)):
+        inputs = _inputs(picked, picked_gate, heads, features)
+
+        def run(wanted: dict[str, bool]) -> Pass:
+            held = {name: None if x is None else x.detach() for name, x in inputs.items()}
+            tokens = Tokens(rows, picked_labels, held["gate_logit"], held["hidden"])
+            maps = Maps(held, heads, wanted)
+            work = Pass(tokens, counted, lengths, maps, options, pairing, counts, wanted)
+            with torch.autocast(hidden.device.type, enabled=False):
+                work.run()
+            return work
+
+        if torch.is_grad_enabled():
+            carrier, lm_nll, log_probs, kl = _Carrier.apply(run, *inputs.values())
+        else:
+            done = run(dict.fromkeys(_INPUTS, False))
+            lm_nll, log_probs, kl = done.lm_nll, done.rewards, done.kl
+        rewards = log_probs if rewards is None else rewards
+    per_row = RowSums(lm_nll, rewards, sums(gate_entropy(picked_gate)), kl, counted)
     gate_sums = {name: sums(x) for name, x in gate_statistics(picked_gate).items()}
-    out = combine(per_row, gate_sums, num_pairs, counts, options)
+    out = combine(per_row, gate_sums, pairing, counts, options)
     if carrier is not None:
         out.loss = out.loss + carrier
     return out
+
+
+def _inputs(
+    hidden: Tensor, gate_logit: Tensor, heads: Heads, features: Tensor | None
+) -> dict[str, Tensor | None]:
+    """`_INPUTS` by name."""
+    weights = {"full": heads.reward_weight, "lowrank": heads.reward_up, "embedding": None}
+    # The bias of "embedding" is in its features already.
+    bias = None if heads.reward_head == "embedding" else heads.reward_bias
+    values = (
+        hidden, gate_logit, heads.lm_weight, heads.lm_bias, weights[heads.reward_head], bias,
+        features,
+    )  # fmt: skip
+    return dict(zip(_INPUTS, values, strict=True))

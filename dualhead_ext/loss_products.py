@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused loss's matrix products: some tokens' logits, and what their gradients mean for weights,
 biases and hidden states.
+
+Logits are sums of linear maps (`Linear`): z_LM of one, z_RM of one for each objective; of a reward
+head that is a correction, of z_LM's and one for each objective's delta.
 """
 
 from __future__ import annotations
@@ -13,15 +16,9 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .reference import accumulator_dtype
-from .reference_loss import Heads
 
 # Vocabulary rows that are cast at a time, of a weight or of narrow logits.
 VOCABULARY_BLOCK = 2048
-
-# Heads and their shares in a sum of logits, (k, w_k).
-Terms = tuple[tuple[int, float], ...]
-LM_HEAD: Terms = ((0, 1.0),)
 
 
 @dataclass
@@ -34,36 +31,77 @@ class Tokens:
     hidden: Tensor
 
 
+@dataclass(eq=False)
+class Linear:
+    """One matrix with V rows and what it is multiplied by, ``W x + b``, and where the gradients go
+    (fp32 or float64), None where they are not wanted.
+
+    Attributes:
+        weight, weight_grad: (V, m). bias, bias_grad: (V,), bias None if there is none.
+        features, features_grad: (N, m).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    features: Tensor
+    weight_grad: Tensor | None
+    bias_grad: Tensor | None
+    features_grad: Tensor | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(x is not None for x in (self.weight_grad, self.bias_grad, self.features_grad))
+
+
+# Logits are a sum of these with these shares.
+Terms = tuple[tuple[Linear, float], ...]
+
+
 @dataclass
 class Job:
     """Some tokens and what is wanted of their logits.
 
     Attributes:
         index: (n,) which tokens.
-        reward: the objectives that make z_RM = sum_k w_k z_k.
-        in_lm, in_pairs: the terms that these tokens' log-probabilities go into.
-        pairs_mixed: the preference term takes the mixture's, too.
+        lm: makes z_LM; None where nothing is mixed. reward: makes z_RM.
+        in_lm: their log-probabilities go into the language model term.
+        objective: those go into the rewards of this head; None: into none.
+        pairs_mixed: the rewards take the mixture's.
+        in_kl: their KL is priced.
     """
 
     index: Tensor
+    lm: Terms | None
     reward: Terms
-    in_lm: bool
-    in_pairs: bool
-    pairs_mixed: bool
+    in_lm: bool = False
+    objective: int | None = None
+    pairs_mixed: bool = False
+    in_kl: bool = False
 
     @property
-    def mixes(self) -> bool:
-        return self.in_lm or (self.in_pairs and self.pairs_mixed)
+    def needs_mixed(self) -> bool:
+        """Whether the mixture's log-probabilities are wanted."""
+        return self.in_lm or (self.objective is not None and self.pairs_mixed)
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits that it needs."""
+        return len(self.index) * (1 if self.lm is None else 2)
 
 
 @dataclass
 class Product:
-    """z (n, V): the logits of tokens ``index`` (n,) under ``terms`` of the heads ``name``."""
+    """z (n, V): the logits of tokens ``index`` (n,) as ``terms`` make them."""
 
-    name: str
     terms: Terms
     index: Tensor
     z: Tensor
+
+    @property
+    def trains(self) -> bool:
+        """Whether z's gradient has anywhere to go."""
+        return any(linear.trains for linear, _ in self.terms)
 
 
 @functools.cache
@@ -79,59 +117,44 @@ def narrow_pays(device: str, dtype: torch.dtype) -> bool:
 def lay_out(
     jobs: Sequence[Job], workspace: Tensor
 ) -> tuple[list[Product], list[tuple[Tensor | None, Tensor]]]:
-    """The products that jobs need, jobs of one head together, and each job's (z_LM or None, z_RM)
-    as views of the workspace (rows, V) that they fill.
+    """The products that jobs need, jobs of the same terms together, and each job's (z_LM or None,
+    z_RM) as views of the workspace (rows, V) that they fill.
     """
     groups: dict[tuple[str, Terms], list[int]] = {}
     for i, job in enumerate(jobs):
-        if job.mixes:
-            groups.setdefault(("lm", LM_HEAD), []).append(i)
+        if job.lm is not None:
+            groups.setdefault(("lm", job.lm), []).append(i)
         groups.setdefault(("reward", job.reward), []).append(i)
     products, views, start = [], {}, 0
     for (name, terms), members in groups.items():
         index = torch.cat([jobs[i].index for i in members])
         z = workspace[start : start + len(index)]
         start += len(index)
-        products.append(Product(name, terms, index, z))
+        products.append(Product(terms, index, z))
         parts = z.split([len(jobs[i].index) for i in members])
         views |= {(i, name): part for i, part in zip(members, parts, strict=True)}
     return products, [(views.get((i, "lm")), views[i, "reward"]) for i in range(len(jobs))]
 
 
 class Products:
-    """Products with the heads' weights, into fp32 (float64), and their gradients, summed there.
+    """Products into fp32 (float64), and their gradients, summed there.
 
     A product's operands have the weight's dtype or autocast's where that is faster
     (`narrow_pays`), and are widened otherwise, a block of vocabulary rows at a time.
     """
 
-    def __init__(self, tokens: Tokens, heads: Heads, wanted: dict[str, bool]) -> None:
-        device = tokens.hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        self._autocast = torch.get_autocast_dtype(device) if autocast else None
-        self._tokens, self.dtype = tokens, accumulator_dtype(tokens.hidden.dtype)
-        self._weights = {"lm": heads.lm_weight[None], "reward": heads.reward_weight}
-        self._biases = {
-            "lm": None if heads.lm_bias is None else heads.lm_bias[None],
-            "reward": heads.reward_bias,
-        }
-        self._casts: dict[tuple[str, int], Tensor] = {}
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        autocast = torch.is_autocast_enabled(device.type)
+        self._autocast = torch.get_autocast_dtype(device.type) if autocast else None
+        self.dtype = dtype
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}
         self._block: Tensor | None = None
-
-        def sums(name: str, like: Tensor | None) -> Tensor | None:
-            if like is None or not wanted[name]:
-                return None
-            return torch.zeros(like.shape, dtype=self.dtype, device=like.device)
-
-        self.weight_grads = {n: sums(f"{n}_weight", w) for n, w in self._weights.items()}
-        self.bias_grads = {n: sums(f"{n}_bias", b) for n, b in self._biases.items()}
-        self.hidden_grad = sums("hidden", tokens.hidden)
 
     def compute(self, product: Product) -> None:
         """Fill product.z."""
-        for i, (k, share) in enumerate(product.terms):
-            weight = self._weight(product.name, k)
-            hidden = self._hidden(product, weight)
+        for i, terms in enumerate(_by_weight(product.terms)):
+            weight = self._weight(terms[0][0].weight)
+            hidden, share = self._hidden(terms, product.index, weight)
             for block, rows in self._blocks(weight):
                 z = product.z[:, block]
                 if rows.dtype == self.dtype:
@@ -140,29 +163,40 @@ class Products:
                     z.copy_(_widened(hidden, rows.T, self.dtype)).mul_(share)
                 else:
                     z.add_(_widened(hidden, rows.T, self.dtype), alpha=share)
-            if self._biases[product.name] is not None:
-                product.z.add_(self._biases[product.name][k].to(self.dtype), alpha=share)
+            for linear, of_linear in terms:
+                if linear.bias is not None:
+                    product.z.add_(linear.bias.to(self.dtype), alpha=of_linear)
 
     def accumulate(self, product: Product) -> None:
-        """Add what product.z, now the logits' gradient, means for weights, biases, hidden."""
+        """Add what product.z, now the logits' gradient, means for weights, biases, features."""
         dz = product.z
-        for k, share in product.terms:
-            weight = self._weight(product.name, k)
-            hidden = self._hidden(product, weight)
-            bias, total = self.bias_grads[product.name], self.weight_grads[product.name]
-            if bias is not None:
-                bias[k].add_(dz.sum(0), alpha=share)
-            if total is not None and hidden.dtype == self.dtype:
-                total[k].addmm_(dz.T, hidden, alpha=share)
-            elif total is not None:
-                for block in _slices(len(weight)):
-                    part = _widened(dz[:, block].to(hidden.dtype).T, hidden, self.dtype)
-                    total[k][block].add_(part, alpha=share)
-            if self.hidden_grad is not None:
-                self.hidden_grad.index_add_(0, product.index, self._back(dz, weight), alpha=share)
+        for terms in _by_weight(product.terms):
+            if not any(linear.trains for linear, _ in terms):
+                continue
+            weight = self._weight(terms[0][0].weight)
+            total = terms[0][0].weight_grad
+            if total is not None:
+                self._add_to_weight(total, dz, weight, *self._hidden(terms, product.index, weight))
+            back = None
+            for linear, share in terms:
+                if linear.bias_grad is not None:
+                    linear.bias_grad.add_(dz.sum(0), alpha=share)
+                if linear.features_grad is not None:
+                    back = self._back(dz, weight) if back is None else back
+                    linear.features_grad.index_add_(0, product.index, back, alpha=share)
+
+    def _add_to_weight(
+        self, total: Tensor, dz: Tensor, weight: Tensor, hidden: Tensor, share: float
+    ) -> None:
+        if hidden.dtype == self.dtype:
+            total.addmm_(dz.T, hidden, alpha=share)
+            return
+        for block in _slices(len(weight)):
+            part = _widened(dz[:, block].to(hidden.dtype).T, hidden, self.dtype)
+            total[block].add_(part, alpha=share)
 
     def _back(self, dz: Tensor, weight: Tensor) -> Tensor:
-        """dz W (n, d)."""
+        """dz W (n, m)."""
         out = dz.new_zeros(dz.shape[0], weight.shape[1])
         for block, rows in self._blocks(weight):
             if rows.dtype == self.dtype:
@@ -171,25 +205,34 @@ class Products:
                 out.add_(_widened(dz[:, block].to(rows.dtype), rows, self.dtype))
         return out
 
-    def _weight(self, name: str, k: int) -> Tensor:
-        """(V, d), in autocast's dtype where that pays: one copy for the whole loss."""
-        weight = self._weights[name][k]
+    def _weight(self, weight: Tensor) -> Tensor:
+        """(V, m), in autocast's dtype where that pays: one copy for the whole loss."""
         narrow = self._autocast
         if narrow is None or weight.dtype in (narrow, torch.float64):
             return weight
         if not narrow_pays(weight.device.type, narrow):
             return weight
-        if (name, k) not in self._casts:
-            self._casts[name, k] = weight.to(narrow)
-        return self._casts[name, k]
+        if (
+            id(weight) not in self._casts
+        ):  # the weight is kept with it, so that its id stays its own
+            self._casts[id(weight)] = weight, weight.to(narrow)
+        return self._casts[id(weight)][1]
 
     def _is_widened(self, weight: Tensor) -> bool:
         return weight.dtype != self.dtype and not narrow_pays(weight.device.type, weight.dtype)
 
-    def _hidden(self, product: Product, weight: Tensor) -> Tensor:
-        """(n, d) in the product's dtype."""
+    def _hidden(self, terms: Terms, index: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+        """(n, m) in the product's dtype, and its share: what several terms multiply one matrix by
+        is added up first.
+        """
         dtype = self.dtype if self._is_widened(weight) else weight.dtype
-        return self._tokens.hidden[product.index].to(dtype)
+        if len(terms) == 1:
+            linear, share = terms[0]
+            return linear.features[index].to(dtype), share
+        total = 0.0
+        for linear, share in terms:
+            total = total + share * linear.features[index].to(self.dtype)
+        return total.to(dtype), 1.0
 
     def _blocks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(vocabulary rows, those of the weight in the product's dtype)."""
@@ -197,11 +240,19 @@ class Products:
             yield slice(0, len(weight)), weight
             return
         widened = self._is_widened(weight)
-        if widened and self._block is None:
+        if widened and (self._block is None or self._block.shape[1] != weight.shape[1]):
             self._block = weight.new_empty(VOCABULARY_BLOCK, weight.shape[1], dtype=self.dtype)
         for block in _slices(len(weight)):
             rows = weight[block]
             yield block, self._block[: len(rows)].copy_(rows) if widened else rows
+
+
+def _by_weight(terms: Terms) -> list[Terms]:
+    """The terms, those of one matrix together."""
+    groups: dict[int, list[tuple[Linear, float]]] = {}
+    for linear, share in terms:
+        groups.setdefault(id(linear.weight), []).append((linear, share))
+    return [tuple(group) for group in groups.values()]
 
 
 def _slices(size: int) -> Iterator[slice]:

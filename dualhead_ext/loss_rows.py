@@ -26,6 +26,10 @@ from torch import Tensor
 from . import ops
 from .losses import LossOptions
 from .reference import postprocess
+from .reference_loss import mixed_kl
+
+# Rows whose KL is computed together.
+KL_ROWS = 64
 
 
 @dataclass
@@ -68,6 +72,8 @@ def log_probabilities(
         options: its mix, logit_scale and logit_softcap.
     """
     rows = Rows(z_lm, z_rm, gate_logit, labels, options, None, None, None)
+    if not (mixed or reward):
+        return rows
     if ops.loss_rows_kernel_for(z_rm):
         found = ops.loss_rows(
             z_lm, z_rm, gate_logit, labels, mixed, reward, *_kernel_options(options)
@@ -88,16 +94,69 @@ def log_probabilities(
     return rows
 
 
+def kl(rows: Rows) -> Tensor:
+    """``KL(pi_mix || pi_LM)`` of each row in nats, (n,)."""
+    parts = _split(rows)
+    return torch.cat([mixed_kl(*part, rows.options) for part in parts])
+
+
 def gradients_(
-    rows: Rows, mixed_grad: Tensor, reward_grad: Tensor | None, *, lm: bool
+    rows: Rows,
+    mixed_grad: Tensor,
+    reward_grad: Tensor | None,
+    kl_grad: Tensor | None = None,
+    *,
+    lm: bool,
 ) -> Tensor | None:
     """Overwrite z_rm, and z_lm if ``lm``, by the gradients of ``sum mixed_grad log P_y +
-    reward_grad log p_RM,y``; returns that of gate_logit (n,), None where nothing is mixed.
+    reward_grad log p_RM,y + kl_grad KL``; returns that of gate_logit (n,), None where nothing is
+    mixed.
 
     Args:
         rows: from :func:`log_probabilities`; used up.
-        mixed_grad, reward_grad: (n,), upstream; reward_grad None where rows.reward is.
+        mixed_grad, reward_grad, kl_grad: (n,), upstream; None where rows.reward is, or where the
+            KL is not in the loss.
     """
+    of_kl = None if kl_grad is None else _kl_gradients(rows, kl_grad, lm)
+    gate = None
+    if rows.mixed is not None or rows.reward is not None:
+        gate = _log_prob_gradients_(rows, mixed_grad, reward_grad, lm=lm and rows.mixed is not None)
+    else:
+        rows.z_rm.zero_()
+    if lm and rows.mixed is None and rows.z_lm is not None:
+        rows.z_lm.zero_()
+    if of_kl is None:
+        return gate
+    for z, grad in ((rows.z_lm, of_kl[0]), (rows.z_rm, of_kl[1])):
+        if grad is not None:
+            z += grad
+    return of_kl[2] if gate is None else gate + of_kl[2]
+
+
+def _split(rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(z_lm, z_rm, gate_logit) of a few rows at a time: the KL makes several copies of them."""
+    values = (rows.z_lm, rows.z_rm, rows.gate_logit)
+    return list(zip(*(x.split(KL_ROWS) for x in values), strict=True))
+
+
+def _kl_gradients(rows: Rows, upstream: Tensor, lm: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """``sum upstream KL`` by z_lm (None unless ``lm``), z_rm (n, V) and gate_logit (n,), fresh."""
+    made: list[tuple[Tensor, ...]] = []
+    for part, of_part in zip(_split(rows), upstream.split(KL_ROWS), strict=True):
+        z_lm, z_rm, gate_logit = (x.detach() for x in part)
+        wanted = [z_rm.requires_grad_(), gate_logit.requires_grad_()]
+        wanted += [z_lm.requires_grad_()] if lm else []
+        with torch.enable_grad():
+            total = (mixed_kl(z_lm, z_rm, gate_logit, rows.options) * of_part).sum()
+            made.append(torch.autograd.grad(total, wanted))
+    z_rm, gate_logit, *z_lm = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return (z_lm[0] if lm else None), z_rm, gate_logit
+
+
+def _log_prob_gradients_(
+    rows: Rows, mixed_grad: Tensor, reward_grad: Tensor | None, *, lm: bool
+) -> Tensor | None:
+    """Those of the log-probabilities, in the logits' place; the gate's returned."""
     if rows.normalizers is not None:
         mixes = rows.mixed is not None
         gate = ops.loss_rows_backward_(

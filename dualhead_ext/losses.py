@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MIX_NAMES
+from .loss_pairs import Pairing, to_device
 
 # A sigmoid within 1 % of 0 or 1 counts as saturated: |logit| > log 99.
 SATURATION_LOGIT = math.log(99.0)
@@ -95,7 +96,10 @@ PREFERENCE_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": mean_log_probs,
 }
 
-# Whose log-probabilities the preference term compares: pi_r = softmax(f(z_RM)), or the mixture.
+# What the preference term takes for the reward of a response: the sum of log-probabilities under
+# the reward head, or the sum of unnormalised token rewards, sum_t alpha_t^kappa delta_t(y_t).
+PREFERENCES = ("log_prob", "token_reward")
+# Whose log-probabilities "log_prob" compares: pi_r = softmax(f(z_RM)), or the mixture.
 PREFERENCE_DISTRIBUTIONS = ("reward", "mixed")
 
 
@@ -112,6 +116,13 @@ def pair_loss(margin: Tensor, label_smoothing: float) -> Tensor:
 # --- options, counts, output ---------------------------------------------------------------------
 
 
+# Why an objective is refused in which nothing but the entropy would depend on alpha.
+UNTAUGHT_GATE = (
+    "the gate would learn nothing: with preference='token_reward' and pref_gate=0 it needs "
+    "pref_gate=1, a kl_price, the language model term (lm_on_chosen=True) or gate='fixed'"
+)
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """Everything about the objective that is not a tensor.
@@ -121,10 +132,15 @@ class LossOptions:
         beta_r: scales the preference margin, once. Default 0.1 (the paper gives none).
         lambda_r: weight of the preference term.
         lambda_g: weight of the gate's term.
+        kl_price: eta, the price of a nat: ``eta E_t[KL(pi_mix || pi_LM)]`` is added to the loss.
+        preference: a name of `PREFERENCES`. ``"log_prob"``, the paper's: ``r(y) = sum_t log
+            pi_r(y_t)``. ``"token_reward"``: ``r(y) = sum_t alpha_t^kappa delta_t(y_t)``, delta =
+            z_RM - z_LM, which needs no product with the vocabulary.
+        pref_gate: kappa of ``"token_reward"``, 0 or 1; with 1 the gate sees both responses.
         gate_regularizer: a name of `GATE_REGULARIZERS`.
         lm_reduction: a name of `LM_REDUCTIONS`.
-        pref_on: ``"reward"``: the preference term compares pi_r. ``"mixed"``: the mixed
-            distribution, so that the gate sees the rejected side too.
+        pref_on: of ``"log_prob"``. ``"reward"``: the preference term compares pi_r.
+            ``"mixed"``: the mixed distribution, so that the gate sees the rejected side too.
         pref_reduction: a name of `PREFERENCE_REDUCTIONS`.
         gamma: target margin, subtracted from the scaled one.
         label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 0.5).
@@ -139,6 +155,9 @@ class LossOptions:
     beta_r: float = 0.1
     lambda_r: float = 1.0
     lambda_g: float = 0.01
+    kl_price: float = 0.0
+    preference: str = "log_prob"
+    pref_gate: int = 0
     gate_regularizer: str = "entropy"
     lm_reduction: str = "sum"
     pref_on: str = "reward"
@@ -152,6 +171,8 @@ class LossOptions:
     def __post_init__(self) -> None:
         for name, names in (
             ("mix", MIX_NAMES),
+            ("preference", PREFERENCES),
+            ("pref_gate", (0, 1)),
             ("gate_regularizer", GATE_REGULARIZERS),
             ("lm_reduction", LM_REDUCTIONS),
             ("pref_on", PREFERENCE_DISTRIBUTIONS),
@@ -160,10 +181,16 @@ class LossOptions:
             value = getattr(self, name)
             if value not in tuple(names):
                 raise ValueError(
-                    f"dual_head_loss: {name} must be one of {', '.join(names)}, got {value!r}"
+                    f"dual_head_loss: {name} must be one of {', '.join(map(str, names))}, "
+                    f"got {value!r}"
                 )
+        if self.preference == "token_reward" and self.pref_on != "reward":
+            raise ValueError(
+                "dual_head_loss: pref_on must be 'reward' where preference is 'token_reward', "
+                f"got {self.pref_on!r}"
+            )
         self._check_number("beta_r", "a number > 0", lambda x: x > 0)
-        for name in ("lambda_r", "lambda_g", "gamma", "logit_softcap"):
+        for name in ("lambda_r", "lambda_g", "kl_price", "gamma", "logit_softcap"):
             self._check_number(name, "a number >= 0", lambda x: x >= 0)
         self._check_number("label_smoothing", "a number in [0, 0.5)", lambda x: 0 <= x < 0.5)
         self._check_number("logit_scale", "a number other than 0", lambda x: x != 0)
@@ -171,6 +198,13 @@ class LossOptions:
             raise TypeError(
                 f"dual_head_loss: lm_on_chosen must be a bool, got {self.lm_on_chosen!r}"
             )
+
+    def teaches_gate(self, has_lm: bool) -> bool:
+        """Whether token rewards leave a term, other than the entropy, that depends on alpha;
+        ``"log_prob"`` is not asked. has_lm: the batch has rows of the language model term.
+        """
+        taught = self.pref_gate == 1 or has_lm or self.kl_price > 0.0
+        return self.preference == "log_prob" or taught
 
     def _check_number(self, name: str, expected: str, accept: Callable[[float], bool]) -> None:
         value = getattr(self, name)
@@ -199,17 +233,15 @@ class LossCounts:
 
     @classmethod
     def of_lengths(
-        cls, lengths: Tensor, num_pairs: int | None = None, lm_on_chosen: bool = True
+        cls, lengths: Tensor, pairing: Pairing | None = None, lm_on_chosen: bool = True
     ) -> LossCounts:
         """The counts of a batch whose rows hold ``lengths`` (R,) response tokens, on their device
-        and without waiting for it. num_pairs: default R / 2.
+        and without waiting for it. pairing: default [all chosen; all rejected].
         """
-        pairs = lengths.shape[0] // 2 if num_pairs is None else num_pairs
-        lm_tokens = lengths[2 * pairs :].sum()
-        if lm_on_chosen:
-            lm_tokens = lm_tokens + lengths[:pairs].sum()
-        sequences = lengths.shape[0] - 2 * pairs + (pairs if lm_on_chosen else 0)
-        return cls(sequences, lm_tokens, pairs, lengths.sum())
+        pairing = Pairing(len(lengths)) if pairing is None else pairing
+        in_lm = pairing.in_lm(lm_on_chosen)
+        lm_tokens = (lengths * to_device(in_lm, lengths.device)).sum()
+        return cls(sum(in_lm), lm_tokens, len(pairing), lengths.sum())
 
     def __add__(self, other: LossCounts) -> LossCounts:
         return LossCounts(
@@ -253,6 +285,7 @@ TOTAL_NAMES = (
     "correct_pairs",
     "saturated_pairs",
     "entropy",
+    "kl",
     *GATE_STATISTICS,
 )
 
@@ -262,21 +295,24 @@ class DualHeadLossOutput:
     """What `functional.dual_head_loss` returns; all fp32 (float64 for float64) unless noted.
 
     Args:
-        loss: 0-d, differentiable: ``lm_loss + lambda_R preference_loss + gate_loss``.
-        lm_loss, preference_loss, gate_loss: 0-d, detached; gate_loss includes lambda_G.
-        chosen_logps, rejected_logps: (P,), detached, ``sum_t log pi(y_t)`` of the distribution that
-            the preference term compares.
-        chosen_rewards, rejected_rewards: (P,), detached, beta_r times the (reduced)
-            log-probabilities: their difference less gamma is the margin.
-        totals: (E, len(TOTAL_NAMES)) float64, detached, a row for each example, the P pairs and
-            then the rows after them: counts and sums, which add up over examples, batches and
-            processes; `metrics_of_totals` turns their sum into means.
+        loss: 0-d, differentiable: ``lm_loss + lambda_R preference_loss + gate_loss + kl_loss``.
+        lm_loss, preference_loss, gate_loss, kl_loss: 0-d, detached; gate_loss includes lambda_G,
+            kl_loss the price.
+        chosen_logps, rejected_logps: (P,), detached, r of the better and the worse response:
+            ``sum_t log pi(y_t)`` of the distribution that the preference term compares, or the sum
+            of token rewards.
+        chosen_rewards, rejected_rewards: (P,), detached, beta_r times the (reduced) r: their
+            difference less gamma is the margin.
+        totals: (E, len(TOTAL_NAMES)) float64, detached, a row for each example (`Pairing.example`):
+            counts and sums, which add up over examples, batches and processes;
+            `metrics_of_totals` turns their sum into means.
     """
 
     loss: Tensor
     lm_loss: Tensor
     preference_loss: Tensor
     gate_loss: Tensor
+    kl_loss: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
     chosen_rewards: Tensor
@@ -288,7 +324,8 @@ def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
     """Means for a log, in the names that TRL users know, from `DualHeadLossOutput.totals` summed
     over examples: (len(TOTAL_NAMES),).
 
-    ``loss, lm_loss, preference_loss, gate_loss``; ``rewards/chosen|rejected|accuracies|margins``,
+    ``loss, lm_loss, preference_loss, gate_loss``; with a price ``kl_loss`` and ``kl`` (nats per
+    token); ``rewards/chosen|rejected|accuracies|margins``,
     ``logps/chosen|rejected``, ``preference/saturation`` (share of pairs whose sigmoid is within 1 %
     of 0 or 1); ``gate/mean|std|entropy``, ``gate/below_0.01|above_0.99|saturation`` (shares of the
     tokens; their sum), ``gate/histogram/0.0-0.1`` and so on (shares, of alpha in [0.0, 0.1), the
@@ -312,6 +349,10 @@ def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
         metrics["logps/rejected"] = t["rejected_logps"] / t["pairs"]
         metrics["preference/saturation"] = t["saturated_pairs"] / t["pairs"]
     if t["tokens"]:
+        if options.kl_price:
+            metrics["kl"] = t["kl"] / t["tokens"]
+            metrics["kl_loss"] = options.kl_price * metrics["kl"]
+            metrics["loss"] += metrics["kl_loss"]
         mean, entropy = t["alpha"] / t["tokens"], t["entropy"] / t["tokens"]
         mean_entropy = torch.tensor(entropy, dtype=torch.float64)
         regularizer = GATE_REGULARIZERS[options.gate_regularizer]

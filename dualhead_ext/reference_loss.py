@@ -2,23 +2,27 @@
 """The training objective in plain PyTorch: the meaning of `functional.dual_head_loss`.
 
     L_LM   = -E_{(x,y)} sum_t log P(y_t | x, y_<t)                     P the mixture
-    L_pref = -E log sigmoid(beta_r (sum_t log pi_r(y+_t) - sum_t log pi_r(y-_t)) - gamma)
+    L_pref = -E log sigmoid(beta_r (r(y+) - r(y-)) - gamma)
     L_gate = -lambda_G E_t[H(a_t)]
-    L      = L_LM + lambda_R L_pref + L_gate
+    L_KL   = eta E_t[KL(pi_mix,t || pi_LM,t)]
+    L      = L_LM + lambda_R L_pref + L_gate + L_KL
 
-Response tokens alone reach the heads: prompts and padding are dropped before the products. R rows =
-2P of pairs, then rows for the language model term alone; N tokens of one of these three parts.
+    r(y) = sum_t log pi_r(y_t)               preference="log_prob"
+    r(y) = sum_t a_t^kappa delta_t(y_t)      preference="token_reward", delta = z_RM - z_LM
+
+Response tokens alone reach the heads: prompts and padding are dropped before the products. R rows,
+P pairs of them (`loss_pairs`), N tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .loss_pairs import Pairing, to_device
 from .losses import (
     ALPHA_BINS,
     GATE_REGULARIZERS,
@@ -34,67 +38,133 @@ from .losses import (
     gate_entropy,
     pair_loss,
 )
-from .reference import head_logits, postprocess, reward_logits
+from .reference import accumulator_dtype, head_logits, postprocess, reward_logits
 
 
 @dataclass
 class Heads:
-    """Both heads' weights: lm_weight (V, d), lm_bias (V,), reward_weight (K, V, d), reward_bias
-    (K, V); objective_weights (K,) or None for 1/K each.
+    """Both heads' weights, and the objectives' weights (K,) or None for 1/K each.
+
+    lm_weight (V, d), lm_bias (V,). Of ``reward_head="full"``: reward_weight (K, V, d), reward_bias
+    (K, V) or None. Of a correction: reward_down (K, r, d) and reward_up (K, n, r), both None for
+    rank 0, and reward_bias (K, n); n = d for "embedding", V for "lowrank".
     """
 
     lm_weight: Tensor
     lm_bias: Tensor | None
-    reward_weight: Tensor
+    reward_weight: Tensor | None
     reward_bias: Tensor | None
     objective_weights: Tensor | None
+    reward_head: str = "full"
+    reward_down: Tensor | None = None
+    reward_up: Tensor | None = None
+
+    @property
+    def num_objectives(self) -> int:
+        """K."""
+        first = self.reward_weight if self.reward_head == "full" else self.reward_bias
+        return first.shape[0]
+
+    def shares(self) -> list[float]:
+        """The K weights of the mixture's reward."""
+        if self.objective_weights is None:
+            return [1.0 / self.num_objectives] * self.num_objectives
+        return self.objective_weights.tolist()
 
     def lm(self, hidden: Tensor) -> Tensor:
         """z_LM (N, V)."""
         return head_logits(hidden.to(self.lm_weight.dtype), self.lm_weight, self.lm_bias)
 
-    def reward(self, hidden: Tensor) -> Tensor:
-        """z_RM = sum_k w_k z_k (N, V)."""
-        hidden = hidden.to(self.reward_weight.dtype)
-        weights = self.objective_weights
-        weights = None if weights is None else weights.to(hidden.device)[None]
-        return reward_logits(hidden, self.reward_weight, self.reward_bias, weights)
+    def reward(self, hidden: Tensor, z_lm: Tensor | None = None) -> Tensor:
+        """z_RM (N, V) of the mixture: sum_k w_k z_k, or z_LM + sum_k w_k delta_k."""
+        if self.reward_head == "full":
+            hidden = hidden.to(self.reward_weight.dtype)
+            weights = self.objective_weights
+            weights = None if weights is None else weights.to(hidden.device)[None]
+            return reward_logits(hidden, self.reward_weight, self.reward_bias, weights)
+        total = self.lm(hidden) if z_lm is None else z_lm
+        for k, share in enumerate(self.shares()):
+            total = total + share * self.correction(hidden, k)
+        return total
 
-    def objective(self, hidden: Tensor, k: int) -> Tensor:
+    def objective(self, hidden: Tensor, k: int, z_lm: Tensor | None = None) -> Tensor:
         """z_k (N, V), the logits of one objective's head."""
-        bias = None if self.reward_bias is None else self.reward_bias[k]
-        return head_logits(hidden.to(self.reward_weight.dtype), self.reward_weight[k], bias)
+        if self.reward_head == "full":
+            bias = None if self.reward_bias is None else self.reward_bias[k]
+            hidden = hidden.to(self.reward_weight.dtype)
+            return head_logits(hidden, self.reward_weight[k], bias)
+        return (self.lm(hidden) if z_lm is None else z_lm) + self.correction(hidden, k)
+
+    def correction(self, hidden: Tensor, k: int) -> Tensor:
+        """delta_k (N, V) of a head that is a correction: ``W_LM (U_k D_k h + c_k)`` or
+        ``B_k A_k h + b_k``.
+        """
+        inner = self.features(hidden)[k]
+        if self.reward_head == "embedding":
+            return head_logits(inner.to(self.lm_weight.dtype), self.lm_weight, None)
+        bias = self.reward_bias[k].to(inner.dtype)
+        return head_logits(inner.to(self.reward_up.dtype), self.reward_up[k], None) + bias
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the correction's matrix with V rows is multiplied by, in fp32 or float64:
+        ``U_k D_k h + c_k`` (K, N, d) for "embedding", ``A_k h`` (K, N, r) for "lowrank".
+        """
+        dtype = accumulator_dtype(hidden.dtype)
+        inner = None
+        if self.reward_down is not None:
+            inner = hidden.to(dtype) @ self.reward_down.to(dtype).mT
+        if self.reward_head == "lowrank":
+            return inner
+        bias = self.reward_bias.to(dtype)[:, None]
+        if inner is None:
+            return bias.expand(-1, hidden.shape[0], -1)
+        return inner @ self.reward_up.to(dtype).mT + bias
+
+    def token_rewards(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """delta_k(y) = z_k[y] - z_LM[y], (K, N) in fp32 or float64, from the rows of the labels
+        alone.
+        """
+        dtype = accumulator_dtype(hidden.dtype)
+        hidden, rows = hidden.to(dtype), F.embedding(labels, self.lm_weight).to(dtype)
+        if self.reward_head == "embedding":
+            return (self.features(hidden) * rows).sum(-1)
+        found = []
+        for k in range(self.num_objectives):
+            bias = None if self.reward_bias is None else self.reward_bias[k].to(dtype)
+            if self.reward_head == "full":
+                own = F.embedding(labels, self.reward_weight[k]).to(dtype)
+                value = ((own - rows) * hidden).sum(-1)
+                bias = None if bias is None else bias - self.lm_bias.to(dtype)
+            else:
+                own = F.embedding(labels, self.reward_up[k]).to(dtype)
+                value = (own * (hidden @ self.reward_down[k].to(dtype).T)).sum(-1)
+            found.append(value if bias is None else value + bias[labels])
+        return torch.stack(found)
 
 
 @dataclass
 class Part:
-    """Response tokens of consecutive rows: rows, columns, labels, gate_logit, objective (N,);
-    hidden (N, d).
-    """
+    """Some response tokens: rows, labels, gate_logit (N,); hidden (N, d)."""
 
     rows: Tensor
-    columns: Tensor
     hidden: Tensor
     labels: Tensor
     gate_logit: Tensor
-    objective: Tensor | None
 
     def __getitem__(self, index: Tensor) -> Part:
-        objective = None if self.objective is None else self.objective[index]
-        return Part(
-            *(x[index] for x in (self.rows, self.columns, self.hidden, self.labels)),
-            self.gate_logit[index],
-            objective,
-        )
+        return Part(*(x[index] for x in (self.rows, self.hidden, self.labels, self.gate_logit)))
 
 
 @dataclass
 class RowSums:
-    """Sums over each row's response tokens: all (R,)."""
+    """Sums over each row's response tokens: (R,), rewards (R, K): r under each objective's head,
+    0 where no pair asks for it.
+    """
 
     lm_nll: Tensor
-    pair_logps: Tensor
+    rewards: Tensor
     entropy: Tensor
+    kl: Tensor
     length: Tensor
 
 
@@ -125,34 +195,28 @@ def mixed_log_probs(
     return torch.where(lm_only, lm, torch.where(rm_only, rm, mixed))
 
 
-def _part_log_probs(
-    part: Part, heads: Heads, options: LossOptions, in_lm: bool, in_pairs: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Log-probabilities (N,) of the language model term and of the preference term, or None for a
-    term that the part is not in; z_LM is computed only where one of them needs it.
+def mixed_kl(z_lm: Tensor, z_rm: Tensor, gate_logit: Tensor, options: LossOptions) -> Tensor:
+    """``KL(pi_mix || pi_LM)`` in nats: z_lm, z_rm (N, V), gate_logit (N,) -> (N,). 0 where alpha is
+    exactly 0.
     """
-    one = heads.reward_weight.shape[0] == 1 and heads.objective_weights is None
-    mixed_pairs = in_pairs and options.pref_on == "mixed"
-    z_lm = heads.lm(part.hidden) if in_lm or mixed_pairs else None
-    z_rm = heads.reward(part.hidden) if in_lm or (one and in_pairs) else None
-    lm = mixed_log_probs(z_lm, z_rm, part.gate_logit, part.labels, options) if in_lm else None
-    if not in_pairs:
-        return lm, None
-    if one:
-        if mixed_pairs:
-            return lm, mixed_log_probs(z_lm, z_rm, part.gate_logit, part.labels, options)
-        return lm, _reward_log_probs(z_rm, part.labels, options)
-    pref = torch.zeros_like(part.gate_logit)
-    for k in range(heads.reward_weight.shape[0]):
-        index = (part.objective == k).nonzero().squeeze(-1)
-        chosen = part[index]
-        z_k = heads.objective(chosen.hidden, k)
-        if mixed_pairs:
-            logps = mixed_log_probs(z_lm[index], z_k, chosen.gate_logit, chosen.labels, options)
-        else:
-            logps = _reward_log_probs(z_k, chosen.labels, options)
-        pref = pref.index_put((index,), logps.to(pref.dtype))
-    return lm, pref
+    post = (options.logit_scale, options.logit_softcap)
+    lm = torch.log_softmax(postprocess(z_lm, *post), -1)
+    lm_share, rm_share = torch.sigmoid(-gate_logit)[:, None], torch.sigmoid(gate_logit)[:, None]
+    lm_only, rm_only = rm_share == 0, lm_share == 0
+    if options.mix == "logits":
+        mixed = torch.where(rm_only, z_rm, lm_share * z_lm + rm_share * z_rm)
+        mixed = torch.log_softmax(postprocess(mixed, *post), -1)
+    else:
+        rm = torch.log_softmax(postprocess(z_rm, *post), -1)
+        # An infinite logit selects below; it is kept out of the graph.
+        logit = gate_logit.masked_fill(torch.isinf(gate_logit), 0.0)[:, None]
+        mixed = torch.logaddexp(F.logsigmoid(-logit) + lm, F.logsigmoid(logit) + rm)
+        mixed = torch.where(rm_only, rm, mixed)
+    mixed = torch.where(lm_only, lm, mixed)
+    # A token of probability 0 adds nothing, and log 0 - log 0 must not make it NaN.
+    absent = mixed == -torch.inf
+    ratio = (mixed - lm).masked_fill(absent, 0.0)
+    return (mixed.exp() * ratio).sum(-1)
 
 
 def _reward_log_probs(z_rm: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
@@ -167,8 +231,7 @@ def dual_head_loss(
     gate_logit: Tensor,
     heads: Heads,
     options: LossOptions,
-    num_pairs: int,
-    objective: Tensor | None = None,
+    pairing: Pairing,
     counts: LossCounts | None = None,
     lengths: list[int] | None = None,
 ) -> DualHeadLossOutput:
@@ -178,29 +241,36 @@ def dual_head_loss(
     """
     num_rows, length = mask.shape
     rows, columns = mask.bool().nonzero(as_tuple=True)
-    if objective is None:
-        objective = torch.zeros(num_pairs, dtype=torch.long, device=rows.device)
-    objective = objective.to(rows.device)
-    of_row = torch.cat((objective, objective, objective.new_zeros(num_rows - 2 * num_pairs)))
     kept = Part(
-        rows,
-        columns,
-        hidden[rows, columns],
-        labels[rows, columns],
-        gate_logit[rows, columns],
-        of_row[rows],
+        rows, hidden[rows, columns], labels[rows, columns].long(), gate_logit[rows, columns]
     )
-    # Row-major, so each of the three parts is a run of tokens: a slice, not a copy.
-    bounds = torch.tensor([num_pairs, 2 * num_pairs], device=rows.device)
-    cuts = [0, *torch.searchsorted(rows, bounds).tolist(), rows.shape[0]]
-    in_lm = (options.lm_on_chosen, False, True)
-    lm_logps, pair_logps = [], []
-    for i, (start, end) in enumerate(pairwise(cuts)):
-        part = kept[slice(start, end)]
-        lm, pref = _part_log_probs(part, heads, options, in_lm[i], in_pairs=i < 2)
-        empty = part.gate_logit.new_zeros(end - start)
-        lm_logps.append(empty if lm is None else lm)
-        pair_logps.append(empty if pref is None else pref)
+    in_lm = to_device(pairing.in_lm(options.lm_on_chosen), rows.device)
+    lm_logps = torch.zeros_like(kept.gate_logit)
+    kl = torch.zeros_like(kept.gate_logit)
+    rewards = kept.gate_logit.new_zeros(heads.num_objectives, len(rows))
+    if options.preference == "token_reward":
+        alpha = torch.sigmoid(kept.gate_logit)
+        rewards = heads.token_rewards(kept.hidden, kept.labels) * alpha**options.pref_gate
+    for in_term in (True, False):
+        index = (in_lm[rows] == in_term).nonzero().squeeze(-1)
+        part = kept[index]
+        log_prob = options.preference == "log_prob"
+        needs_mixture = in_term or options.kl_price > 0.0
+        z_lm = z_rm = None
+        if needs_mixture or (log_prob and options.pref_on == "mixed"):
+            z_lm = heads.lm(part.hidden)
+        if needs_mixture:
+            z_rm = heads.reward(part.hidden, z_lm)
+        lm = None
+        if in_term:
+            lm = mixed_log_probs(z_lm, z_rm, part.gate_logit, part.labels, options)
+            lm_logps = lm_logps.index_put((index,), lm)
+        if options.kl_price > 0.0:
+            kl = kl.index_put((index,), mixed_kl(z_lm, z_rm, part.gate_logit, options))
+        if log_prob:
+            rewards = _log_prob_rewards(
+                rewards, part, index, z_lm, z_rm, lm, heads, options, pairing
+            )
 
     def sums(of_tokens: Tensor) -> Tensor:
         """(N,) -> (R,), in a fixed order."""
@@ -208,13 +278,51 @@ def dual_head_loss(
         return dense.index_put((rows, columns), of_tokens).sum(-1)
 
     per_row = RowSums(
-        lm_nll=-sums(torch.cat(lm_logps)),
-        pair_logps=sums(torch.cat(pair_logps)),
+        lm_nll=-sums(lm_logps),
+        rewards=torch.stack([sums(of_objective) for of_objective in rewards], dim=-1),
         entropy=sums(gate_entropy(kept.gate_logit)),
+        kl=sums(kl),
         length=mask.bool().sum(-1),
     )
     gate_sums = {name: sums(x) for name, x in gate_statistics(kept.gate_logit).items()}
-    return combine(per_row, gate_sums, num_pairs, counts, options)
+    return combine(per_row, gate_sums, pairing, counts, options)
+
+
+def _log_prob_rewards(
+    rewards: Tensor,
+    part: Part,
+    index: Tensor,
+    z_lm: Tensor | None,
+    z_rm: Tensor | None,
+    lm: Tensor | None,
+    heads: Heads,
+    options: LossOptions,
+    pairing: Pairing,
+) -> Tensor:
+    """rewards (K, N) with the log-probabilities of a part's tokens, where a pair needs them: under
+    pi_r of its objective, or under that objective's mixture. What the part has computed already
+    (z_lm, z_rm of the mixture, lm its log-probabilities) is used again.
+    """
+    one = heads.num_objectives == 1 and heads.objective_weights is None
+    for k in range(heads.num_objectives):
+        acts = [p for p, of_pair in enumerate(pairing.objective) if of_pair == k]
+        compared = torch.cat(pairing.tensors(index.device, acts)[:2])
+        chosen = torch.isin(part.rows, compared).nonzero().squeeze(-1)
+        if not len(chosen):
+            continue
+        tokens = part[chosen]
+        known = None if z_lm is None else z_lm[chosen]
+        z_k = z_rm[chosen] if one and z_rm is not None else None
+        z_k = heads.objective(tokens.hidden, k, known) if z_k is None else z_k
+        if options.pref_on == "reward":
+            logps = _reward_log_probs(z_k, tokens.labels, options)
+        elif one and lm is not None:
+            logps = lm[chosen]
+        else:
+            logps = mixed_log_probs(known, z_k, tokens.gate_logit, tokens.labels, options)
+        position = torch.full_like(chosen, k), index[chosen]
+        rewards = rewards.index_put(position, logps.to(rewards.dtype))
+    return rewards
 
 
 @torch.no_grad()
@@ -232,70 +340,77 @@ def gate_statistics(gate_logit: Tensor) -> dict[str, Tensor]:
 def combine(
     sums: RowSums,
     gate_sums: dict[str, Tensor],
-    num_pairs: int,
+    pairing: Pairing,
     counts: LossCounts | None,
     options: LossOptions,
 ) -> DualHeadLossOutput:
-    """The three terms and their sum. gate_sums: `losses.GATE_STATISTICS`, (R,) each."""
-    own = LossCounts.of_lengths(sums.length, num_pairs, options.lm_on_chosen)
+    """The terms and their sum. gate_sums: `losses.GATE_STATISTICS`, (R,) each."""
+    own = LossCounts.of_lengths(sums.length, pairing, options.lm_on_chosen)
     counts = own if counts is None else counts
-
-    def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return rows[:num_pairs], rows[num_pairs : 2 * num_pairs]
-
+    device = sums.length.device
+    better, worse, objective = pairing.tensors(device)
     reduce = PREFERENCE_REDUCTIONS[options.pref_reduction]
-    chosen_logps, rejected_logps = pairs(sums.pair_logps)
-    chosen, rejected = pairs(options.beta_r * reduce(sums.pair_logps, sums.length))
+    logps = [sums.rewards[rows, objective] for rows in (better, worse)]
+    lengths = [sums.length[rows] for rows in (better, worse)]
+    chosen, rejected = (options.beta_r * reduce(x, n) for x, n in zip(logps, lengths, strict=True))
     margin = chosen - rejected - options.gamma
     # Two empty responses say nothing: without this their constant loss would be reported.
     losses = pair_loss(margin, options.label_smoothing)
-    losses = losses.masked_fill(sum(pairs(sums.length)) == 0, 0.0)
+    losses = losses.masked_fill(sum(lengths) == 0, 0.0)
 
     lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
     lm_loss = sums.lm_nll.sum() / at_least_one(lm_count)
     preference_loss = losses.sum() / at_least_one(counts.pairs)
     regularizer = GATE_REGULARIZERS[options.gate_regularizer]
     gate_loss = options.lambda_g * regularizer(sums.entropy.sum() / at_least_one(counts.tokens))
-    loss = lm_loss + options.lambda_r * preference_loss + gate_loss
+    kl_loss = options.kl_price * (sums.kl.sum() / at_least_one(counts.tokens))
+    loss = lm_loss + options.lambda_r * preference_loss + gate_loss + kl_loss
 
     with torch.no_grad():
         of_pairs = {
             "pairs": torch.ones_like(losses),
             "pair_loss": losses,
-            "chosen_logps": chosen_logps,
-            "rejected_logps": rejected_logps,
+            "chosen_logps": logps[0],
+            "rejected_logps": logps[1],
             "chosen_rewards": chosen,
             "rejected_rewards": rejected,
             "correct_pairs": chosen > rejected,
             "saturated_pairs": margin.abs() > SATURATION_LOGIT,
         }
-        in_lm = torch.ones_like(sums.length, dtype=torch.bool)
-        in_lm[num_pairs if options.lm_on_chosen else 0 : 2 * num_pairs] = False
+        in_lm = to_device(pairing.in_lm(options.lm_on_chosen), device)
         of_rows = {
             "sequences": in_lm,
             "lm_tokens": sums.length * in_lm,
             "tokens": sums.length,
             "lm_nll": sums.lm_nll,
             "entropy": sums.entropy,
+            "kl": sums.kl,
             **gate_sums,
         }
-        totals = _totals(of_pairs, of_rows, num_pairs)
-    rest = (chosen_logps, rejected_logps, chosen, rejected)
-    terms = (lm_loss, preference_loss, gate_loss)
-    return DualHeadLossOutput(loss, *(x.detach() for x in (*terms, *rest)), totals)
+        totals = _totals(of_pairs, of_rows, pairing)
+    terms = (lm_loss, preference_loss, gate_loss, kl_loss)
+    return DualHeadLossOutput(
+        loss, *(x.detach() for x in (*terms, *logps, chosen, rejected)), totals
+    )
 
 
-def _totals(of_pairs: dict[str, Tensor], of_rows: dict[str, Tensor], num_pairs: int) -> Tensor:
-    """(E, len(TOTAL_NAMES)) float64: an example is a pair, both its rows, or a row after the
-    pairs. of_pairs (P,) each, of_rows (R,) each.
-    """
-    columns = []
-    for name in TOTAL_NAMES:
-        if name in of_pairs:
-            extra = of_rows["tokens"].shape[0] - 2 * num_pairs
-            columns.append(F.pad(of_pairs[name].double(), (0, extra)))
-        else:
-            rows = of_rows[name].double()
-            both = rows[:num_pairs] + rows[num_pairs : 2 * num_pairs]
-            columns.append(torch.cat((both, rows[2 * num_pairs :])))
-    return torch.stack(columns, dim=-1)
+def _totals(of_pairs: dict[str, Tensor], of_rows: dict[str, Tensor], pairing: Pairing) -> Tensor:
+    """(E, len(TOTAL_NAMES)) float64. of_pairs (P,) each, of_rows (R,) each."""
+    device = of_rows["tokens"].device
+    values = [(of_pairs if name in of_pairs else of_rows)[name].double() for name in TOTAL_NAMES]
+    out = torch.zeros(len(pairing.examples), len(TOTAL_NAMES), dtype=torch.float64, device=device)
+    members = (pairing.pairs_of_examples, pairing.examples)
+    for source, lists in zip((of_pairs, of_rows), members, strict=True):
+        columns = [i for i, name in enumerate(TOTAL_NAMES) if (name in source)]
+        of_source = torch.stack([values[i] for i in columns], -1)
+        out[:, columns] = _sums_of(of_source, lists)
+    return out
+
+
+def _sums_of(values: Tensor, members: list[list[int]]) -> Tensor:
+    """Sums of the rows of values (n, m) over each list of rows: (E, m), in a fixed order."""
+    longest = max(map(len, members))
+    numbers = [n for rows in members for n in (*rows, *[len(values)] * (longest - len(rows)))]
+    index = to_device(numbers, values.device).view(len(members), longest)
+    padded = torch.cat((values, values.new_zeros(1, values.shape[1])))
+    return padded[index].sum(1)

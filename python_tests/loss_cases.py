@@ -23,11 +23,44 @@ OPTION_SETS = {
     "post": {"logit_scale": 0.5, "logit_softcap": 3.0},
     "post_probs": {"logit_scale": 2.0, "logit_softcap": 5.0, "mix": "probs", "pref_on": "mixed"},
     "weights": {"lambda_r": 0.3, "lambda_g": 0.4},
+    "token_reward": {"preference": "token_reward", "beta_r": 0.7},
+    "token_reward_alone": {
+        "preference": "token_reward",
+        "pref_gate": 1,
+        "pref_reduction": "mean",
+        "lm_on_chosen": False,
+    },
+    "kl": {"kl_price": 0.7},
+    "kl_probs": {"kl_price": 1.3, "mix": "probs", "pref_on": "mixed"},
+    "kl_post": {
+        "preference": "token_reward",
+        "pref_gate": 1,
+        "kl_price": 0.5,
+        "logit_scale": 0.5,
+        "logit_softcap": 3.0,
+        "lm_on_chosen": False,
+    },
 }
+DIFFERENTIABLE = (
+    *("hidden", "gate_logit", "lm_weight", "lm_bias"),
+    *("reward_weight", "reward_down", "reward_up", "reward_bias"),
+)
+REWARD_HEADS = {"full": 0, "embedding": 2, "embedding, rank 0": 0, "lowrank": 2}
 
 
-def batch(seed, rows=4, length=5, d=3, vocab=6, objectives=1, bias=True, dtype=torch.float64):
-    """Arguments of a random problem; some responses are empty, some fill the row."""
+def batch(
+    seed,
+    rows=4,
+    length=5,
+    d=3,
+    vocab=6,
+    objectives=1,
+    bias=True,
+    dtype=torch.float64,
+    head="full",
+):
+    """Arguments of a random problem; some responses are empty, some fill the row. head: of
+    `REWARD_HEADS`."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -42,23 +75,69 @@ def batch(seed, rows=4, length=5, d=3, vocab=6, objectives=1, bias=True, dtype=t
         "mask": mask,
         "gate_logit": (normal(rows, length) * 3).to(reference.accumulator_dtype(dtype)),
         "lm_weight": normal(vocab, d),
-        "reward_weight": normal(objectives, vocab, d),
     }
+    kind, rank = head.split(",")[0], REWARD_HEADS[head]
+    if kind == "full":
+        tensors["reward_weight"] = normal(objectives, vocab, d)
     if bias:
         tensors["lm_bias"] = normal(vocab)
+    if kind != "full":
+        width = d if kind == "embedding" else vocab
+        tensors |= {"reward_head": kind, "reward_bias": normal(objectives, width)}
+        if rank:
+            tensors["reward_down"] = normal(objectives, rank, d)
+            tensors["reward_up"] = normal(objectives, width, rank)
+    elif bias:
         tensors["reward_bias"] = normal(objectives, vocab)
     return tensors
 
 
+def ranked(seed, rows, objectives=1):
+    """pairs and objective of a batch of ranked lists, which a row may be in twice or not at all."""
+    g = torch.Generator().manual_seed(seed)
+    pairs = [
+        (a, b)
+        for start in range(0, rows, 4)
+        for a in range(start, min(start + 4, rows))
+        for b in range(start, min(start + 4, rows))
+        if a != b and torch.rand((), generator=g) < 0.3
+    ]
+    return {
+        "pairs": torch.tensor(pairs, dtype=torch.int64).view(-1, 2),
+        "objective": torch.randint(0, objectives, (len(pairs),), generator=g),
+    }
+
+
+def numpy_heads(a, h):
+    """z_LM, and z of each objective's head."""
+    z_lm = a["lm_weight"] @ h + a.get("lm_bias", 0)
+    kind, bias = a.get("reward_head", "full"), a.get("reward_bias")
+    if kind == "full":
+        return z_lm, [
+            w @ h + (0 if bias is None else bias[k]) for k, w in enumerate(a["reward_weight"])
+        ]
+    found = []
+    for k in range(len(bias)):
+        change = bias[k]
+        if "reward_down" in a:
+            change = a["reward_up"][k] @ (a["reward_down"][k] @ h) + change
+        found.append(z_lm + (a["lm_weight"] @ change if kind == "embedding" else change))
+    return z_lm, found
+
+
 def numpy_loss(
     t,
-    num_pairs,
+    num_pairs=None,
     objective=None,
     objective_weights=None,
+    pairs=None,
     mix="logits",
     beta_r=0.1,
     lambda_r=1.0,
     lambda_g=0.01,
+    kl_price=0.0,
+    preference="log_prob",
+    pref_gate=0,
     gate_regularizer="entropy",
     lm_reduction="sum",
     pref_on="reward",
@@ -69,11 +148,15 @@ def numpy_loss(
     logit_scale=1.0,
     logit_softcap=0.0,
 ):
-    """The objective token by token: (loss, lm, pref, gate, chosen sums, rejected sums)."""
-    a = {k: v.numpy() for k, v in t.items()}
+    """The objective token by token: (loss, lm, pref, gate, kl, chosen sums, rejected sums)."""
+    a = {k: v if isinstance(v, str) else v.numpy() for k, v in t.items()}
     rows, length = a["mask"].shape
-    heads = len(a["reward_weight"])
+    heads = len(a["reward_weight"] if "reward_weight" in a else a["reward_bias"])
     shares = np.full(heads, 1 / heads) if objective_weights is None else objective_weights.numpy()
+    one = objective_weights is None and heads == 1
+    pairs = [(p, num_pairs + p) for p in range(num_pairs)] if pairs is None else pairs.tolist()
+    objective = [0] * len(pairs) if objective is None else objective.tolist()
+    better, worse = {b for b, _ in pairs}, {w for _, w in pairs}
 
     def post(z):
         return npm.post(z, logit_scale, logit_softcap)
@@ -82,48 +165,54 @@ def numpy_loss(
         z = npm.mixture(z_lm, z_rm, alpha, mix, logit_scale, logit_softcap)
         return npm.log_softmax(z) if mix == "logits" else z
 
-    sums, lengths = np.zeros(rows), np.zeros(rows, dtype=int)
-    lm_total, lm_tokens, entropies = 0.0, 0, []
+    sums, lengths = np.zeros((rows, heads)), np.zeros(rows, dtype=int)
+    lm_total, lm_tokens, sequences, entropies, kls = 0.0, 0, 0, [], []
     for r in range(rows):
-        k = 0 if objective is None or r >= 2 * num_pairs else objective[r % num_pairs]
+        in_lm = r not in worse and (lm_on_chosen or r not in better)
+        sequences += in_lm
         for s in range(length):
             if not a["mask"][r, s]:
                 continue
             h, y = a["hidden"][r, s], a["labels"][r, s]
             alpha = npm.sigmoid(a["gate_logit"][r, s])
-            z_lm = a["lm_weight"] @ h + a.get("lm_bias", 0)
-            bias = a.get("reward_bias", np.zeros((heads, 1)))
-            z_heads = [a["reward_weight"][j] @ h + bias[j] for j in range(heads)]
-            z_rm = sum(w * z for w, z in zip(shares, z_heads, strict=True))
+            z_lm, z_heads = numpy_heads(a, h)
+            if a.get("reward_head", "full") == "full":
+                z_rm = sum(w * z for w, z in zip(shares, z_heads, strict=True))
+            else:
+                z_rm = z_lm + sum(w * (z - z_lm) for w, z in zip(shares, z_heads, strict=True))
             entropies.append(-alpha * math.log(alpha) - (1 - alpha) * math.log(1 - alpha))
+            p, q = mixture(z_lm, z_rm, alpha), npm.log_softmax(post(z_lm))
+            kls.append(float(np.exp(p) @ (p - q)))
             lengths[r] += 1
-            if r < 2 * num_pairs:
-                if pref_on == "reward":
-                    sums[r] += npm.log_softmax(post(z_heads[k]))[y]
+            for k, z in enumerate(z_heads):
+                if preference == "token_reward":
+                    sums[r, k] += alpha**pref_gate * (z - z_lm)[y]
+                elif pref_on == "reward":
+                    sums[r, k] += npm.log_softmax(post(z))[y]
                 else:
-                    one = objective is None and objective_weights is None and heads == 1
-                    sums[r] += mixture(z_lm, z_rm if one else z_heads[k], alpha)[y]
-            if r >= 2 * num_pairs or (r < num_pairs and lm_on_chosen):
-                lm_total -= mixture(z_lm, z_rm, alpha)[y]
+                    sums[r, k] += mixture(z_lm, z_rm if one else z, alpha)[y]
+            if in_lm:
+                lm_total -= p[y]
                 lm_tokens += 1
-    sequences = rows - 2 * num_pairs + (num_pairs if lm_on_chosen else 0)
     lm = lm_total / max(1, sequences if lm_reduction == "sum" else lm_tokens)
-    pref = 0.0
-    for p in range(num_pairs):
-        n_chosen, n_rejected = lengths[p], lengths[num_pairs + p]
-        if n_chosen + n_rejected == 0:
+    pref, compared = 0.0, []
+    for (b, w), k in zip(pairs, objective, strict=True):
+        chosen, rejected = sums[b, k], sums[w, k]
+        compared.append((chosen, rejected))
+        if lengths[b] + lengths[w] == 0:
             continue
-        chosen, rejected = sums[p], sums[num_pairs + p]
         if pref_reduction == "mean":
-            chosen, rejected = chosen / max(1, n_chosen), rejected / max(1, n_rejected)
+            chosen, rejected = chosen / max(1, lengths[b]), rejected / max(1, lengths[w])
         m = beta_r * (chosen - rejected) - gamma
         right, wrong = np.logaddexp(0, -m), np.logaddexp(0, m)
         pref += (1 - label_smoothing) * right + label_smoothing * wrong
-    pref /= max(1, num_pairs)
+    pref /= max(1, len(pairs))
     sign = {"entropy": -1.0, "entropy_as_printed": 1.0, "none": 0.0}[gate_regularizer]
     gate = lambda_g * sign * (sum(entropies) / max(1, len(entropies)))
-    total = lm + lambda_r * pref + gate
-    return total, lm, pref, gate, sums[:num_pairs], sums[num_pairs : 2 * num_pairs]
+    kl = kl_price * sum(kls) / max(1, len(kls))
+    total = lm + lambda_r * pref + gate + kl
+    chosen, rejected = np.array(compared).reshape(-1, 2).T
+    return total, lm, pref, gate, kl, chosen, rejected
 
 
 class Products(TorchDispatchMode):

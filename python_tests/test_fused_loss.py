@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from loss_cases import OPTION_SETS, batch
+from loss_cases import DIFFERENTIABLE, OPTION_SETS, REWARD_HEADS, batch, ranked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualhead_ext import fused_loss, loss_products, reference_loss
@@ -15,7 +15,6 @@ from dualhead_ext.functional import dual_head_loss
 
 WEIGHTS = ("lm_weight", "lm_bias", "reward_weight", "reward_bias")
 EVERY_ENTRY = ("default", "mixed_probs", "post")
-DIFFERENTIABLE = ("hidden", "gate_logit", *WEIGHTS)
 
 
 @pytest.fixture(params=[1, 700, 64 << 20], ids=["1 B", "700 B", "64 MiB"])
@@ -34,7 +33,7 @@ def with_reference(function, *args, **kwargs):
 
 def loss_and_gradients(tensors, wanted=DIFFERENTIABLE, **options):
     """(output, {name: gradient})"""
-    t = {k: v.detach().clone() for k, v in tensors.items()}
+    t = {k: v.detach().clone() if torch.is_tensor(v) else v for k, v in tensors.items()}
     leaves = {n: t[n].requires_grad_() for n in wanted if n in t}
     out = dual_head_loss(**t, **options)
     out.loss.backward()
@@ -69,6 +68,16 @@ def test_every_option_in_every_workspace(workspace, name, seed):
                 **objectives(seed, 3, 3))  # fmt: skip
 
 
+@pytest.mark.parametrize("name", OPTION_SETS)
+@pytest.mark.parametrize("head", REWARD_HEADS)
+def test_every_reward_head_on_ranked_lists(workspace, name, head, seed):
+    for K in (1, 2):
+        lists = ranked(seed + K, 9, K)
+        weights = {"objective_weights": torch.tensor([0.3, 1.4])} if K == 2 else {}
+        t = batch(seed + K, rows=9, objectives=K, head=head)
+        assert_same(t, **lists, **weights, **OPTION_SETS[name])
+
+
 def test_500_random_problems(monkeypatch, seed):
     """Shapes, options, objectives, rows without pairs, workspaces: all at random."""
     r = random.Random(seed)
@@ -81,8 +90,10 @@ def test_500_random_problems(monkeypatch, seed):
             options = extra | options
         if pairs and (K > 1 or r.random() < 0.2):
             options |= objectives(seed + i, pairs, K)
+        if options.get("preference") == "token_reward":
+            options |= {"pref_on": "reward", "pref_gate": 1}
         t = batch(seed + i, rows, r.randint(1, 12), r.randint(1, 7), r.randint(1, 20), K,
-                  r.random() < 0.5)  # fmt: skip
+                  r.random() < 0.5, head=r.choice(list(REWARD_HEADS)))  # fmt: skip
         try:
             assert_same(t, num_pairs=pairs, **options)
         except AssertionError as error:
@@ -93,10 +104,11 @@ def test_500_random_problems(monkeypatch, seed):
 def test_gradcheck(workspace, name, seed):
     """Every entry for three sets of options, along a random direction for the others."""
     t = batch(seed, rows=5, length=3)
-    leaves = [t[n].requires_grad_() for n in DIFFERENTIABLE]
+    names = [n for n in DIFFERENTIABLE if n in t]
+    leaves = [t[n].requires_grad_() for n in names]
 
     def loss(*values):
-        changed = dict(zip(DIFFERENTIABLE, values, strict=True))
+        changed = dict(zip(names, values, strict=True))
         return dual_head_loss(**(t | changed), num_pairs=2, **OPTION_SETS[name]).loss
 
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=name not in EVERY_ENTRY)

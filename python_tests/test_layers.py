@@ -24,6 +24,7 @@ KERNELS = ROOT / "csrc" / "kernels"
 LAYERS = (
     {
         "config",
+        "presets",
         "quantization",
         "rounding",
         "quantized_head",
@@ -44,7 +45,8 @@ LAYERS = (
     # bench.machine: what a results file, of a benchmark or a comparison, says of where it was made
     {"build_info", "bench.machine", "gate", "cache", "controls", "kl_cap"},
     {"reward_head", "head_base", "head_decode", "head"},
-    {"losses", "reference_loss", "loss_rows", "loss_products", "fused_loss", "functional"},
+    {"loss_pairs", "losses", "reference_loss", "loss_rows", "loss_products"},
+    {"fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "generation_options", "fingerprint", "head_files"},
     {"lm_head", "attachment", "pretrained", "generation", "gated_generation", "modeling"},
     {"state_file", "hidden_cache", "hidden_cache_build", "training_args", "training_state"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dualhead_ext import losses
+from dualhead_ext.loss_pairs import Pairing
 from dualhead_ext.losses import LossCounts, LossOptions, gate_entropy
 
 
@@ -111,9 +112,10 @@ def test_counts_of_a_batch_and_their_sum():
         )
 
     lengths = torch.tensor([2, 1, 0, 3, 1])
-    counts = LossCounts.of_lengths(lengths, num_pairs=2)
+    pairing = Pairing(5, [(0, 2), (1, 3)])
+    counts = LossCounts.of_lengths(lengths, pairing)
     assert numbers(counts) == (3, 4, 2, 7)
-    without = LossCounts.of_lengths(lengths, num_pairs=2, lm_on_chosen=False)
+    without = LossCounts.of_lengths(lengths, pairing, lm_on_chosen=False)
     assert numbers(without) == (1, 1, 2, 7)
     assert numbers(counts + without) == (4, 5, 4, 14)
     assert numbers(LossCounts.of_lengths(lengths[:4])) == (2, 3, 2, 6)
