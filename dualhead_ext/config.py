@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 GATE_NAMES = ("attention", "fixed", "linear")
 MIX_NAMES = ("logits", "probs")
 REWARD_HEAD_NAMES = ("full", "embedding", "lowrank")
+PREFERENCE_NAMES = ("log_prob", "token_reward")
 FORMAT_NAMES = ("int8", "fp8", "int4")  # of quantised heads: `quantization.FORMATS`
 
 
@@ -35,6 +37,10 @@ class DualHeadConfig:
             ``"lowrank"``, delta = B A h + b.
         reward_rank: r, the inner width of a correction. Default 16; 0 leaves c alone
             (``"embedding"`` only). Unused by ``"full"``.
+        preference: the objective that the reward was trained with, a name of
+            `PREFERENCE_NAMES`. Says how to read the reward; decoding does not depend on it.
+        kl_curve: (strength, KL from the backbone in nats per token) as measured by calibration, in
+            rising order, or None.
         bias: whether both heads carry a bias (read from the LM head by ``from_lm_head``).
         logit_scale: first half of the backbone's post-processing f(z) = cap(logit_scale * z).
         logit_softcap: second half, cap(z) = c tanh(z / c); 0 means no cap.
@@ -54,6 +60,8 @@ class DualHeadConfig:
     num_objectives: int = 1
     reward_head: str = "full"
     reward_rank: int = 16
+    preference: str = "log_prob"
+    kl_curve: list[list[float]] | None = None
     bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
@@ -67,7 +75,12 @@ class DualHeadConfig:
                 raise TypeError(f"DualHeadConfig: {name} must be an int, got {value!r}")
             if value < lowest:
                 raise ValueError(f"DualHeadConfig: {name} must be at least {lowest}, got {value}")
-        choices = (("gate", GATE_NAMES), ("mix", MIX_NAMES), ("reward_head", REWARD_HEAD_NAMES))
+        choices = (
+            ("gate", GATE_NAMES),
+            ("mix", MIX_NAMES),
+            ("reward_head", REWARD_HEAD_NAMES),
+            ("preference", PREFERENCE_NAMES),
+        )
         for name, names in choices:
             if getattr(self, name) not in names:
                 raise ValueError(
@@ -92,6 +105,11 @@ class DualHeadConfig:
             )
         if self.logit_scale == 0.0:
             raise ValueError("DualHeadConfig: logit_scale must not be 0")
+        if self.kl_curve is not None and not _is_curve(self.kl_curve):
+            raise ValueError(
+                "DualHeadConfig: kl_curve must be pairs (strength, KL) of finite numbers that rise "
+                f"from (0, 0), got {self.kl_curve!r}"
+            )
         if not isinstance(self.bias, bool):
             raise TypeError(f"DualHeadConfig: bias must be a bool, got {self.bias!r}")
 
@@ -123,3 +141,17 @@ class DualHeadConfig:
         if missing:
             raise ValueError(f"DualHeadConfig: missing keys {', '.join(missing)}")
         return cls(**values)
+
+
+def _is_curve(curve: Any) -> bool:
+    """Whether it is points [strength, KL] that rise from [0, 0]. A file may hold anything."""
+    if not isinstance(curve, list) or len(curve) < 2 or curve[0] != [0.0, 0.0]:
+        return False
+    for point in curve:
+        if not isinstance(point, list) or len(point) != 2:
+            return False
+        if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in point):
+            return False
+        if not all(map(math.isfinite, point)):
+            return False
+    return all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(curve))

@@ -27,6 +27,7 @@ QUESTIONS = (
 
 # For 4.3M parameters and a thousand pairs; the defaults are the paper's, for 7B and many more.
 TRAINING = {
+    "preset": "paper",
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,

@@ -133,7 +133,9 @@ class GatedHead(DecodingHead):
         row = objective_rows(
             "merge_objectives", weights, 1, self.config.num_objectives, dtype, self.lm_weight.device
         )
-        config = DualHeadConfig(**{**self.config.to_dict(), "num_objectives": 1})
+        # The KL curve was measured at uniform weights.
+        changes = {"num_objectives": 1, "kl_curve": None}
+        config = DualHeadConfig(**{**self.config.to_dict(), **changes})
         merged = DualHead._sharing(self, config)
         merged.reward_head.weight.copy_(
             torch.einsum("k,kvd->vd", row[0], self.reward_head.weight.to(dtype))[None]

@@ -31,6 +31,8 @@ from .collate import batch_order, texts_of
 
 FORMAT, FORMAT_VERSION = "dualhead-hidden-states", 1
 INDEX_NAME = "index.json"
+# Values of ``cache_hidden`` that are not folders: in memory, and in memory if that pays.
+IN_MEMORY, AUTO = "memory", "auto"
 AS_COMPUTED = "auto"
 # Storage: as the heads receive the states, so that nothing changes, or half of float32's size.
 STORAGE_DTYPES = (AS_COMPUTED, "bfloat16")
@@ -204,12 +206,46 @@ def _is_whole(index: dict[str, Any]) -> bool:
     )
 
 
+class MemoryCache:
+    """Hidden states of the rows of a dataset, in memory.
+
+    Args:
+        lengths: tokens in each text of each row.
+        batches: rows to compute together; rows in none come on top.
+        states_of: rows of a batch -> for each the states (tokens of all its texts, d).
+        dtype: one of `STORAGE_DTYPES`.
+    """
+
+    def __init__(
+        self,
+        lengths: list[tuple[int, ...]],
+        batches: list[list[int]],
+        states_of: Callable[[list[int]], list[Tensor]],
+        dtype: str = AS_COMPUTED,
+    ) -> None:
+        self._lengths = lengths
+        self._states: list[Tensor | None] = [None] * len(lengths)
+        size = len(batches[0]) if batches else 1
+        rest = sorted(set(range(len(lengths))).difference(*batches))
+        rest_batches = [rest[i : i + size] for i in range(0, len(rest), size)]
+        for batch in (*batches, *rest_batches):
+            for row, states in zip(batch, states_of(batch), strict=True):
+                if self._states[row] is None:
+                    self.dtype = states.dtype
+                    stored = states.dtype if dtype == AS_COMPUTED else getattr(torch, dtype)
+                    self._states[row] = states.to("cpu", stored)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
+        """The states of each text (tokens, d) of a row, as stored."""
+        return self._states[row].split(self._lengths[row])
+
+
 class CachedRows(torch.utils.data.Dataset):
     """Rows of a dataset, each with its states under ``hidden_states`` once ``cache`` is set."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
-        self.cache: HiddenCache | None = None
+        self.cache: HiddenCache | MemoryCache | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import MIX_NAMES
+from .config import MIX_NAMES, PREFERENCE_NAMES
 from .loss_pairs import Pairing, to_device
 
 # A sigmoid within 1 % of 0 or 1 counts as saturated: |logit| > log 99.
@@ -96,9 +96,6 @@ PREFERENCE_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": mean_log_probs,
 }
 
-# What the preference term takes for the reward of a response: the sum of log-probabilities under
-# the reward head, or the sum of unnormalised token rewards, sum_t alpha_t^kappa delta_t(y_t).
-PREFERENCES = ("log_prob", "token_reward")
 # Whose log-probabilities "log_prob" compares: pi_r = softmax(f(z_RM)), or the mixture.
 PREFERENCE_DISTRIBUTIONS = ("reward", "mixed")
 
@@ -133,7 +130,7 @@ class LossOptions:
         lambda_r: weight of the preference term.
         lambda_g: weight of the gate's term.
         kl_price: eta, the price of a nat: ``eta E_t[KL(pi_mix || pi_LM)]`` is added to the loss.
-        preference: a name of `PREFERENCES`. ``"log_prob"``, the paper's: ``r(y) = sum_t log
+        preference: what a response's reward is. ``"log_prob"``, the paper's: ``r(y) = sum_t log
             pi_r(y_t)``. ``"token_reward"``: ``r(y) = sum_t alpha_t^kappa delta_t(y_t)``, delta =
             z_RM - z_LM, which needs no product with the vocabulary.
         pref_gate: kappa of ``"token_reward"``, 0 or 1; with 1 the gate sees both responses.
@@ -171,7 +168,7 @@ class LossOptions:
     def __post_init__(self) -> None:
         for name, names in (
             ("mix", MIX_NAMES),
-            ("preference", PREFERENCES),
+            ("preference", PREFERENCE_NAMES),
             ("pref_gate", (0, 1)),
             ("gate_regularizer", GATE_REGULARIZERS),
             ("lm_reduction", LM_REDUCTIONS),

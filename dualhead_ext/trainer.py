@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import EarlyStoppingCallback
 
 from .collate import PreferenceCollator, is_tokenized, tokenize_pairs
 from .hidden_cache import HiddenCollator
-from .losses import LossCounts, metrics_of_totals
+from .loss_pairs import Pairing
+from .losses import UNTAUGHT_GATE, LossCounts, metrics_of_totals
 from .modeling import DualHeadForCausalLM
 from .packing import packed_rows
 from .pretrained import untie_lm_head
@@ -95,7 +97,7 @@ class DualHeadTrainer(CachingTrainer):
     ``train(resume_from_checkpoint=True)`` goes on from the last whole one.
 
     With ``args.cache_hidden`` the backbone runs once over the rows, in the batches of the first
-    epoch and of an evaluation, and not at all where a folder holds its hidden states already
+    epoch and of an evaluation; its hidden states are kept in memory or in a folder
     (:mod:`dualhead_ext.hidden_cache`). In these batches every loss keeps its bits; in others it
     changes by the backbone's own rounding.
 
@@ -135,6 +137,7 @@ class DualHeadTrainer(CachingTrainer):
             )
         if model is not None:
             prepare_for_training(model, args.train_lm_head, args.untie)
+            _check_objective(model, args)
         if data_collator is None:
             data_collator = PreferenceCollator(
                 _pad_token_id(processing_class), padding_free=args.padding_free
@@ -151,7 +154,7 @@ class DualHeadTrainer(CachingTrainer):
             eval_dataset = {k: self._tokenized(k, rows) for k, rows in eval_dataset.items()}
         else:
             eval_dataset = self._tokenized("eval_dataset", eval_dataset)
-        self._warned_of_collapse = False
+        self._warned_of_collapse, self._memory = False, {}
         super().__init__(
             model=model,
             args=args,
@@ -165,6 +168,13 @@ class DualHeadTrainer(CachingTrainer):
         # Release 5.17 reads the first, later ones the second.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        if args.early_stopping_patience is not None:
+            if eval_dataset is None:
+                raise ValueError(
+                    "DualHeadTrainer: early_stopping_patience needs an eval_dataset of held-out "
+                    "rows, got None"
+                )
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def _tokenized(self, name: str, rows: Any) -> Any:
         if rows is None:
@@ -189,6 +199,21 @@ class DualHeadTrainer(CachingTrainer):
         prepare_for_training(model, self.args.train_lm_head, self.args.untie)
         return model
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As transformers'; the gate at ``gate_learning_rate``."""
+        made, rate = self.optimizer is None, self.args.gate_learning_rate
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not made or rate is None:
+            return optimizer
+        gate = set(self.accelerator.unwrap_model(self.model).lm_head_module.gate.parameters())
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if p in gate]
+            group["params"] = [p for p in group["params"] if p not in gate]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        return optimizer
+
     # --- the objective ---
 
     def get_batch_samples(
@@ -206,8 +231,9 @@ class DualHeadTrainer(CachingTrainer):
             if packed is not None:
                 mask = packed.unpack(mask) * packed.valid
             # Position t predicts token t + 1: the first token's mask is never used.
-            lengths = mask[:, 1:].bool().sum(-1)
-            counts = LossCounts.of_lengths(lengths, lm_on_chosen=self.args.lm_on_chosen)
+            lengths, pairs = mask[:, 1:].bool().sum(-1), batch.get("pairs")
+            pairing = Pairing(len(lengths), None if pairs is None else pairs.tolist())
+            counts = LossCounts.of_lengths(lengths, pairing, self.args.lm_on_chosen)
             total = counts if total is None else total + counts
         numbers = (total.sequences, total.lm_tokens, total.pairs, total.tokens)
         as_counts = {"dtype": torch.float64, "device": device}
@@ -284,6 +310,19 @@ class DualHeadTrainer(CachingTrainer):
                 100 * logs["gate/below_0.01"],
                 100 * logs["gate/above_0.99"],
             )
+
+
+def _check_objective(model: DualHeadForCausalLM, args: DualHeadTrainingArguments) -> None:
+    """Refuse an objective that does not fit the model, and note it in the model's config."""
+    config = model.dual_head_config
+    if args.preset == "paper" and config.reward_head != "full":
+        raise ValueError(
+            'DualHeadTrainer: preset="paper" trains a full reward head; make the model with '
+            f'reward_head="full", got {config.reward_head!r}'
+        )
+    if config.gate != "fixed" and not args.loss_options.teaches_gate(args.lm_on_chosen):
+        raise ValueError(f"DualHeadTrainer: {UNTAUGHT_GATE}")
+    config.preference = args.preference
 
 
 def _pad_token_id(tokenizer: Any) -> int:

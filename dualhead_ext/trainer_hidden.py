@@ -11,11 +11,16 @@ import os
 import urllib.parse
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .hidden_cache import (
+    AUTO,
+    IN_MEMORY,
     CachedRows,
+    MemoryCache,
     backbone_identity,
     collator_identity,
     rows_identity,
@@ -30,6 +35,7 @@ class CachingTrainer(CheckpointedTrainer):
 
     _max_length: int
     _backbone: tuple[Any, str] | None = None  # its state when it was hashed last, the hash
+    _memory: dict[str, tuple[Any, MemoryCache]]  # of each dataset: what it is of, the states
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As :meth:`CheckpointedTrainer.train`; what is to be cached is cached before it starts."""
@@ -46,7 +52,7 @@ class CachingTrainer(CheckpointedTrainer):
                 of the disk. ValueError: ``args.cache_hidden`` is None.
         """
         if self.args.cache_hidden is None:
-            raise ValueError("DualHeadTrainer.cache_hidden: args.cache_hidden must be a folder")
+            raise ValueError("DualHeadTrainer.cache_hidden: args.cache_hidden must not be None")
         if self.train_dataset is not None:
             self.get_train_dataloader()
         held_out = self.eval_dataset
@@ -54,23 +60,34 @@ class CachingTrainer(CheckpointedTrainer):
             for name in held_out if isinstance(held_out, dict) else [None]:
                 self.get_eval_dataloader(name)
 
+    def _keeps_in_memory(self, lengths: list[tuple[int, ...]], is_training: bool) -> bool:
+        """Whether ``cache_hidden`` asks for memory, or it is left to us and pays: the states are
+        read again and take a quarter of the free memory at most.
+        """
+        args = self.args
+        if args.cache_hidden == IN_MEMORY:
+            return True
+        again = not is_training or args.num_train_epochs > 1 or args.max_steps > 0
+        other_dtype = args.bf16_full_eval or args.fp16_full_eval
+        if args.cache_hidden != AUTO or not again or args.world_size > 1 or other_dtype:
+            return False
+        head = self.accelerator.unwrap_model(self.model).lm_head_module
+        size = sum(map(sum, lengths)) * head.config.hidden_size
+        size *= 2 if args.cache_hidden_dtype == "bfloat16" else head.hidden_dtype.itemsize
+        return size <= psutil.virtual_memory().available // 4
+
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; with ``cache_hidden``, of rows that carry their hidden states."""
         name = self._cache_name(dataset, kwargs.get("is_training", False))
         if name is None:
             return super()._get_dataloader(dataset, *args, **kwargs)
+        digest, lengths = rows_identity(dataset)
+        in_memory = self._keeps_in_memory(lengths, kwargs.get("is_training", False))
+        if self.args.cache_hidden == AUTO and not in_memory:
+            return super()._get_dataloader(dataset, *args, **kwargs)
         rows = CachedRows(dataset)
         loader = super()._get_dataloader(rows, *args, **kwargs)
         collator = self.data_collator.collator
-        digest, lengths = rows_identity(dataset)
-        identity = {
-            "backbone": self._backbone_identity(),
-            "rows": digest,
-            "max_length": self._max_length,
-            "collator": collator_identity(collator),
-            "mixed_precision": self.accelerator.mixed_precision,
-            "cache_hidden_dtype": self.args.cache_hidden_dtype,
-        }
 
         def states_of(batch: list[int]) -> list[Tensor]:
             inputs = self._prepare_inputs(collator([dataset[index] for index in batch]))
@@ -81,6 +98,22 @@ class CachingTrainer(CheckpointedTrainer):
             sizes = [lengths[index] for index in batch]
             return split_rows(hidden, mask, sizes, ranked="pairs" in inputs)
 
+        if in_memory:
+            made_of = (name, digest, self._backbone_state())
+            if self._memory.get(name, (None, None))[0] != made_of:
+                bar = tqdm(_batches(loader), "hidden states", disable=self.args.disable_tqdm)
+                stored = MemoryCache(lengths, bar, states_of, self.args.cache_hidden_dtype)
+                self._memory[name] = made_of, stored
+            rows.cache = self._memory[name][1]
+            return loader
+        identity = {
+            "backbone": self._backbone_identity(),
+            "rows": digest,
+            "max_length": self._max_length,
+            "collator": collator_identity(collator),
+            "mixed_precision": self.accelerator.mixed_precision,
+            "cache_hidden_dtype": self.args.cache_hidden_dtype,
+        }
         rows.cache = open_or_build(
             os.path.join(self.args.cache_hidden, name),
             identity,
@@ -107,10 +140,15 @@ class CachingTrainer(CheckpointedTrainer):
     def _backbone_identity(self) -> str:
         """Hashed again only when a parameter has changed: reading all of them takes seconds."""
         model = self.accelerator.unwrap_model(self.model)
-        now = [(p.data_ptr(), p.dtype, p._version) for p in model.get_decoder().parameters()]
+        now = self._backbone_state()
         if self._backbone is None or self._backbone[0] != now:
             self._backbone = now, backbone_identity(model)
         return self._backbone[1]
+
+    def _backbone_state(self) -> list[tuple]:
+        """Changes when a parameter of the backbone does."""
+        model = self.accelerator.unwrap_model(self.model)
+        return [(p.data_ptr(), p.dtype, p._version) for p in model.get_decoder().parameters()]
 
 
 def _batches(loader: Any) -> list[list[int]]:

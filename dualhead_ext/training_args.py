@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .hidden_cache import AS_COMPUTED, STORAGE_DTYPES
+from .config import PREFERENCE_NAMES
+from .hidden_cache import AS_COMPUTED, AUTO, STORAGE_DTYPES
 from .losses import (
     GATE_REGULARIZERS,
     LM_REDUCTIONS,
@@ -18,6 +19,7 @@ from .losses import (
     PREFERENCE_REDUCTIONS,
     LossOptions,
 )
+from .presets import PRESET_NAMES, PRESETS
 
 # Options of the objective that the model knows and the arguments don't repeat.
 _OF_THE_MODEL = ("mix", "logit_scale", "logit_softcap")
@@ -31,13 +33,22 @@ def _option(name: str, text: str, choices: Any = None) -> Any:
     return field(default=getattr(LossOptions, name), metadata=metadata)
 
 
+def _of_preset(text: str, choices: Any = None) -> Any:
+    """A field whose value, where none is given, is that of the preset."""
+    metadata = {"help": f"{text} Default: the preset's."}
+    if choices is not None:
+        metadata["choices"] = sorted(choices)
+    return field(default=None, metadata=metadata)
+
+
 @dataclass
 class DualHeadTrainingArguments(TrainingArguments):
     """Arguments of :class:`dualhead_ext.DualHeadTrainer`: every one of
     ``transformers.TrainingArguments``, and those below.
 
-    Other defaults than transformers': cosine schedule, one epoch, an effective batch of 64 pairs (8
-    times 8 accumulated) for one process, no filter for NaN losses, ``data_seed`` = ``seed``.
+    ``preset`` names a whole recipe (:data:`dualhead_ext.presets.PRESETS`); what is given beside it
+    stands over it. Other defaults than transformers': cosine schedule, no filter for NaN losses,
+    ``data_seed`` = ``seed``.
 
     Raises:
         ValueError, TypeError: an option out of range; something that is not supported (DeepSpeed,
@@ -47,15 +58,22 @@ class DualHeadTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "The learning rate schedule."}
     )
-    num_train_epochs: float = field(
-        default=1.0, metadata={"help": "Times through the training pairs."}
+    preset: str = field(
+        default="default",
+        metadata={
+            "help": "default: token rewards, then calibration; paper: the paper's objective.",
+            "choices": list(PRESET_NAMES),
+        },
     )
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Pairs per process and forward pass."}
+    learning_rate: float | None = _of_preset("Of the optimizer.")
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the gate's parameters, if another."}
     )
-    gradient_accumulation_steps: int = field(
-        default=8, metadata={"help": "Forward passes per optimizer step."}
+    num_train_epochs: float | None = _of_preset("Times through the training rows.")
+    per_device_train_batch_size: int | None = _of_preset(
+        "Rows (pairs, or ranked lists) per process and forward pass."
     )
+    gradient_accumulation_steps: int | None = _of_preset("Forward passes per optimizer step.")
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logs."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace NaN losses by earlier ones in train_loss."}
@@ -67,11 +85,19 @@ class DualHeadTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "The collator picks the columns it needs."}
     )
 
-    beta_r: float = _option("beta_r", "Scales the preference margin, once.")
+    preference: str | None = _of_preset(
+        "token_reward: a response's reward is the sum of its tokens' delta; log_prob: the paper's, "
+        "the sum of log-probabilities under the reward head.",
+        PREFERENCE_NAMES,
+    )
+    pref_gate: int | None = _of_preset("1: alpha weighs the token rewards; 0: it does not.", (0, 1))
+    beta_r: float | None = _of_preset("Scales the preference margin, once.")
     lambda_r: float = _option("lambda_r", "Weight of the preference term.")
-    lambda_g: float = _option("lambda_g", "Weight of the gate's regulariser.")
-    gate_regularizer: str = _option(
-        "gate_regularizer",
+    lambda_g: float | None = _of_preset("Weight of the gate's regulariser.")
+    kl_price: float = _option(
+        "kl_price", "Price of a nat that the mixture is away from the backbone, per token."
+    )
+    gate_regularizer: str | None = _of_preset(
         "entropy: keeps alpha off 0 and 1; entropy_as_printed: the paper's sign; none.",
         GATE_REGULARIZERS,
     )
@@ -93,12 +119,21 @@ class DualHeadTrainingArguments(TrainingArguments):
     label_smoothing: float = _option(
         "label_smoothing", "Share of pairs taken to be labelled the wrong way round."
     )
-    lm_on_chosen: bool = _option(
-        "lm_on_chosen", "Train the language model term on the chosen responses."
-    )
+    lm_on_chosen: bool | None = _of_preset("Train the language model term on the chosen responses.")
     objective_weights: list[float] | None = field(
         default=None,
         metadata={"help": "Weight of each reward head in the language model term; default 1/K."},
+    )
+    calibrate: bool | None = _of_preset(
+        "After training, scale the reward so that strength 1 is 0.1 nats per token, and measure "
+        "the curve of strength against KL."
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate after each epoch, stop when the held-out preference loss has not "
+            "fallen for this many, and keep the best heads."
+        },
     )
     train_lm_head: bool = field(default=False, metadata={"help": "Train the LM head too."})
     untie: bool = field(
@@ -113,10 +148,11 @@ class DualHeadTrainingArguments(TrainingArguments):
         metadata={"help": "Train on packed batches: the backbone computes nothing for padding."},
     )
     cache_hidden: str | None = field(
-        default=None,
+        default=AUTO,
         metadata={
-            "help": "Folder for the backbone's hidden states: computed once, read in every later "
-            "epoch and run."
+            "help": "Where the backbone's hidden states are kept, so that it runs once over the "
+            "rows: auto (in memory if they are read again and fit into a quarter of it), memory, a "
+            "folder (for later runs too), or none."
         },
     )
     cache_hidden_dtype: str = field(
@@ -128,6 +164,16 @@ class DualHeadTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(
+                "DualHeadTrainingArguments: preset must be one of "
+                f"{', '.join(PRESET_NAMES)}, got {self.preset!r}"
+            )
+        for name, value in PRESETS[self.preset]["training"].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.early_stopping_patience is not None:
+            self._stop_early()
         if self.data_seed is None:
             self.data_seed = self.seed
         super().__post_init__()
@@ -146,7 +192,9 @@ class DualHeadTrainingArguments(TrainingArguments):
                 "DualHeadTrainingArguments: cache_hidden_dtype must be one of "
                 f"{', '.join(STORAGE_DTYPES)}, got {self.cache_hidden_dtype!r}"
             )
-        if self.cache_hidden is not None and (self.bf16_full_eval or self.fp16_full_eval):
+        if self.cache_hidden == "none":
+            self.cache_hidden = None
+        if self.cache_hidden not in (None, AUTO) and (self.bf16_full_eval or self.fp16_full_eval):
             raise ValueError(
                 "DualHeadTrainingArguments: cache_hidden holds what the backbone computes in its "
                 "own dtype; bf16_full_eval and fp16_full_eval evaluate it in another"
@@ -155,6 +203,19 @@ class DualHeadTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"DualHeadTrainingArguments: max_length must be at least 2, got {self.max_length}"
             )
+
+    def _stop_early(self) -> None:
+        patience = self.early_stopping_patience
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(
+                "DualHeadTrainingArguments: early_stopping_patience must be an integer >= 1, "
+                f"got {patience!r}"
+            )
+        self.eval_strategy = self.save_strategy = "epoch"
+        self.load_best_model_at_end = True
+        self.metric_for_best_model, self.greater_is_better = "preference_loss", False
+        if self.save_total_limit is None:
+            self.save_total_limit = 1
 
     @property
     def loss_options(self) -> LossOptions:

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 import dualhead_ext as dh
 from dualhead_ext import loss_products
 from dualhead_ext.collate import PreferenceCollator
+from dualhead_ext.data import embedded_backbone_path
 from dualhead_ext.functional import dual_head_loss
 from dualhead_ext.losses import TOTAL_NAMES
-from dualhead_ext.pretrained import embedded_backbone_path
 
 
 def test_learns_preferences_of_unseen_pairs(tmp_path):

@@ -28,6 +28,29 @@ def pairs(count, seed=0, objectives=1):
     ]
 
 
+def ranked_lists(count=10, seed=0, objectives=1):
+    """Ranked lists of 2 to 4 responses, scored by the share of chosen tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        prompt = torch.randint(3, VOCAB, (3,), generator=generator).tolist()
+        texts, scores = [], []
+        for good in range(int(torch.randint(2, 5, (1,), generator=generator))):
+            ids = [torch.randint(*CHOSEN, (good,), generator=generator)]
+            ids.append(torch.randint(*REJECTED, (4 - good,), generator=generator))
+            texts.append(torch.cat(ids).tolist())
+            scores.append(good / 4)
+        rows.append(
+            {
+                "response_input_ids": [prompt + text for text in texts],
+                "response_completion_mask": [[0] * 3 + [1] * len(text) for text in texts],
+                "scores": scores,
+                "objective": i % objectives,
+            }
+        )
+    return rows
+
+
 def arguments(folder, **changes):
     options = {
         "output_dir": str(folder),
@@ -39,6 +62,8 @@ def arguments(folder, **changes):
         "save_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,
+        "preset": "paper",
+        "cache_hidden": None,
     }
     return dh.DualHeadTrainingArguments(**options | changes)
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import fused_loss, reference_loss
+from ..loss_pairs import Pairing
 from ..losses import LossOptions
 from ..packing import packed_rows
 from .cases import FORMATS
@@ -101,10 +102,13 @@ class Batch:
         """The loss of all terms by one of the modules' ``dual_head_loss``."""
         heads = reference_loss.Heads(self.lm_weight, None, self.reward_weight, None, None)
         rows = [self.in_rows(x) for x in (self.hidden, self.labels)]
+        pairs = [(p, self.case.pairs + p) for p in range(self.case.pairs)]
+        objective = None if self.objective is None else self.objective.tolist()
+        pairing = Pairing(len(self.mask), pairs, objective)
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
             return function(
                 *rows, self.mask, self.in_rows(self.gate_logit), heads, options or LossOptions(),
-                self.case.pairs, self.objective,
+                pairing,
             ).loss  # fmt: skip
 
     def language_model_term(self, cross_entropy: Callable[..., Tensor]) -> Tensor:

@@ -44,7 +44,8 @@ def train_dual_head(
         settings: beta is beta_r, unless options name it. Weights train in fp32.
         progress: show a bar.
         options: fields of DualHeadConfig (gate, gate_num_heads, mix, num_objectives, ...) and of
-            DualHeadTrainingArguments (lambda_g, gate_regularizer, pref_on, lm_reduction, ...).
+            DualHeadTrainingArguments (lambda_g, gate_regularizer, pref_on, lm_reduction, ...);
+            preset is "paper" unless it names another.
     Returns:
         ``out``.
     Raises:
@@ -61,7 +62,9 @@ def train_dual_head(
         model = DualHeadForCausalLM.from_backbone(str(backbone), dtype=torch.float32, **head)
         return DualHeadTrainer(
             model,
-            DualHeadTrainingArguments(**arguments | loss | {"beta_r": beta_r}),
+            DualHeadTrainingArguments(
+                **{"preset": "paper"} | arguments | loss | {"beta_r": beta_r}
+            ),
             train_dataset=tokenize_pairs(pairs, tokenizer, settings.max_length),
             processing_class=tokenizer,
         )
