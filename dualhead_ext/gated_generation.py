@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .backbones import refuse_packed
+from .calibration import strength_of_kl
 from .controls import objective_rows, per_row
 from .generation import FusedDecodingMixin, decoding_of
 from .hf_cache import StaticGateLayer
+
+logger = logging.getLogger(__name__)
 
 CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "skip_threshold", "objective_weights")
 
@@ -59,6 +63,8 @@ class GatedGenerationMixin(FusedDecodingMixin):
         Args:
             strength, gate_offset, alpha: a number, or one per request (B,); see
                 ``DualHead.forward``.
+            kl: likewise, instead of a strength: nats per token that the text is to be away from the
+                backbone, by the curve that calibration measured at uniform objective weights.
             max_kl: likewise; lowers alpha at each token until KL(pi_mix || pi_LM) is within it.
                 Steps are then computed by eager PyTorch.
             skip_threshold: likewise, in [0, 0.5]; alpha nearer than that to 0 or 1 counts as such,
@@ -80,6 +86,8 @@ class GatedGenerationMixin(FusedDecodingMixin):
             inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         )
         batch = 1 if given is None else given.shape[0]
+        if (kl := kwargs.pop("kl", None)) is not None:
+            kwargs["strength"] = self._strength_of(kl, kwargs)
         decoding = decoding_of(kwargs, batch, self.generation_config)
         kwargs |= {} if decoding is None else {"dualhead_decoding": decoding}
         for name in CONTROLS[:-1]:
@@ -98,6 +106,19 @@ class GatedGenerationMixin(FusedDecodingMixin):
                 raise ValueError("generate: output_gate=True needs return_dict_in_generate=True")
             out["gate_alpha"] = self._alpha_of(out.sequences, given, kwargs, controls)
         return out
+
+    def _strength_of(self, kl: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("strength") is not None:
+            raise ValueError("generate: kl and strength are two ways to say one thing; give one")
+        weights = kwargs.get("objective_weights")
+        if weights is not None:
+            weights = torch.as_tensor(weights, dtype=torch.float64)
+            if not torch.allclose(weights, torch.full_like(weights, 1 / weights.shape[-1])):
+                logger.warning(
+                    "generate: kl: the curve was measured at uniform objective weights; at others "
+                    "the KL will differ from what was asked"
+                )
+        return strength_of_kl(self.dual_head_config.kl_curve, kl)
 
     @torch.no_grad()
     def _alpha_of(

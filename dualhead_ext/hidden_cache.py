@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .collate import batch_order, texts_of
 
@@ -213,7 +214,7 @@ class MemoryCache:
         lengths: tokens in each text of each row.
         batches: rows to compute together; rows in none come on top.
         states_of: rows of a batch -> for each the states (tokens of all its texts, d).
-        dtype: one of `STORAGE_DTYPES`.
+        dtype: one of `STORAGE_DTYPES`. progress: show a bar.
     """
 
     def __init__(
@@ -222,13 +223,15 @@ class MemoryCache:
         batches: list[list[int]],
         states_of: Callable[[list[int]], list[Tensor]],
         dtype: str = AS_COMPUTED,
+        progress: bool = False,
     ) -> None:
         self._lengths = lengths
         self._states: list[Tensor | None] = [None] * len(lengths)
         size = len(batches[0]) if batches else 1
         rest = sorted(set(range(len(lengths))).difference(*batches))
         rest_batches = [rest[i : i + size] for i in range(0, len(rest), size)]
-        for batch in (*batches, *rest_batches):
+        bar = tqdm([*batches, *rest_batches], "hidden states", disable=not progress)
+        for batch in bar:
             for row, states in zip(batch, states_of(batch), strict=True):
                 if self._states[row] is None:
                     self.dtype = states.dtype

@@ -9,10 +9,12 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 
-from .collate import PreferenceCollator, is_tokenized, tokenize_pairs
+from .calibration import REQUESTS, STATES, calibrate
+from .collate import PreferenceCollator, is_tokenized, texts_of, tokenize_pairs
 from .hidden_cache import HiddenCollator
 from .loss_pairs import Pairing
 from .losses import UNTAUGHT_GATE, LossCounts, metrics_of_totals
@@ -21,6 +23,7 @@ from .packing import packed_rows
 from .pretrained import untie_lm_head
 from .trainer_hidden import CachingTrainer
 from .training_args import DualHeadTrainingArguments
+from .training_state import agree_on
 
 __all__ = ["DualHeadTrainer", "DualHeadTrainingArguments"]
 
@@ -135,6 +138,11 @@ class DualHeadTrainer(CachingTrainer):
                 f"DualHeadTrainer: {args.n_gpu} devices in one process: start one process for each "
                 "with torchrun, or show it one with CUDA_VISIBLE_DEVICES"
             )
+        if args.early_stopping_patience is not None and eval_dataset is None:
+            raise ValueError(
+                "DualHeadTrainer: early_stopping_patience needs an eval_dataset of held-out rows, "
+                "got None"
+            )
         if model is not None:
             prepare_for_training(model, args.train_lm_head, args.untie)
             _check_objective(model, args)
@@ -169,11 +177,6 @@ class DualHeadTrainer(CachingTrainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         if args.early_stopping_patience is not None:
-            if eval_dataset is None:
-                raise ValueError(
-                    "DualHeadTrainer: early_stopping_patience needs an eval_dataset of held-out "
-                    "rows, got None"
-                )
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def _tokenized(self, name: str, rows: Any) -> Any:
@@ -198,6 +201,62 @@ class DualHeadTrainer(CachingTrainer):
         model = super().call_model_init(trial)
         prepare_for_training(model, self.args.train_lm_head, self.args.untie)
         return model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; with ``args.calibrate`` the reward is scaled at the end, see
+        :meth:`calibrate`.
+        """
+        self.accelerator.unwrap_model(self.model).dual_head_config.kl_curve = None
+        output = super().train(*args, **kwargs)
+        if self.args.calibrate:
+            self.calibrate()
+        return output
+
+    def calibrate(self) -> list[list[float]]:
+        """Scale the reward so that strength 1 is 0.1 nats per token, and measure the curve of
+        strength against KL (:mod:`dualhead_ext.calibration`), on the prompts and responses of
+        eval_dataset; where there is none, of train_dataset, and a warning says so. Returns the
+        curve.
+        """
+        held_out = self.eval_dataset
+        rows = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+        if rows is None:
+            rows = self.train_dataset
+            logger.warning(
+                "calibrate: no eval_dataset; the KL is measured on prompts that were trained on"
+            )
+        found: list[Any] = [None]
+        head = self.accelerator.unwrap_model(self.model).lm_head_module
+        with agree_on("calibrating"):
+            if self.accelerator.is_main_process:
+                found = [self._calibrate(rows)]
+        curve = broadcast_object_list(found)[0]
+        for parameter in head.reward_head.parameters():
+            broadcast(parameter.data)
+        head.config.kl_curve = curve
+        return curve
+
+    @torch.no_grad()
+    def _calibrate(self, rows: Any) -> list[list[float]]:
+        model = self.accelerator.unwrap_model(self.model)
+        prompts: dict[tuple[int, ...], None] = {}
+        hidden, gate_logit = [], []
+        for index in range(min(len(rows), REQUESTS)):
+            for ids, mask in texts_of(rows[index]):
+                first = next((i for i, of_response in enumerate(mask) if of_response), 0)
+                if first:
+                    prompts[tuple(ids[:first])] = None
+            if len(hidden) * 32 < STATES:
+                batch = torch.tensor([ids], device=model.device)
+                states = model.training_hidden_states(
+                    input_ids=batch, attention_mask=torch.ones_like(batch)
+                )
+                of_response = torch.tensor(mask[1:], device=model.device).bool()
+                gate_logit.append(model.lm_head_module.gate(states)[0, :-1][of_response])
+                hidden.append(states[0, :-1][of_response])
+        return calibrate(
+            model, torch.cat(hidden), torch.cat(gate_logit), list(prompts), seed=self.args.seed
+        )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As transformers'; the gate at ``gate_learning_rate``."""

@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .hidden_cache import (
     AUTO,
@@ -101,9 +100,9 @@ class CachingTrainer(CheckpointedTrainer):
         if in_memory:
             made_of = (name, digest, self._backbone_state())
             if self._memory.get(name, (None, None))[0] != made_of:
-                bar = tqdm(_batches(loader), "hidden states", disable=self.args.disable_tqdm)
-                stored = MemoryCache(lengths, bar, states_of, self.args.cache_hidden_dtype)
-                self._memory[name] = made_of, stored
+                dtype, progress = self.args.cache_hidden_dtype, not self.args.disable_tqdm
+                states = MemoryCache(lengths, _batches(loader), states_of, dtype, progress)
+                self._memory[name] = made_of, states
             rows.cache = self._memory[name][1]
             return loader
         identity = {
