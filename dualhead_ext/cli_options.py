@@ -16,6 +16,7 @@ from . import bench
 from .cli_train import TRAINING_OPTIONS
 from .config import FORMAT_NAMES, GATE_NAMES, MIX_NAMES, REWARD_HEAD_NAMES, DualHeadConfig
 from .eval.scorers import SCORERS
+from .presets import PRESET_NAMES, PRESETS
 from .show import COLOR_NAMES
 
 OVERVIEW = """\
@@ -34,6 +35,7 @@ examples:
   dualhead train --data pairs.jsonl.gz --gate linear --mix probs --learning-rate 1e-3 --output heads
   dualhead train --output heads --resume          go on from the last complete checkpoint
   dualhead train --output heads --epochs 3 --cache-hidden hidden     run the backbone only once
+  dualhead train --preset paper --output heads    the paper's head and objective
   dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
 
 Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF), or a
@@ -183,11 +185,17 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     add_device(data)
 
+    parser.add_argument(
+        "--preset",
+        choices=PRESET_NAMES,
+        default="default",
+        help="a whole recipe, what is given beside it stands over it (default: default)",
+    )
     head = parser.add_argument_group("heads")
     default = _config_defaults()
-    head.add_argument("--gate", choices=GATE_NAMES, default=default["gate"])
+    head.add_argument("--gate", choices=GATE_NAMES)
     head.add_argument("--mix", choices=MIX_NAMES, default=default["mix"])
-    head.add_argument("--reward-head", choices=REWARD_HEAD_NAMES, default=default["reward_head"])
+    head.add_argument("--reward-head", choices=REWARD_HEAD_NAMES)
     for name, kind in (
         ("reward_rank", number(int, 0)),
         ("gate_num_heads", number(int, 1)),
@@ -198,7 +206,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         option = f"--{name.replace('_', '-')}"
         head.add_argument(option, type=kind, default=default[name], metavar="X")
     for action in head._group_actions:
-        action.help = f"(default {action.default})"
+        if any(action.dest in preset["head"] for preset in PRESETS.values()):
+            action.default, action.help = None, "(default: the preset's)"
+        else:
+            action.help = f"(default {action.default})"
 
     training = parser.add_argument_group("training")
     for name, (kind, short, text) in TRAINING_OPTIONS.items():

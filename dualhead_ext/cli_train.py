@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 # Fields of DualHeadTrainingArguments that have an option of their own: type, other names, help.
 TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "learning_rate": (float, (), "of AdamW"),
-    "num_train_epochs": (float, ("--epochs",), "times through the pairs"),
+    "gate_learning_rate": (float, (), "of the gate, if another"),
+    "num_train_epochs": (float, ("--epochs",), "times through the rows"),
     "max_steps": (int, (), "optimizer steps, instead of epochs"),
-    "per_device_train_batch_size": (int, ("--batch-size",), "pairs per forward pass"),
+    "per_device_train_batch_size": (int, ("--batch-size",), "rows per forward pass"),
     "gradient_accumulation_steps": (int, ("--accumulate",), "forward passes per step"),
     "warmup_steps": (float, (), "steps, or a share of all if below 1"),
     "max_length": (int, (), "tokens per text"),
+    "preference": (str, (), "token_reward, or log_prob as the paper"),
+    "pref_gate": (int, (), "1: alpha weighs token rewards; 0: it does not"),
+    "kl_price": (float, (), "of a nat between mixture and backbone, per token"),
     "beta_r": (float, (), "scales the preference margin"),
     "lambda_r": (float, (), "weight of the preference term"),
     "lambda_g": (float, (), "weight of the gate's regulariser"),
@@ -41,11 +45,12 @@ TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "logging_steps": (float, (), "steps between logs"),
     "save_steps": (float, (), "steps between checkpoints"),
     "save_total_limit": (int, (), "checkpoints to keep"),
+    "early_stopping_patience": (int, (), "epochs without a better held-out loss before it stops"),
     "seed": (int, (), "of everything random"),
     "cache_hidden": (
         str,
         (),
-        "folder for the backbone's hidden states: computed once, read in later epochs and runs",
+        "where the backbone's hidden states are kept: auto, memory, a folder, or none",
     ),
     "cache_hidden_dtype": (str, (), "auto (nothing changes) or bfloat16 (half of float32's size)"),
 }
@@ -55,9 +60,9 @@ def training_defaults() -> dict[str, Any]:
     """Default of each of `TRAINING_OPTIONS`; asks transformers, so only for ``train --help``."""
     with argument():
         from .trainer import DualHeadTrainingArguments
-    return {
-        f.name: f.default for f in fields(DualHeadTrainingArguments) if f.name in TRAINING_OPTIONS
-    }
+    known = {f.name: f.default for f in fields(DualHeadTrainingArguments)}
+    known |= PRESETS["default"]["training"]
+    return {name: known[name] for name in TRAINING_OPTIONS}
 
 
 def train(arguments: Namespace) -> None:
@@ -173,11 +178,10 @@ def _make_trainer(arguments: Namespace, rows: list[dict], held_out: list[dict]) 
         tokenizer = AutoTokenizer.from_pretrained(path)
         # A CPU computes bf16 slowly, and small backbones are the ones that it trains.
         dtype = torch.float32 if training.device.type == "cpu" else None
-        head = {
-            f.name: getattr(arguments, f.name)
-            for f in fields(DualHeadConfig)
-            if hasattr(arguments, f.name)
-        }
+        names = {f.name for f in fields(DualHeadConfig)} - {"preference", "kl_curve"}
+        given = {name: getattr(arguments, name, None) for name in names}
+        head = dict(PRESETS[arguments.preset]["head"])
+        head |= {name: value for name, value in given.items() if value is not None}
         model = DualHeadForCausalLM.from_backbone(path, dtype=dtype, **head)
     with argument():
         return DualHeadTrainer(
@@ -206,6 +210,7 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
     if arguments.device == "cpu":
         given["use_cpu"] = True
     ours = {"output_dir": arguments.output, "report_to": "none", "dataloader_pin_memory": False}
+    ours["preset"] = arguments.preset
     try:
         return DualHeadTrainingArguments(**{**ours, **given})
     except (ValueError, TypeError) as error:

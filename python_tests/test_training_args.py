@@ -10,8 +10,8 @@ import dualhead_ext as dh
 from dualhead_ext.losses import GATE_REGULARIZERS, LossOptions
 
 
-def test_arguments_have_the_papers_defaults(tmp_path):
-    args = dh.DualHeadTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+def test_the_papers_preset_has_its_numbers(tmp_path):
+    args = dh.DualHeadTrainingArguments(output_dir=str(tmp_path), use_cpu=True, preset="paper")
     assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (5e-5, 0.9, 0.999)
     assert args.lr_scheduler_type == "cosine"
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
@@ -39,6 +39,7 @@ def test_every_own_option_has_help_and_parses(tmp_path):
     parser = HfArgumentParser(dh.DualHeadTrainingArguments)
     text = parser.format_help()
     command = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--beta_r", "0.3"]
+    command += ["--preset", "paper"]
     command += ["--gate_regularizer", "none", "--lm_on_chosen", "false"]
     (args,) = parser.parse_args_into_dataclasses([*command, "--objective_weights", "0.5", "2"])
     assert args.loss_options == LossOptions(beta_r=0.3, gate_regularizer="none", lm_on_chosen=False)
