@@ -16,6 +16,7 @@ from .cli_errors import UserError, argument, one_line
 from .cli_models import check_device, loading, quiet_transformers
 from .config import DualHeadConfig
 from .data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .trainer import DualHeadTrainer, DualHeadTrainingArguments

@@ -24,6 +24,7 @@ from dualhead_ext.pretrained import CONFIG_NAME, WEIGHTS_NAME
 
 COMMAND = [sys.executable, "-m", "dualhead_ext.cli"]
 TINY = ["--max-steps", "2", "--batch-size", "2", "--accumulate", "1", "--max-length", "64"]
+TINY += ["--preset", "paper"]
 PROMPT = "How do I bake bread?"
 
 
