@@ -12,7 +12,8 @@ from . import show
 from .builtin_backbones import backbone_path
 from .cli_errors import UserError, argument
 from .cli_models import check_device, loading, quiet_transformers
-from .data import ASSISTANT, HUMAN
+from .data import HUMAN
+from .rendering import messages_of, render_prompt
 
 # Name of a sampling filter -> the value that does nothing.
 _FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -157,16 +158,13 @@ class TokenStream:
 
 
 def encode(prompt: str, tokenizer: Any, raw: bool = False) -> Any:
-    """The tokens of a prompt: as it is if ``raw`` or already a dialogue, else as one turn of the
-    user, through the tokenizer's chat template or in HH-RLHF's layout.
+    """The tokens of a prompt: as it is if ``raw``, else as the training data is laid out
+    (:mod:`dualhead_ext.rendering`): a dialogue in HH-RLHF's layout turn by turn, other text as one
+    turn of the user.
     """
-    if raw or prompt.lstrip().startswith(HUMAN.strip()):
+    if raw:
         return tokenizer(prompt, return_tensors="pt")
-    if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    return tokenizer(f"{HUMAN} {prompt}{ASSISTANT}", return_tensors="pt")
+    dialogue = prompt.lstrip().startswith(HUMAN.strip())
+    messages = messages_of(prompt) if dialogue else [{"role": "user", "content": prompt}]
+    text, templated = render_prompt(messages, tokenizer)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=not templated)

@@ -8,83 +8,54 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .data import ASSISTANT, HUMAN, score_pairs
-
-_TURN = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
+from .data import DataReport, score_pairs
+from .rendering import Rendered, render
 
 logger = logging.getLogger(__name__)
 
 
-def response_spans(response: str) -> list[tuple[int, int]]:
-    """The parts of a response that the assistant says: all of it, but for role markers and human
-    turns that a few responses of HH-RLHF hold.
-    """
-    spans, start, speaking = [], 0, True
-    for match in _TURN.finditer(response):
-        if speaking:
-            spans.append((start, match.start()))
-        start, speaking = match.end(), match.group() == ASSISTANT
-    if speaking:
-        spans.append((start, len(response)))
-    return [span for span in spans if span[0] < span[1]]
+def encode(
+    prompt: Any, response: Any, tokenizer: Any, max_length: int, ended: bool = True
+) -> dict[str, Any]:
+    """A prompt and its response, strings or messages, as tokens: ``input_ids``,
+    ``completion_mask`` and whether it was ``truncated``.
 
-
-def render(prompt: Any, response: Any, tokenizer: Any, ended: bool = True) -> tuple[str, str]:
-    """(prompt, response) as text. Messages go through the tokenizer's chat template if it has one,
-    else into HH-RLHF's layout. Without ``ended`` nothing follows the response's last word.
+    The whole text (:func:`dualhead_ext.rendering.render`) is tokenised at once, so that there is no
+    seam; a token belongs to the response if any character that the assistant says is in it. Behind
+    a chat template the prompt's tokens are those that decoding begins with. The response ends with
+    the template's end of turn, or else with EOS, and learns it, unless it was cut off before it
+    ``ended``. BOS stands once at the start if the
+    tokenizer adds it; where a chat template wrote the text, that decides. Too long: the prompt
+    loses tokens from its left, then the response from its right.
 
     Raises:
-        ValueError: a chat template that changes the prompt when a response follows.
+        ValueError, TypeError, jinja2.TemplateError: what the chat template or the tokenizer
+            refuses.
     """
-    if isinstance(prompt, str):
-        return prompt, response
-    if getattr(tokenizer, "chat_template", None):
-        whole = tokenizer.apply_chat_template(prompt + response, tokenize=False)
-        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        if not whole.startswith(start):
-            raise ValueError(
-                "the tokenizer's chat template renders a prompt differently once a response follows"
-            )
-        text = whole[len(start) :]
-        if not ended:
-            content = response[-1]["content"]
-            text = text[: text.rindex(content) + len(content)]
-        return start, text
-    names = {"user": HUMAN, "human": HUMAN, "assistant": ASSISTANT, "system": ""}
-    turns = "".join(f"{names.get(m['role'], HUMAN)} {m['content']}" for m in prompt)
-    return turns + ASSISTANT, "".join(f" {m['content']}" for m in response)
-
-
-def encode(
-    prompt: str, response: str, tokenizer: Any, max_length: int, ended: bool = True
-) -> dict[str, Any]:
-    """One side of a pair as tokens: ``input_ids``, ``completion_mask`` and whether it was
-    ``truncated``.
-
-    The whole text is tokenised at once, so that there is no seam; a token belongs to the response
-    if any of its characters does. BOS once at the start if the tokenizer adds it, EOS once at the
-    end if it ``ended``, part of the response. Too long: the prompt loses tokens from its left, then
-    the response from its right.
-    """
-    text, eos = prompt + response, tokenizer.eos_token_id
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
-    spans = [(a + len(prompt), b + len(prompt)) for a, b in response_spans(response)]
-    mask = [int(any(start < b and end > a for a, b in spans)) for start, end in offsets]
-    first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-    if ended and eos is not None and (not ids or ids[-1] != eos):
+    rendered, eos = render(prompt, response, tokenizer), tokenizer.eos_token_id
+    ids, offsets = _tokens(rendered, tokenizer)
+    spans = rendered.spans
+    if not ended and spans:
+        spans = [*spans[:-1], (spans[-1][0], spans[-1][1] - rendered.closing)]
+    mask = _mask(offsets, spans)
+    if response and 1 not in mask:
+        raise ValueError("the assistant says nothing in the response")
+    while mask and response and not mask[-1]:  # a last turn of somebody else
+        ids.pop()
+        mask.pop()
+    if ended and eos is not None and not rendered.closed and (not ids or ids[-1] != eos):
         ids.append(eos)
         mask.append(1)
     head = []
-    if _adds_bos(tokenizer) and (not ids or ids[0] != tokenizer.bos_token_id):
-        head = [tokenizer.bos_token_id]
+    if rendered.prompt_end is None and _adds_bos(tokenizer):
+        head = [tokenizer.bos_token_id] if ids[:1] != [tokenizer.bos_token_id] else []
+    first = mask.index(1) if 1 in mask else len(ids)
     room = max_length - len(head)
     truncated = len(ids) > room
     drop = min(max(len(ids) - room, 0), first)
@@ -96,6 +67,38 @@ def encode(
     }
 
 
+def _tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """(ids, offsets) of a text. Where the last characters of a chat template's prompt and the first
+    ones of the answer would share a token, both are tokenised apart, as decoding does.
+    """
+
+    def coded(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(out["input_ids"]), list(out["offset_mapping"])
+
+    ids, offsets = coded(rendered.text)
+    seam = rendered.prompt_end
+    if seam is None:
+        return ids, offsets
+    prompt, prompt_offsets = coded(rendered.text[:seam])
+    if ids[: len(prompt)] == prompt:
+        return ids, offsets
+    rest, rest_offsets = coded(rendered.text[seam:])
+    if tokenizer.decode(rest, skip_special_tokens=False) != rendered.text[seam:]:
+        return ids, offsets  # a tokenizer that changes the beginning of a text
+    return prompt + rest, prompt_offsets + [(a + seam, b + seam) for a, b in rest_offsets]
+
+
+def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token with a character in one of the spans, which are in order."""
+    mask, current = [], 0
+    for start, end in offsets:
+        while current < len(spans) and spans[current][1] <= start:
+            current += 1
+        mask.append(int(current < len(spans) and spans[current][0] < end and start < end))
+    return mask
+
+
 def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
         tokenizer.bos_token_id
@@ -103,15 +106,20 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def tokenize_pairs(
-    rows: Iterable[dict[str, Any]], tokenizer: Any, max_length: int = 512
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int = 512,
+    source: str = "tokenize_pairs",
 ) -> list[dict[str, Any]]:
     """Preference rows as tokens. Of a pair: ``chosen_input_ids``, ``chosen_completion_mask``, the
     same for rejected. Of a ranked list: ``response_input_ids`` and ``response_completion_mask``,
-    one entry for each response, and ``scores``. Of both: ``objective`` (default 0). Says in the log
-    how many texts were cut to ``max_length``.
+    one entry for each response, and ``scores``. Of both: ``objective`` (default 0).
+
+    The log says how many texts were cut to ``max_length``, and which rows (from 0) were skipped,
+    since the chat template or the tokenizer refuses them. source: what it calls the rows.
 
     Raises:
-        ValueError: a tokenizer without offsets (a slow one), or max_length below 2.
+        ValueError: a tokenizer without offsets (a slow one), max_length below 2, or no row is left.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -119,33 +127,54 @@ def tokenize_pairs(
         )
     if max_length < 2:
         raise ValueError(f"tokenize_pairs: max_length must be at least 2, got {max_length}")
-    coded_rows, texts, cut = [], 0, 0
-    for row in rows:
-        ranked = "responses" in row
-        responses = row["responses"] if ranked else [row["chosen"], row["rejected"]]
+    report, coded_rows, texts, cut = DataReport(source, place="row"), [], 0, 0
+    for number, row in enumerate(rows):
+        responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
         ended = row.get("ended") or [True] * len(responses)
-        coded = [
-            encode(*render(row["prompt"], response, tokenizer, end), tokenizer, max_length, end)
-            for response, end in zip(responses, ended, strict=True)
-        ]
+        try:
+            coded = [
+                encode(row["prompt"], text, tokenizer, max_length, end)
+                for text, end in zip(responses, ended, strict=True)
+            ]
+        except _refusals() as error:
+            report.skip(" ".join(str(error).split()) or type(error).__name__, number)
+            continue
         texts += len(coded)
         cut += sum(text["truncated"] for text in coded)
-        coded_row: dict[str, Any] = {"objective": row.get("objective", 0)}
-        for name in ("input_ids", "completion_mask"):
-            if ranked:
-                coded_row[f"response_{name}"] = [text[name] for text in coded]
-            else:
-                coded_row[f"chosen_{name}"], coded_row[f"rejected_{name}"] = (
-                    text[name] for text in coded
-                )
-        if ranked:
-            coded_row["scores"] = row["scores"]
-        coded_rows.append(coded_row)
+        coded_rows.append(_coded_row(row, coded))
+    report.kept = len(coded_rows)
+    if report.skipped:
+        if not coded_rows:
+            raise ValueError(f"tokenize_pairs: no usable row in {report}")
+        logger.warning("%s", report)
     if cut:
         logger.warning(
             "%d of %d texts were longer than max_length = %d and cut", cut, texts, max_length
         )
     return coded_rows
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What chat templates and tokenizers raise for a row."""
+    kinds = (ValueError, TypeError, KeyError)
+    try:
+        from jinja2 import TemplateError
+    except ImportError:  # then there are no chat templates
+        return kinds
+    return (*kinds, TemplateError)
+
+
+def _coded_row(row: dict[str, Any], coded: list[dict[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {"objective": row.get("objective", 0)}
+    for name in ("input_ids", "completion_mask"):
+        parts = [text[name] for text in coded]
+        if "responses" in row:
+            out[f"response_{name}"] = parts
+        else:
+            out[f"chosen_{name}"], out[f"rejected_{name}"] = parts
+    if "responses" in row:
+        out["scores"] = row["scores"]
+    return out
 
 
 def is_tokenized(row: dict[str, Any]) -> bool:

@@ -10,17 +10,43 @@ read is an exception that names the line.
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
+from .data_files import Rows, read_jsonl, rows_in, rows_of
+from .data_texts import (
+    ASSISTANT,
+    HUMAN,
+    Text,
+    Unusable,
+    is_dialogue,
+    is_empty,
+    prompt_of_messages,
+    split_messages,
+    split_texts,
+    text_of,
+)
+
+__all__ = [
+    "ASSISTANT",
+    "EMBEDDED",
+    "HUMAN",
+    "DataReport",
+    "PreferenceData",
+    "embedded_backbone_path",
+    "embedded_pairs_path",
+    "load_preference_data",
+    "preference_rows",
+    "read_jsonl",
+    "rows_of",
+    "score_pairs",
+]
+
 # The sample of HH-RLHF harmless-base inside this package, and the model trained to go with it.
 EMBEDDED = "embedded"
 _SPLITS = ("train", "test")
@@ -50,14 +76,15 @@ def embedded_pairs_path(split: str = "train") -> Path:
 
 @dataclass
 class DataReport:
-    """What became of a file's rows (``unit`` names them): how many are kept, and the lines skipped
-    for each reason.
+    """What became of a file's rows (``unit`` names them): how many are kept, and the lines (or
+    rows, as ``place`` says) skipped for each reason.
     """
 
     source: str
     kept: int = 0
     skipped: dict[str, list[int]] = field(default_factory=dict)
     unit: str = PAIRS
+    place: str = "line"
 
     def skip(self, reason: str, line: int) -> None:
         """Note a row that cannot be used."""
@@ -67,15 +94,15 @@ class DataReport:
         text = f"{self.source}: {self.kept} {self.unit}"
         for reason, lines in self.skipped.items():
             shown = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
-            text += f"; skipped {len(lines)} ({reason}; line {shown})"
+            text += f"; skipped {len(lines)} ({reason}; {self.place} {shown})"
         return text
 
 
 class PreferenceData(list):
     """Rows ``{"prompt", "chosen", "rejected"[, "objective"][, "subset"]}``, or ``{"prompt",
     "responses", "scores"[, "ended"][, ...]}``: texts are strings or lists of messages, scores
-    floats; ``ended`` is false for a response that was cut off before its end.
-    ``report`` says what was skipped.
+    floats; ``ended`` is false for a response that was cut off before its end. ``report`` says what
+    was skipped.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], report: DataReport) -> None:
@@ -89,120 +116,77 @@ def load_preference_data(
     """Read preference pairs or ranked lists.
 
     Args:
-        path_or_name: a .jsonl or .jsonl.gz file, ``"embedded"`` (the sample in this package), or
-            the name of a dataset on the hub (needs the extra ``data``).
-        split: of the embedded sample or a hub dataset; default "train". A file has none.
+        path_or_name: a file (JSON lines, a JSON array, CSV, Parquet, compressed or not), a folder
+            of the datasets library, ``"embedded"`` (the sample in this package), or the name of a
+            dataset on the hub. Folders, Parquet and the hub need the extra ``data``.
+        split: of the embedded sample, a folder or a hub dataset; default "train". A file has none.
     Returns:
         rows; ``.report`` says what was skipped and why.
     Raises:
         FileNotFoundError: no such file. ValueError: a broken line (naming it), wrong columns, pairs
-            and ranked lists in one file, no usable row, a split for a file. ImportError: a hub name
-            without the ``datasets`` package.
+            and ranked lists in one file, no usable row, a split for a file. ImportError: a package
+            is missing, naming the extra.
     """
     name = os.fspath(path_or_name)
     if name == EMBEDDED:
         return _collect(name, read_jsonl(embedded_pairs_path(split or "train")))
-    rows = rows_of("load_preference_data", name, split, default_split="train")
-    return _collect(name, rows)
+    return _collect(name, rows_of("load_preference_data", name, split, default_split="train"))
 
 
-def rows_of(
-    function: str,
-    source: str | os.PathLike,
-    split: str | None,
-    default_split: str,
-    configuration: str | None = None,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a .jsonl or .jsonl.gz file, or of a dataset on the hub.
+def preference_rows(data: Any, source: str = "preference_rows") -> PreferenceData:
+    """The same of data in memory: a sequence of dicts, a ``datasets.Dataset``, a pandas DataFrame.
 
     Args:
-        function: whose name errors begin with.
-        split, configuration: of a hub dataset; a file has no split.
+        source: what errors and the report call the data.
     Raises:
-        as :func:`load_preference_data`.
+        TypeError: something else. ValueError: as :func:`load_preference_data`.
     """
-    name = os.fspath(source)
-    if name.endswith((".jsonl", ".jsonl.gz", ".json", ".gz")) or os.path.exists(name):
-        if split is not None:
-            raise ValueError(f"{function}: split must be None for a file, got {split!r}")
-        return read_jsonl(name)
-    if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{function}: there is no file {name}")
-    return _hub_rows(function, name, split or default_split, configuration)
-
-
-def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of each line of a .jsonl or .jsonl.gz file; empty lines are
-    passed over.
-
-    Raises:
-        FileNotFoundError, IsADirectoryError: no such file. ValueError: naming the line that is not
-            a JSON object, or where a compressed file breaks off.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"load_preference_data: {path} is a folder; expected a .jsonl or .jsonl.gz file"
+    if isinstance(data, dict):
+        raise TypeError(
+            f"{source} must be rows, got a {type(data).__name__} of {', '.join(map(str, data))}; "
+            "pass one of these"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"load_preference_data: there is no file {path}")
-    number = 0
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected an object, got {type(row).__name__}")
-                yield number, row
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path}, after line {number}: cannot be read on ({error})") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, after line {number}: not UTF-8 ({error})") from error
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    rows = rows_in(data)
+    if rows is None:
+        raise TypeError(f"{source} must be a sequence of rows, got {type(data).__name__}")
+    return _collect(source, rows)
 
 
-def _hub_rows(
-    function: str, name: str, split: str, configuration: str | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"{function}: {name!r} is no file, and hub datasets need the "
-            "datasets package: pip install 'dualhead_ext[data]'"
-        ) from error
-    chosen = () if configuration is None else (configuration,)
-    return enumerate(load_dataset(name, *chosen, split=split), start=1)
+@dataclass
+class _Row:
+    """A row on its way: a prompt, if it has one, and its responses; what stands beside them."""
+
+    place: int
+    prompt: Text | None
+    responses: list[Text]
+    others: dict[str, Any]
 
 
-def _collect(source: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> PreferenceData:
-    report, kept = DataReport(source), []
+def _collect(source: str, rows: Rows) -> PreferenceData:
+    report, found = DataReport(source, place=rows.place), []
     layout: tuple[str, int] | None = None  # of the file, and the line that shows it
-    for line, row in rows:
+    for number, row in rows:
         try:
-            found = _layout_of(row)
-            layout = layout or (found, line)
-            if found != layout[0]:
+            name = _layout_of(row)
+            layout = layout or (name, number)
+            if name != layout[0]:
                 raise ValueError(
-                    f"expected {layout[0]}, as line {layout[1]} is, got {found}; "
+                    f"expected {layout[0]}, as {rows.place} {layout[1]} is, got {name}; "
                     "put pairs and ranked lists into files of their own"
                 )
-            usable = _pair_of(row) if found == PAIRS else _ranked_of(row)
-            usable |= _labels_of(row)
-        except _Unusable as reason:
-            report.skip(str(reason), line)
-            continue
+            found.append(_read_row(name, number, row))
+        except Unusable as reason:
+            report.skip(str(reason), number)
         except ValueError as error:
-            raise ValueError(f"{source}, line {line}: {error}") from error
-        kept.append(usable)
-    report.kept = len(kept)
-    report.unit = layout[0] if layout else PAIRS
+            raise ValueError(f"{source}, {rows.place} {number}: {error}") from error
+    _leave_out_repeated_prompts(found)
+    kept = []
+    for row in found:
+        try:
+            kept.append(_finish(row))
+        except Unusable as reason:
+            report.skip(str(reason), row.place)
+    report.kept, report.unit = len(kept), layout[0] if layout else PAIRS
     if not kept:
         raise ValueError(f"load_preference_data: no usable row in {report}")
     if report.skipped:
@@ -210,45 +194,54 @@ def _collect(source: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> Prefere
     return PreferenceData(kept, report)
 
 
-class _Unusable(Exception):
-    """A row to skip, and why."""
-
-
 def _layout_of(row: dict[str, Any]) -> str:
-    """`PAIRS` or `RANKED`, by the columns that are there."""
-    pair = [name for name in ("chosen", "rejected") if row.get(name) is not None]
-    ranked = [name for name in ("responses", "scores") if row.get(name) is not None]
-    if pair and ranked:
+    """`PAIRS` or `RANKED`, by the columns that are there and not null."""
+    columns = {PAIRS: ("chosen", "rejected"), RANKED: ("responses", "scores")}
+    there = [layout for layout, names in columns.items() if all(name in row for name in names)]
+    filled = {
+        layout: [name for name in names if row.get(name) is not None]
+        for layout, names in columns.items()
+    }
+    if all(filled.values()):
         raise ValueError(
-            f"expected chosen and rejected, or responses and scores, got {', '.join(pair + ranked)}"
+            "expected chosen and rejected, or responses and scores, got "
+            f"{', '.join(filled[PAIRS] + filled[RANKED])}"
         )
-    if len(pair) < 2 and len(ranked) < 2:
+    if not there:
         raise ValueError(
             "expected columns chosen and rejected (and prompt), or prompt, responses and scores, "
-            f"got {', '.join(row) or 'none'}"
+            f"got {', '.join(map(str, row)) or 'none'}"
         )
-    return PAIRS if pair else RANKED
+    layout = RANKED if filled[RANKED] or PAIRS not in there else PAIRS
+    for name in columns[layout]:
+        if row.get(name) is None:
+            raise Unusable(f"{name} is null")
+    return layout
 
 
-def _pair_of(row: dict[str, Any]) -> dict[str, Any]:
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    kinds = {_kind(value) for value in (chosen, rejected, prompt) if value is not None}
-    if len(kinds) > 1:
-        raise ValueError("prompt, chosen and rejected must all be strings or all lists of messages")
-    if prompt is None:
-        split = _split_dialogues if kinds == {"text"} else _split_messages
-        prompt, chosen, rejected = split(chosen, rejected)
-    if chosen == rejected:
-        raise _Unusable("chosen equals rejected")
-    if _is_empty(chosen) or _is_empty(rejected):
-        raise _Unusable("empty response")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _ranked_of(row: dict[str, Any]) -> dict[str, Any]:
-    prompt, responses, scores = row.get("prompt"), row["responses"], row["scores"]
-    if prompt is None:
+def _read_row(layout: str, number: int, row: dict[str, Any]) -> _Row:
+    """The texts of a row, each a string or a list of messages, all of one kind."""
+    others = _labels_of(row)
+    if layout == PAIRS:
+        responses = [row["chosen"], row["rejected"]]
+    else:
+        responses, others["scores"] = _scored(row)
+        if row.get("ended") is not None:
+            others["ended"] = _ended(row["ended"], len(responses))
+    prompt = row.get("prompt")
+    if prompt is None and layout == RANKED:
         raise ValueError(f"expected columns prompt, responses and scores, got {', '.join(row)}")
+    responses = [text_of(response) for response in responses]
+    prompt = None if prompt is None else text_of(prompt)
+    if isinstance(prompt, str) and all(isinstance(response, list) for response in responses):
+        prompt = prompt_of_messages(prompt, responses)  # UltraFeedback's layout
+    if len({type(text) for text in (prompt, *responses) if text is not None}) > 1:
+        raise ValueError("prompt and responses must all be strings or all lists of messages")
+    return _Row(number, prompt, responses, others)
+
+
+def _scored(row: dict[str, Any]) -> tuple[list[Any], list[float]]:
+    responses, scores = row["responses"], row["scores"]
     for name, values in (("responses", responses), ("scores", scores)):
         if not isinstance(values, (list, tuple)):
             raise ValueError(f"{name} must be a list, got {type(values).__name__}")
@@ -257,22 +250,49 @@ def _ranked_of(row: dict[str, Any]) -> dict[str, Any]:
             "responses and scores must have one length, got "
             f"{len(responses)} responses and {len(scores)} scores"
         )
-    scores = [_score(value) for value in scores]
-    if len({_kind(value) for value in (prompt, *responses)}) > 1:
-        raise ValueError("prompt and responses must all be strings or all lists of messages")
-    if len(responses) < 2:
-        raise _Unusable("fewer than two responses")
-    if any(_is_empty(response) for response in responses):
-        raise _Unusable("empty response")
-    if not score_pairs(scores):
-        raise _Unusable("no two different scores")
-    ranked = {"prompt": prompt, "responses": list(responses), "scores": scores}
-    ended = row.get("ended")
-    if ended is not None:
-        if not isinstance(ended, list) or [type(x) for x in ended] != [bool] * len(responses):
-            raise ValueError(f"ended must be {len(responses)} booleans, got {ended!r}")
-        ranked["ended"] = ended
-    return ranked
+    return list(responses), [_score(value) for value in scores]
+
+
+def _ended(ended: Any, count: int) -> list[bool]:
+    if not isinstance(ended, list) or [type(x) for x in ended] != [bool] * count:
+        raise ValueError(f"ended must be {count} booleans, got {ended!r}")
+    return ended
+
+
+def _leave_out_repeated_prompts(rows: list[_Row]) -> None:
+    """Responses that begin with their prompt lose it: of messages and of dialogues in each row, of
+    other text only if all rows of the data have it so, since an answer may begin as its question.
+    """
+
+    def repeated(row: _Row) -> bool:
+        prompt = row.prompt
+        return bool(prompt) and all(text[: len(prompt)] == prompt for text in row.responses)
+
+    plain = [row for row in rows if isinstance(row.prompt, str) and not is_dialogue(row.prompt)]
+    whole_texts = all(map(repeated, plain))
+    for row in rows:
+        kind_is_sure = not isinstance(row.prompt, str) or is_dialogue(row.prompt)
+        if repeated(row) and (kind_is_sure or whole_texts):
+            row.responses = [text[len(row.prompt) :] for text in row.responses]
+
+
+def _finish(row: _Row) -> dict[str, Any]:
+    """The row as it is used, or why it is not."""
+    prompt, responses, scores = row.prompt, row.responses, row.others.get("scores")
+    if prompt is None:
+        split = split_texts if isinstance(responses[0], str) else split_messages
+        prompt, *responses = split(*responses)
+    if scores is not None and len(responses) < 2:
+        raise Unusable("fewer than two responses")
+    if scores is None and responses[0] == responses[1]:
+        raise Unusable("chosen equals rejected")
+    if any(map(is_empty, responses)):
+        raise Unusable("empty response")
+    if scores is not None and not score_pairs(scores):
+        raise Unusable("no two different scores")
+    if scores is None:
+        return {"prompt": prompt, "chosen": responses[0], "rejected": responses[1]} | row.others
+    return {"prompt": prompt, "responses": responses} | row.others
 
 
 def _score(value: Any) -> float:
@@ -291,6 +311,10 @@ def _labels_of(row: dict[str, Any]) -> dict[str, Any]:
     """The columns that rows of both layouts may have."""
     labels = {}
     objective = row.get("objective")
+    if isinstance(objective, str) and objective.isdecimal():  # of a CSV file
+        objective = int(objective)
+    if isinstance(objective, float) and objective.is_integer():  # of a column with null cells
+        objective = int(objective)
     if objective is not None:
         if isinstance(objective, bool) or not isinstance(objective, int) or objective < 0:
             raise ValueError(f"objective must be an integer >= 0, got {objective!r}")
@@ -308,48 +332,3 @@ def score_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
     """
     indices = range(len(scores))
     return [(i, j) for i in indices for j in indices if scores[i] > scores[j]]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
-    ):
-        return "messages"
-    raise ValueError(
-        f"expected a string or a list of {{role, content}} messages, got {type(value).__name__}"
-    )
-
-
-def _is_empty(response: str | list[dict[str, str]]) -> bool:
-    if isinstance(response, str):
-        return not response.strip()
-    return not response or not any(message["content"].strip() for message in response)
-
-
-def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """HH-RLHF: the prompt is the longest common prefix, cut after its last assistant marker.
-
-    Cutting each text at its own last marker would give two prompts where a response holds a
-    further turn.
-    """
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    shorter = min(len(chosen), len(rejected))
-    same = next((i for i, (a, b) in pairs if a != b), shorter)
-    end = chosen.rfind(ASSISTANT, 0, same)
-    if end < 0:
-        raise _Unusable("no prompt in common that ends in an assistant turn")
-    end += len(ASSISTANT)
-    return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _split_messages(chosen: list, rejected: list) -> tuple[list, list, list]:
-    """TRL's implicit prompt: the messages that both begin with."""
-    end = 0
-    while end < min(len(chosen), len(rejected)) and chosen[end] == rejected[end]:
-        end += 1
-    if end == 0:
-        raise _Unusable("no message in common")
-    return chosen[:end], chosen[end:], rejected[end:]

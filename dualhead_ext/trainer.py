@@ -15,12 +15,15 @@ from transformers import EarlyStoppingCallback
 
 from .calibration import REQUESTS, STATES, calibrate
 from .collate import PreferenceCollator, is_tokenized, texts_of, tokenize_pairs
+from .data import preference_rows
+from .data_files import rows_in
 from .hidden_cache import HiddenCollator
 from .loss_pairs import Pairing
 from .losses import UNTAUGHT_GATE, LossCounts, metrics_of_totals
 from .modeling import DualHeadForCausalLM
 from .packing import packed_rows
 from .pretrained import untie_lm_head
+from .token_limits import check_limits
 from .trainer_hidden import CachingTrainer
 from .training_args import DualHeadTrainingArguments
 from .training_state import agree_on
@@ -109,7 +112,8 @@ class DualHeadTrainer(CachingTrainer):
             :func:`prepare_for_training`.
         args: :class:`DualHeadTrainingArguments`.
         data_collator: default :class:`dualhead_ext.collate.PreferenceCollator`.
-        train_dataset, eval_dataset: sequences of rows; eval_dataset may be a dict of them.
+        train_dataset, eval_dataset: sequences of rows, a ``datasets.Dataset`` or a pandas DataFrame
+            in any layout that the loader knows; eval_dataset may be a dict of them.
         processing_class: the tokenizer.
         others: of ``transformers.Trainer``.
     Raises:
@@ -158,10 +162,7 @@ class DualHeadTrainer(CachingTrainer):
         if args.cache_hidden is not None:
             data_collator = HiddenCollator(data_collator)
         self._tokenizer, self._max_length = processing_class, args.max_length
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {k: self._tokenized(k, rows) for k, rows in eval_dataset.items()}
-        else:
-            eval_dataset = self._tokenized("eval_dataset", eval_dataset)
+        eval_dataset = self._held_out("eval_dataset", eval_dataset)
         self._warned_of_collapse, self._memory = False, {}
         super().__init__(
             model=model,
@@ -176,25 +177,56 @@ class DualHeadTrainer(CachingTrainer):
         # Release 5.17 reads the first, later ones the second.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self._check_limits("train_dataset", self.train_dataset)
+        self._check_limits("eval_dataset", self.eval_dataset)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def _tokenized(self, name: str, rows: Any) -> Any:
+        """Rows as the collator takes them, checked; those that are tokenised stay as they are."""
         if rows is None:
             return None
-        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-            raise TypeError(
-                f"DualHeadTrainer: {name} must be a sequence of rows, got {type(rows).__name__}"
-            )
-        if len(rows) == 0:
+        found = rows_in(rows)
+        if found is not None and len(rows) == 0:
             raise ValueError(f"DualHeadTrainer: {name} must hold at least one pair, got none")
-        if is_tokenized(rows[0]):
+        if found is None or not is_tokenized(next(iter(found))[1]):
+            rows = preference_rows(rows, f"DualHeadTrainer: {name}")
+            if self._tokenizer is None:
+                raise ValueError(
+                    f"DualHeadTrainer: {name} holds text, which needs processing_class, a tokenizer"
+                )
+            source = f"DualHeadTrainer: {name}"
+            rows = tokenize_pairs(rows, self._tokenizer, self._max_length, source)
+        return rows
+
+    def _check_limits(self, name: str, rows: Any) -> None:
+        """Refuse rows that the backbone's embeddings do not hold."""
+        for part in rows.values() if isinstance(rows, dict) else [rows]:
+            if part is not None and rows_in(part) is not None:
+                model = self.accelerator.unwrap_model(self.model)
+                collator = getattr(self.data_collator, "collator", self.data_collator)
+                pad = getattr(collator, "pad_token_id", None)
+                check_limits(name, part, model, self._max_length, pad)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers'; eval_dataset may hold text, as the constructor's."""
+        rows = self._held_out("eval_dataset", eval_dataset)
+        if rows is not eval_dataset:
+            self._check_limits("eval_dataset", rows)
+        return super().evaluate(rows, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; test_dataset may hold text, as the constructor's."""
+        rows = self._held_out("test_dataset", test_dataset)
+        self._check_limits("test_dataset", rows)
+        return super().predict(rows, *args, **kwargs)
+
+    def _held_out(self, name: str, rows: Any) -> Any:
+        if isinstance(rows, str):  # the name of one of several
             return rows
-        if self._tokenizer is None:
-            raise ValueError(
-                f"DualHeadTrainer: {name} holds text, which needs processing_class, a tokenizer"
-            )
-        return tokenize_pairs(rows, self._tokenizer, self._max_length)
+        if isinstance(rows, dict):
+            return {key: self._tokenized(f"{name}[{key!r}]", part) for key, part in rows.items()}
+        return self._tokenized(name, rows)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As transformers', and prepared for training."""

@@ -7,8 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext.collate import PreferenceCollator, encode, render, response_spans, tokenize_pairs
+from dualhead_ext.collate import PreferenceCollator, encode, tokenize_pairs
 from dualhead_ext.data import ASSISTANT, HUMAN, load_preference_data
+from dualhead_ext.rendering import dialogue_spans
 
 PROMPT = f"{HUMAN} How are you?{ASSISTANT}"
 
@@ -36,8 +37,8 @@ def test_the_mask_is_the_response_and_the_end(tokenizer):
 def test_role_markers_and_human_turns_inside_a_response_are_not_said(tokenizer):
     response = f" Yes.{HUMAN} Really?{ASSISTANT} No."
     assert said(encode(PROMPT, response, tokenizer, 100), tokenizer) == " Yes. No.<|eos|>"
-    assert response_spans(" plain") == [(0, 6)]
-    assert response_spans(f"{HUMAN} x") == []
+    assert dialogue_spans(" plain") == [(0, 6)]
+    assert dialogue_spans(f"{HUMAN} x") == []
 
 
 def test_a_token_that_straddles_the_seam_belongs_to_the_response(tokenizer):
@@ -69,21 +70,6 @@ def test_truncation_is_counted(tokenizer, caplog):
         tokenize_pairs(rows, tokenizer, max_length=1)
     with pytest.raises(ValueError, match="must be a fast one"):
         tokenize_pairs(rows, object())
-
-
-def test_messages(tokenizer):
-    ask = [{"role": "user", "content": "Hi"}]
-    answer = [{"role": "assistant", "content": "Yes"}]
-    assert render(ask, answer, tokenizer) == (f"{HUMAN} Hi{ASSISTANT}", " Yes")
-    templated = AutoTokenizer.from_pretrained(dh.data.embedded_backbone_path())
-    templated.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    assert render(ask, answer, templated) == ("<user>Hi<assistant>", "Yes")
-    templated.chat_template = "{{ messages | length }}"
-    with pytest.raises(ValueError, match="renders a prompt differently"):
-        render(ask, answer, templated)
 
 
 def test_batches_are_all_chosen_then_all_rejected(tokenizer):

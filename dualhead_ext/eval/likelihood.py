@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..collate import encode, render
+from ..collate import encode
 from ..reference import accumulator_dtype
+from ..rendering import special_tokens
 from .judging import Interval, bootstrap
 from .metrics import longer_is_better, wilson_interval
 
@@ -123,10 +124,10 @@ def make_texts(
     """
     texts, cut = [], 0
     for number, (prompt, response) in enumerate(rows):
-        coded = encode(*render(prompt, response, tokenizer), tokenizer, max_length)
+        coded = encode(prompt, response, tokenizer, max_length)
         ids, mask = coded["input_ids"], coded["completion_mask"]
         cut += coded["truncated"]
-        if not end and ids[-1] == tokenizer.eos_token_id:
+        if not end and ids[-1] in special_tokens(tokenizer):
             ids, mask = ids[:-1], mask[:-1]
         if not any(mask[1:]):
             raise ValueError(f"make_texts: response {number} must have a token, got {response!r}")

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..collate import render
 from ..decoding import sequence_rewards
+from ..rendering import render_prompt
 from .systems import TrainSettings
 from .trained import load_policy, load_reward_model, weights_digest
 from .training_run import Pairs, adapter, load_tokenizer, run
@@ -50,9 +50,7 @@ def train_rloo(
         ValueError: fewer such prompts than ``batch_size``.
     """
     tokenizer = load_tokenizer(backbone)
-    prompts = list(
-        dict.fromkeys(render(row["prompt"], row["chosen"], tokenizer)[0] for row in pairs)
-    )
+    prompts = list(dict.fromkeys(render_prompt(row["prompt"], tokenizer)[0] for row in pairs))
     room = settings.max_length - new_tokens
     prompts = [text for text in prompts if len(tokenizer(text)["input_ids"]) <= room]
     if len(prompts) < settings.batch_size:

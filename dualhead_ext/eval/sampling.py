@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from ..collate import render
 from ..data import HUMAN
+from ..rendering import render_prompt
 
 Message = dict[str, str]
 
@@ -64,7 +64,7 @@ def prompt_text(prompt: str | list[Message], tokenizer: Any) -> str:
     """A prompt as the model reads it: messages by the chat template, a text as it is."""
     if isinstance(prompt, str):
         return prompt
-    return render(prompt, [{"role": "assistant", "content": ""}], tokenizer)[0]
+    return render_prompt(prompt, tokenizer)[0]
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of data from what people have: JSON lines, a JSON array, CSV, Parquet, compressed or not,
+with any byte order mark; folders of the datasets library; data in memory; the hub.
+
+What a file is, its first bytes say; its name only tells CSV from JSON.
+"""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+_EXTRA = "pip install 'dualhead_ext[data]'"
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_NAMED = {
+    b"PK\x03\x04": "a zip archive: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first",
+    b"version https://git-lfs": "a Git LFS pointer, not the data: run git lfs pull",
+}
+_BYTE_ORDER_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_SUFFIXES = (".jsonl", ".json", ".gz", ".bz2", ".xz", ".csv", ".tsv", ".parquet")
+
+
+class Rows:
+    """(number, row) of a source, in order; ``place`` is what a number counts: "line", from 1, or
+    "row", from 0.
+    """
+
+    def __init__(self, rows: Iterable[tuple[int, Row]], place: str) -> None:
+        self._rows, self.place = rows, place
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        return iter(self._rows)
+
+
+def rows_of(
+    function: str,
+    source: str | os.PathLike,
+    split: str | None,
+    default_split: str,
+    configuration: str | None = None,
+) -> Rows:
+    """The rows of a file, a folder of the datasets library (``save_to_disk``, a clone of a dataset
+    from the hub), or a dataset on the hub.
+
+    Args:
+        function: whose name errors begin with.
+        split, configuration: of a folder or hub dataset; a file has no split.
+    Raises:
+        as :func:`dualhead_ext.data.load_preference_data`.
+    """
+    name = os.path.expanduser(os.fspath(source))
+    path = Path(name)
+    if path.is_dir():
+        return _folder_rows(function, path, split, default_split, configuration)
+    if path.exists() or name.endswith(_SUFFIXES):
+        if split is not None:
+            raise ValueError(f"{function}: split must be None for a file, got {split!r}")
+        return read_file(path, function)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{function}: there is no file {name}")
+    datasets = _library(function, f"{name!r} is no file, and hub datasets need")
+    chosen = () if configuration is None else (configuration,)
+    return Rows(
+        enumerate(datasets.load_dataset(name, *chosen, split=split or default_split)), "row"
+    )
+
+
+def rows_in(data: Any) -> Rows | None:
+    """The rows of data in memory: a sequence of dicts, a datasets.Dataset, a pandas DataFrame.
+    None for anything else.
+    """
+    if hasattr(data, "to_dict") and hasattr(data, "iloc"):
+        records = data.astype(object).where(data.notna(), None).to_dict("records")
+        rows = ({name: _plain(value) for name, value in row.items()} for row in records)
+        return Rows(enumerate(rows), "row")
+    if isinstance(data, (str, bytes, dict)) or not hasattr(data, "__getitem__"):
+        return None
+    if not hasattr(data, "__len__"):
+        return None
+    return Rows(((i, data[i]) for i in range(len(data))), "row")
+
+
+def _plain(value: Any) -> Any:
+    """An array of a cell as a list, and what is in it."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _library(function: str, why: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{function}: {why} the datasets package: {_EXTRA}") from error
+    return datasets
+
+
+def _folder_rows(
+    function: str, path: Path, split: str | None, default_split: str, configuration: str | None
+) -> Rows:
+    datasets = _library(function, f"{path} is a folder, which needs")
+    names = {entry.name for entry in path.iterdir()}
+    try:
+        if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
+            data = datasets.load_from_disk(str(path))
+        else:
+            chosen = () if configuration is None else (configuration,)
+            data = datasets.load_dataset(str(path), *chosen)
+    except Exception as error:  # of many kinds, according to the files inside
+        raise ValueError(f"{function}: {path} cannot be read as a dataset ({error})") from error
+    if isinstance(data, dict):
+        alone = next(iter(data)) if len(data) == 1 else default_split
+        wanted = split or (default_split if default_split in data else alone)
+        if wanted not in data:
+            raise ValueError(
+                f"{function}: split must be one of {', '.join(data)} for {path}, got {wanted!r}"
+            )
+        data = data[wanted]
+    elif split is not None:
+        raise ValueError(f"{function}: split must be None for {path}, one dataset, got {split!r}")
+    return Rows(enumerate(data), "row")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str | os.PathLike) -> Rows:
+    """The rows of a file, see :func:`read_file`."""
+    return read_file(path, "read_jsonl")
+
+
+def read_file(path: str | os.PathLike, function: str = "read_file") -> Rows:
+    """The rows of a file: JSON lines (empty ones are passed over), a JSON array, CSV with a header,
+    Parquet.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such file. ValueError: naming the line that is not
+            a JSON object, or where a file breaks off. ImportError: Parquet without pyarrow.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{function}: {path} is a folder; expected a file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{function}: there is no file {path}")
+    opener, start = _opener(path)
+    if start[:4] == b"PAR1":
+        return _parquet_rows(function, path)
+    for magic, what in _NAMED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{function}: {path} is {what}")
+    encoding = _encoding(start)
+    stem = path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path
+    if stem.suffix in (".csv", ".tsv"):
+        return Rows(_csv_rows(path, opener, encoding), "line")
+    if start.decode(encoding, errors="ignore").lstrip().startswith("["):
+        return _array_rows(path, opener, encoding)
+    return Rows(_json_lines(path, opener, encoding), "line")
+
+
+def _opener(path: Path) -> tuple[Any, bytes]:
+    """(what opens the file, its first unpacked bytes), whatever it is called."""
+    with open(path, "rb") as file:
+        start = file.read(256)
+    for magic, opener in _OPENERS.items():
+        if start.startswith(magic):
+            try:
+                with opener(path, "rb") as file:
+                    return opener, file.read(256)
+            except (OSError, EOFError, lzma.LZMAError):
+                return opener, b""  # broken: said by line when it is read
+    return open, start
+
+
+def _encoding(start: bytes) -> str:
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if start.startswith(mark):
+            return encoding
+    if start[1:2] == b"\0":
+        return "utf-16-le"
+    return "utf-16-be" if start[:1] == b"\0" else "utf-8"
+
+
+def _json_lines(path: Path, opener: Any, encoding: str) -> Iterator[tuple[int, Row]]:
+    number = 0
+    with opener(path, "rt", encoding=encoding) as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _object(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"{path}, after line {number}: cannot be read on ({error})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, after line {number}: {_not_text(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _object(row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    return row
+
+
+def _not_text(error: UnicodeDecodeError) -> str:
+    return f"not {error.encoding.upper().removesuffix('-SIG')} ({error})"
+
+
+def _array_rows(path: Path, opener: Any, encoding: str) -> Rows:
+    try:
+        with opener(path, "rt", encoding=encoding) as file:
+            rows = json.load(file)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {_not_text(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON array ({error})") from error
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: expected an object, got {type(row).__name__}")
+    return Rows(enumerate(rows), "row")
+
+
+def _parquet_rows(function: str, path: Path) -> Rows:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: {path} is Parquet, which needs the pyarrow package: {_EXTRA}"
+        ) from error
+    try:
+        return Rows(enumerate(parquet.read_table(path).to_pylist()), "row")
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet ({error})") from error
+
+
+# --- CSV ------------------------------------------------------------------------------------------
+
+
+def _csv_rows(path: Path, opener: Any, encoding: str) -> Iterator[tuple[int, Row]]:
+    line = 1
+    try:
+        with opener(path, "rt", encoding=encoding, newline="") as file:
+            text = io.StringIO(file.read(), newline="")
+        header = text.readline()
+        text.seek(0)
+        delimiter = max(",;\t", key=header.count)
+        limit = csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than its default
+        try:
+            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+            rows = []
+            for row in reader:
+                line = reader.line_num
+                if None in row or None in row.values():
+                    raise ValueError(f"expected {len(reader.fieldnames or ())} cells")
+                rows.append((line, {name: _cell(value) for name, value in row.items()}))
+        finally:
+            csv.field_size_limit(limit)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {_not_text(error)}") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}, line {line}: {error}") from error
+    yield from rows
+
+
+def _cell(text: str) -> Any:
+    """An empty cell is null; a list (messages, scores) stands there as JSON or as Python shows it;
+    other text stays as it is.
+    """
+    if not text.strip():
+        return None
+    if text.lstrip().startswith("["):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(value, list):
+                return value
+    return text
