@@ -65,12 +65,15 @@ def begin(directory: str | os.PathLike, step: int) -> Path:
     return staging
 
 
-def commit(staging: Path) -> Path:
+def commit(staging: Path, required: tuple[str, ...] = ()) -> Path:
     """Turn a filled staging folder into the checkpoint that it stands for, in one step: whenever a
     crash comes, there is the old state or the new one. Returns the checkpoint's path.
 
+    Args:
+        required: names of files that a whole checkpoint has.
     Raises:
-        CheckpointError: something in it is not a regular file. OSError: the disk.
+        CheckpointError: one of them is missing, or something in the folder is not a regular file.
+            OSError: the disk.
     """
     match = _TEMPORARY.fullmatch(staging.name)
     final, replaced = staging.parent / match[1], staging.parent / f".{match[1]}.replaced"
@@ -78,6 +81,10 @@ def commit(staging: Path) -> Path:
     for name, path in _files_below(staging):
         _check_name(staging / MANIFEST_NAME, name)
         files[name] = dict(zip(("size", "sha256"), _digest(path, synchronise=True), strict=True))
+    if missing := [name for name in required if name not in files]:
+        raise CheckpointError(
+            f"{final}: cannot be finished: {', '.join(missing)} vanished while it was being written"
+        )
     with open(staging / MANIFEST_NAME, "xb") as file:
         file.write(_manifest_bytes(files))
         file.flush()
@@ -100,14 +107,16 @@ def discard(staging: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(directory: str | os.PathLike, step: int) -> Iterator[Path]:
-    """``with staged(directory, step) as folder``: write files into it; on leaving it becomes
-    ``checkpoint-{step}``, or vanishes if the block raised.
+def staged(
+    directory: str | os.PathLike, step: int, required: tuple[str, ...] = ()
+) -> Iterator[Path]:
+    """``with staged(directory, step) as folder``: write files into it, ``required`` ones among
+    them; on leaving it becomes ``checkpoint-{step}``, or vanishes if the block raised.
     """
     staging = begin(directory, step)
     try:
         yield staging
-        commit(staging)
+        commit(staging, required)
     except BaseException:
         discard(staging)
         raise

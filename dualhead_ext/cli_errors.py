@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,17 +30,30 @@ def argument(name: str | None = None) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        extra = next((extra for name, extra in extras() if name == package), None)
-        if extra is None:
+    except ImportError as error:
+        missing = missing_extra(error)
+        if missing is not None:
+            raise UserError(missing) from error
+        if isinstance(error, ModuleNotFoundError):
             raise
-        raise UserError(
-            f"the package {package} is not installed; install it with: "
-            f"pip install 'dualhead_ext[{extra}]'"
-        ) from error
-    except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{name}: {one_line(error)}" if name else one_line(error)) from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{name}: {one_line(error)}" if name else one_line(error)) from error
+
+
+def missing_extra(error: ImportError) -> str | None:
+    """How to install what an import did not find, if one of the extras has it: by the module's
+    name, or, where a library says it in its own words, by the name in them.
+    """
+    package = (error.name or "").partition(".")[0]
+    for name, extra in extras():
+        said = not package and re.search(rf"\b{re.escape(name)}\b", str(error))
+        if name == package or (said and not importlib.util.find_spec(name)):
+            return (
+                f"the package {name} is not installed; install it with: "
+                f"pip install 'dualhead_ext[{extra}]'"
+            )
+    return None
 
 
 def extras() -> list[tuple[str, str]]:

@@ -57,6 +57,10 @@ def _prompt(arguments: Namespace) -> str:
             raise UserError("prompt: expected an argument or text on standard input, got neither")
         with argument("standard input"):
             prompt = sys.stdin.read()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # how Python passes on bytes that are not UTF-8
+        raise UserError("prompt: expected UTF-8 text, got other bytes") from None
     if not arguments.raw:
         prompt = prompt.strip()
     if not prompt:

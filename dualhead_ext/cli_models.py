@@ -11,18 +11,28 @@ from .builtin_backbones import BUILTIN_BACKBONES, backbone_path
 from .cli_errors import UserError, argument, one_line
 
 
+def check_backbone(option: str, name: str) -> None:
+    """Refuse a name that looks like a folder and is none; costs nothing.
+
+    Raises:
+        UserError: naming it.
+    """
+    if name not in BUILTIN_BACKBONES and _looks_local(name) and not os.path.isdir(name):
+        raise UserError(f"{option}: expected a folder, got {name}, which is none")
+
+
+def _looks_local(name: str) -> bool:
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 @contextmanager
 def loading(option: str, name: str) -> Iterator[None]:
     """:func:`cli_errors.argument` around what loads ``name``, a folder or a hub name: says which of
     the two was looked for.
     """
+    check_backbone(option, name)
     with argument(option):
-        name = backbone_path(name)
-        looks_local = (
-            os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
-        )
-        if looks_local and not os.path.isdir(name):
-            raise FileNotFoundError(f"expected a folder, got {name}, which is none")
+        looks_local = _looks_local(backbone_path(name))
         try:
             yield
         except OSError as error:
@@ -38,8 +48,9 @@ def quiet_transformers(backbone: str | None) -> None:
     """Import transformers without its bars and remarks; without asking a hub for what is here."""
     if backbone in BUILTIN_BACKBONES:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from transformers.utils import logging  # first: the extra is named by it
+
+    from huggingface_hub.utils import logging as hub_logging  # isort: skip
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -94,6 +94,10 @@ examples:
   dualhead demo --train-pairs 200 --epochs 1      a shorter one"""
 
 
+# The largest seed of every generator that training seeds: NumPy's.
+MAX_SEED = 2**32 - 1
+
+
 def number(
     kind: type = float, low: float = -math.inf, high: float = math.inf
 ) -> Callable[[str], Any]:
@@ -103,6 +107,8 @@ def number(
         expected = noun
     elif high == math.inf:
         expected = f"{noun} of at least {low:g}"
+    elif kind is int:
+        expected = f"{noun} in [{low}, {high}]"
     else:
         expected = f"{noun} in [{low:g}, {high:g}]"
 
@@ -159,9 +165,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data",
         default="embedded",
-        help='.jsonl, .jsonl.gz or hub name of preference pairs, or "embedded" (default)',
+        help="preference pairs or ranked lists: a file (JSON lines, JSON, CSV, Parquet), a folder "
+        'of the datasets library, a hub name, or "embedded" (default)',
     )
-    data.add_argument("--split", help="split to train on, for hub names")
+    data.add_argument("--split", help="split to train on, for folders and hub names")
     data.add_argument("--eval-data", help="held-out pairs (default: see --eval-share)")
     data.add_argument(
         "--eval-share",
@@ -215,6 +222,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     for name, (kind, short, text) in TRAINING_OPTIONS.items():
         names = [f"--{name.replace('_', '-')}", *short]
         parse = {int: number(int), float: number(float), str: str}[kind]
+        if name == "seed":
+            parse = number(int, 0, MAX_SEED)
         training.add_argument(*names, dest=name, type=parse, metavar="X", help=text)
     training.add_argument(
         "--set",
@@ -286,7 +295,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         sampling.add_argument(
             f"--{name}", type=kind, metavar="X", help=f"implies --sample ({text})"
         )
-    sampling.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="(default 0)")
+    sampling.add_argument(
+        "--seed", type=number(int, 0, MAX_SEED), default=0, metavar="N", help="(default 0)"
+    )
     add_color(parser)
 
 
@@ -374,7 +385,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         ("test-pairs", number(int, 1), 400, "unseen pairs to measure on, of 400"),
         ("epochs", number(float, 0.01), 1.0, "times through the pairs"),
         ("new-tokens", number(int, 1), 40, "tokens to decode for each prompt"),
-        ("seed", number(int, 0), 0, "of everything random"),
+        ("seed", number(int, 0, MAX_SEED), 0, "of everything random"),
     ):
         help_text = f"{text} (default {default:g})"
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help_text)

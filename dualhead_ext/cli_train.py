@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shlex
 from argparse import Namespace
@@ -11,9 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .builtin_backbones import backbone_path
+from .atomic import BusyFolderError
+from .builtin_backbones import BUILTIN_BACKBONES, backbone_path
 from .cli_errors import UserError, argument, one_line
-from .cli_models import check_device, loading, quiet_transformers
+from .cli_models import check_backbone, check_device, loading, quiet_transformers
 from .config import DualHeadConfig
 from .data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
 from .presets import PRESETS
@@ -69,7 +71,8 @@ def training_defaults() -> dict[str, Any]:
 def train(arguments: Namespace) -> None:
     """Train, measure on held-out pairs, save."""
     # What needs no torch comes first: a mistyped path should not take seconds to be found.
-    _prepare_output(arguments)
+    _check_output(arguments)
+    check_backbone("--backbone", arguments.backbone)
     rows, held_out = _load_pairs(arguments)
     with argument():
         quiet_transformers(arguments.backbone)
@@ -85,6 +88,8 @@ def train(arguments: Namespace) -> None:
     before = held_out_accuracy(trainer) if held_out else None
     try:
         trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    except BusyFolderError as error:
+        raise UserError(f"--output: {one_line(error)}") from error
     except (ValueError, OSError) as error:
         if bars.started or not arguments.resume:
             raise
@@ -93,19 +98,34 @@ def train(arguments: Namespace) -> None:
     if held_out:
         _report(before, held_out_accuracy(trainer), held_out)
     print(f"\nheads saved in {arguments.output}; to decode with them:")
-    print(f'  dualhead generate {shlex.quote(arguments.output)} "How are you?" --show-gate')
+    print(f"  {_generate_command(arguments)}")
 
 
-def _prepare_output(arguments: Namespace) -> None:
+def _generate_command(arguments: Namespace) -> str:
+    """What decodes with the heads: a backbone that is a folder of the user's has to be named."""
+    words = ["dualhead", "generate", arguments.output, "How are you?", "--show-gate"]
+    if arguments.backbone not in BUILTIN_BACKBONES and os.path.isdir(arguments.backbone):
+        words += ["--backbone", arguments.backbone]
+    return shlex.join(words)
+
+
+def _check_output(arguments: Namespace) -> None:
+    """Refuse an output folder that cannot be used. Makes none: what fails before training leaves
+    nothing behind.
+    """
     from .checkpoint import latest_checkpoint
 
     folder = Path(arguments.output)
     with argument("--output"):
-        folder.mkdir(parents=True, exist_ok=True)
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(f"expected a folder, got {folder}: {existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(f"expected a folder to write to, got {folder}: not permitted")
     with argument("--resume"):
         if arguments.resume == "last" and latest_checkpoint(folder) is None:
             raise ValueError(f"expected a whole checkpoint in {folder}, found none")
-    if arguments.resume or arguments.overwrite:
+    if arguments.resume or arguments.overwrite or not folder.exists():
         return
     with argument("--output"):
         found = next((p.name for p in sorted(folder.iterdir()) if not p.name.startswith(".")), None)
@@ -213,9 +233,25 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
     ours = {"output_dir": arguments.output, "report_to": "none", "dataloader_pin_memory": False}
     ours["preset"] = arguments.preset
     try:
-        return DualHeadTrainingArguments(**{**ours, **given})
-    except (ValueError, TypeError) as error:
+        with argument():
+            training = DualHeadTrainingArguments(**{**ours, **given})
+    except TypeError as error:
         raise UserError(one_line(error)) from error
+    _check_reporters(training.report_to)
+    return training
+
+
+def _check_reporters(names: list[str]) -> None:
+    """Refuse reporters that are not installed, which the trainer would find out late."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            raise UserError(
+                f"--set report_to: {name} is not installed; there are "
+                f"{', '.join(sorted(available)) or 'none'}"
+            )
 
 
 def _checkpoint(arguments: Namespace) -> str | bool | None:

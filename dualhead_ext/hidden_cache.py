@@ -10,8 +10,9 @@ Of each row a shard holds the states of its texts one after the other, without p
 the chosen text's, then the rejected one's; of a ranked list those of its responses. A folder is a
 cache if its index is there and everything agrees with it: the identity of what is asked for
 (backbone, rows, tokenisation, collation, precision), each file's size and shape, each row once.
-Otherwise it is built anew, and one sentence says why. Sizes are checked, not the states themselves:
-reading all of them at each start would cost what the cache saves.
+Otherwise it is built anew, and one sentence says why. The states of a shard are checked against
+its SHA-256 when the first row of it is read: reading all of them at each start would cost what the
+cache saves.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .collate import batch_order, texts_of
 
-FORMAT, FORMAT_VERSION = "dualhead-hidden-states", 1
+FORMAT, FORMAT_VERSION = "dualhead-hidden-states", 2
 INDEX_NAME = "index.json"
 # Values of ``cache_hidden`` that are not folders: in memory, and in memory if that pays.
 IN_MEMORY, AUTO = "memory", "auto"
@@ -123,7 +124,8 @@ class HiddenCache:
         folder: of the cache.
         identity: what it has to be of. lengths: tokens in each text of each row.
     Raises:
-        UnusableCacheError: it is no whole cache of that, and why. OSError: it cannot be read.
+        UnusableCacheError: it is no whole cache of that, and why; when a row is read: the contents
+            of its shard have changed. OSError: it cannot be read.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class HiddenCache:
             raise UnusableCacheError("; ".join(differing))
         self.dtype: torch.dtype = getattr(torch, index["computed_dtype"])
         self._lengths = lengths
-        self._where: dict[int, tuple[Tensor, int]] = {}
+        self._where: dict[int, tuple[_Shard, int]] = {}
         for entry in index["shards"]:
             self._open_shard(Path(folder) / entry["name"], entry, index)
         if len(self._where) != len(lengths):
@@ -157,11 +159,11 @@ class HiddenCache:
                 hidden, rows = file.get_tensor("hidden"), file.get_tensor("rows").tolist()
         except (OSError, SafetensorError) as error:
             raise UnusableCacheError(f"{path.name} is damaged ({error})") from None
-        start = 0
+        shard, start = _Shard(path, entry["sha256"], hidden), 0
         for row in rows:
             if row in self._where or not 0 <= row < len(self._lengths):
                 raise UnusableCacheError(f"{path.name} holds row {row}, which belongs elsewhere")
-            self._where[row] = (hidden, start)
+            self._where[row] = (shard, start)
             start += sum(self._lengths[row])
         shape, dtype = [start, index["hidden_size"]], getattr(torch, index["dtype"])
         if not (shape == entry["shape"] == list(hidden.shape) and hidden.dtype == dtype):
@@ -169,12 +171,39 @@ class HiddenCache:
 
     def __getitem__(self, row: int) -> tuple[Tensor, ...]:
         """The states of each text (tokens, d) of a row, as stored."""
-        (hidden, start), sizes = self._where[row], self._lengths[row]
-        return hidden[start : start + sum(sizes)].split(sizes)
+        (shard, start), sizes = self._where[row], self._lengths[row]
+        return shard.states()[start : start + sum(sizes)].split(sizes)
 
     def __reduce__(self) -> tuple:
         """For worker processes that are spawned: they map the files themselves."""
         return HiddenCache, self._made_from
+
+
+class _Shard:
+    """The states of one file, which are compared with its hash once, when they are first read."""
+
+    def __init__(self, path: Path, sha256: str, hidden: Tensor) -> None:
+        self._path, self._sha256, self._hidden = path, sha256, hidden
+        self._checked = False
+
+    def states(self) -> Tensor:
+        """(tokens, d)."""
+        if not self._checked:
+            if _sha256(self._path) != self._sha256:
+                raise UnusableCacheError(
+                    f"{self._path}: has changed since it was written (its SHA-256 does not match); "
+                    f"remove {self._path.parent} to have its hidden states computed again"
+                )
+            self._checked = True
+        return self._hidden
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -202,6 +231,7 @@ def _is_whole(index: dict[str, Any]) -> bool:
         isinstance(entry, dict)
         and SHARD_NAME.fullmatch(str(entry.get("name")))
         and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("sha256"), str)
         and isinstance(entry.get("shape"), list)
         for entry in index["shards"]
     )

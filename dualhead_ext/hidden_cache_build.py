@@ -8,8 +8,7 @@ Each build names its files anew, so that whoever still reads the old ones never 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .atomic import write_durably
+from .atomic import locked, write_durably
 from .hidden_cache import (
     AS_COMPUTED,
     FORMAT,
@@ -146,7 +145,7 @@ class _Build:
         size += _SHARD_OVERHEAD * (2 + size // SHARD_BYTES)
         self._check_room(size)
         self.folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(_locked(self.folder))
+        held.enter_context(locked(self.folder))
         problem = self._problem()  # another run may have built it meanwhile
         if problem is None:
             return
@@ -221,6 +220,7 @@ class _Build:
         entry = {
             "name": name,
             "size": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
             "shape": list(hidden.shape),
             "computed_dtype": str(self._computed).removeprefix("torch."),
             "dtype": str(hidden.dtype).removeprefix("torch."),
@@ -259,19 +259,6 @@ class _Build:
             with contextlib.suppress(OSError):
                 self._remove([self.folder / entry["name"] for entry in self.entries])
             raise
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs from building the same cache; the system lets go when the process ends."""
-    with open(folder / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            logger.warning("%s has no file locks: build it from one run at a time", folder)
-        yield
 
 
 def _is_ours(name: str) -> bool:

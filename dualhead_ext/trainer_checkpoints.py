@@ -7,6 +7,7 @@ transformers writes checkpoints in place and resumes from the highest number; he
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoint
+from .atomic import locked
 from .checkpoint import CheckpointError
 from .fingerprint import check_fingerprint
 from .head_files import load_head_state
-from .pretrained import read_config, read_weights
+from .pretrained import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
 from .state_file import load_state, save_state
 from .training_args import DualHeadTrainingArguments
 from .training_state import agree_on, check_data_state, data_state, random_state, set_random_state
@@ -29,6 +31,7 @@ STATE_NAME = "trainer_state.json"  # transformers' own file
 OPTIMIZER_NAME = "optimizer.safetensors"  # optimizer, scheduler, gradient scaler
 PROGRESS_NAME = "progress.safetensors"  # per process: random numbers, unlogged totals; the data
 ARGUMENTS_NAME = "training_args.json"
+LOCK_NAME = ".lock"  # in the output folder, while a run writes to it
 
 
 class CheckpointedTrainer(Trainer):
@@ -62,12 +65,17 @@ class CheckpointedTrainer(Trainer):
         progress = gather_object([own])
         with agree_on(f"saving checkpoint-{step}"):
             if self.args.should_save:
-                with checkpoint.staged(run_dir, step) as folder:
+                with checkpoint.staged(run_dir, step, self._required()) as folder:
                     self._write_checkpoint(folder, progress)
                 if self.args.save_total_limit:
                     kept = self.state.best_model_checkpoint
                     limit = self.args.save_total_limit
                     checkpoint.rotate(run_dir, limit, keep=(kept,) if kept else ())
+
+    def _required(self) -> tuple[str, ...]:
+        """Names of the files that a whole checkpoint of this run has."""
+        names = (CONFIG_NAME, WEIGHTS_NAME, ARGUMENTS_NAME, STATE_NAME)
+        return names if self.args.save_only_model else (*names, OPTIMIZER_NAME, PROGRESS_NAME)
 
     def _write_checkpoint(self, folder: Path, progress: list[dict[str, Any]]) -> None:
         self._save(str(folder))
@@ -101,17 +109,24 @@ class CheckpointedTrainer(Trainer):
         ``args.output_dir`` and announces those it passes over; a path is verified.
 
         Raises:
-            ValueError: no whole checkpoint; it holds no state to resume from; other data, order or
-                number of processes than it was written with. CheckpointError: it is damaged.
+            ValueError: no whole checkpoint; it holds no state to resume from; other data, order,
+                optimizer or number of processes than it was written with. CheckpointError: it is
+                damaged. BusyFolderError: another run writes to ``args.output_dir``.
         """
         self._train_totals = None
-        if resume_from_checkpoint:
-            found: list[Any] = [None]
-            with agree_on("resuming"):
-                if self.accelerator.is_main_process:
-                    found = [self._resumable(resume_from_checkpoint)]
-            resume_from_checkpoint = broadcast_object_list(found)[0]
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        with contextlib.ExitStack() as held:
+            with agree_on("taking the output folder"):
+                if self.args.should_save:
+                    folder = Path(self.args.output_dir)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked(folder, LOCK_NAME, wait=False))
+            if resume_from_checkpoint:
+                found: list[Any] = [None]
+                with agree_on("resuming"):
+                    if self.accelerator.is_main_process:
+                        found = [self._resumable(resume_from_checkpoint)]
+                resume_from_checkpoint = broadcast_object_list(found)[0]
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _resumable(self, path: str | os.PathLike | bool) -> str:
         """The verified checkpoint to resume from, or an exception that says why there is none."""
@@ -162,6 +177,7 @@ class CheckpointedTrainer(Trainer):
         if checkpoint is None:
             return
         state = load_state(Path(checkpoint) / OPTIMIZER_NAME)
+        _check_optimizer(state["optimizer"], self.optimizer.state_dict(), checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         scaler = self.accelerator.scaler
@@ -180,3 +196,23 @@ class CheckpointedTrainer(Trainer):
         set_random_state(own["random"], self.args.device)
         totals = own["totals"]
         self._train_totals = None if totals is None else totals.to(self.args.device)
+
+
+def _check_optimizer(stored: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless an optimizer's state is of the same kind and parameters."""
+
+    def options(state: dict[str, Any]) -> set[str]:
+        return {name for group in state["param_groups"] for name in group}
+
+    # The schedule adds its own; a state of nothing has been read but not stepped.
+    differing = (options(stored) ^ options(current)) - {"initial_lr"}
+    if differing:
+        raise ValueError(
+            f"{where}: was written with another optimizer (they differ in "
+            f"{', '.join(sorted(differing))}); resume with the one it was written with"
+        )
+    sizes = [[len(group["params"]) for group in s["param_groups"]] for s in (stored, current)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{where}: its optimizer has groups of {sizes[0]} parameters, this run's {sizes[1]}"
+        )

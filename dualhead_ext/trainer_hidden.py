@@ -67,8 +67,7 @@ class CachingTrainer(CheckpointedTrainer):
         if args.cache_hidden == IN_MEMORY:
             return True
         again = not is_training or args.num_train_epochs > 1 or args.max_steps > 0
-        other_dtype = args.bf16_full_eval or args.fp16_full_eval
-        if args.cache_hidden != AUTO or not again or args.world_size > 1 or other_dtype:
+        if args.cache_hidden != AUTO or not again or args.world_size > 1:
             return False
         head = self.accelerator.unwrap_model(self.model).lm_head_module
         size = sum(map(sum, lengths)) * head.config.hidden_size

@@ -25,6 +25,9 @@ from .presets import PRESET_NAMES, PRESETS
 _OF_THE_MODEL = ("mix", "logit_scale", "logit_softcap")
 
 
+_FULL_EVAL = "would leave the heads in half precision for the training after it; use {}=True"
+
+
 def _option(name: str, text: str, choices: Any = None) -> Any:
     """A field whose default is that of `LossOptions`."""
     metadata = {"help": text}
@@ -182,9 +185,16 @@ class DualHeadTrainingArguments(TrainingArguments):
             ("deepspeed", None, "is not supported"),
             ("label_smoothing_factor", 0, "is transformers' own; use label_smoothing"),
             ("push_to_hub", False, "would push no heads; use model.push_to_hub after training"),
+            ("bf16_full_eval", False, _FULL_EVAL.format("bf16")),
+            ("fp16_full_eval", False, _FULL_EVAL.format("fp16")),
         ):
             if (got := getattr(self, name)) != wanted:
                 raise ValueError(f"DualHeadTrainingArguments: {name}={got!r} {reason}")
+        if self.ddp_static_graph:
+            raise ValueError(
+                "DualHeadTrainingArguments: ddp_static_graph=True is not supported: the heads of "
+                "the processes drift apart under it"
+            )
         if self.fsdp:
             raise ValueError(f"DualHeadTrainingArguments: fsdp={self.fsdp!r} is not supported")
         if self.cache_hidden_dtype not in STORAGE_DTYPES:
@@ -194,11 +204,6 @@ class DualHeadTrainingArguments(TrainingArguments):
             )
         if self.cache_hidden == "none":
             self.cache_hidden = None
-        if self.cache_hidden not in (None, AUTO) and (self.bf16_full_eval or self.fp16_full_eval):
-            raise ValueError(
-                "DualHeadTrainingArguments: cache_hidden holds what the backbone computes in its "
-                "own dtype; bf16_full_eval and fp16_full_eval evaluate it in another"
-            )
         if self.max_length < 2:
             raise ValueError(
                 f"DualHeadTrainingArguments: max_length must be at least 2, got {self.max_length}"

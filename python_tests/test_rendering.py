@@ -4,6 +4,7 @@ HH-RLHF's layout, of plain strings; and that decoding sees the layout of trainin
 """
 
 import time
+from itertools import pairwise
 
 import pytest
 from transformers import AutoTokenizer
@@ -159,26 +160,36 @@ def test_dialogues_are_trained_in_the_layout_that_generate_decodes(style):
     assert ("Human:" in tokenizer.decode(prompt)) == (not tokenizer.chat_template)
 
 
+def seconds(prompt, response, tokenizer):
+    """Of this process: others on the machine do not count."""
+    start = time.process_time()
+    encode(prompt, response, tokenizer, 10**6)
+    return time.process_time() - start
+
+
+def is_linear(prompt, response_of, tokenizer):
+    """Eight times the turns take well under 64 times as long."""
+    few, many = (seconds(prompt, response_of(turns), tokenizer) for turns in (400, 3200))
+    return many < 24 * few + 0.1
+
+
 def test_many_turns_take_linear_time(style):
     tokenizer, _, _ = style
-    turns = 3000
-    response = [assistant("Yes.") if i % 2 == 0 else user("And?") for i in range(turns)]
-    start = time.perf_counter()
-    coded = encode([user("Hi")], response, tokenizer, 10**6)
-    assert time.perf_counter() - start < 3.0
-    runs = sum(
-        a < b
-        for a, b in zip([0, *coded["completion_mask"]], coded["completion_mask"], strict=False)
-    )
-    assert runs == turns // 2
+
+    def response(turns):
+        return [assistant("Yes.") if i % 2 == 0 else user("And?") for i in range(turns)]
+
+    assert is_linear([user("Hi")], response, tokenizer)
+    mask = encode([user("Hi")], response(300), tokenizer, 10**6)["completion_mask"]
+    assert sum(a < b for a, b in pairwise([0, *mask])) == 150
+    assert mask[-1] == 1  # the last question is left out
 
 
 def test_a_dialogue_of_many_turns_takes_linear_time():
-    tokenizer = styled(None)
-    response = f" Yes.{HUMAN} And?{ASSISTANT}" * 3000 + " No."
-    start = time.perf_counter()
-    encode(f"{HUMAN} Hi{ASSISTANT}", response, tokenizer, 10**6)
-    assert time.perf_counter() - start < 3.0
+    def response(turns):
+        return f" Yes.{HUMAN} And?{ASSISTANT}" * turns + " No."
+
+    assert is_linear(f"{HUMAN} Hi{ASSISTANT}", response, styled(None))
 
 
 def test_markers_are_turns_only_in_dialogues():

@@ -27,7 +27,9 @@ def test_the_papers_preset_has_its_numbers(tmp_path):
         ({"push_to_hub": True}, ValueError, "push_to_hub=True"),
         ({"max_length": 1}, ValueError, "max_length must be at least 2"),
         ({"cache_hidden_dtype": "int8"}, ValueError, "cache_hidden_dtype must be one of auto, bf"),
-        ({"cache_hidden": "c", "bf16_full_eval": True}, ValueError, "cache_hidden holds what"),
+        ({"bf16_full_eval": True}, ValueError, "bf16_full_eval=True would leave the heads in half"),
+        ({"fp16_full_eval": True}, ValueError, "fp16_full_eval=True would leave.*use fp16=True"),
+        ({"ddp_static_graph": True}, ValueError, "ddp_static_graph=True is not supported"),
     ],
 )
 def test_bad_arguments(tmp_path, changes, error, message):

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keeps a run's work: one run to a folder, whole checkpoints, hashes of cached states; what
+is refused before training.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import make_model
+from trainer_cases import make_trainer, pairs
+
+from dualhead_ext import checkpoint, cli
+from dualhead_ext.atomic import BusyFolderError, locked
+from dualhead_ext.checkpoint import CheckpointError
+from dualhead_ext.hidden_cache import HiddenCache, UnusableCacheError, rows_identity
+
+SAVE = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+
+
+# --- one run to a folder --------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    """The lock of another process: while it holds, nothing of its staging folder is touched."""
+    staging = tmp_path / ".checkpoint-1.staging"
+    staging.mkdir()
+    source = (
+        "import sys; from pathlib import Path; from dualhead_ext.atomic import locked\n"
+        "with locked(Path(sys.argv[1]), wait=False): print('held', flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", source, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == "held\n"
+        trainer = make_trainer(tmp_path, **SAVE)
+        with pytest.raises(BusyFolderError, match="another run is writing to this folder"):
+            trainer.train()
+        assert staging.is_dir() and trainer.state.global_step == 0
+    finally:
+        other.communicate("\n", timeout=60)
+    trainer.train()
+    assert (tmp_path / "checkpoint-2").is_dir() and not staging.exists()
+
+
+def test_the_lock_ends_with_the_run(tmp_path):
+    make_trainer(tmp_path, **SAVE).train()
+    with locked(tmp_path, wait=False), pytest.raises(BusyFolderError):
+        with locked(tmp_path, wait=False):
+            pass
+    broken = make_trainer(tmp_path, **SAVE)
+    broken.compute_loss = None
+    with pytest.raises(TypeError):
+        broken.train()
+    with locked(tmp_path, wait=False):
+        pass
+
+
+def test_an_incomplete_checkpoint_is_not_finished(tmp_path):
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: cannot be finished: b, c vanished"):
+        with checkpoint.staged(tmp_path, 1, required=("a", "b", "c")) as folder:
+            (folder / "a").write_text("x")
+    assert not list(tmp_path.iterdir())
+    trainer = make_trainer(tmp_path, **SAVE)
+    write = trainer._write_checkpoint
+
+    def lose_heads(folder, progress):
+        write(folder, progress)
+        (folder / "dualhead_model.safetensors").unlink()
+
+    trainer._write_checkpoint = lose_heads
+    with pytest.raises(CheckpointError, match=r"dualhead_model\.safetensors vanished"):
+        trainer.train()
+    assert checkpoint.latest_checkpoint(tmp_path) is None
+
+
+def test_another_optimizer_does_not_resume(tmp_path):
+    make_trainer(tmp_path, **SAVE).train()
+    trainer = make_trainer(tmp_path, **SAVE | {"max_steps": 4, "optim": "sgd"})
+    with pytest.raises(ValueError, match=r"checkpoint-2: was written with another optimizer"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step <= 2
+
+
+# --- cached hidden states -------------------------------------------------------------------------
+
+
+def test_a_changed_bit_of_cached_states_is_found(tmp_path):
+    rows, cache = pairs(6), tmp_path / "cache"
+    make_trainer(tmp_path, data=rows, cache_hidden=str(cache), max_steps=1).train()
+    folder = cache / "train"
+    index = json.loads((folder / "index.json").read_text())
+    (entry,) = index["shards"]
+    _, lengths = rows_identity(rows)
+    whole = HiddenCache(folder, index["identity"], lengths)
+    assert whole[0][0].isfinite().all()
+    path = folder / entry["name"]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x40  # an exponent's bit of the last state
+    path.write_bytes(content)
+    damaged = HiddenCache(folder, index["identity"], lengths)
+    with pytest.raises(UnusableCacheError, match=f"{entry['name']}: has changed since it was"):
+        damaged[0]
+    trainer = make_trainer(tmp_path, data=rows, cache_hidden=str(cache), max_steps=1)
+    with pytest.raises(UnusableCacheError, match=r"remove .*cache/train to have"):
+        trainer.train()
+
+
+def test_labels_of_cached_rows_are_checked(tmp_path):
+    """With cached states the embedding is not asked, which would refuse them."""
+    rows = [*pairs(4), {"prompt_ids": [1], "chosen_ids": [10**6], "rejected_ids": [3]}]
+    with pytest.raises(ValueError, match=r"token ids must be below 101.*got 1000000 in row 4"):
+        make_trainer(tmp_path, data=rows, cache_hidden=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_evaluating_first_changes_no_dtype(tmp_path):
+    model = make_model("llama")
+    trainer = make_trainer(tmp_path, model, eval_data=pairs(4), max_steps=1, bf16=True)
+    trainer.evaluate()
+    trainer.train()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def refused(capsys, *argv):
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dualhead")]
+    assert code == 2 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backbone", "./nosuch"], "--backbone: expected a folder, got ./nosuch, which is none"),
+        (["--data", "./nosuch.jsonl"], "--data: "),
+        (["--seed", str(2**63)], "--seed: expected a whole number in [0, 4294967295]"),
+        (["--seed", "-1"], "--seed: expected a whole number in [0, 4294967295]"),
+        (["--set", "ddp_static_graph=true"], "ddp_static_graph=True is not supported"),
+        (["--device", "cpu", "--set", "bf16_full_eval=true"], "bf16_full_eval=True would leave"),
+        (["--set", "report_to=wandb"], "--set report_to: wandb is not installed"),
+    ],
+)
+def test_mistakes_are_noticed_early_and_leave_nothing(options, message, capsys, tmp_path):
+    output = tmp_path / "new" / "heads"
+    assert message in refused(capsys, "train", "--output", str(output), "--limit", "4", *options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_input_that_is_not_utf8(capsys, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    sentence = refused(capsys, "train", "--output", str(tmp_path / "h"), "--data", str(tmp_path / "a.jsonl"))  # fmt: skip  # noqa: E501
+    assert "a.jsonl, after line 0: not UTF-8" in sentence
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    assert "prompt: expected UTF-8 text" in refused(capsys, "generate", str(heads), "a\udce9")
+
+
+def test_missing_extras_are_named(capsys, tmp_path, monkeypatch):
+    from dualhead_ext.cli_errors import missing_extra
+
+    assert "dualhead_ext[train]" in missing_extra(ImportError(name="accelerate"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = "Using the `Trainer` with `PyTorch` requires `accelerate>=1.1.0`"
+    assert "pip install 'dualhead_ext[train]'" in missing_extra(ImportError(words))
+    assert missing_extra(ImportError("cannot import name 'x' from 'y'")) is None
+
+
+def test_the_command_that_train_prints_names_a_backbone_of_ones_own(tmp_path):
+    from argparse import Namespace
+
+    from dualhead_ext.cli_train import _generate_command
+
+    mine = Namespace(output="my heads", backbone=str(tmp_path))
+    assert _generate_command(mine).endswith(f"--backbone {tmp_path}")
+    assert "'my heads'" in _generate_command(mine)
+    for name in ("embedded", "someone/model"):
+        assert "--backbone" not in _generate_command(Namespace(output="h", backbone=name))
