@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from build_backend import ROOT
+from build_backend import ROOT, libraries
 
 from tools.gpu import machine_code, prediction, timings
 
@@ -137,8 +137,6 @@ def test_limits_find_what_is_over_them():
     consumers = {"products": 8, "shared_loads": {"128": 2, "LDSM": 1}}
     projection = {"loads": 8, "before_a_wait": 8, "products": 8}
     good = {
-        "stack_bytes": 0,
-        "local_bytes": 0,
         "copy_loops": [copies],
         "consumer_loops": [consumers],
         "global_loops": [projection],
@@ -146,7 +144,6 @@ def test_limits_find_what_is_over_them():
     }
     assert machine_code.violations(good) == []
     for change, word in (
-        ({"local_bytes": 8}, "local memory"),
         ({"membar_sc_in_loops": 1}, "MEMBAR.SC"),
         ({"copy_loops": [copies | {"by_lanes": True}]}, "loop over lanes"),
         ({"copy_loops": [copies | {"stall_cycles_per_copy": 300}]}, "cycles per copy"),
@@ -231,6 +228,21 @@ def library_report():
     if not found:
         pytest.skip("the CUDA library has no code for sm_90a")
     return found
+
+
+@pytest.fixture
+def of_these_sources():
+    record = json.loads((ROOT / "dualhead_ext" / "_build_info.json").read_text())
+    if record["csrc_sha256"] != libraries.csrc_hash():
+        pytest.skip("the library that is built is of other sources than csrc/: make build")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_streaming_kernels_keep_their_limits(library_report, of_these_sources, format):
+    one = library_report[f"stream_kernel<{format}, 1>"]
+    assert machine_code.violations(one) == []
+    rate = prediction.kernel_of(one, format, 8192).consumer_bytes_per_clock
+    assert rate >= prediction.least_consumer_rate(), "consumers are slower than memory"
 
 
 def test_the_report_has_every_hot_kernel(library_report):

@@ -121,6 +121,11 @@ def predict(
     return {"us": round(total, 1), **{name: round(value, 1) for name, value in terms.items()}}
 
 
+def least_consumer_rate() -> float:
+    """Bytes per clock that consumers must be able to take: 1.3 times what memory brings."""
+    return 1.3 * BANDWIDTH / CLOCK / BLOCKS
+
+
 def predictions(
     reports: dict[str, dict[str, Any]], bytes_per_copy: dict[str, int]
 ) -> dict[str, Any]:
@@ -199,6 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
     found = predictions(
         machine_code.report(options.object), dict.fromkeys(BITS, options.bytes_per_copy)
     )
+    record = options.object.with_name("_build_info.json")
+    if record.is_file():
+        found["csrc_sha256"] = json.loads(record.read_text())["csrc_sha256"]
     options.to.write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(beside(found, [])))
 
