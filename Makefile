@@ -13,7 +13,7 @@
 # The GPU's results go to build/gpu/ and from there into benchmarks/results/. GPU_OPTIONS="--no-build"
 # uses the libraries that are there; `python -m tools.gpu.check --help` lists the others.
 #
-# PYTHON (default python3) is what .venv is made from. How to build: DUALHEAD_CUDA=auto|0|1,
+# PYTHON (default python3) is what .venv is made from. How to build: DUALHEAD_CUDA=auto|nvcc|0|1,
 # TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS (see setup.py).
 
 PYTHON ?= python3
@@ -31,6 +31,8 @@ CPP_FILES = $(shell find csrc python_tests -name '*.h' -o -name '*.cpp' -o -name
 ifneq ($(wildcard ../shared/data),)
 export DUALHEAD_DATA ?= $(abspath ../shared/data)
 endif
+# The CUDA sources are compiled and checked wherever nvcc is, beside a CPU-only torch too.
+export DUALHEAD_CUDA ?= nvcc
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1

@@ -54,7 +54,7 @@ def find_tools() -> Tools:
         )
     cxx = find_cxx()
     text = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
-    return Tools(cxx, text.partition("\n")[0], choose_cuda(), torch)
+    return Tools(cxx, text.partition("\n")[0], choose_cuda(torch.cuda), torch)
 
 
 def sources(kind: str) -> list[Path]:
@@ -172,6 +172,13 @@ def build(folder: Path) -> dict[str, Path]:
     kinds = {"cpu": CPU_LIBRARY} | ({"cuda": CUDA_LIBRARY} if tools.nvcc else {})
     with build_lock(folder):
         steps = {kind: compile_steps(kind, folder, tools) for kind in kinds}
+        if any(not step.up_to_date() for step in steps.get("cuda", ())):
+            print(
+                f"[dualhead_ext] compiling CUDA kernels for {' '.join(cuda_archs())} with nvcc "
+                f"{tools.nvcc.version}, some minutes; DUALHEAD_CUDA=0 leaves them out, "
+                "TORCH_CUDA_ARCH_LIST names fewer architectures",
+                flush=True,
+            )
         # CUDA sources first: they take longest.
         run_steps([step for kind in reversed(kinds) for step in steps[kind]])
         links = {

@@ -92,12 +92,16 @@ def find_nvcc() -> Nvcc | None:
     return Nvcc(program, version[1])
 
 
-def choose_cuda() -> Nvcc | None:
-    """What DUALHEAD_CUDA = auto | 0 | 1 asks for: nvcc for the CUDA library, None for none."""
+def choose_cuda(torch_cuda: str | None) -> Nvcc | None:
+    """What DUALHEAD_CUDA = auto | nvcc | 0 | 1 asks for: nvcc for the CUDA library, None for none.
+
+    torch_cuda: the CUDA version of the torch that will load it; None of a CPU-only torch, which
+    cannot, so that "auto" spares the minutes.
+    """
     switch = os.environ.get("DUALHEAD_CUDA", "auto")
-    if switch not in ("auto", "0", "1"):
-        raise BuildError(f"DUALHEAD_CUDA must be auto, 0 or 1, got {switch!r}.")
-    if switch == "0":
+    if switch not in ("auto", "nvcc", "0", "1"):
+        raise BuildError(f"DUALHEAD_CUDA must be auto, nvcc, 0 or 1, got {switch!r}.")
+    if switch == "0" or (switch == "auto" and torch_cuda is None):
         return None
     nvcc = find_nvcc()
     if nvcc is None and switch == "1":

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 from transformers import PreTrainedModel
 
+from .backbone_trial import can_be_tried, plain_logits, try_backbone
 from .backbones import replace_module
 from .config import DualHeadConfig
 from .lm_head import DualHeadLMHead
@@ -48,14 +52,51 @@ def extended_class(
 
 
 def attach(
+    model: PreTrainedModel,
+    linear: nn.Linear,
+    config: DualHeadConfig,
+    extended: type,
+    operator: str,
+    trial: bool,
+) -> Any:
+    """``model``, now of the class ``extended``, with a gated head in the place of ``linear``.
+
+    Raises:
+        NotImplementedError: it was tried (:mod:`dualhead_ext.backbone_trial`) and cannot carry the
+            head, or its LM head is not in memory. The model is as it was then.
+    """
+    if linear.weight.device.type == "meta" and hasattr(linear, "_hf_hook"):
+        raise NotImplementedError(
+            f"{operator}: the weight of {type(model).__name__}'s lm_head is offloaded; the heads "
+            "need it in memory: give lm_head (and an embedding tied to it) a device in device_map, "
+            'instead of cpu_offload, disk_offload or "disk"'
+        )
+    if not (trial and can_be_tried(model, linear)):
+        return _attach(model, linear, config, extended)
+    expected = plain_logits(model, operator)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    _attach(model, linear, config, extended)
+    try:
+        try_backbone(model, expected, operator)
+    except NotImplementedError:
+        _take_out(model, linear)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+    return model
+
+
+def _attach(
     model: PreTrainedModel, linear: nn.Linear, config: DualHeadConfig, extended: type
 ) -> Any:
-    """``model``, now of the class ``extended``, with a gated head in the place of ``linear``."""
     model.requires_grad_(False)
     head = DualHeadLMHead(linear, config)
     head.train(linear.training)
-    replace_module(model, linear, head)
-    model.__class__ = extended
+    with _without_accelerates_forward(model):
+        replace_module(model, linear, head)
+        if hasattr(linear, "_hf_hook"):
+            add_hook_to_module(head, linear._hf_hook)
+        model.__class__ = extended
     decoder = model.get_decoder()
     head.decoder_hook = decoder.register_forward_hook(head.on_decoder, with_kwargs=True)
     return model
@@ -83,7 +124,6 @@ def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
                 "values of its numbers"
             )
         weight = nn.Parameter(head.dequantized(), requires_grad=False)
-    head.decoder_hook.remove()
     linear = nn.Linear(
         head.in_features, head.out_features, bias=head.bias is not None, device="meta"
     )
@@ -91,6 +131,35 @@ def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
     if head.bias is not None:
         linear.bias = head.bias
     linear.train(head.training)
-    replace_module(model, head, linear)
-    model.__class__ = type(model).__bases__[1]
+    _take_out(model, linear)
+    # accelerate's mixed precision keeps the gated forward in the instance.
+    if "_original_forward" in model.__dict__:
+        del model._original_forward, model.forward
     return model
+
+
+def _take_out(model: Any, linear: nn.Linear) -> None:
+    head = model.lm_head_module
+    head.decoder_hook.remove()
+    with _without_accelerates_forward(model):
+        replace_module(model, head, linear)
+        if hasattr(head, "_hf_hook") and not hasattr(linear, "_hf_hook"):
+            add_hook_to_module(linear, head._hf_hook)
+        model.__class__ = type(model).__bases__[1]
+
+
+@contextmanager
+def _without_accelerates_forward(model: nn.Module) -> Iterator[None]:
+    """accelerate's hook of a dispatched model keeps the class's forward in the instance, where it
+    would hide the one of another class: taken off, and put on again around the new one.
+    """
+    hook = getattr(model, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    remove_hook_from_module(model)
+    model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        add_hook_to_module(model, hook)

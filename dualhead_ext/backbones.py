@@ -36,9 +36,12 @@ def backbone_post_processing(config: Any) -> dict[str, float]:
         scaling = getattr(config, "logits_scaling", None)
         if scaling is not None:  # Granite divides; HyperCLOVA X multiplies by the same name
             scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(
+        config, "logits_soft_cap", None
+    )  # RecurrentGemma's name
     return {
         "logit_scale": scale,
-        "logit_softcap": float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        "logit_softcap": float(cap or 0.0),
     }
 
 
@@ -65,6 +68,20 @@ def refuse_packed(kwargs: dict[str, Any]) -> None:
                 "input, which the gated "
                 "head does not support; pad the batch instead"
             )
+
+
+def refuse_bypass(forward: Any) -> None:
+    """Raise NotImplementedError for a forward that TRL or Liger puts in a model's place: it
+    multiplies hidden states by ``lm_head.weight`` itself, so that no gate mixes and no head learns.
+    """
+    function = getattr(forward, "__func__", forward)
+    source = getattr(function, "__globals__", {}).get("__name__", "")
+    if source.partition(".")[0] in ("trl", "liger_kernel"):
+        raise NotImplementedError(
+            f"DualHeadForCausalLM: {source} computes its loss from lm_head.weight alone and would "
+            "pass the gate and the reward head by; train heads with dualhead_ext.DualHeadTrainer, "
+            "or the plain backbone after dualhead_ext.detach(model)"
+        )
 
 
 def class_name(thing: Any) -> str:

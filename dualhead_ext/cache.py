@@ -5,9 +5,12 @@ numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .controls import dense
 from .prompt_projection import PromptProjection
 
 
@@ -46,6 +49,13 @@ def _without_padding(
         return k, u
     padding = ~valid[:, None]
     return k.masked_fill(padding[..., None], 0.0), u.masked_fill(padding, 0.0)
+
+
+def _whole_number(method: str, name: str, value: Any) -> None:
+    if not torch.compiler.is_compiling() and (
+        isinstance(value, bool) or not isinstance(value, int)
+    ):
+        raise TypeError(f"GateCache.{method}: {name} must be an int, got {value!r}")
 
 
 class GateCache:
@@ -120,6 +130,7 @@ class GateCache:
 
     def require_room(self, operator: str, count: int) -> None:
         """Raise ValueError unless ``count`` more columns fit."""
+        _whole_number("require_room", "count", count)
         if self.columns + count > self.max_length:
             raise ValueError(
                 f"{operator}: cache holds {self.columns} of max_length = {self.max_length} "
@@ -127,7 +138,27 @@ class GateCache:
             )
 
     def append(self, k: Tensor | None, u: Tensor | None, valid: Tensor) -> None:
-        """Write n new columns: k (B, H, n, d_k), u (B, H, n), valid (B, n)."""
+        """Write n new columns: k (B, H, n, d_k), u (B, H, n), valid (B, n) bool.
+
+        Raises:
+            TypeError, ValueError: a shape, dtype or device, or no room; nothing is written.
+        """
+        dense("GateCache.append", "valid", valid, self.device)
+        if valid.dtype != torch.bool or valid.dim() != 2 or valid.shape[0] != self.batch_size:
+            raise ValueError(
+                f"GateCache.append: valid must be ({self.batch_size}, n) bool, "
+                f"got {tuple(valid.shape)} of {valid.dtype}"
+            )
+        for name, new, own in (("k", k, self.k), ("u", u, self.u)):
+            if own is None:
+                continue
+            dense("GateCache.append", name, new, self.device)
+            shape = (*own.shape[:2], valid.shape[1], *own.shape[3:])
+            if new.shape != shape or not new.is_floating_point():
+                raise ValueError(
+                    f"GateCache.append: {name} must be {shape} of floating-point numbers, "
+                    f"got {tuple(new.shape)} of {new.dtype}"
+                )
         k, u = _without_padding(k, u, valid)
         start, count = self.columns, valid.shape[1]
         self.require_room("GateCache.append", count)
@@ -158,7 +189,12 @@ class GateCache:
         self._columns = self.columns + 1
 
     def reserve(self, max_length: int) -> None:
-        """Make room for at least ``max_length`` columns, keeping what is there."""
+        """Make room for at least ``max_length`` columns, keeping what is there.
+
+        Raises:
+            TypeError: not an int.
+        """
+        _whole_number("reserve", "max_length", max_length)
         extra = max_length - self.max_length
         if extra <= 0:
             return
@@ -170,7 +206,25 @@ class GateCache:
         self.valid = torch.cat((self.valid, self.valid.new_zeros(self.batch_size, extra)), dim=1)
 
     def select(self, indices: Tensor) -> None:
-        """Keep, reorder or repeat rows: row b becomes the old row ``indices[b]`` (beam search)."""
+        """Keep, reorder or repeat rows: row b becomes the old row ``indices[b]`` (beam search).
+
+        Raises:
+            TypeError, ValueError: not (N,) integers, or on the CPU one outside 0..B-1; the cache is
+                as it was.
+        """
+        dense("GateCache.select", "indices", indices, self.device)
+        if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+            raise ValueError(
+                "GateCache.select: indices must be (N,) int32 or int64, "
+                f"got {tuple(indices.shape)} of {indices.dtype}"
+            )
+        if indices.device.type == "cpu" and indices.numel():
+            low, high = (int(bound) for bound in indices.aminmax())
+            if low < 0 or high >= self.batch_size:
+                raise ValueError(
+                    f"GateCache.select: indices must be in 0..{self.batch_size - 1}, "
+                    f"got {low if low < 0 else high}"
+                )
         indices = indices.to(self.device)
         for name in ("k", "u", "valid", "length", "seeds", "draws"):
             value = getattr(self, name)
@@ -181,7 +235,15 @@ class GateCache:
     def repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times in a row. Copies draw from seeds of their own: equal seeds
         would sample equal text.
+
+        Raises:
+            TypeError, ValueError: not an int of at least 1; the cache is as it was.
         """
+        _whole_number("repeat_interleave", "repeats", repeats)
+        if repeats < 1:
+            raise ValueError(
+                f"GateCache.repeat_interleave: repeats must be at least 1, got {repeats}"
+            )
         self.select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
         if self.seeds is not None:
             self.seeds = self.seeds + torch.arange(repeats, device=self.device).repeat(
@@ -189,7 +251,12 @@ class GateCache:
             )
 
     def crop(self, columns: int) -> None:
-        """Forget all but the first ``columns`` columns."""
+        """Forget all but the first ``columns`` columns.
+
+        Raises:
+            TypeError, ValueError: not an int of at least 0; the cache is as it was.
+        """
+        _whole_number("crop", "columns", columns)
         if not 0 <= columns:
             raise ValueError(f"GateCache.crop: columns must be >= 0, got {columns}")
         self.length.clamp_(max=columns)
@@ -215,3 +282,30 @@ class GateCache:
                 self._rows.clear()
             self._rows[key] = torch.full((self.batch_size,), value, dtype=dtype, device=self.device)
         return self._rows[key]
+
+
+def seeds_of(
+    operator: str, cache: GateCache, seeds: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """``seeds`` (B,) int64, or the cache's own, drawn from ``generator`` the first time.
+
+    Raises:
+        TypeError, ValueError: of another type or shape.
+    """
+    if seeds is not None:
+        if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+            got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
+            raise TypeError(f"{operator}: seeds must be an int64 tensor, got {got}")
+        dense(operator, "seeds", seeds, cache.device)
+        if seeds.shape != (cache.batch_size,):
+            raise ValueError(
+                f"{operator}: seeds must be ({cache.batch_size},), got {tuple(seeds.shape)}"
+            )
+        return seeds.to(cache.device)
+    if cache.seeds is None:
+        where = cache.device if generator is None else generator.device
+        drawn = torch.randint(
+            -(2**63), 2**63 - 1, (cache.batch_size,), generator=generator, device=where
+        )
+        cache.seeds = drawn.to(cache.device)
+    return cache.seeds

@@ -6,6 +6,7 @@ operators, or raises.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,24 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "top_p": (0.0, 1.0, "a number in (0, 1] (1 is off)"),
     "min_p": (0.0, 1.0, "a number in [0, 1] (0 is off)"),
 }
+
+
+def dense(operator: str, name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """``value``, if it is a tensor whose numbers can be read.
+
+    Args:
+        device: where it will be needed; a meta tensor, which has no numbers, may only be needed on
+            the meta device. Default: not looked at.
+    Raises:
+        TypeError: not a tensor, or a sparse one. ValueError: on the meta device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{operator}: {name} must be dense, got {value.layout}")
+    if device is not None and value.device.type == "meta" != device.type:
+        raise ValueError(f"{operator}: {name} must be on {device}, got a tensor on meta")
+    return value
 
 
 def per_row(
@@ -49,6 +68,7 @@ def per_row(
         return None
     lowest, highest, expected = _RANGES[name]
     if isinstance(value, Tensor):
+        dense(operator, name, value, device)
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(
                 f"{operator}: {name} must hold {expected}, got a tensor of {value.dtype}"
@@ -66,19 +86,23 @@ def per_row(
             raise TypeError(
                 f"{operator}: {name} must be {expected}, or one per row, got {number!r}"
             )
-        if math.isfinite(number):
+        if isinstance(number, int):
+            wrong = abs(number) > sys.float_info.max  # no float, and torch takes no such integer
+        elif math.isfinite(number):
             wrong = dtype == torch.int32 and number != int(number)
         else:
             wrong = name != "max_kl"
         if wrong or not lowest <= number <= highest or (name == "top_p" and number == 0):
             raise ValueError(f"{operator}: {name} must be {expected}, got {number!r}")
+    if dtype != torch.int32:
+        numbers = [float(number) for number in numbers]
     if isinstance(value, (list, tuple)):
         if len(numbers) != batch_size:
             raise ValueError(f"{operator}: {name} must be ({batch_size},), got ({len(numbers)},)")
         return torch.tensor(numbers, dtype=dtype, device=device)
     if fill is not None:
-        return fill(name, value, dtype)
-    return torch.full((batch_size,), value, dtype=dtype, device=device)
+        return fill(name, numbers[0], dtype)
+    return torch.full((batch_size,), numbers[0], dtype=dtype, device=device)
 
 
 def objective_rows(
@@ -96,7 +120,13 @@ def objective_rows(
     """
     if value is None:
         return None
-    weights = torch.as_tensor(value)
+    try:
+        weights = torch.as_tensor(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(
+            f"{operator}: objective_weights must be numbers, (K,) or (B, K), got {value!r}"
+        ) from error
+    dense(operator, "objective_weights", weights, device)
     if weights.dtype == torch.bool or weights.is_complex():
         raise TypeError(f"{operator}: objective_weights must hold numbers, got {weights.dtype}")
     if not isinstance(value, Tensor) and not torch.isfinite(weights.double()).all():

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from . import reference
-from .cache import GateCache
+from .cache import GateCache, seeds_of
 from .generation_options import Decoding, filters_of, obstacle
 from .hf_cache import gate_layer
 
@@ -68,13 +68,13 @@ def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decodin
     return decoding
 
 
-def _seeds(decoding: Decoding, head: Any, cache: GateCache) -> Tensor:
+def _seeds(decoding: Decoding, cache: GateCache) -> Tensor:
     """(B,) seeds of this call's draws. Copies of a request (num_return_sequences) draw from seeds
     of their own: equal seeds would sample equal text.
     """
     if decoding.seeds is None:
         cache.seeds = None  # this call's own, not those of an earlier turn
-        return head._seeds("generate", cache, None, decoding.generator)
+        return seeds_of("generate", cache, None, decoding.generator)
     copies = cache.batch_size // decoding.seeds.shape[0]
     numbers = torch.arange(copies, device=decoding.seeds.device).repeat(len(decoding.seeds))
     cache.seeds = (decoding.seeds.repeat_interleave(copies) + numbers).to(cache.device)
@@ -92,7 +92,7 @@ def _sampling(decoding: Decoding, head: Any, cache: GateCache, filters: dict) ->
         )
         for name, value in filters.items()
     }
-    return {"seeds": _seeds(decoding, head, cache), "draws": cache.draws, **rows}
+    return {"seeds": _seeds(decoding, cache), "draws": cache.draws, **rows}
 
 
 def token_of_logits(logits: Tensor, sampling: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -172,14 +172,17 @@ class _Loop:
         self.decoding.begun = True
         model_kwargs["dualhead_decoding"] = self.decoding
         out = self.model._prefill(input_ids, self.config, model_kwargs)
-        cache = gate_layer(out.past_key_values).gate_cache
+        cache = getattr(out, "past_key_values", None)  # RecurrentGemma does not return it
+        cache = model_kwargs["past_key_values"] if cache is None else cache
+        cache = gate_layer(cache).gate_cache
         head = self.model.lm_head_module
         sampled = self.config.do_sample
+        if not self.decoding.knows_f:
+            self.decoding.refuse("what the backbone does to its logits")
         self.sampling = _sampling(self.decoding, head, cache, filters) if sampled else {}
         if self.decoding.knows_f:
             self.decoding.sampling = self.sampling
         else:  # the backbone has the last word on logits, from which each token is chosen here
-            self.decoding.refuse("what the backbone does to its logits")
             del model_kwargs["dualhead_decoding"]
         return out
 

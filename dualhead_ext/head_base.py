@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .config import DualHeadConfig
-from .controls import objective_rows, per_row
+from .controls import dense, objective_rows, per_row
 from .gate import GATES
 from .kl_cap import capped_alpha
 from .quantization import format_of
@@ -252,6 +252,7 @@ class HeadBase(nn.Module):
             raise TypeError(
                 f"{operator}: hidden must be a tensor {shape}, got {type(hidden).__name__}"
             )
+        dense(operator, "hidden", hidden)
         if hidden.dim() != dim or hidden.shape[-1] != self.config.hidden_size or 0 in hidden.shape:
             raise ValueError(
                 f"{operator}: hidden must be {shape} and not empty, got {tuple(hidden.shape)}"
@@ -276,6 +277,7 @@ class HeadBase(nn.Module):
             raise TypeError(
                 f"{operator}: attention_mask must be a tensor, got {type(mask).__name__}"
             )
+        dense(operator, "attention_mask", mask)
         if mask.shape != (batch, length):
             raise ValueError(
                 f"{operator}: attention_mask must be ({batch}, {length}), got {tuple(mask.shape)}"

@@ -5,6 +5,7 @@ a step computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .cache import DecodeWeights, GateCache, parameter_stamp
+from .cache import DecodeWeights, GateCache, parameter_stamp, seeds_of
 from .controls import objective_rows, per_row
 from .head_base import DualHeadOutput, HeadBase, StepOutput
 from .quantization import format_of
@@ -134,7 +135,8 @@ class DecodingHead(HeadBase):
         """Read a prompt, or the next chunk of one, into the cache.
 
         Args:
-            hidden: (B, T, d). Any chunking gives the same cache.
+            hidden: (B, T, d). Any chunking gives the same cache, but for the rounding of products
+                of other sizes (fp32 keys differ by about 1e-6 of their size).
             attention_mask: (B, columns + T), over what the cache holds and the new positions, as in
                 Hugging Face.
             logits_to_keep: N, positions to return logits for, counted back from each row's last
@@ -251,6 +253,7 @@ class DecodingHead(HeadBase):
         operator = "DualHead.step"
         self._check_hidden(operator, hidden, 2)
         sampling: dict[str, Tensor | None] = {}
+        draw = None
         if do_sample:
             batch, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
             self.check_cache(operator, cache, batch)
@@ -266,8 +269,7 @@ class DecodingHead(HeadBase):
                     kind = torch.int32 if name == "top_k" else dtype
                     device = hidden.device
                     sampling[name] = per_row(operator, name, value, batch, kind, device, fill)
-            sampling["seeds"] = self._seeds(operator, cache, seeds, generator)
-            sampling["draws"] = cache.draws
+            draw = partial(seeds_of, operator, cache, seeds, generator)
         controls = {
             "strength": strength,
             "gate_offset": gate_offset,
@@ -282,6 +284,7 @@ class DecodingHead(HeadBase):
             cache,
             controls,
             sampling,
+            draw=draw,
             return_logits=return_logits,
             record_attention=record_attention,
         )
@@ -294,12 +297,14 @@ class DecodingHead(HeadBase):
         controls: dict[str, Any],
         sampling: dict[str, Tensor | None],
         *,
+        draw: Callable[[], Tensor] | None = None,
         new_valid: Tensor | None = None,
         post_process: bool = True,
         return_logits: bool = True,
         record_attention: bool = False,
     ) -> StepOutput:
-        """:meth:`step` with its filters made tensors.
+        """:meth:`step` with its filters made tensors. ``draw`` gives its seeds, once nothing is
+        left to refuse.
 
         ``new_valid`` (B,) marks new positions that are padding; ``post_process=False`` leaves out
         the backbone's own f (logits mix only), for a backbone that applies it itself.
@@ -307,6 +312,12 @@ class DecodingHead(HeadBase):
         batch, device = hidden.shape[0], hidden.device
         dtype = accumulator_dtype(hidden.dtype)
         compiling = torch.compiler.is_compiling()
+        for name, flag in (
+            ("return_logits", return_logits),
+            ("record_attention", record_attention),
+        ):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{operator}: {name} must be True or False, got {flag!r}")
         if not compiling:
             self.check_cache(operator, cache, batch)
             if not capturing(device):
@@ -341,6 +352,8 @@ class DecodingHead(HeadBase):
         limit = self._alpha_limit(operator, controls.get("max_kl"), batch, dtype, device)
         if limit is not None:
             function = partial(reference.decode_step, limit_alpha=limit)
+        if draw is not None:
+            arguments |= {"seeds": draw(), "draws": cache.draws}
         out = function(
             hidden=hidden,
             mix_probs=self.config.mix == "probs",
@@ -358,27 +371,6 @@ class DecodingHead(HeadBase):
             cache.count_step()
         recorded = out.attention[:, :, : cache.columns] if record_attention and attends else None
         return StepOutput(out.logits if return_logits else None, *out[1:6], recorded)
-
-    @staticmethod
-    def _seeds(
-        operator: str, cache: GateCache, seeds: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
-        if seeds is not None:
-            if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
-                got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
-                raise TypeError(f"{operator}: seeds must be an int64 tensor, got {got}")
-            if seeds.shape != (cache.batch_size,):
-                raise ValueError(
-                    f"{operator}: seeds must be ({cache.batch_size},), got {tuple(seeds.shape)}"
-                )
-            return seeds.to(cache.device)
-        if cache.seeds is None:
-            where = cache.device if generator is None else generator.device
-            drawn = torch.randint(
-                -(2**63), 2**63 - 1, (cache.batch_size,), generator=generator, device=where
-            )
-            cache.seeds = drawn.to(cache.device)
-        return cache.seeds
 
     @staticmethod
     def _decode_function(hidden: Tensor):

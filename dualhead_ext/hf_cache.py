@@ -121,3 +121,15 @@ def gate_layer(cache: Cache) -> GateLayer | None:
     """The gate's layer of a Cache, if it has one. It is the last."""
     last = cache.layers[-1] if cache.layers else None
     return last if isinstance(last, GateLayer) else None
+
+
+def columns_of(cache: Cache) -> int:
+    """Columns that a backbone's cache holds; 0 where it cannot say: recurrent layers alone (Mamba)
+    count none.
+    """
+    if not any(hasattr(layer, "get_seq_length") for layer in cache.layers):
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return 0

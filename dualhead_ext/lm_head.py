@@ -8,20 +8,19 @@ and writes the cache; the head itself then gets the sliced hidden states and mix
 
 from __future__ import annotations
 
-import copy
 import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from . import reference
 from .config import DualHeadConfig
 from .head import GatedHead
 from .head_base import StepOutput
-from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, gate_layer
+from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, columns_of, gate_layer
 from .quantized_head import QuantizedStorage
 
 
@@ -80,6 +79,10 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         self._start_as(linear)
         self.lm_head_trained = False  # its own weights go to files too
         self.packing_checked = False  # see packing.check_packing
+        # What backbone_trial finds: whether the backbone scales hidden states where others scale
+        # logits, and whether its f is the one that its config says (None: not tried).
+        self.scaled_input = False
+        self.knows_f: bool | None = None
         self.last_alpha: Tensor | None = None  # (B, N) of the latest call, for streaming inspection
         self._calls: dict[int, Call] = {}
 
@@ -107,13 +110,9 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
     def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         self.hold(weight, scale, dtype)
 
-    def __deepcopy__(self, memo: dict) -> DualHeadLMHead:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        state = {name: value for name, value in self.__dict__.items() if name != "_calls"}
-        twin.__dict__.update(copy.deepcopy(state, memo))
-        twin._calls = {}
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the forwards that are under way."""
+        return self.__dict__ | {"_calls": {}}
 
     # --- one forward of the model ---
 
@@ -138,13 +137,15 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         call = self._calls.get(self._thread())
         if call is None:
             return
-        call.hidden = output[0]
+        call.hidden = output[0].to(self.weight.device)  # elsewhere with a device_map
         batch, length = call.hidden.shape[:2]
         if call.attention_mask is not None:
             # PEFT puts virtual tokens before a prompt after it was asked which tokens are real.
             if call.new_valid is None or call.new_valid.shape[1] != length:
                 call.new_valid = call.attention_mask[:, -length:].bool()
-        cache = getattr(output, "past_key_values", None) if call.cache is None else call.cache
+        cache = call.cache
+        for name in ("past_key_values", "cache_params"):
+            cache = getattr(output, name, None) if cache is None else cache
         if not isinstance(cache, Cache):
             return
         call.layer = gate_layer(cache) or self._add_layer(cache, batch, length)
@@ -169,13 +170,13 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
                 "DualHeadForCausalLM: offloaded caches are not supported; use cache_implementation "
                 '"dynamic" or "static"'
             )
-        if cache.get_seq_length() > length:
+        unseen = columns_of(cache) - length
+        if unseen > 0:
             raise ValueError(
-                f"DualHeadForCausalLM: past_key_values holds "
-                f"{int(cache.get_seq_length()) - length} positions "
+                f"DualHeadForCausalLM: past_key_values holds {unseen} positions "
                 "that the gate has not seen; fill it with this model, not with the plain backbone"
             )
-        if cache.is_compileable:
+        if cache.is_compileable and not isinstance(cache, DynamicCache):
             capacity = _static_length(cache)
             layer: GateLayer = StaticGateLayer(self.new_cache(batch, capacity))
         else:
@@ -225,7 +226,10 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
                 "DualHeadLMHead: this backbone casts its hidden states to the dtype of "
                 f"lm_head.weight, which is {x.dtype} once quantised"
             )
-        raw = self.config.mix == "logits"
+        raw = self.config.mix == "logits" and not self.scaled_input
+        if self.scaled_input:
+            same = x.shape[:2] == call.hidden.shape[:2] and x.dim() == 3
+            x = keep_positions(call.hidden, 0 if same else call.logits_to_keep)
         if call.sampling is not None:
             return self._choose_token(x, call)
         if call.fused:
@@ -234,7 +238,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         else:
             logits, alpha = self._mix_kept(x, call)
         self.last_alpha = alpha.detach()
-        call.logits = None if raw else logits
+        call.logits = None if raw or self.scaled_input else logits
         call.raw = logits[:, -1:] if call.keep_raw else None
         return logits
 
@@ -264,7 +268,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
 
     def after_f(self, raw: Tensor) -> Tensor:
         """What the backbone makes of the head's logits, as far as its config says."""
-        if self.config.mix == "probs":
+        if self.config.mix == "probs" or self.scaled_input:
             return raw
         return reference.postprocess(raw, self.config.logit_scale, self.config.logit_softcap)
 
@@ -297,7 +301,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
             controls.get("objective_weights"),
             controls.get("max_kl"),
             controls.get("skip_threshold"),
-            post_process=self.config.mix != "logits",
+            post_process=self.config.mix != "logits" or self.scaled_input,
         )
         return (out.logits[:, 0], out.alpha[:, 0]) if flat else (out.logits, out.alpha)
 

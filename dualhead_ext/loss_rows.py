@@ -91,6 +91,7 @@ def log_probabilities(
         lm = _log_prob(_post(z_lm, options), labels)
         both = torch.logaddexp(F.logsigmoid(-gate_logit) + lm, F.logsigmoid(gate_logit) + of_reward)
         rows.mixed = torch.where(lm_only, lm, torch.where(rm_only, of_reward, both))
+        rows.mixed = rows.mixed.clamp(max=0.0)  # a probability of 1 may round to a little more
     return rows
 
 

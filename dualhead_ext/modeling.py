@@ -23,6 +23,7 @@ from .backbones import (
     decoder_of,
     inside_peft,
     module_name,
+    refuse_bypass,
     refuse_packed,
 )
 from .builtin_backbones import backbone_path
@@ -63,6 +64,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         backbone: str | os.PathLike | nn.Module,
         *,
         quantize: str | None = None,
+        trial: bool = True,
         **options: Any,
     ) -> DualHeadForCausalLM:
         """Extend a causal language model in place with a reward head (a copy of its LM head) and a
@@ -76,6 +78,8 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
             quantize: "int8", "fp8" or "int4": the heads in this format at once, see
                 :meth:`quantize`. A torchao lm_head needs it: its numbers become both heads', bit
                 for bit (:mod:`dualhead_ext.torchao_weights`).
+            trial: whether to try six tokens on the backbone, plain and gated, in one pass and with
+                a cache (:mod:`dualhead_ext.backbone_trial`).
             options: fields of :class:`DualHeadConfig` but sizes, bias and post-processing, which
                 are read from the backbone. For a path or name, all others go to its
                 ``from_pretrained``: device_map, revision, attn_implementation, gguf_file, ...;
@@ -83,8 +87,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         Raises:
             TypeError: not a causal language model, an unknown option, or an lm_head that something
                 else than torchao has quantised or adapted. ValueError: it has a gated head already;
-                quantize is no format, or not that of a torchao lm_head. The backbone is as it was
-                then.
+                quantize is no format, or not that of a torchao lm_head. NotImplementedError: it
+                calls its lm_head in a way that the gated head cannot serve; says how. The backbone
+                is as it was then.
         """
         if quantize is not None:
             check_format("from_backbone", quantize)
@@ -106,14 +111,19 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
                 "from_backbone: backbone must be a model, a path or a hub name, got "
                 f"{type(backbone).__name__}"
             )
-        model = cls._extend("from_backbone", backbone, config, quantize)
+        model = cls._extend("from_backbone", backbone, config, quantize, trial)
         if quantize is not None:
             model.quantize(quantize)
         return model
 
     @classmethod
     def _extend(
-        cls, operator: str, backbone: PreTrainedModel, config: dict[str, Any], quantize: str | None
+        cls,
+        operator: str,
+        backbone: PreTrainedModel,
+        config: dict[str, Any],
+        quantize: str | None,
+        trial: bool = True,
     ) -> DualHeadForCausalLM:
         """Attach heads in full precision; ``quantize`` is the format that they will have, if any.
         What can be wrong is found before the backbone is touched.
@@ -148,7 +158,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
             check_format(operator, quantize, settings.hidden_size)
         check_lm_weight(operator, linear.weight, quantize)
         extended = extended_class(DualHeadForCausalLM, type(backbone), _NEW_ARGUMENTS)
-        return attach(backbone, linear, settings, extended)
+        return attach(backbone, linear, settings, extended, operator, trial)
 
     # --- quantised heads ---
 
@@ -215,7 +225,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
             {name: new[name] for name in CONTROLS},
             attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             new_valid=new["dualhead_valid"],
-            cache=kwargs.get("past_key_values"),
+            cache=kwargs.get("past_key_values", kwargs.get("cache_params")),
             logits_to_keep=kwargs.get("logits_to_keep", 0),
             sampling=decoding.sampling,
             keep_raw=decoding.begun and not torch.compiler.is_compiling(),
@@ -257,6 +267,12 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         if input_ids is None:
             raise ValueError(
                 "DualHeadForCausalLM.forward: completion_mask needs input_ids, got None"
+            )
+        if self.lm_head_module.knows_f is False:
+            raise NotImplementedError(
+                f"DualHeadForCausalLM.forward: {type(self).__name__} changes its logits in a way "
+                "that its config does not say (logit_scale, logit_softcap), which the loss must "
+                "know"
             )
         hidden, completion_mask = new["hidden_states"], new["completion_mask"]
         if hidden is None:
@@ -321,6 +337,16 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         """The configuration of the gated head."""
         return self.lm_head_module.config
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As the backbone's; refuses a forward that would pass the gated head by."""
+        if name == "forward":
+            refuse_bypass(value)
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Its class is made when heads are attached: it is made again from the backbone's."""
+        return _of_base, (type(self).__bases__[1],), self.__getstate__()
+
     # --- what would go wrong in silence ---
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
@@ -328,3 +354,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         raise NotImplementedError(
             "resize_token_embeddings: resize the backbone first, then attach the gated head"
         )
+
+
+def _of_base(base: type[PreTrainedModel]) -> DualHeadForCausalLM:
+    """An empty model on the backbone class ``base``, to be filled by unpickling or copying."""
+    extended = extended_class(DualHeadForCausalLM, base, _NEW_ARGUMENTS)
+    return extended.__new__(extended)

@@ -303,16 +303,47 @@ def loss_rows(
 
     Args:
         z_lm, z_rm: (n, V) fp32, contiguous, on the CPU or CUDA; z_lm None where nothing is mixed.
-        gate_logit: (n,) fp32; labels: (n,) int64 in [0, V), which is not checked here.
+        gate_logit: (n,) fp32; labels: (n,) int64 in [0, V).
     Returns:
-        mixed, reward: (n,) fp32, (0,) if not asked for; normalizers (2, n) float64, for
-        :func:`loss_rows_backward_`.
+        mixed, reward: (n,) fp32, at most 0; (0,) if not asked for. normalizers (2, n) float64, for
+        :func:`loss_rows_backward_`: of the mixture and of the reward head, 0 where not needed.
     Raises:
-        RuntimeError: a shape, dtype or layout, naming it; nothing has been written.
+        RuntimeError: a shape, dtype or layout, naming it. ValueError: on the CPU, a label outside
+        [0, V); on CUDA, where looking would wait for the device, its row gets NaN. Nothing has
+        been written.
     """
-    return torch.ops.dualhead.loss_rows(
+    labels, outside = _labels_inside("loss_rows", labels, z_rm)
+    of_mixture, of_reward, normalizers = torch.ops.dualhead.loss_rows(
         z_lm, z_rm, gate_logit, labels, mixed, reward, mix_probs, logit_scale, logit_softcap
     )
+    for found in (of_mixture, of_reward):
+        found.clamp_(max=0.0)  # a probability of 1 may round to a little more
+        if outside is not None and found.numel():
+            found.masked_fill_(outside, torch.nan)
+    if not mixed:
+        normalizers[0].zero_()
+    if not reward and not mix_probs:
+        normalizers[1].zero_()
+    return of_mixture, of_reward, normalizers
+
+
+def _labels_inside(operator: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Labels that the kernel may read by, and on CUDA which of them were outside [0, V): the kernel
+    would read another row's logits, or another tensor's.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or logits.dim() != 2:
+        return labels, None  # the operator says what is wrong
+    vocabulary = logits.shape[-1]
+    if labels.device.type == "cpu":
+        if labels.numel():
+            low, high = (int(bound) for bound in labels.aminmax())
+            if low < 0 or high >= vocabulary:
+                raise ValueError(
+                    f"{operator}: labels must be in 0..{vocabulary - 1}, got "
+                    f"{low if low < 0 else high}"
+                )
+        return labels, None
+    return labels.clamp(0, vocabulary - 1), (labels < 0) | (labels >= vocabulary)
 
 
 def loss_rows_backward_(
@@ -338,12 +369,19 @@ def loss_rows_backward_(
         mixed_grad, reward_grad: (n,) fp32, upstream, or None.
         others: as given to :func:`loss_rows`.
     Raises:
-        RuntimeError: as :func:`loss_rows`.
+        RuntimeError, ValueError: as :func:`loss_rows`; on CUDA, logits of a row whose label is
+        outside become NaN.
     """
-    return torch.ops.dualhead.loss_rows_backward_(
+    labels, outside = _labels_inside("loss_rows_backward_", labels, z_rm)
+    gate = torch.ops.dualhead.loss_rows_backward_(
         z_lm, z_rm, gate_logit, labels, normalizers, mixed, mixed_grad, reward_grad, write_lm,
         mix_probs, logit_scale, logit_softcap,
     )  # fmt: skip
+    if outside is not None:
+        for z in (z_rm, z_lm if write_lm else None):
+            if z is not None:
+                z.masked_fill_(outside[:, None], torch.nan)
+    return gate
 
 
 if _extension.problem("cpu") is None:

@@ -147,8 +147,19 @@ def quantize(weight: Tensor, name: str, calibration: Tensor | None = None) -> tu
             shape or not finite. TypeError: not a floating-point weight, or one that is quantised
             already; calibration that is not a floating-point tensor.
     """
+    _check_weight("quantize", weight)
     check_format("quantize", name, weight.shape[-1])
     return quantize_with(weight, name, calibration_factor("quantize", calibration, weight))
+
+
+def _check_weight(operator: str, weight: Any) -> None:
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+        got = weight.layout if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{operator}: weight must be a dense tensor (..., V, d), got {got}")
+    if weight.dim() < 2 or weight.numel() == 0:
+        raise ValueError(
+            f"{operator}: weight must be (..., V, d) and not empty, got {tuple(weight.shape)}"
+        )
 
 
 @torch.no_grad()
@@ -225,12 +236,23 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     """What quantised numbers mean: (..., V, d) in ``dtype``; the format is known by its dtype.
 
     Raises:
-        TypeError: ``weight`` has no quantised format's dtype.
+        TypeError: ``weight`` has no quantised format's dtype, ``scale`` is not fp32, or ``dtype``
+            no floating point. ValueError: shapes that do not go together.
     """
+    _check_weight("dequantize", weight)
     name = format_of(weight)
     if name is None:
         raise TypeError(f"dequantize: weight must be quantised, got {weight.dtype}")
     weight_format = FORMATS[name]
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+        got = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
+        raise TypeError(f"dequantize: scale must be a float32 tensor, got {got}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dequantize: dtype must be a floating-point dtype, got {dtype!r}")
+    d = weight.shape[-1] * (1 if weight_format.unpack is None else 2)
+    shape = storage_shapes(name, (*weight.shape[:-1], d))[1]
+    if scale.shape != shape:
+        raise ValueError(f"dequantize: scale must be {shape}, got {tuple(scale.shape)}")
     if weight_format.unpack is not None:
         weight = weight_format.unpack(weight)
     scale = scale.to(dtype)

@@ -134,20 +134,24 @@ def test_cxx_may_be_several_words(no_tools, monkeypatch):
 
 
 def test_cuda_switch(no_tools, monkeypatch):
-    assert toolchain.choose_cuda() is None
+    assert toolchain.choose_cuda("12.8") is None
     monkeypatch.setenv("DUALHEAD_CUDA", "1")
     with pytest.raises(toolchain.BuildError, match=r"DUALHEAD_CUDA=1 .* no nvcc was found"):
-        toolchain.choose_cuda()
+        toolchain.choose_cuda(None)
     nvcc = fake_program(no_tools / "toolkit" / "bin" / "nvcc", "Cuda tools, release 12.8, V12.8.93")
     monkeypatch.setenv("CUDA_HOME", str(no_tools / "toolkit"))
-    assert toolchain.choose_cuda() == toolchain.Nvcc(str(nvcc), "12.8")
-    monkeypatch.setenv("DUALHEAD_CUDA", "auto")
-    assert toolchain.choose_cuda().version == "12.8"
-    monkeypatch.setenv("DUALHEAD_CUDA", "0")
-    assert toolchain.choose_cuda() is None
+    found = toolchain.Nvcc(str(nvcc), "12.8")
+    # (switch, CUDA of torch) -> whether the CUDA library is built.
+    cases = {("1", None): True, ("1", "12.8"): True, ("0", None): False, ("0", "12.8"): False}
+    cases |= {("auto", None): False, ("auto", "13.0"): True, ("nvcc", None): True}
+    for (switch, torch_cuda), built in cases.items():
+        monkeypatch.setenv("DUALHEAD_CUDA", switch)
+        assert toolchain.choose_cuda(torch_cuda) == (found if built else None), (switch, torch_cuda)
+    monkeypatch.delenv("DUALHEAD_CUDA")
+    assert toolchain.choose_cuda(None) is None  # pip install . beside a CPU-only torch
     monkeypatch.setenv("DUALHEAD_CUDA", "yes")
-    with pytest.raises(toolchain.BuildError, match="must be auto, 0 or 1, got 'yes'"):
-        toolchain.choose_cuda()
+    with pytest.raises(toolchain.BuildError, match="must be auto, nvcc, 0 or 1, got 'yes'"):
+        toolchain.choose_cuda(None)
 
 
 def test_archs_are_those_of_the_environment(monkeypatch):
@@ -311,7 +315,7 @@ def test_the_wheel(checkout):
     ("variables", "sentence"),
     [
         ({"CXX": "no-such-g++"}, "CXX names the C++ compiler 'no-such-g++', which is not found."),
-        ({"DUALHEAD_CUDA": "maybe"}, "DUALHEAD_CUDA must be auto, 0 or 1, got 'maybe'."),
+        ({"DUALHEAD_CUDA": "maybe"}, "DUALHEAD_CUDA must be auto, nvcc, 0 or 1, got 'maybe'."),
     ],
 )
 def test_a_build_that_cannot_be_is_one_sentence(checkout, variables, sentence):

@@ -54,6 +54,7 @@ LAYERS = (
     {
         "calibration",
         "lm_head",
+        "backbone_trial",
         "attachment",
         "pretrained",
         "generation",
