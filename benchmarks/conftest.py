@@ -25,6 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
         value = getattr(option, name)  # 0 seconds are a value too
         if value is not None and value is not False and not option.benchmark:
             raise pytest.UsageError(f"--{name.replace('_', '-')} needs --benchmark")
+    if option.benchmark and option.showcapture == "all":
+        # What a benchmark says goes past capturing; the rest is torch's compiler, thousands of
+        # lines of its log, in which the failure would drown.
+        option.showcapture = "no"
 
 
 @dataclass

@@ -20,9 +20,14 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 class _Follower:
     """A second model's cache, fed with what generate() has appended since the last call."""
 
-    def __init__(self, name: str, model: nn.Module, attention_mask: Tensor | None) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, attention_mask: Tensor | None, forgets: bool = False
+    ) -> None:
         self._name, self._model, self._mask = name, model, attention_mask
-        self._cache = DynamicCache(config=model.config)
+        self._window, self._types = _windows(name, model) if forgets else (0, set())
+        # Of sliding layers too all columns: one that has dropped some cannot forget candidates. The
+        # masks keep to the window.
+        self._cache = DynamicCache() if self._window else DynamicCache(config=model.config)
         self._seen: Tensor | None = None
 
     def feed(self, ids: Tensor, candidates: Tensor | None = None, **options: Any) -> Any:
@@ -75,20 +80,51 @@ class _Follower:
             )
         return self._mask.long().repeat_interleave(ids.shape[0] // rows, dim=0)
 
-    def _attention(self, mask: Tensor, new: int, k: int) -> Tensor:
+    def _attention(self, mask: Tensor, new: int, k: int) -> Tensor | dict[str, Tensor]:
         """(B, 1, new + k, T + k), added to scores: causal over the text; a candidate sees the text
-        and itself.
+        and itself. One for each kind of layer where a model has several.
         """
         rows, length = mask.shape
-        tokens = torch.ones(new, length, dtype=torch.bool, device=mask.device)
-        tokens = tokens.tril(length - new)
+        columns = torch.arange(length, device=mask.device)
+        # A candidate stands in the text's next column.
+        places = torch.cat((columns[length - new :], columns.new_full((k,), length)))[:, None]
+        over_text = (columns <= places)[None] & mask.bool()[:, None]
         eye = torch.eye(k, dtype=torch.bool, device=mask.device)
-        over_text = torch.cat((tokens, tokens.new_ones(k, length)))[None] & mask.bool()[:, None]
         over_candidates = torch.cat((eye.new_zeros(new, k), eye))[None].expand(rows, -1, -1)
-        visible = torch.cat((over_text, over_candidates), -1)[:, None]
         dtype = next(self._model.parameters()).dtype
         lowest = torch.finfo(dtype).min  # not -inf: a padding row sees nothing, and must not be NaN
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
+
+        def added(seen: Tensor) -> Tensor:
+            visible = torch.cat((seen, over_candidates), -1)[:, None]
+            return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
+
+        if not self._window:
+            return added(over_text)
+        sliding = added(over_text & (columns > places - self._window))
+        if not self._types:
+            return sliding
+        return {"full_attention": added(over_text), "sliding_attention": sliding}
+
+
+def _windows(name: str, model: nn.Module) -> tuple[int, set[str]]:
+    """The window of a model's sliding layers, 0 if it has none, and the kinds of its layers where
+    its config tells them apart.
+
+    Raises:
+        ValueError: layers that neither see all of the text nor a window of it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    types = set(getattr(config, "layer_types", None) or ())
+    if unknown := types - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{name}: models must have full or sliding attention, got {', '.join(sorted(unknown))}"
+        )
+    window = getattr(config, "sliding_window", None) or 0
+    if (types and "sliding_attention" not in types) or (
+        not types and getattr(config, "use_sliding_window", True) is False
+    ):
+        window = 0
+    return window, types
 
 
 class AutoregressiveGuidance(LogitsProcessor):
@@ -162,7 +198,9 @@ class TrajectoryGuidance(LogitsProcessor):
             raise ValueError(f"TrajectoryGuidance: k must be at least 1, got {k}")
         self._score = _one_score("TrajectoryGuidance", reward_model)
         self._weight, self._k = float(weight), k
-        self._follower = _Follower("TrajectoryGuidance", reward_model.base_model, attention_mask)
+        self._follower = _Follower(
+            "TrajectoryGuidance", reward_model.base_model, attention_mask, forgets=True
+        )
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

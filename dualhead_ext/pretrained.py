@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import PushToHubMixin
 
 from .atomic import write_durably
-from .backbones import module_name
+from .backbones import inside_peft, module_name
 from .builtin_backbones import BUILTIN_BACKBONES, backbone_path, builtin_name
 from .config import FORMAT_NAMES, DualHeadConfig
 from .fingerprint import VALUES, check_fingerprint, fingerprint
@@ -164,6 +164,8 @@ class DualHeadFilesMixin(PushToHubMixin):
         device_map: Any = None,
         revision: str | None = None,
         quantize: str | None = None,
+        trial: bool = True,
+        **options: Any,
     ) -> Any:
         """Restore heads, bit for bit, on their backbone.
 
@@ -176,6 +178,8 @@ class DualHeadFilesMixin(PushToHubMixin):
             quantize: "int8", "fp8" or "int4": full-precision heads, once restored, in this
                 format; see :meth:`dualhead_ext.DualHeadForCausalLM.quantize`. Of a file that holds
                 quantised heads, their format or None.
+            trial: as :meth:`dualhead_ext.DualHeadForCausalLM.from_backbone`; options: what else the
+                backbone's ``from_pretrained`` takes (attn_implementation, gguf_file, ...).
         Raises:
             FileNotFoundError: no such folder or file. ValueError: a damaged or foreign file, a
                 newer format, another vocabulary or hidden size than the backbone's, another
@@ -207,7 +211,7 @@ class DualHeadFilesMixin(PushToHubMixin):
                     f"from_pretrained: {folder} names the backbone {backbone!r}, which is not a "
                     f"hub name"
                 )
-        loaded = _load_backbone(backbone, dtype, device_map, source["revision"])
+        loaded = _load_backbone(backbone, dtype, device_map, source["revision"], options)
         linear = loaded.get_output_embeddings()
         for name, there in (
             ("vocab_size", linear.out_features),
@@ -219,7 +223,9 @@ class DualHeadFilesMixin(PushToHubMixin):
                     f"the backbone has {there}"
                 )
         check_fingerprint(loaded, source["fingerprint"], where)
-        model = cls._extend("from_pretrained", loaded, config.to_dict(), quantized or quantize)
+        model = cls._extend(
+            "from_pretrained", loaded, config.to_dict(), quantized or quantize, trial
+        )
         if quantized is None and "lm_head.weight" in state:
             untie_lm_head(model)
         load_head_state(model.lm_head_module, state, where, quantized)
@@ -233,16 +239,22 @@ def _is_head(name: str) -> bool:
 
 
 def _load_backbone(
-    backbone: Any, dtype: Any, device_map: Any, revision: str | None
+    backbone: Any, dtype: Any, device_map: Any, revision: str | None, options: dict[str, Any]
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    backbone = inside_peft(backbone)
     if isinstance(backbone, PreTrainedModel):
+        if options:
+            raise TypeError(
+                f"from_pretrained: unknown arguments {', '.join(sorted(options))}; what a "
+                "backbone's from_pretrained takes is for a path or hub name, not for a model"
+            )
         return backbone
     return AutoModelForCausalLM.from_pretrained(
         backbone_path(backbone),
         dtype=dtype or "auto",
         device_map=device_map,
         revision=revision,
-        trust_remote_code=False,
+        **{"trust_remote_code": False} | options,
     )

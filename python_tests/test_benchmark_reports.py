@@ -216,6 +216,7 @@ def test_pytest_benchmark_from_the_root(tmp_path):
     assert "1 failed, 3 passed" in done.stdout
     assert "_ test_decode_step[40x77-bf16] _" in done.stdout
     assert "deselected" not in done.stdout, "tests were collected beside the benchmarks"
+    assert "Captured log" not in done.stdout, "the failure drowns in torch's log"
     for text in ("40x77-fp32: ", "40x77-bf16: ", "dualhead", "eager", "lm_head", "tokens/s"):
         assert text in done.stdout
     results = report.load(path)

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny_models import VOCAB, make_backbone, make_model, prompts
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -107,6 +108,42 @@ def test_args_equals_a_slow_loop(weight, k):
     expected = slow_batch(batch, scores)
     assert torch.equal(got[:, -NEW:], expected)
     assert not torch.equal(expected, base.generate(**batch, **GREEDY)[:, -NEW:])
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma2"])
+def test_args_beyond_a_sliding_window(kind):
+    """Texts longer than the window of the reward model's layers, all or some of which slide."""
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        num_labels=1,
+        pad_token_id=None,
+    )
+    judge = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    with torch.no_grad():
+        for parameter in judge.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        judge.score.weight.normal_()
+    model, batch = make_backbone("llama"), prompts()
+
+    def next_scores(ids):
+        logits = model(ids).logits[:, -1].detach()
+        top, tokens = logits.topk(5)
+        total = torch.full_like(logits, -torch.inf)
+        for value, token in zip(top[0], tokens[0], strict=True):
+            text = torch.cat((ids, token.view(1, 1)), 1)
+            total[0, token] = value + 2.0 * reward(judge, text)
+        return total
+
+    text = decoding.args(model, batch, reward_model=judge, weight=2.0, k=5, **GREEDY)
+    assert torch.equal(text[:, -NEW:], slow_batch(batch, next_scores))
 
 
 def test_neutral_settings_are_the_backbones_own_text():

@@ -326,3 +326,12 @@ def test_arguments_of_from_pretrained(tmp_path):
         dh.DualHeadForCausalLM.from_backbone(tmp_path, no_such_option=1)
     with pytest.raises(TypeError, match="unknown arguments attn_implementation"):
         dh.DualHeadForCausalLM.from_backbone(make_backbone("llama"), attn_implementation="eager")
+    model.save_pretrained(tmp_path / "heads")
+    again = dh.DualHeadForCausalLM.from_pretrained(
+        tmp_path / "heads", backbone=tmp_path, attn_implementation="eager"
+    )
+    assert again.config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="unknown arguments attn_implementation"):
+        dh.DualHeadForCausalLM.from_pretrained(
+            tmp_path / "heads", backbone=make_backbone("llama"), attn_implementation="eager"
+        )
