@@ -2,6 +2,7 @@
 # make install   .venv with everything, this package in it (editable); a second run does nothing
 # make demo      train and decode on real preference pairs, a few minutes
 # make test      C++ tests, then pytest; what continuous integration runs
+# make campaign  random calls of the heads' methods, half an hour
 # make build     recompile what changed under csrc/
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
 # make lint      ruff and clang-format on every file;  make format puts them right
@@ -37,7 +38,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test cpp-test sanitize lint format bench clean
+.PHONY: install build demo test campaign cpp-test sanitize lint format bench clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
@@ -68,6 +69,10 @@ demo: build
 
 test: cpp-test
 	$(VENV_PYTHON) -m pytest
+
+# Random calls of the heads' methods for half an hour; `make test` has a short run of the same.
+campaign: build
+	DUALHEAD_CAMPAIGN_SECONDS=1800 $(VENV_PYTHON) -m pytest python_tests/campaigns
 
 cpp-test: build
 	@$(VENV_PYTHON) python_tests/native.py

@@ -131,10 +131,11 @@ def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
     if head.bias is not None:
         linear.bias = head.bias
     linear.train(head.training)
+    if not hasattr(model, "_hf_hook"):
+        # accelerate's mixed precision, and its unwrapping, keep the gated forward in the instance.
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
     _take_out(model, linear)
-    # accelerate's mixed precision keeps the gated forward in the instance.
-    if "_original_forward" in model.__dict__:
-        del model._original_forward, model.forward
     return model
 
 

@@ -81,15 +81,15 @@ def per_row(
             )
         return value.to(device=device, dtype=dtype)
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else sys.maxsize
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise TypeError(
                 f"{operator}: {name} must be {expected}, or one per row, got {number!r}"
             )
-        if isinstance(number, int):
-            wrong = abs(number) > sys.float_info.max  # no float, and torch takes no such integer
-        elif math.isfinite(number):
-            wrong = dtype == torch.int32 and number != int(number)
+        # An integer may be too large for any float, which isfinite() would raise for.
+        if isinstance(number, int) or math.isfinite(number):
+            wrong = abs(number) > largest or (dtype == torch.int32 and number != int(number))
         else:
             wrong = name != "max_kl"
         if wrong or not lowest <= number <= highest or (name == "top_p" and number == 0):

@@ -6,7 +6,7 @@ attached.
 import pytest
 import torch
 import transformers
-from tiny_models import VOCAB, make_backbone, prompts
+from tiny_models import FAMILIES, VOCAB, make_backbone, make_model, prompts
 from transformers.cache_utils import DynamicCache
 
 import dualhead_ext as dh
@@ -109,6 +109,12 @@ def test_served(family, mix):
     text = model.generate(ids, **GREEDY)
     full = model(text).logits
     assert torch.equal(full[:, 6:-1].argmax(-1), text[:, 7:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_usual_families_pass(family):
+    head = make_model(family, trial=True).lm_head_module
+    assert head.knows_f and not head.scaled_input
 
 
 @pytest.mark.parametrize("family", REFUSED)
