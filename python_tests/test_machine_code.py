@@ -83,7 +83,15 @@ def test_shared_loads_of_products_by_width():
         plain("HMMA.16816.F32 R4, R8, R12, R4", 7),
         plain("@P0 BRA 0x0", 5),
         plain("LDS.U8 R4, [R2]"),  # outside
+        plain("STL [R1], R4"),
     )
+    spilling = report_of(
+        plain("LDS.128 R4, [R2]"),
+        plain("LDL R8, [R1]"),
+        plain("HMMA.16816.F32 R4, R8, R12, R4", 7),
+        plain("@P0 BRA 0x0", 5),
+    )
+    assert spilling["consumer_loops"][0]["local_accesses"] == 1
     around = report_of(
         plain("LDS.64 R4, [R2]", 3),
         plain("HMMA.16816.F32 R4, R8, R12, R4", 7),
@@ -97,6 +105,7 @@ def test_shared_loads_of_products_by_width():
             "instructions": 5,
             "stall_cycles": 15,
             "shared_loads": {"128": 1, "32": 1, "LDSM": 1},
+            "local_accesses": 0,
         }
     ]
 
@@ -134,7 +143,7 @@ def test_names_are_the_same_from_build_to_build():
 
 def test_limits_find_what_is_over_them():
     copies = {"copies": 8, "kind": "UTMALDG", "by_lanes": False, "stall_cycles_per_copy": 46}
-    consumers = {"products": 8, "shared_loads": {"128": 2, "LDSM": 1}}
+    consumers = {"products": 8, "shared_loads": {"128": 2, "LDSM": 1}, "local_accesses": 0}
     projection = {"loads": 8, "before_a_wait": 8, "products": 8}
     good = {
         "copy_loops": [copies],
@@ -151,6 +160,7 @@ def test_limits_find_what_is_over_them():
             {"consumer_loops": [consumers | {"shared_loads": {"32": 1}}]},
             "shared loads",
         ),
+        ({"consumer_loops": [consumers | {"local_accesses": 2}]}, "spilled"),
         ({"global_loops": [projection | {"before_a_wait": 1}]}, "projection"),
     ):
         assert word in "; ".join(machine_code.violations(good | change)), change

@@ -172,6 +172,7 @@ def _consumer_loops(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
                 "instructions": len(body),
                 "stall_cycles": sum(one.stall for one in body),
                 "shared_loads": dict(sorted(widths.items())),
+                "local_accesses": sum(_base(one) in ("LDL", "STL") for one in inner),
             }
     return list(found.values())
 
@@ -229,7 +230,8 @@ LEAST_LOADS_IN_FLIGHT = 8  # of the gate's projections
 def violations(one: dict[str, Any]) -> list[str]:
     """Sentences on what is over the limits in the report of a streaming kernel.
 
-    Registers and spills have theirs in python_tests/test_cuda_compile.py.
+    Registers, and what is spilled outside of these loops, have theirs in
+    python_tests/test_cuda_compile.py.
     """
     found = []
     if one["membar_sc_in_loops"]:
@@ -242,6 +244,8 @@ def violations(one: dict[str, Any]) -> list[str]:
     for loop in one["consumer_loops"]:
         if not set(loop["shared_loads"]) <= {"128", "LDSM"}:
             found.append(f"shared loads by width, {loop['shared_loads']}, beside products")
+        if loop["local_accesses"]:
+            found.append(f"{loop['local_accesses']} spilled registers among products")
     for loop in one["global_loops"]:
         if loop["products"] and loop["before_a_wait"] < LEAST_LOADS_IN_FLIGHT:
             found.append(f"a projection with {loop['before_a_wait']} loads before a wait")
