@@ -23,17 +23,39 @@ __device__ __forceinline__ float operand_unit(float largest) {
   return bits_float(static_cast<uint32_t>(bounded - 14 + 127) << 23);
 }
 
-// The largest magnitude among a thread's share of a row of d inputs, a multiple of 8; NaN is left
-// to the sums.
-__device__ __forceinline__ float largest_of(Numbers row, int64_t d, int thread, int threads) {
+// Eights that a thread asks for before it uses the first.
+constexpr int kOperandAhead = 4;
+
+// Of a whole row of d inputs, a multiple of 8, among which thread `thread` has every `threads`-th
+// eight; NaN is left to the sums.
+template <DType kDType>
+__device__ __forceinline__ float largest_in(const void* row, int64_t d, int thread, int threads) {
   float largest = 0.0f;
-  for (int64_t i = 8 * thread; i < d; i += 8 * threads) {
-    float eight[8];
-    row.eight(i, eight);
+  for (int64_t first = thread; first < d / 8; first += kOperandAhead * threads) {
+    Eight<kDType> eight[kOperandAhead];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(eight[j]));
+    for (int n = 0; n < kOperandAhead; ++n) {
+      const int64_t at = 8 * (first + n * threads);
+      eight[n].template load<true>(row, at, d - at);
+    }
+#pragma unroll
+    for (int n = 0; n < kOperandAhead; ++n) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(eight[n].number(j)));
+    }
   }
   return largest;
+}
+
+__device__ __noinline__ float largest_of(Numbers row, int64_t d, int thread, int threads) {
+  switch (row.dtype) {
+    case DType::kFloat32:
+      return largest_in<DType::kFloat32>(row.data, d, thread, threads);
+    case DType::kBFloat16:
+      return largest_in<DType::kBFloat16>(row.data, d, thread, threads);
+    default:
+      return largest_in<DType::kFloat16>(row.data, d, thread, threads);
+  }
 }
 
 // Where a row of the operand goes, eight positions to each sixteen bytes: one after the other, or
@@ -48,32 +70,64 @@ struct OperandPlace {
   }
 };
 
+template <DType kDType>
+__device__ __forceinline__ void write_eights(Format format, const void* data, int64_t d, float unit,
+                                             int terms, OperandPlace to, int64_t eights,
+                                             int64_t term_bytes, int thread, int threads) {
+  const Numbers row{data, kDType};
+  const int run = run_inputs(format);
+  const float inverse = 1.0f / unit;  // a power of two
+  for (int64_t first = thread; first < eights; first += kOperandAhead * threads) {
+    Four low[kOperandAhead], high[kOperandAhead];
+#pragma unroll
+    for (int n = 0; n < kOperandAhead; ++n) {
+      // Eight positions are two fours of neighbours (input_of), the middle two of each crossed.
+      const int64_t i = first + n * threads, begin = 8 * i / run * run;
+      const int64_t k = begin + input_of(format, static_cast<int>(8 * i - begin));
+      const int64_t further = begin + input_of(format, static_cast<int>(8 * i - begin) + 4);
+      low[n] = row.four<true>(k, i < eights ? d - k : 0);
+      high[n] = row.four<true>(further, i < eights ? d - further : 0);
+    }
+#pragma unroll
+    for (int n = 0; n < kOperandAhead; ++n) {
+      const int64_t i = first + n * threads;
+      if (i >= eights) break;
+      float rest[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int crossed = (j & 1) << 1 | (j >> 1 & 1);
+        rest[j] = (j < 4 ? low[n] : high[n]).x[crossed] * inverse;
+      }
+      for (int term = 0; term < terms; ++term) {
+        Words words;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Float16 left = from_float<Float16>(rest[2 * j]);
+          const Float16 right = from_float<Float16>(rest[2 * j + 1]);
+          words.x[j] = left.bits | static_cast<uint32_t>(right.bits) << 16;
+          rest[2 * j] -= to_float(left), rest[2 * j + 1] -= to_float(right);
+        }
+        store_words(to.sixteen(i) + term * term_bytes, words);
+      }
+    }
+  }
+}
+
 // Writes a thread's share of a row: `eights` of positions (fragments.cuh), `term_bytes` between
 // terms; zeros beyond d. Not inlined: one copy serves all formats.
 __device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d, float unit,
                                            int terms, OperandPlace to, int64_t eights,
                                            int64_t term_bytes, int thread, int threads) {
-  const int run = run_inputs(format);
-  const float inverse = 1.0f / unit;  // a power of two
-  for (int64_t i = thread; i < eights; i += threads) {
-    float rest[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int position = static_cast<int>(8 * i % run) + j;
-      const int64_t k = 8 * i / run * run + input_of(format, position);
-      rest[j] = k < d ? row(k) * inverse : 0.0f;
-    }
-    for (int term = 0; term < terms; ++term) {
-      Words words;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const Float16 first = from_float<Float16>(rest[2 * j]);
-        const Float16 second = from_float<Float16>(rest[2 * j + 1]);
-        words.x[j] = first.bits | static_cast<uint32_t>(second.bits) << 16;
-        rest[2 * j] -= to_float(first), rest[2 * j + 1] -= to_float(second);
-      }
-      store_words(to.sixteen(i) + term * term_bytes, words);
-    }
+  switch (row.dtype) {
+    case DType::kFloat32:
+      return write_eights<DType::kFloat32>(format, row.data, d, unit, terms, to, eights, term_bytes,
+                                           thread, threads);
+    case DType::kBFloat16:
+      return write_eights<DType::kBFloat16>(format, row.data, d, unit, terms, to, eights,
+                                            term_bytes, thread, threads);
+    default:
+      return write_eights<DType::kFloat16>(format, row.data, d, unit, terms, to, eights, term_bytes,
+                                           thread, threads);
   }
 }
 
@@ -97,6 +151,38 @@ __device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspac
     write_operand(format, row, p.d, unit, terms, {to, kBlockBytes, 0}, row_bytes / 16,
                   p.B * row_bytes, threadIdx.x, kThreads);
     group_barrier<kGroup, kThreads>();  // every thread has read the slots
+  }
+}
+
+// Rows of the whole batch to shared memory, in swizzled blocks, by the kConsumers warps that form
+// `kGroup`: as many warps to a row as there are for each. slot: one float per warp. Not inlined,
+// for the sake of the callers' registers.
+template <int kGroup>
+__device__ __noinline__ void prepare_resident(const DecodeParams& p, Format format, int terms,
+                                              unsigned char* to, int block_pitch, int sixteens,
+                                              float* scales, float* slot) {
+  int warps = kConsumers;
+  while (warps > 1 && warps * p.B > kConsumers) warps /= 2;
+  const int thread = warp_in_block() % warps * kWarp + lane_index(), threads = warps * kWarp;
+  const int64_t term_bytes = static_cast<int64_t>(sixteens / 8) * block_pitch;
+  // Several warps to a row: one round, which all of them enter.
+  for (int b = warp_in_block() / warps; b < p.B || warps > 1; b += kConsumers / warps) {
+    const bool there = b < p.B;
+    const Numbers row = Numbers{p.hidden, p.dtype}.from((there ? b : 0) * p.hidden_stride);
+    float largest = warp_max(largest_of(row, there ? p.d : 0, thread, threads));
+    if (warps > 1) {
+      if (lane_index() == 0) slot[warp_in_block()] = largest;
+      group_barrier<kGroup, kConsumers * kWarp>();  // every warp's is there
+      for (int i = 0; i < warps; ++i) {
+        largest = fmaxf(largest, slot[warp_in_block() / warps * warps + i]);
+      }
+    }
+    if (!there) return;
+    const float unit = operand_unit(largest);
+    if (thread == 0) scales[b] = unit;
+    write_operand(format, row, p.d, unit, terms, {to + b * kBlockBytes, block_pitch, b}, sixteens,
+                  term_bytes, thread, threads);
+    if (warps > 1) return;
   }
 }
 

@@ -155,14 +155,8 @@ __device__ __forceinline__ void load_resident(const Stream& s) {
       store_words(to + j / 8 * block_pitch + swizzled(b, j % 8), words);
     }
   } else {
-    for (int b = warp_in_block(); b < p.B; b += kConsumers) {
-      const int64_t term_bytes = static_cast<int64_t>(blocks) * block_pitch;
-      const Numbers row = Numbers{p.hidden, p.dtype}.from(b * p.hidden_stride);
-      const float unit = operand_unit(warp_max(largest_of(row, p.d, lane_index(), kWarp)));
-      if (lane_index() == 0) resident_scales()[b] = unit;
-      write_operand(kFormat, row, p.d, unit, s.terms, {to + b * kBlockBytes, block_pitch, b},
-                    sixteens, term_bytes, lane_index(), kWarp);
-    }
+    prepare_resident<kConsumerGroup>(p, kFormat, s.terms, to, block_pitch, sixteens,
+                                     resident_scales(), prepare_slots());
   }
   group_barrier<kConsumerGroup, kConsumers * kWarp>();
 }
