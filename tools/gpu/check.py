@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ SECONDS = {"check": 465.0, "recheck": 192.0, "training": 192.0, "models": 192.0,
 SMOKE_SECONDS, TIMING_SECONDS, TEST_SECONDS, BENCHMARK_SECONDS = 20.0, 25.0, 45.0, 25.0
 SAMPLING = "python_tests/test_cuda_sampling.py"
 PARALLEL = 4  # processes side by side on the GPU
+CPU_PATIENCE = 4  # limits of stages on the CPU, which may be a busy one, as a multiple
 
 
 @dataclass
@@ -67,6 +68,10 @@ class Check:
     @property
     def toy(self) -> bool:
         return self.device == "cpu"
+
+    @property
+    def parallel(self) -> int:
+        return 1 if self.toy else PARALLEL
 
     def worker(self, module: str) -> Any:
         """The command of a worker for the cases it is given."""
@@ -112,7 +117,7 @@ class Check:
         limits = Limits(self.import_seconds * 3 + 15, SMOKE_SECONDS, end_time)
         command = self.worker("tools.gpu.smoke")
         each = [[name] for name in names]
-        _side_by_side(PARALLEL, command, each, limits, cases, self.output.log)
+        _side_by_side(self.parallel, command, each, limits, cases, self.output.log)
         return cases.outcome()
 
     def _can_smoke(self, name: str) -> bool:
@@ -156,7 +161,7 @@ class Check:
         files = [path for path in _files_of_gpu_tests() if path != SAMPLING]
         if self.toy:
             files = ["python_tests/test_skipping.py"]
-        return self._pytest("tests", self.tests or files, TEST_SECONDS, PARALLEL, end_time)
+        return self._pytest("tests", self.tests or files, TEST_SECONDS, self.parallel, end_time)
 
     def run_sampling(self, end_time: float) -> tuple[str, str]:
         """The statistics of many draws."""
@@ -339,6 +344,8 @@ def main(arguments: list[str] | None = None) -> int:
         load = Stage("load", 260 if check.build else 120, 20, check.load)
         stages.run([load])
         wanted = plan(check, options.mode)
+        if check.toy:
+            wanted = [replace(stage, limit=CPU_PATIENCE * stage.limit) for stage in wanted]
         if options.only:
             wanted = [stage for stage in wanted if stage.name in options.only]
         if stages.passed or found is None:
