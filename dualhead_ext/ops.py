@@ -112,7 +112,8 @@ def decode_step(
     token::
 
         l = sum_i sum_s softmax_s(q_i . k_{s,i} / sqrt(d_k)) u_{s,i} + gate_bias     (+ gate_offset)
-        a = clamp(strength * (alpha or sigmoid(l)), 0, 1)           then 0 if a < s, 1 if 1 - a < s
+        a = max(strength * (alpha or sigmoid(l)), 0)                with mix_probs at most 1;
+            then 0 if a < s, 1 if |1 - a| < s
         z = f((1 - a) z_LM + a z_RM),  z_RM = sum_k w_k z_RM,k      or, with mix_probs,
         z = log((1 - a) softmax(f(z_LM)) + a softmax(f(z_RM)))
         token = argmax z, or a draw from softmax(z / temperature) after top-k, top-p and min-p

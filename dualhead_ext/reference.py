@@ -117,8 +117,9 @@ def mixing_weight(
     )
     if strength is not None:
         strength = strength.to(gate_logit.dtype)
+        highest = 1.0 if mix == "probs" else None
         weight = torch.where(
-            strength == 0, torch.zeros_like(weight), (strength * weight).clamp(0.0, 1.0)
+            strength == 0, torch.zeros_like(weight), (strength * weight).clamp(0.0, highest)
         )
     if skip_threshold is not None:
         threshold = skip_threshold.to(gate_logit.dtype)

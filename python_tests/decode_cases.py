@@ -70,7 +70,7 @@ def make_case(
     else:
         case["gate_logit"] = normal(B, dtype=f32)
     if controls:
-        case |= {"gate_offset": normal(B, dtype=f32), "strength": uniform(B) * 1.5}
+        case |= {"gate_offset": normal(B, dtype=f32), "strength": uniform(B) * 3}
     if sample:
         case |= {
             "seeds": torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator),

@@ -114,10 +114,14 @@ def test_mixing_weight_controls():
     logit = torch.tensor([0.0, 2.0, torch.nan, 1.0])
     strength = torch.tensor([2.0, 0.5, 0.0, 9.0])
     weight = reference.mixing_weight(logit, None, strength)
-    expected = [1.0, 0.5 * float(torch.sigmoid(logit[1])), 0.0, 1.0]
+    expected = [1.0, 0.5 * float(torch.sigmoid(logit[1])), 0.0, 9 * float(torch.sigmoid(logit[3]))]
     assert weight.tolist() == pytest.approx(expected)
     fixed = reference.mixing_weight(logit, torch.full((4,), 0.25), strength)
-    assert fixed.tolist() == [0.5, 0.125, 0.0, 1.0]
+    assert fixed.tolist() == [0.5, 0.125, 0.0, 2.25]
+    probs = reference.mixing_weight(logit, torch.full((4,), 0.25), strength, mix="probs")
+    assert probs.tolist() == [0.5, 0.125, 0.0, 1.0]
+    negative = reference.mixing_weight(logit, None, torch.tensor([-1.0]))
+    assert negative[[0, 1, 3]].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_genarm_identity():

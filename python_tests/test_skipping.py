@@ -76,15 +76,17 @@ def test_a_step_is_the_one_with_the_alpha_that_is_used(isa, dtype, mix_probs, se
 
 
 def test_the_rule_comes_after_strength_and_passes_nan():
-    logit = torch.tensor([0.0, 0.0, torch.nan, 3.0])
-    strength, threshold = torch.tensor([0.1, 1.95, 1.0, 1.0]), torch.full((4,), 0.06)
+    """Beyond 1 too: alpha a little above 1 is the reward head's, far above it is kept."""
+    logit = torch.tensor([0.0, 0.0, torch.nan, 3.0, 0.0, 0.0])
+    strength = torch.tensor([0.1, 1.95, 1.0, 1.0, 2.1, 3.4])
+    threshold = torch.full((6,), 0.06)
     weight = reference.mixing_weight(logit, None, strength, threshold)
-    assert weight.isnan().tolist() == [False, False, True, False]
-    assert weight[[0, 1, 3]].tolist() == [0.0, 1.0, 1.0]
-    case = make_case(0, 4, 9, 20, gate="logit", strength=strength, skip_threshold=threshold)
+    assert weight.isnan().tolist() == [False, False, True, False, False, False]
+    assert weight[[0, 1, 3, 4, 5]].tolist() == pytest.approx([0.0, 1.0, 1.0, 1.0, 1.7])
+    case = make_case(0, 6, 9, 20, gate="logit", strength=strength, skip_threshold=threshold)
     got, _ = run(ops.decode_step, case | {"gate_logit": logit})
     assert torch.equal(torch.nan_to_num(got.alpha, 7.0), torch.nan_to_num(weight, 7.0))
-    assert got.status.tolist() == [0, 0, 1, 0]
+    assert got.status.tolist() == [0, 0, 1, 0, 0, 0]
 
 
 def test_the_cuda_kernels_rule(testing_module, seed):

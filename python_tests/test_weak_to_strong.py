@@ -54,7 +54,8 @@ def slow_logits(strong, weak, ids, row=None):
         hidden, *projections, gate.out_weight, gate.out_bias, gate.num_heads
     )
     logit = logit + controls.get("gate_offset", 0.0)
-    alpha = (torch.sigmoid(logit) * controls.get("strength", 1.0)).clamp(0, 1)[:, -1]
+    alpha = (torch.sigmoid(logit) * controls.get("strength", 1.0))[:, -1]
+    alpha = alpha if weak.dual_head_config.mix == "logits" else alpha.clamp(max=1)
     shares = controls.get("objective_weights", torch.ones(config.num_objectives))
     shares = shares if row is not None else shares / config.num_objectives
     z_rm = torch.einsum("k,kvd,bd->bv", shares, head.reward_head.weight, hidden[:, -1])

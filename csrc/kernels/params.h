@@ -62,7 +62,8 @@ struct DecodeParams {
   // --- gate without attention, and per-request controls; null = not given ---
   const float* gate_logit_in;  // (B,): raw gate logit; -inf / +inf are alpha 0 / 1
   const float* gate_offset;    // (B,): added to the gate logit
-  const float* strength;       // (B,): alpha <- clamp(strength * alpha, 0, 1); 0 selects z_LM
+  const float* strength;       // (B,): alpha <- max(strength * alpha, 0); 0 selects z_LM;
+                               //       with mix_probs at most 1
   const float* alpha;          // (B,): replaces sigmoid(gate logit), before strength
   // (B,): last; alpha counts as 0 if alpha < it, as 1 if 1 - alpha < it
   const float* skip_threshold;

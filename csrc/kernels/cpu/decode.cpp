@@ -148,7 +148,9 @@ float controlled_weight(const DecodeParams& p, int64_t b, float gate_logit) {
   if (!p.strength) return a;
   if (p.strength[b] == 0.0f) return 0.0f;
   a *= p.strength[b];
-  return a < 0.0f ? 0.0f : (a > 1.0f ? 1.0f : a);  // NaN passes through
+  // Two distributions mix by a weight in [0, 1]; logits may be driven past the reward head's.
+  if (p.mix_probs && a > 1.0f) return 1.0f;
+  return a < 0.0f ? 0.0f : a;  // NaN passes through
 }
 
 // See reference.mixing_weight.
@@ -156,7 +158,7 @@ float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
   const float a = controlled_weight(p, b, gate_logit);
   if (!p.skip_threshold) return a;
   const float threshold = p.skip_threshold[b];
-  return a < threshold ? 0.0f : (1.0f - a < threshold ? 1.0f : a);
+  return a < threshold ? 0.0f : (std::fabs(1.0f - a) < threshold ? 1.0f : a);
 }
 
 void finish_gate(const Step& s) {
