@@ -188,10 +188,9 @@ class LinearGate(Gate):
         """hidden (..., d) -> (...) fp32 or float64. The mask has nothing to hide from it."""
         accumulate = accumulator_dtype(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            logit = F.linear(
-                hidden.to(accumulate), self.out_weight.to(accumulate), self.out_bias.to(accumulate)
-            )
-        return logit.squeeze(-1)
+            # Not F.linear, which adds up in another order for another number of rows.
+            products = hidden.to(accumulate) * self.out_weight[0].to(accumulate)
+            return products.sum(-1) + self.out_bias.to(accumulate)
 
 
 class FixedGate(Gate):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import correction_step, ops, reference
 from .cache import DecodeWeights, GateCache, parameter_stamp, seeds_of
 from .controls import objective_rows, per_row
 from .head_base import DualHeadOutput, HeadBase, StepOutput
@@ -347,8 +347,6 @@ class DecodingHead(HeadBase):
         else:
             arguments["gate_logit"] = self.gate(hidden)
         function = self._decode_function(hidden)
-        if self.reward_head.kind != "full":
-            function = reference.decode_step
         limit = self._alpha_limit(operator, controls.get("max_kl"), batch, dtype, device)
         if limit is not None:
             function = partial(reference.decode_step, limit_alpha=limit)
@@ -372,13 +370,13 @@ class DecodingHead(HeadBase):
         recorded = out.attention[:, :, : cache.columns] if record_attention and attends else None
         return StepOutput(out.logits if return_logits else None, *out[1:6], recorded)
 
-    @staticmethod
-    def _decode_function(hidden: Tensor):
+    def _decode_function(self, hidden: Tensor):
         """The compiled kernel where one applies; otherwise the reference, with one warning where
         that is a surprise.
         """
         if ops.kernel_for(hidden.device.type, hidden.dtype):
-            return ops.decode_step
+            full = self.reward_head.kind == "full"
+            return ops.decode_step if full else correction_step.decode_step
         if hidden.dtype != torch.float64:
             ops.warn_of_reference(hidden.device.type, hidden.dtype)
         return reference.decode_step

@@ -311,6 +311,24 @@ def decode_step(
         weight = limit_alpha(z_lm, z_rm, weight)
     logits = mix_logits(z_lm, z_rm, weight, mix, logit_scale, logit_softcap)
 
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    draw = {"seeds": seeds, "draws": draws, **filters}
+    return chosen(logits, weight, gate_logit, full, attention, draw, return_logits)
+
+
+def chosen(
+    logits: Tensor,
+    weight: Tensor,
+    gate_logit: Tensor,
+    full: Tensor,
+    attention: Tensor,
+    draw: dict[str, Tensor | None],
+    return_logits: bool = True,
+) -> DecodeOutput:
+    """The end of a step: a token of mixed logits (B, V) at alpha ``weight`` (B,), and its status.
+    full (B,) bool: rows whose cache is full. draw: seeds, draws and filters.
+    """
+    seeds, draws = draw["seeds"], draw["draws"]
     nan = torch.full_like(weight, torch.nan)
     weight, gate_logit = torch.where(full, nan, weight), torch.where(full, nan, gate_logit)
     logits = torch.where(full[:, None], nan[:, None], logits)
@@ -320,7 +338,7 @@ def decode_step(
     if seeds is None:
         token = torch.argmax(usable, dim=-1)
     else:
-        token = sample_token(usable, seeds, draws, temperature, top_k, top_p, min_p)
+        token = sample_token(usable, **draw)
         draws += (~full).to(draws.dtype)
     token = torch.where(failed, torch.zeros_like(token), token)
     logprob = torch.where(failed, nan, logits.gather(-1, token[:, None]).squeeze(-1) - lse)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dualhead_ext as dh
-from dualhead_ext import reference
+from dualhead_ext import correction_step, reference
 from dualhead_ext.config import MIX_NAMES, DualHeadConfig
 from dualhead_ext.head import DualHead
 
@@ -190,3 +190,120 @@ def test_gradients(config):
 def test_public_config():
     config = dh.DualHeadConfig(D, V, reward_head="lowrank", reward_rank=64)
     assert dh.DualHeadConfig.from_dict(config.to_dict()) == config
+
+
+# The compiled step stands for float64 of the same rounded weights up to these.
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 6e-2}
+
+
+def in_double(head):
+    """The head in float64, and its weights as they are: what any dtype of it should mean."""
+    twin = DualHead(head.config).double()
+    twin.load_state_dict({name: value.double() for name, value in head.state_dict().items()})
+    return twin
+
+
+def step_both(head, hidden, mask=None, **controls):
+    """(out of the compiled step, out of the float64 reference), after the same prompt."""
+    outs = []
+    for one, states in ((head, hidden), (in_double(head), hidden.double())):
+        cache = one.new_cache(len(hidden), hidden.shape[1])
+        one.prefill(states[:, :-1], cache, mask)
+        outs.append(one.step(states[:, -1], cache, **controls))
+    return outs
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+def test_the_compiled_step_is_the_reference(config, dtype, monkeypatch):
+    head, calls = make_head(dtype=dtype, **config), []
+    with torch.no_grad():
+        for parameter in head.reward_head.parameters():
+            parameter.mul_(0.5)
+    original = correction_step.decode_step
+
+    def spy(**arguments):
+        calls.append(1)
+        return original(**arguments)
+
+    monkeypatch.setattr(correction_step, "decode_step", spy)
+    hidden = torch.randn(3, 6, D).to(dtype)
+    mask = torch.ones(3, 5).long()
+    mask[1, :2] = 0
+    controls = {
+        "strength": torch.tensor([0.0, 0.6, 1.7]),
+        "gate_offset": torch.tensor([0.3, 1.5, 5.0]),
+        "skip_threshold": 0.01,
+    }
+    if config["num_objectives"] > 1:
+        controls["objective_weights"] = torch.tensor([[0.2, 0.8], [1.0, -0.5], [0.5, 0.9]])
+    record = config["gate"] == "attention"
+    out, truth = step_both(head, hidden, mask, record_attention=record, **controls)
+    assert len(calls) == 1
+    for name in ("logits", "alpha", "gate_logit", "logprob", "attention"):
+        got, exact = getattr(out, name), getattr(truth, name)
+        if got is not None:
+            assert (got.double() - exact).abs().max() < TOLERANCE[dtype], name
+    assert out.status.tolist() == [0, 0, 0]
+    assert torch.equal(out.token, out.logits.argmax(-1))
+    assert config["mix"] == "probs" or out.alpha[2] > 1
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+def test_a_row_of_the_compiled_step_is_what_it_is_alone(config):
+    head, hidden = make_head(dtype=torch.float32, **config), torch.randn(5, 6, D)
+    seeds = torch.arange(5)
+
+    def run(rows):
+        cache = head.new_cache(len(rows), 8)
+        for t in range(4):
+            head.step(hidden[rows, t], cache)
+        first = head.step(hidden[rows, 4], cache, do_sample=True, top_k=9, seeds=seeds[rows])
+        second = head.step(hidden[rows, 5], cache, do_sample=True, top_k=9, seeds=seeds[rows])
+        return first, second
+
+    together = run([0, 1, 2, 3, 4])
+    for row in range(5):
+        for alone, all_rows in zip(run([row]), together, strict=True):
+            for name in ("logits", "alpha", "token", "logprob"):
+                assert torch.equal(getattr(alone, name)[0], getattr(all_rows, name)[row]), name
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+def test_status_and_draws_of_full_and_broken_rows(config):
+    head = make_head(dtype=torch.float32, **config)
+    attends = config["gate"] == "attention"
+    cache, hidden = head.new_cache(3, 4), torch.randn(3, 3, D)
+    head.prefill(hidden, cache)
+    if attends:
+        cache.length[0] = 4  # full, as only the device knows
+    last = torch.randn(3, D)
+    last[2, 0] = torch.nan
+    out = head.step(last, cache, do_sample=True)
+    assert out.status.tolist() == [2 if attends else 0, 0, 1]
+    assert cache.draws.tolist() == [0 if attends else 1, 1, 1]
+    assert out.token[2] == 0 and not torch.isfinite(out.logprob[2])
+    assert torch.isfinite(out.logits[1]).all()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("mix", MIX_NAMES)
+def test_a_quantised_lm_head_under_a_correction(kind, format, mix):
+    sizes = {"hidden_size": 128, "reward_head": kind[0], "reward_rank": kind[1], "mix": mix}
+    head = make_head(dtype=torch.float32, **sizes, num_objectives=2)
+    with torch.no_grad():
+        head.lm_head.weight.mul_(0.2)
+    reward = {name: value.clone() for name, value in head.reward_head.state_dict().items()}
+    head.quantize(format)
+    assert head.quantized == format and head.reward_scale is None
+    kept = head.reward_head.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in reward.items())
+    plain = make_head(dtype=torch.float32, **sizes, num_objectives=2)
+    plain.load_state_dict(head.state_dict() | {"lm_head.weight": head.lm_head.dequantized()}, False)
+    hidden, strength = torch.randn(3, 5, 128), torch.tensor([0.0, 1.0, 1.7])
+    for one, other in ((head, plain), (plain, head)):
+        cache, full = one.new_cache(3, 5), other(hidden, strength=strength).logits[:, -1]
+        one.prefill(hidden[:, :-1], cache)
+        out = one.step(hidden[:, -1], cache, strength=strength)
+        torch.testing.assert_close(out.logits, full, rtol=1e-4, atol=1e-4)
