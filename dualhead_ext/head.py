@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import DualHeadConfig
 from .controls import objective_rows, per_row
+from .head_conversion import Compressed, compressed_state, concatenate, reward_linear
 from .head_decode import DecodingHead
 from .quantization import calibration_factor, check_format, format_of, quantize_with, stand_ins
 from .quantized_head import QuantizedHead
@@ -122,38 +123,107 @@ class GatedHead(DecodingHead):
 
     @torch.no_grad()
     def merge_objectives(self, weights: Tensor | list[float]) -> DualHead:
-        """A K = 1 head with ``sum_k w_k W_RM,k`` as its reward head, sharing LM head and gate with
-        this one.
+        """A K = 1 head with the weighted sum of the K as its reward head, sharing LM head and gate
+        with this one: ``sum_k w_k W_RM,k`` of a full head, one of rank K r of a correction.
 
         weights: (K,). Decodes as ``objective_weights=weights`` does, at the cost of one reward
         head.
         """
         self._refuse_quantized("merge_objectives")
-        dtype = accumulator_dtype(self.reward_head.weight.dtype)
-        row = objective_rows(
-            "merge_objectives", weights, 1, self.config.num_objectives, dtype, self.lm_weight.device
-        )
+        shares = self._shares("merge_objectives", weights)
+        reward = self.reward_head
+        if reward.kind == "full":
+            weight, bias = reward_linear(self, shares)
+            state = {"weight": weight[None]} | ({} if bias is None else {"bias": bias[None]})
+        else:
+            state = concatenate(reward, shares)
+        rank = self.config.reward_rank * (1 if reward.kind == "full" else len(shares))
         # The KL curve was measured at uniform weights.
-        changes = {"num_objectives": 1, "kl_curve": None}
-        config = DualHeadConfig(**{**self.config.to_dict(), **changes})
-        merged = DualHead._sharing(self, config)
-        merged.reward_head.weight.copy_(
-            torch.einsum("k,kvd->vd", row[0], self.reward_head.weight.to(dtype))[None]
-        )
-        if self.reward_head.bias is not None:
-            merged.reward_head.bias.copy_(row @ self.reward_head.bias.to(dtype))
-        return merged
+        return self._with_reward(state, num_objectives=1, reward_rank=rank, kl_curve=None)
+
+    def _shares(self, operator: str, weights: Any) -> Tensor:
+        """Objective weights (K,) in the accumulator's dtype; None: 1/K each."""
+        count, weight = self.config.num_objectives, self.lm_weight
+        where = (accumulator_dtype(weight.dtype), weight.device)
+        rows = objective_rows(operator, weights, 1, count, *where)
+        if rows is None:
+            return torch.full((count,), 1 / count, dtype=where[0], device=where[1])
+        return rows[0]
+
+    def _with_reward(self, state: dict[str, Tensor], **changes: Any) -> DualHead:
+        """A head with this one's LM head and gate, and a reward head of this state; changes: of
+        the config.
+        """
+        head = DualHead._sharing(self, DualHeadConfig(**{**self.config.to_dict(), **changes}))
+        head.reward_head.load_state_dict(state)
+        return head
+
+    @torch.no_grad()
+    def expand(self) -> DualHead:
+        """The same head with ``reward_head="full"``: W_RM,k h + b_RM,k = z_LM + delta_k. It shares
+        LM head and gate with this one, has a bias (of zeros in the LM head, if that had none), and
+        says the same for objective weights that add up to 1.
+        """
+        self._refuse_quantized("expand")
+        rows = torch.eye(self.config.num_objectives, device=self.lm_weight.device)
+        rows = rows.to(accumulator_dtype(self.lm_weight.dtype))
+        weights, biases = zip(*(reward_linear(self, row) for row in rows), strict=True)
+        state, changes = {"weight": torch.stack(weights)}, {"reward_head": "full"}
+        if biases[0] is not None:
+            state, changes = state | {"bias": torch.stack(biases)}, changes | {"bias": True}
+        return self._with_reward(state, **changes)
+
+    @torch.no_grad()
+    def compress(self, kind: str, rank: int, hidden: Tensor | None = None) -> Compressed:
+        """The nearest correction of a kind and rank, by truncated singular value decomposition of
+        each W_RM,k - W_LM; LM head and gate are shared with this head.
+
+        Args:
+            kind: "embedding" (delta is first fitted by W_LM) or "lowrank". rank: of each
+                objective; 0 for "embedding" alone.
+            hidden: hidden states (..., d) like those that the head will read: the error is least
+                over them, and the bias takes up its mean. Default: every direction counts alike.
+        Returns:
+            (head, error (K,)): sqrt(E |delta - delta'|^2 / E |delta|^2), norms over the vocabulary.
+        Raises:
+            ValueError: another kind, a rank out of range, or hidden of another shape or not finite.
+            RuntimeError: the heads are quantised.
+        """
+        self._refuse_quantized("compress")
+        sizes = self.config
+        if kind not in ("embedding", "lowrank"):
+            raise ValueError(f'compress: kind must be "embedding" or "lowrank", got {kind!r}')
+        DualHeadConfig(**{**sizes.to_dict(), "reward_head": kind, "reward_rank": rank})  # checks
+        highest = min(sizes.hidden_size, sizes.vocab_size)
+        if rank > highest:
+            raise ValueError(f"compress: rank must be at most {highest}, got {rank}")
+        if hidden is not None and (
+            hidden.dim() < 1 or hidden.shape[-1] != sizes.hidden_size or hidden.numel() == 0
+        ):
+            shape = tuple(hidden.shape)
+            raise ValueError(f"compress: hidden must be (..., {sizes.hidden_size}), got {shape}")
+        if hidden is not None and not torch.isfinite(hidden).all():
+            raise ValueError("compress: hidden must be finite, got NaN or infinite numbers")
+        state, error = compressed_state(self, kind, rank, hidden)
+        # What is lost changes the KL divergence: a curve of it must be measured anew.
+        changes = {"reward_head": kind, "reward_rank": rank, "kl_curve": None}
+        return Compressed(self._with_reward(state, **changes), error)
 
     @torch.no_grad()
     def merge_fixed(
-        self, alpha: float | None = None, objective_weights: Tensor | None = None
+        self,
+        alpha: float | None = None,
+        objective_weights: Tensor | None = None,
+        strength: float = 1.0,
     ) -> nn.Linear:
         """The plain linear head ``(1-a) W_LM + a W_RM`` that a fixed alpha amounts to under the
         logits mix (exact in real arithmetic), at no decoding cost. Its logits are those before the
-        backbone's post-processing.
+        backbone's post-processing. Of a correction, which has a bias, it has a bias:
+        ``W_LM (I + a M)``, a W_LM c, or ``W_LM + a B A``, a b.
 
         Args:
             alpha: in [0, 1]; default ``config.gate_alpha`` of a fixed gate.
+            strength: multiplies alpha.
         Raises:
             ValueError: the probability mix (not linear), or no alpha for a gate that is not fixed.
         """
@@ -167,28 +237,16 @@ class GatedHead(DecodingHead):
         dtype, device = accumulator_dtype(self.lm_weight.dtype), self.lm_weight.device
         a = self.config.gate_alpha if alpha is None else alpha
         a = per_row("merge_fixed", "alpha", a, 1, dtype, device)[0]
-        shares = objective_rows(
-            "merge_fixed", objective_weights, 1, self.config.num_objectives, dtype, device
-        )
-        if shares is None:
-            shares = torch.full(
-                (1, self.config.num_objectives),
-                1 / self.config.num_objectives,
-                dtype=dtype,
-                device=device,
-            )
+        a = a * per_row("merge_fixed", "strength", strength, 1, dtype, device)[0]
+        weight, bias = reward_linear(self, self._shares("merge_fixed", objective_weights))
         linear = nn.Linear(
-            self.config.hidden_size, self.config.vocab_size, bias=self.config.bias, device="meta"
+            self.config.hidden_size, self.config.vocab_size, bias=bias is not None, device="meta"
         )
-        rm = torch.einsum("k,kvd->vd", shares[0], self.reward_head.weight.to(dtype))
-        linear.weight = nn.Parameter(
-            ((1 - a) * self.lm_weight.to(dtype) + a * rm).to(self.lm_weight.dtype)
-        )
-        if self.config.bias:
-            bias = (1 - a) * self.lm_bias.to(dtype) + a * (
-                shares @ self.reward_head.bias.to(dtype)
-            )[0]
-            linear.bias = nn.Parameter(bias.to(self.lm_bias.dtype))
+        own = self.lm_weight
+        linear.weight = nn.Parameter(((1 - a) * own.to(dtype) + a * weight).to(own.dtype))
+        if bias is not None:
+            lm_bias = 0.0 if self.lm_bias is None else self.lm_bias.to(dtype)
+            linear.bias = nn.Parameter(((1 - a) * lm_bias + a * bias).to(own.dtype))
         return linear
 
 
@@ -266,7 +324,9 @@ class DualHead(GatedHead):
         linear = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias, device="meta")
         linear.weight = other.lm_weight
         if config.bias:
-            linear.bias = other.lm_bias
+            bias = other.lm_bias
+            zeros = other.lm_weight.new_zeros(config.vocab_size)
+            linear.bias = nn.Parameter(zeros, False) if bias is None else bias
         head = cls.__new__(cls)
         nn.Module.__init__(head)
         head.lm_head, head.config, head.gate = linear, config, other.gate

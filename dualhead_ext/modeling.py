@@ -9,14 +9,14 @@ The model is extended in place: it stays an instance of its own class, and its o
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .attachment import attach, extended_class
+from .attachment import attach, detach, extended_class
 from .backbones import (
     backbone_post_processing,
     class_name,
@@ -347,13 +347,30 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         """Its class is made when heads are attached: it is made again from the backbone's."""
         return _of_base, (type(self).__bases__[1],), self.__getstate__()
 
-    # --- what would go wrong in silence ---
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the backbone's, and the reward heads follow: delta of a new token is zero, or what
+        the LM head's new row makes of an "embedding" correction.
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the reward head would keep its old vocabulary."""
-        raise NotImplementedError(
-            "resize_token_embeddings: resize the backbone first, then attach the gated head"
-        )
+        Raises:
+            RuntimeError: the heads are quantised.
+        """
+        old, extended = self.lm_head_module, type(self)
+        old._refuse_quantized("resize_token_embeddings")
+        trained = {name for name, value in self.named_parameters() if value.requires_grad}
+        plain = detach(self)
+        try:
+            embeddings = plain.resize_token_embeddings(*args, **kwargs)
+        finally:  # also of a refusal: the heads belong here
+            linear = plain.get_output_embeddings()
+            config = replace(old.config, vocab_size=linear.out_features)
+            attach(plain, linear, config, extended, "resize_token_embeddings", trial=False)
+            head = self.lm_head_module
+            old.reward_head.resize(linear.weight, linear.bias)
+            head.gate, head.reward_head = old.gate, old.reward_head
+            head.lm_head_trained = old.lm_head_trained
+            for name, value in self.named_parameters():
+                value.requires_grad_(name in trained)
+        return embeddings
 
 
 def _of_base(base: type[PreTrainedModel]) -> DualHeadForCausalLM:

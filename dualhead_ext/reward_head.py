@@ -34,6 +34,19 @@ class FullRewardHead(nn.Module):
         if self.bias is not None:
             self.bias.copy_(bias.expand_as(self.bias))
 
+    @torch.no_grad()
+    def resize(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Follow an LM head of another vocabulary, weight (V', d) and bias (V',): objectives keep
+        their first rows, and new ones start at the LM head's.
+        """
+        kept = min(self.weight.shape[1], len(weight))
+        rows = {"weight": weight} | ({} if self.bias is None else {"bias": bias})
+        for name, value in rows.items():
+            old = getattr(self, name)
+            new = value.to(old).expand(len(old), *value.shape).clone()
+            new[:, :kept] = old[:, :kept]
+            setattr(self, name, nn.Parameter(new, old.requires_grad))
+
     def tensors(self) -> dict[str, Tensor | str | None]:
         """The head as arguments of :func:`dualhead_ext.functional.dual_head_loss` and
         :func:`dualhead_ext.reference.token_rewards`.
@@ -85,6 +98,20 @@ class CorrectionRewardHead(nn.Module):
 
     def start_from(self, weight: Tensor, bias: Tensor | None) -> None:
         """Nothing to copy: a correction starts at zero."""
+
+    @torch.no_grad()
+    def resize(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Follow an LM head of another vocabulary, weight (V', d): delta of new tokens is what
+        W_LM makes it ("embedding"), or starts at zero ("lowrank").
+        """
+        if self.kind == "embedding":
+            return
+        for module, name in ((self.up, "weight"), (self, "bias")):
+            old = getattr(module, name)
+            new = old.new_zeros(len(old), len(weight), *old.shape[2:])
+            kept = min(old.shape[1], len(weight))
+            new[:, :kept] = old[:, :kept]
+            setattr(module, name, nn.Parameter(new, old.requires_grad))
 
     @property
     def maps(self) -> tuple[Tensor | None, Tensor | None]:

@@ -24,7 +24,7 @@ from .controls import objective_rows, per_row
 from .gated_generation import CONTROLS
 from .kl_cap import capped_alpha
 from .modeling import DualHeadForCausalLM
-from .reference import accumulator_dtype, mix_logits, postprocess, reward_logits
+from .reference import accumulator_dtype, mix_logits, postprocess
 
 
 class WeakToStrong(nn.Module):
@@ -32,7 +32,8 @@ class WeakToStrong(nn.Module):
     ``z_t = (1-a_t) z_LM,t^strong + a_t z_RM,t^weak``, a_t from the weak model's gate.
 
     With the weak model's ``mix="probs"``, ``(1-a_t) softmax(z_LM^strong) + a_t
-    softmax(z_RM^weak)``.
+    softmax(z_RM^weak)``. A weak reward head that is a correction corrects the strong model: its
+    delta, made with the weak LM head, takes the place of ``z_RM^weak - z_LM^strong``.
     The strong model's own post-processing f comes after the logits mix; in the probability mix each
     side has its own. Neither model is changed, and each can be used by itself between calls (not
     during one).
@@ -168,12 +169,13 @@ class WeakToStrong(nn.Module):
         }
         max_kl = rows.pop("max_kl", None)
         cache = getattr(output, "past_key_values", None)
-        z_rm, alpha = self._weak_forward(_checked(kwargs), cache, rows)
         z_lm = z_lm.to(accumulator_dtype(z_lm.dtype))
+        z_rm, alpha = self._weak_forward(_checked(kwargs), cache, rows, z_lm)
         config, post = self.weak.dual_head_config, self._post
-        if config.mix == "probs":  # each side has its own f
+        if config.mix == "probs":  # each side has its own f; a correction is of the strong side
+            own = (config.logit_scale, config.logit_softcap)
             z_lm = postprocess(z_lm, *post)
-            z_rm = postprocess(z_rm, config.logit_scale, config.logit_softcap)
+            z_rm = postprocess(z_rm, *(own if config.reward_head == "full" else post))
             post = (1.0, 0.0)
         if max_kl is not None:
             alpha = capped_alpha(z_lm, z_rm, alpha, max_kl, config.mix, *post)
@@ -181,10 +183,14 @@ class WeakToStrong(nn.Module):
         return mix_logits(z_lm, z_rm, alpha, config.mix, *post)
 
     def _weak_forward(
-        self, kwargs: dict[str, Any], cache: Cache | None, controls: dict[str, Tensor]
+        self,
+        kwargs: dict[str, Any],
+        cache: Cache | None,
+        controls: dict[str, Tensor],
+        z_lm: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """z_RM (B, N, V) before the weak model's f, and alpha (B, N), where the strong model gave
-        logits.
+        """z_RM (B, N, V) before any f, and alpha (B, N), where the strong model gave logits, which
+        are ``z_lm``: what the weak model's reward head is added to if it is a correction.
         """
         kept: list[Tensor] = []  # the hidden states that the weak lm_head gets
 
@@ -204,11 +210,8 @@ class WeakToStrong(nn.Module):
         finally:
             hook.remove()
         _join(cache, companion)
-        weight, bias = head.reward_head.weight, head.reward_head.bias
-        if head.reward_scale is None:
-            weight, bias = head._cast(kept[0], weight, bias)
         shares = controls.get("objective_weights")
-        return reward_logits(kept[0], weight, bias, shares, head.reward_scale), head.last_alpha
+        return head.reward_logits(kept[0], z_lm, shares), head.last_alpha
 
 
 def _check_vocabularies(

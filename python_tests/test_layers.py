@@ -47,7 +47,7 @@ LAYERS = (
     {"_extension", "ops", "collate"},
     # bench.machine: what a results file, of a benchmark or a comparison, says of where it was made
     {"build_info", "bench.machine", "gate", "cache", "controls", "kl_cap"},
-    {"reward_head", "correction_step", "head_base", "head_decode", "head"},
+    {"reward_head", "correction_step", "head_conversion", "head_base", "head_decode", "head"},
     {"loss_pairs", "losses", "reference_loss", "loss_rows", "loss_products"},
     {"fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "generation_options", "fingerprint", "head_files"},

@@ -232,7 +232,7 @@ def test_training_is_refused(tmp_path):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), completion_mask=ids > 9)
     with pytest.raises(RuntimeError, match="DualHeadLMHead: quantised heads cannot be trained"):
         model.lm_head.requires_grad_(True)
-    with pytest.raises(NotImplementedError, match="resize the backbone first"):
+    with pytest.raises(RuntimeError, match="resize_token_embeddings: the heads are quantised"):
         model.resize_token_embeddings(120)
 
 
