@@ -6,10 +6,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\.(.+)\.(\d{1,18})\.tmp", re.DOTALL)
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +49,57 @@ def write_durably(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` in one step: a crash leaves the old file or the new one, never a
     part.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replace_files(path.parent, {path.name: data})
+
+
+def replace_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Replace several files of a folder, in this order. All of them are whole on the disk under
+    temporary names before the first takes its place: after a crash in between, the ones that have
+    not taken theirs are among the :func:`leftovers`.
+
+    Raises:
+        OSError: the disk. If the first file has not taken its place, nothing has changed.
+    """
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    waiting = list(files)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        for name, data in files.items():
+            with open(temporary[name], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        while waiting:
+            os.replace(temporary[waiting[0]], folder / waiting[0])
+            del waiting[0]
+    except BaseException:
+        if len(waiting) == len(files):  # otherwise the rest is still needed
+            for path in temporary.values():
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+        raise
+    synchronise(folder)
+
+
+def leftovers(folder: Path, names: Iterable[str]) -> list[tuple[Path, str]]:
+    """(path, name) of the temporary files that killed processes left of files of these names."""
+    names, found = set(names), []
+    for entry in sorted(os.listdir(folder)):
+        match = _TEMPORARY.fullmatch(entry)
+        if match and match[1] in names and not _is_another_process(int(match[2])):
+            found.append((folder / entry, match[1]))
+    return found
+
+
+def _is_another_process(number: int) -> bool:
+    if number == os.getpid():
+        return False
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def synchronise(path: Path) -> None:
@@ -65,3 +111,12 @@ def synchronise(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

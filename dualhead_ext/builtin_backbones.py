@@ -8,7 +8,6 @@ it once; what it reads is kept as safetensors in a cache folder, where every lat
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.util
 import logging
 import os
@@ -16,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from .atomic import synchronise
+from .atomic import sha256_of, synchronise
 from .data import EMBEDDED, embedded_backbone_path
 
 SMOLLM2 = "smollm2"
@@ -58,11 +57,7 @@ def smollm2_path() -> Path:
             the cache folder cannot be written.
     """
     source = _smollm2_gguf()
-    with open(source, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    folder = _cache_folder() / f"{SMOLLM2}-{digest.hexdigest()[:16]}-{_CONVERSION}"
+    folder = _cache_folder() / f"{SMOLLM2}-{sha256_of(source)[:16]}-{_CONVERSION}"
     if folder.is_dir():
         return folder
     for package in ("gguf", "accelerate"):

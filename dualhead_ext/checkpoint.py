@@ -46,6 +46,10 @@ class CheckpointError(ValueError):
     """
 
 
+class SaveError(OSError):
+    """A save that failed, in one sentence: what, why, and what is safe."""
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic import BusyFolderError
 from .builtin_backbones import BUILTIN_BACKBONES, backbone_path
+from .checkpoint import SaveError
 from .cli_errors import UserError, argument, one_line
 from .cli_models import check_backbone, check_device, loading, quiet_transformers
 from .config import DualHeadConfig
@@ -84,17 +85,20 @@ def train(arguments: Namespace) -> None:
     if trainer.args.cache_hidden is not None:
         with argument("--cache-hidden"):
             trainer.cache_hidden()
+    with argument("--output"):
+        trainer.try_saving()
     bars = ProgressBars.put_on(trainer)
     before = held_out_accuracy(trainer) if held_out else None
     try:
         trainer.train(resume_from_checkpoint=_checkpoint(arguments))
-    except BusyFolderError as error:
+    except (BusyFolderError, SaveError) as error:
         raise UserError(f"--output: {one_line(error)}") from error
     except (ValueError, OSError) as error:
         if bars.started or not arguments.resume:
             raise
         raise UserError(f"--resume: {one_line(error)}") from error
-    trainer.save_model()
+    with argument("--output"):
+        trainer.save_model()
     if held_out:
         _report(before, held_out_accuracy(trainer), held_out)
     print(f"\nheads saved in {arguments.output}; to decode with them:")

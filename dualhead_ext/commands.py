@@ -57,7 +57,7 @@ def _describe_heads(folder: str) -> dict[str, Any]:
         raise UserError(f"heads: expected a folder written by train, got {folder}, which is none")
     with argument("heads"):
         quiet_transformers(EMBEDDED)
-        from .pretrained import WEIGHTS_NAME, read_config
+        from .head_folder import WEIGHTS_NAME, read_config
 
         stored = read_config(folder)
         size = os.path.getsize(os.path.join(folder, WEIGHTS_NAME))

@@ -1,41 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a dual-head model: the heads alone, and a JSON that names the backbone they belong to.
-
-``dualhead_config.json`` holds format_version, dual_head (DualHeadConfig), quantized (a name of
-:data:`dualhead_ext.config.FORMAT_NAMES`, or null) and backbone (name, revision, fingerprint);
-``dualhead_model.safetensors`` gate.*, reward_head.*, and lm_head.* only if it was trained or
-quantised, with their weight_scale if so.
-
-No pickle, nothing executed, no path followed out of the folder.
+"""Saving and loading of a dual-head model: the heads alone, and the name of the backbone they
+belong to. What the files hold and how they are checked: `head_folder`, `head_files`, `fingerprint`.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 from transformers.utils.hub import PushToHubMixin
 
-from .atomic import write_durably
 from .backbones import inside_peft, module_name
 from .builtin_backbones import BUILTIN_BACKBONES, backbone_path, builtin_name
-from .config import FORMAT_NAMES, DualHeadConfig
-from .fingerprint import VALUES, check_fingerprint, fingerprint
+from .fingerprint import check_fingerprint, fingerprint
 from .head_files import check_head_state, head_state, load_head_state
+from .head_folder import read_head_folder, write_head_folder
 from .quantization import check_format
 
-FORMAT_VERSION = 1
-CONFIG_NAME = "dualhead_config.json"
-WEIGHTS_NAME = "dualhead_model.safetensors"
+__all__ = ["DualHeadFilesMixin", "untie_lm_head"]
+
+# Of the backbone's own save_pretrained: of no use for the two files of the heads.
+_BACKBONE_ONLY = (
+    "max_shard_size",
+    "variant",
+    "save_peft_format",
+    "save_original_format",
+    "distributed_checkpoint",
+)
+_HUB_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "revision")
+
+logger = logging.getLogger(__name__)
 
 
 def untie_lm_head(model: PreTrainedModel) -> None:
@@ -48,76 +49,46 @@ def untie_lm_head(model: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-def _file_of(folder: str, name: str, revision: str | None) -> Path:
-    """A file of a local folder or a hub repository; only a regular file right inside the folder."""
-    if not os.path.isdir(folder):
-        if os.path.exists(folder) or folder.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"from_pretrained: {folder} is not a folder of heads")
-        return Path(cached_file(folder, name, revision=revision))
-    path = Path(folder) / name
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        raise FileNotFoundError(f"from_pretrained: {folder} holds no {name}") from None
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"from_pretrained: {path} must be a regular file")
-    return path
-
-
-def read_config(folder: str, revision: str | None = None) -> dict[str, Any]:
-    """The checked contents of a folder's ``dualhead_config.json``, ``dual_head`` as a
-    :class:`DualHeadConfig`.
-    """
-    path = _file_of(folder, CONFIG_NAME, revision)
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        version, dual_head, backbone = (
-            stored[k] for k in ("format_version", "dual_head", "backbone")
-        )
-        name, marks = backbone["name_or_path"], backbone["fingerprint"]
-        sound = isinstance(marks["model_type"], str) and isinstance(marks["parameters"], dict)
-        sound = sound and (name is None or isinstance(name, str))
-        sound = sound and stored.setdefault("quantized", None) in (None, *FORMAT_NAMES)
-        if not sound or any(len(v) != VALUES for v in marks["parameters"].values()):
-            raise ValueError("backbone or quantized is not as it should be")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"from_pretrained: {path} is not a dual-head configuration ({error!r})"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"from_pretrained: {path} has format version {version}, this release reads "
-            f"{FORMAT_VERSION}; update it"
-        )
-    return stored | {"dual_head": DualHeadConfig.from_dict(dual_head)}
-
-
-def read_weights(folder: str, revision: str | None = None) -> dict[str, Tensor]:
-    path = _file_of(folder, WEIGHTS_NAME, revision)
-    try:
-        return load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise ValueError(
-            f"from_pretrained: {path} is not a complete safetensors file ({error})"
-        ) from error
-
-
 class DualHeadFilesMixin(PushToHubMixin):
     """Saving and loading of :class:`dualhead_ext.DualHeadForCausalLM`."""
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, save_full: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        push_to_hub: bool = False,
+        token: str | bool | None = None,
+        save_full: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Write the heads alone: ``dualhead_config.json`` and ``dualhead_model.safetensors``, each
-        in one step.
+        """Write the heads alone: ``dualhead_config.json`` and ``dualhead_model.safetensors``. A
+        crash leaves the old pair or the new one. An adapter on the backbone is not in them: a
+        warning says so.
 
         Args:
+            is_main_process: False writes nothing, as on the other processes of a distributed run.
+            state_dict: the model's, to take the heads from instead of its present state, as FSDP
+                and DeepSpeed gather it.
+            save_function: taken for the callers that pass one; the files are always safetensors.
+            push_to_hub: also upload them, as ``PreTrainedModel.save_pretrained`` does: ``repo_id``
+                (default: the folder's name), ``token``, ``private``, ``commit_message``,
+                ``create_pr``, ``revision``.
             save_full: also write the backbone, as its own ``save_pretrained(**kwargs)`` does, so
                 that the folder can be given as its own backbone.
+            kwargs: other arguments of the backbone's ``save_pretrained``.
         Raises:
-            TypeError: kwargs without save_full. RuntimeError: save_full, and the LM head is
-                quantised and was not tied to the embedding: its full precision is gone.
+            TypeError: an unknown argument. ValueError: the heads hold NaN or infinite numbers, or
+                are not those of the configuration, state_dict lacks them; nothing is written.
+                RuntimeError: save_full, and the LM head is quantised and was not tied to the
+                embedding: its full precision is gone. OSError: the disk; the old files stay.
         """
+        known = (*_BACKBONE_ONLY, *_HUB_OPTIONS)
+        if unknown := sorted(set(kwargs) - set(known)):
+            raise TypeError(f"save_pretrained: unknown arguments {', '.join(unknown)}")
+        if kwargs.get("variant") is not None and not save_full:
+            raise ValueError("save_pretrained: variant is for the backbone: it needs save_full")
         plain_lm = self._plain_lm_weight() if save_full else None
         if save_full and plain_lm is None:
             raise RuntimeError(
@@ -125,35 +96,70 @@ class DualHeadFilesMixin(PushToHubMixin):
                 f"({self.lm_head_module.quantized}) and its full precision is gone; save the "
                 "backbone before quantize"
             )
-        if kwargs and not save_full:
-            raise TypeError(f"save_pretrained: {', '.join(kwargs)} need save_full=True")
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        head, config = self.lm_head_module, self.config
-        name = config._name_or_path or None
-        if name is not None and os.path.isdir(name):
-            name = builtin_name(name)  # a path of this machine means nothing on another
+        if not is_main_process:
+            return
+        folder, head = Path(save_directory), self.lm_head_module
+        prefix = f"{module_name(self, head)}."
+        given = None
+        if state_dict is not None:
+            given = {
+                n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)
+            }
+        try:
+            state = head_state(head, given)
+        except ValueError as error:
+            raise ValueError(f"save_pretrained: {error}") from None
+        check_head_state(head.config, state, head.quantized, f"save_pretrained: {folder}")
         stored = {
-            "format_version": FORMAT_VERSION,
-            "dual_head": head.config.to_dict(),
+            "dual_head": head.config,
             "quantized": head.quantized,
             "backbone": {
-                "name_or_path": name,
-                "revision": getattr(config, "_commit_hash", None),
+                "name_or_path": _portable_name(self.config._name_or_path),
+                "revision": getattr(self.config, "_commit_hash", None),
                 "fingerprint": fingerprint(self),
             },
         }
-        state = head_state(head)
-        write_durably(folder / WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
-        write_durably(folder / CONFIG_NAME, json.dumps(stored, indent=2).encode() + b"\n")
+        self._warn_of_adapters()
+        folder.mkdir(parents=True, exist_ok=True)
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        before = self._get_files_timestamps(folder) if push_to_hub else {}
+        write_head_folder(folder, stored, state)
         if save_full:
             base = type(self).__bases__[1]
-            plain = {n: v for n, v in self.state_dict().items() if not _is_head(n)}
+            plain = self.state_dict() if state_dict is None else state_dict
+            plain = {n: v for n, v in plain.items() if not _is_head(n)}
             if head.quantized is not None:
-                weight = f"{module_name(self, head)}.weight"
-                del plain[f"{weight}_scale"]
-                plain[weight] = plain_lm.detach()
+                plain.pop(f"{prefix}weight_scale", None)
+                plain[f"{prefix}weight"] = plain_lm.detach()
             base.save_pretrained(self, folder, state_dict=plain, **kwargs)
+        if push_to_hub:
+            self._upload(folder, before, token, **hub)
+
+    def _upload(
+        self,
+        folder: Path,
+        before: dict[str, float],
+        token: str | bool | None,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        **options: Any,
+    ) -> None:
+        """The files of a folder that are newer than ``before`` to the hub."""
+        from huggingface_hub import create_repo
+
+        repo = create_repo(repo_id or folder.name, private=private, token=token, exist_ok=True)
+        self._upload_modified_files(folder, repo.repo_id, before, token=token, **options)
+
+    def _warn_of_adapters(self) -> None:
+        layers = [m for _, m in self.named_modules() if hasattr(m, "base_layer")]
+        if layers:
+            names = sorted({a for m in layers for a in getattr(m, "active_adapters", ())})
+            logger.warning(
+                "save_pretrained: the backbone has adapters (%s), which the heads' files do not "
+                "hold. Save them with their own library, for example "
+                "peft.get_peft_model_state_dict, and put them back before the heads are used",
+                ", ".join(names) or "none of them active",
+            )
 
     @classmethod
     def from_pretrained(
@@ -187,7 +193,7 @@ class DualHeadFilesMixin(PushToHubMixin):
                 then.
         """
         folder = os.fspath(pretrained_model_name_or_path)
-        stored, state = read_config(folder, revision), read_weights(folder, revision)
+        stored, state = read_head_folder(folder, revision)
         config, source = stored["dual_head"], stored["backbone"]
         where, quantized = f"from_pretrained: {folder}", stored["quantized"]
         if quantize is not None:
@@ -199,18 +205,7 @@ class DualHeadFilesMixin(PushToHubMixin):
                 )
         check_head_state(config, state, quantized, where)
         if backbone is None:
-            backbone = source["name_or_path"]
-            if backbone is None:
-                raise ValueError(
-                    f"from_pretrained: {folder} names no backbone (it was a local folder); pass "
-                    f"backbone="
-                )
-            known = backbone in BUILTIN_BACKBONES
-            if not known and (os.path.isabs(backbone) or ".." in Path(backbone).parts):
-                raise ValueError(
-                    f"from_pretrained: {folder} names the backbone {backbone!r}, which is not a "
-                    f"hub name"
-                )
+            backbone = _named_backbone(folder, source["name_or_path"])
         loaded = _load_backbone(backbone, dtype, device_map, source["revision"], options)
         linear = loaded.get_output_embeddings()
         for name, there in (
@@ -222,7 +217,7 @@ class DualHeadFilesMixin(PushToHubMixin):
                     f"from_pretrained: the heads in {folder} have {name} {getattr(config, name)}, "
                     f"the backbone has {there}"
                 )
-        check_fingerprint(loaded, source["fingerprint"], where)
+        check_fingerprint(loaded, source["fingerprint"], where, stored["format_version"])
         model = cls._extend(
             "from_pretrained", loaded, config.to_dict(), quantized or quantize, trial
         )
@@ -232,6 +227,41 @@ class DualHeadFilesMixin(PushToHubMixin):
         if quantized is None and quantize is not None:
             model.quantize(quantize)
         return model.eval()
+
+
+def _portable_name(name: str | None) -> str | None:
+    """What another machine knows the backbone by: a built-in's or a hub name, or None."""
+    if not name or os.path.isdir(name):  # a path of this machine means nothing on another
+        return builtin_name(name) if name else None
+    return name if _is_hub_name(name) else None
+
+
+def _is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _named_backbone(folder: str, name: str | None) -> str:
+    """The built-in backbone or hub name that a folder of heads names."""
+    if name is None:
+        raise ValueError(
+            f"from_pretrained: {folder} names no backbone (it was a local folder); pass backbone="
+        )
+    if name in BUILTIN_BACKBONES:
+        return name
+    if not _is_hub_name(name):
+        raise ValueError(
+            f"from_pretrained: {folder} names the backbone {name[:200]!r}, which is not a hub name"
+        )
+    if os.path.exists(name):
+        raise ValueError(
+            f"from_pretrained: {folder} names the backbone {name!r} of the hub, and the working "
+            "directory holds something of that name; pass backbone= to say which one is meant"
+        )
+    return name
 
 
 def _is_head(name: str) -> bool:

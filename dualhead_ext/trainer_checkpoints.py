@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from transformers.trainer_callback import ExportableState
 
 from . import checkpoint
 from .atomic import locked
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, SaveError
 from .fingerprint import check_fingerprint
 from .head_files import load_head_state
-from .pretrained import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
+from .head_folder import CONFIG_NAME, WEIGHTS_NAME, read_head_folder
 from .state_file import load_state, save_state
 from .training_args import DualHeadTrainingArguments
 from .training_state import agree_on, check_data_state, data_state, random_state, set_random_state
@@ -39,6 +40,7 @@ class CheckpointedTrainer(Trainer):
 
     args: DualHeadTrainingArguments
     _train_totals: Tensor | None = None  # of this process, since the last log
+    _saving_tried = False
 
     # --- saving ---
 
@@ -48,10 +50,48 @@ class CheckpointedTrainer(Trainer):
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The heads, the tokenizer and the arguments, into ``args.output_dir`` by default.
+
+        Raises:
+            SaveError: it failed; says why, and what is safe.
+        """
+        with _saying_what_is_safe("the heads", Path(self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+    def try_saving(self) -> None:
+        """Write a checkpoint without optimizer into a hidden folder and remove it: what would fail
+        at the first save, fails before anything is trained. ``train`` does this unless it has been
+        done or ``save_strategy="no"``.
+
+        Raises:
+            SaveError: it failed; says why.
+        """
+        self._saving_tried = True
+        run_dir, own = Path(self.args.output_dir), {"random": random_state(self.args.device)}
+        with agree_on("a trial save"):
+            if not self.args.should_save:
+                return
+            staging = None
+            try:
+                staging = checkpoint.begin(run_dir, 0)
+                self._save(str(staging))
+                if self.train_dataset is not None:
+                    data = data_state(self.train_dataset, self.args)
+                    save_state(staging / PROGRESS_NAME, {"processes": [own], "data": data})
+            except Exception as error:
+                raise SaveError(
+                    f"DualHeadTrainer: a trial save in {run_dir} failed ({error}); nothing has "
+                    "been trained, and what was there is as it was"
+                ) from error
+            finally:
+                if staging is not None:
+                    checkpoint.discard(staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A whole checkpoint or none, whatever happens; then the oldest ones go."""
@@ -65,12 +105,13 @@ class CheckpointedTrainer(Trainer):
         progress = gather_object([own])
         with agree_on(f"saving checkpoint-{step}"):
             if self.args.should_save:
-                with checkpoint.staged(run_dir, step, self._required()) as folder:
-                    self._write_checkpoint(folder, progress)
-                if self.args.save_total_limit:
-                    kept = self.state.best_model_checkpoint
-                    limit = self.args.save_total_limit
-                    checkpoint.rotate(run_dir, limit, keep=(kept,) if kept else ())
+                with _saying_what_is_safe(f"checkpoint-{step}", run_dir):
+                    with checkpoint.staged(run_dir, step, self._required()) as folder:
+                        self._write_checkpoint(folder, progress)
+                    if self.args.save_total_limit:
+                        kept = self.state.best_model_checkpoint
+                        limit = self.args.save_total_limit
+                        checkpoint.rotate(run_dir, limit, keep=(kept,) if kept else ())
 
     def _required(self) -> tuple[str, ...]:
         """Names of the files that a whole checkpoint of this run has."""
@@ -109,6 +150,7 @@ class CheckpointedTrainer(Trainer):
         ``args.output_dir`` and announces those it passes over; a path is verified.
 
         Raises:
+            SaveError: a trial save before the first step, or a checkpoint, failed.
             ValueError: no whole checkpoint; it holds no state to resume from; other data, order,
                 optimizer or number of processes than it was written with. CheckpointError: it is
                 damaged. BusyFolderError: another run writes to ``args.output_dir``.
@@ -126,6 +168,8 @@ class CheckpointedTrainer(Trainer):
                     if self.accelerator.is_main_process:
                         found = [self._resumable(resume_from_checkpoint)]
                 resume_from_checkpoint = broadcast_object_list(found)[0]
+            if self.args.save_strategy != "no" and not self._saving_tried:
+                self.try_saving()
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _resumable(self, path: str | os.PathLike | bool) -> str:
@@ -157,14 +201,14 @@ class CheckpointedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The heads of a checkpoint into the model: the same configuration and backbone only."""
         model = self.accelerator.unwrap_model(self.model if model is None else model)
-        stored = read_config(resume_from_checkpoint)
+        stored, state = read_head_folder(resume_from_checkpoint)
         if stored["dual_head"] != model.dual_head_config:
             raise ValueError(
                 f"{resume_from_checkpoint}: was written with {stored['dual_head']}, "
                 f"the model has {model.dual_head_config}"
             )
-        check_fingerprint(model, stored["backbone"]["fingerprint"], resume_from_checkpoint)
-        state = read_weights(resume_from_checkpoint)
+        marks, version = stored["backbone"]["fingerprint"], stored["format_version"]
+        check_fingerprint(model, marks, resume_from_checkpoint, version)
         load_head_state(model.lm_head_module, state, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -216,3 +260,18 @@ def _check_optimizer(stored: dict[str, Any], current: dict[str, Any], where: str
         raise ValueError(
             f"{where}: its optimizer has groups of {sizes[0]} parameters, this run's {sizes[1]}"
         )
+
+
+@contextlib.contextmanager
+def _saying_what_is_safe(what: str, run_dir: Path) -> Iterator[None]:
+    """Turn any failure to save into a SaveError that names the checkpoint to go on from."""
+    try:
+        yield
+    except Exception as error:
+        last = None
+        with contextlib.suppress(OSError, CheckpointError):
+            last = checkpoint.latest_checkpoint(run_dir)
+        safe = f"{run_dir} holds no whole checkpoint"
+        if last is not None:
+            safe = f"{last} is whole, and resume_from_checkpoint=True goes on from it"
+        raise SaveError(f"DualHeadTrainer: {what} could not be saved ({error}); {safe}") from error

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dualhead_ext as dh
 from dualhead_ext import cli, commands
 from dualhead_ext.cli_options import OPTIONS
-from dualhead_ext.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME
 
 COMMAND = [sys.executable, "-m", "dualhead_ext.cli"]
 TINY = ["--max-steps", "2", "--batch-size", "2", "--accumulate", "1", "--max-length", "64"]

@@ -51,6 +51,7 @@ LAYERS = (
     {"loss_pairs", "losses", "reference_loss", "loss_rows", "loss_products"},
     {"fused_loss", "functional"},
     {"backbones", "hf_cache", "packing", "generation_options", "fingerprint", "head_files"},
+    {"head_folder"},
     {
         "calibration",
         "lm_head",

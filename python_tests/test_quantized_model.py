@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from pathlib import Path
 
+import head_forging
 import pytest
 import torch
 from test_quantization import hidden_states
@@ -17,7 +19,7 @@ from transformers import AutoTokenizer, CompileConfig, StaticCache
 
 import dualhead_ext as dh
 from dualhead_ext.data import embedded_backbone_path, load_preference_data
-from dualhead_ext.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME
 from dualhead_ext.quantization import FORMATS, dequantize, quantize
 
 NAMES = tuple(FORMATS)
@@ -360,6 +362,21 @@ def test_the_embedded_backbone_by_name(tmp_path):
     assert size < 2 * head.in_features * head.out_features * 0.6 + 10**6  # not the plain weights
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_quantised_heads_do_not_stay_mapped_to_their_file(name, tmp_path):
+    """Overwriting the file must not change the model, truncating it must not kill the process."""
+    model = wide_model(num_objectives=2).quantize(name)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, backbone=make_backbone("llama", **WIDE))
+    before = {n: v.clone() for n, v in again.lm_head.state_dict().items()}
+    with open(tmp_path / WEIGHTS_NAME, "r+b") as file:
+        file.write(bytes((tmp_path / WEIGHTS_NAME).stat().st_size))
+    assert same_bits(again.lm_head.state_dict(), before)
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"")
+    assert "dualhead_model" not in Path("/proc/self/maps").read_text()
+    assert same_bits(again.lm_head.state_dict(), before)
+
+
 def test_formats_that_contradict_are_refused(tmp_path):
     model = wide_model().quantize("int8")
     model.save_pretrained(tmp_path)
@@ -383,18 +400,18 @@ def test_formats_that_contradict_are_refused(tmp_path):
 
 
 def test_damaged_files_are_refused_and_leave_the_backbone(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     wide_model().quantize("int8").save_pretrained(tmp_path)
     backbone = make_backbone("llama", **WIDE)
-    state, stored = load_file(tmp_path / WEIGHTS_NAME), (tmp_path / CONFIG_NAME).read_text()
+    state = {n: value.clone() for n, value in load_file(tmp_path / WEIGHTS_NAME).items()}
+    stored = (tmp_path / CONFIG_NAME).read_text()
     scale = state["lm_head.weight_scale"]
 
     def refused(message: str, config: str = stored, **changes) -> None:
         changes = {n.replace("__", "."): value for n, value in changes.items()}
         changed = {n: v for n, v in (state | changes).items() if v is not None}
-        save_file(changed, tmp_path / WEIGHTS_NAME)
-        (tmp_path / CONFIG_NAME).write_text(config)
+        head_forging.write(tmp_path, json.loads(config), changed)
         with pytest.raises(ValueError, match=message):
             load(tmp_path, backbone=backbone)
         assert not isinstance(backbone, dh.DualHeadForCausalLM)
@@ -438,17 +455,16 @@ def test_damaged_files_are_refused_and_leave_the_backbone(tmp_path):
     )
     refused(r"lm_head\.weight\S* must be \(101, ", json.dumps(other | {"quantized": "int4"}))
     refused("must hold torch.float8_e4m3fn, as fp8 does", json.dumps(other | {"quantized": "fp8"}))
-    save_file(state, tmp_path / WEIGHTS_NAME)
-    (tmp_path / CONFIG_NAME).write_text(stored)
+    head_forging.write(tmp_path, json.loads(stored), state)
     assert load(tmp_path, backbone=backbone).lm_head.quantized == "int8"
 
 
 def test_a_file_of_before_the_format_was_noted(tmp_path):
     model = wide_model()
     model.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / CONFIG_NAME).read_text())
+    stored = head_forging.read(tmp_path)
     assert stored.pop("quantized") is None
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(stored))
+    head_forging.write(tmp_path, stored)
     again = load(tmp_path, backbone=make_backbone("llama", **WIDE))
     assert again.lm_head.quantized is None
 

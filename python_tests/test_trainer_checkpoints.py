@@ -15,12 +15,14 @@ from tiny_models import make_backbone, make_model
 from trainer_cases import heads, history, make_trainer, pairs, same
 
 import dualhead_ext as dh
-from dualhead_ext.checkpoint import CheckpointError, verify
+from dualhead_ext import pretrained
+from dualhead_ext.checkpoint import CheckpointError, SaveError, latest_checkpoint, verify
 from dualhead_ext.state_file import load_state
 
 # 14 pairs, 4 to a step: an epoch is 3 whole steps and a smaller one, and 2 epochs are 8 steps.
 RUN = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "eval_steps": 3}
 RUN |= {"eval_strategy": "steps", "logging_steps": 1}
+NO_EVAL = {"eval_strategy": "no"}
 
 
 def run(folder, resume=None, model=None, data=None, **changes):
@@ -300,3 +302,47 @@ def test_killed_or_out_of_space_at_every_call_of_a_training_checkpoint(tmp_path)
     for result in results.values():
         assert not result["problems"], "\n".join(result["problems"])
         assert result["points"] > 35
+
+
+def test_training_begins_with_a_trial_save(tmp_path, monkeypatch):
+    """What would fail at the first checkpoint fails before the first step."""
+    trainer = make_trainer(tmp_path, **RUN | NO_EVAL)
+    steps = []
+    monkeypatch.setattr(type(trainer), "training_step", lambda *a, **k: steps.append(1))
+    monkeypatch.setattr(
+        pretrained, "fingerprint", lambda model: (_ for _ in ()).throw(IndexError("out of range"))
+    )
+    with pytest.raises(SaveError, match=r"a trial save in .* failed \(out of range\); nothing has"):
+        trainer.train()
+    assert not steps and [n for n in os.listdir(tmp_path) if not n.startswith(".lock")] == []
+
+
+def test_a_trial_save_leaves_nothing_and_needs_no_folder(tmp_path):
+    trainer = make_trainer(tmp_path / "deep" / "er", **RUN | NO_EVAL)
+    trainer.try_saving()
+    assert os.listdir(tmp_path / "deep" / "er") == []
+    (tmp_path / "deep" / "er").rmdir()
+    (tmp_path / "deep" / "er").write_text("a file in its place")
+    again = make_trainer(tmp_path / "other", **RUN | NO_EVAL)
+    again.args.output_dir = trainer.args.output_dir
+    with pytest.raises(SaveError, match=r"a trial save in .*er failed .*nothing has been trained"):
+        again.try_saving()
+
+
+def test_a_failed_save_says_what_is_safe(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **RUN | NO_EVAL)
+    write, written = type(trainer)._write_checkpoint, []
+
+    def fails_at_the_second(self, folder, progress):
+        written.append(folder)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        return write(self, folder, progress)
+
+    monkeypatch.setattr(type(trainer), "_write_checkpoint", fails_at_the_second)
+    with pytest.raises(SaveError) as failure:
+        trainer.train()
+    assert "checkpoint-2 could not be saved" in str(failure.value)
+    assert "No space left on device" in str(failure.value)
+    assert f"{tmp_path / 'checkpoint-1'} is whole" in str(failure.value)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-1"

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
+from ..head_folder import CONFIG_NAME
 from ..modeling import DualHeadForCausalLM
-from ..pretrained import CONFIG_NAME
 
 ADAPTER_NAME = "adapter_config.json"
 RECORD_NAME = "training.json"

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head folders with other contents and hashes that fit them, as an attacker or a bug makes them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors.torch import save
+
+from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME, _own_sha256
+
+
+def read(folder):
+    """The configuration of a folder, unchecked."""
+    return json.loads((Path(folder) / CONFIG_NAME).read_text())
+
+
+def write(folder, stored=None, weights=None):
+    """Put another configuration, or other weights (tensors or bytes), in a folder; both hashes are
+    made to fit.
+    """
+    folder, stored = Path(folder), read(folder) if stored is None else stored
+    if weights is not None:
+        data = weights if isinstance(weights, bytes) else save(weights)
+        (folder / WEIGHTS_NAME).write_bytes(data)
+    if "weights_sha256" in stored:
+        data = (folder / WEIGHTS_NAME).read_bytes()
+        stored = stored | {"weights_sha256": hashlib.sha256(data).hexdigest()}
+    if "sha256" in stored:
+        stored = stored | {"sha256": _own_sha256(stored)}
+    (folder / CONFIG_NAME).write_text(json.dumps(stored))
