@@ -21,7 +21,7 @@ from .show import COLOR_NAMES
 
 OVERVIEW = """\
 examples:
-  dualhead demo                                   train and decode in a few minutes, nothing needed
+  dualhead demo                                   steer a real model in a few minutes
   dualhead sample --backbone smollm2 --prompts open --scorer vader --out ranked.jsonl
   dualhead train --backbone smollm2 --data ranked.jsonl --output heads
   dualhead generate heads "How do I keep bread fresh?" --show-gate
@@ -83,6 +83,8 @@ examples:
   dualhead eval --suite paper --scale small --out run    an hour on two cores; again: goes on
   dualhead eval --scale small --out run --decoders backbone,dual_head,genarm_lora
   dualhead eval --scale gpu --out run --minutes 9 --state-mb 60        in pieces
+  dualhead eval --suite steering --out run               what steering buys on a real model: hours
+  dualhead eval --suite steering --out run --attributes sentiment --kl 0.1 --seeds 1
 
 Each cell is kept in --out as it is computed; the tables and plots there show all that is done.
 Data is looked for below --data or $DUALHEAD_DATA. Exit code 3: time ran out, cells are left."""
@@ -91,7 +93,7 @@ _DEMO = """\
 examples:
   dualhead demo
   dualhead demo --output heads --color never
-  dualhead demo --train-pairs 200 --epochs 1      a shorter one"""
+  dualhead demo --backbone embedded               on a tiny model, in seconds"""
 
 
 # The largest seed of every generator that training seeds: NumPy's.
@@ -348,9 +350,13 @@ def names(text: str) -> list[str]:
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", choices=("paper",), default="paper", help="(default paper)")
     parser.add_argument(
-        "--scale", choices=("tiny", "small", "gpu"), required=True, help="how large a run"
+        "--suite", choices=("paper", "steering"), default="paper", help="(default paper)"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("tiny", "small", "standard", "gpu"),
+        help="how large a run; of steering tiny or standard (default standard)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run's cells")
     parser.add_argument("--data", metavar="DIR", help="folder of data (default $DUALHEAD_DATA)")
@@ -358,6 +364,15 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--decoders", type=names, metavar="NAME,...", help="systems to compare (default: all)"
     )
     parser.add_argument("--seeds", type=number(int, 1), metavar="N", help="of the headline systems")
+    parser.add_argument(
+        "--attributes", type=names, metavar="NAME,...", help="what to steer (default: all)"
+    )
+    parser.add_argument(
+        "--kl",
+        type=numbers,
+        metavar="X,...",
+        help="nats per token to decode at (default 0.1,0.05,0.2,0.4)",
+    )
     parser.add_argument(
         "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint that judges win rates"
     )
@@ -380,15 +395,26 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the heads, which are overwritten (default %(default)s)",
     )
-    for name, kind, default, text in (
-        ("train-pairs", number(int, 1), 1162, "pairs to train on, of 1,162"),
-        ("test-pairs", number(int, 1), 400, "unseen pairs to measure on, of 400"),
-        ("epochs", number(float, 0.01), 1.0, "times through the pairs"),
-        ("new-tokens", number(int, 1), 40, "tokens to decode for each prompt"),
-        ("seed", number(int, 0, MAX_SEED), 0, "of everything random"),
+    parser.add_argument(
+        "--backbone",
+        choices=("smollm2", "embedded"),
+        default="smollm2",
+        help="SmolLM2-135M-Instruct (default), or the tiny built-in model, which takes seconds",
+    )
+    for name, low, high, default, text in (
+        ("prompts", 16, 208, 96, "built-in prompts to sample and train on, of 208"),
+        ("test-prompts", 3, 208, 48, "others to measure on, of 208"),
+        ("new-tokens", 1, 1024, 32, "tokens of each text"),
+        ("seed", 0, MAX_SEED, 0, "of everything random"),
     ):
-        help_text = f"{text} (default {default:g})"
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help_text)
+        help_text = f"{text} (default {default})"
+        parser.add_argument(
+            f"--{name}",
+            type=number(int, low, high),
+            default=default,
+            metavar="N",
+            help=help_text,
+        )
     add_color(parser)
 
 
@@ -400,5 +426,5 @@ OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "eval": (add_eval, "compare systems as the paper does: train, decode, measure", _EVAL),
     "info": (add_info, "what was built, and what it found; or what a folder of heads holds", _INFO),
     "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),
-    "demo": (add_demo, "train on the embedded sample, measure, decode", _DEMO),
+    "demo": (add_demo, "sample, train and steer a real model in a few minutes", _DEMO),
 }

@@ -146,7 +146,7 @@ def _append(
     from .eval.sampling import sample as responses_to
 
     size = max(1, arguments.batch_size // arguments.n)
-    settings = (arguments.n, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    settings = (range(arguments.n), arguments.max_new_tokens, arguments.temperature, arguments.seed)
     with tqdm(desc="prompts", total=len(prompts), dynamic_ncols=True) as bar:
         for batch in batches(prompts, size):
             found = responses_to(model, tokenizer, batch, *settings)

@@ -90,18 +90,46 @@ def bench(arguments: Namespace) -> int:
 
 def evaluate(arguments: Namespace) -> int:
     """Run what is missing of a suite, write its tables; 3 if time ran out."""
+    _check_suite(arguments)
     with argument():
         quiet_transformers(EMBEDDED)
-        from .eval.suite import run
+        if arguments.suite == "steering":
+            from .eval.steering import run
+        else:
+            from .eval.suite import run
     return run.main(arguments)
 
 
+# Options of one suite alone, and the names of its scales.
+_SUITES = {
+    "paper": (("decoders", "judge_url", "judge_model", "data"), ("tiny", "small", "gpu")),
+    "steering": (("attributes", "kl"), ("tiny", "standard")),
+}
+
+
+def _check_suite(arguments: Namespace) -> None:
+    for suite, (names, scales) in _SUITES.items():
+        if suite == arguments.suite:
+            if arguments.scale not in (*scales, *([None] if suite == "steering" else [])):
+                raise UserError(
+                    f"--scale: expected one of {', '.join(scales)} for --suite {suite}, got "
+                    f"{arguments.scale}"
+                )
+            continue
+        for name in names:
+            if getattr(arguments, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option}: expected only with --suite {suite}")
+
+
 def demo(arguments: Namespace) -> None:
-    """Train on the embedded sample, measure, decode."""
+    """Sample, train, measure and decode; see `demo.run`."""
     with argument():
-        quiet_transformers(EMBEDDED)
+        quiet_transformers(arguments.backbone)
         from . import demo as script
     options = {n: v for n, v in vars(arguments).items() if n not in ("command", "traceback")}
+    with argument():
+        options["backbone"] = script.find_backbone(arguments.backbone)
     script.run(**options)
 
 

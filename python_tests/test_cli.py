@@ -267,7 +267,7 @@ MISTAKES = [
     (["bench", "--report", "{dir}/none.json"], "none.json"),
     (["bench", "--report", "{file}"], "must be JSON"),
     (["bench", "--seconds", "x"], "invalid float value: 'x'"),
-    (["demo", "--epochs", "0"], "expected a number of at least 0.01"),
+    (["demo", "--prompts", "2"], "expected a whole number in [16, 208]"),
     (["fly"], "invalid choice: 'fly'"),
     ([], "required: command"),
 ]

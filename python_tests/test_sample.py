@@ -150,7 +150,7 @@ def test_the_noise_samples_from_the_softmax():
 def test_a_response_is_what_plain_decoding_of_its_own_noise_gives(backbone):
     """One row at a time, the whole text through the model again for each token."""
     model, tokenizer = backbone
-    found = sampling.sample(model, tokenizer, PROMPTS, 2, 6, temperature=0.7, seed=5)
+    found = sampling.sample(model, tokenizer, PROMPTS, range(2), 6, temperature=0.7, seed=5)
     ends = {model.generation_config.eos_token_id}
     for (i, text), number in itertools.product(enumerate(PROMPTS), range(2)):
         noise = sampling.RowNoise([sampling.row_seed(5, text, number)], 0.7, model.device)

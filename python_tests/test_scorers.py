@@ -28,6 +28,7 @@ PROPERTY = {
         "The cat sat on a mat.",
         "Notwithstanding, epistemological considerations predominate.",
     ),
+    "characters": ("Yes.", "Yes, of course, I think so too."),
     "words": ("Yes.", "Yes, of course, I think so too."),
     "alt-profanity-check": ("Have a nice day.", "You are a stupid idiot."),
     "better-profanity": ("Have a nice day.", "This is bullshit."),

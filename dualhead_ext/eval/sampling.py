@@ -100,22 +100,23 @@ def sample(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str | list[Message]],
-    n: int,
+    numbers: Sequence[int],
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[list[Response]]:
-    """n responses to each of one batch of prompts, by ``generate()``.
+    """Responses to each of one batch of prompts, by ``generate()``.
 
     Args:
         model: a causal language model.
         prompts: texts, or messages that end with the user's.
+        numbers: of the responses; response i is the same in any batch, up to rounding.
         max_new_tokens: a longer response is cut.
         seed: with the prompt's text and a response's number, it decides the response.
     """
-    texts = [prompt_text(prompt, tokenizer) for prompt in prompts]
+    texts, n = [prompt_text(prompt, tokenizer) for prompt in prompts], len(numbers)
     ids, mask = (x.to(model.device) for x in encode_prompts(texts, tokenizer))
-    seeds = [row_seed(seed, text, number) for text in texts for number in range(n)]
+    seeds = [row_seed(seed, text, number) for text in texts for number in numbers]
     cache = prefill(model, ids, mask)
     cache.batch_repeat_interleave(n)
     out = model.generate(

@@ -127,6 +127,7 @@ SCORERS: dict[str, _Entry] = {
     "lix": _Entry(_textstat("lix"), "textstat", "LIX", False),
     # brevity
     "words": _Entry(lambda: _each(lambda text: len(words(text))), None, "words", False),
+    "characters": _Entry(lambda: _each(len), None, "characters", False),
     # toxicity: a classifier trained on comments, and a list of words
     "alt-profanity-check": _Entry(_alt_profanity, "alt-profanity-check", "probability", False),
     "better-profanity": _Entry(_better_profanity, "better-profanity", "share of texts", False),

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward against distance from the backbone: docs/steering.png, and tables of the documents.
+
+python benchmarks/plot_steering.py [benchmarks/results/steering/results.json [docs/steering.png]]
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "steering" / "results.json"
+PICTURE = ROOT / "docs" / "steering.png"
+# (system, reward head, gate): name and marker, in the order of the legend. Others are in the table.
+SHOWN = {
+    ("dual-head", "embedding", "fixed"): ("Dual-Head, fixed gate", "o-"),
+    ("dual-head", "embedding", "linear"): ("Dual-Head, linear gate", "s-"),
+    ("dual-head", "embedding", "attention"): ("Dual-Head, attention gate", "^-"),
+    ("genarm", None, None): ("GenARM (two models)", "v--"),
+    ("dpo", None, None): ("DPO", "D--"),
+    ("paper", "full", "attention"): ("the paper's objective", "x:"),
+    ("best-of-4", None, None): ("best of 4 samples", "P"),
+    ("best-of-16", None, None): ("best of 16 samples", "*"),
+}
+Point = tuple[float, float, float, float]
+
+
+def _groups(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """The seeds of each system and target."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        place = (row["system"], row["reward_head"], row["gate"])
+        groups[(*place, row["kl_target"])].append(row)
+    return groups
+
+
+def points_of(rows: list[dict[str, Any]]) -> dict[tuple, list[Point]]:
+    """{system: (kl, value, low, high)}, means over seeds, by increasing KL."""
+    groups = _groups(rows)
+    found: dict[tuple, list[Point]] = defaultdict(list)
+    for (*place, _), same in groups.items():
+        low, high = (fmean(row["gold_ci95"][i] for row in same) for i in (0, 1))
+        kl, gold = (fmean(row[name] for row in same) for name in ("kl", "gold"))
+        found[tuple(place)].append((kl, gold, low, high))
+    return {place: sorted(points) for place, points in found.items()}
+
+
+def held_out_of(rows: list[dict[str, Any]]) -> dict[tuple, list[tuple[float, float]]]:
+    """{system: (kl, held-out score)}, means over seeds."""
+    groups = _groups(rows)
+    found: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
+    for (*place, _), same in groups.items():
+        kl, score = (fmean(row[name] for row in same) for name in ("kl", "heldout"))
+        found[tuple(place)].append((kl, score))
+    return {place: sorted(points) for place, points in found.items()}
+
+
+def draw(rows: list[dict[str, Any]], left: Axes, right: Axes) -> None:
+    """The scorer that made the training data, and one that nothing was trained on."""
+    gold, held_out = points_of(rows), held_out_of(rows)
+    plain = ("backbone", None, None)
+    for place, (label, style) in SHOWN.items():
+        if place not in gold:
+            continue
+        lines = place in gold and place[0] not in ("best-of-4", "best-of-16") and plain in gold
+        start = [(0.0, *gold[plain][0][1:])] if lines else []
+        kl, value, low, high = zip(*[*start, *gold[place]], strict=True)
+        (line,) = left.plot(kl, value, style, label=label, markersize=5, linewidth=1.2)
+        left.fill_between(kl, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        start = [(0.0, held_out[plain][0][1])] if lines else []
+        kl, score = zip(*[*start, *held_out[place]], strict=True)
+        right.plot(kl, score, style, color=line.get_color(), markersize=5, linewidth=1.2)
+    for axes, name in ((left, "VADER (trained on)"), (right, "AFINN (held out)")):
+        axes.set_xlabel("KL from the backbone, nats per token")
+        axes.set_ylabel(f"sentiment: {name}")
+        if plain in gold:
+            values = gold if axes is left else held_out
+            axes.axhline(values[plain][0][1], color="0.6", linewidth=0.8, linestyle=":")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=7, frameon=False)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+_NAMES = {
+    "backbone": "the backbone alone",
+    "dual-head": "Dual-Head",
+    "paper": "the paper's head and objective",
+    "genarm": "GenARM (LoRA)",
+    "dpo": "DPO (LoRA)",
+    "args": "ARGS",
+    "best-of-4": "best of 4 samples",
+    "best-of-16": "best of 16 samples",
+}
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A system as the documents call it."""
+    parts = [row["reward_head"], row["gate"] and f"{row['gate']} gate"]
+    own = row["system"] == "dual-head"
+    detail = ", ".join(filter(None, parts))
+    return f"{_NAMES[row['system']]} ({detail})" if own else _NAMES[row["system"]]
+
+
+def table(rows: list[dict[str, Any]], attribute: str, target: float | None = None) -> str:
+    """A row for each system, at one target (None: all) and for those that have none; means over
+    seeds.
+    """
+    groups: dict[tuple[str, Any], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["attribute"] == attribute and (target is None or row["kl_target"] in (None, target)):
+            groups[name_of(row), row["kl_target"]].append(row)
+    lines = [
+        "| system | KL, nats a token | gold score [95 %] | seeds | held-out score | perplexity | "
+        "words | trained parameters | training, s |",
+        "|" + " --- |" * 9,
+    ]
+    for (name, _), same in sorted(groups.items(), key=lambda item: fmean_of(item[1], "kl")):
+        low, high = (fmean(row["gold_ci95"][i] for row in same) for i in (0, 1))
+        seeds = ", ".join(f"{row['gold']:.2f}" for row in sorted(same, key=lambda r: r["seed"]))
+        trained = same[0]["train_seconds"] is not None
+        lines.append(
+            f"| {name} | {fmean_of(same, 'kl'):.3f} | {fmean_of(same, 'gold'):.3f} "
+            f"[{low:.3f}, {high:.3f}] | {seeds} | {fmean_of(same, 'heldout'):.3f} | "
+            f"{fmean_of(same, 'perplexity'):.1f} | {fmean_of(same, 'words'):.1f} | "
+            f"{same[0]['parameters']:,} | "
+            + (f"{fmean_of(same, 'train_seconds'):.1f} |" if trained else "- |")
+        )
+    return "\n".join(lines)
+
+
+def fmean_of(rows: list[dict[str, Any]], name: str) -> float:
+    """The mean of a field."""
+    return fmean(row[name] for row in rows)
+
+
+# file: what stands between its marks
+def blocks(rows: list[dict[str, Any]]) -> dict[Path, str]:
+    """The text for each document."""
+    targets = [row["kl_target"] for row in rows if row["kl_target"] is not None]
+    first = min(targets, key=lambda t: abs(t - 0.1)) if targets else None
+    return {
+        ROOT / "README.md": table(rows, "sentiment", first),
+        ROOT / "docs" / "results.md": table(rows, "sentiment"),
+    }
+
+
+def filled(document: str, block: str) -> str:
+    """The document with the block between its marks.
+
+    Raises:
+        ValueError: it has no marks.
+    """
+    begin, end = "<!-- steering -->\n", "<!-- /steering -->"
+    head, found, rest = document.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"filled: the document must have {begin.strip()} and {end}")
+    return f"{head}{begin}{block}\n{end}{tail}"
+
+
+def main() -> None:
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw([row for row in rows if row["attribute"] == "sentiment"], left, right)
+    figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
+    for path, block in blocks(rows).items():
+        path.write_text(filled(path.read_text(encoding="utf-8"), block), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling from a policy beside the backbone that it changes, so that each token comes with its
+distance from the backbone.
+
+The backbone runs in any case: its state of a prompt is computed once for all policies and
+strengths, and a policy changes its logits. One random number generator for each row makes the runs
+of two policies comparable: where their distributions agree, so do the tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .sampling import RowNoise, encode_prompts, row_seed
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A batch of prompts in a backbone.
+
+    Attributes:
+        texts: the prompts, as the model reads them.
+        ids, mask: (B, T), padded on the left.
+        hidden: (B, T, d), what the LM head reads.
+        cache: of all T tokens.
+    """
+
+    texts: Sequence[str]
+    ids: Tensor
+    mask: Tensor
+    hidden: Tensor
+    cache: DynamicCache
+
+
+class Policy(Protocol):
+    """What maps the backbone's logits to others."""
+
+    def begin(self, prefix: Prefix, new_tokens: int) -> None:
+        """Read the prompts; at most ``new_tokens`` follow."""
+
+    def __call__(
+        self, token: Tensor | None, hidden: Tensor, z_lm: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(token (B,) that was chosen last, None at first; hidden (B, d); z_LM (B, V); mask (B, T)
+        of the text so far) -> logits (B, V), alpha (B,) or None.
+        """
+
+
+class Backbone:
+    """The policy that changes nothing."""
+
+    def begin(self, prefix: Prefix, new_tokens: int) -> None:
+        pass
+
+    def __call__(
+        self, token: Tensor | None, hidden: Tensor, z_lm: Tensor, mask: Tensor
+    ) -> tuple[Tensor, None]:
+        return z_lm, None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled text. Attributes:
+
+    tokens: (B, N) ids. written: (B, N) bool, up to and with the end token.
+    kl: (B, N) fp32, KL(policy || backbone) at each position, nats.
+    logprob: (B, N) fp32, log-probability of the token under the backbone.
+    alpha: (B, N) fp32, or None.
+    """
+
+    tokens: Tensor
+    written: Tensor
+    kl: Tensor
+    logprob: Tensor
+    alpha: Tensor | None
+
+    def mean(self, name: str) -> float:
+        """Of ``kl``, ``logprob`` or ``alpha`` over the tokens that were written."""
+        return float(getattr(self, name)[self.written].double().mean())
+
+
+def read_prompts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Prefix:
+    """The backbone's state of a batch of prompts."""
+    ids, mask = (x.to(model.device) for x in encode_prompts(texts, tokenizer))
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        hidden = decode_step(model, ids, mask, cache)
+    return Prefix(tuple(texts), ids, mask, hidden, cache)
+
+
+def decode_step(model: nn.Module, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Hidden states (B, n, d) of the n last columns of ``mask`` (B, T); the cache grows by them."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model.get_decoder()(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )[0]
+
+
+@torch.inference_mode()
+def roll_out(
+    model: nn.Module,
+    prefix: Prefix,
+    policy: Policy,
+    new_tokens: int,
+    seed: int,
+    ends: Sequence[int],
+) -> Rollout:
+    """Sample at temperature 1.
+
+    Args:
+        model: the backbone, a plain causal language model.
+        policy: what changes its logits.
+        new_tokens: a longer text is cut.
+        seed: with a prompt's text it decides the row's random numbers.
+        ends: the end tokens.
+    """
+    cache, mask = copy.deepcopy(prefix.cache), prefix.mask
+    noise = RowNoise([row_seed(seed, text, 0) for text in prefix.texts], 1.0, mask.device)
+    ends = torch.tensor(list(ends), device=mask.device, dtype=torch.int64)
+    policy.begin(prefix, new_tokens)
+    hidden, token = prefix.hidden[:, -1], None
+    alive = torch.ones(len(prefix.texts), dtype=torch.bool, device=mask.device)
+    columns: list[tuple[Tensor, ...]] = []
+    for step in range(new_tokens):
+        z_lm = model.get_output_embeddings()(hidden).float()
+        logits, alpha = policy(token, hidden, z_lm, mask)
+        p, q = logits.float().log_softmax(-1), z_lm.log_softmax(-1)
+        kl = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp_(min=0.0)
+        token = noise(None, p).argmax(-1)
+        logprob = q.gather(-1, token[:, None])[:, 0]
+        columns.append((token, alive, kl, logprob, *(() if alpha is None else (alpha.float(),))))
+        alive = alive & ~torch.isin(token, ends)
+        if step + 1 == new_tokens or not bool(alive.any()):
+            break
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+        hidden = decode_step(model, token[:, None], mask, cache)[:, -1]
+    tokens, written, kl, logprob, *rest = (torch.stack(c, 1) for c in zip(*columns, strict=True))
+    return Rollout(tokens, written, kl, logprob, rest[0] if rest else None)
+
+
+@torch.inference_mode()
+def response_logprobs(
+    model: nn.Module,
+    tokenizer: Any,
+    prefix: Prefix,
+    responses: Sequence[str],
+    ended: Sequence[bool],
+) -> tuple[float, int]:
+    """(sum of log-probabilities under the backbone, tokens) of given responses to the prompts.
+
+    Args:
+        ended: whether a response's end token counts too.
+    """
+    end = [tokenizer.eos_token_id]
+    rows = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] + (end if done else [])
+        for text, done in zip(responses, ended, strict=True)
+    ]
+    width = max(1, *map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    own = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    mask = torch.cat((prefix.mask, own.to(prefix.mask)), 1)
+    hidden = decode_step(model, ids, mask, copy.deepcopy(prefix.cache))
+    total, head = 0.0, model.get_output_embeddings()
+    for row, count in enumerate(map(len, rows)):
+        states = torch.cat((prefix.hidden[row, -1:], hidden[row, : max(count - 1, 0)]))[:count]
+        logprobs = head(states).float().log_softmax(-1)
+        total += float(logprobs.gather(1, ids[row, :count, None]).double().sum())
+    return total, sum(map(len, rows))

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cells the steering suite has, the most telling first: a run may stop early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..suite.cells import Cell
+from .attributes import ATTRIBUTES, PROVOKING
+
+KL_TARGETS = (0.1, 0.05, 0.2, 0.4)
+SEEDS = 3
+# Sampled responses to a training prompt.
+TRAIN_SAMPLES = 6
+FRONT = ("sentiment", "readability")
+FRONT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """Attributes:
+    name: as in the results.
+    method: what trains it, a name of `training.METHODS`, or None.
+    reward_head, gate: of a gated head, else None.
+    options: of the training.
+    best_of: how many samples it chooses from, else 0.
+    strengths: fixed ones, where no strength reaches the targets; else they follow from the KL.
+    """
+
+    name: str
+    method: str | None = None
+    reward_head: str | None = None
+    gate: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    best_of: int = 0
+    strengths: tuple[float, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        return {"system": self.name, "reward_head": self.reward_head, "gate": self.gate}
+
+
+def _dual_head(reward_head: str, gate: str) -> System:
+    options = {"reward_head": reward_head, "gate": gate}
+    return System("dual-head", "dual_head", reward_head, gate, options)
+
+
+BACKBONE = System("backbone")
+GATES = ("fixed", "linear", "attention")
+DUAL_HEADS = {
+    (head, gate): _dual_head(head, gate)
+    for head in ("embedding", "lowrank", "full")
+    for gate in GATES
+}
+PAPER = System("paper", "dual_head", "full", "attention", {"preset": "paper"})
+BEST_OF = tuple(System(f"best-of-{n}", best_of=n) for n in (4, 16))
+GENARM = System("genarm", "autoregressive_reward")
+DPO = System("dpo", "dpo")
+# Its candidates alone are far from the backbone, so that its weights are the paper's.
+ARGS = System("args", "reward_model", strengths=(1.0, 1.5))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed. Defaults: the run that the results are of."""
+
+    backbone: str = "smollm2"
+    train_prompts: int = 208
+    calibration_prompts: int = 64
+    prompts: int = 208
+    new_tokens: int = 40
+    batch_size: int = 52
+    max_length: int = 160
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+# Another scale is for tests of the machinery.
+SIZES = {
+    "standard": Size(),
+    "tiny": Size("embedded", 8, 4, 8, 8, 4, 96, {"num_train_epochs": 1.0}),
+}
+
+
+@dataclass
+class Plan:
+    """Cells, and what the report needs to find them.
+
+    Attributes:
+        decoded: (system, attribute, target, seed) -> the cell with its texts; target None for
+            systems that have none.
+        costs: system -> its timing.
+        front: weight -> the cell.
+    """
+
+    size: Size
+    decoded: dict[tuple[System, str, float | None, int], Cell] = field(default_factory=dict)
+    costs: dict[tuple[str | None, ...], Cell] = field(default_factory=dict)
+    front: dict[float, Cell] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        return [*self.decoded.values(), *self.front.values(), *self.costs.values()]
+
+
+class Planner:
+    """Makes a :class:`Plan`; call it once.
+
+    Args:
+        size: how much is computed.
+        attributes: names of `ATTRIBUTES`.
+        seeds: of training and decoding.
+        targets: nats per token.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        attributes: Sequence[str],
+        seeds: int = SEEDS,
+        targets: Sequence[float] = KL_TARGETS,
+    ) -> None:
+        self._size, self._attributes = size, attributes
+        self._seeds, self._targets = range(seeds), targets
+        self._plan = Plan(size)
+
+    def __call__(self) -> Plan:
+        for attribute, system, target in self._order():
+            for seed in self._seeds:
+                place = (system, attribute, target, seed)
+                self._plan.decoded[place] = self._decode(*place)
+        if set(FRONT) <= set(self._attributes):
+            self._plan.front = {weight: self._front(weight) for weight in FRONT_WEIGHTS}
+        for system in (BACKBONE, *DUAL_HEADS.values(), GENARM):
+            self._plan.costs[tuple(system.parts.values())] = self._cost(system)
+        return self._plan
+
+    def _order(self) -> Iterator[tuple[str, System, float | None]]:
+        """(attribute, system, target), the most telling first."""
+        first = [self._targets[0]] if self._targets else []
+        main = [DUAL_HEADS["embedding", gate] for gate in GATES]
+        heads = [system for system in DUAL_HEADS.values() if system not in main]
+        rest = [name for name in self._attributes if name != "sentiment"]
+        if "sentiment" in self._attributes:
+            for targets, systems in (
+                (first, main),
+                (first, [PAPER]),
+                ((None,), [BACKBONE, BEST_OF[0]]),
+                (self._targets[1:], main),
+                (first, [DPO, GENARM]),
+                (first, heads),
+                (self._targets[1:], [PAPER, DPO, GENARM]),
+            ):
+                yield from (("sentiment", s, t) for t in targets for s in systems)
+        for name in rest:
+            yield from ((name, s, None) for s in (BACKBONE, BEST_OF[0]))
+            yield from ((name, s, t) for t in first for s in (main[0], PAPER, DPO, GENARM))
+        if "sentiment" in self._attributes:
+            yield "sentiment", BEST_OF[1], None
+            for strength in ARGS.strengths:
+                yield "sentiment", replace(ARGS, strengths=(strength,)), None
+            yield from (("sentiment", s, t) for t in self._targets[1:] for s in heads)
+        for name in rest:
+            systems = (main[0], PAPER, DPO, GENARM)
+            yield from ((name, s, t) for t in self._targets[1:] for s in systems)
+
+    # --- cells ---
+
+    def _samples(self, attribute: str, split: str, seed: int, numbers: tuple[int, int]) -> Cell:
+        """Responses of the backbone: the same for all attributes with the same prompts."""
+        size, kind = self._size, ATTRIBUTES[attribute].prompts
+        counts = {"train": size.train_prompts, "calibration": size.calibration_prompts}
+        options = {
+            "backbone": size.backbone,
+            "prompts": kind,
+            "split": split,
+            "count": counts.get(split, size.prompts),
+            "numbers": list(numbers),
+            "seed": seed,
+            "new_tokens": size.new_tokens,
+        }
+        low, high = numbers
+        label = f"{split} samples {low + 1} to {high}, seed {seed}"
+        if kind == PROVOKING:
+            label += ", provoking prompts"
+        return Cell("samples", label, options)
+
+    def _train(self, system: System, attributes: tuple[str, ...], seed: int) -> Cell:
+        size = self._size
+        needs = {"samples": self._samples(attributes[0], "train", 0, (0, TRAIN_SAMPLES))}
+        if system.method == "dual_head":
+            needs["held_out"] = self._samples(attributes[0], "calibration", 0, (0, TRAIN_SAMPLES))
+        options = {
+            "backbone": size.backbone,
+            "method": system.method,
+            "attributes": list(attributes),
+            "options": system.options,
+            "training": size.training,
+            "max_length": size.max_length,
+            "seed": seed,
+        }
+        kind = " ".join(filter(None, (system.name, system.reward_head, system.gate)))
+        return Cell("train", f"{kind}, {'+'.join(attributes)}, seed {seed}", options, needs)
+
+    def _decode(self, system: System, attribute: str, target: float | None, seed: int) -> Cell:
+        size, needs = self._size, {}
+        if system.method is not None:
+            needs["model"] = self._train(system, (attribute,), seed)
+        if system.best_of:
+            needs["samples"] = self._samples(attribute, "measure", seed, (0, 4))
+            if system.best_of > 4:
+                needs["more"] = self._samples(attribute, "measure", seed, (4, system.best_of))
+        options = {
+            "backbone": size.backbone,
+            "system": system.name,
+            "method": system.method,
+            "attribute": attribute,
+            "kl_target": target,
+            "strength": system.strengths[0] if system.strengths else None,
+            "best_of": system.best_of,
+            "prompts": size.prompts,
+            "new_tokens": size.new_tokens,
+            "batch_size": size.batch_size,
+            "weights": None,
+            "seed": seed,
+        }
+        kind = " ".join(filter(None, (system.name, system.reward_head, system.gate)))
+        at = "" if target is None else f", KL {target:g}"
+        return Cell("decode", f"{kind}, {attribute}{at}, seed {seed}", options, needs)
+
+    def _front(self, weight: float) -> Cell:
+        system = DUAL_HEADS["embedding", "fixed"]
+        cell = self._decode(system, FRONT[0], self._targets[0], 0)
+        options = {**cell.options, "weights": [weight, 1.0 - weight]}
+        needs = {"model": self._train(system, FRONT, 0)}
+        return Cell("decode", f"{'+'.join(FRONT)}, weight {weight:g}", options, needs)
+
+    def _cost(self, system: System) -> Cell:
+        needs = {}
+        if system.method is not None:
+            needs["model"] = self._train(system, ("sentiment",), 0)
+        options = {
+            "backbone": self._size.backbone,
+            "method": system.method,
+            "new_tokens": self._size.new_tokens,
+        }
+        kind = " ".join(filter(None, (system.name, system.reward_head, system.gate)))
+        return Cell("cost", f"time of {kind}", options, needs)
