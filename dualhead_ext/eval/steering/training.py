@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
@@ -20,9 +19,9 @@ from ...config import DualHeadConfig
 from ...data import score_pairs
 from ...head import DualHead
 from ...head_files import check_head_state
+from ...head_folder import read_head_folder
 from ...modeling import DualHeadForCausalLM
 from ...presets import PRESETS
-from ...pretrained import WEIGHTS_NAME, read_config
 from ...trainer import DualHeadTrainer, DualHeadTrainingArguments
 from ..scorers import Scorer, scorer
 from ..systems import TrainSettings
@@ -173,10 +172,10 @@ def train_other(
 
 def load_head(folder: Path, lm_head: nn.Linear) -> tuple[DualHead, list[list[float]] | None]:
     """A trained gated head on a plain LM head, which it shares; and its curve of (strength, KL)."""
-    config = read_config(str(folder))["dual_head"]
+    stored, state = read_head_folder(folder)
+    config = stored["dual_head"]
     settings = config.to_dict()
     head = DualHead.from_lm_head(lm_head, **settings)
-    state = load_file(folder / WEIGHTS_NAME)
     check_head_state(config, state, None, str(folder))
     head.load_state_dict(state, strict=False)  # all but the LM head, which is shared
     return head.eval().requires_grad_(False), settings.get("kl_curve")
