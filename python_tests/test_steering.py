@@ -107,7 +107,7 @@ def test_a_gated_rollout_is_what_generate_writes(backbone, prefix, gate):
     )
     assert out.sequences[:, prefix.ids.shape[1] :].tolist() == rolled.tokens.tolist()
     torch.testing.assert_close(out.gate_alpha, rolled.alpha, rtol=1e-4, atol=1e-5)
-    assert bool((rolled.kl > 0).all())
+    assert rolled.mean("kl") > 0.0
 
 
 def test_a_rollouts_kl_is_that_of_its_distributions(backbone, prefix):
