@@ -67,8 +67,8 @@ class Size:
     """How much is computed. Defaults: the run that the results are of."""
 
     backbone: str = "smollm2"
-    train_prompts: int = 208
-    calibration_prompts: int = 64
+    train_prompts: int = 128
+    calibration_prompts: int = 24
     prompts: int = 208
     new_tokens: int = 40
     batch_size: int = 52
