@@ -319,8 +319,8 @@ class Pass:
             mixed, pair = mixed + pair, None
         of_kl = None
         if job.in_kl:
-            price = self.options.kl_price / at_least_one(self.counts.tokens)
-            of_kl = torch.ones_like(mixed) * price
+            # Divided in the loss's own precision: the count may be of another.
+            of_kl = torch.full_like(mixed, self.options.kl_price) / at_least_one(self.counts.tokens)
         gate = loss_rows.gradients_(rows, mixed, pair, of_kl, lm=self.maps.lm.trains)
         if gate is not None and self.gate_grad is not None:
             self.gate_grad.index_add_(0, job.index, gate.to(self.gate_grad.dtype))

@@ -90,7 +90,8 @@ def test_hh_prompts_are_distinct_and_whole(tmp_path):
     assert [row["question"] for row in got] == ["Hi", f"a{ASSISTANT} b{HUMAN} c"]
     assert got.report.kept == 2 and "2 prompts" in str(got.report)
     messages = [{"role": "user", "content": "Hi"}]
-    other = {"prompt": messages, "chosen": messages, "rejected": messages * 2}
+    answers = [[{"role": "assistant", "content": text}] for text in ("x", "y")]
+    other = {"prompt": messages, "chosen": answers[0], "rejected": answers[1]}
     with pytest.raises(ValueError, match="must hold dialogues as strings"):
         prompts.hh_prompts(write(tmp_path / "b.jsonl", [other]))
 
