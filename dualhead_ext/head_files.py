@@ -94,7 +94,13 @@ def _check_kind(name: str, value: Tensor, quantized: str | None, where: str) -> 
 def _all_finite(value: Tensor) -> bool:
     if value.dtype == torch.float8_e4m3fn:  # has NaN and no infinity, and torch no isfinite of it
         return not any(((x & 0x7F) == 0x7F).any() for x in _pieces(value.view(torch.uint8)))
-    return not value.is_floating_point() or all(torch.isfinite(x).all() for x in _pieces(value))
+    return not value.is_floating_point() or all(_is_finite(x) for x in _pieces(value))
+
+
+def _is_finite(piece: Tensor) -> bool:
+    """A sum tells at a tenth of the cost: it is finite only where all are, unless it overflows."""
+    total = piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(piece).all())
 
 
 def _pieces(value: Tensor) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.data import load_preference_data
 from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME
+from dualhead_ext.presets import PRESETS
 
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "How do I boil an egg?")
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
@@ -27,7 +28,7 @@ def rows(split, count):
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2):
-    return AutoTokenizer.from_pretrained(smollm2)
+    return AutoTokenizer.from_pretrained(smollm2, padding_side="left")
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +43,26 @@ def asked(tokenizer, *questions):
         [[{"role": "user", "content": question}] for question in questions],
         add_generation_prompt=True,
         padding=True,
-        tokenizer_kwargs={"padding_side": "left"},
         return_tensors="pt",
         return_dict=True,
     )
 
 
-@pytest.fixture(scope="module")
-def trained(smollm2, tokenizer, tmp_path_factory):
-    """(trainer, folder of the saved heads) after 20 steps on eight pairs."""
-    folder = tmp_path_factory.mktemp("smollm2")
+@pytest.fixture(scope="module", params=PRESETS)
+def trained(request, smollm2, tokenizer, tmp_path_factory):
+    """(preset, trainer, folder of the saved heads) after 20 steps on eight pairs."""
+    preset, folder = request.param, tmp_path_factory.mktemp("smollm2")
     torch.manual_seed(0)
-    model = dh.DualHeadForCausalLM.from_backbone("smollm2", dtype=torch.float32)
+    model = dh.DualHeadForCausalLM.from_backbone(
+        "smollm2", dtype=torch.float32, **PRESETS[preset]["head"]
+    )
     arguments = dh.DualHeadTrainingArguments(
         output_dir=str(folder / "run"),
+        preset=preset,
         max_steps=20,
         per_device_train_batch_size=2,
-        learning_rate=1e-4,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-2 if preset == "default" else 1e-4,
         lr_scheduler_type="constant",
         warmup_steps=0,
         max_length=128,
@@ -78,37 +82,39 @@ def trained(smollm2, tokenizer, tmp_path_factory):
     )
     trainer.train()
     model.eval().save_pretrained(folder / "heads")
-    return trainer, folder / "heads"
+    return preset, trainer, folder / "heads"
 
 
 def test_training_learns_the_pairs_and_leaves_the_backbone(trained, backbone):
-    trainer = trained[0]
+    preset, trainer, _ = trained
     logs = [entry for entry in trainer.state.log_history if "preference_loss" in entry]
-    assert len(logs) == 4
     assert logs[-1]["preference_loss"] < 0.9 * logs[0]["preference_loss"]
-    model, plain = trainer.model, dict(backbone.named_parameters())
-    own = dict(model.named_parameters())
+    plain, own = dict(backbone.named_parameters()), dict(trainer.model.named_parameters())
     assert all(torch.equal(own[name], value) for name, value in plain.items())
-    trainable = {name for name, value in own.items() if value.requires_grad}
-    assert trainable and all(".reward_head." in n or ".gate." in n for n in trainable)
-    assert trainable == {n for n, v in own.items() if n not in plain}
-    assert own["lm_head.gate.out.weight"].abs().max() > 0  # it starts at zero
+    assert {n for n, v in own.items() if v.requires_grad} == own.keys() - plain.keys()
+    state = trainer.model.state_dict()
+    moved = "lm_head.gate.out.weight" if preset == "paper" else "lm_head.reward_head.bias"
+    assert state[moved].abs().max() > 0  # it starts at zero
 
 
 def test_heads_come_back_by_the_backbones_name(trained, tokenizer):
-    trainer, folder = trained
+    preset, trainer, folder = trained
     stored = json.loads((folder / CONFIG_NAME).read_text())
     assert stored["backbone"]["name_or_path"] == "smollm2"
     again = dh.DualHeadForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inputs = asked(tokenizer, *QUESTIONS)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, trainer.model(**inputs).logits)
-    checkpoint = folder.parent / "run" / "checkpoint-20"
-    assert (checkpoint / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
+    assert again.dual_head_config == trainer.model.dual_head_config
+    if preset == "default":
+        assert again.dual_head_config.kl_curve  # training has measured its strength
+    else:
+        checkpoint = folder.parent / "run" / "checkpoint-20"
+        assert (checkpoint / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
 
 
 def test_four_strengths_in_one_batch(trained, tokenizer, backbone):
-    model = trained[0].model
+    model = trained[1].model
     one = asked(tokenizer, QUESTIONS[0])
     batch = {name: value.repeat(len(STRENGTHS), 1) for name, value in one.items()}
     together = model.generate(**batch, **GREEDY, strength=torch.tensor(STRENGTHS))
@@ -123,7 +129,7 @@ def test_four_strengths_in_one_batch(trained, tokenizer, backbone):
 
 
 def test_a_stream_is_the_text(trained, tokenizer):
-    model, inputs = trained[0].model, asked(tokenizer, QUESTIONS[1])
+    model, inputs = trained[1].model, asked(tokenizer, QUESTIONS[1])
     ids = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**inputs, **GREEDY, streamer=streamer)
@@ -134,7 +140,7 @@ def test_a_stream_is_the_text(trained, tokenizer):
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_quantised_heads_say_nearly_the_same(trained, tokenizer, backbone, name, tmp_path):
-    trainer, folder = trained
+    preset, trainer, folder = trained
     model = dh.DualHeadForCausalLM.from_pretrained(folder, dtype=torch.float32, quantize=name)
     inputs = asked(tokenizer, *QUESTIONS)
     keep = inputs["attention_mask"].bool()
@@ -144,8 +150,9 @@ def test_quantised_heads_say_nearly_the_same(trained, tokenizer, backbone, name,
     kl = (full.exp() * (full - got)).sum(-1).mean()
     assert 0 < kl < (0.01 if name == "int8" else 0.05)
     model.save_pretrained(tmp_path)
-    size = (tmp_path / WEIGHTS_NAME).stat().st_size
-    assert size < 0.6 * (folder / WEIGHTS_NAME).stat().st_size
+    if preset == "paper":
+        size = (tmp_path / WEIGHTS_NAME).stat().st_size
+        assert size < 0.6 * (folder / WEIGHTS_NAME).stat().st_size
     again = dh.DualHeadForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(again.generate(**inputs, **GREEDY), expected)
@@ -155,11 +162,11 @@ def test_int4_says_why_it_does_not_fit(trained):
     with pytest.raises(
         ValueError, match=r"int4 needs a hidden size that is a multiple of 128.*576"
     ):
-        dh.DualHeadForCausalLM.from_pretrained(trained[1], quantize="int4")
+        dh.DualHeadForCausalLM.from_pretrained(trained[2], quantize="int4")
 
 
 def test_evaluation_counts_every_pair(trained):
-    metrics = trained[0].evaluate()
+    metrics = trained[1].evaluate()
     assert all(torch.isfinite(torch.tensor(float(value))) for value in metrics.values())
     assert metrics["eval_rewards/accuracies"] * 8 == pytest.approx(
         round(metrics["eval_rewards/accuracies"] * 8)
@@ -169,7 +176,7 @@ def test_evaluation_counts_every_pair(trained):
 def test_the_commands_from_end_to_end(smollm2, tmp_path, capsys):
     data, heads = tmp_path / "pairs.jsonl", tmp_path / "heads"
     data.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows("train", 6)))
-    options = ["--max-steps", "2", "--batch-size", "2", "--accumulate", "1", "--max-length", "64"]
+    options = ["--max-steps", "2", "--batch-size", "2", "--accumulate", "1", "--max-length", "128"]
     train = ["train", "--backbone", "smollm2", "--data", str(data), "--output", str(heads)]
     assert cli.main([*train, *options, "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
