@@ -94,10 +94,10 @@ def evaluate(arguments: Namespace) -> int:
     with argument():
         quiet_transformers(EMBEDDED)
         if arguments.suite == "steering":
-            from .eval.steering import run
+            from .eval.steering.run import main
         else:
-            from .eval.suite import run
-    return run.main(arguments)
+            from .eval.suite.run import main
+    return main(arguments)
 
 
 # Options of one suite alone, and the names of its scales.

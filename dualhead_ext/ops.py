@@ -9,6 +9,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import _extension
 from .reference import DecodeOutput
@@ -336,7 +337,7 @@ def _labels_inside(operator: str, labels: Tensor, logits: Tensor) -> tuple[Tenso
         return labels, None  # the operator says what is wrong
     vocabulary = logits.shape[-1]
     if labels.device.type == "cpu":
-        if labels.numel():
+        if labels.numel() and not isinstance(labels, FakeTensor):  # which has no values to look at
             low, high = (int(bound) for bound in labels.aminmax())
             if low < 0 or high >= vocabulary:
                 raise ValueError(

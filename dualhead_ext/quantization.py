@@ -244,9 +244,9 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     if name is None:
         raise TypeError(f"dequantize: weight must be quantised, got {weight.dtype}")
     weight_format = FORMATS[name]
-    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+    if not isinstance(scale, Tensor) or scale.dtype not in (torch.float32, torch.float64):
         got = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
-        raise TypeError(f"dequantize: scale must be a float32 tensor, got {got}")
+        raise TypeError(f"dequantize: scale must be a float32 or float64 tensor, got {got}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dequantize: dtype must be a floating-point dtype, got {dtype!r}")
     d = weight.shape[-1] * (1 if weight_format.unpack is None else 2)
