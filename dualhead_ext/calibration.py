@@ -130,6 +130,7 @@ class _States:
         return (low + high) / 2
 
 
+@torch.no_grad()
 def calibrate(
     model: Any,
     hidden: Tensor,
