@@ -98,7 +98,8 @@ def run(
     print("\n4. Three of them at strength 0 (the backbone), 1 and 2; colour is the gate's alpha.\n")
     if show.has_color(to):
         show.print_legend(to)
-    to.print(side_by_side(model, tokenizer, measured[:3], new_tokens, seed, to))
+    # The console wraps softly, which would cut a table at its right edge.
+    to.print(side_by_side(model, tokenizer, measured[:3], new_tokens, seed, to), soft_wrap=False)
 
     plain, gated, two = times(model, tokenizer, measured[0])
     print(f"\nCost, one request: plain 1.00x, gated {gated / plain:.2f}x, ", end="")
