@@ -154,4 +154,7 @@ def _batches(loader: Any) -> list[list[int]]:
     from the random numbers of the run.
     """
     with torch.random.fork_rng(devices=[]):
+        # A loader draws its workers' seed before its sampler draws the order, maybe from the same
+        # generator.
+        torch.empty((), dtype=torch.int64).random_()
         return [list(batch) for batch in loader.batch_sampler]

@@ -68,7 +68,7 @@ def test_help_shows_examples(command, capsys):
     out = capsys.readouterr().out
     assert "examples:" in out and f"dualhead {command or 'demo'}" in out
     if command == "train":
-        assert "(default 0.1)" in out  # beta_r's, asked from the dataclass
+        assert "margin (default 1.0)" in " ".join(out.split())  # beta_r's, of the default preset
 
 
 def test_help_needs_neither_torch_nor_transformers():
@@ -212,8 +212,8 @@ def test_hidden_states_are_computed_once(tmp_path, capsys, monkeypatch):
     for lines in (1, 0):
         assert run(*argv, "--cache-hidden", str(cache)) == 0
         printed = capsys.readouterr().out
-        assert printed.count(f"{cache}/train: hidden states of 6 pairs, ") == lines
-        assert printed.count(f"{cache}/eval: hidden states of 4 pairs, ") == lines
+        assert printed.count(f"{cache}/train: hidden states of 6 rows, ") == lines
+        assert printed.count(f"{cache}/eval: hidden states of 4 rows, ") == lines
         assert printed.split("held-out pairs")[1] == accuracy
         got = load_file(out / WEIGHTS_NAME)
         assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())

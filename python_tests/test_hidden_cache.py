@@ -356,7 +356,7 @@ def elsewhere(folder):
 
 
 def newer(folder):
-    edit(folder, lambda index: index.update(format_version=2))
+    edit(folder, lambda index: index.update(format_version=3))
 
 
 @pytest.mark.parametrize(
