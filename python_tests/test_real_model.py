@@ -103,8 +103,12 @@ def test_heads_come_back_by_the_backbones_name(trained, tokenizer):
     assert stored["backbone"]["name_or_path"] == "smollm2"
     again = dh.DualHeadForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inputs = asked(tokenizer, *QUESTIONS)
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, trainer.model(**inputs).logits)
+    own, read = (model.lm_head.state_dict() for model in (trainer.model, again))
+    assert own.keys() == read.keys()
+    assert all(torch.equal(own[name], read[name]) for name in own)
+    with torch.no_grad():  # the one still trains, the other decodes: the same to fp32's rounding
+        expected = trainer.model(**inputs).logits
+        torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=1e-3)
     assert again.dual_head_config == trainer.model.dual_head_config
     if preset == "default":
         assert again.dual_head_config.kl_curve  # training has measured its strength
