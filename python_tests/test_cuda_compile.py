@@ -28,7 +28,7 @@ LIMITS = {
     "decode_step_kernel": Limit(registers=128),  # 256 threads: two blocks per multiprocessor
     # 384 threads: one block, whose ring fills the multiprocessor's shared memory. What is spilled
     # is used once per stage or tile: test_machine_code.py allows none among the products.
-    "stream_kernel": Limit(registers=168, spill_bytes=192, stack_bytes=64),
+    "stream_kernel": Limit(registers=168, spill_bytes=384, stack_bytes=96),
     # 256 threads: four blocks or more, for enough reads in flight
     "loss_rows_kernel": Limit(registers=64),
     "loss_rows_backward_kernel": Limit(registers=64),
