@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every operator schema, once. Implementations: ops_cpu.cpp, ops_cuda.cpp, ops_loss.cpp,
-// ops_loss_cuda.cpp; fakes and the text of the documentation: dualhead_ext/ops.py; the arguments'
+// ops_loss_cuda.cpp; fakes and the text of the documentation: ops.py; the arguments'
 // meaning, field by field: kernels/params.h.
 #include <torch/csrc/stable/library.h>
 

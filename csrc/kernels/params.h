@@ -16,7 +16,7 @@ namespace dualhead {
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // How the two heads' weights are stored: in the dtype of everything else, or quantised
-// (dualhead_ext/quantization.py says what the bits mean). Int4 has a scale per kInt4Group inputs.
+// (quantization.py says what the bits mean). Int4 has a scale per kInt4Group inputs.
 enum class Quantization : int32_t { kNone = 0, kInt8 = 1, kFp8 = 2, kInt4 = 3 };
 constexpr int64_t kInt4Group = 128;
 
@@ -65,7 +65,7 @@ struct DecodeParams {
   const float* strength;       // (B,): alpha <- max(strength * alpha, 0); 0 selects z_LM;
                                //       with mix_probs at most 1
   const float* alpha;          // (B,): replaces sigmoid(gate logit), before strength
-  // (B,): last; alpha counts as 0 if alpha < it, as 1 if 1 - alpha < it
+  // (B,): last; alpha counts as 0 if alpha < it, as 1 if |1 - alpha| < it
   const float* skip_threshold;
 
   // --- post-processing f and mixture ---
@@ -91,7 +91,7 @@ struct DecodeParams {
   float* out_attention;   // (B, H, S) or null: attention rows of this step, 0 beyond the length
 };
 
-// A chunk of the training loss, n rows of logits (dualhead_ext/loss_rows.py has the formulas). All
+// A chunk of the training loss, n rows of logits (loss_rows.py has the formulas). All
 // contiguous.
 struct LossRowsParams {
   int64_t n, V;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row of logits of the training loss per block: log-probabilities of the labels, and later the
-// gradients of the logits in their place. Formulas: dualhead_ext/loss_rows.py.
+// gradients of the logits in their place. Formulas: loss_rows.py.
 //
 // A thread takes four neighbours at a time. Which thread takes which depends on V alone, not on how
 // the row lies in memory, and every sum has one order (a thread's own entries, its warp's lanes,
