@@ -51,11 +51,16 @@ def _without_padding(
     return k.masked_fill(padding[..., None], 0.0), u.masked_fill(padding, 0.0)
 
 
+_LARGEST = 2**63 - 1  # what PyTorch takes
+
+
 def _whole_number(method: str, name: str, value: Any) -> None:
-    if not torch.compiler.is_compiling() and (
-        isinstance(value, bool) or not isinstance(value, int)
-    ):
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"GateCache.{method}: {name} must be an int, got {value!r}")
+    if value > _LARGEST:
+        raise ValueError(f"GateCache.{method}: {name} must fit in 64 bits, got {value}")
 
 
 class GateCache:
