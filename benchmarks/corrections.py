@@ -5,7 +5,7 @@ model with a reward head that is a correction.
     python benchmarks/corrections.py --json benchmarks/results/corrections.json
 
 The plain model runs transformers' own loop, the gated ones the fused loop, greedily. Contenders
-take turns, call by call, and medians are compared: see :mod:`dualhead_ext.bench.timing`.
+take turns, call by call, and medians are compared: see :mod:`dualhead_ext.measurement.timing`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dualhead_ext as dh
-from dualhead_ext.bench import machine, models
-from dualhead_ext.bench.timing import Contender, alternate, ratio
-from dualhead_ext.builtin_backbones import backbone_path
+from dualhead_ext.bench import models
+from dualhead_ext.measurement import machine
+from dualhead_ext.measurement.timing import Contender, alternate, ratio
+from dualhead_ext.model.builtin_backbones import backbone_path
 
 PROMPT_TOKENS = 32
 

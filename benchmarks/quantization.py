@@ -23,8 +23,8 @@ import torch
 from transformers import AutoTokenizer
 
 from dualhead_ext import DualHead, DualHeadForCausalLM, detach
-from dualhead_ext.bench.machine import describe
 from dualhead_ext.data import embedded_backbone_path, load_preference_data
+from dualhead_ext.measurement.machine import describe
 from dualhead_ext.quantization import FORMATS, quantize
 
 BF16 = torch.bfloat16

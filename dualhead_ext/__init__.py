@@ -16,13 +16,13 @@ __version__ = "0.1.0"
 # must not pull in transformers.
 _EXPORTS = {
     "DualHeadConfig": "config",
-    "DualHead": "head",
-    "DualHeadForCausalLM": "modeling",
-    "detach": "attachment",
-    "WeakToStrong": "weak_to_strong",
-    "DualHeadTrainer": "trainer",
-    "backbone_path": "builtin_backbones",
-    "DualHeadTrainingArguments": "trainer",
+    "DualHead": "head.dual_head",
+    "DualHeadForCausalLM": "model.causal_lm",
+    "detach": "model.attachment",
+    "WeakToStrong": "model.weak_to_strong",
+    "DualHeadTrainer": "train.trainer",
+    "backbone_path": "model.builtin_backbones",
+    "DualHeadTrainingArguments": "train.trainer",
 }
 _MODULES = ("data", "functional", "ops", "reference")
 

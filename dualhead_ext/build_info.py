@@ -19,10 +19,11 @@ def build_info() -> dict[str, Any]:
     """
     import torch
 
-    from . import __version__, _extension
+    from . import __version__
+    from .ops import library
 
-    info = _extension.build_record()
-    loaded = _extension.problem("cpu") is None
+    info = library.build_record()
+    loaded = library.problem("cpu") is None
     return {
         "version": __version__,
         "commit": info.get("commit"),
@@ -37,6 +38,6 @@ def build_info() -> dict[str, Any]:
         "cuda_archs": info.get("cuda_archs", []),
         "cpu_isa_levels": torch.ops.dualhead.cpu_isa_levels().split(",") if loaded else [],
         "cpu_isa": torch.ops.dualhead.cpu_isa() if loaded else None,
-        "cpu_problem": _extension.problem("cpu"),
-        "cuda_problem": _extension.problem("cuda"),
+        "cpu_problem": library.problem("cpu"),
+        "cuda_problem": library.problem("cuda"),
     }

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused_loss, reference_loss
 from .config import REWARD_HEAD_NAMES
-from .loss_pairs import Pairing
-from .losses import UNTAUGHT_GATE, DualHeadLossOutput, LossCounts, LossOptions
+from .loss import chunked
+from .loss import reference as reference_loss
+from .loss.pairs import Pairing
+from .loss.terms import UNTAUGHT_GATE, DualHeadLossOutput, LossCounts, LossOptions
 from .reference import accumulator_dtype
 
 _NAME = "dual_head_loss"
@@ -98,7 +99,7 @@ def dual_head_loss(
         reward_down, reward_up, reward_bias: of the others: D (K, r, d), U (K, n, r) and c (K, n),
             delta_k = W_LM (U_k D_k h + c_k), n = d, for "embedding", U_k D_k h + c_k, n = V, for
             "lowrank". "embedding" may leave out down and up: rank 0.
-        mix ... logit_softcap: see :class:`dualhead_ext.losses.LossOptions`.
+        mix ... logit_softcap: see :class:`dualhead_ext.loss.terms.LossOptions`.
         num_pairs: P of the default pairs; default R / 2.
         pairs: (P, 2) int64, rows of (better, worse), instead: a row may be in many, as those of a
             ranked list are. L_LM then reads the rows that are worse in no pair. On the device of
@@ -111,7 +112,8 @@ def dual_head_loss(
         lengths: (R,), response tokens of each row, ``mask.sum(-1)``, known to the host: a sequence
             of int, or a tensor on the CPU. Default: counted.
     Returns:
-        :class:`dualhead_ext.losses.DualHeadLossOutput`; ``out.loss`` is differentiable with respect
+        :class:`dualhead_ext.loss.terms.DualHeadLossOutput`; ``out.loss`` is differentiable with
+        respect
         to hidden, gate_logit and all weights.
     Raises:
         TypeError: not a tensor, a wrong dtype, a float64 mixed with another.
@@ -165,7 +167,7 @@ def dual_head_loss(
     has_lm = any(pairing.in_lm(lm_on_chosen))
     if gate_logit.requires_grad and pairs and not options.teaches_gate(has_lm):
         raise ValueError(f"{_NAME}: {UNTAUGHT_GATE}")
-    return fused_loss.dual_head_loss(
+    return chunked.dual_head_loss(
         hidden, labels, mask, gate_logit, heads, options, pairing, counts, lengths
     )
 
@@ -376,7 +378,7 @@ def _on_host(
     """
     outside = mask.bool() & ((labels < 0) | (labels >= vocab_size))
     counted, wrong = mask.bool().sum(-1), outside.any()
-    if lengths is not None and fused_loss.on_device(mask):
+    if lengths is not None and chunked.on_device(mask):
         torch._assert_async(
             wrong.logical_not(), f"{_NAME}: labels must be in [0, {vocab_size}) where mask is set"
         )
@@ -400,7 +402,7 @@ def _on_host(
 
 def _copied(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """On the CPU, by one transfer of all that are not yet there."""
-    there = [x for x in tensors if x is not None and fused_loss.on_device(x)]
+    there = [x for x in tensors if x is not None and chunked.on_device(x)]
     if not there:
         return tensors
     numbers = torch.cat([x.flatten().double() for x in there]).cpu()

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dualhead_ext.bench import cases, decode, machine
-from dualhead_ext.bench.timing import Timing
+from dualhead_ext.bench import cases, decode
+from dualhead_ext.measurement import machine
+from dualhead_ext.measurement.timing import Timing
 
 TINY = cases.Group(40, 77, "bf16", (cases.Case(2, 9), cases.Case(1, 5, sampled=True)))
 EFFORT = decode.Effort(seconds=0.0, cold_bytes=1, cache_bytes=2**40, min_rounds=3)

@@ -42,7 +42,7 @@ def testing_module() -> ModuleType:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """The folder of a real chat model of 135M parameters; its first use converts it."""
-    from dualhead_ext.builtin_backbones import smollm2_path
+    from dualhead_ext.model.builtin_backbones import smollm2_path
 
     try:
         return str(smollm2_path())

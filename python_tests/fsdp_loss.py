@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torchrun import leave
 from trainer_cases import pairs
 
-from dualhead_ext.collate import PreferenceCollator
-from dualhead_ext.trainer import prepare_for_training
+from dualhead_ext.data.collate import PreferenceCollator
+from dualhead_ext.train.trainer import prepare_for_training
 
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()

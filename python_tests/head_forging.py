@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME, _own_sha256
+from dualhead_ext.model.head_folder import CONFIG_NAME, WEIGHTS_NAME, _own_sha256
 
 
 def read(folder):

@@ -67,7 +67,7 @@ def loss_rows_backward_(
 
 @contextlib.contextmanager
 def on_the_host_backend(**device):
-    """`dualhead_ext.loss_rows` through the CUDA kernel. device: of the module's set_device."""
+    """`dualhead_ext.loss.rows` through the CUDA kernel. device: of the module's set_device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "loss_rows", loss_rows)
         patch.setattr(ops, "loss_rows_backward_", loss_rows_backward_)

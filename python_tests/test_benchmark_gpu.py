@@ -21,13 +21,12 @@ from dualhead_ext.bench import (
     generation,
     graphs,
     loss_cases,
-    machine,
     plot,
     report,
     runner,
-    timing,
     training_cases,
 )
+from dualhead_ext.measurement import machine, timing
 
 CASES = (
     cases.Case(2, 9, graphs=True, quantized=True),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from benchmark_cases import STEADY
 
-from dualhead_ext import fused_loss
 from dualhead_ext.bench import loss, loss_cases, loss_contenders, memory, report, tables
-from dualhead_ext.bench.timing import Contender, Timing
+from dualhead_ext.loss import chunked as fused_loss
+from dualhead_ext.measurement.timing import Contender, Timing
 
 TINY = {"d": 24, "V": 77, "format": "fp32", "tokens": 32, "pairs": 2, "compile": False}
 # What gpu_variants() runs, small: name -> fields.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmark_cases import STEADY
 
-from dualhead_ext import DualHeadForCausalLM, fused_loss, ops, reference, reference_loss
+from dualhead_ext import DualHeadForCausalLM, ops, reference
 from dualhead_ext.bench import (
     generation,
     memory,
@@ -18,7 +18,9 @@ from dualhead_ext.bench import (
     training_cases,
     training_steps,
 )
-from dualhead_ext.bench.timing import Contender, Timing
+from dualhead_ext.loss import chunked
+from dualhead_ext.loss import reference as reference_loss
+from dualhead_ext.measurement.timing import Contender, Timing
 
 # --- backbones ------------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ def trained():
     with pytest.MonkeyPatch.context() as patch:
         backbone = spy("backbone", model.training_hidden_states)
         patch.setattr(model, "training_hidden_states", backbone)
-        for name, module in (("fused", fused_loss), ("eager", reference_loss)):
+        for name, module in (("fused", chunked), ("eager", reference_loss)):
             patch.setattr(module, "dual_head_loss", spy(name, module.dual_head_loss))
         result = training.run_case(training_cases.tiny_case(), seconds=0, min_rounds=3)
     return result, calls
@@ -197,7 +199,7 @@ def test_what_training_holds_is_weights_and_the_optimizers_state():
     assert heads >= 4 * 512 * 64  # fp32
     buffers = sum(b.nbytes for b in steps.model.buffers())
     assert steps.held_bytes() == weights + buffers
-    steps.step(steps.batch, fused_loss.dual_head_loss)
+    steps.step(steps.batch, chunked.dual_head_loss)
     counters = 4 * len(steps.trained)
     assert steps.held_bytes() == weights + buffers + 2 * heads + counters
 
@@ -207,7 +209,7 @@ def test_a_step_trains_the_heads_alone_and_a_forward_pass_nothing():
     before = {name: p.clone() for name, p in steps.model.named_parameters()}
     steps.forward()
     assert all(torch.equal(p, before[name]) for name, p in steps.model.named_parameters())
-    steps.step(steps.batch, fused_loss.dual_head_loss)
+    steps.step(steps.batch, chunked.dual_head_loss)
     changed = {n for n, p in steps.model.named_parameters() if not torch.equal(p, before[n])}
     assert "lm_head.reward_head.weight" in changed and "lm_head.gate.out_weight" in changed
     assert all(name.startswith(("lm_head.reward_head.", "lm_head.gate.")) for name in changed)
@@ -217,7 +219,7 @@ def test_given_hidden_states_no_backbone_runs():
     steps = training_steps.Training(training_cases.tiny_case(), "cpu")
     ran = []
     steps.model.get_decoder().register_forward_hook(lambda *arguments: ran.append(1))
-    fused = fused_loss.dual_head_loss
+    fused = chunked.dual_head_loss
     with_backbone = steps.gradients(steps.batch, fused)
     assert len(ran) == 1
     without = steps.gradients(steps.cached, fused)
@@ -228,17 +230,17 @@ def test_given_hidden_states_no_backbone_runs():
 
 def test_who_computes_the_objective_is_put_back():
     steps = training_steps.Training(training_cases.tiny_case(), "cpu")
-    before = fused_loss.dual_head_loss
+    before = chunked.dual_head_loss
     steps.gradients(steps.batch, reference_loss.dual_head_loss)
-    assert fused_loss.dual_head_loss is before
+    assert chunked.dual_head_loss is before
     with pytest.raises(ZeroDivisionError):
         steps.gradients(steps.batch, lambda *arguments: 1 / 0)
-    assert fused_loss.dual_head_loss is before
+    assert chunked.dual_head_loss is before
 
 
 @pytest.mark.parametrize("what", ["loss", "gate_logit", "reward_weight"])
 def test_a_wrong_training_step_is_not_timed(what, monkeypatch):
-    right = fused_loss.dual_head_loss
+    right = chunked.dual_head_loss
 
     def wrong(hidden, labels, mask, gate_logit, heads, *rest):
         if what == "gate_logit":
@@ -249,7 +251,7 @@ def test_a_wrong_training_step_is_not_timed(what, monkeypatch):
         out.loss = out.loss * (1.1 if what == "loss" else 1.0)
         return out
 
-    monkeypatch.setattr(fused_loss, "dual_head_loss", wrong)
+    monkeypatch.setattr(chunked, "dual_head_loss", wrong)
     with pytest.raises(RuntimeError, match="a step of dualhead and eager's differ by"):
         training.run_case(training_cases.tiny_case(), seconds=0)
 

@@ -22,11 +22,11 @@ from dualhead_ext.bench import (
     generation,
     loss,
     loss_cases,
-    machine,
     report,
     runner,
     training_cases,
 )
+from dualhead_ext.measurement import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_LOSS = loss_cases.LossCase(24, 77, "bf16", tokens=32, pairs=2, compile=False)
@@ -131,7 +131,7 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loss_cases, "plan", lambda quick: [TINY_LOSS])
     monkeypatch.setattr(loss, "_required_ratio", lambda case: 0.0)
     monkeypatch.setattr(generation, "plan", lambda quick: [generation.tiny_model()])
-    monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
+    monkeypatch.setattr(machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 0.01)
     path = str(tmp_path / "results.json")
     assert command_line("--seconds", "0", "--json", path) == 0
@@ -167,7 +167,7 @@ def test_the_command_fails_where_the_step_is_too_slow(monkeypatch, capsys):
     monkeypatch.setattr(cases, "growth_plan", lambda: [])
     monkeypatch.setattr(loss_cases, "plan", lambda quick: [])
     monkeypatch.setattr(generation, "plan", lambda quick: [])
-    monkeypatch.setattr(runner.machine, "cold_bytes", lambda device: 2**20)
+    monkeypatch.setattr(machine, "cold_bytes", lambda device: 2**20)
     monkeypatch.setattr(decode, "required_speedup", lambda group, case: 1e9)
     assert command_line("--seconds", "0") == 1
     assert capsys.readouterr().out.count("\ntoo slow: ") == 2
@@ -177,7 +177,8 @@ TINY_SESSION = """
     import sys
     sys.path.insert(0, {build!r})
     import libraries, pytest
-    from dualhead_ext.bench import cases, decode, generation, loss_cases, machine
+    from dualhead_ext.bench import cases, decode, generation, loss_cases
+    from dualhead_ext.measurement import machine
     tiny = (cases.Case(2, 9), cases.Case(1, 5, sampled=True))
     cases.plan = lambda quick: [cases.Group(40, 77, name, tiny) for name in ("fp32", "bf16")]
     cases.growth_plan = lambda: [cases.Group(40, 77, "bf16", tiny[:1])]

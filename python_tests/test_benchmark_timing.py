@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dualhead_ext import ops
-from dualhead_ext.bench import machine, timing
-from dualhead_ext.bench.timing import Contender, Timing
+from dualhead_ext.measurement import machine, timing
+from dualhead_ext.measurement.timing import Contender, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,15 +12,8 @@ import torch
 from benchmark_cases import EFFORT, READ, STEADY, TINY, case_result
 
 from dualhead_ext import ops, reference
-from dualhead_ext.bench import (
-    cases,
-    contenders,
-    decode,
-    machine,
-    plot,
-    report,
-    timing,
-)
+from dualhead_ext.bench import cases, contenders, decode, plot, report
+from dualhead_ext.measurement import machine, timing
 from dualhead_ext.quantization import FORMATS
 
 # --- the decode step ------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext import builtin_backbones
-from dualhead_ext.builtin_backbones import backbone_path, builtin_name, smollm2_path
+from dualhead_ext.model import builtin_backbones
+from dualhead_ext.model.builtin_backbones import backbone_path, builtin_name, smollm2_path
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -107,7 +107,7 @@ def test_repeated_rows_draw_seeds_of_their_own():
 def test_bytes_per_token_are_those_documented():
     """DESIGN, cache: 768 + 32 bytes per token at the default size in bf16."""
     from dualhead_ext.config import DualHeadConfig
-    from dualhead_ext.head import DualHead
+    from dualhead_ext.head.dual_head import DualHead
 
     cache = DualHead(DualHeadConfig(16, 8)).bfloat16().new_cache(1, 10)
     assert cache.k.nbytes / 10 == 768 and cache.u.nbytes / 10 == 32

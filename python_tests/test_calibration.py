@@ -8,8 +8,8 @@ import torch
 from tiny_models import VOCAB, make_model, prompts
 from trainer_cases import make_trainer, pairs
 
-from dualhead_ext import calibration, kl_cap
-from dualhead_ext.calibration import calibrate, scale_reward, strength_of_kl
+from dualhead_ext.head import calibration, kl_cap
+from dualhead_ext.head.calibration import calibrate, scale_reward, strength_of_kl
 
 HEADS = [("full", "logits"), ("embedding", "logits"), ("lowrank", "logits"), ("embedding", "probs")]
 

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from dualhead_ext import checkpoint
-from dualhead_ext.checkpoint import CheckpointError, latest_checkpoint, rotate, staged, verify
+from dualhead_ext.files import checkpoint
+from dualhead_ext.files.checkpoint import CheckpointError, latest_checkpoint, rotate, staged, verify
 
 CONTENTS = {"heads.bin": bytes(range(256)) * 40, "state.json": b'{"step": 1}', "sub/deep": b""}
 

@@ -12,15 +12,15 @@ import faults
 import pytest
 from test_checkpoint import hidden, make
 
-from dualhead_ext.checkpoint import latest_checkpoint
+from dualhead_ext.files.checkpoint import latest_checkpoint
 
 SCRIPT = """
 import json, logging, os, shutil
 from pathlib import Path
 import torch
 import faults
-from dualhead_ext import checkpoint
-from dualhead_ext.state_file import load_state, save_state
+from dualhead_ext.files import checkpoint
+from dualhead_ext.files.state_file import load_state, save_state
 
 logging.disable()
 STATE = {{"optimizer": {{0: {{"exp_avg": torch.ones(300), "step": 4}}}}, "rng": (1, 2.5, None)}}

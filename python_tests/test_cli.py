@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext import cli, commands
-from dualhead_ext.cli_options import OPTIONS
-from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME
+from dualhead_ext import cli
+from dualhead_ext.cli import commands
+from dualhead_ext.cli.options import OPTIONS
+from dualhead_ext.model.head_folder import CONFIG_NAME, WEIGHTS_NAME
 
 COMMAND = [sys.executable, "-m", "dualhead_ext.cli"]
 TINY = ["--max-steps", "2", "--batch-size", "2", "--accumulate", "1", "--max-length", "64"]

@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext.collate import PreferenceCollator, encode, tokenize_pairs
 from dualhead_ext.data import ASSISTANT, HUMAN, load_preference_data
-from dualhead_ext.rendering import dialogue_spans
+from dualhead_ext.data.collate import PreferenceCollator, encode, tokenize_pairs
+from dualhead_ext.data.rendering import dialogue_spans
 
 PROMPT = f"{HUMAN} How are you?{ASSISTANT}"
 
@@ -98,6 +98,6 @@ def test_trls_columns():
 def test_the_docstrings_example():
     import doctest
 
-    from dualhead_ext import collate
+    from dualhead_ext.data import collate
 
     assert doctest.testmod(collate).attempted > 0 and doctest.testmod(collate).failed == 0

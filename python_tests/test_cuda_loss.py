@@ -11,9 +11,10 @@ from loss_cases import OPTION_SETS, batch
 from test_fused_loss import DIFFERENTIABLE, WEIGHTS, loss_and_gradients, objectives, with_reference
 from test_loss_rows import OPTIONS, SIZES, in_double, in_pytorch, problem, run
 
-from dualhead_ext import build_info, fused_loss, ops
+from dualhead_ext import build_info, ops
 from dualhead_ext.functional import dual_head_loss
-from dualhead_ext.losses import LossCounts, LossOptions
+from dualhead_ext.loss import chunked
+from dualhead_ext.loss.terms import LossCounts, LossOptions
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -99,7 +100,7 @@ def test_a_tensor_on_another_device_is_named(seed):
 
 @pytest.fixture(params=[1, 64 << 20], ids=["1 B", "64 MiB"])
 def workspace(request, monkeypatch):
-    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", request.param)
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", request.param)
 
 
 @pytest.mark.parametrize("name", OPTION_SETS)
@@ -121,7 +122,7 @@ def test_every_option_follows_the_cpu(workspace, name, seed):
 @pytest.mark.parametrize("name", ["default", "probs", "mixed"])
 def test_errors_are_at_most_those_of_eager(monkeypatch, name, dtype, seed):
     """Through the kernel: gradients and loss against float64, root mean square over problems."""
-    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", 40_000)
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 40_000)
     wanted, options = ("reward_weight", "gate_logit"), OPTION_SETS[name]
     ours, theirs = ({n: [] for n in (*wanted, "loss")} for _ in range(2))
     for i in range(40):

@@ -12,7 +12,7 @@ from decode_cases import bits
 from loss_rows_host import on_the_host_backend
 from test_loss_rows import OPTIONS, in_double, problem, run
 
-from dualhead_ext.losses import LossOptions
+from dualhead_ext.loss.terms import LossOptions
 
 # Threads of a block: one warp, one warp and a bit, several, all 512 with one round and with more.
 VOCABULARIES = [1, 31, 128, 129, 515, 2048, 2049, 6151]

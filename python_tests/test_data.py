@@ -20,7 +20,7 @@ from dualhead_ext.data import (
     load_preference_data,
     read_jsonl,
 )
-from dualhead_ext.data_texts import split_dialogues
+from dualhead_ext.data.texts import split_dialogues
 
 DATA = Path(os.environ.get("DUALHEAD_DATA", "/nonexistent"))
 needs_data = pytest.mark.skipif(

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import dualhead_ext as dh
 from dualhead_ext.data import ASSISTANT, HUMAN, load_preference_data, preference_rows
-from dualhead_ext.data_files import read_file
+from dualhead_ext.data.files import read_file
 
 ROWS = [
     {"prompt": "Q: é?", "chosen": " yes", "rejected": " no, “no”"},

@@ -7,7 +7,7 @@ import transformers
 from tiny_models import VOCAB, make_backbone, make_model, prompts
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from dualhead_ext import decoding
+from dualhead_ext.eval import decoding
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext import cli, demo
+from dualhead_ext import cli
+from dualhead_ext.cli import demo
 from dualhead_ext.eval.open_prompts import open_prompts
 from dualhead_ext.eval.scorers import scorer
 

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from dualhead_ext.eval.suite import cells, report
-from dualhead_ext.eval.suite.cells import Cell, Step, Store
+from dualhead_ext.eval.paper import cells, report
+from dualhead_ext.eval.paper.cells import Cell, Step, Store
 
 COUNTER = {"runs": 0}
 

@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen3Config
 
 import dualhead_ext as dh
-from dualhead_ext import decoding
-from dualhead_ext.eval import cost
+from dualhead_ext.eval import cost, decoding
 
 NEW, LENGTH = 5, 7
 SHAPE = {

@@ -135,7 +135,7 @@ def test_perplexity_and_token_mean():
 
 def test_texts_are_tokenised_as_in_training(tokenizer):
     row = dh.data.load_preference_data("embedded", "test")[0]
-    from dualhead_ext.collate import tokenize_pairs
+    from dualhead_ext.data.collate import tokenize_pairs
 
     (expected,) = tokenize_pairs([row], tokenizer)
     (text,) = likelihood.make_texts([(row["prompt"], row["chosen"])], tokenizer)

@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 import dualhead_ext as dh
-from dualhead_ext.eval import pretraining, trained
-from dualhead_ext.eval.systems import BackboneSpec, TrainSettings
+from dualhead_ext.eval.paper import pretraining, trained
+from dualhead_ext.eval.paper.settings import BackboneSpec, TrainSettings
 
 TOKENIZER = dh.data.embedded_backbone_path()
 SPEC = BackboneSpec(

@@ -16,15 +16,16 @@ import torch
 
 import dualhead_ext as dh
 from dualhead_ext import cli
-from dualhead_ext.eval.suite import report, run
-from dualhead_ext.eval.suite.cells import Store, unfolded
-from dualhead_ext.eval.suite.data import HALVES, SUBSETS, TEST, TRAIN, Data
-from dualhead_ext.eval.suite.plan import MAIN, Planner
-from dualhead_ext.eval.suite.running import open_system
-from dualhead_ext.eval.suite.scales import SCALES
-from dualhead_ext.eval.suite.steps import STEPS
-from dualhead_ext.eval.suite.systems import SYSTEMS
-from dualhead_ext.eval.suite.table import Table
+from dualhead_ext.cli import eval_suite
+from dualhead_ext.eval.paper import report
+from dualhead_ext.eval.paper.cells import Store, unfolded
+from dualhead_ext.eval.paper.data import HALVES, SUBSETS, TEST, TRAIN, Data
+from dualhead_ext.eval.paper.plan import MAIN, Planner
+from dualhead_ext.eval.paper.running import open_system
+from dualhead_ext.eval.paper.scales import SCALES
+from dualhead_ext.eval.paper.steps import STEPS
+from dualhead_ext.eval.paper.systems import SYSTEMS
+from dualhead_ext.eval.paper.table import Table
 
 for package, extra in (("trl", "trl"), ("peft", "peft"), ("matplotlib", "plot")):
     pytest.importorskip(package, reason=f"the extra {extra} is not installed")
@@ -161,7 +162,7 @@ def test_pieces_with_little_room_come_to_the_same(data, done, plan, store, tmp_p
     some.cells = lambda: cells
     out, left, trained = Store(tmp_path, STEPS, Data(data)), cells, []
     for _ in unfolded(cells):
-        outcome = run.compute(some, out, minutes=0, state_mb=0.2)
+        outcome = eval_suite.compute(some, out, minutes=0, state_mb=0.2)
         assert out.bytes_held() <= 0.2e6
         trained += [cell.name for cell in outcome.computed if cell.step == "train"]
         left = outcome.left
@@ -172,7 +173,7 @@ def test_pieces_with_little_room_come_to_the_same(data, done, plan, store, tmp_p
 
 
 def test_time_that_runs_out_has_its_own_exit_code(data, tmp_path, capsys):
-    assert command(data, tmp_path, "--decoders", FEW, "--minutes", "0") == run.EXIT_LEFT
+    assert command(data, tmp_path, "--decoders", FEW, "--minutes", "0") == eval_suite.EXIT_LEFT
     assert "cells are left; the same command goes on with them" in capsys.readouterr().out
 
 
@@ -296,7 +297,7 @@ def test_a_missing_package_is_named_before_anything_runs(data, tmp_path, capsys,
 
 def test_a_decoder_that_breaks_stops_the_run(data, done, tmp_path, monkeypatch):
     """No figure without a run behind it, and none of the backbone's in another's place."""
-    from dualhead_ext import decoding
+    from dualhead_ext.eval import decoding
 
     def broken(*args, **options):
         raise RuntimeError("broken decoder")

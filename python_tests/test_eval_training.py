@@ -13,16 +13,16 @@ import torch
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext.collate import PreferenceCollator, tokenize_pairs
-from dualhead_ext.decoding import sequence_rewards
-from dualhead_ext.eval import reinforcement, trained, training, training_run
-from dualhead_ext.eval.pretraining import make_model, write_backbone
-from dualhead_ext.eval.systems import DUAL_HEAD_VARIANTS, BackboneSpec, TrainSettings
+from dualhead_ext.data.collate import PreferenceCollator, tokenize_pairs
+from dualhead_ext.eval.decoding import sequence_rewards
+from dualhead_ext.eval.paper import reinforcement, trained, training, training_run
+from dualhead_ext.eval.paper.pretraining import make_model, write_backbone
+from dualhead_ext.eval.paper.settings import DUAL_HEAD_VARIANTS, BackboneSpec, TrainSettings
 
 datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
 pytest.importorskip("trl", reason="the extra trl is not installed")
 pytest.importorskip("peft", reason="the extra peft is not installed")
-from dualhead_ext.eval import trl_trainers  # noqa: E402  TRL is there, so this must be, too
+from dualhead_ext.eval.paper import trl_trainers  # noqa: E402  TRL is there, so this must be, too
 
 TINY = BackboneSpec(hidden_size=32, layers=2, heads=2, intermediate=48, context=32)
 WORDS = "Tea Bread Rain Music Maths Gardens Trains Cats Snow Chess Ships Stars".split()
@@ -471,6 +471,6 @@ def test_a_policy_is_no_reward_model(backbone):
 
 
 def test_trl_is_imported_only_to_train_with_it():
-    code = "import sys, dualhead_ext.eval.training; print('trl' in sys.modules)"
+    code = "import sys, dualhead_ext.eval.paper.training; print('trl' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

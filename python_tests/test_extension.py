@@ -18,7 +18,7 @@ import torch
 from build_backend import ROOT, libraries, toolchain, torch_location
 
 import dualhead_ext
-from dualhead_ext import _extension
+from dualhead_ext.ops import library as _extension
 
 PACKAGE = Path(dualhead_ext.__file__).parent
 

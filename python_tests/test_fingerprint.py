@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_models import make_backbone, make_model
 
-from dualhead_ext.fingerprint import VALUES, _few_values, check_fingerprint, fingerprint
-from dualhead_ext.training_state import _rows_hash
+from dualhead_ext.model.fingerprint import VALUES, _few_values, check_fingerprint, fingerprint
+from dualhead_ext.train.state import _rows_hash
 
 # (rows, columns): of heads of Llama 2, Llama 3 and Qwen 3, and one that float32 cannot count.
 LARGE = [(32_000, 4096), (128_256, 4096), (151_936, 2048), (2**24 + 2, 3)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from loss_cases import Products, batch
 
-from dualhead_ext import loss_products
 from dualhead_ext.functional import dual_head_loss
+from dualhead_ext.loss import products as loss_products
 
 
 @pytest.mark.parametrize("hidden", [torch.bfloat16, torch.float16, torch.float32])

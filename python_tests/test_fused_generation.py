@@ -15,8 +15,8 @@ from transformers.generation import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import dualhead_ext as dh
-from dualhead_ext import generation
-from dualhead_ext.gated_generation import GatedGenerationMixin
+from dualhead_ext.model import fused_loop
+from dualhead_ext.model.generate import GatedGenerationMixin
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -28,7 +28,7 @@ EVERY = pytest.mark.parametrize("family", FAMILIES)
 def loops(monkeypatch):
     """Counts of fused loops and of steps without and with logits."""
     seen = {"fused": 0, "tokens": 0, "logits": 0}
-    loop, step = generation.fused_sample, dh.DualHead._run_step
+    loop, step = fused_loop.fused_sample, dh.DualHead._run_step
 
     def counted_loop(*args, **kwargs):
         seen["fused"] += 1
@@ -38,7 +38,7 @@ def loops(monkeypatch):
         seen["logits" if return_logits else "tokens"] += 1
         return step(self, *args, return_logits=return_logits, **kwargs)
 
-    monkeypatch.setattr(generation, "fused_sample", counted_loop)
+    monkeypatch.setattr(fused_loop, "fused_sample", counted_loop)
     for owner in dh.DualHead.__mro__:
         if "_run_step" in vars(owner):
             monkeypatch.setattr(owner, "_run_step", counted_step)
@@ -180,15 +180,15 @@ def test_arguments_are_checked():
 def test_it_is_a_custom_loop_too(loops):
     model, batch = make_model("llama"), prompts()
     expected = model.generate(**batch, **GREEDY, fused=False)
-    got = model.generate(**batch, **GREEDY, custom_generate=generation.fused_sample)
+    got = model.generate(**batch, **GREEDY, custom_generate=fused_loop.fused_sample)
     assert torch.equal(got, expected) and loops["tokens"] == NEW - 1
     got = super(GatedGenerationMixin, model).generate(
-        **batch, **GREEDY, custom_generate=generation.fused_sample
+        **batch, **GREEDY, custom_generate=fused_loop.fused_sample
     )
     assert torch.equal(got, expected) and loops["tokens"] == 2 * (NEW - 1)
     with pytest.raises(ValueError, match=r"fused_sample: .* ruled out by output_scores"):
         super(GatedGenerationMixin, model).generate(
-            **batch, **GREEDY, output_scores=True, custom_generate=generation.fused_sample
+            **batch, **GREEDY, output_scores=True, custom_generate=fused_loop.fused_sample
         )
 
 
@@ -264,11 +264,11 @@ def ending(model, batch):
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "one step late"])
 @pytest.mark.parametrize("case", ["eos", "criterion", "both", "length", "one row"])
 def test_rows_end_where_they_should(case, late, monkeypatch):
-    class Forced(generation._Finished):
+    class Forced(fused_loop._Finished):
         def __init__(self, device, _):
             super().__init__(device, late)
 
-    monkeypatch.setattr(generation, "_Finished", Forced)
+    monkeypatch.setattr(fused_loop, "_Finished", Forced)
     model, batch = make_model("llama"), prompts()
     if case == "one row":
         batch = {name: value[:1] for name, value in batch.items()}

@@ -10,8 +10,10 @@ import torch
 from loss_cases import DIFFERENTIABLE, OPTION_SETS, REWARD_HEADS, batch, ranked
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dualhead_ext import fused_loss, loss_products, reference_loss
 from dualhead_ext.functional import dual_head_loss
+from dualhead_ext.loss import chunked
+from dualhead_ext.loss import products as loss_products
+from dualhead_ext.loss import reference as reference_loss
 
 WEIGHTS = ("lm_weight", "lm_bias", "reward_weight", "reward_bias")
 EVERY_ENTRY = ("default", "mixed_probs", "post")
@@ -20,14 +22,14 @@ EVERY_ENTRY = ("default", "mixed_probs", "post")
 @pytest.fixture(params=[1, 700, 64 << 20], ids=["1 B", "700 B", "64 MiB"])
 def workspace(request, monkeypatch):
     """From one row of logits at a time, every pair too long, to everything in one chunk."""
-    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", request.param)
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", request.param)
     return request.param
 
 
 def with_reference(function, *args, **kwargs):
     """The same call over reference_loss."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_loss, "dual_head_loss", reference_loss.dual_head_loss)
+        patch.setattr(chunked, "dual_head_loss", reference_loss.dual_head_loss)
         return function(*args, **kwargs)
 
 
@@ -83,7 +85,7 @@ def test_500_random_problems(monkeypatch, seed):
     """Shapes, options, objectives, rows without pairs, workspaces: all at random."""
     r = random.Random(seed)
     for i in range(500):
-        monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", r.choice([1, 200, 900, 5000, 1 << 26]))
+        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", r.choice([1, 200, 900, 5000, 1 << 26]))
         rows, K = r.randint(1, 9), r.choice([1, 1, 2, 3])
         pairs = r.randint(0, rows // 2)
         options = dict(r.choice(list(OPTION_SETS.values())))
@@ -180,7 +182,7 @@ def test_errors_are_at_most_those_of_eager(kind, pays, monkeypatch, seed):
     logs = {name: [] for name in (*wanted, "loss")}
     for i in range(500):
         vocab, pairs, K = r.randint(2, 200), r.randint(1, 3), r.choice([1, 1, 2])
-        monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", r.choice([8, 40]) * vocab * 4)
+        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", r.choice([8, 40]) * vocab * 4)
         shape = (2 * pairs, r.randint(1, 10), r.randint(1, 40), vocab, K, r.random() < 0.3)
         t = batch(seed + i, *shape, dtype=torch.float32)
         t |= {n: (0.3 * t[n]).bfloat16().float() for n in WEIGHTS if n in t}
@@ -236,7 +238,7 @@ def test_three_products_where_the_lm_head_is_frozen(seed):
 
 def test_never_all_logits(monkeypatch, seed):
     """The largest tensor is the gradient of the weight, or a chunk of logits."""
-    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", 4 * 500 * 16)
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 4 * 500 * 16)
     t = batch(seed, rows=12, length=40, d=4, vocab=500, dtype=torch.float32, bias=False)
     assert int(t["mask"].sum()) * 500 > 16 * 500 * 4
     with Watch() as watch:
@@ -255,14 +257,14 @@ def test_double_backward_is_refused():
 def test_gradients_are_handed_over_without_a_copy(monkeypatch):
     """What was summed is what .grad is: the weight's gradient is held once."""
     made = []
-    gradients_of = fused_loss._gradients_of
+    gradients_of = chunked._gradients_of
     monkeypatch.setattr(
-        fused_loss, "_gradients_of", lambda result: made.append(gradients_of(result)) or made[-1]
+        chunked, "_gradients_of", lambda result: made.append(gradients_of(result)) or made[-1]
     )
     t = batch(7, dtype=torch.float32)
     t["reward_weight"].requires_grad_()
     (dual_head_loss(**t).loss * 0.5).backward()
-    address = made.pop()[fused_loss._INPUTS.index("reward_weight")].data_ptr()
+    address = made.pop()[chunked._INPUTS.index("reward_weight")].data_ptr()
     assert t["reward_weight"].grad.data_ptr() == address
 
 

@@ -9,8 +9,8 @@ import torch
 
 from dualhead_ext import reference
 from dualhead_ext.config import GATE_NAMES, MIX_NAMES, DualHeadConfig
-from dualhead_ext.gate import GATES
-from dualhead_ext.head import DualHead
+from dualhead_ext.head.dual_head import DualHead
+from dualhead_ext.head.gate import GATES
 
 D, V = 24, 37
 

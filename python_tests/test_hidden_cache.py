@@ -16,10 +16,10 @@ from trainer_cases import arguments, heads, history, make_trainer, pairs, same
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext import hidden_cache_build
-from dualhead_ext.collate import PreferenceCollator, texts_of, tokenize_pairs
-from dualhead_ext.hidden_cache import CachedRows, HiddenCache, UnusableCacheError
-from dualhead_ext.hidden_cache_build import open_or_build
+from dualhead_ext.data.collate import PreferenceCollator, texts_of, tokenize_pairs
+from dualhead_ext.train import hidden_cache_build
+from dualhead_ext.train.hidden_cache import CachedRows, HiddenCache, UnusableCacheError
+from dualhead_ext.train.hidden_cache_build import open_or_build
 
 RUN = {"eval_strategy": "steps", "eval_steps": 2}
 
@@ -465,9 +465,9 @@ def test_killed_out_of_space_or_broken_at_every_call_of_a_build(tmp_path):
         import builtins, contextlib, io, json, os
         import torch
         import faults
-        from dualhead_ext import hidden_cache_build
-        from dualhead_ext.hidden_cache import HiddenCache, UnusableCacheError
-        from dualhead_ext.hidden_cache_build import open_or_build
+        from dualhead_ext.train import hidden_cache_build
+        from dualhead_ext.train.hidden_cache import HiddenCache, UnusableCacheError
+        from dualhead_ext.train.hidden_cache_build import open_or_build
 
         hidden_cache_build.SHARD_BYTES = 400
         lengths = [(2, 3), (1, 1), (4, 2), (3, 3), (5, 2)]

@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, VOCAB, make_backbone, make_model, prompts
 
 import dualhead_ext as dh
 from dualhead_ext.eval import likelihood
-from dualhead_ext.kl_cap import capped_alpha, kl_from_backbone
+from dualhead_ext.head.kl_cap import capped_alpha, kl_from_backbone
 from dualhead_ext.reference import mix_logits
 
 NEW = 6

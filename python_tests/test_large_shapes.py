@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import dualhead_ext as dh
-from dualhead_ext import head_files
-from dualhead_ext.head_files import check_head_state
-from dualhead_ext.head_folder import read_head_folder, write_head_folder
+from dualhead_ext.model import head_files
+from dualhead_ext.model.head_files import check_head_state
+from dualhead_ext.model.head_folder import read_head_folder, write_head_folder
 from dualhead_ext.quantization import FORMATS, dequantize, quantize, storage_shapes
 
 # (V, d) of Llama 2, Llama 3, Qwen 3.

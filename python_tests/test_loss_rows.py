@@ -7,8 +7,9 @@ import torch
 from decode_cases import CPU_ISAS, bits, forced_isa, threads
 from loss_rows_host import on_the_host_backend
 
-from dualhead_ext import loss_rows, ops
-from dualhead_ext.losses import LossOptions
+from dualhead_ext import ops
+from dualhead_ext.loss import rows as loss_rows
+from dualhead_ext.loss.terms import LossOptions
 
 SIZES = [(1, 1), (2, 3), (3, 15), (5, 16), (4, 17), (3, 63), (2, 1024), (3, 1025), (7, 4099)]
 OPTIONS = {

@@ -7,15 +7,16 @@ import torch
 from loss_cases import OPTION_SETS, batch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from dualhead_ext import fused_loss, ops
+from dualhead_ext import ops
 from dualhead_ext.functional import dual_head_loss
-from dualhead_ext.losses import LossCounts
+from dualhead_ext.loss import chunked
+from dualhead_ext.loss.terms import LossCounts
 
 
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Tensors without values stand for tensors on a device."""
-    monkeypatch.setattr(fused_loss, "on_device", lambda x: isinstance(x, FakeTensor))
+    monkeypatch.setattr(chunked, "on_device", lambda x: isinstance(x, FakeTensor))
     with FakeTensorMode():
         yield
 
@@ -39,7 +40,7 @@ CASES += [(name, False, size) for name in ("default", "mixed_probs") for size in
 
 @pytest.mark.parametrize(("name", "kernel", "workspace"), CASES)
 def test_nothing_is_read(elsewhere, monkeypatch, name, kernel, workspace):
-    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", workspace)
     monkeypatch.setattr(ops, "loss_rows_kernel_for", lambda z: kernel)
     t = without_values(PROBLEM)
     counts = LossCounts(*torch.empty(4, dtype=torch.float64).unbind())
@@ -55,10 +56,10 @@ def test_one_transfer_where_the_host_knows_nothing(monkeypatch):
     transfers = []
     copied = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: transfers.append(x.shape) or copied(x))
-    monkeypatch.setattr(fused_loss, "on_device", lambda x: True)
+    monkeypatch.setattr(chunked, "on_device", lambda x: True)
     expected = dual_head_loss(**PROBLEM, num_pairs=4, **OBJECTIVE).loss
     assert transfers == [(9 + 1 + 4 + 3,)]
-    monkeypatch.setattr(fused_loss, "on_device", lambda x: False)
+    monkeypatch.setattr(chunked, "on_device", lambda x: False)
     assert torch.equal(dual_head_loss(**PROBLEM, num_pairs=4, **OBJECTIVE).loss, expected)
     assert len(transfers) == 1
 

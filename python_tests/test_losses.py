@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dualhead_ext import losses
-from dualhead_ext.loss_pairs import Pairing
-from dualhead_ext.losses import LossCounts, LossOptions, gate_entropy
+from dualhead_ext.loss import terms as losses
+from dualhead_ext.loss.pairs import Pairing
+from dualhead_ext.loss.terms import LossCounts, LossOptions, gate_entropy
 
 
 def test_gate_entropy_is_the_formula_and_its_gradient_at_any_logit():

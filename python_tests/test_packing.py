@@ -7,8 +7,8 @@ import torch
 from tiny_models import FAMILIES, make_model
 from trainer_cases import make_trainer, pairs
 
-from dualhead_ext import packing
-from dualhead_ext.collate import PreferenceCollator
+from dualhead_ext.data.collate import PreferenceCollator
+from dualhead_ext.model import packing
 
 # Its short convolutions run on from one sequence into the next.
 LEAKING = {"lfm2-hybrid"}

@@ -18,8 +18,8 @@ import torch
 from tiny_models import FAMILIES, make_backbone, make_model, prompts
 
 import dualhead_ext as dh
-from dualhead_ext.fingerprint import fingerprint
-from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME, read_head_folder
+from dualhead_ext.model.fingerprint import fingerprint
+from dualhead_ext.model.head_folder import CONFIG_NAME, WEIGHTS_NAME, read_head_folder
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 load = dh.DualHeadForCausalLM.from_pretrained

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dualhead_ext as dh
-from dualhead_ext.prompt_projection import PromptProjection
+from dualhead_ext.head.prompt_projection import PromptProjection
 
 HALVES = [torch.bfloat16, torch.float16]
 

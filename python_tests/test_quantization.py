@@ -11,7 +11,7 @@ import torch
 from dualhead_ext import DualHead, DualHeadConfig
 from dualhead_ext.config import FORMAT_NAMES
 from dualhead_ext.quantization import FORMATS, dequantize, quantize, stand_ins
-from dualhead_ext.rounding import feedback_factor, round_with_feedback
+from dualhead_ext.quantization.rounding import feedback_factor, round_with_feedback
 
 NAMES = tuple(FORMATS)
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CompileConfig, StaticCache
 
 import dualhead_ext as dh
 from dualhead_ext.data import embedded_backbone_path, load_preference_data
-from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME
+from dualhead_ext.model.head_folder import CONFIG_NAME, WEIGHTS_NAME
 from dualhead_ext.quantization import FORMATS, dequantize, quantize
 
 NAMES = tuple(FORMATS)

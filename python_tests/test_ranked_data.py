@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext.collate import PreferenceCollator, texts_of, tokenize_pairs
 from dualhead_ext.data import load_preference_data, score_pairs
-from dualhead_ext.hidden_cache import HiddenCollator, rows_identity, split_rows
+from dualhead_ext.data.collate import PreferenceCollator, texts_of, tokenize_pairs
+from dualhead_ext.train.hidden_cache import HiddenCollator, rows_identity, split_rows
 
 ROW = {"prompt": "Q:", "responses": [" a", " bb", " ccc"], "scores": [0.5, 2, 0.5]}
 

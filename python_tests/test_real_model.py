@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.data import load_preference_data
-from dualhead_ext.head_folder import CONFIG_NAME, WEIGHTS_NAME
-from dualhead_ext.presets import PRESETS
+from dualhead_ext.model.head_folder import CONFIG_NAME, WEIGHTS_NAME
+from dualhead_ext.train.presets import PRESETS
 
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "How do I boil an egg?")
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)

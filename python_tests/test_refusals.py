@@ -11,8 +11,8 @@ from tiny_models import make_backbone, make_model, prompts
 
 import dualhead_ext as dh
 from dualhead_ext import ops
-from dualhead_ext.loss_rows import log_probabilities
-from dualhead_ext.losses import LossOptions
+from dualhead_ext.loss.rows import log_probabilities
+from dualhead_ext.loss.terms import LossOptions
 from dualhead_ext.quantization import dequantize, quantize
 
 B, D, V, K = 2, 8, 11, 2

@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext.builtin_backbones import smollm2_path
-from dualhead_ext.cli_generate import encode as generate_tokens
-from dualhead_ext.collate import encode
+from dualhead_ext.cli.generate import encode as generate_tokens
 from dualhead_ext.data import ASSISTANT, HUMAN
-from dualhead_ext.rendering import messages_of, render, render_prompt
+from dualhead_ext.data.collate import encode
+from dualhead_ext.data.rendering import messages_of, render, render_prompt
+from dualhead_ext.model.builtin_backbones import smollm2_path
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import dualhead_ext as dh
-from dualhead_ext import correction_step, reference
+from dualhead_ext import reference
 from dualhead_ext.config import MIX_NAMES, DualHeadConfig
-from dualhead_ext.head import DualHead
+from dualhead_ext.head import correction_step
+from dualhead_ext.head.dual_head import DualHead
 
 D, V = 24, 37
 KINDS = [("embedding", 0), ("embedding", 3), ("lowrank", 3)]
@@ -232,7 +233,7 @@ def test_the_compiled_step_is_the_reference(config, dtype, monkeypatch):
     mask[1, :2] = 0
     controls = {
         "strength": torch.tensor([0.0, 0.6, 1.7]),
-        "gate_offset": torch.tensor([0.3, 1.5, 5.0]),
+        "gate_offset": torch.tensor([0.3, 1.5, 12.0]),
         "skip_threshold": 0.01,
     }
     if config["num_objectives"] > 1:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualhead_ext as dh
 from dualhead_ext import cli
-from dualhead_ext.collate import tokenize_pairs
+from dualhead_ext.data.collate import tokenize_pairs
 from dualhead_ext.eval import sampling
 from dualhead_ext.eval.open_prompts import SPLITS, open_prompts
 

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from dualhead_ext import show
+from dualhead_ext.cli import terminal as show
 
 
 def rendered(color, tokens):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dualhead_ext.checkpoint import CheckpointError
-from dualhead_ext.state_file import load_state, save_state
+from dualhead_ext.files.checkpoint import CheckpointError
+from dualhead_ext.files.state_file import load_state, save_state
 
 
 def equal(a, b):

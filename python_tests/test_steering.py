@@ -111,7 +111,7 @@ def test_a_gated_rollout_is_what_generate_writes(backbone, prefix, gate):
 
 
 def test_a_rollouts_kl_is_that_of_its_distributions(backbone, prefix):
-    from dualhead_ext.kl_cap import kl_from_backbone
+    from dualhead_ext.head.kl_cap import kl_from_backbone
 
     model, _ = backbone
     dual = gated()

@@ -80,10 +80,11 @@ def test_no_product_with_the_vocabulary(head):
 
 def test_memory_is_bounded_with_a_price_on_the_kl(monkeypatch):
     """The logits of all tokens are never there at once."""
-    from dualhead_ext import fused_loss, loss_rows
+    from dualhead_ext.loss import chunked
+    from dualhead_ext.loss import rows as loss_rows
 
     vocab = 997
-    monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", 32 * vocab * 4)
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 32 * vocab * 4)
     monkeypatch.setattr(loss_rows, "KL_ROWS", 16)
     hidden, labels = torch.randn(6, 60, 8), torch.randint(0, vocab, (6, 60))
     bias = torch.randn(1, 8).requires_grad_()

@@ -14,11 +14,11 @@ from trainer_cases import arguments, heads, make_trainer, pairs, same
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext import loss_products
-from dualhead_ext.collate import PreferenceCollator
 from dualhead_ext.data import embedded_backbone_path
+from dualhead_ext.data.collate import PreferenceCollator
 from dualhead_ext.functional import dual_head_loss
-from dualhead_ext.losses import TOTAL_NAMES
+from dualhead_ext.loss import products as loss_products
+from dualhead_ext.loss.terms import TOTAL_NAMES
 
 
 def test_learns_preferences_of_unseen_pairs(tmp_path):

@@ -15,9 +15,9 @@ from tiny_models import make_backbone, make_model
 from trainer_cases import heads, history, make_trainer, pairs, same
 
 import dualhead_ext as dh
-from dualhead_ext import pretrained
-from dualhead_ext.checkpoint import CheckpointError, SaveError, latest_checkpoint, verify
-from dualhead_ext.state_file import load_state
+from dualhead_ext.files.checkpoint import CheckpointError, SaveError, latest_checkpoint, verify
+from dualhead_ext.files.state_file import load_state
+from dualhead_ext.model import pretrained
 
 # 14 pairs, 4 to a step: an epoch is 3 whole steps and a smaller one, and 2 epochs are 8 steps.
 RUN = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "eval_steps": 3}
@@ -265,7 +265,7 @@ def test_killed_or_out_of_space_at_every_call_of_a_training_checkpoint(tmp_path)
         import faults
         from tiny_models import make_model
         from trainer_cases import heads, make_trainer
-        from dualhead_ext.checkpoint import latest_checkpoint, verify
+        from dualhead_ext.files.checkpoint import latest_checkpoint, verify
 
         logging.disable()
         trainer = make_trainer(".", max_steps=1, save_total_limit=1)

@@ -12,10 +12,11 @@ import torch
 from tiny_models import make_model
 from trainer_cases import make_trainer, pairs
 
-from dualhead_ext import checkpoint, cli
-from dualhead_ext.atomic import BusyFolderError, locked
-from dualhead_ext.checkpoint import CheckpointError, SaveError
-from dualhead_ext.hidden_cache import HiddenCache, UnusableCacheError, rows_identity
+from dualhead_ext import cli
+from dualhead_ext.files import checkpoint
+from dualhead_ext.files.atomic import BusyFolderError, locked
+from dualhead_ext.files.checkpoint import CheckpointError, SaveError
+from dualhead_ext.train.hidden_cache import HiddenCache, UnusableCacheError, rows_identity
 
 SAVE = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 
@@ -28,7 +29,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     staging = tmp_path / ".checkpoint-1.staging"
     staging.mkdir()
     source = (
-        "import sys; from pathlib import Path; from dualhead_ext.atomic import locked\n"
+        "import sys; from pathlib import Path; from dualhead_ext.files.atomic import locked\n"
         "with locked(Path(sys.argv[1]), wait=False): print('held', flush=True); input()"
     )
     other = subprocess.Popen(
@@ -169,7 +170,7 @@ def test_input_that_is_not_utf8(capsys, tmp_path):
 
 
 def test_missing_extras_are_named(capsys, tmp_path, monkeypatch):
-    from dualhead_ext.cli_errors import missing_extra
+    from dualhead_ext.cli.errors import missing_extra
 
     assert "dualhead_ext[train]" in missing_extra(ImportError(name="accelerate"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -181,7 +182,7 @@ def test_missing_extras_are_named(capsys, tmp_path, monkeypatch):
 def test_the_command_that_train_prints_names_a_backbone_of_ones_own(tmp_path):
     from argparse import Namespace
 
-    from dualhead_ext.cli_train import _generate_command
+    from dualhead_ext.cli.train import _generate_command
 
     mine = Namespace(output="my heads", backbone=str(tmp_path))
     assert _generate_command(mine).endswith(f"--backbone {tmp_path}")

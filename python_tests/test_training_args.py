@@ -7,7 +7,7 @@ from trainer_cases import arguments, pairs
 from transformers import HfArgumentParser
 
 import dualhead_ext as dh
-from dualhead_ext.losses import GATE_REGULARIZERS, LossOptions
+from dualhead_ext.loss.terms import GATE_REGULARIZERS, LossOptions
 
 
 def test_the_papers_preset_has_its_numbers(tmp_path):

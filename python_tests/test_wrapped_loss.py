@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from torchrun import run_in_two_processes
 from trainer_cases import make_trainer, pairs
 
-from dualhead_ext import fused_loss, reference_loss
-from dualhead_ext.collate import PreferenceCollator
-from dualhead_ext.trainer import prepare_for_training
+from dualhead_ext.data.collate import PreferenceCollator
+from dualhead_ext.loss import chunked
+from dualhead_ext.loss import reference as reference_loss
+from dualhead_ext.train.trainer import prepare_for_training
 
 
 def make_case(rows=None):
@@ -78,7 +79,7 @@ def test_200_steps_follow_eager(tmp_path, monkeypatch):
         return torch.tensor([e["loss"] for e in trainer.state.log_history if "loss" in e])
 
     fused = run("fused")
-    monkeypatch.setattr(fused_loss, "dual_head_loss", reference_loss.dual_head_loss)
+    monkeypatch.setattr(chunked, "dual_head_loss", reference_loss.dual_head_loss)
     eager, nudged = run("eager"), run("nudged", nudge=torch.finfo(torch.float32).eps)
     assert len(fused) == len(eager) == 200 and eager[-20:].mean() < 0.8 * eager[:20].mean()
     noise = (nudged - eager).abs().max()

@@ -21,7 +21,7 @@ from torchao.quantization.quant_primitives import MappingType
 
 import dualhead_ext as dh
 from dualhead_ext.quantization import dequantize
-from dualhead_ext.torchao_weights import is_torchao
+from dualhead_ext.quantization.torchao_weights import is_torchao
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 WIDE = {"hidden_size": 256, "head_dim": 16}

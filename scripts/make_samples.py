@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts the sample in dualhead_ext/samples out of HH-RLHF: the harmless-base pairs, which are
+"""Cuts the sample in dualhead_ext/data/samples out of HH-RLHF: the harmless-base pairs, which are
 MIT-licensed.
 
 DUALHEAD_DATA=<folder> python scripts/make_samples.py
@@ -14,7 +14,7 @@ import json
 import os
 from pathlib import Path
 
-SAMPLES = Path(__file__).resolve().parents[1] / "dualhead_ext" / "samples"
+SAMPLES = Path(__file__).resolve().parents[1] / "dualhead_ext" / "data" / "samples"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the small backbone that comes with the package, tokenizer included, and writes
-dualhead_ext/backbone.
+dualhead_ext/data/backbone.
 
 DUALHEAD_DATA=<folder> python scripts/train_backbone.py
 
@@ -8,7 +8,7 @@ The folder holds hh-rlhf-text/dialogues.jsonl.gz (key ``text``). A BPE of 4,096 
 of 4.3M parameters, on 0.9M tokens, a few epochs: as coherent as so little text makes it. One
 dialogue in twenty, chosen by a hash of its first human turn so that near-copies stay together, is
 held out; the state with the lowest loss on it is kept. The work is in
-dualhead_ext/eval/pretraining.py.
+dualhead_ext/eval/paper/pretraining.py.
 """
 
 import argparse
@@ -17,10 +17,15 @@ import os
 from pathlib import Path
 
 from dualhead_ext.data import read_jsonl
-from dualhead_ext.eval.pretraining import is_held_out, pretrain, train_tokenizer, write_backbone
-from dualhead_ext.eval.systems import BackboneSpec
+from dualhead_ext.eval.paper.pretraining import (
+    is_held_out,
+    pretrain,
+    train_tokenizer,
+    write_backbone,
+)
+from dualhead_ext.eval.paper.settings import BackboneSpec
 
-OUTPUT = Path(__file__).resolve().parents[1] / "dualhead_ext" / "backbone"
+OUTPUT = Path(__file__).resolve().parents[1] / "dualhead_ext" / "data" / "backbone"
 
 
 def main() -> None:

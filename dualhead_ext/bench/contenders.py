@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..config import DualHeadConfig
+from ..measurement.timing import Contender, copies_needed
 from ..quantization import quantize
 from .cases import FORMATS, Case, Group
 from .graphs import capture, gemm_step, gumbel_token
-from .timing import Contender, copies_needed
 
 # Sampled cases: temperature and top-p, of which the latter has to know the whole distribution.
 _TEMPERATURE, _TOP_P = 0.8, 0.95

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..measurement.machine import ReadBandwidth, read_loops
+from ..measurement.timing import Ratio, Timing, alternate, clock_of, copies_needed, ratio
 from ..quantization import FORMATS as QUANTIZED
 from .cases import FORMATS, SHARE_AT_THE_LIMIT, Case, Group, required_speedup
 from .contenders import Operands, bytes_of, cache_bytes, make_contenders, requests
-from .machine import ReadBandwidth, read_loops
-from .timing import Ratio, Timing, alternate, clock_of, copies_needed, ratio
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Effort:
     """How long and how cold to measure.
 
     Attributes:
-        seconds, min_rounds: per case, as in :func:`~dualhead_ext.bench.timing.alternate`.
+        seconds, min_rounds: per case, as in :func:`~dualhead_ext.measurement.timing.alternate`.
         cold_bytes: what operands used in turn must span (:func:`~.machine.cold_bytes`).
         cache_bytes: the last-level cache; torch.compile freezes weights that are larger.
     """

@@ -4,7 +4,8 @@
 Contenders, each through ``generate()``, greedy, one request, over the very same weights:
 
 - ``backbone``: the plain model.
-- ``dualhead``: the same with a gated head, in the fused loop (:mod:`dualhead_ext.generation`).
+- ``dualhead``: the same with a gated head, in the fused loop
+(:mod:`dualhead_ext.model.fused_loop`).
 - ``logits``: that in transformers' own loop, which takes an argmax of the step's logits.
 - ``eager``: that with the step in plain PyTorch.
 - ``backbone_static``, ``dualhead_static``: as ``backbone`` and ``dualhead`` with a static cache,
@@ -23,13 +24,13 @@ import torch
 import torch._dynamo
 
 from .. import ops, reference
+from ..measurement.timing import Contender, Ratio, Timing, alternate, clock_of, ratio
 from . import models
-from .timing import Contender, Ratio, Timing, alternate, clock_of, ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_EMBEDDED = Path(__file__).resolve().parents[1] / "backbone"
+_EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "backbone"
 _PROMPT_TOKENS = 16
 
 CONTENDERS = ("backbone", "dualhead", "logits", "eager")
@@ -229,12 +230,12 @@ def run_model(
     """Time ``generate()`` of one model with and without the gated head.
 
     Args:
-        seconds, min_rounds: as in :func:`~dualhead_ext.bench.timing.alternate`.
+        seconds, min_rounds: as in :func:`~dualhead_ext.measurement.timing.alternate`.
     Raises:
         RuntimeError: there is no compiled kernel to time, a contender stopped early, or one that
             should have been compiled was not.
     """
-    from ..modeling import DualHeadForCausalLM
+    from ..model.causal_lm import DualHeadForCausalLM
 
     plain = model.build(device_type).eval()
     plain.generation_config.eos_token_id = None  # min_new_tokens would need logits

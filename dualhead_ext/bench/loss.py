@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from ..measurement.timing import Contender, Timing, alternate, clock_of, ratio
 from .loss_cases import LARGEST, LossCase
 from .loss_contenders import (
     Batch,
@@ -22,7 +23,6 @@ from .loss_contenders import (
 )
 from .memory import peak_of
 from .tables import loss_setting
-from .timing import Contender, Timing, alternate, clock_of, ratio
 
 # What the fused loss must reach at the largest size: its share of eager's time and of the memory
 # that eager takes beyond the gradients; elsewhere it must not be slower than eager.
@@ -103,7 +103,7 @@ def run_case(
     """Time all contenders of one case and measure their memory.
 
     Args:
-        seconds, min_rounds: as in :func:`~dualhead_ext.bench.timing.alternate`.
+        seconds, min_rounds: as in :func:`~dualhead_ext.measurement.timing.alternate`.
     Raises:
         RuntimeError: contenders disagree.
     """

@@ -3,8 +3,8 @@
 
 Contenders, over the same hidden states, whose every token is a response token:
 
-- ``dualhead``: :mod:`dualhead_ext.fused_loss`.
-- ``eager``: :mod:`dualhead_ext.reference_loss`, the same objective in plain PyTorch.
+- ``dualhead``: :mod:`dualhead_ext.loss.chunked`.
+- ``eager``: :mod:`dualhead_ext.loss.reference`, the same objective in plain PyTorch.
 - ``compile``: that under ``torch.compile``.
 - ``torch_chunked``: ``torch.nn.functional.linear_cross_entropy``, chunked, over
   ``[(1 - a) h; a h]`` and ``[W_LM; W_RM]``. It computes the language model term alone (no
@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import fused_loss, reference_loss
-from ..loss_pairs import Pairing
-from ..losses import LossOptions
-from ..packing import packed_rows
+from ..loss import chunked
+from ..loss import reference as reference_loss
+from ..loss.pairs import Pairing
+from ..loss.terms import LossOptions
+from ..model.packing import packed_rows
 from .cases import FORMATS
 from .loss_cases import LossCase
 
@@ -141,7 +142,7 @@ class Batch:
 def whole_calls(batch: Batch, compile: bool) -> dict[str, Call]:
     """Those who compute the whole objective."""
     calls = {
-        "dualhead": lambda: batch.objective_value(fused_loss.dual_head_loss),
+        "dualhead": lambda: batch.objective_value(chunked.dual_head_loss),
         "eager": lambda: batch.objective_value(reference_loss.dual_head_loss),
     }
     if compile:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .timing import Contender
+from ..measurement.timing import Contender
 
 
 def peak_of(device_type: str) -> Callable[[Contender], int]:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from . import tables
 
 if TYPE_CHECKING:
+    from ..measurement.machine import ReadBandwidth
     from .contenders import Operands
     from .decode import CaseResult, Effort
     from .generation import ModelResult
     from .loss import LossResult
-    from .machine import ReadBandwidth
     from .training import TrainingResult
 
 # Names of quantised heads in results files; quantization.py, which has them, needs torch.
@@ -32,7 +32,7 @@ class Report:
     """A run of the benchmarks, as it grows.
 
     Attributes:
-        environment: :func:`dualhead_ext.bench.machine.describe`.
+        environment: :func:`dualhead_ext.measurement.machine.describe`.
         quick: whether it was the quick plan, whose figures nobody should quote.
         cases, loss, generate, training: rows, plain dicts.
         growth: the rows of :func:`.cases.growth_plan`, which have no required speed-up.

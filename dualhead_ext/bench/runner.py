@@ -6,16 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ..bench import QUICK_SECONDS, SECONDS
+from ..measurement import machine
 from . import (
-    QUICK_SECONDS,
-    SECONDS,
     cases,
     contenders,
     decode,
     generation,
     loss,
     loss_cases,
-    machine,
     report,
     training,
     training_cases,

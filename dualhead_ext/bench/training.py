@@ -5,7 +5,7 @@ Contenders, over one batch of pairs that starts on the host in each step, as a d
 
 - ``forward``: the backbone's forward pass alone, without gradients.
 - ``dualhead``: a step of training: that pass, the gate, the fused loss, backward, clipping, AdamW.
-- ``eager``: the same with the loss in plain PyTorch (:mod:`dualhead_ext.reference_loss`).
+- ``eager``: the same with the loss in plain PyTorch (:mod:`dualhead_ext.loss.reference`).
 - ``cached``: ``dualhead`` with the batch's hidden states given, so that no backbone runs.
 
 A step makes the calls that :class:`dualhead_ext.DualHeadTrainer` makes, with its defaults.
@@ -16,9 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .. import fused_loss, reference_loss
+from ..loss import chunked
+from ..loss import reference as reference_loss
+from ..measurement.timing import Contender, Ratio, Timing, alternate, clock_of, ratio
 from .memory import peak_of
-from .timing import Contender, Ratio, Timing, alternate, clock_of, ratio
 from .training_cases import TrainingCase
 
 
@@ -101,14 +102,14 @@ def run_case(
     """Time all contenders of one case and measure their memory.
 
     Args:
-        seconds, min_rounds: as in :func:`~dualhead_ext.bench.timing.alternate`.
+        seconds, min_rounds: as in :func:`~dualhead_ext.measurement.timing.alternate`.
     Raises:
         RuntimeError: contenders disagree.
     """
     from .training_steps import Training, check_agreement
 
     training = Training(case, device_type)
-    fused, eager = fused_loss.dual_head_loss, reference_loss.dual_head_loss
+    fused, eager = chunked.dual_head_loss, reference_loss.dual_head_loss
     ways = {
         "dualhead": (training.batch, fused),
         "eager": (training.batch, eager),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import fused_loss
-from ..collate import PreferenceCollator
-from ..modeling import DualHeadForCausalLM
-from ..trainer import prepare_for_training
+from ..data.collate import PreferenceCollator
+from ..loss import chunked
+from ..model.causal_lm import DualHeadForCausalLM
+from ..train.trainer import prepare_for_training
 from .training_cases import TrainingCase
 
 # By how much losses and gradients may differ, relative to eager's: of bf16 logits.
@@ -27,12 +27,12 @@ Way = tuple[dict[str, Tensor], Callable[..., Any]]
 @contextmanager
 def _loss_by(function: Callable[..., Any]) -> Iterator[None]:
     """Let the model's objective be computed by ``function``."""
-    before = fused_loss.dual_head_loss
-    fused_loss.dual_head_loss = function
+    before = chunked.dual_head_loss
+    chunked.dual_head_loss = function
     try:
         yield
     finally:
-        fused_loss.dual_head_loss = before
+        chunked.dual_head_loss = before
 
 
 class Training:

@@ -2,7 +2,7 @@
 """What a decoder costs: time, memory, passes and parameters measured, FLOPs counted.
 
 Every system is timed in the same way: whole calls of its decoder, in turns
-(:func:`dualhead_ext.bench.timing.alternate`), a fixed number of new tokens.
+(:func:`dualhead_ext.measurement.timing.alternate`), a fixed number of new tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bench.timing import Contender, Timing, alternate
 from ..config import DualHeadConfig
+from ..measurement.timing import Contender, Timing, alternate
 
 COUNTED = "parameters, buffers and caches, counted"
 CUDA_PEAK = "peak of CUDA's allocator"
@@ -104,7 +104,7 @@ def measure(
     Args:
         prompts: (N, T) int64 on the models' device, at least as many as the largest batch.
         new_tokens: that every decoder writes.
-        seconds, min_rounds: as in :func:`dualhead_ext.bench.timing.alternate`.
+        seconds, min_rounds: as in :func:`dualhead_ext.measurement.timing.alternate`.
     Raises:
         ValueError: too few prompts. RuntimeError: a decoder wrote another number of tokens.
     """

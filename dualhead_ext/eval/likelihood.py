@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..collate import encode
+from ..data.collate import encode
+from ..data.rendering import special_tokens
 from ..reference import accumulator_dtype
-from ..rendering import special_tokens
 from .judging import Interval, bootstrap
 from .metrics import longer_is_better, wilson_interval
 
@@ -70,7 +70,7 @@ def of_genarm(
     temperature: float = 1.0,
 ) -> Distribution:
     """GenARM: ``pi ~ (pi_base prod_k pi_k^(a_k))^(1/temperature)``, normalised; see
-    :class:`dualhead_ext.decoding.AutoregressiveGuidance`. At temperature ``1 + sum_k a_k`` the
+    :class:`dualhead_ext.eval.decoding.AutoregressiveGuidance`. At temperature ``1 + sum_k a_k`` the
     exponents sum to 1, as those of one model do.
 
     Raises:
@@ -116,7 +116,8 @@ def make_texts(
     rows: Iterable[tuple[Any, Any]], tokenizer: Any, max_length: int = 512, end: bool = True
 ) -> list[Text]:
     """(prompt, response) pairs, strings or messages, as training tokenises them
-    (:func:`dualhead_ext.collate.encode`): the end token is part of the response, unless ``end`` is
+    (:func:`dualhead_ext.data.collate.encode`): the end token is part of the response, unless
+    ``end`` is
     False. Says in the log how many were cut to ``max_length``.
 
     Raises:

@@ -21,7 +21,7 @@ SPLITS = tuple(_TOPICS)
 
 @cache
 def _parts() -> tuple[list[str], list[str]]:
-    path = Path(__file__).parent.parent / "samples" / "open-prompts.json"
+    path = Path(__file__).parent.parent / "data" / "samples" / "open-prompts.json"
     parts = json.loads(path.read_text(encoding="utf-8"))
     return parts["templates"], parts["topics"]
 

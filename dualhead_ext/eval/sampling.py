@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from ..data import HUMAN
-from ..rendering import render_prompt
+from ..data.rendering import render_prompt
 
 Message = dict[str, str]
 

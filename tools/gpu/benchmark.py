@@ -46,7 +46,8 @@ def label(group: Any, case: Any) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _operands(group: Any, cold_bytes: int, device: str) -> tuple[Any, Any]:
-    from dualhead_ext.bench import contenders, machine
+    from dualhead_ext.bench import contenders
+    from dualhead_ext.measurement import machine
 
     operands = contenders.Operands(group, cold_bytes, device)
     return operands, machine.read_bandwidth(operands.memory, seconds=0.1)
@@ -54,7 +55,8 @@ def _operands(group: Any, cold_bytes: int, device: str) -> tuple[Any, Any]:
 
 def run_case(name: str, device: str, toy: bool) -> dict[str, Any]:
     """Time a case; its rows are said."""
-    from dualhead_ext.bench import cases, decode, machine
+    from dualhead_ext.bench import cases, decode
+    from dualhead_ext.measurement import machine
 
     group, case = plan(toy)[name]
     effort = decode.Effort(

@@ -25,11 +25,11 @@ def describe(device: str) -> dict:
     if device == "cuda" and not torch.cuda.is_available():
         return {"missing": f"torch {torch.__version__} finds no CUDA device"}
 
-    from dualhead_ext import _extension
-    from dualhead_ext.bench import machine
+    from dualhead_ext.measurement import machine
+    from dualhead_ext.ops import library
 
     seconds = time.monotonic() - start
-    problem = _extension.problem("cpu") or (_extension.problem(device))
+    problem = library.problem("cpu") or (library.problem(device))
     if device == "cuda" and problem is None:
         torch.zeros(8, device="cuda").add_(1).cpu()  # a context can be made
     sys.path.insert(0, "_build")

@@ -80,7 +80,8 @@ class _Timed:
     """One case with its operands."""
 
     def __init__(self, case: Case, device: str, toy: bool) -> None:
-        from dualhead_ext.bench import cases, contenders, decode, machine
+        from dualhead_ext.bench import cases, contenders, decode
+        from dualhead_ext.measurement import machine
 
         worker.phase("operands")
         self.case, self.device, self.toy = case, device, toy
@@ -171,7 +172,7 @@ class _Timed:
 
     def _time(self, calls: dict[str, Call]) -> set[str]:
         """Say a row per contender; returns those whose last call has a status other than 0."""
-        from dualhead_ext.bench.timing import Contender, alternate, clock_of
+        from dualhead_ext.measurement.timing import Contender, alternate, clock_of
 
         contenders = [Contender(name, call, self._rewind) for name, call in calls.items()]
         timings = alternate(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..suite.cells import Cell
+from ..paper.cells import Cell
 from .attributes import ATTRIBUTES, PROVOKING
 
 KL_TARGETS = (0.1, 0.05, 0.2, 0.4)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ...decoding import TrajectoryGuidance
-from ...head import DualHead
+from ...head.dual_head import DualHead
+from ..decoding import TrajectoryGuidance
 from ..rollout import Prefix, decode_step
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..paper.cells import Store, unfolded
+from ..paper.table import Table
 from ..scorers import scorer
-from ..suite.cells import Store, unfolded
-from ..suite.table import Table
 from ..text import words
 from .attributes import ATTRIBUTES
 from .intervals import mean_interval

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ...builtin_backbones import backbone_path
+from ...model.builtin_backbones import backbone_path
+from ..paper.cells import Cell, Step, Store
+from ..paper.training_run import load_tokenizer
 from ..rollout import Backbone, Policy, Prefix, Rollout, read_prompts, response_logprobs, roll_out
 from ..sampling import batches, prompt_text, response, sample
-from ..suite.cells import Cell, Step, Store
 from ..text import mean_length
-from ..training_run import load_tokenizer
 from .attributes import ATTRIBUTES, measured, prompts_of
 from .intervals import mean_interval
 from .policies import GatedPolicy, GuidedPolicy, SearchPolicy, TunedPolicy

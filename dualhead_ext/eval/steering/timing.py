@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ...decoding import genarm, plain
-from ...modeling import DualHeadForCausalLM
+from ...model.causal_lm import DualHeadForCausalLM
+from ..decoding import genarm, plain
 from ..sampling import encode_prompts
 from .attributes import OPEN, prompts_of
 from .training import load_guide

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on ranked samples: the gated head through its own trainer, the systems that it is
-compared with through :mod:`dualhead_ext.eval.training` on the best and the worst of each list.
+compared with through :mod:`dualhead_ext.eval.paper.training` on the best and the worst of each
+list.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from transformers.trainer_callback import PrinterCallback
 
 from ...config import DualHeadConfig
 from ...data import score_pairs
-from ...head import DualHead
-from ...head_files import check_head_state
-from ...head_folder import read_head_folder
-from ...modeling import DualHeadForCausalLM
-from ...presets import PRESETS
-from ...trainer import DualHeadTrainer, DualHeadTrainingArguments
+from ...head.dual_head import DualHead
+from ...model.causal_lm import DualHeadForCausalLM
+from ...model.head_files import check_head_state
+from ...model.head_folder import read_head_folder
+from ...train.presets import PRESETS
+from ...train.trainer import DualHeadTrainer, DualHeadTrainingArguments
+from ..paper.settings import TrainSettings
+from ..paper.trained import load_policy, load_reward_model, read_record
+from ..paper.training import TRAINERS
+from ..paper.training_run import load_tokenizer
 from ..scorers import Scorer, scorer
-from ..systems import TrainSettings
-from ..trained import load_policy, load_reward_model, read_record
-from ..training import TRAINERS
-from ..training_run import load_tokenizer
 from .attributes import ATTRIBUTES
 
 Row = dict[str, Any]

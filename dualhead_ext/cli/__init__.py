@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``dualhead train | generate | sample | eval | info | bench | demo``.
+
+This module is the parser and the policy for errors; what the commands do is in `commands`, which
+imports torch and transformers only once they are needed. A user's mistake is one sentence on
+standard error and exit code 2; anything else that goes wrong is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from . import commands
+from .errors import UserError
+from .options import OPTIONS, OVERVIEW
+from .train import training_defaults
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line; ``late_defaults`` is asked when its help is printed."""
+
+    late_defaults: Callable[[], dict[str, Any]] | None = None
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {' '.join(message.split())}\n")
+
+    def format_help(self) -> str:
+        defaults = self.late_defaults() if self.late_defaults else {}
+        for action in self._actions:
+            if defaults.get(action.dest) is not None:
+                action.help = f"{action.help} (default {defaults[action.dest]})"
+        return super().format_help()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``dualhead``; imports neither torch nor transformers."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="dualhead",
+        description="A reward head and a gate beside a frozen language model's own head.",
+        epilog=OVERVIEW,
+        formatter_class=layout,
+        allow_abbrev=False,
+    )
+    parsers = parser.add_subparsers(
+        dest="command", required=True, metavar="command", parser_class=_Parser
+    )
+    for name, (add_options, text, examples) in OPTIONS.items():
+        sub = parsers.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=examples,
+            formatter_class=layout,
+            allow_abbrev=False,
+        )
+        add_options(sub)
+        if name == "train":
+            sub.late_defaults = training_defaults
+        sub.add_argument(
+            "--traceback", action="store_true", help="show the traceback of a user's mistake too"
+        )
+    return parser
+
+
+class _Interrupts:
+    """Ctrl-C as KeyboardInterrupt once; remembered, as an import may turn it into another error."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _Interrupts:
+        if self._in_main_thread:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if not self.seen:  # a second one, while the first unwinds, must not break into that
+            self.seen = True
+            raise KeyboardInterrupt
+
+    def __exit__(self, *error: Any) -> None:
+        if self._in_main_thread:
+            signal.signal(signal.SIGINT, signal.SIG_IGN if self.seen else self._before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; default ``sys.argv[1:]``.
+    Returns:
+        0, or what the command returns; 2 after a user's mistake; 130 after Ctrl-C; 141 when the
+        reader of the output went away.
+    Raises:
+        SystemExit: from ``--help`` and for arguments that do not parse (code 2).
+    """
+    arguments = build_parser().parse_args(argv)
+    with _Interrupts() as interrupts:
+        try:
+            code = commands.COMMANDS[arguments.command](arguments)
+            sys.stdout.flush()
+            return code or 0
+        except UserError as error:
+            if arguments.traceback:
+                raise
+            print(f"dualhead {arguments.command}: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        except BrokenPipeError:
+            # Python flushes standard output once more on its way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_BROKEN_PIPE
+        except BaseException:
+            if interrupts.seen:
+                return EXIT_INTERRUPTED
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

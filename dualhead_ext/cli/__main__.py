@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m dualhead_ext.cli``: the command line."""
+
+import sys
+
+from . import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands by name, the smaller ones themselves. Nothing heavy is imported before its need."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from ..data import EMBEDDED
+from .errors import UserError, argument, extras
+from .generate import generate
+from .models import quiet_transformers
+from .sample import sample
+from .train import train
+
+
+def info(arguments: Namespace) -> None:
+    """What was built, what it runs on, and which optional packages are there; or what a folder of
+    heads holds.
+    """
+    if arguments.heads is not None:
+        _print(_describe_heads(arguments.heads), arguments.json)
+        return
+    import torch
+
+    from ..build_info import build_info
+
+    report: dict[str, Any] = build_info()
+    report["cuda_device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    optional = {name: extra for name, extra in reversed(extras()) if extra != "test"}
+    report["packages"] = {name: _version(name) for name in sorted(optional)}
+    if arguments.json:
+        _print(report, as_json=True)
+        return
+    packages = report.pop("packages")
+    _print(report)
+    for name, version in packages.items():
+        print(f"{name:16} {version or f'not installed (extra: {optional[name]})'}")
+
+
+def _print(report: dict[str, Any], as_json: bool = False) -> None:
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    for name, value in report.items():
+        if isinstance(value, list):
+            value = ", ".join(value) or "none"
+        print(f"{name:16} {'-' if value is None else value}")
+
+
+def _describe_heads(folder: str) -> dict[str, Any]:
+    if not os.path.isdir(folder):
+        raise UserError(f"heads: expected a folder written by train, got {folder}, which is none")
+    with argument("heads"):
+        quiet_transformers(EMBEDDED)
+        from ..model.head_folder import WEIGHTS_NAME, read_config
+
+        stored = read_config(folder)
+        size = os.path.getsize(os.path.join(folder, WEIGHTS_NAME))
+    return {
+        "heads": folder,
+        "backbone": stored["backbone"]["name_or_path"],
+        "quantized": stored["quantized"],
+        "megabytes": round(size / 1e6, 1),
+        **stored["dual_head"].to_dict(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def bench(arguments: Namespace) -> int:
+    """Run the benchmarks; 1 if the fused step was slower than promised somewhere."""
+    from ..bench import main
+    from ..ops import library
+
+    if arguments.report is None and (problem := library.problem("cpu")) is not None:
+        raise UserError(problem)
+    with argument():
+        return main(arguments)
+
+
+def evaluate(arguments: Namespace) -> int:
+    """Run what is missing of a suite, write its tables; 3 if time ran out."""
+    _check_suite(arguments)
+    with argument():
+        quiet_transformers(EMBEDDED)
+        if arguments.suite == "steering":
+            from .eval_steering import main
+        else:
+            from .eval_suite import main
+    return main(arguments)
+
+
+# Options of one suite alone, and the names of its scales.
+_SUITES = {
+    "paper": (("decoders", "judge_url", "judge_model", "data"), ("tiny", "small", "gpu")),
+    "steering": (("attributes", "kl"), ("tiny", "standard")),
+}
+
+
+def _check_suite(arguments: Namespace) -> None:
+    for suite, (names, scales) in _SUITES.items():
+        if suite == arguments.suite:
+            if arguments.scale not in (*scales, *([None] if suite == "steering" else [])):
+                raise UserError(
+                    f"--scale: expected one of {', '.join(scales)} for --suite {suite}, got "
+                    f"{arguments.scale}"
+                )
+            continue
+        for name in names:
+            if getattr(arguments, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option}: expected only with --suite {suite}")
+
+
+def demo(arguments: Namespace) -> None:
+    """Sample, train, measure and decode; see `demo.run`."""
+    with argument():
+        quiet_transformers(arguments.backbone)
+        from . import demo as script
+    options = {n: v for n, v in vars(arguments).items() if n not in ("command", "traceback")}
+    with argument():
+        options["backbone"] = script.find_backbone(arguments.backbone)
+    script.run(**options)
+
+
+COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
+    "train": train,
+    "generate": generate,
+    "sample": sample,
+    "eval": evaluate,
+    "info": info,
+    "bench": bench,
+    "demo": demo,
+}

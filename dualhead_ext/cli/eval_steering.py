@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dualhead eval --suite steering``: compute what is missing, and write all that is there."""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+from pathlib import Path
+
+from ..eval.paper.cells import Cell, Store, pending
+from ..eval.scorers import scorer
+from ..eval.steering import report
+from ..eval.steering.attributes import ATTRIBUTES, PROVOKING, prompts_of
+from ..eval.steering.plan import KL_TARGETS, SEEDS, SIZES, Plan, Planner
+from ..eval.steering.steps import STEPS, Resources
+from .errors import UserError, argument
+from .eval_suite import EXIT_LEFT, compute
+
+# Seconds of a cell on two quiet cores of a small server, until the run has cells of its own to go
+# by; responses of samples are counted one by one.
+_EXPECTED = {"train": 120.0, "decode": 90.0, "cost": 60.0}
+_EXPECTED_RESPONSE = 0.25
+
+
+def main(arguments: Namespace) -> int:
+    """Run, write the report, say where; EXIT_LEFT if time ran out with cells left.
+
+    Raises:
+        UserError: an unknown attribute, packages or data that are not there.
+    """
+    with argument():
+        attributes = arguments.attributes or list(ATTRIBUTES)
+        if unknown := sorted(set(attributes) - set(ATTRIBUTES)):
+            raise UserError(
+                f"--attributes: expected some of {', '.join(ATTRIBUTES)}, got {unknown[0]!r}"
+            )
+        for name in attributes:
+            for found in ATTRIBUTES[name].scorers:
+                scorer(found)
+            if ATTRIBUTES[name].prompts == PROVOKING:
+                prompts_of(PROVOKING, "measure", 1)
+        targets = arguments.kl or list(KL_TARGETS)
+        if any(target <= 0 for target in targets):
+            raise UserError(f"--kl: expected numbers above 0, got {min(targets):g}")
+        size = SIZES[arguments.scale or "standard"]
+        plan = Planner(size, attributes, arguments.seeds or SEEDS, targets)()
+        resources = Resources()
+        resources.use(size.backbone)
+    store = Store(Path(arguments.out), STEPS, resources)
+    left = list(pending(plan.cells(), store))
+    _check_packages(left)
+    print(f"{len(left)} cells to compute, about {_hours(left, plan, store)}", flush=True)
+    outcome = compute(plan, store, arguments.minutes, arguments.state_mb)
+    for path in report.write(plan, store):
+        print(path)
+    if outcome.left:
+        hours = _hours(outcome.left, plan, store)
+        print(f"{len(outcome.left)} cells are left, about {hours}; the same command goes on")
+        return EXIT_LEFT
+    return 0
+
+
+def _check_packages(left: list[Cell]) -> None:
+    """Before anything runs, not an hour into it."""
+    methods = {cell.options.get("method") for cell in left} - {None, "dual_head"}
+    for package in ("trl", "peft"):
+        if methods and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"the package {package} is not installed, which training "
+                f"{', '.join(sorted(methods))} needs; install it with: "
+                f"pip install 'dualhead_ext[{package}]'"
+            )
+
+
+def _hours(left: list[Cell], plan: Plan, store: Store) -> str:
+    """What is left takes, by the cells of its kind that are there."""
+    known: dict[str, list[float]] = {}
+    for cell in plan.cells():
+        for found in (cell, *cell.needs.values()):
+            if (record := store.record(found)) is not None:
+                known.setdefault(found.step, []).append(record["seconds"])
+    total = 0.0
+    for cell in left:
+        if cell.step == "samples":
+            low, high = cell.options["numbers"]
+            total += cell.options["count"] * (high - low) * _EXPECTED_RESPONSE
+        else:
+            times = known.get(cell.step)
+            total += sum(times) / len(times) if times else _EXPECTED[cell.step]
+    return f"{total / 3600:.1f} hours" if total > 5400 else f"{total / 60:.0f} minutes"

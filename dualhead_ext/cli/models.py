@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands that load models share: paths, devices, and silence from transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..model.builtin_backbones import BUILTIN_BACKBONES, backbone_path
+from .errors import UserError, argument, one_line
+
+
+def check_backbone(option: str, name: str) -> None:
+    """Refuse a name that looks like a folder and is none; costs nothing.
+
+    Raises:
+        UserError: naming it.
+    """
+    if name not in BUILTIN_BACKBONES and _looks_local(name) and not os.path.isdir(name):
+        raise UserError(f"{option}: expected a folder, got {name}, which is none")
+
+
+def _looks_local(name: str) -> bool:
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+@contextmanager
+def loading(option: str, name: str) -> Iterator[None]:
+    """:func:`cli_errors.argument` around what loads ``name``, a folder or a hub name: says which of
+    the two was looked for.
+    """
+    check_backbone(option, name)
+    with argument(option):
+        looks_local = _looks_local(backbone_path(name))
+        try:
+            yield
+        except OSError as error:
+            if looks_local:
+                raise
+            raise UserError(
+                f"{option}: expected a folder, or a name that the hub knows, got {name!r} "
+                f"({one_line(error)})"
+            ) from error
+
+
+def quiet_transformers(backbone: str | None) -> None:
+    """Import transformers without its bars and remarks; without asking a hub for what is here."""
+    if backbone in BUILTIN_BACKBONES:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers.utils import logging  # first: the extra is named by it
+
+    from huggingface_hub.utils import logging as hub_logging  # isort: skip
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # its retries; the last failure is an exception
+
+
+def check_device(name: str) -> None:
+    """Refuse a CUDA device that is not there.
+
+    Raises:
+        UserError: naming what is there instead.
+    """
+    import torch
+
+    if not name.startswith("cuda"):
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        there = f"{count} CUDA devices" if count else "no CUDA device"
+        raise UserError(
+            f"--device: expected a device that torch {torch.__version__} sees, got "
+            f"{name}; it sees {there}"
+        )

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of each command, their types and their examples. Imports neither torch nor
+transformers: ``dualhead --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from .. import bench
+from ..config import FORMAT_NAMES, GATE_NAMES, MIX_NAMES, REWARD_HEAD_NAMES, DualHeadConfig
+from ..eval.scorers import SCORERS
+from ..train.presets import PRESET_NAMES, PRESETS
+from .terminal import COLOR_NAMES
+from .train import TRAINING_OPTIONS
+
+OVERVIEW = """\
+examples:
+  dualhead demo                                   steer a real model in a few minutes
+  dualhead sample --backbone smollm2 --prompts open --scorer vader --out ranked.jsonl
+  dualhead train --backbone smollm2 --data ranked.jsonl --output heads
+  dualhead generate heads "How do I keep bread fresh?" --show-gate
+  dualhead <command> --help                       more examples"""
+
+_TRAIN = """\
+examples:
+  dualhead train --output heads                   the embedded backbone and its sample of pairs
+  dualhead train --backbone smollm2 --output heads            a chat model of 135M parameters
+  dualhead train --backbone ./llama --data pairs.jsonl --eval-data test.jsonl --output heads
+  dualhead train --data pairs.jsonl.gz --gate linear --mix probs --learning-rate 1e-3 --output heads
+  dualhead train --output heads --resume          go on from the last complete checkpoint
+  dualhead train --output heads --epochs 3 --cache-hidden hidden     run the backbone only once
+  dualhead train --preset paper --output heads    the paper's head and objective
+  dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
+
+Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF), or a
+prompt, responses and their scores."""
+
+_GENERATE = """\
+examples:
+  dualhead generate heads "How do I keep bread fresh?"
+  dualhead generate heads "Tell me a joke." --show-gate --strength 1.5
+  dualhead generate heads "Tell me a joke." --alpha 0.3 --sample --temperature 0.8 --seed 7
+  dualhead generate heads "Tell me a joke." --backbone-only
+  dualhead generate heads "Tell me a joke." --quantize int8
+  echo "What is a gate?" | dualhead generate heads
+
+A bare question becomes a Human turn (or goes through the tokenizer's chat template); --raw sends
+the text as it is."""
+
+_SAMPLE = """\
+examples:
+  dualhead sample --backbone smollm2 --prompts open --scorer vader --out ranked.jsonl
+  dualhead sample --backbone ./llama --prompts questions.txt --scorer rules:score -n 8 --out r.jsonl
+  dualhead sample --prompts rows.jsonl --scorer reward-model:./reward --out ranked.jsonl
+  dualhead sample --prompts rows.jsonl --scorer judge:NAME --judge-url http://localhost:8000/v1 \\
+      --out ranked.jsonl
+
+The same command goes on where it was stopped. Prompts are a question a line, or .jsonl rows with
+"prompt"; "open" is a set of 208 neutral prompts that comes with this package."""
+
+_INFO = """\
+examples:
+  dualhead info
+  dualhead info heads                             what a folder of heads holds
+  dualhead info --json"""
+
+_BENCH = """\
+examples:
+  dualhead bench --quick
+  dualhead bench --json results.json
+  dualhead bench --device cuda --part training models
+  dualhead bench --report results.json            a table of what was measured before"""
+
+_EVAL = """\
+examples:
+  dualhead eval --suite paper --scale tiny --out run     all of it in a minute, to see that it works
+  dualhead eval --suite paper --scale small --out run    an hour on two cores; again: goes on
+  dualhead eval --scale small --out run --decoders backbone,dual_head,genarm_lora
+  dualhead eval --scale gpu --out run --minutes 9 --state-mb 60        in pieces
+  dualhead eval --suite steering --out run               what steering buys on a real model: hours
+  dualhead eval --suite steering --out run --attributes sentiment --kl 0.1 --seeds 1
+
+Each cell is kept in --out as it is computed; the tables and plots there show all that is done.
+Data is looked for below --data or $DUALHEAD_DATA. Exit code 3: time ran out, cells are left."""
+
+_DEMO = """\
+examples:
+  dualhead demo
+  dualhead demo --output heads --color never
+  dualhead demo --backbone embedded               on a tiny model, in seconds"""
+
+
+# The largest seed of every generator that training seeds: NumPy's.
+MAX_SEED = 2**32 - 1
+
+
+def number(
+    kind: type = float, low: float = -math.inf, high: float = math.inf
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number in [low, high], named so in the error."""
+    noun = "a whole number" if kind is int else "a number"
+    if low == -math.inf and high == math.inf:
+        expected = noun
+    elif high == math.inf:
+        expected = f"{noun} of at least {low:g}"
+    elif kind is int:
+        expected = f"{noun} in [{low}, {high}]"
+    else:
+        expected = f"{noun} in [{low:g}, {high:g}]"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def numbers(text: str) -> list[float]:
+    """An argparse type: comma-separated finite numbers."""
+    try:
+        return [number()(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers separated by commas, got {text!r}"
+        ) from None
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _config_defaults() -> dict[str, Any]:
+    return {f.name: f.default for f in fields(DualHeadConfig) if f.default is not MISSING}
+
+
+def add_color(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--color",
+        choices=COLOR_NAMES,
+        default="auto",
+        help="default: as the terminal and NO_COLOR say",
+    )
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("model and data")
+    data.add_argument(
+        "--backbone",
+        default="embedded",
+        help='folder or hub name of a causal LM, "smollm2" or "embedded" (default)',
+    )
+    data.add_argument(
+        "--data",
+        default="embedded",
+        help="preference pairs or ranked lists: a file (JSON lines, JSON, CSV, Parquet), a folder "
+        'of the datasets library, a hub name, or "embedded" (default)',
+    )
+    data.add_argument("--split", help="split to train on, for folders and hub names")
+    data.add_argument("--eval-data", help="held-out pairs (default: see --eval-share)")
+    data.add_argument(
+        "--eval-share",
+        type=number(float, 0.0, 0.9),
+        default=0.1,
+        metavar="X",
+        help="without --eval-data, the share of --data to hold out, by prompts; of the embedded "
+        "sample its test split is (default 0.1; 0: measure nothing)",
+    )
+    data.add_argument("--limit", type=number(int, 1), metavar="N", help="use the first N pairs")
+    data.add_argument("--output", required=True, help="folder for heads and checkpoints")
+    data.add_argument(
+        "--resume",
+        nargs="?",
+        const="last",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a value from the last complete one in --output",
+    )
+    data.add_argument(
+        "--overwrite", action="store_true", help="write into an --output that holds heads already"
+    )
+    add_device(data)
+
+    parser.add_argument(
+        "--preset",
+        choices=PRESET_NAMES,
+        default="default",
+        help="a whole recipe, what is given beside it stands over it (default: default)",
+    )
+    head = parser.add_argument_group("heads")
+    default = _config_defaults()
+    head.add_argument("--gate", choices=GATE_NAMES)
+    head.add_argument("--mix", choices=MIX_NAMES, default=default["mix"])
+    head.add_argument("--reward-head", choices=REWARD_HEAD_NAMES)
+    for name, kind in (
+        ("reward_rank", number(int, 0)),
+        ("gate_num_heads", number(int, 1)),
+        ("gate_head_dim", number(int, 1)),
+        ("gate_alpha", number(float, 0, 1)),
+        ("num_objectives", number(int, 1)),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        head.add_argument(option, type=kind, default=default[name], metavar="X")
+    for action in head._group_actions:
+        if any(action.dest in preset["head"] for preset in PRESETS.values()):
+            action.default, action.help = None, "(default: the preset's)"
+        else:
+            action.help = f"(default {action.default})"
+
+    training = parser.add_argument_group("training")
+    for name, (kind, short, text) in TRAINING_OPTIONS.items():
+        names = [f"--{name.replace('_', '-')}", *short]
+        parse = {int: number(int), float: number(float), str: str}[kind]
+        if name == "seed":
+            parse = number(int, 0, MAX_SEED)
+        training.add_argument(*names, dest=name, type=parse, metavar="X", help=text)
+    training.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=key_value,
+        metavar="NAME=VALUE",
+        help="any other field of DualHeadTrainingArguments",
+    )
+
+
+def device(text: str) -> str:
+    """An argparse type: auto, cpu, cuda or cuda:N; whether it is there is found out later."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device", type=device, default="auto", help="auto (default), cpu, cuda or cuda:N"
+    )
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("heads", help="folder written by train or save_pretrained")
+    parser.add_argument("prompt", nargs="?", help="default: standard input")
+    parser.add_argument("--backbone", help="backbone to use in place of the one the heads name")
+    parser.add_argument("--raw", action="store_true", help="no template around the prompt")
+    parser.add_argument(
+        "--backbone-only", action="store_true", help="the backbone's own text, without the heads"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=FORMAT_NAMES,
+        help="both heads in this format (default: as they are in the folder)",
+    )
+    add_device(parser)
+    gate = parser.add_argument_group("gate")
+    gate.add_argument("--show-gate", action="store_true", help="show alpha of each token")
+    gate.add_argument(
+        "--strength", type=number(float, 0), metavar="S", help="scales alpha; 0 is the backbone"
+    )
+    gate.add_argument("--gate-offset", type=number(), metavar="X", help="added to the gate's logit")
+    gate.add_argument("--alpha", type=number(float, 0, 1), metavar="A", help="in place of the gate")
+    gate.add_argument(
+        "--max-kl", type=number(float, 0), metavar="X", help="nats from the backbone, each token"
+    )
+    gate.add_argument(
+        "--skip-threshold",
+        type=number(float, 0, 0.5),
+        metavar="A",
+        help="alpha nearer to 0 or 1 counts as such, and spares a head (default 0)",
+    )
+    gate.add_argument(
+        "--objective-weights", type=numbers, metavar="W,...", help="one number for each objective"
+    )
+    sampling = parser.add_argument_group("decoding")
+    sampling.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="(default 128)"
+    )
+    sampling.add_argument("--sample", action="store_true", help="sample; default: greedy")
+    for name, kind, text in (
+        ("temperature", number(float, 1e-6), "default 1"),
+        ("top-k", number(int, 0), "default 0: all"),
+        ("top-p", number(float, 0, 1), "default 1"),
+        ("min-p", number(float, 0, 1), "default 0"),
+    ):
+        sampling.add_argument(
+            f"--{name}", type=kind, metavar="X", help=f"implies --sample ({text})"
+        )
+    sampling.add_argument(
+        "--seed", type=number(int, 0, MAX_SEED), default=0, metavar="N", help="(default 0)"
+    )
+    add_color(parser)
+
+
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backbone",
+        default="embedded",
+        help="folder or hub name of a causal LM, or a built-in one: embedded (default), smollm2",
+    )
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help='questions, or "open": see below'
+    )
+    parser.add_argument(
+        "--scorer",
+        required=True,
+        metavar="NAME",
+        help=f"what ranks the responses: {', '.join(SCORERS)}; or module:function (prompt, "
+        "response -> number, higher is better), reward-model:FOLDER (a classifier with one label), "
+        "judge:MODEL",
+    )
+    parser.add_argument("--judge-url", metavar="URL", help="of an OpenAI-compatible endpoint")
+    parser.add_argument("--out", required=True, metavar="FILE", help=".jsonl of ranked responses")
+    parser.add_argument(
+        "-n", type=number(int, 2), default=6, metavar="N", help="responses to a prompt (default 6)"
+    )
+    for name, kind, default, text in (
+        ("max-new-tokens", number(int, 1), 64, "a longer response is cut"),
+        ("temperature", number(float, 1e-6), 1.0, "of sampling"),
+        ("seed", number(int, 0), 0, "of sampling"),
+        ("batch-size", number(int, 1), 48, "responses at once"),
+    ):
+        help_text = f"{text} (default {default:g})"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help_text)
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="use the first N prompts")
+    add_device(parser)
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "heads", nargs="?", help="folder of heads to describe (default: the installation)"
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def names(text: str) -> list[str]:
+    """An argparse type: comma-separated words."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite", choices=("paper", "steering"), default="paper", help="(default paper)"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("tiny", "small", "standard", "gpu"),
+        help="how large a run; of steering tiny or standard (default standard)",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run's cells")
+    parser.add_argument("--data", metavar="DIR", help="folder of data (default $DUALHEAD_DATA)")
+    parser.add_argument(
+        "--decoders", type=names, metavar="NAME,...", help="systems to compare (default: all)"
+    )
+    parser.add_argument("--seeds", type=number(int, 1), metavar="N", help="of the headline systems")
+    parser.add_argument(
+        "--attributes", type=names, metavar="NAME,...", help="what to steer (default: all)"
+    )
+    parser.add_argument(
+        "--kl",
+        type=numbers,
+        metavar="X,...",
+        help="nats per token to decode at (default 0.1,0.05,0.2,0.4)",
+    )
+    parser.add_argument(
+        "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint that judges win rates"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="the model to ask for there")
+    parser.add_argument(
+        "--minutes", type=number(float, 0), metavar="X", help="start no cell that would end later"
+    )
+    parser.add_argument(
+        "--state-mb",
+        type=number(float, 1),
+        metavar="X",
+        help="leave at most so much in DIR: drop models, those that nothing left needs first",
+    )
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        default="dualhead-demo",
+        metavar="DIR",
+        help="folder for the heads, which are overwritten (default %(default)s)",
+    )
+    parser.add_argument(
+        "--backbone",
+        choices=("smollm2", "embedded"),
+        default="smollm2",
+        help="SmolLM2-135M-Instruct (default), or the tiny built-in model, which takes seconds",
+    )
+    for name, low, high, default, text in (
+        ("prompts", 16, 208, 96, "built-in prompts to sample and train on, of 208"),
+        ("test-prompts", 3, 208, 48, "others to measure on, of 208"),
+        ("new-tokens", 1, 1024, 32, "tokens of each text"),
+        ("seed", 0, MAX_SEED, 0, "of everything random"),
+    ):
+        help_text = f"{text} (default {default})"
+        parser.add_argument(
+            f"--{name}",
+            type=number(int, low, high),
+            default=default,
+            metavar="N",
+            help=help_text,
+        )
+    add_color(parser)
+
+
+# name: (declares its options, what it does, examples)
+OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
+    "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
+    "generate": (add_generate, "decode a prompt, token by token as they come", _GENERATE),
+    "sample": (add_sample, "sample and rank responses to train on", _SAMPLE),
+    "eval": (add_eval, "compare systems as the paper does: train, decode, measure", _EVAL),
+    "info": (add_info, "what was built, and what it found; or what a folder of heads holds", _INFO),
+    "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),
+    "demo": (add_demo, "sample, train and steer a real model in a few minutes", _DEMO),
+}

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward's scale in units that mean something: after calibration ``strength=1`` is a mean KL
+from the backbone of `TARGET_KL` nats per token, and the config holds the curve of strength against
+KL.
+
+delta itself is scaled: the up map and bias of a reward head that is a correction, ``W_RM <- W_LM +
+s (W_RM - W_LM)`` of a full one. First on given hidden states, by bisection. They are of text that
+the gated model did not write, where the KL is another one: so the model then decodes, each request
+at a strength of its own, the KL of that text is measured, and a curve through it corrects the
+scale.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..loss.reference import mixed_kl
+from ..loss.terms import LossOptions
+
+TARGET_KL = 0.1
+# Of the requests that are decoded: how many, their length, and their strengths in turn.
+REQUESTS, NEW_TOKENS = 48, 32
+STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.6)
+# Hidden states for the first scale, and how often its interval is halved.
+STATES, HALVINGS = 256, 24
+# The curve that is stored has these strengths.
+GRID = tuple(i / 4 for i in range(0, 11))
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def scale_reward(head: Any, factor: float) -> None:
+    """Multiply delta of every objective by ``factor``, in place."""
+    reward = head.reward_head
+    if reward.kind != "full":
+        for parameter in (None if reward.up is None else reward.up.weight, reward.bias):
+            if parameter is not None:
+                parameter.mul_(factor)
+        return
+    for parameter, start in ((reward.weight, head.lm_weight), (reward.bias, head.lm_bias)):
+        if parameter is not None:
+            start = start.to(parameter.dtype)
+            parameter.sub_(start).mul_(factor).add_(start)
+
+
+@torch.no_grad()
+def mean_kl(head: Any, hidden: Tensor, gate_logit: Tensor, strength: Any = 1.0) -> Tensor:
+    """``KL(pi_mix || pi_LM)`` in nats at each state: hidden (N, d), gate_logit (N,), strength a
+    number or (N,) -> (N,).
+    """
+    states = _States(head, hidden, gate_logit)
+    return states.kl(1.0, torch.as_tensor(strength, dtype=gate_logit.dtype).expand(len(hidden)))
+
+
+class _States:
+    """Some states' logits, computed once, for the KL at any scale of delta."""
+
+    ROWS = 64  # at a time: the KL makes several copies
+
+    def __init__(self, head: Any, hidden: Tensor, gate_logit: Tensor) -> None:
+        config = head.config
+        self.options = LossOptions(
+            mix=config.mix, logit_scale=config.logit_scale, logit_softcap=config.logit_softcap
+        )
+        self.head, self.hidden, self.gate_logit = head, hidden, gate_logit
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+
+    def keep_logits(self) -> None:
+        """For several scales: of few states."""
+        self._kept = [self._logits(hidden) for hidden in self.hidden.split(self.ROWS)]
+
+    def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_LM, delta), each (n, V)."""
+        z_lm = self.head._lm_logits(hidden[:, None])
+        delta = self.head.reward_logits(hidden[:, None], z_lm, None) - z_lm
+        return z_lm[:, 0], delta[:, 0]
+
+    def kl(self, scale: float, strength: Tensor) -> Tensor:
+        """(N,) with ``scale`` times delta, at these strengths (N,)."""
+        alpha = reference.mixing_weight(
+            self.gate_logit, None, strength.to(self.gate_logit.device), None, self.options.mix
+        )
+        found = []
+        parts = zip(self.hidden.split(self.ROWS), alpha.split(self.ROWS), strict=True)
+        for i, (hidden, of_rows) in enumerate(parts):
+            z_lm, delta = self._kept[i] if self._kept else self._logits(hidden)
+            found.append(self._kl(z_lm, scale * delta, of_rows))
+        return torch.cat(found)
+
+    def _kl(self, z_lm: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+        if self.options.mix == "logits":
+            # alpha may be above 1 here: it is folded into delta, and the mixture is all of it.
+            all_of_it = torch.full_like(alpha, torch.inf)
+            return mixed_kl(z_lm, z_lm + alpha[:, None] * delta, all_of_it, self.options)
+        return mixed_kl(z_lm, z_lm + delta, torch.logit(alpha), self.options)
+
+    def scale_for(self, target: float) -> float:
+        """The scale of delta at which the mean KL at strength 1 is ``target``.
+
+        Raises:
+            ValueError: no scale reaches it: delta is 0, or alpha is too small in the probability
+                mix.
+        """
+        ones = torch.ones(len(self.hidden))
+        low, high = 0.0, 1.0
+        while float(self.kl(high, ones).mean()) < target:
+            low, high = high, 2 * high
+            if high > 2.0**40:
+                raise ValueError(
+                    f"calibrate: no scale of the reward gives a mean KL of {target} nats: it is "
+                    "zero, or alpha is too small for it"
+                )
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            if float(self.kl(middle, ones).mean()) < target:
+                low = middle
+            else:
+                high = middle
+            if high - low < 1e-3 * high:
+                break
+        return (low + high) / 2
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    hidden: Tensor,
+    gate_logit: Tensor,
+    prompts: Sequence[Sequence[int]],
+    target: float = TARGET_KL,
+    seed: int = 0,
+) -> list[list[float]]:
+    """Scale the reward of a gated model so that strength 1 is ``target`` nats per token of the text
+    that it decodes, and store the curve in its config.
+
+    Args:
+        model: a :class:`dualhead_ext.DualHeadForCausalLM`.
+        hidden, gate_logit: (N, d), (N,), states of responses that were held out.
+        prompts: token ids of held-out prompts, which are continued.
+        seed: of the tokens that are drawn; the program's own random numbers stay as they are.
+    Returns:
+        the curve, [strength, KL] from [0, 0] on.
+    Raises:
+        ValueError: no prompt or state, or no scale that reaches the target.
+    """
+    if not len(hidden) or not len(prompts):
+        raise ValueError(
+            f"calibrate: expected states and prompts, got {len(hidden)} and {len(prompts)}"
+        )
+    head = model.lm_head_module
+    head.config.kl_curve = None
+    picked = torch.linspace(0, len(hidden) - 1, min(STATES, len(hidden))).long().unique()
+    states = _States(head, hidden[picked], gate_logit[picked])
+    states.keep_logits()  # of the reward as it is: scales below are of it
+    off_policy = states.scale_for(target)
+    scale_reward(head, off_policy)
+    curve = _decoded_curve(model, prompts, seed)
+    decoded = curve(1.0)
+    if head.config.mix == "logits":
+        # Here a scale of delta and a strength are the same.
+        factor = _inverse(curve, target)
+        scale_reward(head, factor)
+        measured = [[s, curve(s * factor)] for s in GRID]
+    else:
+        factor = states.scale_for(target * target / decoded) / off_policy
+        scale_reward(head, factor)
+        curve = _decoded_curve(model, prompts, seed + 1)
+        measured = [[s, curve(s)] for s in GRID]
+    logger.info(
+        "calibrated: %.3g nats per token at strength 1 on given states, %.3g on decoded text; "
+        "reward scaled by %.4g in all",
+        target,
+        decoded,
+        off_policy * factor,
+    )
+    head.config.kl_curve = _rising(measured)
+    return head.config.kl_curve
+
+
+def _rising(points: list[list[float]]) -> list[list[float]]:
+    """The points up to the first that does not rise: in the probability mix alpha ends at 1."""
+    kept = [[0.0, 0.0]]
+    for strength, kl in points[1:]:
+        if not kl > kept[-1][1]:
+            break
+        kept.append([float(strength), float(kl)])
+    return kept
+
+
+def _inverse(curve: Callable[[float], float], target: float) -> float:
+    low, high = 0.0, 1.0
+    while curve(high) < target:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if curve(middle) < target else (low, middle)
+    return (low + high) / 2
+
+
+@torch.no_grad()
+def _decoded_curve(
+    model: Any, prompts: Sequence[Sequence[int]], seed: int
+) -> Callable[[float], float]:
+    """KL as a function of strength, through what is measured on sampled text: ``log KL`` is a
+    parabola in ``log s`` with at most the slope 2 that it has at s = 0 by the second order.
+    """
+    count = max(REQUESTS, len(STRENGTHS))
+    requests = [list(prompts[i % len(prompts)]) for i in range(count)]
+    # Every prompt is decoded at several strengths, where there are few.
+    shift = [(i + i // len(prompts)) % len(STRENGTHS) for i in range(count)]
+    strength = torch.tensor([STRENGTHS[i] for i in shift])
+    texts = sample(model, requests, strength, seed)
+    kl, rows = decoded_kl(model, requests, texts, strength)
+    log_s = strength.log().double()
+    sums = torch.zeros(len(STRENGTHS), 2, dtype=torch.float64)
+    index = torch.tensor(shift)[rows.cpu()]
+    sums.index_add_(0, index, torch.stack((kl.double().cpu(), torch.ones(len(kl))), -1).double())
+    means = sums[:, 0] / sums[:, 1].clamp(min=1)
+    seen = (sums[:, 1] > 0) & (means > 0)
+    log_s = torch.tensor(STRENGTHS, dtype=torch.float64).log()[seen]
+    design = torch.stack([log_s**power for power in range(3)], -1)
+    weight = sums[seen, 1].sqrt()[:, None]
+    found = torch.linalg.lstsq(weight * design, weight * means[seen, None].log()).solution[:, 0]
+    level, slope, bend = found.tolist()
+    first = math.log(STRENGTHS[0])
+
+    def curve(s: float) -> float:
+        if s <= 0:
+            return 0.0
+        x = math.log(s)
+        if x >= first:
+            return math.exp(level + slope * x + bend * x * x)
+        # Below what was measured the second order holds: KL goes with the square.
+        return math.exp(level + slope * first + bend * first * first + 2 * (x - first))
+
+    return curve
+
+
+@torch.no_grad()
+def sample(
+    model: Any, prompts: Sequence[Sequence[int]], strength: Tensor, seed: int
+) -> list[list[int]]:
+    """Continuations of prompts, sampled at temperature 1 at these strengths (B,)."""
+    device = model.device
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    eos = model.generation_config.eos_token_id
+    stops = {eos} if isinstance(eos, int) else set(eos or ())
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), strength=strength.to(device),
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS,
+            pad_token_id=min(stops, default=0),
+        )  # fmt: skip
+    model.train(training)
+    texts = []
+    for row in out[:, longest:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        texts.append(row[:end])
+    return texts
+
+
+@torch.no_grad()
+def decoded_kl(
+    model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], strength: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The KL from the backbone at each token of continuations decoded at these strengths (B,): (kl
+    (N,), their rows (N,)).
+    """
+    head, device = model.lm_head_module, model.device
+    whole = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
+    longest = max(map(len, whole))
+    ids = torch.zeros(len(whole), longest, dtype=torch.int64)
+    mask, chosen = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, text) in enumerate(zip(prompts, whole, strict=True)):
+        ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
+        chosen[row, len(prompt) - 1 : len(text) - 1] = True
+    kls, rows = [], []
+    for part in torch.arange(len(whole)).split(16):
+        own, own_mask = ids[part].to(device), mask[part].to(device)
+        hidden = model.training_hidden_states(input_ids=own, attention_mask=own_mask)
+        gate_logit = head.gate(hidden, own_mask)
+        row, column = chosen[part].nonzero(as_tuple=True)
+        kl = mean_kl(head, hidden[row, column], gate_logit[row, column], strength[part][row])
+        kls.append(kl)
+        rows.append(part[row])
+    return torch.cat(kls), torch.cat(rows)
+
+
+def strength_of_kl(curve: list[list[float]] | None, kl: Any) -> Any:
+    """The strength at which a calibrated model is ``kl`` nats per token from its backbone: a number
+    or a list of them. Between the curve's points the square root of KL goes with the strength.
+
+    Raises:
+        ValueError: no curve, or a KL beyond its end. TypeError: not a number.
+    """
+    if isinstance(kl, (list, tuple, Tensor)):
+        numbers = kl.tolist() if isinstance(kl, Tensor) else list(kl)
+        return strength_of_kl(curve, numbers) if not isinstance(numbers, list) else [
+            strength_of_kl(curve, number) for number in numbers
+        ]  # fmt: skip
+    if isinstance(kl, bool) or not isinstance(kl, (int, float)):
+        raise TypeError(f"generate: kl must be a number of nats per token, got {kl!r}")
+    if curve is None:
+        raise ValueError(
+            "generate: kl needs heads with a curve of strength against KL: train them with "
+            "calibrate=True, or give a strength"
+        )
+    if not 0.0 <= kl <= curve[-1][1]:
+        raise ValueError(
+            f"generate: kl must be in [0, {curve[-1][1]:.3g}] nats per token, the range that was "
+            f"measured, got {kl!r}"
+        )
+    for (s0, kl0), (s1, kl1) in pairwise(curve):
+        if kl <= kl1:
+            low, high = math.sqrt(kl0), math.sqrt(kl1)
+            return s0 + (s1 - s0) * (math.sqrt(kl) - low) / (high - low)
+    return curve[-1][0]

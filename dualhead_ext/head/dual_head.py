@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dual head: two linear heads and a gate on the hidden states of a backbone.
+
+`GatedHead` is all of it except where the LM head's weight lives: `DualHead` here owns an
+`nn.Linear`, `modeling.DualHeadLMHead` is the backbone's own lm_head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DualHeadConfig
+from ..quantization import calibration_factor, check_format, format_of, quantize_with, stand_ins
+from ..quantization.quantized_head import QuantizedHead
+from ..quantization.torchao_weights import check_lm_weight, is_torchao, numbers_of
+from ..reference import accumulator_dtype
+from .controls import objective_rows, per_row
+from .conversion import Compressed, compressed_state, concatenate, reward_linear
+from .decode import DecodingHead
+from .reward_head import QuantizedRewardHead, make_reward_head
+
+
+class GatedHead(DecodingHead):
+    """Gate, reward head, decoding, and the simpler heads that equal this one in special cases."""
+
+    def _refuse_quantized(self, operator: str) -> None:
+        if self.lm_scale is not None:
+            raise RuntimeError(
+                f"{operator}: the heads are quantised ({self.quantized}); it needs full precision, "
+                "which is there before quantize"
+            )
+
+    @torch.no_grad()
+    def _start_as(self, linear: nn.Linear) -> None:
+        """Reward head, as its copy, and gate in the dtype and on the device of an LM head."""
+        weight = linear.weight
+        self.reward_head.to(device=weight.device, dtype=weight.dtype)
+        self.gate.to(device=weight.device, dtype=weight.dtype)
+        if weight.device.type != "meta":
+            plain = weight.dequantize() if is_torchao(weight) else weight
+            self.reward_head.start_from(plain, linear.bias)
+
+    @torch.no_grad()
+    def quantize(self, format: str, calibration: Tensor | None = None) -> GatedHead:
+        """Both heads in ``format``, "int8", "fp8" or "int4" (:mod:`dualhead_ext.quantization`), in
+        place; the gate stays, and so does a reward head that is a correction. Full precision is
+        gone: quantise a copy to keep it. A weight that is shared with a backbone is replaced here
+        and stays as it is there.
+
+        state_dict then has lm_head.weight_scale and, of a full reward head,
+        reward_head.weight_scale.
+
+        Args:
+            calibration: hidden states (..., d) like those that the heads will read, padding left
+                out: a few thousand make less error of the same format. Default: for int4 the LM
+                head's own rows, which point to where hidden states do; else none, and each number
+                is the nearest one.
+        Returns: self.
+        Raises:
+            ValueError: an unknown format, int4 with hidden_size not a multiple of 128, calibration
+                of another shape or not finite. TypeError: calibration that is not a floating-point
+                tensor. RuntimeError: quantised already, or the weights are not in memory. Nothing
+                has changed then.
+        """
+        check_format("quantize", format, self.config.hidden_size)
+        self._refuse_quantized("quantize")
+        weight, full = self.lm_weight, self.reward_head.kind == "full"
+        reward = self.reward_head.weight if full else None
+        if "meta" in (weight.device.type, next(self.reward_head.parameters()).device.type):
+            raise RuntimeError("quantize: the heads' weights are not in memory (device meta)")
+        dtype = weight.dtype
+        plain = weight.dequantize() if is_torchao(weight) else weight
+        if calibration is None:
+            calibration = stand_ins(plain, format)
+        factor = calibration_factor("quantize", calibration, plain)
+        if is_torchao(weight):
+            lm_numbers = numbers_of("quantize", weight, format)
+        else:
+            lm_numbers = quantize_with(weight, format, factor)
+        if reward is None:
+            self._hold_lm(*lm_numbers, dtype)
+            return self
+        if is_torchao(weight) and torch.equal(reward, plain.expand_as(reward)):
+            # Still the LM head's copy: rounding the values anew would give other numbers.
+            count = self.config.num_objectives
+            reward_numbers = tuple(n.expand(count, *n.shape).clone() for n in lm_numbers)
+        else:
+            reward_numbers = quantize_with(reward, format, factor)
+        self.hold_numbers(lm_numbers, reward_numbers, self.reward_head.bias, dtype)
+        return self
+
+    def hold_numbers(
+        self,
+        lm: tuple[Tensor, Tensor],
+        reward: tuple[Tensor, Tensor],
+        reward_bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Take (weight, weight_scale) of one format as LM head and as full reward heads, for
+        hidden states of ``dtype``.
+        """
+        self._hold_lm(*lm, dtype)
+        self.reward_head = QuantizedRewardHead(*reward, reward_bias, dtype)
+
+    def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """Take numbers of a format as the LM head, for hidden states of ``dtype``."""
+        raise NotImplementedError(f"{type(self).__name__} must define _hold_lm")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # Without this, copy_ would turn the one kind of numbers into the other without a word.
+        for name, own in self.state_dict(keep_vars=True).items():
+            given = state_dict.get(prefix + name)
+            if given is not None and format_of(given) != format_of(own):
+                there, here = (format_of(t) or "full precision" for t in (given, own))
+                raise RuntimeError(
+                    f"load_state_dict: {prefix}{name} is in {there}, the head in {here}; "
+                    "a state fits a head of its own format: see quantize"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def merge_objectives(self, weights: Tensor | list[float]) -> DualHead:
+        """A K = 1 head with the weighted sum of the K as its reward head, sharing LM head and gate
+        with this one: ``sum_k w_k W_RM,k`` of a full head, one of rank K r of a correction.
+
+        weights: (K,). Decodes as ``objective_weights=weights`` does, at the cost of one reward
+        head.
+        """
+        self._refuse_quantized("merge_objectives")
+        shares = self._shares("merge_objectives", weights)
+        reward = self.reward_head
+        if reward.kind == "full":
+            weight, bias = reward_linear(self, shares)
+            state = {"weight": weight[None]} | ({} if bias is None else {"bias": bias[None]})
+        else:
+            state = concatenate(reward, shares)
+        rank = self.config.reward_rank * (1 if reward.kind == "full" else len(shares))
+        # The KL curve was measured at uniform weights.
+        return self._with_reward(state, num_objectives=1, reward_rank=rank, kl_curve=None)
+
+    def _shares(self, operator: str, weights: Any) -> Tensor:
+        """Objective weights (K,) in the accumulator's dtype; None: 1/K each."""
+        count, weight = self.config.num_objectives, self.lm_weight
+        where = (accumulator_dtype(weight.dtype), weight.device)
+        rows = objective_rows(operator, weights, 1, count, *where)
+        if rows is None:
+            return torch.full((count,), 1 / count, dtype=where[0], device=where[1])
+        return rows[0]
+
+    def _with_reward(self, state: dict[str, Tensor], **changes: Any) -> DualHead:
+        """A head with this one's LM head and gate, and a reward head of this state; changes: of
+        the config.
+        """
+        head = DualHead._sharing(self, DualHeadConfig(**{**self.config.to_dict(), **changes}))
+        head.reward_head.load_state_dict(state)
+        return head
+
+    @torch.no_grad()
+    def expand(self) -> DualHead:
+        """The same head with ``reward_head="full"``: W_RM,k h + b_RM,k = z_LM + delta_k. It shares
+        LM head and gate with this one, has a bias (of zeros in the LM head, if that had none), and
+        says the same for objective weights that add up to 1.
+        """
+        self._refuse_quantized("expand")
+        rows = torch.eye(self.config.num_objectives, device=self.lm_weight.device)
+        rows = rows.to(accumulator_dtype(self.lm_weight.dtype))
+        weights, biases = zip(*(reward_linear(self, row) for row in rows), strict=True)
+        state, changes = {"weight": torch.stack(weights)}, {"reward_head": "full"}
+        if biases[0] is not None:
+            state, changes = state | {"bias": torch.stack(biases)}, changes | {"bias": True}
+        return self._with_reward(state, **changes)
+
+    @torch.no_grad()
+    def compress(self, kind: str, rank: int, hidden: Tensor | None = None) -> Compressed:
+        """The nearest correction of a kind and rank, by truncated singular value decomposition of
+        each W_RM,k - W_LM; LM head and gate are shared with this head.
+
+        Args:
+            kind: "embedding" (delta is first fitted by W_LM) or "lowrank". rank: of each
+                objective; 0 for "embedding" alone.
+            hidden: hidden states (..., d) like those that the head will read: the error is least
+                over them, and the bias takes up its mean. Default: every direction counts alike.
+        Returns:
+            (head, error (K,)): sqrt(E |delta - delta'|^2 / E |delta|^2), norms over the vocabulary.
+        Raises:
+            ValueError: another kind, a rank out of range, or hidden of another shape or not finite.
+            RuntimeError: the heads are quantised.
+        """
+        self._refuse_quantized("compress")
+        sizes = self.config
+        if kind not in ("embedding", "lowrank"):
+            raise ValueError(f'compress: kind must be "embedding" or "lowrank", got {kind!r}')
+        DualHeadConfig(**{**sizes.to_dict(), "reward_head": kind, "reward_rank": rank})  # checks
+        highest = min(sizes.hidden_size, sizes.vocab_size)
+        if rank > highest:
+            raise ValueError(f"compress: rank must be at most {highest}, got {rank}")
+        if hidden is not None and (
+            hidden.dim() < 1 or hidden.shape[-1] != sizes.hidden_size or hidden.numel() == 0
+        ):
+            shape = tuple(hidden.shape)
+            raise ValueError(f"compress: hidden must be (..., {sizes.hidden_size}), got {shape}")
+        if hidden is not None and not torch.isfinite(hidden).all():
+            raise ValueError("compress: hidden must be finite, got NaN or infinite numbers")
+        state, error = compressed_state(self, kind, rank, hidden)
+        # What is lost changes the KL divergence: a curve of it must be measured anew.
+        changes = {"reward_head": kind, "reward_rank": rank, "kl_curve": None}
+        return Compressed(self._with_reward(state, **changes), error)
+
+    @torch.no_grad()
+    def merge_fixed(
+        self,
+        alpha: float | None = None,
+        objective_weights: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> nn.Linear:
+        """The plain linear head ``(1-a) W_LM + a W_RM`` that a fixed alpha amounts to under the
+        logits mix (exact in real arithmetic), at no decoding cost. Its logits are those before the
+        backbone's post-processing. Of a correction, which has a bias, it has a bias:
+        ``W_LM (I + a M)``, a W_LM c, or ``W_LM + a B A``, a b.
+
+        Args:
+            alpha: in [0, 1]; default ``config.gate_alpha`` of a fixed gate.
+            strength: multiplies alpha.
+        Raises:
+            ValueError: the probability mix (not linear), or no alpha for a gate that is not fixed.
+        """
+        self._refuse_quantized("merge_fixed")
+        if self.config.mix != "logits":
+            raise ValueError(
+                'merge_fixed: needs mix="logits"; a mixture of probabilities is not one linear head'
+            )
+        if alpha is None and self.config.gate != "fixed":
+            raise ValueError(f'merge_fixed: alpha must be given for gate="{self.config.gate}"')
+        dtype, device = accumulator_dtype(self.lm_weight.dtype), self.lm_weight.device
+        a = self.config.gate_alpha if alpha is None else alpha
+        a = per_row("merge_fixed", "alpha", a, 1, dtype, device)[0]
+        a = a * per_row("merge_fixed", "strength", strength, 1, dtype, device)[0]
+        weight, bias = reward_linear(self, self._shares("merge_fixed", objective_weights))
+        linear = nn.Linear(
+            self.config.hidden_size, self.config.vocab_size, bias=bias is not None, device="meta"
+        )
+        own = self.lm_weight
+        linear.weight = nn.Parameter(((1 - a) * own.to(dtype) + a * weight).to(own.dtype))
+        if bias is not None:
+            lm_bias = 0.0 if self.lm_bias is None else self.lm_bias.to(dtype)
+            linear.bias = nn.Parameter(((1 - a) * lm_bias + a * bias).to(own.dtype))
+        return linear
+
+
+class DualHead(GatedHead):
+    """A dual head of its own: ``out = DualHead(config)(hidden)``.
+
+    state_dict: lm_head.weight (V, d), lm_head.bias?, reward_head.weight (K, V, d),
+    reward_head.bias? (K, V), the weight_scale of both if quantised, and the gate's
+    gate.{q,k,v}_proj.weight (g, d), gate.o_proj.weight (g, g), gate.out.weight (1, g),
+    gate.out.bias (1,). The LM head is frozen (``requires_grad=False``); the reward head starts as
+    its copy.
+    """
+
+    def __init__(self, config: DualHeadConfig) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
+        self.lm_head.requires_grad_(False)
+        self._add_gate_and_reward_head(config)
+        self.reward_head.start_from(self.lm_head.weight, self.lm_head.bias)
+
+    @property
+    def lm_weight(self) -> Tensor:
+        return self.lm_head.weight
+
+    @property
+    def lm_bias(self) -> Tensor | None:
+        return self.lm_head.bias
+
+    @property
+    def lm_scale(self) -> Tensor | None:
+        return getattr(self.lm_head, "weight_scale", None)
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return getattr(self.lm_head, "compute_dtype", self.lm_weight.dtype)
+
+    def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.lm_head = QuantizedHead(weight, scale, self.lm_bias, dtype)
+
+    @classmethod
+    def from_lm_head(cls, lm_head: nn.Linear, **config: Any) -> DualHead:
+        """A dual head around a backbone's ``nn.Linear`` (V, d): the very same module, shared and
+        frozen, not copied.
+
+        config: fields of :class:`DualHeadConfig`; sizes and bias are read from the linear layer.
+
+        Raises:
+            TypeError: not an nn.Linear. ValueError: sizes in ``config`` that contradict it.
+        """
+        if not isinstance(lm_head, nn.Linear):
+            raise TypeError(
+                f"DualHead.from_lm_head: lm_head must be an nn.Linear, got {type(lm_head).__name__}"
+            )
+        check_lm_weight("DualHead.from_lm_head", lm_head.weight, None)
+        read = {
+            "hidden_size": lm_head.in_features,
+            "vocab_size": lm_head.out_features,
+            "bias": lm_head.bias is not None,
+        }
+        for name, value in read.items():
+            if config.setdefault(name, value) != value:
+                raise ValueError(
+                    f"DualHead.from_lm_head: {name} is {value} in lm_head, got {config[name]}"
+                )
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head.lm_head = lm_head.requires_grad_(False)
+        head._add_gate_and_reward_head(DualHeadConfig(**config))
+        head._start_as(lm_head)
+        return head
+
+    @classmethod
+    def _sharing(cls, other: GatedHead, config: DualHeadConfig) -> DualHead:
+        """A head with ``other``'s LM head and gate and a fresh reward head."""
+        linear = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias, device="meta")
+        linear.weight = other.lm_weight
+        if config.bias:
+            bias = other.lm_bias
+            zeros = other.lm_weight.new_zeros(config.vocab_size)
+            linear.bias = nn.Parameter(zeros, False) if bias is None else bias
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head.lm_head, head.config, head.gate = linear, config, other.gate
+        head.reward_head = make_reward_head(config).to(next(other.reward_head.parameters()))
+        return head

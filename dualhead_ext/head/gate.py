@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gates: modules that turn hidden states into the logit of alpha. A new gate is one class and a
+line in GATES.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import DualHeadConfig
+from ..reference import accumulator_dtype, fold_values, masked_softmax
+from .prompt_projection import PromptProjection
+
+# Queries attended to at once in `attend`: bounds its score matrix to B * H * 256 * S numbers.
+_QUERY_BLOCK = 256
+
+
+def linear(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden @ weight.T`` with the weight cast to the dtype of ``hidden``: trained weights are
+    kept in fp32 beside a backbone in bf16. Autocast, where enabled, does this itself.
+    """
+    if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+        return F.linear(hidden, weight)
+    return F.linear(hidden, weight.to(hidden.dtype))
+
+
+class Gate(nn.Module):
+    """A gate's parameters, which belong to the gate itself and not to ``nn.Linear`` children.
+
+    Tools that replace linear layers (PEFT's default target names and "all-linear", torchao) would
+    take children named q_proj to o_proj for the backbone's: training would go through the
+    replacement, decoding would read the plain weights. In a state dict every parameter has the
+    name that files use, ``gate.q_proj.weight`` for ``gate.q_weight``.
+    """
+
+    has_state = False
+    state_names: ClassVar[dict[str, str]] = {}  # parameter -> its name in a state dict
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        own: dict[str, Tensor] = {}
+        super()._save_to_state_dict(own, "", keep_vars)
+        for name, value in own.items():
+            destination[prefix + self.state_names[name]] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = {prefix + there: prefix + here for here, there in self.state_names.items()}
+        renamed = {names.get(key, key): value for key, value in state_dict.items()}
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            renamed, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        back = {here: there for there, here in names.items()}
+        missing_keys += [back.get(key, key) for key in missing]
+
+
+class AttentionGate(Gate):
+    """The context-aware gate: ``logit_t = w_g.W_O Concat_i
+    softmax_{s<=t}(q_{t,i}.k_{s,i}/sqrt(d_k)) v_{s,i} + b_g``.
+
+    Causal; 3 d g + g^2 + g + 1 parameters. Starts at w_g = 0, b_g = 0: alpha = 1/2 everywhere.
+    """
+
+    has_state = True
+    state_names: ClassVar[dict[str, str]] = {
+        "q_weight": "q_proj.weight",
+        "k_weight": "k_proj.weight",
+        "v_weight": "v_proj.weight",
+        "o_weight": "o_proj.weight",
+        "out_weight": "out.weight",
+        "out_bias": "out.bias",
+    }
+
+    def __init__(self, config: DualHeadConfig) -> None:
+        super().__init__()
+        d, g = config.hidden_size, config.gate_size
+        self.num_heads, self.head_dim = config.gate_num_heads, config.gate_head_dim
+        self.q_weight = nn.Parameter(torch.empty(g, d))
+        self.k_weight = nn.Parameter(torch.empty(g, d))
+        self.v_weight = nn.Parameter(torch.empty(g, d))
+        self.o_weight = nn.Parameter(torch.empty(g, g))
+        for weight in (self.q_weight, self.k_weight, self.v_weight, self.o_weight):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear starts
+        self.out_weight = nn.Parameter(torch.zeros(1, g))
+        self.out_bias = nn.Parameter(torch.zeros(1))
+
+    def _split(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(
+            1, 2
+        )  # (B, H, T, d_k)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Gate logits of a whole sequence: hidden (B, T, d), attention_mask (B, T) -> (B, T) fp32
+        (float64 for float64). A position that sees no real token, itself included, gets b_g.
+        """
+        q, k, v = (
+            self._split(linear(hidden, weight))
+            for weight in (self.q_weight, self.k_weight, self.v_weight)
+        )
+        if attention_mask is None:
+            context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            length = hidden.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+            valid = attention_mask.bool()[:, None, :]  # (B, 1, T)
+            visible = causal & valid[:, :, None]  # (B, 1, T, T)
+            # Weights of 0 do not hide the NaN that some backbones leave where a row sees nothing.
+            k, v = (x.masked_fill(~valid[..., None], 0.0) for x in (k, v))
+            seen = visible.any(-1, keepdim=True)
+            # Attention over nothing is NaN in some backends, backward too: let such rows see all,
+            # then drop them.
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~seen)
+            context = context.masked_fill(~seen, 0.0)
+        context = linear(context.transpose(1, 2).flatten(2), self.o_weight)
+        accumulate = accumulator_dtype(context.dtype)
+        # w_g.a_t in the accumulator's dtype: a rounded logit would move alpha by more than the
+        # products do.
+        with torch.autocast(hidden.device.type, enabled=False):
+            logit = F.linear(
+                context.to(accumulate), self.out_weight.to(accumulate), self.out_bias.to(accumulate)
+            )
+        return logit.squeeze(-1)
+
+    def folded_values(self) -> Tensor:
+        """The folded value rows U (H, d), fp32 or float64: see
+        :func:`dualhead_ext.reference.fold_values`.
+        """
+        return fold_values(self.v_weight, self.o_weight, self.out_weight, self.num_heads).detach()
+
+    def keys_and_values(
+        self, hidden: Tensor, u_weight: Tensor, projection: PromptProjection | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the cache keeps of hidden (B, T, d): k (B, H, T, d_k) in its dtype, u (B, H, T) fp32
+        or float64. projection: what makes both at once, where there is one.
+        """
+        if projection is not None:
+            k, u = projection(hidden)
+        else:
+            k = linear(hidden, self.k_weight)
+            u = F.linear(hidden.to(u_weight.dtype), u_weight)
+        return self._split(k), u.transpose(1, 2)
+
+    def attend(
+        self, hidden: Tensor, columns: Tensor, k: Tensor, u: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Gate logits of chosen positions over a cache.
+
+        hidden (B, N, d) with their cache columns (B, N); k (B, H, S, d_k), u (B, H, S), valid (B,
+        S) -> (B, N).
+        """
+        accumulate = accumulator_dtype(hidden.dtype)
+        keys, index = k.to(accumulate).transpose(-1, -2), torch.arange(k.shape[2], device=k.device)
+        bias, logits = self.out_bias.to(accumulate), []
+        for queries, column in zip(
+            hidden.split(_QUERY_BLOCK, 1), columns.split(_QUERY_BLOCK, 1), strict=True
+        ):
+            q = self._split(linear(queries, self.q_weight)).to(accumulate)
+            visible = (index <= column[..., None]) & valid[:, None, :]  # (B, N, S)
+            weights = masked_softmax(q @ keys / math.sqrt(self.head_dim), visible[:, None])
+            logits.append((weights @ u.to(accumulate)[..., None]).squeeze(-1).sum(1) + bias)
+        return torch.cat(logits, dim=1)
+
+
+class LinearGate(Gate):
+    """The control without attention: ``logit_t = w.h_t + b``; d + 1 parameters, zero at first."""
+
+    state_names: ClassVar[dict[str, str]] = {"out_weight": "out.weight", "out_bias": "out.bias"}
+
+    def __init__(self, config: DualHeadConfig) -> None:
+        super().__init__()
+        self.out_weight = nn.Parameter(torch.zeros(1, config.hidden_size))
+        self.out_bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """hidden (..., d) -> (...) fp32 or float64. The mask has nothing to hide from it."""
+        accumulate = accumulator_dtype(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            # Not F.linear, which adds up in another order for another number of rows.
+            products = hidden.to(accumulate) * self.out_weight[0].to(accumulate)
+            return products.sum(-1) + self.out_bias.to(accumulate)
+
+
+class FixedGate(Gate):
+    """alpha = ``config.gate_alpha`` for every token: the logit is log(a / (1 - a)), -inf at 0 and
+    +inf at 1.
+    """
+
+    def __init__(self, config: DualHeadConfig) -> None:
+        super().__init__()
+        self.alpha = config.gate_alpha
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """hidden (..., d) -> (...) fp32 or float64, constant."""
+        dtype = accumulator_dtype(hidden.dtype)
+        alpha = torch.full(hidden.shape[:-1], self.alpha, dtype=dtype, device=hidden.device)
+        return torch.logit(alpha)
+
+
+GATES: dict[str, type[Gate]] = {
+    "attention": AttentionGate,
+    "linear": LinearGate,
+    "fixed": FixedGate,
+}

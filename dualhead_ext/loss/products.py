@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused loss's matrix products: some tokens' logits, and what their gradients mean for weights,
+biases and hidden states.
+
+Logits are sums of linear maps (`Linear`): z_LM of one, z_RM of one for each objective; of a reward
+head that is a correction, of z_LM's and one for each objective's delta.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import library
+
+# Vocabulary rows that are cast at a time, of a weight or of narrow logits.
+VOCABULARY_BLOCK = 2048
+
+
+@dataclass
+class Tokens:
+    """The N response tokens, row-major: rows, labels, gate_logit (N,), hidden (N, d)."""
+
+    rows: Tensor
+    labels: Tensor
+    gate_logit: Tensor
+    hidden: Tensor
+
+
+@dataclass(eq=False)
+class Linear:
+    """One matrix with V rows and what it is multiplied by, ``W x + b``, and where the gradients go
+    (fp32 or float64), None where they are not wanted.
+
+    Attributes:
+        weight, weight_grad: (V, m). bias, bias_grad: (V,), bias None if there is none.
+        features, features_grad: (N, m).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    features: Tensor
+    weight_grad: Tensor | None
+    bias_grad: Tensor | None
+    features_grad: Tensor | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(x is not None for x in (self.weight_grad, self.bias_grad, self.features_grad))
+
+
+# Logits are a sum of these with these shares.
+Terms = tuple[tuple[Linear, float], ...]
+
+
+@dataclass
+class Job:
+    """Some tokens and what is wanted of their logits.
+
+    Attributes:
+        index: (n,) which tokens.
+        lm: makes z_LM; None where nothing is mixed. reward: makes z_RM.
+        in_lm: their log-probabilities go into the language model term.
+        objective: those go into the rewards of this head; None: into none.
+        pairs_mixed: the rewards take the mixture's.
+        in_kl: their KL is priced.
+    """
+
+    index: Tensor
+    lm: Terms | None
+    reward: Terms
+    in_lm: bool = False
+    objective: int | None = None
+    pairs_mixed: bool = False
+    in_kl: bool = False
+
+    @property
+    def needs_mixed(self) -> bool:
+        """Whether the mixture's log-probabilities are wanted."""
+        return self.in_lm or (self.objective is not None and self.pairs_mixed)
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits that it needs."""
+        return len(self.index) * (1 if self.lm is None else 2)
+
+
+@dataclass
+class Product:
+    """z (n, V): the logits of tokens ``index`` (n,) as ``terms`` make them."""
+
+    terms: Terms
+    index: Tensor
+    z: Tensor
+
+    @property
+    def trains(self) -> bool:
+        """Whether z's gradient has anywhere to go."""
+        return any(linear.trains for linear, _ in self.terms)
+
+
+@functools.cache
+def narrow_pays(device: str, dtype: torch.dtype) -> bool:
+    """Whether products of this narrow dtype are faster than fp32 ones on the device."""
+    if device != "cpu":
+        return True
+    if dtype != torch.bfloat16:
+        return False  # fp16: no CPU of today, but for AMX-FP16's few
+    return library.problem("cpu") is not None or torch.ops.dualhead.cpu_bf16_pays()
+
+
+def lay_out(
+    jobs: Sequence[Job], workspace: Tensor
+) -> tuple[list[Product], list[tuple[Tensor | None, Tensor]]]:
+    """The products that jobs need, jobs of the same terms together, and each job's (z_LM or None,
+    z_RM) as views of the workspace (rows, V) that they fill.
+    """
+    groups: dict[tuple[str, Terms], list[int]] = {}
+    for i, job in enumerate(jobs):
+        if job.lm is not None:
+            groups.setdefault(("lm", job.lm), []).append(i)
+        groups.setdefault(("reward", job.reward), []).append(i)
+    products, views, start = [], {}, 0
+    for (name, terms), members in groups.items():
+        index = torch.cat([jobs[i].index for i in members])
+        z = workspace[start : start + len(index)]
+        start += len(index)
+        products.append(Product(terms, index, z))
+        parts = z.split([len(jobs[i].index) for i in members])
+        views |= {(i, name): part for i, part in zip(members, parts, strict=True)}
+    return products, [(views.get((i, "lm")), views[i, "reward"]) for i in range(len(jobs))]
+
+
+class Products:
+    """Products into fp32 (float64), and their gradients, summed there.
+
+    A product's operands have the weight's dtype or autocast's where that is faster
+    (`narrow_pays`), and are widened otherwise, a block of vocabulary rows at a time.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        autocast = torch.is_autocast_enabled(device.type)
+        self._autocast = torch.get_autocast_dtype(device.type) if autocast else None
+        self.dtype = dtype
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._block: Tensor | None = None
+
+    def compute(self, product: Product) -> None:
+        """Fill product.z."""
+        for i, terms in enumerate(_by_weight(product.terms)):
+            weight = self._weight(terms[0][0].weight)
+            hidden, share = self._hidden(terms, product.index, weight)
+            for block, rows in self._blocks(weight):
+                z = product.z[:, block]
+                if rows.dtype == self.dtype:
+                    z.addmm_(hidden, rows.T, beta=float(i > 0), alpha=share)
+                elif i == 0:
+                    z.copy_(_widened(hidden, rows.T, self.dtype)).mul_(share)
+                else:
+                    z.add_(_widened(hidden, rows.T, self.dtype), alpha=share)
+            for linear, of_linear in terms:
+                if linear.bias is not None:
+                    product.z.add_(linear.bias.to(self.dtype), alpha=of_linear)
+
+    def accumulate(self, product: Product) -> None:
+        """Add what product.z, now the logits' gradient, means for weights, biases, features."""
+        dz = product.z
+        for terms in _by_weight(product.terms):
+            if not any(linear.trains for linear, _ in terms):
+                continue
+            weight = self._weight(terms[0][0].weight)
+            total = terms[0][0].weight_grad
+            if total is not None:
+                self._add_to_weight(total, dz, weight, *self._hidden(terms, product.index, weight))
+            back = None
+            for linear, share in terms:
+                if linear.bias_grad is not None:
+                    linear.bias_grad.add_(dz.sum(0), alpha=share)
+                if linear.features_grad is not None:
+                    back = self._back(dz, weight) if back is None else back
+                    linear.features_grad.index_add_(0, product.index, back, alpha=share)
+
+    def _add_to_weight(
+        self, total: Tensor, dz: Tensor, weight: Tensor, hidden: Tensor, share: float
+    ) -> None:
+        if hidden.dtype == self.dtype:
+            total.addmm_(dz.T, hidden, alpha=share)
+            return
+        for block in _slices(len(weight)):
+            part = _widened(dz[:, block].to(hidden.dtype).T, hidden, self.dtype)
+            total[block].add_(part, alpha=share)
+
+    def _back(self, dz: Tensor, weight: Tensor) -> Tensor:
+        """dz W (n, m)."""
+        out = dz.new_zeros(dz.shape[0], weight.shape[1])
+        for block, rows in self._blocks(weight):
+            if rows.dtype == self.dtype:
+                out.addmm_(dz[:, block], rows)
+            else:
+                out.add_(_widened(dz[:, block].to(rows.dtype), rows, self.dtype))
+        return out
+
+    def _weight(self, weight: Tensor) -> Tensor:
+        """(V, m), in autocast's dtype where that pays: one copy for the whole loss."""
+        narrow = self._autocast
+        if narrow is None or weight.dtype in (narrow, torch.float64):
+            return weight
+        if not narrow_pays(weight.device.type, narrow):
+            return weight
+        if (
+            id(weight) not in self._casts
+        ):  # the weight is kept with it, so that its id stays its own
+            self._casts[id(weight)] = weight, weight.to(narrow)
+        return self._casts[id(weight)][1]
+
+    def _is_widened(self, weight: Tensor) -> bool:
+        return weight.dtype != self.dtype and not narrow_pays(weight.device.type, weight.dtype)
+
+    def _hidden(self, terms: Terms, index: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+        """(n, m) in the product's dtype, and its share: what several terms multiply one matrix by
+        is added up first.
+        """
+        dtype = self.dtype if self._is_widened(weight) else weight.dtype
+        if len(terms) == 1:
+            linear, share = terms[0]
+            return linear.features[index].to(dtype), share
+        total = 0.0
+        for linear, share in terms:
+            total = total + share * linear.features[index].to(self.dtype)
+        return total.to(dtype), 1.0
+
+    def _blocks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(vocabulary rows, those of the weight in the product's dtype)."""
+        if weight.dtype == self.dtype:
+            yield slice(0, len(weight)), weight
+            return
+        widened = self._is_widened(weight)
+        if widened and (self._block is None or self._block.shape[1] != weight.shape[1]):
+            self._block = weight.new_empty(VOCABULARY_BLOCK, weight.shape[1], dtype=self.dtype)
+        for block in _slices(len(weight)):
+            rows = weight[block]
+            yield block, self._block[: len(rows)].copy_(rows) if widened else rows
+
+
+def _by_weight(terms: Terms) -> list[Terms]:
+    """The terms, those of one matrix together."""
+    groups: dict[int, list[tuple[Linear, float]]] = {}
+    for linear, share in terms:
+        groups.setdefault(id(linear.weight), []).append((linear, share))
+    return [tuple(group) for group in groups.values()]
+
+
+def _slices(size: int) -> Iterator[slice]:
+    for start in range(0, size, VOCABULARY_BLOCK):
+        yield slice(start, min(start + VOCABULARY_BLOCK, size))
+
+
+def _widened(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` of narrow operands: in ``dtype`` where the GEMM can write that, else in theirs."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a @ b

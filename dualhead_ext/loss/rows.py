@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The elementwise middle of the fused loss: from a chunk's logits to log-probabilities, and back to
+the gradients of the logits, in their place.
+
+With s = sigmoid(l), z = (1 - s) z_LM + s z_RM, p = softmax(f(z)) and an upstream gradient c for
+log p_y (onehot - p is its derivative by f):
+
+    logits   dz = c (onehot - p) f'(z)     dz_LM = (1 - s) dz     dz_RM = s dz
+             dl = s (1 - s) sum_v dz_v (z_RM,v - z_LM,v)
+    probs    log P_y = log((1 - s) p_LM,y + s p_RM,y),   q = s p_RM,y / P_y   (the posterior)
+             dz_LM = c (1 - q) (onehot - p_LM) f'(z_LM)     dz_RM = c q (onehot - p_RM) f'(z_RM)
+             dl = c (q - s) = c s (p_RM,y / P_y - 1) = c (1 - s) (1 - p_LM,y / P_y)
+
+The reward head's own log-probability adds ``c_r (onehot - p_RM) f'(z_RM)`` to dz_RM. A share that
+is exactly 0 selects the other head, and dl is 0. `f' = scale (1 - (f / cap)^2)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..reference import postprocess
+from .reference import mixed_kl
+from .terms import LossOptions
+
+# Rows whose KL is computed together.
+KL_ROWS = 64
+
+
+@dataclass
+class Rows:
+    """What :func:`log_probabilities` found, for :func:`gradients_`.
+
+    Attributes:
+        z_lm, z_rm: (n, V), overwritten by their gradients; z_lm None where nothing is mixed.
+        gate_logit, labels: (n,).
+        mixed, reward: (n,) log-probabilities of the labels, None where not asked for.
+        normalizers: (2, n), the kernel's log-sum-exps; None where PyTorch's operators did it: other
+            devices and float64.
+    """
+
+    z_lm: Tensor | None
+    z_rm: Tensor
+    gate_logit: Tensor
+    labels: Tensor
+    options: LossOptions
+    mixed: Tensor | None
+    reward: Tensor | None
+    normalizers: Tensor | None
+
+
+def log_probabilities(
+    z_lm: Tensor | None,
+    z_rm: Tensor,
+    gate_logit: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    *,
+    mixed: bool,
+    reward: bool,
+) -> Rows:
+    """``log P_y`` of the mixture and ``log softmax(f(z_RM))_y``, as asked for.
+
+    Args:
+        z_lm, z_rm: (n, V) fp32 or float64; kept for :func:`gradients_`.
+        gate_logit: (n,) in their dtype; labels: (n,) int64.
+        options: its mix, logit_scale and logit_softcap.
+    """
+    rows = Rows(z_lm, z_rm, gate_logit, labels, options, None, None, None)
+    if not (mixed or reward):
+        return rows
+    if ops.loss_rows_kernel_for(z_rm):
+        found = ops.loss_rows(
+            z_lm, z_rm, gate_logit, labels, mixed, reward, *_kernel_options(options)
+        )
+        rows.mixed, rows.reward = found[0] if mixed else None, found[1] if reward else None
+        rows.normalizers = found[2]
+        return rows
+    if reward or (mixed and options.mix == "probs"):
+        of_reward = _log_prob(_post(z_rm, options), labels)
+        rows.reward = of_reward if reward else None
+    if mixed and options.mix == "logits":
+        rows.mixed = _log_prob(_post(_mixture(rows), options), labels)
+    elif mixed:
+        _, lm_only, rm_only = _shares(gate_logit)
+        lm = _log_prob(_post(z_lm, options), labels)
+        both = torch.logaddexp(F.logsigmoid(-gate_logit) + lm, F.logsigmoid(gate_logit) + of_reward)
+        rows.mixed = torch.where(lm_only, lm, torch.where(rm_only, of_reward, both))
+        rows.mixed = rows.mixed.clamp(max=0.0)  # a probability of 1 may round to a little more
+    return rows
+
+
+def kl(rows: Rows) -> Tensor:
+    """``KL(pi_mix || pi_LM)`` of each row in nats, (n,)."""
+    parts = _split(rows)
+    return torch.cat([mixed_kl(*part, rows.options) for part in parts])
+
+
+def gradients_(
+    rows: Rows,
+    mixed_grad: Tensor,
+    reward_grad: Tensor | None,
+    kl_grad: Tensor | None = None,
+    *,
+    lm: bool,
+) -> Tensor | None:
+    """Overwrite z_rm, and z_lm if ``lm``, by the gradients of ``sum mixed_grad log P_y +
+    reward_grad log p_RM,y + kl_grad KL``; returns that of gate_logit (n,), None where nothing is
+    mixed.
+
+    Args:
+        rows: from :func:`log_probabilities`; used up.
+        mixed_grad, reward_grad, kl_grad: (n,), upstream; None where rows.reward is, or where the
+            KL is not in the loss.
+    """
+    of_kl = None if kl_grad is None else _kl_gradients(rows, kl_grad, lm)
+    gate = None
+    if rows.mixed is not None or rows.reward is not None:
+        gate = _log_prob_gradients_(rows, mixed_grad, reward_grad, lm=lm and rows.mixed is not None)
+    else:
+        rows.z_rm.zero_()
+    if lm and rows.mixed is None and rows.z_lm is not None:
+        rows.z_lm.zero_()
+    if of_kl is None:
+        return gate
+    for z, grad in ((rows.z_lm, of_kl[0]), (rows.z_rm, of_kl[1])):
+        if grad is not None:
+            z += grad
+    return of_kl[2] if gate is None else gate + of_kl[2]
+
+
+def _split(rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(z_lm, z_rm, gate_logit) of a few rows at a time: the KL makes several copies of them."""
+    values = (rows.z_lm, rows.z_rm, rows.gate_logit)
+    return list(zip(*(x.split(KL_ROWS) for x in values), strict=True))
+
+
+def _kl_gradients(rows: Rows, upstream: Tensor, lm: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """``sum upstream KL`` by z_lm (None unless ``lm``), z_rm (n, V) and gate_logit (n,), fresh."""
+    made: list[tuple[Tensor, ...]] = []
+    for part, of_part in zip(_split(rows), upstream.split(KL_ROWS), strict=True):
+        z_lm, z_rm, gate_logit = (x.detach() for x in part)
+        wanted = [z_rm.requires_grad_(), gate_logit.requires_grad_()]
+        wanted += [z_lm.requires_grad_()] if lm else []
+        with torch.enable_grad():
+            total = (mixed_kl(z_lm, z_rm, gate_logit, rows.options) * of_part).sum()
+            made.append(torch.autograd.grad(total, wanted))
+    z_rm, gate_logit, *z_lm = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return (z_lm[0] if lm else None), z_rm, gate_logit
+
+
+def _log_prob_gradients_(
+    rows: Rows, mixed_grad: Tensor, reward_grad: Tensor | None, *, lm: bool
+) -> Tensor | None:
+    """Those of the log-probabilities, in the logits' place; the gate's returned."""
+    if rows.normalizers is not None:
+        mixes = rows.mixed is not None
+        gate = ops.loss_rows_backward_(
+            rows.z_lm, rows.z_rm, rows.gate_logit, rows.labels, rows.normalizers, rows.mixed,
+            mixed_grad if mixes else None, reward_grad, lm, *_kernel_options(rows.options),
+        )  # fmt: skip
+        return gate if mixes else None
+    own = None if reward_grad is None else _through(rows.z_rm, reward_grad, rows)
+    if rows.mixed is None:
+        rows.z_rm.copy_(own)
+        return None
+    share, lm_only, rm_only = _shares(rows.gate_logit)
+    if rows.options.mix == "probs":
+        # Of the two ways to the same numbers the one that a saturated share does not cancel in.
+        in_lm, in_rm = (
+            torch.exp(_log_prob(_post(z, rows.options), rows.labels) - rows.mixed)
+            for z in (rows.z_lm, rows.z_rm)
+        )
+        rest = torch.sigmoid(-rows.gate_logit)
+        high = rows.gate_logit > 0
+        of_lm = torch.where(high, rest * in_lm, 1 - share * in_rm).masked_fill(lm_only, 1.0)
+        of_lm = of_lm.masked_fill(rm_only, 0.0)
+        posterior = torch.where(high, 1 - rest * in_lm, share * in_rm).masked_fill(rm_only, 1.0)
+        posterior = posterior.masked_fill(lm_only, 0.0)
+        gate = mixed_grad * torch.where(high, rest * (1 - in_lm), share * (in_rm - 1))
+        gate = gate.masked_fill(lm_only | rm_only, 0.0)
+        to_rm = _through(rows.z_rm, mixed_grad * posterior, rows)
+        if lm:
+            rows.z_lm.copy_(_through(rows.z_lm, mixed_grad * of_lm, rows))
+    else:
+        dz = _through(_mixture(rows), mixed_grad, rows)
+        gate = (dz * (rows.z_rm - rows.z_lm)).sum(-1) * share * torch.sigmoid(-rows.gate_logit)
+        gate = torch.where(lm_only | rm_only, 0.0, gate)
+        to_rm = dz * share[:, None]
+        if lm:
+            rows.z_lm.copy_(dz * torch.sigmoid(-rows.gate_logit)[:, None])
+    rows.z_rm.copy_(to_rm if own is None else own + to_rm)
+    return gate
+
+
+def _kernel_options(options: LossOptions) -> tuple[bool, float, float]:
+    return options.mix == "probs", options.logit_scale, options.logit_softcap
+
+
+def _shares(gate_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, where s is exactly 0, where 1 - s is)."""
+    share = torch.sigmoid(gate_logit)
+    return share, share == 0, torch.sigmoid(-gate_logit) == 0
+
+
+def _mixture(rows: Rows) -> Tensor:
+    share, lm_only, rm_only = _shares(rows.gate_logit)
+    mixed = torch.sigmoid(-rows.gate_logit)[:, None] * rows.z_lm + share[:, None] * rows.z_rm
+    return torch.where(lm_only[:, None], rows.z_lm, torch.where(rm_only[:, None], rows.z_rm, mixed))
+
+
+def _post(z: Tensor, options: LossOptions) -> Tensor:
+    return postprocess(z, options.logit_scale, options.logit_softcap)
+
+
+def _log_prob(y: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(y, labels, reduction="none")
+
+
+def _through(z: Tensor, upstream: Tensor, rows: Rows) -> Tensor:
+    """``upstream (onehot - softmax(f(z))) f'(z)``, (n, V), fresh."""
+    options = rows.options
+    y = _post(z, options)
+    out = torch.softmax(y, -1).neg_()
+    out[torch.arange(len(z), device=z.device), rows.labels] += 1.0
+    out *= upstream[:, None]
+    if options.logit_softcap > 0.0:
+        out *= 1.0 - (y / options.logit_softcap).square()
+    return out if options.logit_scale == 1.0 else out.mul_(options.logit_scale)

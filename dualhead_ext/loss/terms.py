@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The terms of the training objective, one short function each, and the options that choose them.
+
+A new regulariser or reduction is a function and a line in its dict; `LossOptions` states every
+option and default once. `reference_loss` puts the terms together. P pairs, N response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import MIX_NAMES, PREFERENCE_NAMES
+from .pairs import Pairing, to_device
+
+# A sigmoid within 1 % of 0 or 1 counts as saturated: |logit| > log 99.
+SATURATION_LOGIT = math.log(99.0)
+
+# --- the gate's regulariser ----------------------------------------------------------------------
+
+
+def gate_entropy(gate_logit: Tensor) -> Tensor:
+    """``H(a) = -a log a - (1-a) log(1-a)`` of ``a = sigmoid(l)``, from the logit: ``-a logsigmoid
+    (l) - (1-a) logsigmoid(-l)``, never the log of a saturated a. ``dH/dl = -l a (1-a)``. Infinite
+    logits (a fixed a of 0 or 1) give 0 and no gradient. Any shape.
+    """
+    fixed = torch.isinf(gate_logit)
+    logit = gate_logit.masked_fill(fixed, 0.0)  # inf * 0 is kept out of the graph
+    entropy = -torch.sigmoid(logit) * F.logsigmoid(logit)
+    entropy = entropy - torch.sigmoid(-logit) * F.logsigmoid(-logit)
+    return entropy.masked_fill(fixed, 0.0)
+
+
+def maximize_entropy(entropy: Tensor) -> Tensor:
+    """``-E_t[H(a_t)]``: lowest at a = 1/2, as the paper's text asks."""
+    return -entropy
+
+
+def minimize_entropy(entropy: Tensor) -> Tensor:
+    """``-E_t[a log a + (1-a) log(1-a)] = +E_t[H(a_t)]``: the paper's formula as printed, lowest at
+    a = 0 and a = 1: it collapses the gate.
+    """
+    return entropy
+
+
+def ignore_entropy(entropy: Tensor) -> Tensor:
+    """0: the ablation. Still a function of the gate: DDP waits for every parameter's gradient."""
+    return 0.0 * entropy
+
+
+# name: mean entropy -> L_gate / lambda_G
+GATE_REGULARIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "entropy": maximize_entropy,
+    "entropy_as_printed": minimize_entropy,
+    "none": ignore_entropy,
+}
+
+# --- the language model term ---------------------------------------------------------------------
+
+
+def per_sequence(counts: LossCounts) -> Any:
+    """``-E_{(x,y)} sum_t log P(y_t)``: sums over tokens, mean over sequences, as printed."""
+    return counts.sequences
+
+
+def per_token(counts: LossCounts) -> Any:
+    """``-E_t log P(y_t)``: mean over all tokens of the term."""
+    return counts.lm_tokens
+
+
+# name: LossCounts -> what the summed term is divided by
+LM_REDUCTIONS: dict[str, Callable[[LossCounts], Any]] = {"sum": per_sequence, "mean": per_token}
+
+# --- the preference term -------------------------------------------------------------------------
+
+
+def sum_log_probs(logps: Tensor, lengths: Tensor) -> Tensor:
+    """``sum_t log pi_r(y_t)``, as printed. logps, lengths (P,)."""
+    return logps
+
+
+def mean_log_probs(logps: Tensor, lengths: Tensor) -> Tensor:
+    """``(1/|y|) sum_t log pi_r(y_t)``, as SimPO: no reward for length. 0 for an empty response."""
+    return logps / lengths.clamp(min=1).to(logps.dtype)
+
+
+# name: (summed log-probabilities, lengths) -> log-probabilities of the margin
+PREFERENCE_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": sum_log_probs,
+    "mean": mean_log_probs,
+}
+
+# Whose log-probabilities "log_prob" compares: pi_r = softmax(f(z_RM)), or the mixture.
+PREFERENCE_DISTRIBUTIONS = ("reward", "mixed")
+
+
+def pair_loss(margin: Tensor, label_smoothing: float) -> Tensor:
+    """``-(1-e) log sigmoid(m) - e log sigmoid(-m)`` with ``m = beta_r (s+ - s-) - gamma``. margin
+    (P,), e = label_smoothing -> (P,).
+    """
+    loss = -F.logsigmoid(margin)
+    if label_smoothing > 0.0:
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin)
+    return loss
+
+
+# --- options, counts, output ---------------------------------------------------------------------
+
+
+# Why an objective is refused in which nothing but the entropy would depend on alpha.
+UNTAUGHT_GATE = (
+    "the gate would learn nothing: with preference='token_reward' and pref_gate=0 it needs "
+    "pref_gate=1, a kl_price, the language model term (lm_on_chosen=True) or gate='fixed'"
+)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Everything about the objective that is not a tensor.
+
+    Args:
+        mix: ``"logits"`` or ``"probs"``, how the two heads are mixed.
+        beta_r: scales the preference margin, once. Default 0.1 (the paper gives none).
+        lambda_r: weight of the preference term.
+        lambda_g: weight of the gate's term.
+        kl_price: eta, the price of a nat: ``eta E_t[KL(pi_mix || pi_LM)]`` is added to the loss.
+        preference: what a response's reward is. ``"log_prob"``, the paper's: ``r(y) = sum_t log
+            pi_r(y_t)``. ``"token_reward"``: ``r(y) = sum_t alpha_t^kappa delta_t(y_t)``, delta =
+            z_RM - z_LM, which needs no product with the vocabulary.
+        pref_gate: kappa of ``"token_reward"``, 0 or 1; with 1 the gate sees both responses.
+        gate_regularizer: a name of `GATE_REGULARIZERS`.
+        lm_reduction: a name of `LM_REDUCTIONS`.
+        pref_on: of ``"log_prob"``. ``"reward"``: the preference term compares pi_r.
+            ``"mixed"``: the mixed distribution, so that the gate sees the rejected side too.
+        pref_reduction: a name of `PREFERENCE_REDUCTIONS`.
+        gamma: target margin, subtracted from the scaled one.
+        label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 0.5).
+        lm_on_chosen: whether the chosen responses are the language model term's data.
+        logit_scale, logit_softcap: the backbone's own f(z) = cap(scale z); cap 0 = none.
+
+    Raises:
+        ValueError, TypeError: a value out of range or of the wrong type, naming it.
+    """
+
+    mix: str = "logits"
+    beta_r: float = 0.1
+    lambda_r: float = 1.0
+    lambda_g: float = 0.01
+    kl_price: float = 0.0
+    preference: str = "log_prob"
+    pref_gate: int = 0
+    gate_regularizer: str = "entropy"
+    lm_reduction: str = "sum"
+    pref_on: str = "reward"
+    pref_reduction: str = "sum"
+    gamma: float = 0.0
+    label_smoothing: float = 0.0
+    lm_on_chosen: bool = True
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, names in (
+            ("mix", MIX_NAMES),
+            ("preference", PREFERENCE_NAMES),
+            ("pref_gate", (0, 1)),
+            ("gate_regularizer", GATE_REGULARIZERS),
+            ("lm_reduction", LM_REDUCTIONS),
+            ("pref_on", PREFERENCE_DISTRIBUTIONS),
+            ("pref_reduction", PREFERENCE_REDUCTIONS),
+        ):
+            value = getattr(self, name)
+            if value not in tuple(names):
+                raise ValueError(
+                    f"dual_head_loss: {name} must be one of {', '.join(map(str, names))}, "
+                    f"got {value!r}"
+                )
+        if self.preference == "token_reward" and self.pref_on != "reward":
+            raise ValueError(
+                "dual_head_loss: pref_on must be 'reward' where preference is 'token_reward', "
+                f"got {self.pref_on!r}"
+            )
+        self._check_number("beta_r", "a number > 0", lambda x: x > 0)
+        for name in ("lambda_r", "lambda_g", "kl_price", "gamma", "logit_softcap"):
+            self._check_number(name, "a number >= 0", lambda x: x >= 0)
+        self._check_number("label_smoothing", "a number in [0, 0.5)", lambda x: 0 <= x < 0.5)
+        self._check_number("logit_scale", "a number other than 0", lambda x: x != 0)
+        if not isinstance(self.lm_on_chosen, bool):
+            raise TypeError(
+                f"dual_head_loss: lm_on_chosen must be a bool, got {self.lm_on_chosen!r}"
+            )
+
+    def teaches_gate(self, has_lm: bool) -> bool:
+        """Whether token rewards leave a term, other than the entropy, that depends on alpha;
+        ``"log_prob"`` is not asked. has_lm: the batch has rows of the language model term.
+        """
+        taught = self.pref_gate == 1 or has_lm or self.kl_price > 0.0
+        return self.preference == "log_prob" or taught
+
+    def _check_number(self, name: str, expected: str, accept: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"dual_head_loss: {name} must be {expected}, got {value!r}")
+        if not math.isfinite(value) or not accept(value):
+            raise ValueError(f"dual_head_loss: {name} must be {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """What the means of the objective divide by; numbers or 0-d tensors. They add up, so that the
+    losses of the parts of a batch, each divided by the counts of the whole, do so too.
+
+    Args:
+        sequences: rows of the language model term, empty responses included.
+        lm_tokens: their response tokens.
+        pairs: P.
+        tokens: all response tokens, for the gate's term.
+    """
+
+    sequences: Any
+    lm_tokens: Any
+    pairs: Any
+    tokens: Any
+
+    @classmethod
+    def of_lengths(
+        cls, lengths: Tensor, pairing: Pairing | None = None, lm_on_chosen: bool = True
+    ) -> LossCounts:
+        """The counts of a batch whose rows hold ``lengths`` (R,) response tokens, on their device
+        and without waiting for it. pairing: default [all chosen; all rejected].
+        """
+        pairing = Pairing(len(lengths)) if pairing is None else pairing
+        in_lm = pairing.in_lm(lm_on_chosen)
+        lm_tokens = (lengths * to_device(in_lm, lengths.device)).sum()
+        return cls(sum(in_lm), lm_tokens, len(pairing), lengths.sum())
+
+    def __add__(self, other: LossCounts) -> LossCounts:
+        return LossCounts(
+            self.sequences + other.sequences,
+            self.lm_tokens + other.lm_tokens,
+            self.pairs + other.pairs,
+            self.tokens + other.tokens,
+        )
+
+
+def at_least_one(count: Any) -> Any:
+    """What a mean divides by, 1 for one over nothing: a number, or a 0-d tensor on any device."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+# How many bins of equal width the logged histogram of alpha has.
+ALPHA_BINS = 10
+
+# What is kept of every token's alpha (`reference_loss.gate_statistics`): moments, whether it is
+# within 1 % of 0 or of 1, and which bin it is in.
+GATE_STATISTICS = (
+    "alpha",
+    "alpha_squared",
+    "alpha_near_0",
+    "alpha_near_1",
+    *(f"alpha_bin_{i}" for i in range(ALPHA_BINS)),
+)
+
+# The columns of `DualHeadLossOutput.totals`: counts and sums of one example.
+TOTAL_NAMES = (
+    "sequences",
+    "lm_tokens",
+    "pairs",
+    "tokens",
+    "lm_nll",
+    "pair_loss",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_rewards",
+    "rejected_rewards",
+    "correct_pairs",
+    "saturated_pairs",
+    "entropy",
+    "kl",
+    *GATE_STATISTICS,
+)
+
+
+@dataclass
+class DualHeadLossOutput:
+    """What `functional.dual_head_loss` returns; all fp32 (float64 for float64) unless noted.
+
+    Args:
+        loss: 0-d, differentiable: ``lm_loss + lambda_R preference_loss + gate_loss + kl_loss``.
+        lm_loss, preference_loss, gate_loss, kl_loss: 0-d, detached; gate_loss includes lambda_G,
+            kl_loss the price.
+        chosen_logps, rejected_logps: (P,), detached, r of the better and the worse response:
+            ``sum_t log pi(y_t)`` of the distribution that the preference term compares, or the sum
+            of token rewards.
+        chosen_rewards, rejected_rewards: (P,), detached, beta_r times the (reduced) r: their
+            difference less gamma is the margin.
+        totals: (E, len(TOTAL_NAMES)) float64, detached, a row for each example (`Pairing.example`):
+            counts and sums, which add up over examples, batches and processes;
+            `metrics_of_totals` turns their sum into means.
+    """
+
+    loss: Tensor
+    lm_loss: Tensor
+    preference_loss: Tensor
+    gate_loss: Tensor
+    kl_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    totals: Tensor
+
+
+def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
+    """Means for a log, in the names that TRL users know, from `DualHeadLossOutput.totals` summed
+    over examples: (len(TOTAL_NAMES),).
+
+    ``loss, lm_loss, preference_loss, gate_loss``; with a price ``kl_loss`` and ``kl`` (nats per
+    token); ``rewards/chosen|rejected|accuracies|margins``,
+    ``logps/chosen|rejected``, ``preference/saturation`` (share of pairs whose sigmoid is within 1 %
+    of 0 or 1); ``gate/mean|std|entropy``, ``gate/below_0.01|above_0.99|saturation`` (shares of the
+    tokens; their sum), ``gate/histogram/0.0-0.1`` and so on (shares, of alpha in [0.0, 0.1), the
+    last with 1). Groups that counted nothing are left out.
+    """
+    t = dict(zip(TOTAL_NAMES, totals.tolist(), strict=True))
+    counts = LossCounts(t["sequences"], t["lm_tokens"], t["pairs"], t["tokens"])
+    metrics = {"loss": 0.0}
+    lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
+    if lm_count:
+        metrics["lm_loss"] = t["lm_nll"] / lm_count
+        metrics["loss"] += metrics["lm_loss"]
+    if t["pairs"]:
+        metrics["preference_loss"] = t["pair_loss"] / t["pairs"]
+        metrics["loss"] += options.lambda_r * metrics["preference_loss"]
+        metrics["rewards/chosen"] = t["chosen_rewards"] / t["pairs"]
+        metrics["rewards/rejected"] = t["rejected_rewards"] / t["pairs"]
+        metrics["rewards/accuracies"] = t["correct_pairs"] / t["pairs"]
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics["logps/chosen"] = t["chosen_logps"] / t["pairs"]
+        metrics["logps/rejected"] = t["rejected_logps"] / t["pairs"]
+        metrics["preference/saturation"] = t["saturated_pairs"] / t["pairs"]
+    if t["tokens"]:
+        if options.kl_price:
+            metrics["kl"] = t["kl"] / t["tokens"]
+            metrics["kl_loss"] = options.kl_price * metrics["kl"]
+            metrics["loss"] += metrics["kl_loss"]
+        mean, entropy = t["alpha"] / t["tokens"], t["entropy"] / t["tokens"]
+        mean_entropy = torch.tensor(entropy, dtype=torch.float64)
+        regularizer = GATE_REGULARIZERS[options.gate_regularizer]
+        metrics["gate_loss"] = options.lambda_g * float(regularizer(mean_entropy))
+        metrics["loss"] += metrics["gate_loss"]
+        metrics["gate/mean"] = mean
+        variance = t["alpha_squared"] / t["tokens"] - mean * mean
+        metrics["gate/std"] = math.sqrt(max(variance, 0.0))
+        metrics["gate/entropy"] = entropy
+        metrics["gate/below_0.01"] = t["alpha_near_0"] / t["tokens"]
+        metrics["gate/above_0.99"] = t["alpha_near_1"] / t["tokens"]
+        metrics["gate/saturation"] = metrics["gate/below_0.01"] + metrics["gate/above_0.99"]
+        for i in range(ALPHA_BINS):
+            share = t[f"alpha_bin_{i}"] / t["tokens"]
+            metrics[f"gate/histogram/{i / ALPHA_BINS:.1f}-{(i + 1) / ALPHA_BINS:.1f}"] = share
+    return metrics

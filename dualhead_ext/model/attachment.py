@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting a gated head into a backbone, and taking it out again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import DualHeadConfig
+from .backbone_trial import can_be_tried, plain_logits, try_backbone
+from .backbones import replace_module
+from .lm_head import DualHeadLMHead
+
+
+@functools.cache
+def extended_class(
+    extension: type, base: type[PreTrainedModel], arguments: tuple[str, ...]
+) -> type[PreTrainedModel]:
+    """The class ``base`` with the methods of ``extension`` before its own, and ``arguments`` added
+    to its forward. It keeps the name: pipelines and saved configs go by it, and ``isinstance``
+    holds both ways.
+    """
+    signature = inspect.signature(base.forward)
+    parameters = list(signature.parameters.values())
+    names = tuple(p.name for p in parameters[1:] if p.kind is not p.VAR_KEYWORD)
+
+    # generate() and Trainer inspect signatures: without the base's, GPT-2 silently loses its
+    # position_ids.
+    @functools.wraps(base.forward)
+    def forward(self, *args, **kwargs):
+        return self._dual_head_forward(base.forward, names, args, kwargs)
+
+    # accelerate's unwrap_model() follows it, and would put the backbone's forward in our place.
+    del forward.__wrapped__
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in arguments]
+    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    forward.__signature__ = signature.replace(
+        parameters=[p for p in parameters if p.kind is not p.VAR_KEYWORD] + added + rest
+    )
+    return type(
+        base.__name__,
+        (extension, base),
+        {"forward": forward, "__module__": base.__module__},
+    )
+
+
+def attach(
+    model: PreTrainedModel,
+    linear: nn.Linear,
+    config: DualHeadConfig,
+    extended: type,
+    operator: str,
+    trial: bool,
+) -> Any:
+    """``model``, now of the class ``extended``, with a gated head in the place of ``linear``.
+
+    Raises:
+        NotImplementedError: it was tried (:mod:`dualhead_ext.model.backbone_trial`) and cannot
+        carry the
+            head, or its LM head is not in memory. The model is as it was then.
+    """
+    if linear.weight.device.type == "meta" and hasattr(linear, "_hf_hook"):
+        raise NotImplementedError(
+            f"{operator}: the weight of {type(model).__name__}'s lm_head is offloaded; the heads "
+            "need it in memory: give lm_head (and an embedding tied to it) a device in device_map, "
+            'instead of cpu_offload, disk_offload or "disk"'
+        )
+    if not (trial and can_be_tried(model, linear)):
+        return _attach(model, linear, config, extended)
+    expected = plain_logits(model, operator)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    _attach(model, linear, config, extended)
+    try:
+        try_backbone(model, expected, operator)
+    except NotImplementedError:
+        _take_out(model, linear)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+    return model
+
+
+def _attach(
+    model: PreTrainedModel, linear: nn.Linear, config: DualHeadConfig, extended: type
+) -> Any:
+    model.requires_grad_(False)
+    head = DualHeadLMHead(linear, config)
+    head.train(linear.training)
+    with _without_accelerates_forward(model):
+        replace_module(model, linear, head)
+        if hasattr(linear, "_hf_hook"):
+            add_hook_to_module(head, linear._hf_hook)
+        model.__class__ = extended
+    decoder = model.get_decoder()
+    head.decoder_hook = decoder.register_forward_hook(head.on_decoder, with_kwargs=True)
+    return model
+
+
+def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
+    """The plain backbone back, in place: its class, its lm_head, nothing left behind.
+
+    A quantised LM head that was tied to the embedding becomes the embedding's weight again. One
+    that was not has lost its full precision.
+
+    Args:
+        dequantize: what such an lm_head gets: its numbers' values (True), or an error.
+    Raises:
+        TypeError: the model has no gated head. RuntimeError: see dequantize; nothing has changed.
+    """
+    if not hasattr(model, "lm_head_module"):
+        raise TypeError(f"detach: model must have a gated head, got {type(model).__name__}")
+    head, weight = model.lm_head_module, model._plain_lm_weight()
+    if weight is None:
+        if not dequantize:
+            raise RuntimeError(
+                f"detach: the LM head is quantised ({head.quantized}) and its full precision is "
+                "gone: load the backbone again, or pass dequantize=True for an lm_head with the "
+                "values of its numbers"
+            )
+        weight = nn.Parameter(head.dequantized(), requires_grad=False)
+    linear = nn.Linear(
+        head.in_features, head.out_features, bias=head.bias is not None, device="meta"
+    )
+    linear.weight = weight
+    if head.bias is not None:
+        linear.bias = head.bias
+    linear.train(head.training)
+    if not hasattr(model, "_hf_hook"):
+        # accelerate's mixed precision, and its unwrapping, keep the gated forward in the instance.
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+    _take_out(model, linear)
+    return model
+
+
+def _take_out(model: Any, linear: nn.Linear) -> None:
+    head = model.lm_head_module
+    head.decoder_hook.remove()
+    with _without_accelerates_forward(model):
+        replace_module(model, head, linear)
+        if hasattr(head, "_hf_hook") and not hasattr(linear, "_hf_hook"):
+            add_hook_to_module(linear, head._hf_hook)
+        model.__class__ = type(model).__bases__[1]
+
+
+@contextmanager
+def _without_accelerates_forward(model: nn.Module) -> Iterator[None]:
+    """accelerate's hook of a dispatched model keeps the class's forward in the instance, where it
+    would hide the one of another class: taken off, and put on again around the new one.
+    """
+    hook = getattr(model, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    remove_hook_from_module(model)
+    model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        add_hook_to_module(model, hook)

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DualHeadForCausalLM`: any Hugging Face causal language model with the gated head in the place of
+its lm_head.
+
+The model is extended in place: it stays an instance of its own class, and its own forward runs. See
+`lm_head` for how the gate sees every hidden state, and `hf_cache` for where its state lives.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..config import DualHeadConfig
+from ..quantization import check_format
+from ..quantization.torchao_weights import check_lm_weight
+from .attachment import attach, detach, extended_class
+from .backbones import (
+    backbone_post_processing,
+    class_name,
+    decoder_of,
+    inside_peft,
+    module_name,
+    refuse_bypass,
+    refuse_packed,
+)
+from .builtin_backbones import backbone_path
+from .generate import CONTROLS, GatedGenerationMixin
+from .generation_options import Decoding
+from .lm_head import Call, DualHeadLMHead
+from .packing import check_packing, packed_rows
+from .pretrained import DualHeadFilesMixin
+
+# What forward takes beyond the backbone's own arguments.
+_NEW_ARGUMENTS = (
+    *(*CONTROLS, "dualhead_valid", "dualhead_decoding"),
+    *("completion_mask", "objective", "pairs", "loss_options", "hidden_states"),
+)
+
+_NOT_ADAPTED = (
+    "which cannot be adapted: leave lm_head out of target_modules, target_parameters and "
+    "modules_to_save (and, where it is tied to the embedding, the embedding too), or adapt the "
+    "backbone and merge the adapter before attaching"
+)
+
+
+class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
+    """A Hugging Face causal language model with a gated, two-headed lm_head. Not made by its
+    constructor: see :meth:`from_backbone` and :meth:`from_pretrained`.
+
+    ``model.lm_head`` is the gated head (:class:`dualhead_ext.model.lm_head.DualHeadLMHead`):
+    ``.weight``
+    is the backbone's own parameter, ``.reward_head`` and ``.gate`` are trained. Everything else is
+    the backbone's.
+    """
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | os.PathLike | nn.Module,
+        *,
+        quantize: str | None = None,
+        trial: bool = True,
+        **options: Any,
+    ) -> DualHeadForCausalLM:
+        """Extend a causal language model in place with a reward head (a copy of its LM head) and a
+        gate (alpha = 1/2).
+
+        Args:
+            backbone: a model, or a path, hub name or built-in backbone ("embedded", "smollm2") for
+                ``AutoModelForCausalLM.from_pretrained``.
+                Of a ``PeftModel`` the model inside is extended and returned; the wrapper goes on
+                working.
+            quantize: "int8", "fp8" or "int4": the heads in this format at once, see
+                :meth:`quantize`. A torchao lm_head needs it: its numbers become both heads', bit
+                for bit (:mod:`dualhead_ext.quantization.torchao_weights`).
+            trial: whether to try six tokens on the backbone, plain and gated, in one pass and with
+                a cache (:mod:`dualhead_ext.model.backbone_trial`).
+            options: fields of :class:`DualHeadConfig` but sizes, bias and post-processing, which
+                are read from the backbone. For a path or name, all others go to its
+                ``from_pretrained``: device_map, revision, attn_implementation, gguf_file, ...;
+                dtype is "auto", as the files are, by default.
+        Raises:
+            TypeError: not a causal language model, an unknown option, or an lm_head that something
+                else than torchao has quantised or adapted. ValueError: it has a gated head already;
+                quantize is no format, or not that of a torchao lm_head. NotImplementedError: it
+                calls its lm_head in a way that the gated head cannot serve; says how. The backbone
+                is as it was then.
+        """
+        if quantize is not None:
+            check_format("from_backbone", quantize)
+        known = {field.name for field in fields(DualHeadConfig)}
+        config = {name: value for name, value in options.items() if name in known}
+        loading = {name: value for name, value in options.items() if name not in known}
+        if isinstance(backbone, (str, os.PathLike)):
+            loading["dtype"] = loading.get("dtype") or "auto"
+            backbone = AutoModelForCausalLM.from_pretrained(backbone_path(backbone), **loading)
+        elif loading:
+            raise TypeError(
+                f"from_backbone: unknown arguments {', '.join(sorted(loading))}; what "
+                "from_pretrained takes (dtype, device_map, ...) is for a path or hub name, not for "
+                "a model"
+            )
+        backbone = inside_peft(backbone)
+        if not isinstance(backbone, PreTrainedModel):
+            raise TypeError(
+                "from_backbone: backbone must be a model, a path or a hub name, got "
+                f"{type(backbone).__name__}"
+            )
+        model = cls._extend("from_backbone", backbone, config, quantize, trial)
+        if quantize is not None:
+            model.quantize(quantize)
+        return model
+
+    @classmethod
+    def _extend(
+        cls,
+        operator: str,
+        backbone: PreTrainedModel,
+        config: dict[str, Any],
+        quantize: str | None,
+        trial: bool = True,
+    ) -> DualHeadForCausalLM:
+        """Attach heads in full precision; ``quantize`` is the format that they will have, if any.
+        What can be wrong is found before the backbone is touched.
+        """
+        if isinstance(backbone, DualHeadForCausalLM):
+            raise ValueError(
+                f"{operator}: backbone has a gated head already; dualhead_ext.detach(model) "
+                "removes it"
+            )
+        linear = backbone.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"{operator}: {type(backbone).__name__} must have a linear lm_head, got "
+                f"{class_name(linear)}"
+            )
+        read = {
+            "hidden_size": linear.in_features,
+            "vocab_size": linear.out_features,
+            "bias": linear.bias is not None,
+            **backbone_post_processing(backbone.config),
+        }
+        known = {field.name for field in fields(DualHeadConfig)}
+        if unknown := sorted(set(config) - known):
+            raise TypeError(f"{operator}: unknown arguments {', '.join(unknown)}")
+        for name, value in read.items():
+            if config.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{operator}: {name} is {value} in the backbone, got {config[name]}"
+                )
+        settings = DualHeadConfig(**config)
+        if quantize is not None:
+            check_format(operator, quantize, settings.hidden_size)
+        check_lm_weight(operator, linear.weight, quantize)
+        extended = extended_class(DualHeadForCausalLM, type(backbone), _NEW_ARGUMENTS)
+        return attach(backbone, linear, settings, extended, operator, trial)
+
+    # --- quantised heads ---
+
+    def quantize(self, format: str, calibration: Tensor | None = None) -> DualHeadForCausalLM:
+        """Both heads in ``format``, "int8", "fp8" or "int4", in place: ``model.lm_head.quantize``,
+        which says what is raised. The backbone stays, and so does an embedding that shared its
+        weight with the LM head. Quantised heads do not train. Returns self.
+
+        Args:
+            calibration: hidden states (..., d) as the heads read them, padding left out, for
+                example ``model.get_decoder()(ids).last_hidden_state``.
+        """
+        self.lm_head_module.quantize(format, calibration)
+        return self
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        """As the backbone's, but a quantised LM head, whose numbers are its own, is left alone."""
+        quantized = self.lm_head_module.quantized is not None
+        return super().tie_weights(missing_keys, recompute_mapping or quantized)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """{target: source} of tied weights; see :meth:`tie_weights`."""
+        keys = super().get_expanded_tied_weights_keys(all_submodels)
+        if self.lm_head_module.quantized is not None:
+            keys.pop(f"{module_name(self, self.lm_head_module)}.weight", None)
+        return keys
+
+    def _plain_lm_weight(self) -> Tensor | None:
+        """The LM head's weight in full precision: of a quantised one that of an embedding it
+        shared, or None.
+        """
+        head = self.lm_head_module
+        if head.quantized is None:
+            return head.weight
+        tied = super().get_expanded_tied_weights_keys(all_submodels=False)
+        source = tied.get(f"{module_name(self, head)}.weight")
+        return None if source is None else self.get_parameter(source)
+
+    # --- forward ---
+
+    def _dual_head_forward(
+        self, base_forward: Any, names: tuple[str, ...], args: tuple, kwargs: dict
+    ) -> Any:
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        new = {name: kwargs.pop(name, None) for name in _NEW_ARGUMENTS}
+        if new["completion_mask"] is not None:
+            return self._training_forward(new, kwargs)
+        refuse_packed(kwargs)
+        mask = kwargs.get("attention_mask")
+        if (
+            mask is not None
+            and new["dualhead_valid"] is None
+            and not (isinstance(mask, Tensor) and mask.dim() == 2)
+        ):
+            raise NotImplementedError(
+                "DualHeadForCausalLM.forward: attention_mask must be (B, columns); for a mask of "
+                "more dimensions pass "
+                "dualhead_valid (B, T), true where the new positions are real tokens"
+            )
+        decoding: Decoding = new["dualhead_decoding"] or Decoding()
+        if not decoding.begun:
+            decoding.refuse("this mode of generation")
+        call = Call(
+            {name: new[name] for name in CONTROLS},
+            attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+            new_valid=new["dualhead_valid"],
+            cache=kwargs.get("past_key_values", kwargs.get("cache_params")),
+            logits_to_keep=kwargs.get("logits_to_keep", 0),
+            sampling=decoding.sampling,
+            keep_raw=decoding.begun and not torch.compiler.is_compiling(),
+        )
+        self.lm_head_module.begin(call)
+        try:
+            out = base_forward(self, **kwargs)
+        finally:
+            self.lm_head_module.end()
+        if call.step is not None:
+            out.logits = torch.stack((call.step.token, call.step.status.long()), 1)
+            return out
+        out = self._without_backbones_f(out, call, kwargs)
+        if call.raw is not None:
+            decoding.compare(self.lm_head_module.after_f(call.raw), out.logits[:, -1:])
+        return out
+
+    def _without_backbones_f(self, out: Any, call: Call, kwargs: dict) -> Any:
+        """For the probability mix: the head's log-probabilities themselves, where the backbone has
+        put its f on top.
+        """
+        config = self.dual_head_config
+        if call.logits is None or (config.logit_scale == 1.0 and config.logit_softcap == 0.0):
+            return out
+        if kwargs.get("labels") is not None or isinstance(out, tuple):
+            raise NotImplementedError(
+                'DualHeadForCausalLM.forward: labels and return_dict=False with mix="probs" on a '
+                "backbone that scales or "
+                "caps its logits; use dualhead_ext.functional.dual_head_loss"
+            )
+        out.logits = call.logits
+        return out
+
+    def _training_forward(self, new: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        """The objective, computed inside the model's forward so that DDP's and FSDP's hooks fire:
+        of padded rows, or of a packed one. With ``hidden_states`` the backbone does not run.
+        """
+        input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if input_ids is None:
+            raise ValueError(
+                "DualHeadForCausalLM.forward: completion_mask needs input_ids, got None"
+            )
+        if self.lm_head_module.knows_f is False:
+            raise NotImplementedError(
+                f"DualHeadForCausalLM.forward: {type(self).__name__} changes its logits in a way "
+                "that its config does not say (logit_scale, logit_softcap), which the loss must "
+                "know"
+            )
+        hidden, completion_mask = new["hidden_states"], new["completion_mask"]
+        if hidden is None:
+            hidden = self.training_hidden_states(**kwargs)
+        elif hidden.shape[:-1] != input_ids.shape:
+            raise ValueError(
+                f"DualHeadForCausalLM.forward: hidden_states must be {(*input_ids.shape, 'd')}, "
+                f"got {tuple(hidden.shape)}"
+            )
+        packed = packed_rows(kwargs.get("position_ids")) if mask is None else None
+        if packed is not None:
+            hidden, input_ids = packed.unpack(hidden), packed.unpack(input_ids)
+            completion_mask, mask = packed.unpack(completion_mask) * packed.valid, packed.valid
+        options = dict(new["loss_options"] or {})
+        if new["pairs"] is not None:
+            options["pairs"] = new["pairs"]
+        return self.lm_head_module.training_loss(
+            hidden, input_ids, mask, completion_mask, new["objective"], options
+        )
+
+    def training_hidden_states(self, **inputs: Any) -> Tensor:
+        """What the heads read in training: the decoder's last hidden states of a batch (input_ids,
+        attention_mask, ...), (2P, T, d), or (1, N, d) of a packed one.
+        """
+        if not self.lm_head_module.packing_checked and inputs.get("attention_mask") is None:
+            if packed_rows(inputs.get("position_ids")) is not None:
+                check_packing(self.get_decoder(), self.get_input_embeddings())
+                self.lm_head_module.packing_checked = True
+        dropped = ("labels", "past_key_values", "logits_to_keep", "return_dict", "use_cache")
+        kwargs = {k: v for k, v in inputs.items() if k not in (*dropped, *_NEW_ARGUMENTS)}
+        return self.get_decoder()(**kwargs, use_cache=False)[0]
+
+    def get_decoder(self) -> nn.Module:
+        """What gives the hidden states that the head reads."""
+        return decoder_of(self, super().get_decoder())
+
+    @property
+    def lm_head_module(self) -> DualHeadLMHead:
+        """The gated head, whatever attribute the backbone keeps its lm_head under.
+
+        Raises:
+            NotImplementedError: an adapter has taken its place.
+        """
+        head = self.get_output_embeddings()
+        if not isinstance(head, DualHeadLMHead):
+            raise NotImplementedError(
+                f"DualHeadForCausalLM: {class_name(head)} stands in the place of the gated "
+                f"lm_head, {_NOT_ADAPTED}"
+            )
+        if not torch.compiler.is_compiling():
+            for name in ("reward_head", "gate"):
+                part = getattr(head, name)
+                if class_name(part).startswith("peft "):
+                    raise NotImplementedError(
+                        f"DualHeadForCausalLM: {class_name(part)} stands in the place of "
+                        f"lm_head.{name}, {_NOT_ADAPTED}"
+                    )
+        return head
+
+    @property
+    def dual_head_config(self) -> DualHeadConfig:
+        """The configuration of the gated head."""
+        return self.lm_head_module.config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As the backbone's; refuses a forward that would pass the gated head by."""
+        if name == "forward":
+            refuse_bypass(value)
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Its class is made when heads are attached: it is made again from the backbone's."""
+        return _of_base, (type(self).__bases__[1],), self.__getstate__()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the backbone's, and the reward heads follow: delta of a new token is zero, or what
+        the LM head's new row makes of an "embedding" correction.
+
+        Raises:
+            RuntimeError: the heads are quantised.
+        """
+        old, extended = self.lm_head_module, type(self)
+        old._refuse_quantized("resize_token_embeddings")
+        trained = {name for name, value in self.named_parameters() if value.requires_grad}
+        plain = detach(self)
+        try:
+            embeddings = plain.resize_token_embeddings(*args, **kwargs)
+        finally:  # also of a refusal: the heads belong here
+            linear = plain.get_output_embeddings()
+            config = replace(old.config, vocab_size=linear.out_features)
+            attach(plain, linear, config, extended, "resize_token_embeddings", trial=False)
+            head = self.lm_head_module
+            old.reward_head.resize(linear.weight, linear.bias)
+            head.gate, head.reward_head = old.gate, old.reward_head
+            head.lm_head_trained = old.lm_head_trained
+            for name, value in self.named_parameters():
+                value.requires_grad_(name in trained)
+        return embeddings
+
+
+def _of_base(base: type[PreTrainedModel]) -> DualHeadForCausalLM:
+    """An empty model on the backbone class ``base``, to be filled by unpickling or copying."""
+    extended = extended_class(DualHeadForCausalLM, base, _NEW_ARGUMENTS)
+    return extended.__new__(extended)

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused decoding loop of ``generate()``: hidden state in, token out, nothing of size V between.
+
+transformers' own loop asks the model for logits, copies them, runs processors over them and takes
+an argmax or a sample. Where no processor is left to run but the filters that the fused step knows,
+the loop here lets the step choose the token itself. It stands in the place of ``_sample``, which
+is what ``generate()`` calls for greedy search and sampling after it has resolved every option, and
+which is the signature of a ``custom_generate`` callable: so :func:`fused_sample` can be passed as
+one too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .. import reference
+from ..head.cache import GateCache, seeds_of
+from .generation_options import Decoding, filters_of, obstacle
+from .hf_cache import gate_layer
+
+FP32 = torch.float32
+
+# Options that ask for another loop altogether.
+_OTHER_LOOPS = (
+    *("num_beams", "num_beam_groups", "constraints", "force_words_ids", "penalty_alpha"),
+    *("dola_layers", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"),
+    *("use_mtp", "speculation_type", "custom_generate"),
+)
+
+
+def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decoding | None:
+    """Take ``fused``, ``seeds`` and ``generator`` out of the arguments of ``generate()``. None
+    where an option asks for another loop altogether.
+
+    Args:
+        batch_size: of the prompts. config: the model's generation config.
+    Raises:
+        TypeError, ValueError: of another type or shape, or together with an option that asks for
+            another loop.
+    """
+    fused, seeds = kwargs.pop("fused", None), kwargs.pop("seeds", None)
+    if fused is not None and not isinstance(fused, bool):
+        raise TypeError(f"generate: fused must be True, False or None, got {fused!r}")
+    if seeds is not None:
+        if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+            got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
+            raise TypeError(f"generate: seeds must be an int64 tensor, got {got}")
+        if seeds.shape != (batch_size,):
+            raise ValueError(f"generate: seeds must be ({batch_size},), got {tuple(seeds.shape)}")
+    given = kwargs.get("past_key_values") is not None
+    decoding = Decoding(fused, seeds, kwargs.pop("generator", None), keep_cache=given)
+    if kwargs.get("custom_generate") is fused_sample:
+        # transformers would hand a custom loop neither the streamer nor the tokenizer.
+        del kwargs["custom_generate"]
+        decoding.fused = True
+    config = kwargs.get("generation_config") or config
+    for name in _OTHER_LOOPS:
+        value = kwargs.get(name, getattr(config, name, None))
+        if value not in (None, 1, False):
+            decoding.refuse(name)
+            return None
+    return decoding
+
+
+def _seeds(decoding: Decoding, cache: GateCache) -> Tensor:
+    """(B,) seeds of this call's draws. Copies of a request (num_return_sequences) draw from seeds
+    of their own: equal seeds would sample equal text.
+    """
+    if decoding.seeds is None:
+        cache.seeds = None  # this call's own, not those of an earlier turn
+        return seeds_of("generate", cache, None, decoding.generator)
+    copies = cache.batch_size // decoding.seeds.shape[0]
+    numbers = torch.arange(copies, device=decoding.seeds.device).repeat(len(decoding.seeds))
+    cache.seeds = (decoding.seeds.repeat_interleave(copies) + numbers).to(cache.device)
+    return cache.seeds
+
+
+def _sampling(decoding: Decoding, head: Any, cache: GateCache, filters: dict) -> dict[str, Tensor]:
+    dtype = reference.accumulator_dtype(head.hidden_dtype)
+    rows = {
+        name: torch.full(
+            (cache.batch_size,),
+            value,
+            dtype=torch.int32 if name == "top_k" else dtype,
+            device=cache.device,
+        )
+        for name, value in filters.items()
+    }
+    return {"seeds": _seeds(decoding, cache), "draws": cache.draws, **rows}
+
+
+def token_of_logits(logits: Tensor, sampling: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(token, status) of (B, V) logits, chosen as the step chooses: the prompt's, where there is
+    no step.
+    """
+    failed = ~torch.isfinite(torch.logsumexp(logits, dim=-1))
+    usable = torch.where(failed[:, None], torch.zeros_like(logits), logits)
+    if sampling:
+        token = reference.sample_token(usable, **sampling)
+        sampling["draws"] += 1
+    else:
+        token = usable.argmax(-1)
+    return token.masked_fill(failed, 0), failed.int() * reference.STATUS_NON_FINITE
+
+
+class _Finished:
+    """Tells the host that every row is finished, without making it wait for the device.
+
+    Reading a flag of this step would stall the host until the device has caught up, once per token.
+    With ``late`` the flag is copied to pinned memory behind the step and read one step later, when
+    the next one is queued: one step too many at the end, which the loop takes back. Not ``late``,
+    it is read at once, which costs nothing on the CPU.
+    """
+
+    def __init__(self, device: torch.device, late: bool) -> None:
+        self.late, pinned = late, late and device.type == "cuda"
+        self._events = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self._flags = [torch.zeros((), dtype=torch.bool, pin_memory=pinned) for _ in range(2)]
+        self._steps = 0
+
+    def __call__(self, unfinished: Tensor) -> bool:
+        if not self.late:
+            return not bool(unfinished.any())
+        new, old = self._steps % 2, (self._steps + 1) % 2
+        self._steps += 1
+        self._flags[new].copy_(~unfinished.any(), non_blocking=True)
+        if self._events[new] is not None:
+            self._events[new].record()
+            if self._steps > 1:
+                self._events[old].synchronize()
+        return self._steps > 1 and bool(self._flags[old])
+
+
+def _warn_of_status(status: Tensor) -> None:
+    rows = status.nonzero().flatten().tolist()
+    if rows:
+        warnings.warn(
+            f"generate: the numbers of rows {rows} became infinite or NaN; their text from there "
+            "on means nothing",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+class _Loop:
+    """One run of the fused loop, with what it keeps from token to token."""
+
+    def __init__(
+        self, model: Any, decoding: Decoding, criteria: Any, config: Any, streamer: Any
+    ) -> None:
+        self.model, self.decoding, self.criteria = model, decoding, criteria
+        self.config, self.streamer = config, streamer
+        self.device = model.lm_head_module.weight.device
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        pad = config._pad_token_tensor if ends else None
+        if ends and pad is None:
+            raise ValueError("generate: pad_token_id must be given where rows can end, got None")
+        self.pad = None if pad is None else pad.to(self.device)
+        kept = decoding.keep_cache or config.return_dict_in_generate
+        late = self.device.type == "cuda" and streamer is None and not kept
+        self.finished = _Finished(self.device, late)
+        self.status = torch.zeros((), dtype=torch.int32, device=self.device)  # worst of each row
+
+    def begin(self, input_ids: Tensor, filters: dict[str, float], model_kwargs: dict) -> Any:
+        """Read the prompt; what the step needs to sample is known from then on."""
+        self.decoding.begun = True
+        model_kwargs["dualhead_decoding"] = self.decoding
+        out = self.model._prefill(input_ids, self.config, model_kwargs)
+        cache = getattr(out, "past_key_values", None)  # RecurrentGemma does not return it
+        cache = model_kwargs["past_key_values"] if cache is None else cache
+        cache = gate_layer(cache).gate_cache
+        head = self.model.lm_head_module
+        sampled = self.config.do_sample
+        if not self.decoding.knows_f:
+            self.decoding.refuse("what the backbone does to its logits")
+        self.sampling = _sampling(self.decoding, head, cache, filters) if sampled else {}
+        if self.decoding.knows_f:
+            self.decoding.sampling = self.sampling
+        else:  # the backbone has the last word on logits, from which each token is chosen here
+            del model_kwargs["dualhead_decoding"]
+        return out
+
+    def take_token(self, out: Any, input_ids: Tensor, unfinished: Tensor) -> tuple[Tensor, Tensor]:
+        """``input_ids`` with the new token, and which rows go on."""
+        if out.logits.is_floating_point():
+            logits = out.logits[:, -1].to(self.device, torch.promote_types(out.logits.dtype, FP32))
+            token, status = token_of_logits(logits, self.sampling)
+        else:
+            token, status = out.logits.to(self.device).unbind(1)
+        # New tensors, nothing kept of ``out``: under CUDA graphs the next replay overwrites it.
+        self.status = torch.maximum(self.status, status)
+        token = token if self.pad is None else torch.where(unfinished, token, self.pad)
+        input_ids = torch.cat((input_ids, token[:, None]), dim=-1)
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        return input_ids, unfinished & ~self.criteria(input_ids, None)
+
+    def run(
+        self, input_ids: Tensor, filters: dict[str, float], model_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Cache]:
+        """(sequences, the cache), from a prompt."""
+        model, limit = self.model, self.criteria.max_length
+        forward = model.__call__
+        if model._valid_auto_compile_criteria(model_kwargs, self.config):
+            forward = model.get_compiled_call(self.config.compile_config)
+        out = self.begin(input_ids, filters, model_kwargs)
+        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=self.device)
+        with model._optimize_model_for_decode():
+            while True:
+                model_kwargs = model._update_model_kwargs_for_generation(out, model_kwargs)
+                input_ids, unfinished = self.take_token(out, input_ids, unfinished)
+                done = self.finished(unfinished)
+                if done or (limit is not None and input_ids.shape[1] >= limit):
+                    break
+                inputs = model.prepare_inputs_for_generation(
+                    input_ids, next_sequence_length=1, **model_kwargs
+                )
+                out = forward(**inputs, return_dict=True)
+        if self.streamer is not None:
+            self.streamer.end()
+        if done and self.finished.late:
+            input_ids = input_ids[:, :-1]
+        _warn_of_status(self.status)
+        return input_ids, model_kwargs["past_key_values"]
+
+
+@torch.no_grad()
+def fused_sample(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: list,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    dualhead_decoding: Decoding | None = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Greedy search or sampling, a token per fused step. Arguments and results are those of
+    transformers' ``_sample``; the first token is chosen from the prompt's logits.
+
+    Raises:
+        ValueError: an option that the loop cannot honour; see :func:`obstacle`.
+    """
+    decoding = dualhead_decoding or Decoding(fused=True)
+    found = obstacle(generation_config, logits_processor, synced_gpus, model_kwargs)
+    if found is not None:
+        raise ValueError(f"fused_sample: the fused decoding loop is ruled out by {found}")
+    loop = _Loop(model, decoding, stopping_criteria, generation_config, streamer)
+    filters = filters_of(logits_processor, generation_config.do_sample)
+    sequences, cache = loop.run(input_ids.to(loop.device), filters, model_kwargs)
+    sequences = sequences.to(input_ids.device)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+
+
+class FusedDecodingMixin:
+    """Chooses between the fused loop and transformers' own, once every option is resolved."""
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: list,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        decoding = model_kwargs.pop("dualhead_decoding", None) or Decoding()
+        arguments = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "synced_gpus": synced_gpus,
+            "streamer": streamer,
+        }
+        found = obstacle(generation_config, logits_processor, synced_gpus, model_kwargs)
+        if found is None and decoding.fused is not False:
+            return fused_sample(
+                self, input_ids, dualhead_decoding=decoding, **arguments, **model_kwargs
+            )
+        decoding.refuse(found or "fused=False")
+        return super()._sample(input_ids, **arguments, **model_kwargs)

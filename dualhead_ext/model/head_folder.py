@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder that holds a gated head: two files that belong together, checked against each other.
+
+``dualhead_config.json`` holds
+
+- ``format_version``: 2. Version 1 had no hashes and no other reward head than ``"full"``.
+- ``dual_head``: the fields of :class:`DualHeadConfig`.
+- ``quantized``: a name of :data:`dualhead_ext.config.FORMAT_NAMES`, or null.
+- ``backbone``: ``name_or_path``, ``revision``, ``fingerprint``.
+- ``weights_sha256``: of the other file.
+- ``sha256``: of this file's own contents without this key, as JSON with sorted keys and no blanks.
+
+``dualhead_model.safetensors`` holds gate.*, reward_head.*, and lm_head.* only if it was trained or
+quantised, with their weight_scale if so.
+
+No pickle, nothing executed, no path followed out of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import stat
+import struct
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..config import FORMAT_NAMES, DualHeadConfig
+from ..files.atomic import leftovers, replace_files, sha256_of
+from .fingerprint import VALUES
+from .head_files import shown
+
+FORMAT_VERSION = 2
+CONFIG_NAME = "dualhead_config.json"
+WEIGHTS_NAME = "dualhead_model.safetensors"
+
+# What version 1 meant by fields that it did not have, whatever their defaults are now.
+_VERSION_1 = {"reward_head": "full", "preference": "log_prob", "kl_curve": None}
+_HASHES = ("weights_sha256", "sha256")
+_KEYS = {"format_version", "dual_head", "quantized", "backbone", *_HASHES}
+# A configuration's fingerprint takes a few kilobytes, the header of a few dozen tensors too.
+_MAX_CONFIG_BYTES, _MAX_HEADER_BYTES = 2**20, 2**16
+
+logger = logging.getLogger(__name__)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_head_folder(folder: Path, stored: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Write both files. A crash leaves the old pair or the new one; what earlier crashes left goes.
+
+    Args:
+        stored: dual_head (:class:`DualHeadConfig`), quantized, backbone.
+        state: tensors on the CPU, contiguous, no two of them sharing memory.
+    Raises:
+        OSError: the disk; the old pair stays.
+    """
+    names = (WEIGHTS_NAME, CONFIG_NAME)
+    weights = save(state, metadata={"format": "pt"})
+    stored = {
+        "format_version": FORMAT_VERSION,
+        **stored,
+        "dual_head": stored["dual_head"].to_dict(),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    stored["sha256"] = _own_sha256(stored)
+    config = json.dumps(stored, indent=2, allow_nan=False).encode() + b"\n"
+    for path, _ in leftovers(folder, names):
+        path.unlink(missing_ok=True)
+    replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: config})
+
+
+def _own_sha256(stored: dict[str, Any]) -> str:
+    rest = {key: value for key, value in stored.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_head_folder(
+    folder: str | os.PathLike, revision: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(what :func:`read_config` returns, the tensors) of a local folder or a hub repository, after
+    a check of their hashes. The tensors are mapped from the file: copy what is to outlive it.
+
+    Raises:
+        FileNotFoundError: no such folder or file. ValueError: a damaged or foreign file, a newer
+            format; names the file.
+    """
+    folder = os.fspath(folder)
+    path = _file_of(folder, WEIGHTS_NAME, revision)
+    _check_header(path)
+    stored = read_config(folder, revision)
+    if stored.get("weights_sha256") is None:
+        logger.warning(
+            "%s was saved without hashes, so damage to its files cannot be seen; saved again, it "
+            "gets them",
+            folder,
+        )
+    else:
+        if (found := sha256_of(path)) != stored["weights_sha256"]:
+            stored = _unfinished_config(folder, found)
+        if stored is None:
+            raise ValueError(
+                f"from_pretrained: {path} is damaged or belongs to another {CONFIG_NAME}: its "
+                "SHA-256 is not the one stored there"
+            )
+    try:
+        return stored, load_file(path)
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"from_pretrained: {path} is not a complete safetensors file ({error})"
+        ) from error
+
+
+def _unfinished_config(folder: str, weights_sha256: str) -> dict[str, Any] | None:
+    """The configuration that belongs to the weights of a save that was killed between its two
+    files.
+    """
+    if not os.path.isdir(folder):
+        return None
+    for path, _ in leftovers(Path(folder), (CONFIG_NAME,)):
+        try:
+            stored = _parse(_file_of(folder, path.name, None))
+        except ValueError:
+            continue
+        if stored.get("weights_sha256") == weights_sha256:
+            logger.warning("%s: the last save was interrupted; it is read from %s", folder, path)
+            return stored
+    return None
+
+
+def read_config(folder: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+    """The checked contents of a folder's ``dualhead_config.json``, ``dual_head`` as a
+    :class:`DualHeadConfig`.
+
+    Raises:
+        as :func:`read_head_folder`.
+    """
+    return _parse(_file_of(os.fspath(folder), CONFIG_NAME, revision))
+
+
+def _file_of(folder: str, name: str, revision: str | None) -> Path:
+    """A file of a local folder or a hub repository; only a regular file right inside the folder."""
+    if not os.path.isdir(folder):
+        if os.path.exists(folder) or folder.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"from_pretrained: {folder} is not a folder of heads")
+        from transformers.utils import cached_file
+
+        return Path(cached_file(folder, name, revision=revision))
+    path = Path(folder) / name
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"from_pretrained: {folder} holds no {name}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"from_pretrained: {path} must be a regular file")
+    return path
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        stored = _json_of(path)
+        version = stored["format_version"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"format_version must be a whole number from 1, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"it has format version {version}, this release reads up to {FORMAT_VERSION}; "
+                "update dualhead_ext"
+            )
+        if "sha256" in stored and stored["sha256"] != _own_sha256(stored):
+            raise ValueError(
+                "it was changed after it was saved: its own SHA-256 differs; after a change by "
+                'hand, remove the key "sha256"'
+            )
+        if unknown := sorted(set(stored) - _KEYS):
+            raise ValueError(f"unknown keys {shown(unknown)}")
+        _check_backbone(stored["backbone"])
+        if stored.setdefault("quantized", None) not in (None, *FORMAT_NAMES):
+            raise ValueError(
+                f"quantized must be null or one of {', '.join(FORMAT_NAMES)}, "
+                f"got {stored['quantized']!r}"
+            )
+        dual_head = stored["dual_head"]
+        if not isinstance(dual_head, dict):
+            raise ValueError(f"dual_head must be an object, got {dual_head!r}")
+        if version == 1:
+            known = {field.name for field in fields(DualHeadConfig)}
+            dual_head = {k: v for k, v in _VERSION_1.items() if k in known} | dual_head
+        stored["dual_head"] = DualHeadConfig.from_dict(dual_head)
+    except KeyError as error:
+        raise ValueError(
+            f"from_pretrained: {path} is not a dual-head configuration (it has no {error})"
+        ) from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"from_pretrained: {path} is not a dual-head configuration ({error})"
+        ) from error
+    return stored
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; no duplicate keys, no NaN."""
+    if (size := path.stat().st_size) > _MAX_CONFIG_BYTES:
+        raise ValueError(f"it has {size} bytes, at most {_MAX_CONFIG_BYTES} are expected")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is not a finite number")
+        return value
+
+    value = json.loads(
+        path.read_text(encoding="utf-8"),
+        object_pairs_hook=unique,
+        parse_float=finite,
+        parse_constant=finite,
+    )
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got a {type(value).__name__}")
+    return value
+
+
+def _check_backbone(backbone: Any) -> None:
+    if not isinstance(backbone, dict):
+        raise ValueError(f"backbone must be an object, got {backbone!r}")
+    for name in ("name_or_path", "revision"):
+        if not isinstance(backbone.setdefault(name, None), (str, type(None))):
+            raise ValueError(f"backbone.{name} must be a string or null")
+    marks = backbone["fingerprint"]
+    if not isinstance(marks, dict) or not isinstance(marks["model_type"], str):
+        raise ValueError("backbone.fingerprint must hold model_type and parameters")
+    if not isinstance(marks["parameters"], dict):
+        raise ValueError("backbone.fingerprint.parameters must be an object")
+    for name, values in marks["parameters"].items():
+        if (
+            not isinstance(values, list)
+            or len(values) != VALUES
+            or not all(type(value) is float for value in values)
+        ):
+            raise ValueError(f"backbone.fingerprint: {name[:80]} must be {VALUES} decimal numbers")
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header could not be a head's, before it is parsed."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if length is None or length > min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
+        problem = "it is too short" if length is None else f"its header would have {length} bytes"
+        raise ValueError(f"from_pretrained: {path} is not a complete safetensors file ({problem})")

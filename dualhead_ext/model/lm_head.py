@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated head in the place of a backbone's lm_head.
+
+The backbone's own forward stays: decoder, slice, lm_head, post-processing. A hook on the decoder
+sees every hidden state (the gate must, though generate() asks for the last position's logits alone)
+and writes the cache; the head itself then gets the sliced hidden states and mixes.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from .. import reference
+from ..config import DualHeadConfig
+from ..head.base import StepOutput
+from ..head.dual_head import GatedHead
+from ..quantization.quantized_head import QuantizedStorage
+from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, columns_of, gate_layer
+
+
+@dataclass
+class Call:
+    """What one forward of the model passes to its lm_head."""
+
+    controls: dict[str, Any]  # strength, gate_offset, alpha, ...: (B, ...) or numbers
+    attention_mask: Tensor | None = None  # (B, columns + T)
+    new_valid: Tensor | None = None  # (B, T): where given, instead of the mask's last columns
+    cache: Cache | None = None
+    logits_to_keep: int | Tensor = 0
+    sampling: dict[str, Tensor] | None = None  # not None: a token is wanted, no logits
+    keep_raw: bool = False  # note the head's own logits, to see what the backbone does to them
+    # Filled in by the hook on the decoder:
+    hidden: Tensor | None = None  # (B, T, d)
+    layer: GateLayer | None = None
+    past: int | Tensor = 0  # columns before this call
+    fused: bool = False  # one new position per row, left to the fused step
+    from_scratch: bool = False  # the whole sequence, to be differentiated
+    logits: Tensor | None = field(
+        default=None, repr=False
+    )  # mix="probs": kept from the backbone's f
+    raw: Tensor | None = field(default=None, repr=False)  # (B, 1, V), with keep_raw
+    step: StepOutput | None = None  # with sampling
+
+
+def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """(B, T, ...) at the kept positions: an int counts from the end (0: all); positions (N,) or (B,
+    N); a mask (B, T) of bool, which flattens to (N, ...). As transformers slices hidden states
+    before an lm_head.
+    """
+    if isinstance(logits_to_keep, int):
+        return values[:, -logits_to_keep:] if logits_to_keep else values
+    if logits_to_keep.dim() == 1:
+        return values[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return values[logits_to_keep]
+    index = logits_to_keep.view(*logits_to_keep.shape, *(1,) * (values.dim() - 2))
+    return torch.take_along_dim(values, index, dim=1)
+
+
+class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
+    """A gated head that is an ``nn.Linear`` and owns the backbone's very Parameter as ``.weight``,
+    so that tied embeddings, parallel plans and state-dict keys survive. Once quantised, ``.weight``
+    holds the numbers of the format and ``.weight_scale`` their scales; an embedding that shared the
+    Parameter keeps it.
+    """
+
+    def __init__(self, linear: nn.Linear, config: DualHeadConfig) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self._add_gate_and_reward_head(config)
+        self._start_as(linear)
+        self.lm_head_trained = False  # its own weights go to files too
+        self.packing_checked = False  # see packing.check_packing
+        # What backbone_trial finds: whether the backbone scales hidden states where others scale
+        # logits, and whether its f is the one that its config says (None: not tried).
+        self.scaled_input = False
+        self.knows_f: bool | None = None
+        self.last_alpha: Tensor | None = None  # (B, N) of the latest call, for streaming inspection
+        self._calls: dict[int, Call] = {}
+
+    @property
+    def lm_weight(self) -> Tensor:
+        return self.weight
+
+    @property
+    def lm_bias(self) -> Tensor | None:
+        return self.bias
+
+    @property
+    def lm_scale(self) -> Tensor | None:
+        return self._parameters.get("weight_scale")
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return self.weight.dtype if self.lm_scale is None else self.compute_dtype
+
+    @property
+    def owns_lm_head(self) -> bool:
+        """Whether the LM head is no longer the backbone's own, and goes to the heads' files."""
+        return self.lm_head_trained or self.weight.requires_grad or self.lm_scale is not None
+
+    def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.hold(weight, scale, dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the forwards that are under way."""
+        return self.__dict__ | {"_calls": {}}
+
+    # --- one forward of the model ---
+
+    @staticmethod
+    def _thread() -> int:
+        # Two threads may generate with one model; inside a compiled region there is only one.
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+    def begin(self, call: Call) -> None:
+        """A forward of the model starts."""
+        self._calls[self._thread()] = call
+
+    def end(self) -> None:
+        """It is over, also by an exception."""
+        self._calls.pop(self._thread(), None)
+
+    def on_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Forward hook of the decoder: note the hidden states, and write keys and folded values of
+        every position into the cache's gate layer. Called without a forward in flight (embeddings
+        alone) it does nothing.
+        """
+        call = self._calls.get(self._thread())
+        if call is None:
+            return
+        call.hidden = output[0].to(self.weight.device)  # elsewhere with a device_map
+        batch, length = call.hidden.shape[:2]
+        if call.attention_mask is not None:
+            # PEFT puts virtual tokens before a prompt after it was asked which tokens are real.
+            if call.new_valid is None or call.new_valid.shape[1] != length:
+                call.new_valid = call.attention_mask[:, -length:].bool()
+        cache = call.cache
+        for name in ("past_key_values", "cache_params"):
+            cache = getattr(output, name, None) if cache is None else cache
+        if not isinstance(cache, Cache):
+            return
+        call.layer = gate_layer(cache) or self._add_layer(cache, batch, length)
+        gate_cache = call.layer.gate_cache
+        if not torch.compiler.is_compiling():
+            self.check_cache("DualHeadForCausalLM.forward", gate_cache, batch)
+            call.layer.make_room(length)
+            # Beyond a cached prompt there is nothing to differentiate: its keys are detached.
+            call.from_scratch = gate_cache.columns == 0 and self._wants_gradients(call.hidden)
+        # One new position per row: the fused step appends, attends and mixes at once.
+        call.fused = length == 1 and not call.from_scratch
+        if not call.fused:
+            self._write(call)
+
+    def _wants_gradients(self, hidden: Tensor) -> bool:
+        trained = (*self.parameters(), hidden)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+
+    def _add_layer(self, cache: Cache, batch: int, length: int) -> GateLayer:
+        if getattr(cache, "offloading", False):
+            raise NotImplementedError(
+                "DualHeadForCausalLM: offloaded caches are not supported; use cache_implementation "
+                '"dynamic" or "static"'
+            )
+        unseen = columns_of(cache) - length
+        if unseen > 0:
+            raise ValueError(
+                f"DualHeadForCausalLM: past_key_values holds {unseen} positions "
+                "that the gate has not seen; fill it with this model, not with the plain backbone"
+            )
+        if cache.is_compileable and not isinstance(cache, DynamicCache):
+            capacity = _static_length(cache)
+            layer: GateLayer = StaticGateLayer(self.new_cache(batch, capacity))
+        else:
+            layer = GateLayer(self.new_cache(batch, max(FIRST_CAPACITY, length)))
+        cache.layers.append(layer)
+        return layer
+
+    @torch.no_grad()
+    def _write(self, call: Call) -> None:
+        """Append every position of this call to the gate's layer."""
+        gate_cache, hidden = call.layer.gate_cache, call.hidden
+        batch, length = hidden.shape[:2]
+        valid = call.new_valid
+        if valid is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+        k = u = None
+        if self.gate.has_state:
+            weights = gate_cache.weights
+            u_weight = weights.tensors["u_weight"]
+            k, u = self.gate.keys_and_values(hidden, u_weight, weights.projection)
+        if torch.compiler.is_compiling():
+            call.past = gate_cache.length.clone()
+            gate_cache.append_on_device(k, u, valid)
+        else:
+            call.past = gate_cache.columns
+            gate_cache.append(k, u, valid)
+
+    # --- logits ---
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixed logits at the positions that the backbone kept: x (B, N, d) or (N, d) -> (B, N, V)
+        or (N, V), fp32. For the logits mix these are the values before the backbone's own f, which
+        it applies next.
+
+        Raises:
+            RuntimeError: called outside of the model's forward: the gate needs the whole sequence.
+        """
+        call = self._calls.get(self._thread())
+        if call is None or call.hidden is None:
+            raise RuntimeError(
+                "DualHeadLMHead: the gated lm_head needs the decoder's hidden states; call the "
+                "model, or "
+                "dualhead_ext.detach(model) for the plain backbone"
+            )
+        if self.lm_scale is not None and x.dtype == self.weight.dtype:
+            raise NotImplementedError(
+                "DualHeadLMHead: this backbone casts its hidden states to the dtype of "
+                f"lm_head.weight, which is {x.dtype} once quantised"
+            )
+        raw = self.config.mix == "logits" and not self.scaled_input
+        if self.scaled_input:
+            same = x.shape[:2] == call.hidden.shape[:2] and x.dim() == 3
+            x = keep_positions(call.hidden, 0 if same else call.logits_to_keep)
+        if call.sampling is not None:
+            return self._choose_token(x, call)
+        if call.fused:
+            out = self._fused_step(call, {}, post_process=not raw)
+            logits, alpha = out.logits[:, None], out.alpha[:, None]
+        else:
+            logits, alpha = self._mix_kept(x, call)
+        self.last_alpha = alpha.detach()
+        call.logits = None if raw or self.scaled_input else logits
+        call.raw = logits[:, -1:] if call.keep_raw else None
+        return logits
+
+    @torch.no_grad()
+    def _fused_step(self, call: Call, sampling: dict[str, Tensor], **options: bool) -> StepOutput:
+        new_valid = None if call.new_valid is None else call.new_valid[:, -1].contiguous()
+        return self._run_step(
+            "DualHeadForCausalLM.forward",
+            call.hidden[:, 0],
+            call.layer.gate_cache,
+            call.controls,
+            sampling,
+            new_valid=new_valid,
+            **options,
+        )
+
+    def _choose_token(self, x: Tensor, call: Call) -> Tensor:
+        """Let the step choose, into ``call.step``, and give the backbone no logits (B, 1, 0)."""
+        if not call.fused:
+            raise RuntimeError(
+                "DualHeadLMHead: a token can be chosen for one new position per row with a cache, "
+                f"got hidden states of {tuple(call.hidden.shape)}"
+            )
+        call.step = self._fused_step(call, call.sampling, return_logits=False)
+        self.last_alpha = call.step.alpha[:, None]
+        return x.new_empty(*x.shape[:-1], 0)
+
+    def after_f(self, raw: Tensor) -> Tensor:
+        """What the backbone makes of the head's logits, as far as its config says."""
+        if self.config.mix == "probs" or self.scaled_input:
+            return raw
+        return reference.postprocess(raw, self.config.logit_scale, self.config.logit_softcap)
+
+    def _mix_kept(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        batch, length = call.hidden.shape[:2]
+        flat = x.dim() == 2  # a mask of positions: every one is a row of its own
+        keep = 0 if x.shape[:2] == call.hidden.shape[:2] and not flat else call.logits_to_keep
+        gate_logit = keep_positions(
+            self._gate_logits(call, 0 if flat else keep), keep if flat else 0
+        )
+        controls, hidden = call.controls, x
+        if flat:
+            row = keep_positions(
+                torch.arange(batch, device=x.device)[:, None].expand(-1, length), keep
+            )
+            controls = {
+                name: value[row]
+                if isinstance(value, Tensor) and value.shape[:1] == (batch,)
+                else value
+                for name, value in controls.items()
+            }
+            hidden, gate_logit = x[:, None], gate_logit[:, None]
+        out = self._mixed(
+            "DualHeadForCausalLM.forward",
+            hidden,
+            gate_logit,
+            controls.get("strength"),
+            controls.get("gate_offset"),
+            controls.get("alpha"),
+            controls.get("objective_weights"),
+            controls.get("max_kl"),
+            controls.get("skip_threshold"),
+            post_process=self.config.mix != "logits" or self.scaled_input,
+        )
+        return (out.logits[:, 0], out.alpha[:, 0]) if flat else (out.logits, out.alpha)
+
+    def _gate_logits(self, call: Call, keep: int | Tensor) -> Tensor:
+        """Gate logits (B, N) at the kept positions of this call."""
+        hidden, layer = call.hidden, call.layer
+        batch, length = hidden.shape[:2]
+        if layer is None or call.from_scratch:
+            return keep_positions(self.gate(hidden, call.new_valid), keep)
+        queries = keep_positions(hidden, keep)
+        if not self.gate.has_state:
+            return self.gate(queries)
+        positions = torch.arange(length, device=hidden.device).expand(batch, -1)
+        past = call.past[:, None] if isinstance(call.past, Tensor) else call.past
+        columns = keep_positions(positions + past, keep)
+        cache = layer.gate_cache
+        filled = cache.max_length if torch.compiler.is_compiling() else cache.columns
+        with torch.no_grad():
+            return self.gate.attend(
+                queries,
+                columns,
+                cache.k[:, :, :filled],
+                cache.u[:, :, :filled],
+                cache.valid[:, :filled],
+            )
+
+    # --- training ---
+
+    def training_loss(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        completion_mask: Tensor,
+        objective: Tensor | None,
+        options: dict[str, Any],
+    ) -> Any:
+        """The objective on a batch [all chosen; all rejected]; see
+        :func:`dualhead_ext.functional.dual_head_loss`.
+
+        hidden (2P, T, d), input_ids and masks (2P, T); position t predicts token t + 1.
+
+        Raises:
+            RuntimeError: the heads are quantised.
+        """
+        self._refuse_quantized("training")
+        return _dual_head_loss(
+            hidden[:, :-1],
+            input_ids[:, 1:],
+            completion_mask[:, 1:].bool(),
+            self.gate(hidden, attention_mask)[:, :-1],
+            lm_weight=self.lm_weight,
+            lm_bias=self.lm_bias,
+            **self.reward_head.tensors(),
+            mix=self.config.mix,
+            logit_scale=self.config.logit_scale,
+            logit_softcap=self.config.logit_softcap,
+            objective=objective,
+            **options,
+        )
+
+
+# How many tokens and chunks there are only the batch knows, and the products are the vendor's:
+# nothing in it for a compiler, which compiles the backbone and the gate around it.
+@torch.compiler.disable
+def _dual_head_loss(*args: Any, **kwargs: Any) -> Any:
+    from ..functional import dual_head_loss
+
+    return dual_head_loss(*args, **kwargs)
+
+
+def _static_length(cache: Cache) -> int:
+    """The columns of a static cache that a caller has made. A sliding layer knows its window
+    alone.
+    """
+    lengths = [
+        layer.get_max_length() for layer in cache.layers if not getattr(layer, "is_sliding", False)
+    ]
+    if not lengths or max(lengths) < 0:
+        raise ValueError(
+            "DualHeadForCausalLM: past_key_values is a static cache of sliding layers alone, which "
+            'does not say how long it is; use generate(cache_implementation="static")'
+        )
+    return max(lengths)

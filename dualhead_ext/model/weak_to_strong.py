@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weak to strong: heads and gate trained on a small backbone guide a large frozen one that has the
+same tokenizer.
+
+Two models and two caches, eager. The weak model runs beside each forward of the strong one, on the
+same tokens; its cache's layers are also layers of the strong one's Cache, so that beams, cropping
+and several turns reach both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..head.controls import objective_rows, per_row
+from ..head.kl_cap import capped_alpha
+from ..reference import accumulator_dtype, mix_logits, postprocess
+from .backbones import backbone_post_processing
+from .causal_lm import DualHeadForCausalLM
+from .generate import CONTROLS
+
+
+class WeakToStrong(nn.Module):
+    """A strong model guided by a weak one's reward head and gate:
+    ``z_t = (1-a_t) z_LM,t^strong + a_t z_RM,t^weak``, a_t from the weak model's gate.
+
+    With the weak model's ``mix="probs"``, ``(1-a_t) softmax(z_LM^strong) + a_t
+    softmax(z_RM^weak)``. A weak reward head that is a correction corrects the strong model: its
+    delta, made with the weak LM head, takes the place of ``z_RM^weak - z_LM^strong``.
+    The strong model's own post-processing f comes after the logits mix; in the probability mix each
+    side has its own. Neither model is changed, and each can be used by itself between calls (not
+    during one).
+
+    Args:
+        strong: a plain causal language model.
+        weak: a model with a gated head over the same vocabulary.
+        strong_tokenizer, weak_tokenizer: if both are given, they must give every token the same
+            number; the vocabularies' sizes are compared anyway.
+    Raises:
+        TypeError: strong has a gated head, or weak has none. ValueError: other vocabularies, or
+            other devices.
+    """
+
+    def __init__(
+        self,
+        strong: PreTrainedModel,
+        weak: DualHeadForCausalLM,
+        strong_tokenizer: Any = None,
+        weak_tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(strong, DualHeadForCausalLM) or not isinstance(strong, PreTrainedModel):
+            raise TypeError(
+                f"WeakToStrong: strong must be a plain model (dualhead_ext.detach gives one), got "
+                f"{type(strong).__name__}"
+            )
+        if not isinstance(weak, DualHeadForCausalLM):
+            raise TypeError(f"WeakToStrong: weak must have a gated head, got {type(weak).__name__}")
+        _check_vocabularies(strong, weak, strong_tokenizer, weak_tokenizer)
+        if strong.device != weak.device:
+            raise ValueError(
+                f"WeakToStrong: weak must be on {strong.device}, as strong, got {weak.device}"
+            )
+        self.strong, self.weak = strong, weak
+        self.last_alpha: Tensor | None = None  # (B, N) of the latest forward
+        post = backbone_post_processing(strong.config)
+        self._post = (post["logit_scale"], post["logit_softcap"])
+
+    @property
+    def config(self) -> Any:
+        """The strong model's."""
+        return self.strong.config
+
+    @property
+    def device(self) -> torch.device:
+        """Of both."""
+        return self.strong.device
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The strong model's output with mixed logits (B, N, V), fp32.
+
+        kwargs: the controls of :meth:`generate`, and the strong model's own arguments.
+        Raises:
+            NotImplementedError: labels, embeddings in place of tokens, a static cache, a mask of
+                more than two dimensions. ValueError: a cache that the weak model has not seen.
+        """
+        controls = self._controls("WeakToStrong.forward", kwargs, input_ids.shape[0])
+        named = {"attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
+        with self._guiding(controls):
+            return self.strong(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """The strong model's own ``generate``, and per request:
+
+        Args:
+            inputs: (B, T), or ``input_ids``; left-padded with ``attention_mask``.
+            strength, gate_offset, alpha, skip_threshold: a number, or (B,); see
+                ``DualHead.forward``.
+            objective_weights: (K,) or (B, K).
+            max_kl: likewise a number or (B,); of the mixture from the strong model's distribution.
+        Raises:
+            as :meth:`forward`; ValueError: no input_ids.
+        """
+        given = kwargs.get("input_ids") if inputs is None else inputs
+        if given is None:
+            raise ValueError("WeakToStrong.generate: input_ids must be given, got none")
+        controls = self._controls("WeakToStrong.generate", kwargs, given.shape[0])
+        with self._guiding(controls):
+            return self.strong.generate(inputs, **kwargs)
+
+    def _controls(self, operator: str, kwargs: dict[str, Any], batch: int) -> dict[str, Tensor]:
+        """The controls among ``kwargs``, taken out of it, as (B, ...) tensors."""
+        weights = kwargs.pop("objective_weights", None)
+        count = self.weak.dual_head_config.num_objectives
+        where = (torch.float32, self.device)
+        rows = {
+            name: per_row(operator, name, kwargs.pop(name, None), batch, *where)
+            for name in CONTROLS
+            if name != "objective_weights"
+        }
+        rows["objective_weights"] = objective_rows(operator, weights, batch, count, *where)
+        return {name: row for name, row in rows.items() if row is not None}
+
+    @contextmanager
+    def _guiding(self, controls: dict[str, Tensor]) -> Iterator[None]:
+        """While it lasts, the strong model's logits are mixed ones."""
+        raw: list[Tensor] = []  # z_LM, before the strong model's f
+
+        def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+            raw[:] = [output]
+
+        def mix(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            output.logits = self._mixed(raw.pop(), kwargs, output, controls)
+            return output
+
+        hooks = [
+            self.strong.get_output_embeddings().register_forward_hook(note),
+            self.strong.register_forward_hook(mix, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _mixed(
+        self, z_lm: Tensor, kwargs: dict[str, Any], output: Any, controls: dict[str, Tensor]
+    ) -> Tensor:
+        ids = kwargs["input_ids"]
+        rows = {  # beams and several samples of a prompt stand side by side
+            name: value.repeat_interleave(ids.shape[0] // value.shape[0], dim=0)
+            for name, value in controls.items()
+        }
+        max_kl = rows.pop("max_kl", None)
+        cache = getattr(output, "past_key_values", None)
+        z_lm = z_lm.to(accumulator_dtype(z_lm.dtype))
+        z_rm, alpha = self._weak_forward(_checked(kwargs), cache, rows, z_lm)
+        config, post = self.weak.dual_head_config, self._post
+        if config.mix == "probs":  # each side has its own f; a correction is of the strong side
+            own = (config.logit_scale, config.logit_softcap)
+            z_lm = postprocess(z_lm, *post)
+            z_rm = postprocess(z_rm, *(own if config.reward_head == "full" else post))
+            post = (1.0, 0.0)
+        if max_kl is not None:
+            alpha = capped_alpha(z_lm, z_rm, alpha, max_kl, config.mix, *post)
+        self.last_alpha = alpha
+        return mix_logits(z_lm, z_rm, alpha, config.mix, *post)
+
+    def _weak_forward(
+        self,
+        kwargs: dict[str, Any],
+        cache: Cache | None,
+        controls: dict[str, Tensor],
+        z_lm: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """z_RM (B, N, V) before any f, and alpha (B, N), where the strong model gave logits, which
+        are ``z_lm``: what the weak model's reward head is added to if it is a correction.
+        """
+        kept: list[Tensor] = []  # the hidden states that the weak lm_head gets
+
+        def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+            kept[:] = args
+
+        head = self.weak.lm_head_module
+        hook = head.register_forward_hook(note)
+        try:
+            companion = _companion(cache, self.weak, kwargs["input_ids"])
+            self.weak(
+                **_with_positions(self.weak, kwargs),
+                past_key_values=companion,
+                use_cache=companion is not None,
+                **controls,
+            )
+        finally:
+            hook.remove()
+        _join(cache, companion)
+        shares = controls.get("objective_weights")
+        return head.reward_logits(kept[0], z_lm, shares), head.last_alpha
+
+
+def _check_vocabularies(
+    strong: PreTrainedModel, weak: DualHeadForCausalLM, strong_tokenizer: Any, weak_tokenizer: Any
+) -> None:
+    sizes = [model.get_output_embeddings().out_features for model in (strong, weak)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"WeakToStrong: weak must have strong's vocabulary of {sizes[0]}, got {sizes[1]}"
+        )
+    if strong_tokenizer is None or weak_tokenizer is None:
+        return
+    strong_ids, weak_ids = strong_tokenizer.get_vocab(), weak_tokenizer.get_vocab()
+    other = sorted(
+        token
+        for token in strong_ids.keys() | weak_ids.keys()
+        if strong_ids.get(token) != weak_ids.get(token)
+    )
+    if other:
+        raise ValueError(
+            f"WeakToStrong: weak_tokenizer must give every token strong_tokenizer's number, got "
+            f"{len(other)} others, such as {other[0]!r}"
+        )
+
+
+def _checked(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the weak model gets of the strong one's arguments."""
+    if kwargs.get("input_ids") is None or kwargs.get("labels") is not None:
+        raise NotImplementedError(
+            "WeakToStrong: input_ids alone are supported, neither embeddings nor labels"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise NotImplementedError(
+            "WeakToStrong: attention_mask must be (B, columns): static caches are not supported"
+        )
+    return {
+        "input_ids": kwargs["input_ids"],
+        "attention_mask": mask,
+        "logits_to_keep": kwargs.get("logits_to_keep", 0),
+    }
+
+
+def _with_positions(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positions count real tokens, as generate() counts them; None leaves them to the model."""
+    mask = kwargs["attention_mask"]
+    if mask is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        return kwargs
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return kwargs | {"position_ids": positions[:, -kwargs["input_ids"].shape[1] :]}
+
+
+def _companion(cache: Cache | None, weak: PreTrainedModel, ids: Tensor) -> Cache | None:
+    """The weak model's cache that goes with the strong one's, which holds ``ids`` already."""
+    if cache is None:
+        return None
+    if cache.is_compileable:
+        raise NotImplementedError("WeakToStrong: static caches are not supported")
+    companion = getattr(cache, "weak_cache", None)
+    if companion is None:
+        companion = cache.weak_cache = DynamicCache(config=weak.config)
+    before = cache.get_seq_length() - ids.shape[1]
+    if companion.get_seq_length() != before:
+        raise ValueError(
+            f"WeakToStrong: past_key_values must hold what the weak model has seen, "
+            f"{companion.get_seq_length()} positions, got {before}"
+        )
+    return companion
+
+
+def _join(cache: Cache | None, companion: Cache | None) -> None:
+    """Make the weak cache's layers layers of the strong one's too: reordering and cropping go
+    through a Cache's layers.
+    """
+    if cache is not None and cache.layers[-1] is not companion.layers[-1]:
+        cache.layers.extend(companion.layers)

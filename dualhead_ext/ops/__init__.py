@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled operators: typed wrappers, shapes for the compiler (fake kernels), and their
+documentation. The schemas are in csrc/ops.cpp, the meaning in :mod:`dualhead_ext.reference`.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from ..reference import DecodeOutput
+from . import library
+
+# Device type -> dtypes its kernel is built for; the bindings in csrc/ops_*.cpp refuse others.
+_KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def kernel_for(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether :func:`decode_step` has a compiled kernel for heads of ``dtype`` on ``device_type``,
+    or for quantised heads under hidden states of ``dtype``.
+
+    Where it has none, :func:`dualhead_ext.reference.decode_step` takes the same arguments.
+    """
+    dtypes = _KERNEL_DTYPES.get(device_type, ())
+    return dtype in dtypes and library.problem(device_type) is None
+
+
+_warned: set[tuple[str, torch.dtype]] = set()
+
+
+def warn_of_reference(device_type: str, dtype: torch.dtype) -> None:
+    """Say once per device type and dtype that eager PyTorch computes where a user would expect the
+    kernel.
+    """
+    if (device_type, dtype) in _warned:
+        return
+    _warned.add((device_type, dtype))
+    warnings.warn(
+        f"dualhead_ext: no compiled decode kernel for {device_type} tensors of {dtype}; "
+        "eager PyTorch computes instead, slower. `dualhead info` says what was built",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: the best of :func:`cpu_isa_levels`, or the one
+    that the environment variable DUALHEAD_FORCE_ISA names.
+
+    Raises:
+        RuntimeError: DUALHEAD_FORCE_ISA names one that is unknown or that this machine lacks, or
+        the compiled library is missing.
+    """
+    library.require("cpu")
+    return torch.ops.dualhead.cpu_isa()
+
+
+def cpu_isa_levels() -> list[str]:
+    """The instruction sets that are built in and that this machine runs, best first.
+
+    Raises:
+        RuntimeError: the compiled library is missing.
+    """
+    library.require("cpu")
+    return torch.ops.dualhead.cpu_isa_levels().split(",")
+
+
+def decode_step(
+    *,
+    hidden: Tensor,
+    lm_weight: Tensor,
+    lm_bias: Tensor | None = None,
+    reward_weight: Tensor,
+    reward_bias: Tensor | None = None,
+    objective_weights: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    u_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    cache_k: Tensor | None = None,
+    cache_u: Tensor | None = None,
+    cache_valid: Tensor | None = None,
+    cache_length: Tensor | None = None,
+    new_valid: Tensor | None = None,
+    gate_logit: Tensor | None = None,
+    gate_offset: Tensor | None = None,
+    strength: Tensor | None = None,
+    alpha: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seeds: Tensor | None = None,
+    draws: Tensor | None = None,
+    mix_probs: bool = False,
+    logit_scale: float = 1.0,
+    logit_softcap: float = 0.0,
+    return_logits: bool = True,
+    record_attention: bool = False,
+    lm_scale: Tensor | None = None,
+    reward_scale: Tensor | None = None,
+    skip_threshold: Tensor | None = None,
+) -> DecodeOutput:
+    """One decode step in one operator call: hidden state in, token out.
+
+    Appends the new position to the gate's cache, attends over it, mixes both heads and picks a
+    token::
+
+        l = sum_i sum_s softmax_s(q_i . k_{s,i} / sqrt(d_k)) u_{s,i} + gate_bias     (+ gate_offset)
+        a = max(strength * (alpha or sigmoid(l)), 0)                with mix_probs at most 1;
+            then 0 if a < s, 1 if |1 - a| < s
+        z = f((1 - a) z_LM + a z_RM),  z_RM = sum_k w_k z_RM,k      or, with mix_probs,
+        z = log((1 - a) softmax(f(z_LM)) + a softmax(f(z_RM)))
+        token = argmax z, or a draw from softmax(z / temperature) after top-k, top-p and min-p
+
+    with ``f(z) = cap tanh(logit_scale z / cap)`` (``logit_softcap`` = cap; 0: no cap). Equals
+    :func:`dualhead_ext.reference.decode_step` up to rounding, with fp32 sums everywhere. The
+    result is deterministic: a row's bits depend neither on the batch that it is in nor on the
+    number of threads.
+
+    All tensors are on one device. W is float32 or bfloat16 (CUDA: also float16). Elements within a
+    weight's row are adjacent; rows may be any distance apart.
+
+    Args:
+        hidden: (B, d) W.
+        lm_weight, lm_bias: (V, d) and (V,) W.
+        reward_weight, reward_bias: (K, V, d) and (K, V) W.
+        objective_weights: (B, K) fp32, w. Default: 1/K each.
+        q_weight, k_weight: (g, d) W, g = H d_k; u_weight: (H, d) fp32, the folded value rows
+            (``reference.fold_values``); gate_bias: (1,) fp32.
+        cache_k: (B, H, S, d_k) W; cache_u: (B, H, S) fp32; cache_valid: (B, S) bool; cache_length:
+            (B,) int32, columns filled. All four are written: column ``cache_length[b]``, then the
+            length grows by one.
+        new_valid: (B,) bool, False where the new position is padding. Default: all True.
+        gate_logit: (B,) fp32, a fixed or linear gate's logit (-inf and inf: alpha 0 and 1); the
+            eight arguments of the attention gate are then None.
+        gate_offset, strength, alpha: (B,) fp32 controls. strength 0 selects z_LM, bit for bit.
+        skip_threshold: (B,) fp32, s above. A row's result is the same whether or not its batch lets
+            a head be skipped: where a = 0 (or a = 1) in every row, the reward head's (the LM
+            head's) weights are not read, which changes time only. Errors of at most s |z_RM - z_LM|
+            in the logits mix, and of s in total variation in the probability mix.
+        temperature, top_p, min_p: (B,) fp32; top_k: (B,) int32. Filters of sampled rows, in this
+            order; temperature 0 is greedy, top_k <= 0, top_p >= 1 and min_p <= 0 are off.
+        seeds: (B,) int64, or None for greedy decoding; draws: (B,) int64, given with it: how often
+            each row has drawn, grows by one. Noise is a function of (seed, draw, token) alone.
+        mix_probs: the mixture, see above. logit_scale, logit_softcap: f.
+        return_logits, record_attention: whether those outputs are wanted.
+        lm_scale, reward_scale: fp32, of quantised weights (:mod:`dualhead_ext.quantization`):
+            (V,) and (K, V), or (V, d/128) and (K, V, d/128). lm_weight and reward_weight are then
+            both int8, float8_e4m3fn, or uint8 (V, d/2): int4; W is the dtype of hidden.
+
+    Returns:
+        DecodeOutput: logits (B, V) (log-probabilities with mix_probs), alpha (B,), gate_logit (B,)
+        fp32; token (B,) int64; logprob (B,) fp32, of the token under softmax(logits), before
+        temperature and filters; status (B,) int32: 0 fine, 1 the row is not finite (token 0,
+        logprob NaN), 2 its cache is full (nothing of it written, all outputs NaN or 0); attention
+        (B, H, S) fp32. What was not asked for has shape (0,).
+
+    Raises:
+        TypeError: a dtype, or something that is not a tensor. ValueError: a shape, a device, a
+        layout, or arguments that do not go together. RuntimeError: an argument requires a gradient
+        while gradients are recorded (there is none), or the library is missing. Nothing has been
+        written.
+    """
+    arguments = (
+        hidden,
+        lm_weight,
+        lm_bias,
+        reward_weight,
+        reward_bias,
+        objective_weights,
+        q_weight,
+        k_weight,
+        u_weight,
+        gate_bias,
+        cache_k,
+        cache_u,
+        cache_valid,
+        cache_length,
+        new_valid,
+        gate_logit,
+        gate_offset,
+        strength,
+        alpha,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seeds,
+        draws,
+        mix_probs,
+        logit_scale,
+        logit_softcap,
+        return_logits,
+        record_attention,
+        lm_scale,
+        reward_scale,
+        skip_threshold,
+    )
+    # The dispatcher would take anything truthy for a bool.
+    if not type(mix_probs) is type(return_logits) is type(record_attention) is bool:
+        raise _as_python_error(RuntimeError(), arguments)
+    if torch.is_grad_enabled():
+        _refuse_gradients(arguments)
+    if torch.compiler.is_compiling():
+        return DecodeOutput(*_decode_step(*arguments))
+    try:
+        return DecodeOutput(*_decode_step(*arguments))
+    except RuntimeError as error:
+        raise _as_python_error(error, arguments) from None
+
+
+def _refuse_gradients(arguments: tuple) -> None:
+    if any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
+        raise RuntimeError(
+            "decode_step: has no gradient, and an argument requires one; call it under "
+            "torch.no_grad(), or use reference.decode_step"
+        )
+
+
+def _as_python_error(error: RuntimeError, arguments: tuple) -> Exception:
+    """The exception type that Python users expect; only RuntimeError crosses the stable ABI. Costs
+    nothing until something is wrong, and leaves the text in one place, csrc/decode_binding.h."""
+    for value, schema in zip(arguments, _decode_step._schema.arguments, strict=True):
+        expected, types = _EXPECTED[str(schema.type)]
+        if not isinstance(value, types):
+            got = type(value).__name__
+            return TypeError(f"decode_step: {schema.name} must be {expected}, got {got}")
+    text = str(error)
+    if not text.startswith("decode_step: "):
+        return error
+    return TypeError(text) if " must have dtype " in text else ValueError(text)
+
+
+# Schema type -> what a person reads, and what is accepted.
+_EXPECTED = {
+    "Tensor": ("a tensor", Tensor),
+    "Optional[Tensor]": ("a tensor or None", (Tensor, type(None))),
+    "bool": ("a bool", bool),
+    "float": ("a number", (int, float)),
+}
+
+
+def _decode_step(*arguments):
+    """Stands for the operator while the library is missing; says why it is."""
+    library.require("cpu")
+
+
+if library.problem("cpu") is None:
+    _decode_step = torch.ops.dualhead.decode_step.default
+
+    @torch.library.register_fake("dualhead::decode_step")
+    def _decode_step_fake(*arguments):
+        hidden, lm_weight, cache_k = arguments[0], arguments[1], arguments[10]
+        for value in arguments:
+            # A meta tensor among real ones comes here too, past the kernel's own check.
+            if isinstance(value, Tensor) and value.device != hidden.device:
+                raise RuntimeError(
+                    "decode_step: all tensors must be on the device of hidden "
+                    f"({hidden.device}), got one on {value.device}"
+                )
+        batch = hidden.shape[0]
+        return_logits, record_attention = arguments[28:30]
+        fp32 = {"dtype": torch.float32}
+        nothing = (0,)
+        recorded = record_attention and cache_k is not None
+        return (
+            hidden.new_empty((batch, lm_weight.shape[0]) if return_logits else nothing, **fp32),
+            hidden.new_empty((batch,), **fp32),
+            hidden.new_empty((batch,), **fp32),
+            hidden.new_empty((batch,), dtype=torch.int64),
+            hidden.new_empty((batch,), **fp32),
+            hidden.new_empty((batch,), dtype=torch.int32),
+            hidden.new_empty(cache_k.shape[:3] if recorded else nothing, **fp32),
+        )
+
+
+def loss_rows_kernel_for(z: Tensor) -> bool:
+    """Whether :func:`loss_rows` and :func:`loss_rows_backward_` take logits like these."""
+    device = z.device.type
+    has_kernel = device in _KERNEL_DTYPES and z.dtype == torch.float32
+    return has_kernel and library.problem(device) is None
+
+
+def loss_rows(
+    z_lm: Tensor | None,
+    z_rm: Tensor,
+    gate_logit: Tensor,
+    labels: Tensor,
+    mixed: bool,
+    reward: bool,
+    mix_probs: bool,
+    logit_scale: float,
+    logit_softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the labels under the mixture and under the reward head, as asked for.
+
+    Formulas: :mod:`dualhead_ext.loss.rows`, whose PyTorch functions are the meaning of this.
+
+    Args:
+        z_lm, z_rm: (n, V) fp32, contiguous, on the CPU or CUDA; z_lm None where nothing is mixed.
+        gate_logit: (n,) fp32; labels: (n,) int64 in [0, V).
+    Returns:
+        mixed, reward: (n,) fp32, at most 0; (0,) if not asked for. normalizers (2, n) float64, for
+        :func:`loss_rows_backward_`: of the mixture and of the reward head, 0 where not needed.
+    Raises:
+        RuntimeError: a shape, dtype or layout, naming it. ValueError: on the CPU, a label outside
+        [0, V); on CUDA, where looking would wait for the device, its row gets NaN. Nothing has
+        been written.
+    """
+    labels, outside = _labels_inside("loss_rows", labels, z_rm)
+    of_mixture, of_reward, normalizers = torch.ops.dualhead.loss_rows(
+        z_lm, z_rm, gate_logit, labels, mixed, reward, mix_probs, logit_scale, logit_softcap
+    )
+    for found in (of_mixture, of_reward):
+        found.clamp_(max=0.0)  # a probability of 1 may round to a little more
+        if outside is not None and found.numel():
+            found.masked_fill_(outside, torch.nan)
+    if not mixed:
+        normalizers[0].zero_()
+    if not reward and not mix_probs:
+        normalizers[1].zero_()
+    return of_mixture, of_reward, normalizers
+
+
+def _labels_inside(operator: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Labels that the kernel may read by, and on CUDA which of them were outside [0, V): the kernel
+    would read another row's logits, or another tensor's.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or logits.dim() != 2:
+        return labels, None  # the operator says what is wrong
+    vocabulary = logits.shape[-1]
+    if labels.device.type == "cpu":
+        if labels.numel() and not isinstance(labels, FakeTensor):  # which has no values to look at
+            low, high = (int(bound) for bound in labels.aminmax())
+            if low < 0 or high >= vocabulary:
+                raise ValueError(
+                    f"{operator}: labels must be in 0..{vocabulary - 1}, got "
+                    f"{low if low < 0 else high}"
+                )
+        return labels, None
+    return labels.clamp(0, vocabulary - 1), (labels < 0) | (labels >= vocabulary)
+
+
+def loss_rows_backward_(
+    z_lm: Tensor | None,
+    z_rm: Tensor,
+    gate_logit: Tensor,
+    labels: Tensor,
+    normalizers: Tensor,
+    mixed: Tensor | None,
+    mixed_grad: Tensor | None,
+    reward_grad: Tensor | None,
+    write_lm: bool,
+    mix_probs: bool,
+    logit_scale: float,
+    logit_softcap: float,
+) -> Tensor:
+    """Overwrite z_rm, and z_lm with ``write_lm``, by the gradients of ``sum_n mixed_grad log P_y +
+    reward_grad log softmax(f(z_RM))_y``; returns that of gate_logit, (n,) or (0,) if nothing is
+    mixed.
+
+    Args:
+        normalizers, mixed: from :func:`loss_rows`; mixed None where nothing is mixed.
+        mixed_grad, reward_grad: (n,) fp32, upstream, or None.
+        others: as given to :func:`loss_rows`.
+    Raises:
+        RuntimeError, ValueError: as :func:`loss_rows`; on CUDA, logits of a row whose label is
+        outside become NaN.
+    """
+    labels, outside = _labels_inside("loss_rows_backward_", labels, z_rm)
+    gate = torch.ops.dualhead.loss_rows_backward_(
+        z_lm, z_rm, gate_logit, labels, normalizers, mixed, mixed_grad, reward_grad, write_lm,
+        mix_probs, logit_scale, logit_softcap,
+    )  # fmt: skip
+    if outside is not None:
+        for z in (z_rm, z_lm if write_lm else None):
+            if z is not None:
+                z.masked_fill_(outside[:, None], torch.nan)
+    return gate
+
+
+if library.problem("cpu") is None:
+
+    @torch.library.register_fake("dualhead::loss_rows")
+    def _loss_rows_fake(z_lm, z_rm, gate_logit, labels, mixed, reward, *rest):
+        n = z_rm.shape[0]
+        return (
+            z_rm.new_empty((n if mixed else 0,)),
+            z_rm.new_empty((n if reward else 0,)),
+            z_rm.new_empty((2, n), dtype=torch.float64),
+        )
+
+    @torch.library.register_fake("dualhead::loss_rows_backward_")
+    def _loss_rows_backward_fake(z_lm, z_rm, gate_logit, labels, normalizers, mixed, *rest):
+        return z_rm.new_empty((0 if mixed is None else z_rm.shape[0],))

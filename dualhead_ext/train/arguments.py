@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DualHeadTrainingArguments`: transformers' TrainingArguments with the paper's defaults and the
+options of the objective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..config import PREFERENCE_NAMES
+from ..loss.terms import (
+    GATE_REGULARIZERS,
+    LM_REDUCTIONS,
+    PREFERENCE_DISTRIBUTIONS,
+    PREFERENCE_REDUCTIONS,
+    LossOptions,
+)
+from .hidden_cache import AS_COMPUTED, AUTO, STORAGE_DTYPES
+from .presets import PRESET_NAMES, PRESETS
+
+# Options of the objective that the model knows and the arguments don't repeat.
+_OF_THE_MODEL = ("mix", "logit_scale", "logit_softcap")
+
+
+_FULL_EVAL = "would leave the heads in half precision for the training after it; use {}=True"
+
+
+def _option(name: str, text: str, choices: Any = None) -> Any:
+    """A field whose default is that of `LossOptions`."""
+    metadata = {"help": text}
+    if choices is not None:
+        metadata["choices"] = sorted(choices)
+    return field(default=getattr(LossOptions, name), metadata=metadata)
+
+
+def _of_preset(text: str, choices: Any = None) -> Any:
+    """A field whose value, where none is given, is that of the preset."""
+    metadata = {"help": f"{text} Default: the preset's."}
+    if choices is not None:
+        metadata["choices"] = sorted(choices)
+    return field(default=None, metadata=metadata)
+
+
+@dataclass
+class DualHeadTrainingArguments(TrainingArguments):
+    """Arguments of :class:`dualhead_ext.DualHeadTrainer`: every one of
+    ``transformers.TrainingArguments``, and those below.
+
+    ``preset`` names a whole recipe (:data:`dualhead_ext.train.presets.PRESETS`); what is given
+    beside it
+    stands over it. Other defaults than transformers': cosine schedule, no filter for NaN losses,
+    ``data_seed`` = ``seed``.
+
+    Raises:
+        ValueError, TypeError: an option out of range; something that is not supported (DeepSpeed,
+            FSDP, ``torch.nn.DataParallel``, pushing checkpoints).
+    """
+
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "The learning rate schedule."}
+    )
+    preset: str = field(
+        default="default",
+        metadata={
+            "help": "default: token rewards, then calibration; paper: the paper's objective.",
+            "choices": list(PRESET_NAMES),
+        },
+    )
+    learning_rate: float | None = _of_preset("Of the optimizer.")
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the gate's parameters, if another."}
+    )
+    num_train_epochs: float | None = _of_preset("Times through the training rows.")
+    per_device_train_batch_size: int | None = _of_preset(
+        "Rows (pairs, or ranked lists) per process and forward pass."
+    )
+    gradient_accumulation_steps: int | None = _of_preset("Forward passes per optimizer step.")
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logs."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace NaN losses by earlier ones in train_loss."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter has a gradient in each step."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The collator picks the columns it needs."}
+    )
+
+    preference: str | None = _of_preset(
+        "token_reward: a response's reward is the sum of its tokens' delta; log_prob: the paper's, "
+        "the sum of log-probabilities under the reward head.",
+        PREFERENCE_NAMES,
+    )
+    pref_gate: int | None = _of_preset("1: alpha weighs the token rewards; 0: it does not.", (0, 1))
+    beta_r: float | None = _of_preset("Scales the preference margin, once.")
+    lambda_r: float = _option("lambda_r", "Weight of the preference term.")
+    lambda_g: float | None = _of_preset("Weight of the gate's regulariser.")
+    kl_price: float = _option(
+        "kl_price", "Price of a nat that the mixture is away from the backbone, per token."
+    )
+    gate_regularizer: str | None = _of_preset(
+        "entropy: keeps alpha off 0 and 1; entropy_as_printed: the paper's sign; none.",
+        GATE_REGULARIZERS,
+    )
+    lm_reduction: str = _option(
+        "lm_reduction", "sum: per sequence; mean: per token.", LM_REDUCTIONS
+    )
+    pref_on: str = _option(
+        "pref_on",
+        "reward: the reward head's distribution; mixed: the mixture, so that the gate sees the "
+        "rejected responses too.",
+        PREFERENCE_DISTRIBUTIONS,
+    )
+    pref_reduction: str = _option(
+        "pref_reduction",
+        "sum: of a response's log-probabilities; mean: normalised by its length.",
+        PREFERENCE_REDUCTIONS,
+    )
+    gamma: float = _option("gamma", "Target margin, subtracted from the scaled one.")
+    label_smoothing: float = _option(
+        "label_smoothing", "Share of pairs taken to be labelled the wrong way round."
+    )
+    lm_on_chosen: bool | None = _of_preset("Train the language model term on the chosen responses.")
+    objective_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each reward head in the language model term; default 1/K."},
+    )
+    calibrate: bool | None = _of_preset(
+        "After training, scale the reward so that strength 1 is 0.1 nats per token, and measure "
+        "the curve of strength against KL."
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate after each epoch, stop when the held-out preference loss has not "
+            "fallen for this many, and keep the best heads."
+        },
+    )
+    train_lm_head: bool = field(default=False, metadata={"help": "Train the LM head too."})
+    untie: bool = field(
+        default=False,
+        metadata={"help": "Give the LM head a weight of its own if it shares the embedding's."},
+    )
+    max_length: int = field(
+        default=512, metadata={"help": "Tokens per text; longer prompts lose their beginning."}
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Train on packed batches: the backbone computes nothing for padding."},
+    )
+    cache_hidden: str | None = field(
+        default=AUTO,
+        metadata={
+            "help": "Where the backbone's hidden states are kept, so that it runs once over the "
+            "rows: auto (in memory if they are read again and fit into a quarter of it), memory, a "
+            "folder (for later runs too), or none."
+        },
+    )
+    cache_hidden_dtype: str = field(
+        default=AS_COMPUTED,
+        metadata={
+            "help": "auto: stored as the heads read them; bfloat16: half the size of float32.",
+            "choices": list(STORAGE_DTYPES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(
+                "DualHeadTrainingArguments: preset must be one of "
+                f"{', '.join(PRESET_NAMES)}, got {self.preset!r}"
+            )
+        for name, value in PRESETS[self.preset]["training"].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.early_stopping_patience is not None:
+            self._stop_early()
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        super().__post_init__()
+        _ = self.loss_options
+        for name, wanted, reason in (
+            ("deepspeed", None, "is not supported"),
+            ("label_smoothing_factor", 0, "is transformers' own; use label_smoothing"),
+            ("push_to_hub", False, "would push no heads; use model.push_to_hub after training"),
+            ("bf16_full_eval", False, _FULL_EVAL.format("bf16")),
+            ("fp16_full_eval", False, _FULL_EVAL.format("fp16")),
+        ):
+            if (got := getattr(self, name)) != wanted:
+                raise ValueError(f"DualHeadTrainingArguments: {name}={got!r} {reason}")
+        if self.ddp_static_graph:
+            raise ValueError(
+                "DualHeadTrainingArguments: ddp_static_graph=True is not supported: the heads of "
+                "the processes drift apart under it"
+            )
+        if self.fsdp:
+            raise ValueError(f"DualHeadTrainingArguments: fsdp={self.fsdp!r} is not supported")
+        if self.cache_hidden_dtype not in STORAGE_DTYPES:
+            raise ValueError(
+                "DualHeadTrainingArguments: cache_hidden_dtype must be one of "
+                f"{', '.join(STORAGE_DTYPES)}, got {self.cache_hidden_dtype!r}"
+            )
+        if self.cache_hidden == "none":
+            self.cache_hidden = None
+        if self.max_length < 2:
+            raise ValueError(
+                f"DualHeadTrainingArguments: max_length must be at least 2, got {self.max_length}"
+            )
+
+    def _stop_early(self) -> None:
+        patience = self.early_stopping_patience
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(
+                "DualHeadTrainingArguments: early_stopping_patience must be an integer >= 1, "
+                f"got {patience!r}"
+            )
+        self.eval_strategy = self.save_strategy = "epoch"
+        self.load_best_model_at_end = True
+        self.metric_for_best_model, self.greater_is_better = "preference_loss", False
+        if self.save_total_limit is None:
+            self.save_total_limit = 1
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """The objective's options; those of the model at their defaults."""
+        names = [f.name for f in fields(LossOptions) if f.name not in _OF_THE_MODEL]
+        return LossOptions(**{name: getattr(self, name) for name in names})
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """The same as keyword arguments of ``dual_head_loss``, without the model's own."""
+        options = {f.name: getattr(self.loss_options, f.name) for f in fields(LossOptions)}
+        options = {name: value for name, value in options.items() if name not in _OF_THE_MODEL}
+        return options | {"objective_weights": self.objective_weights}

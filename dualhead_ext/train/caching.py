@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Trainer that reads the hidden states of its rows from a :mod:`dualhead_ext.train.hidden_cache`.
+
+The rows of a loader carry their states, the collator pads them, and the model's forward takes them
+in the backbone's place; nothing else knows of the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from .checkpointing import CheckpointedTrainer
+from .hidden_cache import (
+    AUTO,
+    IN_MEMORY,
+    CachedRows,
+    MemoryCache,
+    backbone_identity,
+    collator_identity,
+    rows_identity,
+    split_rows,
+)
+from .hidden_cache_build import open_or_build
+
+
+class CachingTrainer(CheckpointedTrainer):
+    """``cache_hidden`` of :class:`dualhead_ext.DualHeadTrainer`."""
+
+    _max_length: int
+    _backbone: tuple[Any, str] | None = None  # its state when it was hashed last, the hash
+    _memory: dict[str, tuple[Any, MemoryCache]]  # of each dataset: what it is of, the states
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As :meth:`CheckpointedTrainer.train`; what is to be cached is cached before it starts."""
+        if self.args.cache_hidden is not None:
+            self.cache_hidden()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def cache_hidden(self) -> None:
+        """Cache the hidden states of train_dataset and of every eval_dataset, where
+        ``args.cache_hidden`` does not hold them yet.
+
+        Raises:
+            OSError: too little room for them, of which nothing has been written; another failure
+                of the disk. ValueError: ``args.cache_hidden`` is None.
+        """
+        if self.args.cache_hidden is None:
+            raise ValueError("DualHeadTrainer.cache_hidden: args.cache_hidden must not be None")
+        if self.train_dataset is not None:
+            self.get_train_dataloader()
+        held_out = self.eval_dataset
+        if held_out is not None:
+            for name in held_out if isinstance(held_out, dict) else [None]:
+                self.get_eval_dataloader(name)
+
+    def _keeps_in_memory(self, lengths: list[tuple[int, ...]], is_training: bool) -> bool:
+        """Whether ``cache_hidden`` asks for memory, or it is left to us and pays: the states are
+        read again and take a quarter of the free memory at most.
+        """
+        args = self.args
+        if args.cache_hidden == IN_MEMORY:
+            return True
+        again = not is_training or args.num_train_epochs > 1 or args.max_steps > 0
+        if args.cache_hidden != AUTO or not again or args.world_size > 1:
+            return False
+        head = self.accelerator.unwrap_model(self.model).lm_head_module
+        size = sum(map(sum, lengths)) * head.config.hidden_size
+        size *= 2 if args.cache_hidden_dtype == "bfloat16" else head.hidden_dtype.itemsize
+        return size <= psutil.virtual_memory().available // 4
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; with ``cache_hidden``, of rows that carry their hidden states."""
+        name = self._cache_name(dataset, kwargs.get("is_training", False))
+        if name is None:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        digest, lengths = rows_identity(dataset)
+        in_memory = self._keeps_in_memory(lengths, kwargs.get("is_training", False))
+        if self.args.cache_hidden == AUTO and not in_memory:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        rows = CachedRows(dataset)
+        loader = super()._get_dataloader(rows, *args, **kwargs)
+        collator = self.data_collator.collator
+
+        def states_of(batch: list[int]) -> list[Tensor]:
+            inputs = self._prepare_inputs(collator([dataset[index] for index in batch]))
+            model = self.accelerator.unwrap_model(self.model).eval()
+            with torch.no_grad(), self.accelerator.autocast():
+                hidden = model.training_hidden_states(**inputs)
+            mask = inputs.get("attention_mask")
+            sizes = [lengths[index] for index in batch]
+            return split_rows(hidden, mask, sizes, ranked="pairs" in inputs)
+
+        if in_memory:
+            made_of = (name, digest, self._backbone_state())
+            if self._memory.get(name, (None, None))[0] != made_of:
+                dtype, progress = self.args.cache_hidden_dtype, not self.args.disable_tqdm
+                states = MemoryCache(lengths, _batches(loader), states_of, dtype, progress)
+                self._memory[name] = made_of, states
+            rows.cache = self._memory[name][1]
+            return loader
+        identity = {
+            "backbone": self._backbone_identity(),
+            "rows": digest,
+            "max_length": self._max_length,
+            "collator": collator_identity(collator),
+            "mixed_precision": self.accelerator.mixed_precision,
+            "cache_hidden_dtype": self.args.cache_hidden_dtype,
+        }
+        rows.cache = open_or_build(
+            os.path.join(self.args.cache_hidden, name),
+            identity,
+            lengths,
+            _batches(loader),
+            states_of,
+            self.args.cache_hidden_dtype,
+            progress=not self.args.disable_tqdm,
+        )
+        return loader
+
+    def _cache_name(self, dataset: Any, is_training: bool) -> str | None:
+        """The folder of a dataset's hidden states; None: they are not cached."""
+        if self.args.cache_hidden is None:
+            return None
+        if is_training:
+            return "train" if dataset is self.train_dataset else None
+        held_out = self.eval_dataset
+        for name, rows in held_out.items() if isinstance(held_out, dict) else [("", held_out)]:
+            if rows is dataset:
+                return "-".join(filter(None, ("eval", urllib.parse.quote(name, safe=""))))
+        return None
+
+    def _backbone_identity(self) -> str:
+        """Hashed again only when a parameter has changed: reading all of them takes seconds."""
+        model = self.accelerator.unwrap_model(self.model)
+        now = self._backbone_state()
+        if self._backbone is None or self._backbone[0] != now:
+            self._backbone = now, backbone_identity(model)
+        return self._backbone[1]
+
+    def _backbone_state(self) -> list[tuple]:
+        """Changes when a parameter of the backbone does."""
+        model = self.accelerator.unwrap_model(self.model)
+        return [(p.data_ptr(), p.dtype, p._version) for p in model.get_decoder().parameters()]
+
+
+def _batches(loader: Any) -> list[list[int]]:
+    """The rows of the batches that a fresh loader will give first, on this process. Draws nothing
+    from the random numbers of the run.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # A loader draws its workers' seed before its sampler draws the order, maybe from the same
+        # generator.
+        torch.empty((), dtype=torch.int64).random_()
+        return [list(batch) for batch in loader.batch_sampler]

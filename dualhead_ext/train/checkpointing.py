@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Trainer whose checkpoints hold heads, not backbones, survive crashes, and resume to the bit.
+
+transformers writes checkpoints in place and resumes from the highest number; here they go through
+:mod:`dualhead_ext.files.checkpoint`. The methods overridden are the same from release 5.17 to 5.23.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+
+from ..files import checkpoint
+from ..files.atomic import locked
+from ..files.checkpoint import CheckpointError, SaveError
+from ..files.state_file import load_state, save_state
+from ..model.fingerprint import check_fingerprint
+from ..model.head_files import load_head_state
+from ..model.head_folder import CONFIG_NAME, WEIGHTS_NAME, read_head_folder
+from .arguments import DualHeadTrainingArguments
+from .state import agree_on, check_data_state, data_state, random_state, set_random_state
+
+STATE_NAME = "trainer_state.json"  # transformers' own file
+OPTIMIZER_NAME = "optimizer.safetensors"  # optimizer, scheduler, gradient scaler
+PROGRESS_NAME = "progress.safetensors"  # per process: random numbers, unlogged totals; the data
+ARGUMENTS_NAME = "training_args.json"
+LOCK_NAME = ".lock"  # in the output folder, while a run writes to it
+
+
+class CheckpointedTrainer(Trainer):
+    """Saving and resuming of :class:`dualhead_ext.DualHeadTrainer`."""
+
+    args: DualHeadTrainingArguments
+    _train_totals: Tensor | None = None  # of this process, since the last log
+    _saving_tried = False
+
+    # --- saving ---
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Heads, tokenizer and arguments; called by save_model, on the processes that write."""
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The heads, the tokenizer and the arguments, into ``args.output_dir`` by default.
+
+        Raises:
+            SaveError: it failed; says why, and what is safe.
+        """
+        with _saying_what_is_safe("the heads", Path(self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+    def try_saving(self) -> None:
+        """Write a checkpoint without optimizer into a hidden folder and remove it: what would fail
+        at the first save, fails before anything is trained. ``train`` does this unless it has been
+        done or ``save_strategy="no"``.
+
+        Raises:
+            SaveError: it failed; says why.
+        """
+        self._saving_tried = True
+        run_dir, own = Path(self.args.output_dir), {"random": random_state(self.args.device)}
+        with agree_on("a trial save"):
+            if not self.args.should_save:
+                return
+            staging = None
+            try:
+                staging = checkpoint.begin(run_dir, 0)
+                self._save(str(staging))
+                if self.train_dataset is not None:
+                    data = data_state(self.train_dataset, self.args)
+                    save_state(staging / PROGRESS_NAME, {"processes": [own], "data": data})
+            except Exception as error:
+                raise SaveError(
+                    f"DualHeadTrainer: a trial save in {run_dir} failed ({error}); nothing has "
+                    "been trained, and what was there is as it was"
+                ) from error
+            finally:
+                if staging is not None:
+                    checkpoint.discard(staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A whole checkpoint or none, whatever happens; then the oldest ones go."""
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        best = self.state.best_global_step
+        if best and (best == step or (run_dir / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
+        own = {"random": random_state(self.args.device), "totals": self._train_totals}
+        progress = gather_object([own])
+        with agree_on(f"saving checkpoint-{step}"):
+            if self.args.should_save:
+                with _saying_what_is_safe(f"checkpoint-{step}", run_dir):
+                    with checkpoint.staged(run_dir, step, self._required()) as folder:
+                        self._write_checkpoint(folder, progress)
+                    if self.args.save_total_limit:
+                        kept = self.state.best_model_checkpoint
+                        limit = self.args.save_total_limit
+                        checkpoint.rotate(run_dir, limit, keep=(kept,) if kept else ())
+
+    def _required(self) -> tuple[str, ...]:
+        """Names of the files that a whole checkpoint of this run has."""
+        names = (CONFIG_NAME, WEIGHTS_NAME, ARGUMENTS_NAME, STATE_NAME)
+        return names if self.args.save_only_model else (*names, OPTIMIZER_NAME, PROGRESS_NAME)
+
+    def _write_checkpoint(self, folder: Path, progress: list[dict[str, Any]]) -> None:
+        self._save(str(folder))
+        if not self.args.save_only_model:
+            scaler = self.accelerator.scaler
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.lr_scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            save_state(folder / OPTIMIZER_NAME, state)
+            data = data_state(self.train_dataset, self.args)
+            save_state(folder / PROGRESS_NAME, {"processes": progress, "data": data})
+        self._export_callbacks()
+        self.state.save_to_json(str(folder / STATE_NAME))
+
+    def _export_callbacks(self) -> None:
+        """Note the callbacks' state in ours, as transformers does before it saves."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, states = type(callback).__name__, self.state.stateful_callbacks
+                if isinstance(states[name], list):
+                    states[name].append(callback.state())
+                else:
+                    states[name] = callback.state()
+
+    # --- resuming ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As transformers'. ``resume_from_checkpoint=True`` takes the last whole checkpoint in
+        ``args.output_dir`` and announces those it passes over; a path is verified.
+
+        Raises:
+            SaveError: a trial save before the first step, or a checkpoint, failed.
+            ValueError: no whole checkpoint; it holds no state to resume from; other data, order,
+                optimizer or number of processes than it was written with. CheckpointError: it is
+                damaged. BusyFolderError: another run writes to ``args.output_dir``.
+        """
+        self._train_totals = None
+        with contextlib.ExitStack() as held:
+            with agree_on("taking the output folder"):
+                if self.args.should_save:
+                    folder = Path(self.args.output_dir)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked(folder, LOCK_NAME, wait=False))
+            if resume_from_checkpoint:
+                found: list[Any] = [None]
+                with agree_on("resuming"):
+                    if self.accelerator.is_main_process:
+                        found = [self._resumable(resume_from_checkpoint)]
+                resume_from_checkpoint = broadcast_object_list(found)[0]
+            if self.args.save_strategy != "no" and not self._saving_tried:
+                self.try_saving()
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _resumable(self, path: str | os.PathLike | bool) -> str:
+        """The verified checkpoint to resume from, or an exception that says why there is none."""
+        output_dir = self.args.output_dir
+        if path is True:
+            path = checkpoint.latest_checkpoint(output_dir)
+            if path is None:
+                raise ValueError(f"DualHeadTrainer.train: no whole checkpoint in {output_dir}")
+        names = checkpoint.verify(path)
+        for name in (OPTIMIZER_NAME, PROGRESS_NAME, STATE_NAME):
+            if name not in names:
+                raise CheckpointError(
+                    f"{path}: holds no {name} (save_only_model?): its heads can be loaded, but a "
+                    "run cannot go on from it"
+                )
+        progress = load_state(Path(path) / PROGRESS_NAME)
+        processes, device = progress["processes"], progress["processes"][0]["random"]["device"]
+        if len(processes) != self.args.world_size or device != self.args.device.type:
+            raise ValueError(
+                f"{path}: has the random numbers of {len(processes)} processes on {device}, this "
+                f"run has {self.args.world_size} on {self.args.device.type}"
+            )
+        if not self.args.ignore_data_skip:
+            current = data_state(self.train_dataset, self.args)
+            check_data_state(progress["data"], current, str(path))
+        return str(path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The heads of a checkpoint into the model: the same configuration and backbone only."""
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        stored, state = read_head_folder(resume_from_checkpoint)
+        if stored["dual_head"] != model.dual_head_config:
+            raise ValueError(
+                f"{resume_from_checkpoint}: was written with {stored['dual_head']}, "
+                f"the model has {model.dual_head_config}"
+            )
+        marks, version = stored["backbone"]["fingerprint"], stored["format_version"]
+        check_fingerprint(model, marks, resume_from_checkpoint, version)
+        load_head_state(model.lm_head_module, state, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The heads of the best checkpoint, verified."""
+        best = self.state.best_model_checkpoint
+        checkpoint.verify(best)
+        self._load_from_checkpoint(best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint) / OPTIMIZER_NAME)
+        _check_optimizer(state["optimizer"], self.optimizer.state_dict(), checkpoint)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        scaler = self.accelerator.scaler
+        if (scaler is None) != (state["scaler"] is None):
+            raise ValueError(f"{checkpoint}: was written with another precision (fp16)")
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: :meth:`_load_optimizer_and_scheduler` did."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        own = load_state(Path(checkpoint) / PROGRESS_NAME)["processes"][self.args.process_index]
+        set_random_state(own["random"], self.args.device)
+        totals = own["totals"]
+        self._train_totals = None if totals is None else totals.to(self.args.device)
+
+
+def _check_optimizer(stored: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless an optimizer's state is of the same kind and parameters."""
+
+    def options(state: dict[str, Any]) -> set[str]:
+        return {name for group in state["param_groups"] for name in group}
+
+    # The schedule adds its own; a state of nothing has been read but not stepped.
+    differing = (options(stored) ^ options(current)) - {"initial_lr"}
+    if differing:
+        raise ValueError(
+            f"{where}: was written with another optimizer (they differ in "
+            f"{', '.join(sorted(differing))}); resume with the one it was written with"
+        )
+    sizes = [[len(group["params"]) for group in s["param_groups"]] for s in (stored, current)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{where}: its optimizer has groups of {sizes[0]} parameters, this run's {sizes[1]}"
+        )
+
+
+@contextlib.contextmanager
+def _saying_what_is_safe(what: str, run_dir: Path) -> Iterator[None]:
+    """Turn any failure to save into a SaveError that names the checkpoint to go on from."""
+    try:
+        yield
+    except Exception as error:
+        last = None
+        with contextlib.suppress(OSError, CheckpointError):
+            last = checkpoint.latest_checkpoint(run_dir)
+        safe = f"{run_dir} holds no whole checkpoint"
+        if last is not None:
+            safe = f"{last} is whole, and resume_from_checkpoint=True goes on from it"
+        raise SaveError(f"DualHeadTrainer: {what} could not be saved ({error}); {safe}") from error

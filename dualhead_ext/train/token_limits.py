@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backbone's embeddings can take, checked before training: beyond them it would crash, on a
+GPU with an error that names nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..data.collate import texts_of
+
+# Learned positions of GPT-2 and its kind, OPT, BERT-like decoders.
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has learned; None where they are computed (rotary, ALiBi)."""
+    for name, module in model.get_decoder().named_modules():
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(name):
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None
+
+
+def check_limits(
+    name: str, rows: Sequence[dict[str, Any]], model: Any, max_length: int, pad_token_id: Any
+) -> None:
+    """Refuse tokenised rows that a model's embeddings do not hold.
+
+    Raises:
+        ValueError: a token id or the padding's beyond the embedding, a text longer than the
+            learned positions; both numbers named.
+    """
+    size, positions = model.get_input_embeddings().num_embeddings, learned_positions(model)
+    if isinstance(pad_token_id, int) and not 0 <= pad_token_id < size:
+        raise ValueError(
+            f"DualHeadTrainer: pad_token_id must be below {size}, the rows of the backbone's "
+            f"embedding, got {pad_token_id}; resize the backbone or choose another pad token"
+        )
+    for number in range(len(rows)):
+        for ids, _ in texts_of(rows[number]):
+            low, high = min(ids, default=0), max(ids, default=0)
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"DualHeadTrainer: {name}: token ids must be below {size}, the rows of the "
+                    f"backbone's embedding, got {low if low < 0 else high} in row {number}; is it "
+                    "the backbone's own tokenizer?"
+                )
+            if positions is not None and len(ids) > positions:
+                raise ValueError(
+                    f"DualHeadTrainer: {name}: texts must have at most {positions} tokens, the "
+                    f"positions that the backbone has learned, got {len(ids)} in row {number} "
+                    f"(max_length={max_length})"
+                )

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DualHeadTrainer`: transformers' Trainer on preference pairs, with the backbone frozen, the
+objective inside the model's forward, and checkpoints that hold the heads and survive crashes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback
+
+from ..data import preference_rows
+from ..data.collate import PreferenceCollator, is_tokenized, texts_of, tokenize_pairs
+from ..data.files import rows_in
+from ..head.calibration import REQUESTS, STATES, calibrate
+from ..loss.pairs import Pairing
+from ..loss.terms import UNTAUGHT_GATE, LossCounts, metrics_of_totals
+from ..model.causal_lm import DualHeadForCausalLM
+from ..model.packing import packed_rows
+from ..model.pretrained import untie_lm_head
+from .arguments import DualHeadTrainingArguments
+from .caching import CachingTrainer
+from .hidden_cache import HiddenCollator
+from .state import agree_on
+from .token_limits import check_limits
+
+__all__ = ["DualHeadTrainer", "DualHeadTrainingArguments"]
+
+logger = logging.getLogger(__name__)
+
+# A gate with more of its tokens than this beyond 1 % of 0 or 1 has collapsed.
+COLLAPSED_SHARE = 0.9
+
+
+def prepare_for_training(
+    model: DualHeadForCausalLM, train_lm_head: bool = False, untie: bool = False
+) -> None:
+    """Freeze the backbone; let reward heads and gate train, in fp32 (a bf16 weight at a learning
+    rate of 5e-5 would round its updates away); the LM head too if asked for.
+
+    Raises:
+        TypeError: the model has no gated head. ValueError: the LM head shares the embedding's
+            weight (unless ``untie``, which copies it) or is not fp32 or float64. RuntimeError: the
+            heads are quantised.
+    """
+    if not isinstance(model, DualHeadForCausalLM):
+        raise TypeError(
+            "DualHeadTrainer: model must have a gated head (DualHeadForCausalLM.from_backbone), "
+            f"got {type(model).__name__}"
+        )
+    head = model.lm_head_module
+    if head.quantized is not None:
+        raise RuntimeError(
+            f"DualHeadTrainer: the model's heads are quantised ({head.quantized}), and quantised "
+            "heads do not train; train the heads in full precision and quantise them afterwards"
+        )
+    model.requires_grad_(False)
+    for module in (head.reward_head, head.gate):
+        module.requires_grad_(True)
+        for parameter in module.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+    if not train_lm_head:
+        return
+    if model.get_input_embeddings().weight is head.weight:
+        if not untie:
+            raise ValueError(
+                "DualHeadTrainer: train_lm_head: the LM head shares its weight with the "
+                "embedding, which would be trained too; untie=True gives it a copy"
+            )
+        untie_lm_head(model)
+    if head.weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            "DualHeadTrainer: train_lm_head: the LM head must be float32, "
+            f"got {head.weight.dtype}; load the backbone with dtype=torch.float32"
+        )
+    head.lm_head_trained = True
+    for parameter in (head.weight, head.bias):
+        if parameter is not None:
+            parameter.requires_grad_(True)
+
+
+class DualHeadTrainer(CachingTrainer):
+    """Train reward heads and gate on preference pairs.
+
+    The data are rows ``{"prompt", "chosen", "rejected"[, "objective"]}``, or ranked lists
+    ``{"prompt", "responses", "scores"[, "objective"]}`` (see
+    :func:`dualhead_ext.data.load_preference_data`), tokenised here with ``processing_class``, or
+    rows that are tokenised already. Everything else is transformers' Trainer: accumulation, mixed
+    precision, DDP (torchrun), schedules, callbacks.
+
+    Logs and evaluations carry ``loss``, ``lm_loss``, ``preference_loss``, ``gate_loss`` and the
+    names that TRL users know (`losses.metrics_of_totals`), as means over all examples since the
+    last log, of all processes; evaluations with the prefix ``eval_``. The totals of each example
+    are ``predict(...).predictions`` (columns `losses.TOTAL_NAMES`).
+
+    Checkpoints hold the trained heads, optimizer, schedule, random numbers and progress, not the
+    backbone, are written by :mod:`dualhead_ext.files.checkpoint`, and hold no pickle.
+    ``train(resume_from_checkpoint=True)`` goes on from the last whole one.
+
+    With ``args.cache_hidden`` the backbone runs once over the rows, in the batches of the first
+    epoch and of an evaluation; its hidden states are kept in memory or in a folder
+    (:mod:`dualhead_ext.train.hidden_cache`). In these batches every loss keeps its bits; in others
+    it
+    changes by the backbone's own rounding.
+
+    Args:
+        model: a :class:`dualhead_ext.DualHeadForCausalLM`; its backbone is frozen, see
+            :func:`prepare_for_training`.
+        args: :class:`DualHeadTrainingArguments`.
+        data_collator: default :class:`dualhead_ext.data.collate.PreferenceCollator`.
+        train_dataset, eval_dataset: sequences of rows, a ``datasets.Dataset`` or a pandas DataFrame
+            in any layout that the loader knows; eval_dataset may be a dict of them.
+        processing_class: the tokenizer.
+        others: of ``transformers.Trainer``.
+    Raises:
+        TypeError: a model without gated head, other arguments, a dataset without length.
+        ValueError: rows that need a tokenizer where none is given, an empty dataset, several
+            devices in one process.
+    """
+
+    def __init__(
+        self,
+        model: DualHeadForCausalLM | None = None,
+        args: DualHeadTrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **others: Any,
+    ) -> None:
+        if not isinstance(args, DualHeadTrainingArguments):
+            raise TypeError(
+                "DualHeadTrainer: args must be DualHeadTrainingArguments, "
+                f"got {type(args).__name__}"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"DualHeadTrainer: {args.n_gpu} devices in one process: start one process for each "
+                "with torchrun, or show it one with CUDA_VISIBLE_DEVICES"
+            )
+        if args.early_stopping_patience is not None and eval_dataset is None:
+            raise ValueError(
+                "DualHeadTrainer: early_stopping_patience needs an eval_dataset of held-out rows, "
+                "got None"
+            )
+        if model is not None:
+            prepare_for_training(model, args.train_lm_head, args.untie)
+            _check_objective(model, args)
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                _pad_token_id(processing_class), padding_free=args.padding_free
+            )
+        elif args.padding_free:
+            raise ValueError(
+                "DualHeadTrainer: padding_free is an option of the default data_collator, got "
+                f"{type(data_collator).__name__}; PreferenceCollator(..., padding_free=True)"
+            )
+        if args.cache_hidden is not None:
+            data_collator = HiddenCollator(data_collator)
+        self._tokenizer, self._max_length = processing_class, args.max_length
+        eval_dataset = self._held_out("eval_dataset", eval_dataset)
+        self._warned_of_collapse, self._memory = False, {}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=self._tokenized("train_dataset", train_dataset),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **others,
+        )
+        # The loss is divided by the counts of the whole accumulated batch, not per micro-batch.
+        # Release 5.17 reads the first, later ones the second.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._check_limits("train_dataset", self.train_dataset)
+        self._check_limits("eval_dataset", self.eval_dataset)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def _tokenized(self, name: str, rows: Any) -> Any:
+        """Rows as the collator takes them, checked; those that are tokenised stay as they are."""
+        if rows is None:
+            return None
+        found = rows_in(rows)
+        if found is not None and len(rows) == 0:
+            raise ValueError(f"DualHeadTrainer: {name} must hold at least one pair, got none")
+        if found is None or not is_tokenized(next(iter(found))[1]):
+            rows = preference_rows(rows, f"DualHeadTrainer: {name}")
+            if self._tokenizer is None:
+                raise ValueError(
+                    f"DualHeadTrainer: {name} holds text, which needs processing_class, a tokenizer"
+                )
+            source = f"DualHeadTrainer: {name}"
+            rows = tokenize_pairs(rows, self._tokenizer, self._max_length, source)
+        return rows
+
+    def _check_limits(self, name: str, rows: Any) -> None:
+        """Refuse rows that the backbone's embeddings do not hold."""
+        for part in rows.values() if isinstance(rows, dict) else [rows]:
+            if part is not None and rows_in(part) is not None:
+                model = self.accelerator.unwrap_model(self.model)
+                collator = getattr(self.data_collator, "collator", self.data_collator)
+                pad = getattr(collator, "pad_token_id", None)
+                check_limits(name, part, model, self._max_length, pad)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers'; eval_dataset may hold text, as the constructor's."""
+        rows = self._held_out("eval_dataset", eval_dataset)
+        if rows is not eval_dataset:
+            self._check_limits("eval_dataset", rows)
+        return super().evaluate(rows, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; test_dataset may hold text, as the constructor's."""
+        rows = self._held_out("test_dataset", test_dataset)
+        self._check_limits("test_dataset", rows)
+        return super().predict(rows, *args, **kwargs)
+
+    def _held_out(self, name: str, rows: Any) -> Any:
+        if isinstance(rows, str):  # the name of one of several
+            return rows
+        if isinstance(rows, dict):
+            return {key: self._tokenized(f"{name}[{key!r}]", part) for key, part in rows.items()}
+        return self._tokenized(name, rows)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As transformers', and prepared for training."""
+        model = super().call_model_init(trial)
+        prepare_for_training(model, self.args.train_lm_head, self.args.untie)
+        return model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; with ``args.calibrate`` the reward is scaled at the end, see
+        :meth:`calibrate`.
+        """
+        self.accelerator.unwrap_model(self.model).dual_head_config.kl_curve = None
+        output = super().train(*args, **kwargs)
+        if self.args.calibrate:
+            self.calibrate()
+        return output
+
+    def calibrate(self) -> list[list[float]]:
+        """Scale the reward so that strength 1 is 0.1 nats per token, and measure the curve of
+        strength against KL (:mod:`dualhead_ext.head.calibration`), on the prompts and responses of
+        eval_dataset; where there is none, of train_dataset, and a warning says so. Returns the
+        curve.
+        """
+        held_out = self.eval_dataset
+        rows = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+        if rows is None:
+            rows = self.train_dataset
+            logger.warning(
+                "calibrate: no eval_dataset; the KL is measured on prompts that were trained on"
+            )
+        found: list[Any] = [None]
+        head = self.accelerator.unwrap_model(self.model).lm_head_module
+        with agree_on("calibrating"):
+            if self.accelerator.is_main_process:
+                found = [self._calibrate(rows)]
+        curve = broadcast_object_list(found)[0]
+        for parameter in head.reward_head.parameters():
+            broadcast(parameter.data)
+        head.config.kl_curve = curve
+        return curve
+
+    @torch.no_grad()
+    def _calibrate(self, rows: Any) -> list[list[float]]:
+        model = self.accelerator.unwrap_model(self.model)
+        prompts: dict[tuple[int, ...], None] = {}
+        hidden, gate_logit = [], []
+        for index in range(min(len(rows), REQUESTS)):
+            for ids, mask in texts_of(rows[index]):
+                first = next((i for i, of_response in enumerate(mask) if of_response), 0)
+                if first:
+                    prompts[tuple(ids[:first])] = None
+            if len(hidden) * 32 < STATES:
+                batch = torch.tensor([ids], device=model.device)
+                states = model.training_hidden_states(
+                    input_ids=batch, attention_mask=torch.ones_like(batch)
+                )
+                of_response = torch.tensor(mask[1:], device=model.device).bool()
+                gate_logit.append(model.lm_head_module.gate(states)[0, :-1][of_response])
+                hidden.append(states[0, :-1][of_response])
+        return calibrate(
+            model, torch.cat(hidden), torch.cat(gate_logit), list(prompts), seed=self.args.seed
+        )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As transformers'; the gate at ``gate_learning_rate``."""
+        made, rate = self.optimizer is None, self.args.gate_learning_rate
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not made or rate is None:
+            return optimizer
+        gate = set(self.accelerator.unwrap_model(self.model).lm_head_module.gate.parameters())
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if p in gate]
+            group["params"] = [p for p in group["params"] if p not in gate]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        return optimizer
+
+    # --- the objective ---
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of one optimizer step, and what their losses divide by: the counts
+        (4,) of all of them on all processes (`losses.LossCounts`).
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        total = None
+        for batch in batches:
+            packed, mask = packed_rows(batch.get("position_ids")), batch["completion_mask"]
+            if packed is not None:
+                mask = packed.unpack(mask) * packed.valid
+            # Position t predicts token t + 1: the first token's mask is never used.
+            lengths, pairs = mask[:, 1:].bool().sum(-1), batch.get("pairs")
+            pairing = Pairing(len(lengths), None if pairs is None else pairs.tolist())
+            counts = LossCounts.of_lengths(lengths, pairing, self.args.lm_on_chosen)
+            total = counts if total is None else total + counts
+        numbers = (total.sequences, total.lm_tokens, total.pairs, total.tokens)
+        as_counts = {"dtype": torch.float64, "device": device}
+        counts = torch.stack([torch.as_tensor(x, **as_counts) for x in numbers])
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The loss of a micro-batch [all chosen; all rejected], computed inside the (wrapped)
+        model's forward. num_items_in_batch: from :meth:`get_batch_samples`.
+        """
+        training = model.training
+        if training:  # the backbone is frozen: no dropout
+            self.accelerator.unwrap_model(model).eval()
+        options = self.args.loss_arguments()
+        if num_items_in_batch is not None:
+            options["counts"] = LossCounts(*num_items_in_batch.unbind())
+        output = model(**inputs, loss_options=options)
+        loss = output.loss
+        if training:
+            totals = output.totals.sum(0)
+            kept = self._train_totals
+            self._train_totals = totals if kept is None else kept + totals
+            if num_items_in_batch is not None:
+                # Counts are of all processes, and DDP averages gradients over them.
+                loss = loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, None]:
+        """(loss, the totals of each pair, None)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), output.totals, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As transformers', with the metrics over all pairs, each counted once."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        rows = output.predictions
+        rows = [torch.as_tensor(part) for part in (rows if isinstance(rows, list) else [rows])]
+        metrics = metrics_of_totals(torch.cat(rows).sum(0), self.args.loss_options)
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of all examples since the last log to a log of training."""
+        if "loss" in logs and self._train_totals is not None:
+            totals = self.accelerator.reduce(self._train_totals, "sum")
+            self._train_totals = None
+            logs |= metrics_of_totals(totals, self.args.loss_options)
+            self._warn_of_collapse(logs)
+        super().log(logs, start_time)
+
+    def _warn_of_collapse(self, logs: dict[str, float]) -> None:
+        saturated = logs.get("gate/saturation", 0.0)
+        fixed = self.model.dual_head_config.gate == "fixed"
+        if saturated > COLLAPSED_SHARE and not fixed and not self._warned_of_collapse:
+            self._warned_of_collapse = True
+            logger.warning(
+                "The gate has collapsed: alpha is below 0.01 for %.0f %% of the tokens and above "
+                "0.99 for %.0f %%; the logs hold its histogram. Smaller steps, "
+                "lm_reduction='mean', pref_on='mixed' or a larger lambda_g may help.",
+                100 * logs["gate/below_0.01"],
+                100 * logs["gate/above_0.99"],
+            )
+
+
+def _check_objective(model: DualHeadForCausalLM, args: DualHeadTrainingArguments) -> None:
+    """Refuse an objective that does not fit the model, and note it in the model's config."""
+    config = model.dual_head_config
+    if args.preset == "paper" and config.reward_head != "full":
+        raise ValueError(
+            'DualHeadTrainer: preset="paper" trains a full reward head; make the model with '
+            f'reward_head="full", got {config.reward_head!r}'
+        )
+    if config.gate != "fixed" and not args.loss_options.teaches_gate(args.lm_on_chosen):
+        raise ValueError(f"DualHeadTrainer: {UNTAUGHT_GATE}")
+    config.preference = args.preference
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    """The token that fills short rows; masked everywhere, so any will do."""
+    if tokenizer is None:
+        return 0
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
