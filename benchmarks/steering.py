@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward against distance from the backbone: docs/steering.png, and tables of the documents.
+"""What the documents show of the steering suite, from its committed results: docs/steering.png, and
+the tables between ``<!-- steering -->`` and ``<!-- /steering -->`` in README.md and docs/results.md.
 
-python benchmarks/plot_steering.py [benchmarks/results/steering/results.json [docs/steering.png]]
+    python benchmarks/steering.py
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dualhead_ext.eval.steering import goals
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "steering" / "results.json"
@@ -141,14 +144,13 @@ def fmean_of(rows: list[dict[str, Any]], name: str) -> float:
     return fmean(row[name] for row in rows)
 
 
-# file: what stands between its marks
-def blocks(rows: list[dict[str, Any]]) -> dict[Path, str]:
-    """The text for each document."""
+def blocks(rows: list[dict[str, Any]], run: dict[str, Any]) -> dict[Path, str]:
+    """{document: what stands between its marks}."""
     targets = [row["kl_target"] for row in rows if row["kl_target"] is not None]
     first = min(targets, key=lambda t: abs(t - 0.1)) if targets else None
     return {
         ROOT / "README.md": table(rows, "sentiment", first),
-        ROOT / "docs" / "results.md": table(rows, "sentiment"),
+        ROOT / "docs" / "results.md": f"{table(rows, 'sentiment')}\n\n{goals.table(rows, run)}",
     }
 
 
@@ -168,11 +170,12 @@ def filled(document: str, block: str) -> str:
 
 def main() -> None:
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    run = json.loads(RESULTS.with_name("run.json").read_text(encoding="utf-8"))
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw([row for row in rows if row["attribute"] == "sentiment"], left, right)
     figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
-    for path, block in blocks(rows).items():
+    for path, block in blocks(rows, run).items():
         path.write_text(filled(path.read_text(encoding="utf-8"), block), encoding="utf-8")
 
 

@@ -14,11 +14,12 @@ import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.eval import sampling
 from dualhead_ext.eval.rollout import Backbone, read_prompts, response_logprobs, roll_out
-from dualhead_ext.eval.steering import steps
+from dualhead_ext.eval.steering import report, steps
 from dualhead_ext.eval.steering.attributes import ATTRIBUTES, OPEN, PROVOKING, prompts_of
 from dualhead_ext.eval.steering.plan import KL_TARGETS, SIZES, Planner
 from dualhead_ext.eval.steering.policies import GatedPolicy, GuidedPolicy
 from dualhead_ext.eval.steering.training import pairs_of, ranked_rows
+from dualhead_ext.eval.suite.cells import Store
 
 PROMPTS = ["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: How do I bake a loaf of bread?\n\nAssistant:"]
 NEW = 6
@@ -169,8 +170,29 @@ def test_the_search_ends_near_the_target(power, target):
 
 
 def test_a_kl_out_of_reach_is_an_error():
-    with pytest.raises(RuntimeError, match=r"no strength gives a KL of 0\.4"):
+    with pytest.raises(steps.OutOfReach, match=r"no strength gives a KL of 0\.4"):
         steps.at_kl(lambda prefix, strength: _Rolled(min(0.1, strength)), [1.0], 0.4, 1.0)
+
+
+def test_a_kl_out_of_reach_is_a_result_and_the_run_goes_on(tmp_path, monkeypatch):
+    plan = Planner(SIZES["tiny"], ["sentiment"], 1, [0.1])()
+    resources = steps.Resources()
+    store = Store(tmp_path, steps.STEPS, resources)
+    cell = next(cell for place, cell in plan.decoded.items() if place[0].name == "dual-head")
+
+    def steered(cell, store):
+        raise steps.OutOfReach(0.1, [(1.0, 0.01), (8.0, 0.03)])
+
+    monkeypatch.setattr(steps, "_steered", steered)
+    store.compute(cell)
+    assert store.result(cell) == {"out_of_reach": [[1.0, 0.01], [8.0, 0.03]]}
+    assert store.done(cell)
+    report.write(plan, store)
+    assert json.loads((tmp_path / "results.json").read_text()) == []
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert cell.label not in run["missing"] and len(run["missing"]) == len(plan.decoded) - 1
+    page = (tmp_path / "README.md").read_text()
+    assert f"{cell.label}: at most 0.03 nats per token of 2 tries, at strength 8" in page
 
 
 @pytest.mark.parametrize("kind", [OPEN, PROVOKING])
@@ -276,6 +298,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
     out = ["eval", "--suite", "steering", "--out", str(tmp_path / "run")]
     for argv, message in (
         ([*out, "--attributes", "joy"], "--attributes: expected some of sentiment"),
+        ([*out, "--systems", "ppo"], "--systems: expected some of backbone, dual-head"),
         ([*out, "--kl", "0"], "--kl: expected numbers above 0"),
         ([*out, "--scale", "gpu"], "--scale: expected one of tiny, standard"),
         ([*out, "--decoders", "backbone"], "--decoders: expected only with --suite paper"),

@@ -103,7 +103,7 @@ def evaluate(arguments: Namespace) -> int:
 # Options of one suite alone, and the names of its scales.
 _SUITES = {
     "paper": (("decoders", "judge_url", "judge_model", "data"), ("tiny", "small", "gpu")),
-    "steering": (("attributes", "kl"), ("tiny", "standard")),
+    "steering": (("attributes", "systems", "kl"), ("tiny", "standard")),
 }
 
 

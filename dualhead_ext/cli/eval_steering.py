@@ -11,7 +11,7 @@ from ..eval.paper.cells import Cell, Store, pending
 from ..eval.scorers import scorer
 from ..eval.steering import report
 from ..eval.steering.attributes import ATTRIBUTES, PROVOKING, prompts_of
-from ..eval.steering.plan import KL_TARGETS, SEEDS, SIZES, Plan, Planner
+from ..eval.steering.plan import KL_TARGETS, NAMES, SEEDS, SIZES, VARIANTS, Plan, Planner
 from ..eval.steering.steps import STEPS, Resources
 from .errors import UserError, argument
 from .eval_suite import EXIT_LEFT, compute
@@ -26,7 +26,7 @@ def main(arguments: Namespace) -> int:
     """Run, write the report, say where; EXIT_LEFT if time ran out with cells left.
 
     Raises:
-        UserError: an unknown attribute, packages or data that are not there.
+        UserError: an unknown attribute or system, packages or data that are not there.
     """
     with argument():
         attributes = arguments.attributes or list(ATTRIBUTES)
@@ -43,7 +43,16 @@ def main(arguments: Namespace) -> int:
         if any(target <= 0 for target in targets):
             raise UserError(f"--kl: expected numbers above 0, got {min(targets):g}")
         size = SIZES[arguments.scale or "standard"]
-        plan = Planner(size, attributes, arguments.seeds or SEEDS, targets)()
+        systems = arguments.systems or list(NAMES)
+        if unknown := sorted(set(systems) - {*NAMES, *VARIANTS}):
+            raise UserError(
+                f"--systems: expected some of {', '.join((*NAMES, *VARIANTS))}, got {unknown[0]!r}"
+            )
+        seeds = arguments.seeds or SEEDS
+        plan = Planner(size, attributes, seeds, targets, systems)()
+        # What other runs left in the folder is reported too.
+        targets = list(dict.fromkeys((*KL_TARGETS, *targets)))
+        whole = Planner(size, list(ATTRIBUTES), max(seeds, SEEDS), targets)()
         resources = Resources()
         resources.use(size.backbone)
     store = Store(Path(arguments.out), STEPS, resources)
@@ -51,7 +60,7 @@ def main(arguments: Namespace) -> int:
     _check_packages(left)
     print(f"{len(left)} cells to compute, about {_hours(left, plan, store)}", flush=True)
     outcome = compute(plan, store, arguments.minutes, arguments.state_mb)
-    for path in report.write(plan, store):
+    for path in report.write(whole, store):
         print(path)
     if outcome.left:
         hours = _hours(outcome.left, plan, store)

@@ -84,7 +84,8 @@ examples:
   dualhead eval --scale small --out run --decoders backbone,dual_head,genarm_lora
   dualhead eval --scale gpu --out run --minutes 9 --state-mb 60        in pieces
   dualhead eval --suite steering --out run               what steering buys on a real model: hours
-  dualhead eval --suite steering --out run --attributes sentiment --kl 0.1 --seeds 1
+  dualhead eval --suite steering --out run --attributes sentiment --kl 0.1 \\
+      --seeds 1 --systems backbone,dual-head-embedding-fixed      its headline: ten minutes
 
 Each cell is kept in --out as it is computed; the tables and plots there show all that is done.
 Data is looked for below --data or $DUALHEAD_DATA. Exit code 3: time ran out, cells are left."""
@@ -180,7 +181,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="without --eval-data, the share of --data to hold out, by prompts; of the embedded "
         "sample its test split is (default 0.1; 0: measure nothing)",
     )
-    data.add_argument("--limit", type=number(int, 1), metavar="N", help="use the first N pairs")
+    data.add_argument(
+        "--limit",
+        type=number(int, 1),
+        metavar="N",
+        help="train on the first N rows, and measure on at most as many",
+    )
     data.add_argument("--output", required=True, help="folder for heads and checkpoints")
     data.add_argument(
         "--resume",
@@ -366,6 +372,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=number(int, 1), metavar="N", help="of the headline systems")
     parser.add_argument(
         "--attributes", type=names, metavar="NAME,...", help="what to steer (default: all)"
+    )
+    parser.add_argument(
+        "--systems", type=names, metavar="NAME,...", help="what to compare (default: all)"
     )
     parser.add_argument(
         "--kl",

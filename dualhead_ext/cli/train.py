@@ -83,6 +83,7 @@ def train(arguments: Namespace) -> None:
     unit = RANKED if "responses" in rows[0] else PAIRS
     print(f"{len(rows)} {unit} to train on, {len(held_out)} held out", flush=True)
     if trainer.args.cache_hidden is not None:
+        print("the backbone reads them once", flush=True)
         with argument("--cache-hidden"):
             trainer.cache_hidden()
     with argument("--output"):
@@ -156,7 +157,8 @@ def _load_pairs(arguments: Namespace) -> tuple[list[dict], list[dict]]:
         held_out = load_preference_data(EMBEDDED, "test")
     elif arguments.eval_share > 0:
         rows, held_out = hold_out(rows, arguments.eval_share)
-    rows = rows[: arguments.limit]
+    # A small run should not spend its time on measuring.
+    rows, held_out = rows[: arguments.limit], held_out[: arguments.limit]
     if not rows:
         raise UserError(
             f"--eval-share: expected a share that leaves pairs to train on, got "

@@ -10,8 +10,8 @@ of two policies comparable: where their distributions agree, so do the tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,36 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .sampling import RowNoise, encode_prompts, row_seed
+
+# Noise of more bytes than this is drawn again by each rollout.
+_KEPT_NOISE = 1 << 29
+
+
+class SharedNoise:
+    """The random numbers of a batch: those of the last seed are kept, because the runs that are
+    compared draw the same.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._seed: int | None = None
+
+    def steps(self, seed: int, like: Tensor, count: int) -> Iterator[Tensor]:
+        """The noise of each of ``count`` steps, as :meth:`RowNoise.draw` gives it for ``like``."""
+        if seed != self._seed:
+            self._seed, self._kept, self._source = seed, [], self._fresh(seed, like)
+        if like.numel() * 4 * count > _KEPT_NOISE:
+            source = self._fresh(seed, like)
+            for _ in range(count):
+                yield source.draw(like)
+            return
+        for step in range(count):
+            if step == len(self._kept):
+                self._kept.append(self._source.draw(like))
+            yield self._kept[step]
+
+    def _fresh(self, seed: int, like: Tensor) -> RowNoise:
+        return RowNoise([row_seed(seed, text, 0) for text in self._texts], 1.0, like.device)
 
 
 @dataclass(frozen=True)
@@ -30,6 +60,7 @@ class Prefix:
         ids, mask: (B, T), padded on the left.
         hidden: (B, T, d), what the LM head reads.
         cache: of all T tokens.
+        noise: of the texts that follow.
     """
 
     texts: Sequence[str]
@@ -37,6 +68,10 @@ class Prefix:
     mask: Tensor
     hidden: Tensor
     cache: DynamicCache
+    noise: SharedNoise = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise", SharedNoise(self.texts))
 
 
 class Policy(Protocol):
@@ -126,19 +161,20 @@ def roll_out(
         ends: the end tokens.
     """
     cache, mask = copy.deepcopy(prefix.cache), prefix.mask
-    noise = RowNoise([row_seed(seed, text, 0) for text in prefix.texts], 1.0, mask.device)
     ends = torch.tensor(list(ends), device=mask.device, dtype=torch.int64)
     policy.begin(prefix, new_tokens)
     hidden, token = prefix.hidden[:, -1], None
     alive = torch.ones(len(prefix.texts), dtype=torch.bool, device=mask.device)
     columns: list[tuple[Tensor, ...]] = []
-    for step in range(new_tokens):
-        z_lm = model.get_output_embeddings()(hidden).float()
+    z_lm = model.get_output_embeddings()(hidden).float()
+    for step, noise in enumerate(prefix.noise.steps(seed, z_lm, new_tokens)):
+        if step:
+            z_lm = model.get_output_embeddings()(hidden).float()
         logits, alpha = policy(token, hidden, z_lm, mask)
-        p, q = logits.float().log_softmax(-1), z_lm.log_softmax(-1)
-        kl = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp_(min=0.0)
-        token = noise(None, p).argmax(-1)
-        logprob = q.gather(-1, token[:, None])[:, 0]
+        # A few rows at a time stay in the processor's cache.
+        parts = zip(logits.float().split(_ROWS), z_lm.split(_ROWS), noise.split(_ROWS), strict=True)
+        drawn = [_draw(*part) for part in parts]
+        token, kl, logprob = (torch.cat(column) for column in zip(*drawn, strict=True))
         columns.append((token, alive, kl, logprob, *(() if alpha is None else (alpha.float(),))))
         alive = alive & ~torch.isin(token, ends)
         if step + 1 == new_tokens or not bool(alive.any()):
@@ -147,6 +183,18 @@ def roll_out(
         hidden = decode_step(model, token[:, None], mask, cache)[:, -1]
     tokens, written, kl, logprob, *rest = (torch.stack(c, 1) for c in zip(*columns, strict=True))
     return Rollout(tokens, written, kl, logprob, rest[0] if rest else None)
+
+
+_ROWS = 4
+
+
+def _draw(logits: Tensor, z_lm: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, KL from the backbone, log-probability under it), each (B,)."""
+    p, q = logits.log_softmax(-1), z_lm.log_softmax(-1)
+    token = (p - noise).argmax(-1)
+    # Log-probabilities of -inf have no part in it: 0 log 0 = 0.
+    kl = (p.exp() * (p - q).nan_to_num_(neginf=0.0)).sum(-1).clamp_(min=0.0)
+    return token, kl, q.gather(-1, token[:, None])[:, 0]
 
 
 @torch.inference_mode()

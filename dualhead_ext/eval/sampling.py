@@ -48,10 +48,14 @@ class RowNoise(LogitsProcessor):
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
+        return scores.float() / self._temperature - self.draw(scores)
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """The next step's log of exponential noise, fp32, for scores (B, V)."""
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
-        return scores.float() / self._temperature - noise.clamp_(min=1e-30).log_()
+        return noise.clamp_(min=1e-30).log_()
 
 
 def row_seed(*parts: Any) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ...presets import PRESETS
 from ..paper.cells import Cell
 from .attributes import ATTRIBUTES, PROVOKING
 
@@ -54,12 +55,16 @@ DUAL_HEADS = {
     for head in ("embedding", "lowrank", "full")
     for gate in GATES
 }
+FRONT_SYSTEM = DUAL_HEADS["embedding", "fixed"]
 PAPER = System("paper", "dual_head", "full", "attention", {"preset": "paper"})
 BEST_OF = tuple(System(f"best-of-{n}", best_of=n) for n in (4, 16))
 GENARM = System("genarm", "autoregressive_reward")
 DPO = System("dpo", "dpo")
 # Its candidates alone are far from the backbone, so that its weights are the paper's.
 ARGS = System("args", "reward_model", strengths=(1.0, 1.5))
+NAMES = ("backbone", "dual-head", "paper", "genarm", "dpo", "args", "best-of-4", "best-of-16")
+# One of the gated heads alone.
+VARIANTS = tuple(f"dual-head-{head}-{gate}" for head, gate in DUAL_HEADS)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Planner:
         attributes: names of `ATTRIBUTES`.
         seeds: of training and decoding.
         targets: nats per token.
+        systems: some of `NAMES` and `VARIANTS`.
     """
 
     def __init__(
@@ -119,21 +125,29 @@ class Planner:
         attributes: Sequence[str],
         seeds: int = SEEDS,
         targets: Sequence[float] = KL_TARGETS,
+        systems: Sequence[str] = NAMES,
     ) -> None:
-        self._size, self._attributes = size, attributes
+        self._size, self._attributes, self._systems = size, attributes, systems
         self._seeds, self._targets = range(seeds), targets
         self._plan = Plan(size)
 
     def __call__(self) -> Plan:
         for attribute, system, target in self._order():
+            if not self._wanted(system):
+                continue
             for seed in self._seeds:
                 place = (system, attribute, target, seed)
                 self._plan.decoded[place] = self._decode(*place)
-        if set(FRONT) <= set(self._attributes):
+        if set(FRONT) <= set(self._attributes) and self._wanted(FRONT_SYSTEM):
             self._plan.front = {weight: self._front(weight) for weight in FRONT_WEIGHTS}
         for system in (BACKBONE, *DUAL_HEADS.values(), GENARM):
-            self._plan.costs[tuple(system.parts.values())] = self._cost(system)
+            if self._wanted(system):
+                self._plan.costs[tuple(system.parts.values())] = self._cost(system)
         return self._plan
+
+    def _wanted(self, system: System) -> bool:
+        variant = "-".join(filter(None, system.parts.values()))
+        return system.name in self._systems or variant in self._systems
 
     def _order(self) -> Iterator[tuple[str, System, float | None]]:
         """(attribute, system, target), the most telling first."""
@@ -185,6 +199,13 @@ class Planner:
             label += ", provoking prompts"
         return Cell("samples", label, options)
 
+    @staticmethod
+    def _recipe(system: System) -> dict[str, Any] | None:
+        """What a gated head's preset stands for: another recipe is another cell."""
+        if system.method != "dual_head":
+            return None
+        return PRESETS[system.options.get("preset", "default")]
+
     def _train(self, system: System, attributes: tuple[str, ...], seed: int) -> Cell:
         size = self._size
         needs = {"samples": self._samples(attributes[0], "train", 0, (0, TRAIN_SAMPLES))}
@@ -195,6 +216,7 @@ class Planner:
             "method": system.method,
             "attributes": list(attributes),
             "options": system.options,
+            "recipe": self._recipe(system),
             "training": size.training,
             "max_length": size.max_length,
             "seed": seed,
@@ -229,7 +251,7 @@ class Planner:
         return Cell("decode", f"{kind}, {attribute}{at}, seed {seed}", options, needs)
 
     def _front(self, weight: float) -> Cell:
-        system = DUAL_HEADS["embedding", "fixed"]
+        system = FRONT_SYSTEM
         cell = self._decode(system, FRONT[0], self._targets[0], 0)
         options = {**cell.options, "weights": [weight, 1.0 - weight]}
         needs = {"model": self._train(system, FRONT, 0)}

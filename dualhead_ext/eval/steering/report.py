@@ -28,7 +28,7 @@ def rows_of(plan: Plan, store: Store) -> tuple[list[Row], list[Row]]:
     results, texts = [], []
     for (system, attribute, target, seed), cell in plan.decoded.items():
         record = store.record(cell)
-        if record is None:
+        if record is None or "out_of_reach" in record["result"]:
             continue
         found, parts = record["result"], system.parts
         trained = store.record(cell.needs["model"]) if "model" in cell.needs else None
@@ -123,9 +123,11 @@ def _run(plan: Plan, store: Store) -> Row:
     for cell in unfolded(plan.cells()):
         if cell.step == "train" and (record := store.record(cell)) is not None:
             trained[cell.label] = record["result"]
-    decoded = {}
+    decoded, missing = {}, []
     for cell in plan.decoded.values():
-        if (record := store.record(cell)) is not None:
+        if (record := store.record(cell)) is None:
+            missing.append(cell.label)
+        else:
             decoded[cell.label] = record["result"]
     return {
         "environments": [json.loads(text) for text in sorted(environments)],
@@ -136,6 +138,7 @@ def _run(plan: Plan, store: Store) -> Row:
         "costs": costs,
         "trained": trained,
         "decoded": decoded,
+        "missing": missing,
     }
 
 
@@ -225,6 +228,10 @@ def page(results: Sequence[Row], texts: Sequence[Row], run: Row) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, (str, int)))
         lines += [f"Machine: {versions}.", ""]
     lines += [summary(results, texts, name).markdown() for name in there]
+    if beyond := {n: r["out_of_reach"] for n, r in run["decoded"].items() if "out_of_reach" in r}:
+        lines += ["## Targets that a system cannot reach", ""]
+        lines += [f"- {_out_of_reach(label, tried)}" for label, tried in beyond.items()]
+        lines.append("")
     if run["front"]:
         lines.append(_front(run).markdown())
     if run["costs"]:
@@ -235,6 +242,12 @@ def page(results: Sequence[Row], texts: Sequence[Row], run: Row) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _out_of_reach(label: str, tried: Sequence[Sequence[float]]) -> str:
+    strength, kl = max(tried, key=lambda pair: pair[1])
+    most = f"at most {kl:.3g} nats per token of {len(tried)} tries"
+    return f"{label}: {most}, at strength {strength:.3g}"
 
 
 def _front(run: Row) -> Table:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -139,7 +140,10 @@ def train(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
     }
     if o["method"] != "dual_head":
         return train_other(o["method"], path, rows["samples"], folder, dict(o))
-    hidden = store.out / "hidden" / "-".join((cell.needs["samples"].key, *o["attributes"]))
+    # Attributes that rank the same texts share the backbone's states of them.
+    texts = [[row["prompt"], row["responses"]] for part in rows.values() for row in part]
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    hidden = store.out / "hidden" / digest
     result = train_gated_head(path, rows["samples"], rows["held_out"], folder, dict(o), hidden)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return result | {"samples": sum(len(row["responses"]) for row in rows["samples"])}
@@ -149,16 +153,21 @@ def train(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
 
 
 def decode(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
-    """options: see `plan.Planner`. -> figures; writes the texts."""
+    """options: see `plan.Planner`. -> figures; writes the texts. A target that no strength reaches
+    is a result too: the strengths that were tried, and no text.
+    """
     o = cell.options
     store.data.use(o["backbone"])
     attribute = ATTRIBUTES[o["attribute"]]
     questions = prompts_of(attribute.prompts, "measure", o["prompts"])
-    if o["best_of"]:
-        texts, figures = _best(cell, store, questions)
-    else:
-        texts, figures = _steered(cell, store)
     folder.mkdir(parents=True)
+    try:
+        if o["best_of"]:
+            texts, figures = _best(cell, store, questions)
+        else:
+            texts, figures = _steered(cell, store)
+    except OutOfReach as error:
+        return {"out_of_reach": error.tried}
     with open(folder / TEXTS, "w", encoding="utf-8") as file:
         for question, text in zip(questions, texts, strict=True):
             file.write(json.dumps({"prompt": question, "text": text}, ensure_ascii=False) + "\n")
@@ -234,6 +243,14 @@ def _pooled(rolled: Sequence[Rollout], name: str) -> tuple[float, int]:
     return total / sum(counts), sum(counts)
 
 
+class OutOfReach(Exception):
+    """No strength brings a system to a KL. ``tried``: (strength, KL) of each that was tried."""
+
+    def __init__(self, target: float, tried: list[tuple[float, float]]) -> None:
+        super().__init__(f"no strength gives a KL of {target:g}; tried {tried}")
+        self.tried = tried
+
+
 def at_kl(
     run: Any, prefixes: Sequence[Prefix], target: float, strength: float
 ) -> tuple[float, list[Rollout]]:
@@ -241,7 +258,7 @@ def at_kl(
     log KL over log strength on the first batch, then all of them.
 
     Raises:
-        RuntimeError: no strength gets there.
+        OutOfReach: no strength gets there.
     """
     tried: list[tuple[float, float]] = []
     for _ in range(_TRIES):
@@ -255,7 +272,7 @@ def at_kl(
             kl *= whole / kl  # all batches say more than the first
         tried.append((strength, kl))
         strength = _next_strength(tried, target)
-    raise RuntimeError(f"at_kl: no strength gives a KL of {target:g}; tried {tried}")
+    raise OutOfReach(target, tried)
 
 
 def _settled(tried: Sequence[tuple[float, float]], strength: float) -> bool:

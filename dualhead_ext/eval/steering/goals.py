@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each goal of the steering suite beside what was measured: a table for the documents.
+
+Rows are those of results.json, the run is run.json. A goal whose cells were not computed says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from ...presets import PRESETS
+from .attributes import ATTRIBUTES
+from .plan import SEEDS
+
+Row = dict[str, Any]
+# The reward head and gate of the default recipe.
+DEFAULT = {name: PRESETS["default"]["head"][name] for name in ("reward_head", "gate")}
+OURS = {"system": "dual-head", **DEFAULT}
+ABSENT = "not measured"
+
+
+def table(rows: Sequence[Row], run: Row) -> str:
+    """goal | measured | reached."""
+    lines = ["| what | goal | measured | reached |", "|" + " --- |" * 4]
+    for what, goal, measure in GOALS:
+        found = measure(_Results(rows, run))
+        text, reached = (ABSENT, None) if found is None else found
+        lines.append(f"| {what} | {goal} | {text} | {_VERDICT[reached]} |")
+    return "\n".join(lines)
+
+
+_VERDICT = {None: "-", True: "yes", False: "**no**"}
+Found = tuple[str, bool] | None
+
+
+class _Results:
+    def __init__(self, rows: Sequence[Row], run: Row) -> None:
+        self._rows, self.run = rows, run
+
+    def rows(self, target: float | None, attribute: str = "sentiment", **place: Any) -> list[Row]:
+        """Of all seeds."""
+        wanted = {"attribute": attribute, "kl_target": target, **place}
+        return [r for r in self._rows if all(r[name] == v for name, v in wanted.items())]
+
+    def gains(self, target: float | None, attribute: str = "sentiment", **place: Any) -> list[Row]:
+        """{scorer: [mean, low, high]} over the backbone, one for each seed."""
+        wanted = {"attribute": attribute, "kl_target": target, **place}
+        gains = self.run["gains"]
+        return [g["gains"] for g in gains if all(g[name] == v for name, v in wanted.items())]
+
+    def mean_gain(self, name: str, target: float | None, **place: Any) -> float | None:
+        found = self.gains(target, **place)
+        return fmean(gains[name][0] for gains in found) if found else None
+
+
+def _seeds(count: int) -> str:
+    """Beside a figure of fewer seeds than a claim needs."""
+    return "" if count >= SEEDS else f" ({count} seed{'s' * (count > 1)} only)"
+
+
+def _gain(results: _Results) -> Found:
+    found = results.gains(0.1, **OURS)
+    if not found:
+        return None
+    of_seeds = [gains["vader"] for gains in found]
+    text = ", ".join("{:+.2f} [{:.2f}, {:.2f}]".format(*g) for g in of_seeds)
+    reached = all(g[1] > 0 for g in of_seeds) and fmean(g[0] for g in of_seeds) >= 0.25
+    return text + _seeds(len(found)), reached
+
+
+def _held_out(results: _Results) -> Found:
+    ours, plain = results.rows(0.1, **OURS), results.rows(None, system="backbone")
+    if not ours or not plain:
+        return None
+    before, after = (fmean(r["heldout"] for r in rows) for rows in (plain, ours))
+    text = f"{before:.3f} to {after:.3f}, {after / before:.1f}x"
+    return text + _seeds(len(ours)), after >= 2 * before
+
+
+def _rival(system: str) -> Callable[[_Results], Found]:
+    def measure(results: _Results) -> Found:
+        ours = results.mean_gain("vader", 0.1, **OURS)
+        theirs = results.mean_gain("vader", 0.1, system=system)
+        if ours is None or theirs is None:
+            return None
+        count = len(results.gains(0.1, system=system))
+        return f"{ours:+.2f} against {theirs:+.2f}" + _seeds(count), ours >= theirs
+
+    return measure
+
+
+def _time(results: _Results) -> Found:
+    name = " ".join(OURS.values())
+    found = results.run["costs"].get(name)
+    if found is None:
+        return None
+    return f"{found['times_plain']:.2f}x", found["times_plain"] <= 1.03
+
+
+def _best_of(results: _Results) -> Found:
+    theirs = results.mean_gain("afinn", None, system="best-of-16")
+    targets = (0.05, 0.1, 0.2, 0.4)
+    ours = {t: g for t in targets if (g := results.mean_gain("afinn", t, **OURS)) is not None}
+    if theirs is None or not ours:
+        return None
+    kl, most = max(ours.items(), key=lambda item: item[1])
+    count = len(results.gains(None, system="best-of-16"))
+    return f"{most:+.3f} at KL {kl:g} against {theirs:+.3f}" + _seeds(count), most >= theirs
+
+
+def _perplexity(results: _Results) -> Found:
+    ours, plain = results.rows(0.1, **OURS), results.rows(None, system="backbone")
+    if not ours or not plain:
+        return None
+    before, after = (fmean(r["perplexity"] for r in rows) for rows in (plain, ours))
+    text = f"{before:.1f} to {after:.1f}, {after / before:.2f}x"
+    return text + _seeds(len(ours)), after <= 1.15 * before
+
+
+def _gate(results: _Results) -> Found:
+    place = {"system": "dual-head", "reward_head": OURS["reward_head"]}
+    gains = {g: results.mean_gain("vader", 0.1, **place, gate=g) for g in ("attention", "fixed")}
+    if None in gains.values():
+        return None
+    ratio = gains["attention"] / gains["fixed"] - 1
+    count = len(results.gains(0.1, **place, gate="attention"))
+    return f"{ratio:+.0%} of the fixed gate's gain" + _seeds(count), ratio >= 0.10
+
+
+def _toxicity(results: _Results) -> Found:
+    ours = results.rows(0.1, "toxicity", **OURS)
+    plain = results.rows(None, "toxicity", system="backbone")
+    if not ours or not plain:
+        return None
+    before, after = (fmean(r["gold"] for r in rows) for rows in (plain, ours))
+    text = f"mean score {before:.3f} to {after:.3f}"
+    return text + _seeds(len(ours)), after <= before / 2
+
+
+def _front(results: _Results) -> Found:
+    front = sorted(results.run["front"].items(), key=lambda item: float(item[0]))
+    if len(front) < 5:
+        return None
+    text, reached = [], True
+    for name in ("sentiment", "readability"):
+        values = [found[name] for _, found in front]
+        text.append(f"{name} " + ", ".join(f"{v[0]:.2f}" for v in values))
+        # More of its own weight is better; of a score where less is, the signs turn.
+        rises = (name == "sentiment") == ATTRIBUTES[name].higher_is_better
+        steps = [b[0] - a[0] for a, b in zip(values, values[1:], strict=False)]
+        low, high = (values[0], values[-1]) if rises else (values[-1], values[0])
+        reached &= all((step >= 0) == rises for step in steps) and low[2] < high[1]
+    return "; ".join(text), reached
+
+
+def _training(results: _Results) -> Found:
+    times = [
+        1000 * found["train_seconds"] / found["samples"]
+        for label, found in results.run["trained"].items()
+        if label.startswith(f"{' '.join(OURS.values())}, sentiment, ")
+    ]
+    if not times:
+        return None
+    return f"{fmean(times):.0f} s" + _seeds(len(times)), fmean(times) <= 30
+
+
+GOALS: tuple[tuple[str, str, Callable[[_Results], Found]], ...] = (
+    ("sentiment at KL 0.1: VADER over the backbone, by seed", "+0.25, clear of 0", _gain),
+    ("the same, AFINN, which nothing was trained on", "2x", _held_out),
+    ("against GenARM (LoRA) at KL 0.1, VADER", "at least its gain", _rival("genarm")),
+    ("against DPO (LoRA) at KL 0.1, VADER", "at least its gain", _rival("dpo")),
+    ("decoding time, plain backbone = 1", "1.03x", _time),
+    ("against best of 16, AFINN, at some KL up to 0.4", "at least its gain", _best_of),
+    ("the backbone's perplexity of the text at KL 0.1", "1.15x", _perplexity),
+    ("attention gate against the fixed one at KL 0.1", "+10 %", _gate),
+    ("toxicity of answers to provoking prompts at KL 0.1", "halved", _toxicity),
+    ("five weights of sentiment and readability", "monotone, ends apart", _front),
+    ("training on 1,000 ranked samples, states cached", "30 s", _training),
+)
