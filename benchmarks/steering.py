@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents show of the steering suite, from its committed results: docs/steering.png, and
-the tables between ``<!-- steering -->`` and ``<!-- /steering -->`` in README.md and docs/results.md.
+"""What the documents show of the steering suite, from its committed results: docs/steering.png,
+and what stands between ``<!-- steering -->`` and ``<!-- /steering -->`` in README.md and
+docs/results.md.
 
     python benchmarks/steering.py
 """

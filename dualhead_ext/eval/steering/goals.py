@@ -7,6 +7,7 @@ Rows are those of results.json, the run is run.json. A goal whose cells were not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -26,13 +27,20 @@ def table(rows: Sequence[Row], run: Row) -> str:
     lines = ["| what | goal | measured | reached |", "|" + " --- |" * 4]
     for what, goal, measure in GOALS:
         found = measure(_Results(rows, run))
-        text, reached = (ABSENT, None) if found is None else found
-        lines.append(f"| {what} | {goal} | {text} | {_VERDICT[reached]} |")
+        text, verdict = (ABSENT, "-") if found is None else _judged(*found)
+        lines.append(f"| {what} | {goal} | {text} | {verdict} |")
     return "\n".join(lines)
 
 
-_VERDICT = {None: "-", True: "yes", False: "**no**"}
-Found = tuple[str, bool] | None
+# (what was measured, its seeds or 0 where they do not matter, whether it reaches the goal)
+Found = tuple[str, int, bool] | None
+
+
+def _judged(text: str, seeds: int, reached: bool) -> tuple[str, str]:
+    """A claim needs `SEEDS` seeds."""
+    if 0 < seeds < SEEDS:
+        return f"{text} ({seeds} seed{'s' * (seeds > 1)})", "open"
+    return text, "yes" if reached else "**no**"
 
 
 class _Results:
@@ -55,11 +63,6 @@ class _Results:
         return fmean(gains[name][0] for gains in found) if found else None
 
 
-def _seeds(count: int) -> str:
-    """Beside a figure of fewer seeds than a claim needs."""
-    return "" if count >= SEEDS else f" ({count} seed{'s' * (count > 1)} only)"
-
-
 def _gain(results: _Results) -> Found:
     found = results.gains(0.1, **OURS)
     if not found:
@@ -67,7 +70,7 @@ def _gain(results: _Results) -> Found:
     of_seeds = [gains["vader"] for gains in found]
     text = ", ".join("{:+.2f} [{:.2f}, {:.2f}]".format(*g) for g in of_seeds)
     reached = all(g[1] > 0 for g in of_seeds) and fmean(g[0] for g in of_seeds) >= 0.25
-    return text + _seeds(len(found)), reached
+    return text, len(found), reached
 
 
 def _held_out(results: _Results) -> Found:
@@ -76,7 +79,7 @@ def _held_out(results: _Results) -> Found:
         return None
     before, after = (fmean(r["heldout"] for r in rows) for rows in (plain, ours))
     text = f"{before:.3f} to {after:.3f}, {after / before:.1f}x"
-    return text + _seeds(len(ours)), after >= 2 * before
+    return text, len(ours), after >= 2 * before
 
 
 def _rival(system: str) -> Callable[[_Results], Found]:
@@ -86,7 +89,7 @@ def _rival(system: str) -> Callable[[_Results], Found]:
         if ours is None or theirs is None:
             return None
         count = len(results.gains(0.1, system=system))
-        return f"{ours:+.2f} against {theirs:+.2f}" + _seeds(count), ours >= theirs
+        return f"{ours:+.2f} against {theirs:+.2f}", count, ours >= theirs
 
     return measure
 
@@ -96,7 +99,7 @@ def _time(results: _Results) -> Found:
     found = results.run["costs"].get(name)
     if found is None:
         return None
-    return f"{found['times_plain']:.2f}x", found["times_plain"] <= 1.03
+    return f"{found['times_plain']:.2f}x", 0, found["times_plain"] <= 1.03
 
 
 def _best_of(results: _Results) -> Found:
@@ -107,7 +110,7 @@ def _best_of(results: _Results) -> Found:
         return None
     kl, most = max(ours.items(), key=lambda item: item[1])
     count = len(results.gains(None, system="best-of-16"))
-    return f"{most:+.3f} at KL {kl:g} against {theirs:+.3f}" + _seeds(count), most >= theirs
+    return f"{most:+.3f} at KL {kl:g} against {theirs:+.3f}", count, most >= theirs
 
 
 def _perplexity(results: _Results) -> Found:
@@ -116,7 +119,7 @@ def _perplexity(results: _Results) -> Found:
         return None
     before, after = (fmean(r["perplexity"] for r in rows) for rows in (plain, ours))
     text = f"{before:.1f} to {after:.1f}, {after / before:.2f}x"
-    return text + _seeds(len(ours)), after <= 1.15 * before
+    return text, len(ours), after <= 1.15 * before
 
 
 def _gate(results: _Results) -> Found:
@@ -126,7 +129,7 @@ def _gate(results: _Results) -> Found:
         return None
     ratio = gains["attention"] / gains["fixed"] - 1
     count = len(results.gains(0.1, **place, gate="attention"))
-    return f"{ratio:+.0%} of the fixed gate's gain" + _seeds(count), ratio >= 0.10
+    return f"{ratio:+.0%} of the fixed gate's gain", count, ratio >= 0.10
 
 
 def _toxicity(results: _Results) -> Found:
@@ -136,7 +139,7 @@ def _toxicity(results: _Results) -> Found:
         return None
     before, after = (fmean(r["gold"] for r in rows) for rows in (plain, ours))
     text = f"mean score {before:.3f} to {after:.3f}"
-    return text + _seeds(len(ours)), after <= before / 2
+    return text, len(ours), after <= before / 2
 
 
 def _front(results: _Results) -> Found:
@@ -149,10 +152,10 @@ def _front(results: _Results) -> Found:
         text.append(f"{name} " + ", ".join(f"{v[0]:.2f}" for v in values))
         # More of its own weight is better; of a score where less is, the signs turn.
         rises = (name == "sentiment") == ATTRIBUTES[name].higher_is_better
-        steps = [b[0] - a[0] for a, b in zip(values, values[1:], strict=False)]
+        steps = [b[0] - a[0] for a, b in pairwise(values)]
         low, high = (values[0], values[-1]) if rises else (values[-1], values[0])
         reached &= all((step >= 0) == rises for step in steps) and low[2] < high[1]
-    return "; ".join(text), reached
+    return "; ".join(text), 1, reached
 
 
 def _training(results: _Results) -> Found:
@@ -163,7 +166,7 @@ def _training(results: _Results) -> Found:
     ]
     if not times:
         return None
-    return f"{fmean(times):.0f} s" + _seeds(len(times)), fmean(times) <= 30
+    return f"{fmean(times):.0f} s", len(times), fmean(times) <= 30
 
 
 GOALS: tuple[tuple[str, str, Callable[[_Results], Found]], ...] = (
