@@ -94,7 +94,9 @@ def accuracy(trained: str | None) -> dict:
     path = str(embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
     if trained is None:
-        model = DualHeadForCausalLM.from_backbone(path, dtype=BF16)
+        model = DualHeadForCausalLM.from_backbone(
+            path, dtype=BF16, reward_head="full", gate="attention"
+        )
     else:
         model = DualHeadForCausalLM.from_pretrained(trained, dtype=BF16)
     hidden, alpha = hidden_states(model, tokenizer, "test", TEST_PAIRS)

@@ -99,7 +99,9 @@ def test_served(family, mix):
     ids = torch.randint(3, VOCAB, (2, 7))
     plain = backbone.generate(ids, **GREEDY)
     logits = backbone(ids).logits
-    model = dh.DualHeadForCausalLM.from_backbone(backbone, gate_num_heads=2, mix=mix)
+    model = dh.DualHeadForCausalLM.from_backbone(
+        backbone, gate_num_heads=2, mix=mix, reward_head="full", gate="attention"
+    )
     steer(model)
     assert torch.equal(model.generate(ids, **GREEDY, strength=0.0), plain)
     got = model(ids, strength=0.0).logits
@@ -127,7 +129,7 @@ def test_refused(family):
     trained = [p.requires_grad for p in backbone.parameters()]
     match = f"from_backbone: {kind.__name__} cannot carry the gated head: .*{reason}"
     with pytest.raises(NotImplementedError, match=match):
-        dh.DualHeadForCausalLM.from_backbone(backbone)
+        dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
     assert type(backbone) is kind and torch.equal(backbone(ids).logits, plain)
     assert [p.requires_grad for p in backbone.parameters()] == trained
 
@@ -153,9 +155,11 @@ def test_logits_that_the_config_does_not_explain():
     backbone = make_backbone("llama")
     backbone.__class__ = Changed
     with pytest.raises(NotImplementedError, match='which mix="probs" must know'):
-        dh.DualHeadForCausalLM.from_backbone(backbone, mix="probs")
+        dh.DualHeadForCausalLM.from_backbone(
+            backbone, mix="probs", reward_head="full", gate="attention"
+        )
     plain = backbone.generate(**prompts(), **GREEDY)
-    model = dh.DualHeadForCausalLM.from_backbone(backbone)
+    model = dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
     assert torch.equal(model.generate(**prompts(), **GREEDY, strength=0.0), plain)
     batch = prompts()
     with pytest.raises(NotImplementedError, match="its config does not say"):
@@ -169,14 +173,16 @@ def test_a_cached_step_that_differs():
         lambda module, args, out: out * 1.5 if backbone.cached else None
     )
     with pytest.raises(NotImplementedError, match="a step with a cache gives other logits"):
-        dh.DualHeadForCausalLM.from_backbone(backbone)
-    dh.DualHeadForCausalLM.from_backbone(backbone, trial=False)
+        dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
+    dh.DualHeadForCausalLM.from_backbone(
+        backbone, trial=False, reward_head="full", gate="attention"
+    )
 
 
 def test_a_trial_leaves_no_trace():
     backbone = make_backbone("llama").train()
     backbone.model.layers[0].eval()
-    model = dh.DualHeadForCausalLM.from_backbone(backbone)
+    model = dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
     assert model.training and not model.model.layers[0].training
     head = model.lm_head_module
     assert head.last_alpha is None and not head._calls and head.knows_f

@@ -46,7 +46,9 @@ def test_a_twin_shares_every_weight_and_stays_plain(tied):
     prompt = torch.randint(512, (1, 7))
     options = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     before = plain.generate(prompt, **options)
-    gated = DualHeadForCausalLM.from_backbone(models.twin(plain)).eval()
+    gated = DualHeadForCausalLM.from_backbone(
+        models.twin(plain), reward_head="full", gate="attention"
+    ).eval()
     own = {
         id(p) for p in (*gated.lm_head.reward_head.parameters(), *gated.lm_head.gate.parameters())
     }

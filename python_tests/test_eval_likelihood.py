@@ -21,7 +21,10 @@ def tokenizer():
 @pytest.fixture
 def embedded():
     model = dh.DualHeadForCausalLM.from_backbone(
-        str(dh.data.embedded_backbone_path()), dtype=torch.float32
+        str(dh.data.embedded_backbone_path()),
+        dtype=torch.float32,
+        reward_head="full",
+        gate="attention",
     )
     with torch.no_grad():
         for parameter in (

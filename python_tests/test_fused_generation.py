@@ -224,7 +224,9 @@ class TrimmingLlama(LlamaForCausalLM):
 def test_the_backbone_has_the_last_word_on_logits(options, backbone_class):
     batch, backbone = prompts(), make_backbone("llama")
     backbone.__class__ = backbone_class
-    model = dh.DualHeadForCausalLM.from_backbone(backbone, gate_num_heads=2, gate_head_dim=6)
+    model = dh.DualHeadForCausalLM.from_backbone(
+        backbone, gate_num_heads=2, gate_head_dim=6, reward_head="full", gate="attention"
+    )
     got = model.generate(**batch, **options)[:, -NEW:]
     assert ((got % 2 == 1) if backbone_class is MaskingLlama else (got < VOCAB // 2)).all()
     if options is GREEDY:
@@ -289,7 +291,7 @@ def test_stop_strings():
 
     path = str(dh.data.embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = dh.DualHeadForCausalLM.from_backbone(path)
+    model = dh.DualHeadForCausalLM.from_backbone(path, reward_head="full", gate="attention")
     batch = dict(tokenizer("\n\nHuman: How do I bake bread?\n\nAssistant:", return_tensors="pt"))
     whole = assert_same(model, batch, max_new_tokens=12, do_sample=False)
     new = tokenizer.decode(whole[0, batch["input_ids"].shape[1] :])

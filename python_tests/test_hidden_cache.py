@@ -123,7 +123,12 @@ def test_other_batches_differ_by_the_backbones_rounding(tmp_path):
     path = str(dh.data.embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = tokenize_pairs(dh.data.load_preference_data("embedded")[:5], tokenizer, 100)
-    model, calls = dh.DualHeadForCausalLM.from_backbone(path, dtype=torch.float32), []
+    model, calls = (
+        dh.DualHeadForCausalLM.from_backbone(
+            path, dtype=torch.float32, reward_head="full", gate="attention"
+        ),
+        [],
+    )
     hook = model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
     options = {"cache_hidden": str(tmp_path / "cache")}
     for size in (1, 5):
@@ -270,7 +275,9 @@ def test_a_shorter_text_is_computed_again(tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(dh.data.embedded_backbone_path())
     rows = dh.data.load_preference_data("embedded")[:3]
     for length, lines in ((64, 1), (64, 0), (48, 1)):
-        model = dh.DualHeadForCausalLM.from_backbone(str(dh.data.embedded_backbone_path()))
+        model = dh.DualHeadForCausalLM.from_backbone(
+            str(dh.data.embedded_backbone_path()), reward_head="full", gate="attention"
+        )
         args = arguments(tmp_path, cache_hidden=str(tmp_path / "c"), max_length=length)
         trainer = dh.DualHeadTrainer(model, args, None, rows, processing_class=tokenizer)
         trainer.cache_hidden()

@@ -127,7 +127,7 @@ def test_heads_on_an_adapted_backbone():
     """from_backbone extends the model inside PEFT's wrapper, which stays usable."""
     wrapped, batch = adapted(make_backbone("llama"), target_modules="all-linear"), prompts()
     plain = wrapped.generate(**batch, **GREEDY)
-    model = dh.DualHeadForCausalLM.from_backbone(wrapped)
+    model = dh.DualHeadForCausalLM.from_backbone(wrapped, reward_head="full", gate="attention")
     assert model is wrapped.get_base_model()
     assert torch.equal(model.generate(**batch, **GREEDY, strength=0.0), plain)
     assert torch.equal(wrapped.generate(**batch, **GREEDY, strength=0.0), plain)
@@ -138,6 +138,8 @@ def test_heads_on_an_adapted_backbone():
 def test_heads_on_a_backbone_with_an_adapted_lm_head_are_refused():
     wrapped = adapted(make_backbone("llama"), target_modules=["lm_head"])
     with pytest.raises(TypeError, match="LlamaForCausalLM must have a linear lm_head, got peft"):
-        dh.DualHeadForCausalLM.from_backbone(wrapped)
-    model = dh.DualHeadForCausalLM.from_backbone(wrapped.merge_and_unload())
+        dh.DualHeadForCausalLM.from_backbone(wrapped, reward_head="full", gate="attention")
+    model = dh.DualHeadForCausalLM.from_backbone(
+        wrapped.merge_and_unload(), reward_head="full", gate="attention"
+    )
     assert torch.isfinite(model(**prompts()).logits).all()

@@ -81,7 +81,9 @@ def test_heads_trained_in_fp32_stay_so_beside_a_bf16_backbone(tmp_path):
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_the_embedded_backbone_goes_by_name(tmp_path, kind):
-    model = dh.DualHeadForCausalLM.from_backbone(kind(dh.data.embedded_backbone_path()))
+    model = dh.DualHeadForCausalLM.from_backbone(
+        kind(dh.data.embedded_backbone_path()), reward_head="full", gate="attention"
+    )
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / CONFIG_NAME).read_text())
     assert stored["backbone"]["name_or_path"] == "embedded"
@@ -491,10 +493,14 @@ def test_arguments_that_are_refused(saved):
     with pytest.raises(ValueError, match="variant is for the backbone: it needs save_full"):
         model.save_pretrained(folder, variant="fp16")
     with pytest.raises(ValueError, match="has a gated head already"):
-        dh.DualHeadForCausalLM.from_backbone(model)
+        dh.DualHeadForCausalLM.from_backbone(model, reward_head="full", gate="attention")
     with pytest.raises(TypeError, match="must be a model, a path or a hub name"):
-        dh.DualHeadForCausalLM.from_backbone(3)
+        dh.DualHeadForCausalLM.from_backbone(3, reward_head="full", gate="attention")
     with pytest.raises(TypeError, match="unknown arguments gate_heads"):
-        dh.DualHeadForCausalLM.from_backbone(make_backbone("llama"), gate_heads=3)
+        dh.DualHeadForCausalLM.from_backbone(
+            make_backbone("llama"), gate_heads=3, reward_head="full", gate="attention"
+        )
     with pytest.raises(ValueError, match="vocab_size is 101 in the backbone, got 7"):
-        dh.DualHeadForCausalLM.from_backbone(make_backbone("llama"), vocab_size=7)
+        dh.DualHeadForCausalLM.from_backbone(
+            make_backbone("llama"), vocab_size=7, reward_head="full", gate="attention"
+        )

@@ -40,7 +40,8 @@ def meaning(model):
     bias = head.reward_head.bias
     gate, config = head.gate, head.config
     plain = dh.DualHeadForCausalLM.from_backbone(
-        dh.detach(plain, dequantize=True), **config.to_dict()
+        dh.detach(plain, dequantize=True),
+        **config.to_dict(),
     )
     head = plain.lm_head_module
     with torch.no_grad():
@@ -289,7 +290,9 @@ def test_calibration_reaches_both_heads():
 @torch.no_grad()
 def test_int4_of_a_trained_backbone_is_nearer_than_nearest_numbers():
     """Its LM head's rows as stand-ins for hidden states, on real ones: KL(bf16 || int4)."""
-    model = dh.DualHeadForCausalLM.from_backbone(embedded_backbone_path())
+    model = dh.DualHeadForCausalLM.from_backbone(
+        embedded_backbone_path(), reward_head="full", gate="attention"
+    )
     tokenizer = AutoTokenizer.from_pretrained(embedded_backbone_path())
     pairs = itertools.islice(load_preference_data("embedded", "test"), 12)
     texts = [tokenizer(pair["prompt"] + pair["chosen"], return_tensors="pt") for pair in pairs]
@@ -343,7 +346,9 @@ def test_full_precision_files_are_quantised_when_loaded(name, tmp_path):
     model.quantize(name)
     assert same_bits(again.state_dict(), model.state_dict())
     assert torch.equal(again.generate(**batch, **GREEDY), model.generate(**batch, **GREEDY))
-    fresh = dh.DualHeadForCausalLM.from_backbone(make_backbone("llama", **WIDE), quantize=name)
+    fresh = dh.DualHeadForCausalLM.from_backbone(
+        make_backbone("llama", **WIDE), quantize=name, reward_head="full", gate="attention"
+    )
     lm = {n: getattr(fresh.lm_head, n) for n in ("weight", "weight_scale")}
     assert same_bits({n: v[0] for n, v in fresh.lm_head.reward_head.state_dict().items()}, lm)
 
@@ -351,7 +356,7 @@ def test_full_precision_files_are_quantised_when_loaded(name, tmp_path):
 def test_the_embedded_backbone_by_name(tmp_path):
     """The whole of it as a user does: quantise, save, restore, on a backbone that has a name."""
     model = dh.DualHeadForCausalLM.from_backbone(
-        str(dh.data.embedded_backbone_path()), quantize="int4"
+        str(dh.data.embedded_backbone_path()), quantize="int4", reward_head="full", gate="attention"
     )
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
@@ -386,12 +391,16 @@ def test_formats_that_contradict_are_refused(tmp_path):
     with pytest.raises(ValueError, match="format must be one of int8, fp8, int4, got 'int3'"):
         load(tmp_path, backbone=backbone, quantize="int3")
     with pytest.raises(ValueError, match="format must be one of int8, fp8, int4, got 8"):
-        dh.DualHeadForCausalLM.from_backbone(backbone, quantize=8)
+        dh.DualHeadForCausalLM.from_backbone(
+            backbone, quantize=8, reward_head="full", gate="attention"
+        )
     narrow = make_backbone("llama")
     make_model("llama").save_pretrained(tmp_path / "narrow")
     for refused in (
         lambda: load(tmp_path / "narrow", backbone=narrow, quantize="int4"),
-        lambda: dh.DualHeadForCausalLM.from_backbone(narrow, quantize="int4"),
+        lambda: dh.DualHeadForCausalLM.from_backbone(
+            narrow, quantize="int4", reward_head="full", gate="attention"
+        ),
     ):
         with pytest.raises(ValueError, match="int4 needs a hidden size that is a multiple of 128"):
             refused()

@@ -260,7 +260,7 @@ def test_mixed_precision_wrappers_come_off():
     for unwrap in (False, True):
         backbone, batch = make_backbone("llama"), prompts()
         expected = backbone(**batch).logits
-        model = dh.DualHeadForCausalLM.from_backbone(backbone)
+        model = dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
         model._original_forward = model.forward
         autocast = torch.autocast("cpu", torch.bfloat16)
         model.forward = types.MethodType(autocast(model.forward.__func__), model)
@@ -294,7 +294,7 @@ def test_a_layer_on_the_disk(tmp_path):
     options = offloaded(tmp_path, "model.layers.1")
     backbone = AutoModelForCausalLM.from_pretrained(**options)
     assert backbone.model.layers[1].mlp.up_proj.weight.device.type == "meta"
-    model = dh.DualHeadForCausalLM.from_backbone(backbone)
+    model = dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
     got = model.generate(**batch, **GREEDY, eos_token_id=None, strength=0.0)
     assert torch.equal(got, plain.generate(**batch, **GREEDY))
     again = dh.detach(model)
@@ -308,24 +308,36 @@ def test_an_lm_head_on_the_disk_is_one_sentence(tmp_path):
     backbone = AutoModelForCausalLM.from_pretrained(**offloaded(tmp_path, "lm_head"))
     match = "from_backbone: the weight of LlamaForCausalLM's lm_head is offloaded"
     with pytest.raises(NotImplementedError, match=match):
-        dh.DualHeadForCausalLM.from_backbone(backbone)
+        dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
     backbone = make_backbone("llama")
     cpu_offload(backbone)
     with pytest.raises(NotImplementedError, match=match):
-        dh.DualHeadForCausalLM.from_backbone(backbone)
+        dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
 
 
 def test_arguments_of_from_pretrained(tmp_path):
     make_backbone("llama").save_pretrained(tmp_path)
     model = dh.DualHeadForCausalLM.from_backbone(
-        tmp_path, attn_implementation="eager", dtype=torch.bfloat16, gate_num_heads=2
+        tmp_path,
+        attn_implementation="eager",
+        dtype=torch.bfloat16,
+        gate_num_heads=2,
+        reward_head="full",
+        gate="attention",
     )
     assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
     assert model.dual_head_config.gate_num_heads == 2
     with pytest.raises(TypeError, match="no_such_option"):
-        dh.DualHeadForCausalLM.from_backbone(tmp_path, no_such_option=1)
+        dh.DualHeadForCausalLM.from_backbone(
+            tmp_path, no_such_option=1, reward_head="full", gate="attention"
+        )
     with pytest.raises(TypeError, match="unknown arguments attn_implementation"):
-        dh.DualHeadForCausalLM.from_backbone(make_backbone("llama"), attn_implementation="eager")
+        dh.DualHeadForCausalLM.from_backbone(
+            make_backbone("llama"),
+            attn_implementation="eager",
+            reward_head="full",
+            gate="attention",
+        )
     model.save_pretrained(tmp_path / "heads")
     again = dh.DualHeadForCausalLM.from_pretrained(
         tmp_path / "heads", backbone=tmp_path, attn_implementation="eager"

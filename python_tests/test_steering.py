@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 import dualhead_ext as dh
-from dualhead_ext import cli
+from dualhead_ext import calibration, cli
 from dualhead_ext.eval import sampling
 from dualhead_ext.eval.rollout import Backbone, read_prompts, response_logprobs, roll_out
-from dualhead_ext.eval.steering import report, steps
+from dualhead_ext.eval.steering import report, steps, timing
 from dualhead_ext.eval.steering.attributes import ATTRIBUTES, OPEN, PROVOKING, prompts_of
 from dualhead_ext.eval.steering.plan import KL_TARGETS, SIZES, Planner
 from dualhead_ext.eval.steering.policies import GatedPolicy, GuidedPolicy
@@ -254,14 +254,20 @@ KEYS = [
 
 
 @pytest.mark.slow
-@pytest.mark.skip(reason="open: the tiny scale does not move DPO's adapter")
-def test_a_whole_run_as_a_user_starts_it(tmp_path, capsys):
+def test_a_whole_run_as_a_user_starts_it(tmp_path, capsys, monkeypatch):
     pytest.importorskip("trl", reason="the extra trl is not installed")
     pytest.importorskip("peft", reason="the extra peft is not installed")
     argv = ["eval", "--suite", "steering", "--scale", "tiny", "--out", str(tmp_path),
-            "--attributes", "sentiment,readability", "--kl", "0.1", "--seeds", "1"]  # fmt: skip
-    assert cli.main([*argv, "--minutes", "0"]) == 3
+            "--kl", "0.1", "--seeds", "1", "--attributes"]  # fmt: skip
+    monkeypatch.setattr(timing, "TURNS", 1)
+    monkeypatch.setattr(calibration, "REQUESTS", 12)
+    ours = "backbone,dual-head-embedding-fixed"
+    both = [*argv, "sentiment,readability", "--systems", ours]
+    assert cli.main([*both, "--minutes", "0"]) == 3
     assert "cells are left" in capsys.readouterr().out
+    assert cli.main(both) == 0
+    others = "paper,genarm,dpo,args,best-of-4,best-of-16"
+    argv = [*argv, "sentiment", "--systems", f"{ours},{others}"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     assert "cells to compute, about" in out

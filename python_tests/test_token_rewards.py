@@ -19,7 +19,9 @@ def fresh(**config):
     torch.manual_seed(0)
     config = {"reward_head": "embedding", "reward_rank": 0, "gate": "fixed"} | config
     sizes = {"gate_num_heads": 2, "gate_head_dim": 6}
-    return dh.DualHeadForCausalLM.from_backbone(make_backbone("llama"), **sizes | config)
+    return dh.DualHeadForCausalLM.from_backbone(
+        make_backbone("llama"), **{"reward_head": "full", "gate": "attention"} | sizes | config
+    )
 
 
 @pytest.mark.parametrize("gate", ["attention", "linear", "fixed"])

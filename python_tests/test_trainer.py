@@ -23,7 +23,11 @@ from dualhead_ext.loss.terms import TOTAL_NAMES
 
 def test_learns_preferences_of_unseen_pairs(tmp_path):
     model = dh.DualHeadForCausalLM.from_backbone(
-        make_backbone("llama"), gate_num_heads=2, gate_head_dim=6
+        make_backbone("llama"),
+        gate_num_heads=2,
+        gate_head_dim=6,
+        reward_head="full",
+        gate="attention",
     )
     options = {"learning_rate": 0.02, "pref_reduction": "mean", "beta_r": 2.0, "logging_steps": 50}
     data, unseen = pairs(160), pairs(60, seed=9)
@@ -349,7 +353,7 @@ def test_text_is_tokenised_with_the_tokenizer(tmp_path):
     """The package's own sample and backbone; the tokenizer goes along with the heads."""
     path = embedded_backbone_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = dh.DualHeadForCausalLM.from_backbone(str(path))
+    model = dh.DualHeadForCausalLM.from_backbone(str(path), reward_head="full", gate="attention")
     rows = dh.data.load_preference_data("embedded")
     trainer = dh.DualHeadTrainer(
         model=model,

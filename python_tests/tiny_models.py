@@ -96,7 +96,9 @@ def make_model(family: str, seed: int = 0, sizes: dict | None = None, **config):
     """The same with a gated head whose gate and reward head have something to say."""
     model = dh.DualHeadForCausalLM.from_backbone(
         make_backbone(family, seed, **sizes or {}),
-        **{"gate_num_heads": 2, "gate_head_dim": 6, "trial": False} | config,
+        **{"reward_head": "full", "gate": "attention"}
+        | {"gate_num_heads": 2, "gate_head_dim": 6, "trial": False}
+        | config,
     )
     generator = torch.Generator().manual_seed(seed + 1)
     head = model.lm_head_module

@@ -54,7 +54,9 @@ def test_numbers_are_taken_over_bit_for_bit(case, dtype):
     name, config = OURS[case]
     backbone = torchao_backbone(config, dtype)
     theirs = backbone.lm_head.weight
-    model = dh.DualHeadForCausalLM.from_backbone(backbone, quantize=name, num_objectives=2)
+    model = dh.DualHeadForCausalLM.from_backbone(
+        backbone, quantize=name, num_objectives=2, reward_head="full", gate="attention"
+    )
     head = model.lm_head
     assert head.quantized == name and head.hidden_dtype == dtype
     ours = dequantize(head.weight, head.weight_scale)
@@ -75,14 +77,19 @@ def test_greedy_text_is_torchaos():
     """In fp32, with both heads alike: what the torchao model itself writes."""
     backbone, batch = torchao_backbone(Int8WeightOnlyConfig()), prompts()
     expected = backbone.generate(**batch, **GREEDY)
-    model = dh.DualHeadForCausalLM.from_backbone(backbone, quantize="int8")
+    model = dh.DualHeadForCausalLM.from_backbone(
+        backbone, quantize="int8", reward_head="full", gate="attention"
+    )
     assert torch.equal(model.generate(**batch, **GREEDY), expected)
 
 
 def test_a_backbone_quantised_throughout(tmp_path):
     """Its layers stay torchao's, and a file of its heads goes with it, and with the plain one."""
     model = dh.DualHeadForCausalLM.from_backbone(
-        torchao_backbone(Int8WeightOnlyConfig(), everything=True), quantize="int8"
+        torchao_backbone(Int8WeightOnlyConfig(), everything=True),
+        quantize="int8",
+        reward_head="full",
+        gate="attention",
     )
     assert is_torchao(model.model.layers[0].mlp.up_proj.weight)
     tokens = model.generate(**prompts(), **GREEDY)
@@ -147,13 +154,17 @@ def test_trained_heads_on_a_torchao_lm_head(tmp_path):
 def test_what_is_not_ours_is_refused(config, name, message):
     backbone = torchao_backbone(config)
     with pytest.raises(ValueError, match=message) as error:
-        dh.DualHeadForCausalLM.from_backbone(backbone, quantize=name)
+        dh.DualHeadForCausalLM.from_backbone(
+            backbone, quantize=name, reward_head="full", gate="attention"
+        )
     assert not isinstance(backbone, dh.DualHeadForCausalLM)
     # The message says how to go on, and that works.
     assert "linear.weight = nn.Parameter(linear.weight.dequantize(), False)" in str(error.value)
     linear = backbone.lm_head
     linear.weight = torch.nn.Parameter(linear.weight.dequantize(), False)
-    model = dh.DualHeadForCausalLM.from_backbone(backbone, quantize=name)
+    model = dh.DualHeadForCausalLM.from_backbone(
+        backbone, quantize=name, reward_head="full", gate="attention"
+    )
     assert model.lm_head.quantized == name
 
 
@@ -165,5 +176,5 @@ def test_other_quantised_heads_are_refused():
     backbone = make_backbone("llama")
     backbone.lm_head.weight = torch.nn.Parameter(backbone.lm_head.weight.to(torch.int8), False)
     with pytest.raises(TypeError, match=r"got Parameter of torch\.int8"):
-        dh.DualHeadForCausalLM.from_backbone(backbone)
+        dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
     assert not isinstance(backbone, dh.DualHeadForCausalLM)

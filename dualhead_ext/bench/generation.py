@@ -239,7 +239,9 @@ def run_model(
 
     plain = model.build(device_type).eval()
     plain.generation_config.eos_token_id = None  # min_new_tokens would need logits
-    gated = DualHeadForCausalLM.from_backbone(models.twin(plain)).eval()
+    gated = DualHeadForCausalLM.from_backbone(
+        models.twin(plain), reward_head="full", gate="attention"
+    ).eval()
     if not ops.kernel_for(device_type, plain.dtype):
         raise RuntimeError(
             f"benchmark: no compiled {device_type.upper()} kernel for {plain.dtype} to time"

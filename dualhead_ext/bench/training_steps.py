@@ -40,7 +40,9 @@ class Training:
 
     def __init__(self, case: TrainingCase, device_type: str) -> None:
         self.device_type = device_type
-        self.model = DualHeadForCausalLM.from_backbone(case.build(device_type)).eval()
+        self.model = DualHeadForCausalLM.from_backbone(
+            case.build(device_type), reward_head="full", gate="attention"
+        ).eval()
         prepare_for_training(self.model)
         self._make_heads_differ()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from ..data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
 from ..files.atomic import BusyFolderError
 from ..files.checkpoint import SaveError
 from ..model.builtin_backbones import BUILTIN_BACKBONES, backbone_path
-from ..train.presets import PRESETS
+from ..train.presets import PRESETS, head_of
 from .errors import UserError, argument, one_line
 from .models import check_backbone, check_device, loading, quiet_transformers
 
@@ -207,8 +207,8 @@ def _make_trainer(arguments: Namespace, rows: list[dict], held_out: list[dict]) 
         dtype = torch.float32 if training.device.type == "cpu" else None
         names = {f.name for f in fields(DualHeadConfig)} - {"preference", "kl_curve"}
         given = {name: getattr(arguments, name, None) for name in names}
-        head = dict(PRESETS[arguments.preset]["head"])
-        head |= {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        head = head_of(arguments.preset, given)
         model = DualHeadForCausalLM.from_backbone(path, dtype=dtype, **head)
     with argument():
         return DualHeadTrainer(

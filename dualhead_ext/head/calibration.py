@@ -27,7 +27,7 @@ from ..loss.terms import LossOptions
 
 TARGET_KL = 0.1
 # Of the requests that are decoded: how many, their length, and their strengths in turn.
-REQUESTS, NEW_TOKENS = 48, 32
+REQUESTS, NEW_TOKENS = 36, 24
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.6)
 # Hidden states for the first scale, and how often its interval is halved.
 STATES, HALVINGS = 256, 24

@@ -45,3 +45,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 PRESET_NAMES = tuple(PRESETS)
+
+
+def head_of(preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `DualHeadConfig` of a preset, under what is given; a rank belongs to the
+    preset's own kind of reward head.
+    """
+    head = dict(PRESETS[preset]["head"])
+    if given.get("reward_head", head["reward_head"]) != head["reward_head"]:
+        head.pop("reward_rank", None)
+    return head | given

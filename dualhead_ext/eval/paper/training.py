@@ -18,6 +18,7 @@ import torch
 from ...config import DualHeadConfig
 from ...data.collate import tokenize_pairs
 from ...model.causal_lm import DualHeadForCausalLM
+from ...train.presets import head_of
 from ...train.trainer import DualHeadTrainer, DualHeadTrainingArguments
 from .reinforcement import train_rloo
 from .settings import TrainSettings
@@ -54,7 +55,8 @@ def train_dual_head(
     """
     names = {field.name for field in fields(DualHeadConfig)}
     beta_r = options.get("beta_r", settings.beta_of("dual_head"))
-    head = {name: value for name, value in options.items() if name in names}
+    preset = options.get("preset", "paper")
+    head = head_of(preset, {name: value for name, value in options.items() if name in names})
     loss = {name: value for name, value in options.items() if name not in names}
     tokenizer = load_tokenizer(backbone)
 
@@ -62,9 +64,7 @@ def train_dual_head(
         model = DualHeadForCausalLM.from_backbone(str(backbone), dtype=torch.float32, **head)
         return DualHeadTrainer(
             model,
-            DualHeadTrainingArguments(
-                **{"preset": "paper"} | arguments | loss | {"beta_r": beta_r}
-            ),
+            DualHeadTrainingArguments(**arguments | loss | {"preset": preset, "beta_r": beta_r}),
             train_dataset=tokenize_pairs(pairs, tokenizer, settings.max_length),
             processing_class=tokenizer,
         )

@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from ...presets import PRESETS
+from ...train.presets import PRESETS
 from .attributes import ATTRIBUTES
 from .plan import SEEDS
 

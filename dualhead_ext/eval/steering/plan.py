@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from ...presets import PRESETS
+from ...train.presets import PRESETS
 from ..paper.cells import Cell
 from .attributes import ATTRIBUTES, PROVOKING
 
@@ -27,7 +27,7 @@ class System:
     reward_head, gate: of a gated head, else None.
     options: of the training.
     best_of: how many samples it chooses from, else 0.
-    strengths: fixed ones, where no strength reaches the targets; else they follow from the KL.
+    strength: a fixed one, where none reaches the targets; else it follows from the KL.
     """
 
     name: str
@@ -36,7 +36,7 @@ class System:
     gate: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     best_of: int = 0
-    strengths: tuple[float, ...] = ()
+    strength: float | None = None
 
     @property
     def parts(self) -> dict[str, str | None]:
@@ -44,7 +44,10 @@ class System:
 
 
 def _dual_head(reward_head: str, gate: str) -> System:
-    options = {"reward_head": reward_head, "gate": gate}
+    options: dict[str, Any] = {"reward_head": reward_head, "gate": gate}
+    if gate != "fixed":
+        # At the reward's own rate a gate closes; at this one it ranks held-out pairs best.
+        options["gate_learning_rate"] = 1e-3
     return System("dual-head", "dual_head", reward_head, gate, options)
 
 
@@ -60,8 +63,8 @@ PAPER = System("paper", "dual_head", "full", "attention", {"preset": "paper"})
 BEST_OF = tuple(System(f"best-of-{n}", best_of=n) for n in (4, 16))
 GENARM = System("genarm", "autoregressive_reward")
 DPO = System("dpo", "dpo")
-# Its candidates alone are far from the backbone, so that its weights are the paper's.
-ARGS = System("args", "reward_model", strengths=(1.0, 1.5))
+# Its candidates alone are far from the backbone, so that its weight is the paper's.
+ARGS = System("args", "reward_model", strength=1.0)
 NAMES = ("backbone", "dual-head", "paper", "genarm", "dpo", "args", "best-of-4", "best-of-16")
 # One of the gated heads alone.
 VARIANTS = tuple(f"dual-head-{head}-{gate}" for head, gate in DUAL_HEADS)
@@ -69,7 +72,12 @@ VARIANTS = tuple(f"dual-head-{head}-{gate}" for head, gate in DUAL_HEADS)
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed. Defaults: the run that the results are of."""
+    """How much is computed. Defaults: the run that the results are of.
+
+    Attributes:
+        training: of gated heads, beside the recipe.
+        adapter: of the systems that they are compared with, beside `training.ADAPTER`.
+    """
 
     backbone: str = "smollm2"
     train_prompts: int = 128
@@ -79,12 +87,24 @@ class Size:
     batch_size: int = 52
     max_length: int = 160
     training: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 # Another scale is for tests of the machinery.
 SIZES = {
     "standard": Size(),
-    "tiny": Size("embedded", 8, 4, 8, 8, 4, 96, {"num_train_epochs": 1.0}),
+    "tiny": Size(
+        backbone="embedded",
+        train_prompts=8,
+        calibration_prompts=4,
+        prompts=8,
+        new_tokens=8,
+        batch_size=4,
+        max_length=96,
+        training={"num_train_epochs": 1.0},
+        # A single step would be one of warm-up, at a rate of 0.
+        adapter={"learning_rate": 1e-2, "max_steps": 4, "batch_size": 8},
+    ),
 }
 
 
@@ -170,9 +190,7 @@ class Planner:
             yield from ((name, s, None) for s in (BACKBONE, BEST_OF[0]))
             yield from ((name, s, t) for t in first for s in (main[0], PAPER, DPO, GENARM))
         if "sentiment" in self._attributes:
-            yield "sentiment", BEST_OF[1], None
-            for strength in ARGS.strengths:
-                yield "sentiment", replace(ARGS, strengths=(strength,)), None
+            yield from (("sentiment", s, None) for s in (BEST_OF[1], ARGS))
             yield from (("sentiment", s, t) for t in self._targets[1:] for s in heads)
         for name in rest:
             systems = (main[0], PAPER, DPO, GENARM)
@@ -217,7 +235,7 @@ class Planner:
             "attributes": list(attributes),
             "options": system.options,
             "recipe": self._recipe(system),
-            "training": size.training,
+            "training": size.training if system.method == "dual_head" else size.adapter,
             "max_length": size.max_length,
             "seed": seed,
         }
@@ -238,7 +256,7 @@ class Planner:
             "method": system.method,
             "attribute": attribute,
             "kl_target": target,
-            "strength": system.strengths[0] if system.strengths else None,
+            "strength": system.strength,
             "best_of": system.best_of,
             "prompts": size.prompts,
             "new_tokens": size.new_tokens,

@@ -19,6 +19,8 @@ from .intervals import mean_interval
 from .plan import FRONT, Plan
 from .steps import pack, read_texts
 
+# Of a cell's environment: in its own record, not in the run's.
+_OF_A_MOMENT = ("date", "load_average")
 RESULTS, TEXTS, RUN, PAGE = "results.json", "texts.jsonl.gz", "run.json", "README.md"
 Row = dict[str, Any]
 
@@ -107,7 +109,11 @@ def write(plan: Plan, store: Store) -> list[Path]:
 def _run(plan: Plan, store: Store) -> Row:
     """What the results do not say themselves: the machine, the extent, times, the front."""
     records = [r for r in map(store.record, unfolded(plan.cells())) if r is not None]
-    environments = {json.dumps(r["environment"], sort_keys=True) for r in records}
+    machines = [
+        {name: value for name, value in r["environment"].items() if name not in _OF_A_MOMENT}
+        for r in records
+    ]
+    environments = {json.dumps(machine, sort_keys=True) for machine in machines}
     front = {}
     for weight, cell in plan.front.items():
         record = store.record(cell)

@@ -22,7 +22,7 @@ from ...head.dual_head import DualHead
 from ...model.causal_lm import DualHeadForCausalLM
 from ...model.head_files import check_head_state
 from ...model.head_folder import read_head_folder
-from ...train.presets import PRESETS
+from ...train.presets import head_of
 from ...train.trainer import DualHeadTrainer, DualHeadTrainingArguments
 from ..paper.settings import TrainSettings
 from ..paper.trained import load_policy, load_reward_model, read_record
@@ -105,7 +105,7 @@ def train_gated_head(
     preset = cell["options"].get("preset", "default")
     options = {n: v for n, v in cell["options"].items() if n != "preset"}
     names = {field.name for field in fields(DualHeadConfig)}
-    head = PRESETS[preset]["head"] | {n: v for n, v in options.items() if n in names}
+    head = head_of(preset, {n: v for n, v in options.items() if n in names})
     training = {n: v for n, v in options.items() if n not in names} | cell["training"]
     torch.manual_seed(cell["seed"])
     model = DualHeadForCausalLM.from_backbone(
@@ -154,9 +154,9 @@ def train_other(
     """An adapter of a method of `TRAINERS`, on pairs."""
     from dataclasses import replace
 
-    settings = replace(ADAPTER, seed=cell["seed"], max_length=cell["max_length"])
-    if "max_steps" in cell["training"]:
-        settings = replace(settings, max_steps=cell["training"]["max_steps"])
+    settings = replace(
+        ADAPTER, seed=cell["seed"], max_length=cell["max_length"], **cell["training"]
+    )
     started = time.monotonic()
     TRAINERS[method](Path(backbone), pairs_of(rows), out, settings)
     record = read_record(out)
