@@ -11,15 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 import dualhead_ext as dh
-from dualhead_ext import calibration, cli
+from dualhead_ext import cli
 from dualhead_ext.eval import sampling
+from dualhead_ext.eval.paper.cells import Store
 from dualhead_ext.eval.rollout import Backbone, read_prompts, response_logprobs, roll_out
-from dualhead_ext.eval.steering import report, steps, timing
+from dualhead_ext.eval.steering import goals, report, steps, timing
 from dualhead_ext.eval.steering.attributes import ATTRIBUTES, OPEN, PROVOKING, prompts_of
 from dualhead_ext.eval.steering.plan import KL_TARGETS, SIZES, Planner
 from dualhead_ext.eval.steering.policies import GatedPolicy, GuidedPolicy
 from dualhead_ext.eval.steering.training import pairs_of, ranked_rows
-from dualhead_ext.eval.suite.cells import Store
+from dualhead_ext.head import calibration
 
 PROMPTS = ["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: How do I bake a loaf of bread?\n\nAssistant:"]
 NEW = 6
@@ -243,6 +244,36 @@ def test_samples_become_ranked_rows_of_each_attribute():
     pairs = pairs_of(rows)
     assert pairs[0]["chosen"][0]["content"] == "Great fun!"
     assert pairs[1]["chosen"][0]["content"] == "Bad."
+
+
+def test_a_goal_is_judged_on_three_seeds_only():
+    def row(system, seed, gold, heldout, target=0.1):
+        place = dict.fromkeys(("reward_head", "gate"))
+        if system == "dual-head":
+            place = dict(goals.DEFAULT)
+        return {
+            "system": system, **place, "attribute": "sentiment", "kl_target": target, "gold": gold,
+            "heldout": heldout, "perplexity": 18.0 + 10 * (system == "dual-head"), "seed": seed,
+        }  # fmt: skip
+
+    def gains(seed, value, low):
+        place = {"system": "dual-head", **goals.DEFAULT, "kl_target": 0.1, "seed": seed}
+        scores = {"vader": [value, low, 1.0], "afinn": [value, low, 1.0]}
+        return place | {"attribute": "sentiment", "gains": scores}
+
+    def judged(rows, found):
+        run = {"gains": found, "costs": {}, "front": {}, "trained": {}}
+        lines = goals.table(rows, run).splitlines()[2:]
+        return [line.split(" | ")[-1].removesuffix(" |") for line in lines]
+
+    rows = [row("backbone", seed, 0.3, 0.1, None) for seed in range(3)]
+    rows += [row("dual-head", seed, 0.6, 0.2) for seed in range(3)]
+    clear = [gains(seed, 0.3, 0.2) for seed in range(3)]
+    verdicts = judged(rows, clear)
+    assert verdicts[:2] == ["yes", "yes"] and verdicts[2] == "-"
+    assert verdicts[6] == "**no**"  # the perplexity
+    assert judged(rows, [*clear[:2], gains(2, 0.3, -0.01)])[0] == "**no**"
+    assert judged([r for r in rows if r["seed"] == 0], clear[:1])[:2] == ["open", "open"]
 
 
 # --- a whole run ----------------------------------------------------------------------------------
