@@ -347,5 +347,6 @@ def test_a_missing_wait_for_a_copy_is_seen(run, long_enough, wait):
 
 @pytest.mark.parametrize("barrier", range(6))
 def test_a_missing_block_or_gate_barrier_is_seen(run, long_enough, barrier):
-    """mbarriers are made; then resident hidden states, or the gate's two for each of three."""
+    """mbarriers are made; then those of the phases after the products, and the gate's two for each
+    of attention and its normalisation."""
     assert _differs(run, long_enough, skipped_block_barrier=barrier)

@@ -161,6 +161,51 @@ __device__ __forceinline__ void multiply_run(const LaneView& at, const unsigned 
   }
 }
 
+// int4, both runs of a block side by side: each has a sum of its own, and the tensor cores' next
+// product of one need not wait for that of the other. The same sums as one after the other.
+template <int kTiles, int kUnits>
+__device__ __forceinline__ void multiply_groups(const LaneView& at, const unsigned char* hidden,
+                                                int block, float (&part)[2][kUnits][kTiles][4]) {
+  constexpr Format kFormat = Format::kInt4;
+  constexpr int kSteps = steps_of(kFormat);
+  Words low[2][kUnits], high[2][kUnits];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const unsigned char* row =
+          at.low + block * at.block_pitch + u * at.unit_pitch + (at.own ^ half * kRunBytes);
+      low[half][u] = load_words(row);
+      high[half][u] = load_words(row + at.high);
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int run = half * kSteps + step;
+      const unsigned char* column =
+          hidden + (block * kSteps + run / 2) * at.hidden_pitch + (at.own ^ run % 2 * kRunBytes);
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        uint32_t first[4], second[4];
+        unpack<kFormat>(low[half][u], step, first);
+        unpack<kFormat>(high[half][u], step, second);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const Words b = load_words(column + n * at.tile_pitch);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t a[4] = {first[2 * i], second[2 * i], first[2 * i + 1],
+                                   second[2 * i + 1]};
+            mma_m16n8k16<false>(part[half][u][n], a, b.x[2 * i], b.x[2 * i + 1]);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Both runs of a block. Behind a row's end weights and hidden states lie as zeros. int4: a run is a
 // group, with a sum of its own, times its scale.
 template <Format kFormat, int kTiles, int kUnits>
@@ -168,13 +213,10 @@ __device__ __forceinline__ void multiply_block(const LaneView& at, const unsigne
                                                int block,
                                                const GroupScales<kFormat, kUnits>& scales,
                                                float (&z)[kUnits][kTiles][4]) {
-  [[maybe_unused]] constexpr int kUnroll =
-      few_sums(kFormat, kTiles * kUnits) || steps_of(kFormat) == 1 ? 2 : 1;
-#pragma unroll kUnroll
-  for (int half = 0; half < 2; ++half) {
+  constexpr bool kFew = few_sums(kFormat, kTiles * kUnits);
+  [[maybe_unused]] constexpr int kUnroll = kFew || steps_of(kFormat) == 1 ? 2 : 1;
+  const auto scale = [&](int half, const float (&part)[kUnits][kTiles][4]) {
     if constexpr (kFormat == Format::kInt4) {
-      float part[kUnits][kTiles][4] = {};
-      multiply_run<kFormat>(at, hidden, block, half, part);
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         const float low = pick(scales.low[u], 2 * block + half);
@@ -187,6 +229,21 @@ __device__ __forceinline__ void multiply_block(const LaneView& at, const unsigne
           }
         }
       }
+    }
+  };
+  if constexpr (kFormat == Format::kInt4 && kFew) {
+    float part[2][kUnits][kTiles][4] = {};
+    multiply_groups<kTiles, kUnits>(at, hidden, block, part);
+    scale(0, part[0]);
+    scale(1, part[1]);
+    return;
+  }
+#pragma unroll kUnroll
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (kFormat == Format::kInt4) {
+      float part[kUnits][kTiles][4] = {};
+      multiply_run<kFormat>(at, hidden, block, half, part);
+      scale(half, part);
     } else {
       multiply_run<kFormat>(at, hidden, block, half, z);
     }
@@ -200,9 +257,8 @@ __device__ __forceinline__ void multiply_stage(const LaneView& at, int terms, in
                                                const GroupScales<kFormat, kUnits>& scales,
                                                float (&z)[kUnits][kTiles][4]) {
   if (few_sums(kFormat, kTiles * kUnits) && terms == 1) {
-    // Two blocks at once where one would leave the tensor cores waiting.
-    [[maybe_unused]] constexpr int kUnroll = steps_of(kFormat) < 4 ? 2 : 1;
-#pragma unroll kUnroll
+    // Two blocks at once: one would leave the tensor cores waiting.
+#pragma unroll 2
     for (int block = 0; block < blocks; ++block) {
       multiply_block<kFormat>(at, at.hidden, block, scales, z);
     }

@@ -57,14 +57,18 @@ __device__ __forceinline__ float temperature_of(const DecodeParams& p, int64_t b
   return p.temperature ? p.temperature[b] : 1.0f;
 }
 
-// What entry v of row b has scored, as a key: the row's largest is its token, until filters object.
-// A greedy row's is its logit's. Not inlined: noise takes a hundred instructions, and none of them
-// per weight.
-static __device__ __noinline__ unsigned long long score_key(const DecodeParams& p, int64_t b,
-                                                            int64_t v, float z) {
-  if (!is_sampled(p, b)) return rank_key(z, v);
+// Not inlined: noise takes a hundred instructions, and none of them per weight.
+static __device__ __noinline__ unsigned long long sampled_key(const DecodeParams& p, int64_t b,
+                                                              int64_t v, float z) {
   const uint32_t word = random_word(p.seeds[b], p.draws[b], v);
   return rank_key(z / temperature_of(p, b) + gumbel_from_word(word), v);
+}
+
+// What entry v of row b has scored, as a key: the row's largest is its token, until filters object.
+// A greedy row's is its logit's.
+__device__ __forceinline__ unsigned long long score_key(const DecodeParams& p, int64_t b, int64_t v,
+                                                        float z) {
+  return is_sampled(p, b) ? sampled_key(p, b, v, z) : rank_key(z, v);
 }
 
 // Stores what the token phase needs of 32 mixed logits of row b: z belongs to vocabulary entry v.
@@ -293,7 +297,8 @@ __device__ __forceinline__ RowSummary merge_row(const SoftmaxPart* parts,
   }
   block_barrier();  // all mergers are done
   RowSummary row{scratch->part[0], scratch->slot[0]};
-#pragma unroll
+  // Run once, code costs more than its instructions: each line of it is fetched from memory.
+#pragma unroll 1
   for (int merger = 1; merger < kMergers; ++merger) {
     const unsigned long long key = scratch->slot[merger];
     row.softmax = merge_parts(row.softmax, scratch->part[merger]);

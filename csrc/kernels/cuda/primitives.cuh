@@ -174,8 +174,9 @@ __device__ __forceinline__ unsigned long long warp_max(unsigned long long value)
 }
 
 // Lower lanes first on both sides of each exchange: merging does not commute in its rounding.
+// A loop: it runs once, and its code would be fetched from memory.
 __device__ __forceinline__ SoftmaxPart warp_merge(SoftmaxPart part) {
-#pragma unroll
+#pragma unroll 1
   for (int offset = 1; offset < kWarp; offset *= 2) {
     const SoftmaxPart other{exchange_xor(part.max, offset), exchange_xor(part.sum, offset)};
     part = lane_index() & offset ? merge_parts(other, part) : merge_parts(part, other);

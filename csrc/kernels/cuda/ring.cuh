@@ -18,12 +18,16 @@
 namespace dualhead {
 namespace cuda {
 
-// What the copy engine reads, and in which boxes: a full tile's rows, and, where a block's units
-// end within a tile, a unit's. Unused, and not filled in, where lanes copy.
+constexpr int kBoxes = 5;  // sizes of boxes: 1, 2, 4, 8 and 16 units
+
+// What the copy engine reads, and in which boxes: of 2^i units' rows. A full tile is one box; where
+// a block's units end within a tile, the rest is a box for each of its binary digits, since a box
+// takes the engine about as long whether it has 8 rows or 32. Unused, and not filled in, where
+// lanes copy.
 struct StreamMaps {
-  TensorMap lm_tile, lm_unit;
-  TensorMap reward_tile, reward_unit;  // a plane per objective
-  TensorMap hidden;                    // a batch tile; the operand's terms follow each other
+  TensorMap lm[kBoxes];
+  TensorMap reward[kBoxes];  // a plane per objective
+  TensorMap hidden;          // a batch tile; the operand's terms follow each other
 };
 
 // What a block has to do, and where its stages lie; the same numbers for all of its threads.
@@ -172,19 +176,18 @@ struct Producer {
     }
   }
 
-  // One block of the tile's rows: a box, or one per unit.
+  // One block of the tile's rows: a box for each binary digit of their number, the largest first.
   __device__ __forceinline__ void copy_block(unsigned char* to, int m, int byte, int own,
                                              uint64_t policy) const {
     const int plane = m == 0 ? 0 : m - 1;
     Barrier* full = full_barrier(slot);
-    if (own == s.tile_units) {
-      const TensorMap* map = m == 0 ? &s.maps.lm_tile : &s.maps.reward_tile;
-      copy_box(to, map, byte, unit * kUnit, plane, full, policy);
-      return;
-    }
-    const TensorMap* map = m == 0 ? &s.maps.lm_unit : &s.maps.reward_unit;
-    for (int i = 0; i < own; ++i, to += kUnit * kBlockBytes) {
-      copy_box(to, map, byte, (unit + i) * kUnit, plane, full, policy);
+    const TensorMap* maps = m == 0 ? s.maps.lm : s.maps.reward;
+    int row = unit * kUnit;
+    for (int digit = kBoxes - 1; digit >= 0; --digit) {
+      if (!(own >> digit & 1)) continue;
+      copy_box(to, maps + digit, byte, row, plane, full, policy);
+      to += (kUnit << digit) * kBlockBytes;
+      row += kUnit << digit;
     }
   }
 

@@ -31,6 +31,7 @@ static_assert(2 * kMaxStages * sizeof(Barrier) <= kHeadBytes / 2,
 static_assert((kMaxBatchTile + kStreamWarps) * sizeof(float) <= kHeadBytes / 2,
               "the scales fit in the second half");
 static_assert(kRowBlock == kBlockBytes, "plans are made in the copy engine's blocks");
+static_assert(1 << (kBoxes - 1) == 2 * kConsumers, "the largest box is the largest tile");
 
 // All blocks' gate warps: what any wrote is visible to all. `round` counts from 1.
 __device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round) {
@@ -56,12 +57,20 @@ __device__ __noinline__ void gate_attention(const DecodeParams& p, const Workspa
   attend<16>(p, ws, gate_team());
 }
 
+// Whether the gate projects before the grid's barrier, while memory is still idle. That takes about
+// six thousand clocks for a batch of 16; larger ones would keep the weights waiting.
+__device__ __forceinline__ bool projects_early(const DecodeParams& p) {
+  return !p.gate_logit_in && p.B <= (p.dtype == DType::kFloat32 ? 2 : 16);
+}
+
 __device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
   const Team team = gate_team();
   unsigned round = 0;
   if (!p.gate_logit_in) {
-    gate_projections(p, ws);
-    gate_barrier(ws, ++round);  // all slices of the projections are complete
+    if (!projects_early(p)) {
+      gate_projections(p, ws);
+      gate_barrier(ws, ++round);  // all slices of the projections are complete
+    }
     gate_attention(p, ws);
     gate_barrier(ws, ++round);  // all attention parts are
   }
@@ -108,12 +117,12 @@ __device__ __forceinline__ Stream stream_of(const DecodeParams& p, const Workspa
   return s;
 }
 
-__device__ __forceinline__ void prefetch_maps(const StreamMaps& maps) {
+__device__ __forceinline__ void prefetch_maps(const Stream& s) {
   if (!elect_one()) return;
-  for (const TensorMap* map :
-       {&maps.lm_tile, &maps.reward_tile, &maps.lm_unit, &maps.reward_unit, &maps.hidden}) {
-    prefetch_map(map);
+  for (int i = 0; 1 << i <= s.tile_units; ++i) {
+    prefetch_map(s.maps.lm + i), prefetch_map(s.maps.reward + i);
   }
+  prefetch_map(&s.maps.hidden);
 }
 
 template <Format kFormat, bool kBulk>
@@ -132,12 +141,26 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kCounters) ws.counter[threadIdx.x] = 0;
   block_barrier();  // the barriers are there
   const bool producer = warp_in_block() == kConsumers + kGateWarps;
-  if (!producer && warp_in_block() >= kConsumers) prefetch_projection(p, gate_team());
+  const bool early = projects_early(p);
+  constexpr int kStarters = (kGateWarps + 1) * kWarp;
   Fill weights{s}, hidden{s};
+  int filled = 0;
   if (producer) {
-    if (kBulk) prefetch_maps(maps);
-    for (int i = 0; i < plan.stages && weights.more(); ++i, weights.advance())
+    if (kBulk) prefetch_maps(s);
+    for (; filled < plan.under_way && weights.more(); ++filled, weights.advance()) {
+      if (filled == 1 && early) group_barrier<kStartGroup, kStarters>();
       weights.copy_weights();
+    }
+    if (filled <= 1 && early) group_barrier<kStartGroup, kStarters>();
+  } else if (warp_in_block() >= kConsumers) {
+    if (early) {
+      gate_projections(p, ws);
+      group_barrier<kStartGroup, kStarters>();
+    } else {
+      prefetch_projection(p, gate_team());
+    }
+  } else if (plan.resident) {
+    load_resident<kFormat>(s);
   }
   if constexpr (steps_of(kFormat) > 1) {
     if (!producer && !plan.resident) {
@@ -145,14 +168,16 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
       prepare_batch<kPrepareGroup, kThreads>(p, ws, kFormat, prepare_slots());
     }
   }
-  grid_barrier();  // the counters are zero, and hidden states prepared
+  grid_barrier();  // counters are zero; early projections and prepared hidden states complete
   if (producer) {
     proxy_fence();  // the copies below read what the grid has prepared
-    for (int i = 0; i < plan.stages && hidden.more(); ++i, hidden.advance()) hidden.copy_hidden();
-    for (; weights.more(); weights.advance()) {
+    for (int i = 0; i < filled; ++i, hidden.advance()) hidden.copy_hidden();
+    Slot landed;  // plan.under_way stages behind
+    for (int i = filled; weights.more(); ++i, weights.advance(), landed.advance(plan.stages)) {
       // The phase before the one that this round's consumers will end.
-      mbarrier_wait(empty_barrier(weights.slot), weights.slot.parity ^ 1u);
+      if (i >= plan.stages) mbarrier_wait(empty_barrier(weights.slot), weights.slot.parity ^ 1u);
       weights.learn_needs();
+      if (!weights.weighed) mbarrier_wait(full_barrier(landed), landed.parity);
       weights.copy_weights();
       weights.copy_hidden();
     }
@@ -196,12 +221,12 @@ cudaError_t encode_maps(const DecodeParams& p, const Workspace& ws, const Stream
   const void* hidden_base = prepared ? static_cast<const void*>(ws.operand) : p.hidden;
   const Rows3 hidden{
       hidden_base, hidden_bytes, hidden_rows, hidden_stride, 1, hidden_rows * hidden_stride};
-  const int tile_rows = kUnit * kConsumers * units_per_warp(kFormat, plan.batch_tile / 8);
-  cudaError_t error = encode_map(lm, tile_rows, &maps->lm_tile);
-  if (error == cudaSuccess) error = encode_map(lm, kUnit, &maps->lm_unit);
-  if (error == cudaSuccess) error = encode_map(reward, tile_rows, &maps->reward_tile);
-  if (error == cudaSuccess) error = encode_map(reward, kUnit, &maps->reward_unit);
-  if (error == cudaSuccess) error = encode_map(hidden, plan.batch_tile, &maps->hidden);
+  const int tile_units = kConsumers * units_per_warp(kFormat, plan.batch_tile / 8);
+  cudaError_t error = encode_map(hidden, plan.batch_tile, &maps->hidden);
+  for (int i = 0; 1 << i <= tile_units && error == cudaSuccess; ++i) {
+    error = encode_map(lm, kUnit << i, maps->lm + i);
+    if (error == cudaSuccess) error = encode_map(reward, kUnit << i, maps->reward + i);
+  }
   return error;
 }
 

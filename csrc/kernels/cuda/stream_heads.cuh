@@ -13,7 +13,7 @@ namespace dualhead {
 namespace cuda {
 
 // Of group_barrier; 0 is the block's.
-constexpr int kConsumerGroup = 1, kGateGroup = 2, kPrepareGroup = 3;
+constexpr int kConsumerGroup = 1, kGateGroup = 2, kPrepareGroup = 3, kStartGroup = 4;
 
 // In the head of shared memory, behind the ring's barriers: scales of at most kMaxBatchTile rows of
 // resident hidden states; and a float per warp for prepare_batch.
@@ -110,7 +110,7 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
     const float high_bias = pair ? bias_of(p, p.dtype, m + 1, entry.v) : 0.0f;
     const float low_scale = entry.there ? row_scale<kFormat>(p, m, entry.v) : 1.0f;
     const float high_scale = pair ? row_scale<kFormat>(p, m + 1, entry.v) : 1.0f;
-#pragma unroll 1
+#pragma unroll
     for (int column = 0; column < 2; ++column) {
       const int64_t b = static_cast<int64_t>(b0) + 8 * (i % kTiles) +
                         row_of_place(2 * (lane_index() % 4) + column);
@@ -137,7 +137,8 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
   }
 }
 
-// Hidden states of the one batch tile that stay in shared memory, by all consumers: as they are, or
+// Hidden states of the one batch tile that stay in shared memory, by all consumers, before the
+// grid's barrier shows them to each other: as they are, or
 // (quantised weights) prepared, a row by a warp, with scales below the ring. In blocks as the
 // ring's, zeros behind a row's end.
 template <Format kFormat>
@@ -158,7 +159,6 @@ __device__ __forceinline__ void load_resident(const Stream& s) {
     prepare_resident<kConsumerGroup>(p, kFormat, s.terms, to, block_pitch, sixteens,
                                      resident_scales(), prepare_slots());
   }
-  group_barrier<kConsumerGroup, kConsumers * kWarp>();
 }
 
 template <Format kFormat>
@@ -181,25 +181,48 @@ __device__ __forceinline__ LaneView lane_view(const Stream& s, const Slot& slot,
   return at;
 }
 
-// From memory, as they are needed: a chunk's groups of a row are at most sixteen bytes.
+// int4: where the scales of this lane's rows of a tile begin; null where there is no such row.
 template <Format kFormat, int kUnits>
-__device__ __forceinline__ void load_scales(const Stream& s, int unit0, int pass, int chunk,
-                                            GroupScales<kFormat, kUnits>* scales) {
-  if constexpr (kFormat == Format::kInt4) {
+struct ScaleRows {
+  __device__ __forceinline__ ScaleRows(const Stream&, int, int) {}
+};
+
+template <int kUnits>
+struct ScaleRows<Format::kInt4, kUnits> {
+  const float* row[2][kUnits];
+
+  __device__ __forceinline__ ScaleRows(const Stream& s, int unit0, int pass) {
     const DecodeParams& p = s.p;
-    const int64_t groups = p.d / kInt4Group, first = chunk * s.plan.blocks * 2;
-    const int there =
-        static_cast<int>(groups - first < 2 * s.plan.blocks ? groups - first : 2 * s.plan.blocks);
+    const int64_t groups = p.d / kInt4Group;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const int unit = unit0 + warp_in_block() + u * kConsumers;
       const int64_t v = static_cast<int64_t>(unit) * kUnit + row_of_place(lane_index() / 4);
-      const bool own = unit < s.end && v < p.V;
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int64_t m = 2 * pass + side;
         const float* all = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * groups;
-        const Four four = load_four(all + v * groups + first, own && m <= p.K ? there : 0);
+        const bool own = unit < s.end && v < p.V && m <= p.K;
+        row[side][u] = own ? all + v * groups : nullptr;
+      }
+    }
+  }
+};
+
+// From memory, as they are needed: a chunk's groups of a row are at most sixteen bytes.
+template <Format kFormat, int kUnits>
+__device__ __forceinline__ void load_scales(const Stream& s, const ScaleRows<kFormat, kUnits>& rows,
+                                            int chunk, GroupScales<kFormat, kUnits>* scales) {
+  if constexpr (kFormat == Format::kInt4) {
+    const int per_stage = 2 * s.plan.blocks, first = chunk * per_stage;
+    const int left = static_cast<int>(s.p.d / kInt4Group) - first;
+    const int there = left < per_stage ? left : per_stage;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        const float* row = rows.row[side][u];
+        const Four four = load_four(row + (row ? first : 0), row ? there : 0);
 #pragma unroll
         for (int i = 0; i < 4; ++i) (side == 0 ? scales->low : scales->high)[u][i] = four.x[i];
       }
@@ -253,7 +276,6 @@ __device__ __forceinline__ bool alpha_is_there(const Stream& s, bool wait) {
 template <Format kFormat, int kTiles>
 __device__ void consume(const Stream& s) {
   constexpr int kUnits = units_per_warp(kFormat, kTiles);
-  if (s.plan.resident) load_resident<kFormat>(s);
   const KeptProducts<kTiles, kUnits> products{s.plan};
   Slot slot;
   bool weighed = false;
@@ -262,9 +284,10 @@ __device__ void consume(const Stream& s) {
     for (int unit0 = s.begin; unit0 < s.end; unit0 += s.tile_units) {
       for (int pass = 0; pass < s.passes; ++pass) {
         float z[kUnits][kTiles][4] = {};
+        const ScaleRows<kFormat, kUnits> scale_rows(s, unit0, pass);
         for (int chunk = 0; chunk < s.chunks; ++chunk) {
           GroupScales<kFormat, kUnits> scales;
-          load_scales<kFormat, kUnits>(s, unit0, pass, chunk, &scales);
+          load_scales<kFormat, kUnits>(s, scale_rows, chunk, &scales);
           mbarrier_wait(full_barrier(slot), slot.parity);
           const LaneView at = lane_view<kFormat>(s, slot, chunk);
           const int blocks = s.blocks_of(chunk);
