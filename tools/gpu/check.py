@@ -173,7 +173,8 @@ class Check:
         self, stage: str, wanted: list[str], seconds: float, parallel: int, end_time: float
     ) -> tuple[str, str]:
         marks = ["-m", "not cuda"] if self.toy else ["-m", "cuda", "--require-cuda"]
-        base = ["-q", "-p", "no:cacheprovider", *marks]
+        # pytest-benchmark, which may be there, has options of the names that ours have.
+        base = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *marks]
         collect = python("pytest", *base, "--collect-only", *wanted)
         done = run_command(collect, min(90.0, end_time - time.monotonic()))
         self.output.log(done.text)

@@ -133,11 +133,8 @@ inline bool try_plan(const DecodeParams& p, int64_t shared_bytes, int64_t batch_
   if (stages < least_stages) return false;
   plan->batch_tile = static_cast<int32_t>(batch_tile);
   plan->stages = static_cast<int32_t>(stages);
-  plan->under_way =
-      static_cast<int32_t>(stages < 2                       ? stages
-                           : ceil_div(kUnderWay, stage) < 2 ? 2
-                                                            : ceil_div(kUnderWay, stage));
-  if (plan->under_way > stages) plan->under_way = plan->stages;
+  const int64_t under_way = ceil_div(kUnderWay, stage) > 2 ? ceil_div(kUnderWay, stage) : 2;
+  plan->under_way = static_cast<int32_t>(under_way < stages ? under_way : stages);
   plan->blocks = static_cast<int32_t>(blocks);
   plan->stage_bytes = static_cast<int32_t>(stage);
   plan->hidden_offset = static_cast<int32_t>(resident ? kHeadBytes : weights);
