@@ -264,7 +264,7 @@ class GateCache:
         _whole_number("crop", "columns", columns)
         if not 0 <= columns:
             raise ValueError(f"GateCache.crop: columns must be >= 0, got {columns}")
-        self.length.clamp_(max=columns)
+        self.length.clamp_(max=min(columns, self.max_length))
         self._columns = min(self.columns, columns)
 
     def reset(self) -> None:

@@ -21,6 +21,14 @@ from .cache import DecodeWeights, GateCache, parameter_stamp, seeds_of
 from .controls import objective_rows, per_row
 
 
+def _is_at(device: Any, where: torch.device) -> bool:
+    """Whether ``device``, which may be anything, names this one."""
+    try:
+        return torch.empty(0, device=device).device == where
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 class DecodingHead(HeadBase):
     """Adds `new_cache`, `prefill` and `step` to the heads and their gate."""
 
@@ -49,11 +57,13 @@ class DecodingHead(HeadBase):
                 raise TypeError(f"new_cache: {name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"new_cache: {name} must be at least 1, got {value}")
+            if value >= 2**63:  # beyond what PyTorch takes
+                raise ValueError(f"new_cache: {name} must fit in 64 bits, got {value}")
         weight = self.lm_weight
         own = self.hidden_dtype
         if dtype not in (None, own):
             raise ValueError(f"new_cache: dtype must be the LM head's, {own}, got {dtype}")
-        if device is not None and torch.empty(0, device=device).device != weight.device:
+        if device is not None and not _is_at(device, weight.device):
             raise ValueError(
                 f"new_cache: device must be the LM head's, {weight.device}, got {device}"
             )
@@ -253,6 +263,8 @@ class DecodingHead(HeadBase):
         """
         operator = "DualHead.step"
         self._check_hidden(operator, hidden, 2)
+        if not isinstance(do_sample, bool):
+            raise TypeError(f"{operator}: do_sample must be True or False, got {do_sample!r}")
         sampling: dict[str, Tensor | None] = {}
         draw = None
         if do_sample:
