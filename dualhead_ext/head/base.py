@@ -124,7 +124,7 @@ class HeadBase(nn.Module):
             ValueError: wrong shapes or values. TypeError: wrong dtypes.
         """
         self._check_hidden("DualHead.forward", hidden, 3)
-        self._check_mask("DualHead.forward", attention_mask, hidden.shape[0], hidden.shape[1])
+        self._check_mask("DualHead.forward", attention_mask, hidden, hidden.shape[1])
         gate_logit = self.gate(hidden, attention_mask)
         return self._mixed(
             "DualHead.forward",
@@ -271,17 +271,14 @@ class HeadBase(nn.Module):
             )
 
     @staticmethod
-    def _check_mask(operator: str, mask: Tensor | None, batch: int, length: int) -> None:
+    def _check_mask(operator: str, mask: Tensor | None, hidden: Tensor, length: int) -> None:
         if mask is None:
             return
-        if not isinstance(mask, Tensor):
-            raise TypeError(
-                f"{operator}: attention_mask must be a tensor, got {type(mask).__name__}"
-            )
-        dense(operator, "attention_mask", mask)
-        if mask.shape != (batch, length):
+        dense(operator, "attention_mask", mask, hidden.device)
+        expected = (hidden.shape[0], length)
+        if mask.shape != expected:
             raise ValueError(
-                f"{operator}: attention_mask must be ({batch}, {length}), got {tuple(mask.shape)}"
+                f"{operator}: attention_mask must be {expected}, got {tuple(mask.shape)}"
             )
 
     def _check_controls(

@@ -164,7 +164,7 @@ class DecodingHead(HeadBase):
         batch, length, _ = hidden.shape
         self.check_cache(operator, cache, batch)
         past = cache.columns
-        self._check_mask(operator, attention_mask, batch, past + length)
+        self._check_mask(operator, attention_mask, hidden, past + length)
         if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
             raise TypeError(f"{operator}: logits_to_keep must be an int, got {logits_to_keep!r}")
         if not 0 <= logits_to_keep <= length:

@@ -170,6 +170,8 @@ def calibration_factor(operator: str, calibration: Tensor | None, weight: Tensor
     """
     if calibration is None:
         return None
+    if isinstance(calibration, Tensor) and calibration.layout != torch.strided:
+        raise TypeError(f"{operator}: calibration must be dense, got {calibration.layout}")
     if not isinstance(calibration, Tensor) or not calibration.is_floating_point():
         got = calibration.dtype if isinstance(calibration, Tensor) else type(calibration).__name__
         raise TypeError(f"{operator}: calibration must be floating-point hidden states, got {got}")
