@@ -120,6 +120,13 @@ def test_memo_of_numbers_is_bounded():
     assert len(cache._rows) <= 64
 
 
+def test_crop_to_more_columns_than_an_int32_counts_keeps_all():
+    cache = HEAD.new_cache(2, 4)
+    HEAD.prefill(torch.randn(2, 3, HEAD.config.hidden_size).double(), cache)
+    cache.crop(2**31)
+    assert cache.columns == 3 and cache.length.tolist() == [3, 3]
+
+
 def test_crop_refuses_negative_columns():
     with pytest.raises(ValueError, match="columns must be >= 0, got -1"):
         HEAD.new_cache(1, 2).crop(-1)
