@@ -7,9 +7,13 @@ All options are declared here: pytest takes the value of an option that it does 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: one thread for each of the workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent
 OTHER = {False: ROOT / "benchmarks", True: ROOT / "python_tests"}
@@ -44,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"timing per case (default {SECONDS:g}, quick {QUICK_SECONDS:g})",
     )
     group.addoption(
-        "--benchmark-json", metavar="FILE", help="with --benchmark: write the results there"
+        "--results-json", metavar="FILE", help="with --benchmark: write the results there"
     )
 
 

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     try:
-        check_options(option.benchmark_seconds, option.benchmark_json)
+        check_options(option.benchmark_seconds, option.results_json)
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
-    for name in ("benchmark_quick", "benchmark_seconds", "benchmark_json"):
+    for name in ("benchmark_quick", "benchmark_seconds", "results_json"):
         value = getattr(option, name)  # 0 seconds are a value too
         if value is not None and value is not False and not option.benchmark:
             raise pytest.UsageError(f"--{name.replace('_', '-')} needs --benchmark")
@@ -42,7 +42,7 @@ class Session:
 
 @pytest.fixture(scope="session")
 def benchmarks(pytestconfig: pytest.Config) -> Iterator[Session]:
-    """The run's report; written to --benchmark-json at the end, failures and all."""
+    """The run's report; written to --results-json at the end, failures and all."""
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
     def emit(text: str) -> None:
@@ -53,8 +53,8 @@ def benchmarks(pytestconfig: pytest.Config) -> Iterator[Session]:
     found = runner.start(pytestconfig.option.benchmark_quick, emit)
     _require_fresh_build(found)
     yield Session(found, pytestconfig.option.benchmark_seconds, emit)
-    if pytestconfig.option.benchmark_json is not None:
-        found.write(pytestconfig.option.benchmark_json)
+    if pytestconfig.option.results_json is not None:
+        found.write(pytestconfig.option.results_json)
 
 
 def _require_fresh_build(found: report.Report) -> None:

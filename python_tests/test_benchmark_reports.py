@@ -212,7 +212,7 @@ def pytest_session(*arguments, required, csrc_hash="libraries.csrc_hash()"):
 def test_pytest_benchmark_from_the_root(tmp_path):
     """One group is fast enough and one is not: the figures of both are printed and written."""
     path = tmp_path / "results.json"
-    done = pytest_session(f"--benchmark-json={path}", required={"fp32": 0.01, "bf16": 1e9})
+    done = pytest_session(f"--results-json={path}", required={"fp32": 0.01, "bf16": 1e9})
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 3 passed" in done.stdout
     assert "_ test_decode_step[40x77-bf16] _" in done.stdout
@@ -239,7 +239,7 @@ def test_a_stale_build_is_not_timed():
     ("arguments", "message"),
     [
         (["--benchmark-seconds=0"], "--benchmark-seconds needs --benchmark"),
-        (["--benchmark", "--benchmark-json=no/such/x.json"], "in a folder that exists"),
+        (["--benchmark", "--results-json=no/such/x.json"], "in a folder that exists"),
     ],
 )
 def test_options_of_pytest(arguments, message):

@@ -27,7 +27,7 @@ def test_numbers(seed):
 """
 BENCHMARK = """
 def test_speed(pytestconfig):
-    print("to", pytestconfig.option.benchmark_json)
+    print("to", pytestconfig.option.results_json)
 """
 
 
@@ -100,7 +100,7 @@ def test_requiring_cuda_of_no_gpu_test_is_an_error(project):
 
 
 def test_the_benchmark_flag_runs_benchmarks_only(project):
-    done = run(project, "--benchmark", "--benchmark-json", "results.json")
+    done = run(project, "--benchmark", "--results-json", "results.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bench_one.py::test_speed" in done.stdout
     assert "1 passed" in done.stdout and "test_one" not in done.stdout
