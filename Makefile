@@ -2,6 +2,7 @@
 # make install   .venv with everything, this package in it (editable); a second run does nothing
 # make demo      train and decode on real preference pairs, a few minutes
 # make test      C++ tests, then pytest; what continuous integration runs
+# make test-fast  the core's tests without the slow ones, under two minutes
 # make campaign  random calls of the heads' methods, half an hour
 # make build     recompile what changed under csrc/
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
@@ -23,6 +24,10 @@ INSTALLED := .venv/.dualhead-installed
 CMAKE_FOLDER := build/cmake
 # Apart from the other packages: transformers would import it, and it writes to stderr when it is.
 TORCHAO := .venv/torchao
+# One worker a core, a file's tests in one worker, since they share what their fixtures made.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+FAST_TESTS := layers config reference cache head losses functional ops_sampling kl_cap collate \
+  data state_file checkpoint rendering training_args
 GPU_OUTPUT := build/gpu
 GPU_PARTS := training models loss
 GPU_OPTIONS ?=
@@ -38,7 +43,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test campaign cpp-test sanitize lint format bench clean
+.PHONY: install build demo test test-fast campaign cpp-test sanitize lint format bench clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
@@ -68,7 +73,10 @@ demo: build
 	$(VENV_PYTHON) -m dualhead_ext.cli demo
 
 test: cpp-test
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest $(PARALLEL)
+
+test-fast: build
+	$(VENV_PYTHON) -m pytest -q -m "not slow" $(PARALLEL) $(FAST_TESTS:%=python_tests/test_%.py)
 
 # Random calls of the heads' methods for half an hour; `make test` has a short run of the same.
 campaign: build

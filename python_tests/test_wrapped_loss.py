@@ -66,7 +66,7 @@ def test_in_a_model_sharded_by_fsdp(tmp_path):
     assert_same(got, means)
 
 
-def test_200_steps_follow_eager(tmp_path, monkeypatch):
+def test_60_steps_follow_eager(tmp_path, monkeypatch):
     """The same fp32 run twice, fused and eager: losses differ by what reordered sums explain, i.e.
     no more than eager's own run from weights that differ in the last bit."""
 
@@ -74,13 +74,13 @@ def test_200_steps_follow_eager(tmp_path, monkeypatch):
         model = make_model("llama")
         with torch.no_grad():
             model.lm_head_module.reward_head.weight.mul_(1 + nudge)
-        trainer = make_trainer(tmp_path / name, model, pairs(64), max_steps=200)
+        trainer = make_trainer(tmp_path / name, model, pairs(64), max_steps=60)
         trainer.train()
         return torch.tensor([e["loss"] for e in trainer.state.log_history if "loss" in e])
 
     fused = run("fused")
     monkeypatch.setattr(chunked, "dual_head_loss", reference_loss.dual_head_loss)
     eager, nudged = run("eager"), run("nudged", nudge=torch.finfo(torch.float32).eps)
-    assert len(fused) == len(eager) == 200 and eager[-20:].mean() < 0.8 * eager[:20].mean()
+    assert len(fused) == len(eager) == 60 and eager[-10:].mean() < 0.9 * eager[:10].mean()
     noise = (nudged - eager).abs().max()
     assert (fused - eager).abs().max() <= 10 * noise + 1e-5 * eager.abs().max()
