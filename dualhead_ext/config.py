@@ -13,6 +13,19 @@ MIX_NAMES = ("logits", "probs")
 REWARD_HEAD_NAMES = ("full", "embedding", "lowrank")
 PREFERENCE_NAMES = ("log_prob", "token_reward")
 FORMAT_NAMES = ("int8", "fp8", "int4")  # of quantised heads: `quantization.FORMATS`
+# The head that the default recipe trains, and that a backbone gets where nothing else is asked for.
+# What won in docs/results.md.
+DEFAULT_HEAD: dict[str, Any] = {"reward_head": "embedding", "reward_rank": 0, "gate": "fixed"}
+
+
+def head_fields(given: dict[str, Any], defaults: dict[str, Any] = DEFAULT_HEAD) -> dict[str, Any]:
+    """Fields of :class:`DualHeadConfig`: what is given over defaults, whose rank belongs to their
+    own kind of reward head.
+    """
+    kept = dict(defaults)
+    if given.get("reward_head", kept["reward_head"]) != kept["reward_head"]:
+        kept.pop("reward_rank", None)
+    return kept | given
 
 
 @dataclass

@@ -60,9 +60,8 @@ def test_scores_before_and_after_are_those_of_the_texts(shown):
         for strength, figure in zip((0.0, 1.0), figures, strict=True):
             found = demo.decode(model, tokenizer, prompts, NEW, strength, 0)
             judge = scorer(name)
-            values = [
-                judge.measure(p, [text])[0] for p, (text, _) in zip(prompts, found, strict=True)
-            ]
+            pairs = zip(prompts, found, strict=True)
+            values = [judge.measure(prompt, [text])[0] for prompt, text in pairs]
             assert float(figure[0]) == pytest.approx(sum(values) / TESTS, abs=2e-3)
             assert float(figure[1]) <= float(figure[0]) <= float(figure[2])
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -72,9 +71,7 @@ def run(
 
     print("\n2. Training a gated head on what it wrote; the more positive the better.")
     set_seed(seed)
-    model = dh.DualHeadForCausalLM.from_backbone(
-        model, reward_head="embedding", reward_rank=0, gate="attention"
-    )
+    model = dh.DualHeadForCausalLM.from_backbone(model)
     trainer, seconds = train(model, tokenizer, rows[held:], rows[:held], output, seed)
     right = trainer.evaluate()["eval_rewards/accuracies"]
     head = model.lm_head_module
@@ -86,27 +83,22 @@ def run(
 
     measured = open_prompts("measure")[:test_prompts]
     print(f"\n3. {len(measured)} unseen prompts, sampled: mean and 95 % interval.")
-    before, after = (
-        [text for text, _ in decode(model, tokenizer, measured, new_tokens, s, seed)]
-        for s in (0.0, 1.0)
-    )
+    before, after = (decode(model, tokenizer, measured, new_tokens, s, seed) for s in (0.0, 1.0))
     print(f"   {'':24}{'backbone':>24}{'strength 1':>24}")
     for judge, role in ((gold, "trained on"), (held_out, "never seen")):
         values = [_figure(mean_score(judge, measured, texts)) for texts in (before, after)]
         print(f"   {f'{judge.name} ({role})':24}{values[0]:>24}{values[1]:>24}")
 
-    print("\n4. Three of them at strength 0 (the backbone), 1 and 2; colour is the gate's alpha.\n")
-    if show.has_color(to):
-        show.print_legend(to)
+    print("\n4. Three of them at strength 0 (the backbone), 1 and 2.\n")
     # The console wraps softly, which would cut a table at its right edge.
-    to.print(side_by_side(model, tokenizer, measured[:3], new_tokens, seed, to), soft_wrap=False)
+    to.print(side_by_side(model, tokenizer, measured[:3], new_tokens, seed), soft_wrap=False)
 
     plain, gated, two = times(model, tokenizer, measured[0])
     print(f"\nCost, one request: plain 1.00x, gated {gated / plain:.2f}x, ", end="")
     print(f"two models (as GenARM decodes) {two / plain:.2f}x.")
     folder = shlex.quote(output)
     print(f"Heads in {folder}; {time.monotonic() - started:.0f} s in all. To go on:")
-    print(f'  dualhead generate {folder} "Describe a rainy day." --show-gate --strength 1.5')
+    print(f'  dualhead generate {folder} "Describe a rainy day." --strength 1.5')
     print("  dualhead sample --help; dualhead train --help")
 
 
@@ -176,8 +168,8 @@ def train(
 @torch.inference_mode()
 def decode(
     model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, strength: float, seed: int
-) -> list[tuple[str, Text]]:
-    """Each prompt's text, and the same with every token coloured by its alpha."""
+) -> list[str]:
+    """Each prompt's text."""
     texts = [prompt_text([{"role": "user", "content": p}], tokenizer) for p in prompts]
     ids, mask = encode_prompts(texts, tokenizer)
     torch.manual_seed(seed)
@@ -188,17 +180,9 @@ def decode(
         do_sample=True,
         max_new_tokens=new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_gate=True,
     )
-    found = []
-    for row, alphas in zip(out.sequences[:, ids.shape[1] :], out.gate_alpha, strict=True):
-        coloured, stream = Text(), show.TokenText(tokenizer)
-        for token, alpha in zip(row.tolist(), alphas.tolist(), strict=True):
-            style = f"black on {show.gate_color(min(alpha, 1.0))}" if strength else ""
-            coloured.append(show.printable(stream.push(token)), style=style)
-        found.append((tokenizer.decode(row, skip_special_tokens=True).strip(), coloured))
-    return found
+    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def mean_score(judge: Scorer, prompts: Sequence[str], texts: Sequence[str]) -> Interval:
@@ -213,14 +197,13 @@ def _figure(found: Interval) -> str:
 
 
 def side_by_side(
-    model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, seed: int, to: Any
+    model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, seed: int
 ) -> Table:
     """A row for each prompt, a column for each strength."""
     table = Table("prompt", *(f"strength {s:g}" for s in STRENGTHS), show_lines=True)
     columns = [decode(model, tokenizer, prompts, new_tokens, s, seed) for s in STRENGTHS]
-    for prompt, *cells in zip(prompts, *columns, strict=True):
-        shown = [cell if show.has_color(to) else show.printable(text) for text, cell in cells]
-        table.add_row(prompt, *shown)
+    for prompt, *texts in zip(prompts, *columns, strict=True):
+        table.add_row(prompt, *map(show.printable, texts))
     return table
 
 

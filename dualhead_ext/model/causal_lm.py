@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..config import DualHeadConfig
+from ..config import DualHeadConfig, head_fields
 from ..quantization import check_format
 from ..quantization.torchao_weights import check_lm_weight
 from .attachment import attach, detach, extended_class
@@ -68,7 +68,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         trial: bool = True,
         **options: Any,
     ) -> DualHeadForCausalLM:
-        """Extend a causal language model in place with a reward head (a copy of its LM head) and a
+        """Extend a causal language model in place with a reward head that changes nothing yet and a
         gate (alpha = 1/2).
 
         Args:
@@ -82,7 +82,8 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
             trial: whether to try six tokens on the backbone, plain and gated, in one pass and with
                 a cache (:mod:`dualhead_ext.model.backbone_trial`).
             options: fields of :class:`DualHeadConfig` but sizes, bias and post-processing, which
-                are read from the backbone. For a path or name, all others go to its
+                are read from the backbone; by default those of the default recipe
+                (:data:`dualhead_ext.config.DEFAULT_HEAD`). For a path or name, all others go to its
                 ``from_pretrained``: device_map, revision, attn_implementation, gguf_file, ...;
                 dtype is "auto", as the files are, by default.
         Raises:
@@ -96,6 +97,7 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
             check_format("from_backbone", quantize)
         known = {field.name for field in fields(DualHeadConfig)}
         config = {name: value for name, value in options.items() if name in known}
+        config = head_fields(config)
         loading = {name: value for name, value in options.items() if name not in known}
         if isinstance(backbone, (str, os.PathLike)):
             loading["dtype"] = loading.get("dtype") or "auto"

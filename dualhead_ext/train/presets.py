@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..config import DEFAULT_HEAD, head_fields
+
 # name -> "head": fields of DualHeadConfig, "training": of DualHeadTrainingArguments. Whatever is
 # given beside a preset stands over it.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # A reward of each token in the LM head's own space, its strength measured afterwards. Small
     # heads on cached hidden states: large steps, many times through the data.
     "default": {
-        "head": {"reward_head": "embedding", "reward_rank": 0, "gate": "fixed"},
+        "head": DEFAULT_HEAD,
         "training": {
             "preference": "token_reward",
             "pref_gate": 1,
@@ -48,10 +50,5 @@ PRESET_NAMES = tuple(PRESETS)
 
 
 def head_of(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `DualHeadConfig` of a preset, under what is given; a rank belongs to the
-    preset's own kind of reward head.
-    """
-    head = dict(PRESETS[preset]["head"])
-    if given.get("reward_head", head["reward_head"]) != head["reward_head"]:
-        head.pop("reward_rank", None)
-    return head | given
+    """The fields of `DualHeadConfig` of a preset, under what is given."""
+    return head_fields(given, PRESETS[preset]["head"])
