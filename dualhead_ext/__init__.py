@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from .build_info import build_info
+from .model.registration import register_when_there
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,9 @@ _EXPORTS = {
 _MODULES = ("data", "functional", "ops", "reference")
 
 __all__ = ["__version__", "build_info", *_EXPORTS, *_MODULES]
+
+
+register_when_there()  # AutoModelForCausalLM.from_pretrained(heads), pipeline(model=heads)
 
 
 def __getattr__(name: str) -> Any:

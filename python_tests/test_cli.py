@@ -383,3 +383,20 @@ def test_threads_are_left_as_they_were(heads, capsys):
     before = torch.get_num_threads()
     assert run("generate", str(heads), PROMPT, "--max-new-tokens", "2") == 0
     assert torch.get_num_threads() == before
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"dualhead_ext {dh.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"), [(["trian"], "train"), (["train", "--preset", "papr"], "paper")]
+)
+def test_a_misspelled_choice_is_answered_by_the_nearest(argv, word, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {word}?\n")

@@ -21,6 +21,7 @@ import dualhead_ext as dh
 from dualhead_ext.model.fingerprint import fingerprint
 from dualhead_ext.model.head_folder import CONFIG_NAME, WEIGHTS_NAME, read_head_folder
 
+FILES = sorted(["README.md", "config.json", CONFIG_NAME, WEIGHTS_NAME])
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 load = dh.DualHeadForCausalLM.from_pretrained
 
@@ -37,7 +38,7 @@ def saved(tmp_path):
 def test_round_trip_is_bit_for_bit(family, gate, tmp_path):
     model = make_model(family, gate=gate, num_objectives=2, mix="probs")
     model.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert sorted(os.listdir(tmp_path)) == FILES
     again = load(tmp_path, backbone=make_backbone(family))
     assert again.dual_head_config == model.dual_head_config
     expected = model.lm_head_module.state_dict()
@@ -450,7 +451,7 @@ def test_the_arguments_that_trainer_trl_and_accelerate_pass(tmp_path):
     assert not (tmp_path / "less").exists()
 
 
-def test_pushing_to_the_hub_uploads_the_two_files(tmp_path, monkeypatch):
+def test_pushing_to_the_hub_uploads_the_files(tmp_path, monkeypatch):
     import huggingface_hub
     import transformers.utils.hub as hub
 
@@ -467,7 +468,7 @@ def test_pushing_to_the_hub_uploads_the_two_files(tmp_path, monkeypatch):
     model = make_model("llama")
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/heads", commit_message="new")
     expected = (
-        [CONFIG_NAME, WEIGHTS_NAME],
+        FILES,
         "someone/heads",
         {"token": None, "commit_message": "new"},
     )

@@ -9,7 +9,9 @@ standard error and exit code 2; anything else that goes wrong is a bug and keeps
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +19,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from .. import __version__
 from . import commands
 from .errors import UserError
 from .options import OPTIONS, OVERVIEW
@@ -33,7 +36,8 @@ class _Parser(argparse.ArgumentParser):
     late_defaults: Callable[[], dict[str, Any]] | None = None
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: {' '.join(message.split())}\n")
+        hint = _did_you_mean(message)
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {' '.join(message.split())}{hint}\n")
 
     def format_help(self) -> str:
         defaults = self.late_defaults() if self.late_defaults else {}
@@ -41,6 +45,15 @@ class _Parser(argparse.ArgumentParser):
             if defaults.get(action.dest) is not None:
                 action.help = f"{action.help} (default {defaults[action.dest]})"
         return super().format_help()
+
+
+def _did_you_mean(message: str) -> str:
+    """For argparse's "invalid choice: 'trian' (choose from 'train', ...)"."""
+    found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+    if found is None:
+        return ""
+    near = difflib.get_close_matches(found[1], re.findall(r"[\w.-]+", found[2]), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=layout,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"dualhead_ext {__version__}")
     parsers = parser.add_subparsers(
         dest="command", required=True, metavar="command", parser_class=_Parser
     )

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ..quantization import check_format
+from .auto import write_card, write_pointer
 from .backbones import inside_peft, module_name
 from .builtin_backbones import BUILTIN_BACKBONES, backbone_path, builtin_name
 from .fingerprint import check_fingerprint, fingerprint
@@ -65,7 +66,8 @@ class DualHeadFilesMixin(PushToHubMixin):
     ) -> None:
         """Write the heads alone: ``dualhead_config.json`` and ``dualhead_model.safetensors``. A
         crash leaves the old pair or the new one. An adapter on the backbone is not in them: a
-        warning says so.
+        warning says so. Beside them, unless the folder has such files: ``config.json``, by which
+        transformers' Auto classes know the folder, and ``README.md``, a model card.
 
         Args:
             is_main_process: False writes nothing, as on the other processes of a distributed run.
@@ -124,6 +126,9 @@ class DualHeadFilesMixin(PushToHubMixin):
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         before = self._get_files_timestamps(folder) if push_to_hub else {}
         write_head_folder(folder, stored, state)
+        write_card(folder, stored)
+        if not save_full:
+            write_pointer(folder)
         if save_full:
             base = type(self).__bases__[1]
             plain = self.state_dict() if state_dict is None else state_dict
@@ -205,7 +210,7 @@ class DualHeadFilesMixin(PushToHubMixin):
                 )
         check_head_state(config, state, quantized, where)
         if backbone is None:
-            backbone = _named_backbone(folder, source["name_or_path"])
+            backbone = named_backbone(folder, source["name_or_path"])
         loaded = _load_backbone(backbone, dtype, device_map, source["revision"], options)
         linear = loaded.get_output_embeddings()
         for name, there in (
@@ -244,7 +249,7 @@ def _is_hub_name(name: str) -> bool:
     return True
 
 
-def _named_backbone(folder: str, name: str | None) -> str:
+def named_backbone(folder: str, name: str | None) -> str:
     """The built-in backbone or hub name that a folder of heads names."""
     if name is None:
         raise ValueError(
