@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ..quantization import check_format
-from .auto import write_card, write_pointer
 from .backbones import inside_peft, module_name
 from .builtin_backbones import BUILTIN_BACKBONES, backbone_path, builtin_name
 from .fingerprint import check_fingerprint, fingerprint
 from .head_files import check_head_state, head_state, load_head_state
 from .head_folder import read_head_folder, write_head_folder
+from .sharing import write_card, write_pointer
 
 __all__ = ["DualHeadFilesMixin", "untie_lm_head"]
 
