@@ -297,7 +297,13 @@ def test_the_wheel(checkout):
         names = archive.namelist()
         archive.extractall(checkout / "installed")
     inside = {name.partition("/")[2] for name in names if name.startswith("dualhead_ext/")}
-    assert {libraries.CPU_LIBRARY, libraries.BUILD_INFO, "__init__.py", "config.py"} <= inside
+    assert {
+        libraries.CPU_LIBRARY,
+        libraries.BUILD_INFO,
+        "__init__.py",
+        "config.py",
+        "py.typed",
+    } <= inside
     assert not {libraries.CUDA_LIBRARY, "old.py"} & inside
     outside = {name.partition("/")[0] for name in names} - {"dualhead_ext"}
     assert all(name.endswith(".dist-info") for name in outside), outside
