@@ -57,18 +57,14 @@ __device__ __forceinline__ float temperature_of(const DecodeParams& p, int64_t b
   return p.temperature ? p.temperature[b] : 1.0f;
 }
 
-// Not inlined: noise takes a hundred instructions, and none of them per weight.
-static __device__ __noinline__ unsigned long long sampled_key(const DecodeParams& p, int64_t b,
-                                                              int64_t v, float z) {
+// What entry v of row b has scored, as a key: the row's largest is its token, until filters object.
+// A greedy row's is its logit's. Not inlined: noise takes a hundred instructions, and none of them
+// per weight.
+static __device__ __noinline__ unsigned long long score_key(const DecodeParams& p, int64_t b,
+                                                            int64_t v, float z) {
+  if (!is_sampled(p, b)) return rank_key(z, v);
   const uint32_t word = random_word(p.seeds[b], p.draws[b], v);
   return rank_key(z / temperature_of(p, b) + gumbel_from_word(word), v);
-}
-
-// What entry v of row b has scored, as a key: the row's largest is its token, until filters object.
-// A greedy row's is its logit's.
-__device__ __forceinline__ unsigned long long score_key(const DecodeParams& p, int64_t b, int64_t v,
-                                                        float z) {
-  return is_sampled(p, b) ? sampled_key(p, b, v, z) : rank_key(z, v);
 }
 
 // Stores what the token phase needs of 32 mixed logits of row b: z belongs to vocabulary entry v.

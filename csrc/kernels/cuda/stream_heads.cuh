@@ -73,9 +73,10 @@ __device__ __forceinline__ void finish_entry(const Stream& s, const Entry& entry
   const float z = real ? mix_logits(p, p.out_alpha[b], lm, reward) : -INFINITY;
   if (real) p.out_logits[at] = z;
   const SoftmaxPart part = column_part(z);
+  unsigned long long own = 0;
+  if (real) own = is_sampled(p, b) ? score_key(p, b, entry.v, z) : rank_key(z, entry.v);  // no call
   const unsigned long long key =
-      column_reduce(real ? score_key(p, b, entry.v, z) : 0ull,
-                    [](unsigned long long x, unsigned long long y) { return x > y ? x : y; });
+      column_reduce(own, [](unsigned long long x, unsigned long long y) { return x > y ? x : y; });
   if (reports) ws.part[0][slot] = part, ws.best_key[slot] = key;
 }
 

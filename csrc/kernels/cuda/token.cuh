@@ -38,12 +38,10 @@ __device__ __forceinline__ void pick_tokens(const DecodeParams& p, const Workspa
   // mix_distributions makes chunks of its own.
   const int64_t parts = ceil_div(p.V, p.mix_probs ? kChunk : ws.part_entries);
   for (int64_t b = blockIdx.x; b < p.B; b += gridDim.x) {
-    // Asked for beside the parts.
-    const float a = p.out_alpha[b];
-    const bool full = p.out_status[b] == kCacheFull;
     const RowSummary whole =
         merge_row(ws.part[0] + b * parts, ws.best_key + b * parts, parts, &scratch->block);
-    const float normalizer = log_sum_exp(whole.softmax);
+    const float a = p.out_alpha[b], normalizer = log_sum_exp(whole.softmax);
+    const bool full = p.out_status[b] == kCacheFull;
     const bool failed = a != a || !(fabsf(normalizer) < INFINITY);
     int64_t token = failed ? 0 : index_of_rank_key(whole.best_key);
     if (!failed && is_sampled(p, b)) {
