@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..data import EMBEDDED
+from . import eval_heads
 from .errors import UserError, argument, extras
 from .generate import generate
 from .models import quiet_transformers
@@ -88,9 +89,11 @@ def bench(arguments: Namespace) -> int:
         return main(arguments)
 
 
-def evaluate(arguments: Namespace) -> int:
-    """Run what is missing of a suite, write its tables; 3 if time ran out."""
+def evaluate(arguments: Namespace) -> int | None:
+    """Measure heads; or run what is missing of a suite, write its tables, 3 if time ran out."""
     _check_suite(arguments)
+    if arguments.heads is not None:
+        return eval_heads.main(arguments)
     with argument():
         quiet_transformers(EMBEDDED)
         if arguments.suite == "steering":
@@ -100,26 +103,39 @@ def evaluate(arguments: Namespace) -> int:
     return main(arguments)
 
 
-# Options of one suite alone, and the names of its scales.
-_SUITES = {
-    "paper": (("decoders", "judge_url", "judge_model", "data"), ("tiny", "small", "gpu")),
-    "steering": (("attributes", "systems", "kl"), ("tiny", "standard")),
+_OF_SUITES = ("scale", "seeds", "minutes", "state_mb")
+# Options of HEADS or of one suite alone; and the names of a suite's scales.
+_HEADS = "HEADS"
+_OPTIONS = {
+    _HEADS: ("data", "judge_url", *eval_heads.DEFAULTS),
+    "paper": ("data", "judge_url", "judge_model", "decoders", *_OF_SUITES),
+    "steering": ("attributes", "systems", "kl", *_OF_SUITES),
 }
+_SCALES = {"paper": ("tiny", "small", "gpu"), "steering": ("tiny", "standard", None)}
 
 
 def _check_suite(arguments: Namespace) -> None:
-    for suite, (names, scales) in _SUITES.items():
-        if suite == arguments.suite:
-            if arguments.scale not in (*scales, *([None] if suite == "steering" else [])):
-                raise UserError(
-                    f"--scale: expected one of {', '.join(scales)} for --suite {suite}, got "
-                    f"{arguments.scale}"
-                )
+    """One of HEADS and --suite (default paper), and no option of another."""
+    if arguments.heads is not None and arguments.suite is not None:
+        raise UserError(
+            f"--suite: expected HEADS or --suite, got {arguments.heads} and --suite "
+            f"{arguments.suite}"
+        )
+    if arguments.heads is None and arguments.suite is None:
+        arguments.suite = "paper"
+    chosen = arguments.suite or _HEADS
+    for name in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
+        if name in _OPTIONS[chosen] or getattr(arguments, name) is None:
             continue
-        for name in names:
-            if getattr(arguments, name) is not None:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option}: expected only with --suite {suite}")
+        owners = [one if one == _HEADS else f"--suite {one}" for one in _OPTIONS
+                  if name in _OPTIONS[one]]  # fmt: skip
+        option = f"--{name.replace('_', '-')}"
+        raise UserError(f"{option}: expected only with {' or '.join(owners)}")
+    if chosen != _HEADS and arguments.scale not in _SCALES[chosen]:
+        raise UserError(
+            f"--scale: expected one of {', '.join(filter(None, _SCALES[chosen]))} for --suite "
+            f"{chosen}, got {arguments.scale}"
+        )
 
 
 def demo(arguments: Namespace) -> None:

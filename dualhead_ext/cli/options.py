@@ -6,8 +6,6 @@ transformers: ``dualhead --help`` is instant.
 from __future__ import annotations
 
 import argparse
-import math
-import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
@@ -16,6 +14,9 @@ from .. import bench
 from ..config import FORMAT_NAMES, GATE_NAMES, MIX_NAMES, REWARD_HEAD_NAMES, DualHeadConfig
 from ..eval.scorers import SCORERS
 from ..train.presets import PRESET_NAMES, PRESETS
+from .argument_types import MAX_SEED, device, key_value, number, numbers
+from .eval_options import EXAMPLES as EVAL_EXAMPLES
+from .eval_options import add_eval
 from .terminal import COLOR_NAMES
 from .train import TRAINING_OPTIONS
 
@@ -77,72 +78,11 @@ examples:
   dualhead bench --device cuda --part training models
   dualhead bench --report results.json            a table of what was measured before"""
 
-_EVAL = """\
-examples:
-  dualhead eval --suite paper --scale tiny --out run     all of it in a minute, to see that it works
-  dualhead eval --suite paper --scale small --out run    an hour on two cores; again: goes on
-  dualhead eval --scale small --out run --decoders backbone,dual_head,genarm_lora
-  dualhead eval --scale gpu --out run --minutes 9 --state-mb 60        in pieces
-  dualhead eval --suite steering --out run               what steering buys on a real model: hours
-  dualhead eval --suite steering --out run --attributes sentiment --kl 0.1 \\
-      --seeds 1 --systems backbone,dual-head-embedding-fixed      its headline: ten minutes
-
-Each cell is kept in --out as it is computed; the tables and plots there show all that is done.
-Data is looked for below --data or $DUALHEAD_DATA. Exit code 3: time ran out, cells are left."""
-
 _DEMO = """\
 examples:
   dualhead demo
   dualhead demo --output heads --color never
   dualhead demo --backbone embedded               on a tiny model, in seconds"""
-
-
-# The largest seed of every generator that training seeds: NumPy's.
-MAX_SEED = 2**32 - 1
-
-
-def number(
-    kind: type = float, low: float = -math.inf, high: float = math.inf
-) -> Callable[[str], Any]:
-    """An argparse type: a finite number in [low, high], named so in the error."""
-    noun = "a whole number" if kind is int else "a number"
-    if low == -math.inf and high == math.inf:
-        expected = noun
-    elif high == math.inf:
-        expected = f"{noun} of at least {low:g}"
-    elif kind is int:
-        expected = f"{noun} in [{low}, {high}]"
-    else:
-        expected = f"{noun} in [{low:g}, {high:g}]"
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
-def numbers(text: str) -> list[float]:
-    """An argparse type: comma-separated finite numbers."""
-    try:
-        return [number()(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"expected numbers separated by commas, got {text!r}"
-        ) from None
-
-
-def key_value(text: str) -> tuple[str, str]:
-    """An argparse type: NAME=VALUE."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    return name, value
 
 
 def _config_defaults() -> dict[str, Any]:
@@ -241,13 +181,6 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any other field of DualHeadTrainingArguments",
     )
-
-
-def device(text: str) -> str:
-    """An argparse type: auto, cpu, cuda or cuda:N; whether it is there is found out later."""
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
-    return text
 
 
 def add_device(parser: Any) -> None:
@@ -350,53 +283,6 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
-def names(text: str) -> list[str]:
-    """An argparse type: comma-separated words."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--suite", choices=("paper", "steering"), default="paper", help="(default paper)"
-    )
-    parser.add_argument(
-        "--scale",
-        choices=("tiny", "small", "standard", "gpu"),
-        help="how large a run; of steering tiny or standard (default standard)",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run's cells")
-    parser.add_argument("--data", metavar="DIR", help="folder of data (default $DUALHEAD_DATA)")
-    parser.add_argument(
-        "--decoders", type=names, metavar="NAME,...", help="systems to compare (default: all)"
-    )
-    parser.add_argument("--seeds", type=number(int, 1), metavar="N", help="of the headline systems")
-    parser.add_argument(
-        "--attributes", type=names, metavar="NAME,...", help="what to steer (default: all)"
-    )
-    parser.add_argument(
-        "--systems", type=names, metavar="NAME,...", help="what to compare (default: all)"
-    )
-    parser.add_argument(
-        "--kl",
-        type=numbers,
-        metavar="X,...",
-        help="nats per token to decode at (default 0.1,0.05,0.2,0.4)",
-    )
-    parser.add_argument(
-        "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint that judges win rates"
-    )
-    parser.add_argument("--judge-model", metavar="NAME", help="the model to ask for there")
-    parser.add_argument(
-        "--minutes", type=number(float, 0), metavar="X", help="start no cell that would end later"
-    )
-    parser.add_argument(
-        "--state-mb",
-        type=number(float, 1),
-        metavar="X",
-        help="leave at most so much in DIR: drop models, those that nothing left needs first",
-    )
-
-
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
@@ -432,7 +318,11 @@ OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
     "generate": (add_generate, "decode a prompt, token by token as they come", _GENERATE),
     "sample": (add_sample, "sample and rank responses to train on", _SAMPLE),
-    "eval": (add_eval, "compare systems as the paper does: train, decode, measure", _EVAL),
+    "eval": (
+        add_eval,
+        "measure heads on your pairs and prompts, or compare whole systems",
+        EVAL_EXAMPLES,
+    ),
     "info": (add_info, "what was built, and what it found; or what a folder of heads holds", _INFO),
     "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),
     "demo": (add_demo, "sample, train and steer a real model in a few minutes", _DEMO),

@@ -151,7 +151,7 @@ def token_log_probs(
         log_probs = system.log_probs(ids, mask)[:, :-1][scored]
         return log_probs.gather(-1, ids[:, 1:][scored][:, None]).squeeze(-1).double()
 
-    return _per_token(picked, system.device, texts, batch_size, padding_side)
+    return per_token(picked, system.device, texts, batch_size, padding_side)
 
 
 def token_kl(
@@ -170,11 +170,11 @@ def token_kl(
         p, q = (s.log_probs(ids, mask)[:, :-1][scored].double() for s in (system, reference))
         return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
-    return _per_token(divergence, system.device, texts, batch_size, padding_side)
+    return per_token(divergence, system.device, texts, batch_size, padding_side)
 
 
 @torch.no_grad()
-def _per_token(
+def per_token(
     function: Callable[[Tensor, Tensor, Tensor], Tensor],
     device: torch.device,
     texts: Sequence[Text],

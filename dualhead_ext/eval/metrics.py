@@ -48,10 +48,11 @@ def longer_is_better(rows: Iterable[dict[str, Any]]) -> tuple[float, int]:
 def _pairs(row: dict[str, Any]) -> list[tuple[int, int]]:
     """(length of the better response, of the worse one)."""
     if "responses" not in row:
-        return [(_length(row["chosen"]), _length(row["rejected"]))]
-    lengths = [_length(response) for response in row["responses"]]
+        return [(text_length(row["chosen"]), text_length(row["rejected"]))]
+    lengths = [text_length(response) for response in row["responses"]]
     return [(lengths[better], lengths[worse]) for better, worse in score_pairs(row["scores"])]
 
 
-def _length(response: str | list[dict[str, str]]) -> int:
+def text_length(response: str | list[dict[str, str]]) -> int:
+    """Characters of a text, or of the contents of messages."""
     return len(response) if isinstance(response, str) else sum(len(m["content"]) for m in response)

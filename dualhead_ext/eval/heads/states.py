@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both heads at the response tokens of given texts, from one pass of the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ..likelihood import Text, per_token
+
+# States whose logits are computed at a time: each takes a few vocabularies of memory.
+_ROWS = 64
+
+
+class Heads:
+    """The heads of a gated model, read at hidden states.
+
+    Args:
+        model: a :class:`dualhead_ext.DualHeadForCausalLM`.
+        objective_weights: (K,); default 1/K each.
+    Raises:
+        NotImplementedError: the backbone changes its logits in a way that its config does not say.
+    """
+
+    def __init__(self, model: Any, objective_weights: Sequence[float] | None = None) -> None:
+        head = model.lm_head_module
+        if head.knows_f is False:
+            raise NotImplementedError(
+                f"eval: {type(model).__name__} changes its logits in a way that its config does "
+                "not say (logit_scale, logit_softcap), which the figures need"
+            )
+        self.model, self.head = model, head
+        self._weights = None if objective_weights is None else torch.tensor(objective_weights)
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (N, d) -> z_LM and z_RM (N, V), before the backbone's own f."""
+        weights = self._weights
+        if weights is not None:
+            weights = weights.to(hidden.device).expand(len(hidden), -1)
+        z_lm = self.head._lm_logits(hidden[:, None])
+        return z_lm[:, 0], self.head.reward_logits(hidden[:, None], z_lm, weights)[:, 0]
+
+    def alpha(self, gate_logit: Tensor, strength: float = 1.0) -> Tensor:
+        """gate_logit (N,) -> the weight of the reward head (N,)."""
+        s = torch.tensor(strength, device=gate_logit.device)
+        return reference.mixing_weight(gate_logit, None, s, None, self.head.config.mix)
+
+    def log_probs(self, z_lm: Tensor, z_rm: Tensor, alpha: Tensor) -> Tensor:
+        """The mixture's log-probabilities (N, V); alpha (N,), 0 for pi_LM, 1 for pi_r."""
+        config = self.head.config
+        post = (config.mix, config.logit_scale, config.logit_softcap)
+        return reference.mix_logits(z_lm, z_rm, alpha, *post).double().log_softmax(-1)
+
+    @torch.no_grad()
+    def read(
+        self,
+        texts: Sequence[Text],
+        figures: Callable[[Tensor, Tensor, Tensor], Tensor],
+        batch_size: int = 8,
+    ) -> list[Tensor]:
+        """``figures`` of the states that predict each text's response tokens.
+
+        Args:
+            figures: (hidden (N, d), gate_logit (N,), the tokens that follow (N,)) -> (N, c).
+        Returns:
+            for each text (n, c), on the CPU.
+        """
+
+        def of_batch(ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
+            states = self.model.training_hidden_states(input_ids=ids, attention_mask=mask)
+            gate_logit = self.head.gate(states, mask)[:, :-1][scored]
+            parts = (states[:, :-1][scored], gate_logit, ids[:, 1:][scored])
+            split = zip(*(part.split(_ROWS) for part in parts), strict=True)
+            return torch.cat([figures(*part).double() for part in split])
+
+        return per_token(of_batch, self.model.device, texts, batch_size, "right")
+
+
+def picked(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Of each row (N, V) the value of its token (N,)."""
+    return log_probs.gather(-1, tokens[:, None])[:, 0]
