@@ -15,6 +15,7 @@ import pytest
 import torch
 from decode_cases import CPU_ISAS, STATE, assert_same_bits, bits, make_case, run
 
+import dualhead_ext
 from dualhead_ext import ops
 
 B, d, V, K, H, d_k, S = 3, 16, 40, 2, 2, 4, 6
@@ -327,7 +328,7 @@ def test_choice_is_the_best_level():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for x86 instructions")
 def test_wide_instructions_stay_in_their_functions():
     """A shared inline function compiled with AVX would run, and fail, on machines without it."""
-    library = Path(ops.__file__).with_name("_C.so")
+    library = Path(dualhead_ext.__file__).with_name("_C.so")
     listing = subprocess.run(
         ["objdump", "--disassemble", "--no-show-raw-insn", str(library)],
         capture_output=True,
