@@ -164,7 +164,7 @@ def test_show_gate(heads, capsys):
     options = ("generate", str(heads), PROMPT, "--max-new-tokens", "5", "--show-gate")
     assert run(*options, "--alpha", "0.25", "--color", "never") == 0
     plain = capsys.readouterr().out
-    assert plain.splitlines()[0].startswith("alpha behind each token")
+    assert plain.splitlines()[-1] == "alpha: 0.25 at each of 5 tokens"
     assert plain.count("{0.25}") == 5
     assert run(*options, "--color", "always") == 0
     assert "\x1b[" in capsys.readouterr().out

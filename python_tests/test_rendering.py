@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext.cli.generate import encode as generate_tokens
+from dualhead_ext.cli.decoding import encode as generate_tokens
 from dualhead_ext.data import ASSISTANT, HUMAN
 from dualhead_ext.data.collate import encode
 from dualhead_ext.data.rendering import messages_of, render, render_prompt

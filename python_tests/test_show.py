@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
+from rich.console import Console
 
 from dualhead_ext.cli import terminal as show
 
@@ -16,29 +18,41 @@ def rendered(color, tokens):
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("alpha", "color"),
-    [(0.0, "#78aaff"), (0.5, "#e1e1e1"), (1.0, "#ffa046"), (0.25, "#acc6f0"), (2.0, "#ffa046")],
-)
-def test_the_scale_runs_from_blue_over_grey_to_orange(alpha, color):
-    assert show.gate_color(alpha) == color
+ALPHAS = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16]
+
+
+@pytest.mark.parametrize(("system", "least"), [("truecolor", 9), ("256", 9), ("standard", 5)])
+def test_a_small_range_of_alpha_takes_the_whole_palette(system, least):
+    """What was one flat blue: alpha between 0.00 and 0.16."""
+    stream = io.StringIO()
+    to = Console(file=stream, force_terminal=True, color_system=system, soft_wrap=True)
+    tokens = [(f"w{i}", alpha) for i, alpha in enumerate(ALPHAS)]
+    show.print_tokens(to, tokens)
+    styles = re.findall(r"\x1b\[([0-9;]+)m(w\d)\x1b", stream.getvalue())
+    assert [word for _, word in styles] == [word for word, _ in tokens]
+    assert len({style for style, _ in styles}) == least
+    show.print_legend(to, tokens)
+    legend = stream.getvalue().splitlines()[1]
+    for style in {style for style, _ in styles}:
+        assert f"\x1b[{style}m" in legend, "each colour stands in the legend"
 
 
 def test_colour_carries_alpha():
-    text = rendered("always", [("Hi", 0.0), (" you", 1.0), ("!", None)])
-    assert text == "\x1b[30;48;2;120;170;255mHi\x1b[0m\x1b[30;48;2;255;160;70m you\x1b[0m!\n"
+    text = rendered("always", [("Hi", 0.0), (" you\n", 1.0), ("!", None)])
+    assert text == "\x1b[30;48;5;69mHi\x1b[0m\x1b[30;48;5;202m you\x1b[0m\n!\n"
 
 
 def test_without_colour_numbers_stand_behind_the_tokens():
-    assert rendered("never", [("Hi", 0.0), (" you", 0.987), ("\n", 0.5), ("!", None)]) == (
-        "Hi{0.00} you{0.99}{0.50}\n!\n"
-    )
+    tokens = [("Hi", 0.0), (" you", 0.987), ("\n", 0.5), ("!", None)]
+    assert rendered("never", tokens) == "Hi{0.00} you{0.99}{0.50}\n!\n"
     assert rendered("auto", [("Hi", 0.25)]) == "Hi{0.25}\n", "a file is not a terminal"
+    near = rendered("never", [("a", 0.0011), ("b", 0.0013)])
+    assert near == "a{0.0011}b{0.0013}\n", "as many digits as tell them apart"
 
 
 def test_an_unknown_alpha_is_not_shown():
-    assert rendered("never", [("x", float("nan"))]) == "x\n"
-    assert rendered("always", [("x", float("nan"))]) == "x\n"
+    for color in ("never", "always"):
+        assert rendered(color, [("x", float("nan")), ("y", None)]) == "xy\n"
 
 
 def test_no_color_is_honoured_on_a_terminal(monkeypatch):
@@ -64,11 +78,35 @@ def test_an_unknown_colour_choice_is_named():
         show.console("red")
 
 
-def test_legends():
-    for color, word in (("never", "braces"), ("always", "\x1b[48;2;")):
-        stream = io.StringIO()
-        show.print_legend(show.console(color, stream))
-        assert word in stream.getvalue() and stream.getvalue().count("\n") == 1
+def legend(color, tokens):
+    stream = io.StringIO()
+    show.print_legend(show.console(color, stream), tokens)
+    return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+
+
+def test_the_legend_says_the_range_in_numbers():
+    tokens = [("low", 0.0), (" high", 0.18), ("?", None), ("\n", 0.09)]
+    scale, closing = legend("always", tokens)
+    numbers = "0.01 0.03 0.05 0.07 0.09 0.11 0.13 0.15 0.17".split()
+    assert scale.split() == ["alpha", *numbers]
+    assert closing == (
+        "alpha: mean 0.09, least 0.00 at 'low' and greatest 0.18 at 'high', of 3 tokens "
+        "(0: backbone, 1: reward head)"
+    )
+    assert legend("never", tokens) == ["alpha behind each token in braces", closing]
+    assert legend("always", [("a", 0.5), ("b", 0.5)]) == ["alpha: 0.50 at each of 2 tokens"]
+    assert legend("always", [("a", None)]) == ["alpha: no token has one"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        *[("", 0), ("a" * 20, 0), ("a" * 21, 1), ("a\n\nb", 2), ("a" * 20 + "\nb", 1)],
+        *[("日" * 10, 0), ("日" * 11, 1), ("a" * 19 + "日", 1), ("\t\t\tx", 1)],
+    ],
+)
+def test_rows_that_a_text_takes(text, rows):
+    assert show.rows_of(text, 20) == rows
 
 
 class Bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``dualhead train | generate | sample | eval | info | bench | demo``.
+"""The command line: ``dualhead train | generate | chat | inspect | sample | ...``.
 
 This module is the parser and the policy for errors; what the commands do is in `commands`, which
 imports torch and transformers only once they are needed. A user's mistake is one sentence on

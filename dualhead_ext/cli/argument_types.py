@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of options: what argparse calls to turn words into values. Needs nothing but Python."""
+"""Types of options: what argparse calls to turn words into values; and options that several
+commands have.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ import math
 import re
 from collections.abc import Callable
 from typing import Any
+
+from .terminal import COLOR_NAMES
 
 # The largest seed of every generator that training seeds: NumPy's.
 MAX_SEED = 2**32 - 1
@@ -67,3 +71,18 @@ def device(text: str) -> str:
 def names(text: str) -> list[str]:
     """An argparse type: comma-separated words."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_color(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--color",
+        choices=COLOR_NAMES,
+        default="auto",
+        help="default: as the terminal and NO_COLOR say",
+    )
+
+
+def add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device", type=device, default="auto", help="auto (default), cpu, cuda or cuda:N"
+    )

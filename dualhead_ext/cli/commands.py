@@ -12,8 +12,10 @@ from typing import Any
 
 from ..data import EMBEDDED
 from . import eval_heads
+from .chat import chat
 from .errors import UserError, argument, extras
 from .generate import generate
+from .inspect import inspect
 from .models import quiet_transformers
 from .sample import sample
 from .train import train
@@ -152,6 +154,8 @@ def demo(arguments: Namespace) -> None:
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "train": train,
     "generate": generate,
+    "chat": chat,
+    "inspect": inspect,
     "sample": sample,
     "eval": evaluate,
     "info": info,

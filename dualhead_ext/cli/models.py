@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..model.builtin_backbones import BUILTIN_BACKBONES, backbone_path
 from .errors import UserError, argument, one_line
@@ -75,3 +77,35 @@ def check_device(name: str) -> None:
             f"--device: expected a device that torch {torch.__version__} sees, got "
             f"{name}; it sees {there}"
         )
+
+
+def load(arguments: Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder of heads, and of its backbone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..model.attachment import detach
+    from ..model.causal_lm import DualHeadForCausalLM
+
+    check_device(arguments.device)
+    heads, backbone = arguments.heads, arguments.backbone
+    if not os.path.isdir(heads) and heads.count("/") != 1:  # no hub name either
+        raise UserError(f"heads: expected a folder written by train, got {heads}, which is none")
+    if backbone is not None:
+        with loading("--backbone", backbone):
+            path = backbone_path(backbone)
+            backbone = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    with loading("heads", heads):
+        model = DualHeadForCausalLM.from_pretrained(
+            heads, backbone=backbone, quantize=arguments.quantize
+        )
+    with argument("--backbone"):
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    backbone_only = getattr(arguments, "backbone_only", False)
+    if backbone_only and model.lm_head_module.quantized is None:
+        model = detach(model)
+    elif backbone_only:  # what was its own LM head is gone
+        model = AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype="auto")
+    cuda = arguments.device == "auto" and torch.cuda.is_available()
+    device = "cuda" if cuda else arguments.device
+    return model if device == "auto" else model.to(device), tokenizer

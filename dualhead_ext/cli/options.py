@@ -11,13 +11,13 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from .. import bench
-from ..config import FORMAT_NAMES, GATE_NAMES, MIX_NAMES, REWARD_HEAD_NAMES, DualHeadConfig
+from ..config import GATE_NAMES, MIX_NAMES, REWARD_HEAD_NAMES, DualHeadConfig
 from ..eval.scorers import SCORERS
 from ..train.presets import PRESET_NAMES, PRESETS
-from .argument_types import MAX_SEED, device, key_value, number, numbers
+from .argument_types import MAX_SEED, add_color, add_device, key_value, number
 from .eval_options import EXAMPLES as EVAL_EXAMPLES
 from .eval_options import add_eval
-from .terminal import COLOR_NAMES
+from .generation_options import CHAT, GENERATE, INSPECT, add_chat, add_generate, add_inspect
 from .train import TRAINING_OPTIONS
 
 OVERVIEW = """\
@@ -41,18 +41,6 @@ examples:
 
 Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF), or a
 prompt, responses and their scores."""
-
-_GENERATE = """\
-examples:
-  dualhead generate heads "How do I keep bread fresh?"
-  dualhead generate heads "Tell me a joke." --show-gate --strength 1.5
-  dualhead generate heads "Tell me a joke." --alpha 0.3 --sample --temperature 0.8 --seed 7
-  dualhead generate heads "Tell me a joke." --backbone-only
-  dualhead generate heads "Tell me a joke." --quantize int8
-  echo "What is a gate?" | dualhead generate heads
-
-A bare question becomes a Human turn (or goes through the tokenizer's chat template); --raw sends
-the text as it is."""
 
 _SAMPLE = """\
 examples:
@@ -87,15 +75,6 @@ examples:
 
 def _config_defaults() -> dict[str, Any]:
     return {f.name: f.default for f in fields(DualHeadConfig) if f.default is not MISSING}
-
-
-def add_color(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--color",
-        choices=COLOR_NAMES,
-        default="auto",
-        help="default: as the terminal and NO_COLOR say",
-    )
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -183,65 +162,6 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: Any) -> None:
-    parser.add_argument(
-        "--device", type=device, default="auto", help="auto (default), cpu, cuda or cuda:N"
-    )
-
-
-def add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("heads", help="folder written by train or save_pretrained")
-    parser.add_argument("prompt", nargs="?", help="default: standard input")
-    parser.add_argument("--backbone", help="backbone to use in place of the one the heads name")
-    parser.add_argument("--raw", action="store_true", help="no template around the prompt")
-    parser.add_argument(
-        "--backbone-only", action="store_true", help="the backbone's own text, without the heads"
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=FORMAT_NAMES,
-        help="both heads in this format (default: as they are in the folder)",
-    )
-    add_device(parser)
-    gate = parser.add_argument_group("gate")
-    gate.add_argument("--show-gate", action="store_true", help="show alpha of each token")
-    gate.add_argument(
-        "--strength", type=number(float, 0), metavar="S", help="scales alpha; 0 is the backbone"
-    )
-    gate.add_argument("--gate-offset", type=number(), metavar="X", help="added to the gate's logit")
-    gate.add_argument("--alpha", type=number(float, 0, 1), metavar="A", help="in place of the gate")
-    gate.add_argument(
-        "--max-kl", type=number(float, 0), metavar="X", help="nats from the backbone, each token"
-    )
-    gate.add_argument(
-        "--skip-threshold",
-        type=number(float, 0, 0.5),
-        metavar="A",
-        help="alpha nearer to 0 or 1 counts as such, and spares a head (default 0)",
-    )
-    gate.add_argument(
-        "--objective-weights", type=numbers, metavar="W,...", help="one number for each objective"
-    )
-    sampling = parser.add_argument_group("decoding")
-    sampling.add_argument(
-        "--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="(default 128)"
-    )
-    sampling.add_argument("--sample", action="store_true", help="sample; default: greedy")
-    for name, kind, text in (
-        ("temperature", number(float, 1e-6), "default 1"),
-        ("top-k", number(int, 0), "default 0: all"),
-        ("top-p", number(float, 0, 1), "default 1"),
-        ("min-p", number(float, 0, 1), "default 0"),
-    ):
-        sampling.add_argument(
-            f"--{name}", type=kind, metavar="X", help=f"implies --sample ({text})"
-        )
-    sampling.add_argument(
-        "--seed", type=number(int, 0, MAX_SEED), default=0, metavar="N", help="(default 0)"
-    )
-    add_color(parser)
-
-
 def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
@@ -313,10 +233,12 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     add_color(parser)
 
 
-# name: (declares its options, what it does, examples)
+# Command: (declares its options, what it does, examples)
 OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
-    "generate": (add_generate, "decode a prompt, token by token as they come", _GENERATE),
+    "generate": (add_generate, "decode a prompt, token by token as they come", GENERATE),
+    "chat": (add_chat, "talk with a model and steer it as it answers", CHAT),
+    "inspect": (add_inspect, "show what the gate and both heads make of a text", INSPECT),
     "sample": (add_sample, "sample and rank responses to train on", _SAMPLE),
     "eval": (
         add_eval,

@@ -2,22 +2,26 @@
 """What a terminal shows: tokens coloured by alpha, their legend, and accuracies with intervals.
 
 Colour where the output is a terminal that takes it (rich decides, NO_COLOR and TERM=dumb
-included); otherwise the same text with each token's alpha in braces behind it.
+included); otherwise the same text with each token's alpha in braces behind it. Colours and digits
+are those of the text's own range of alpha.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TextIO
+
+from ..eval.alpha_scale import COLORS, STYLES_16, AlphaScale
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 COLOR_NAMES = ("auto", "always", "never")
-# Three anchors of a diverging scale, light enough for black letters on any terminal.
-_SCALE = ((0.0, (120, 170, 255)), (0.5, (225, 225, 225)), (1.0, (255, 160, 70)))
+# Text of a token, and its alpha; None where there is none.
+Token = tuple[str, float | None]
 
 
 def console(color: str = "auto", file: TextIO | None = None) -> Console:
@@ -52,14 +56,11 @@ def has_color(to: Console) -> bool:
     return to.color_system is not None and not to.no_color
 
 
-def gate_color(alpha: float) -> str:
-    """The colour of alpha in [0, 1] as ``"#rrggbb"``: blue at 0, grey at 0.5, orange at 1."""
-    for (low, start), (high, end) in pairwise(_SCALE):
-        if alpha <= high:
-            share = max(0.0, (alpha - low) / (high - low))
-            mixed = (round(a + share * (b - a)) for a, b in zip(start, end, strict=True))
-            return "#" + "".join(f"{value:02x}" for value in mixed)
-    return "#" + "".join(f"{value:02x}" for value in _SCALE[-1][1])
+def style_of(to: Console, scale: AlphaScale, alpha: float) -> str:
+    """The rich style of alpha on a console with colours: nine of 256 colours, or five of 16."""
+    if to.color_system in ("256", "truecolor"):
+        return f"black on color({COLORS[scale.level(alpha, len(COLORS))][0]})"
+    return STYLES_16[scale.level(alpha, len(STYLES_16))]
 
 
 def printable(text: str) -> str:
@@ -69,38 +70,97 @@ def printable(text: str) -> str:
     )
 
 
-def print_token(to: Console, text: str, alpha: float | None = None) -> None:
-    """Print one token's text as it comes; with ``alpha``, coloured by it or followed by it."""
-    text = printable(text)
-    if not text:
-        return
-    if alpha is None or alpha != alpha:
-        to.file.write(text)  # not through rich, which makes spaces of tabs
-    elif has_color(to):
-        to.out(text, end="", highlight=False, style=f"black on {gate_color(alpha)}")
-    else:
-        # Line breaks last, so that a number never begins the next line.
-        body = text.rstrip("\n")
-        to.file.write(f"{body}{{{alpha:.2f}}}{text[len(body) :]}")
+def print_text(to: Console, text: str) -> None:
+    """Print a part of a text as it comes."""
+    to.file.write(printable(text))  # not through rich, which makes spaces of tabs
     to.file.flush()
 
 
-def print_tokens(to: Console, tokens: Iterable[tuple[str, float | None]]) -> None:
-    """Print ``(text, alpha)`` pairs on a line of their own."""
+def print_tokens(to: Console, tokens: Sequence[Token]) -> None:
+    """Print a text coloured by alpha, or with each token's alpha in braces behind it, and a line
+    break.
+    """
+    scale = AlphaScale.of(alpha for _, alpha in tokens)
     for text, alpha in tokens:
-        print_token(to, text, alpha)
-    to.out("")
+        text = printable(text)
+        if not text:
+            continue
+        if scale is None or alpha is None or alpha != alpha:
+            to.file.write(text)
+        elif has_color(to):
+            # Line breaks and tabs without a background, which would run to the edge.
+            for part in _parts(text):
+                style = None if part.isspace() and part != " " else style_of(to, scale, alpha)
+                to.out(part, end="", highlight=False, style=style)
+        else:
+            # Line breaks last, so that a number never begins the next line.
+            body = text.rstrip("\n")
+            to.file.write(f"{body}{{{scale.number(alpha)}}}{text[len(body) :]}")
+    to.file.write("\n")
+    to.file.flush()
 
 
-def print_legend(to: Console) -> None:
-    """Say once how alpha is shown: the scale in colour, or the notation in plain text."""
-    if not has_color(to):
-        to.out("alpha behind each token in braces: {0.00} backbone ... {1.00} reward head")
+def _parts(text: str) -> list[str]:
+    return [part for part in re.split(r"(\n+|\t+)", text) if part]
+
+
+def print_legend(to: Console, tokens: Sequence[Token]) -> None:
+    """Say what the colours of a text stand for, in numbers, and mean, least and greatest alpha."""
+    found = [(alpha, text) for text, alpha in tokens if alpha is not None and alpha == alpha]
+    scale = AlphaScale.of(alpha for alpha, _ in found)
+    if scale is None:
+        to.out("alpha: no token has one")
         return
-    to.out("alpha: 0 backbone ", end="")
-    for tenth in range(11):
-        to.out("  ", end="", style=f"on {gate_color(tenth / 10)}")
-    to.out(" 1 reward head")
+    if scale.flat:
+        to.out(f"alpha: {scale.number(scale.low)} at each of {len(found)} tokens")
+        return
+    if has_color(to):
+        count = len(COLORS) if to.color_system in ("256", "truecolor") else len(STYLES_16)
+        to.out("alpha ", end="")
+        for level in range(count):
+            middle = scale.middle(level, count)
+            to.out(f" {scale.number(middle)} ", end="", style=style_of(to, scale, middle))
+        to.out("")
+    else:
+        to.out("alpha behind each token in braces")
+    ends = " and ".join(
+        f"{word} {scale.number(alpha)} at {printable(text.strip()) or 'white space'!r}"
+        for word, (alpha, text) in (("least", min(found)), ("greatest", max(found)))
+    )
+    mean = scale.number(fmean(alpha for alpha, _ in found))
+    to.out(f"alpha: mean {mean}, {ends}, of {len(found)} tokens (0: backbone, 1: reward head)")
+
+
+def rows_of(text: str, width: int) -> int:
+    """Rows below its first that a text takes on a terminal of ``width`` columns."""
+    from rich.cells import cell_len
+
+    row = column = 0
+    for character in printable(text):
+        if character == "\n":
+            row, column = row + 1, 0
+            continue
+        wide = 8 - column % 8 if character == "\t" else cell_len(character)
+        if column + wide > width:
+            if character == "\t":  # stops at the edge
+                column = width
+                continue
+            row, column = row + 1, 0
+        column += wide
+    return row
+
+
+def erase(to: Console, text: str) -> bool:
+    """Take back a text that was printed from the start of a line, if all of it is on the screen;
+    False where it is not, or the output is no terminal that can.
+    """
+    if not to.file.isatty() or to.is_dumb_terminal:
+        return False
+    rows = rows_of(text, to.width)
+    if rows >= to.height - 1:
+        return False
+    to.file.write("\r" + (f"\x1b[{rows}A" if rows else "") + "\x1b[J")
+    return True
 
 
 class TokenText:

@@ -223,6 +223,25 @@ def _closing(tokenizer: Any) -> tuple[str, bool]:
     return tail, False
 
 
+def turn_ends(tokenizer: Any) -> tuple[set[int], tuple[str, ...]]:
+    """(tokens, texts) with which a model's turn is over: the template's end of turn, the special
+    token that begins the next turn, and HH-RLHF's markers of a turn. End-of-sequence tokens are
+    the model's to know.
+    """
+    if not has_chat_template(tokenizer):
+        return set(), (HUMAN, ASSISTANT)
+    asks, says = "placeholder of a question", "placeholder of an answer"
+    question = [{"role": "user", "content": asks}]
+    answer = {"role": "assistant", "content": says}
+    bare, asked = (_apply(tokenizer, question, generation) for generation in (False, True))
+    special, found = special_tokens(tokenizer), set()
+    closing = _apply(tokenizer, [*question, answer]).rpartition(says)[2]
+    for text in (closing, asked.removeprefix(bare)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found |= set([token for token in ids if token in special][:1])
+    return found, (HUMAN,)
+
+
 def special_tokens(tokenizer: Any) -> set[int]:
     """The ids of a tokenizer's special tokens, the template's own among them."""
     added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of the command line as options of ``generate``, and prompts as tokens."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from ..data import HUMAN
+from ..data.rendering import messages_of, render_prompt
+from .errors import UserError
+
+# Name of a sampling filter -> the value that does nothing.
+_FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "skip_threshold", "objective_weights")
+
+
+def check_length(length: int, model: Any, new_tokens: int) -> None:
+    """Refuse a prompt of ``length`` tokens that leaves no room for so many new ones.
+
+    Raises:
+        UserError: saying how many there is room for.
+    """
+    context = context_of(model)
+    if context is not None and length + new_tokens > context:
+        raise UserError(
+            f"--max-new-tokens: expected at most {max(context - length, 0)}, as the prompt has "
+            f"{length} tokens and the model a context of {context}, got {new_tokens}"
+        )
+
+
+def context_of(model: Any) -> int | None:
+    """How many tokens a model reads; None: it does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def decoding_options(arguments: Namespace, model: Any) -> dict[str, Any]:
+    """Keyword arguments of ``generate``."""
+    options = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+    filters = {name: getattr(arguments, name) for name in _FILTERS}
+    if arguments.sample or any(value is not None for value in filters.values()):
+        options["do_sample"] = True
+        for name, off in _FILTERS.items():
+            options[name] = off if filters[name] is None else filters[name]
+    return options | gate_options(arguments, model)
+
+
+def gate_options(arguments: Namespace, model: Any) -> dict[str, Any]:
+    """The controls of the gate among the arguments, as ``generate`` takes them."""
+    options = {n: getattr(arguments, n) for n in CONTROLS if getattr(arguments, n) is not None}
+    if (weights := arguments.objective_weights) is not None:
+        options["objective_weights"] = objective_tensor("--objective-weights", weights, model)
+    return options
+
+
+def objective_tensor(option: str, weights: list[float], model: Any) -> Any:
+    """Weights (K,) of a model's objectives.
+
+    Raises:
+        UserError: another number of them.
+    """
+    import torch
+
+    count = model.dual_head_config.num_objectives
+    if len(weights) != count:
+        raise UserError(
+            f"{option}: expected {count} numbers, one for each objective of the heads, got "
+            f"{len(weights)}"
+        )
+    return torch.tensor(weights)
+
+
+def controls_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The gate's controls among options of ``generate``."""
+    return {name: options[name] for name in CONTROLS if name in options}
+
+
+def encode(prompt: str, tokenizer: Any, raw: bool = False) -> Any:
+    """The tokens of a prompt: as it is if ``raw``, else as the training data is laid out
+    (:mod:`dualhead_ext.data.rendering`): a dialogue in HH-RLHF's layout turn by turn, other text
+    as one turn of the user.
+    """
+    if raw:
+        return tokenizer(prompt, return_tensors="pt")
+    dialogue = prompt.lstrip().startswith(HUMAN.strip())
+    messages = messages_of(prompt) if dialogue else [{"role": "user", "content": prompt}]
+    text, templated = render_prompt(messages, tokenizer)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=not templated)

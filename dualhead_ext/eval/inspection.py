@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the gate and both heads make of each token of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..head.controls import objective_rows
+from ..head.kl_cap import kl_from_backbone
+from ..model.generate import CONTROLS
+from ..reference import postprocess
+from .alpha_scale import AlphaScale
+from .inspection_page import fragment, page
+
+# Positions whose logits, of the mixture and of both heads, are in memory at once.
+_POSITIONS = 32
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token that could have come, and how likely it was.
+
+    Attributes:
+        text: of the token alone.
+        probability: in [0, 1].
+    """
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class InspectedToken:
+    """One token of a text, and the distributions that it came from.
+
+    Attributes:
+        token: its id.
+        text: what it adds to the text; "" in the middle of a character.
+        alpha: the weight of the reward head where it was chosen, after every control.
+        kl: ``KL(pi_mix || pi_LM)`` there, nats.
+        probability: of this token in the mixture, the LM head and the reward head.
+        mixture, lm_head, reward_head: the likeliest tokens of each, the likeliest first.
+    """
+
+    token: int
+    text: str
+    alpha: float
+    kl: float
+    probability: tuple[float, float, float]
+    mixture: tuple[Choice, ...]
+    lm_head: tuple[Choice, ...]
+    reward_head: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A text under one setting of the controls. In a notebook it shows itself.
+
+    Attributes:
+        tokens: those that the model chose or could have chosen: all after the prompt.
+        label: what the setting is called, for example "strength 1.5".
+        prompt: the text before the tokens.
+    """
+
+    tokens: tuple[InspectedToken, ...]
+    label: str = ""
+    prompt: str = ""
+
+    @property
+    def scale(self) -> AlphaScale | None:
+        """The range of alpha in the text; None of an empty one."""
+        return AlphaScale.of(token.alpha for token in self.tokens)
+
+    def _repr_html_(self) -> str:
+        return fragment(self, self.scale)
+
+
+@torch.inference_mode()
+def inspect_tokens(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[int] | Tensor,
+    start: int = 1,
+    top: int = 5,
+    label: str = "",
+    **controls: Any,
+) -> Inspection:
+    """One pass over a text: alpha, KL divergence and both heads' distributions at each token.
+
+    Args:
+        model: a `DualHeadForCausalLM`. tokenizer: its own.
+        ids: (T,), of prompt and text.
+        start: tokens from here on are shown; at least 1, as nothing foretells the first.
+        top: how many of the likeliest tokens to keep.
+        label: see :class:`Inspection`.
+        controls: strength, gate_offset, alpha, max_kl, skip_threshold, objective_weights, as in
+            ``model.generate``.
+    Raises:
+        ValueError: start or top out of range, or a control. TypeError: an unknown control.
+        NotImplementedError: the backbone changes its logits in a way that its config does not say.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
+    if not 1 <= start <= ids.shape[1]:
+        raise ValueError(f"inspect_tokens: start must be in 1..{ids.shape[1]}, got {start}")
+    config, head = model.dual_head_config, model.lm_head_module
+    if not 1 <= top <= config.vocab_size:
+        raise ValueError(f"inspect_tokens: top must be in 1..{config.vocab_size}, got {top}")
+    if unknown := sorted(set(controls) - set(CONTROLS)):
+        raise TypeError(f"inspect_tokens: unknown controls {', '.join(unknown)}")
+    if head.knows_f is False:
+        raise NotImplementedError(
+            f"inspect_tokens: {type(model).__name__} changes its logits in a way that its config "
+            "does not say (logit_scale, logit_softcap)"
+        )
+    ids = ids.to(model.device)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0].to(head.weight.device)
+    gate_logit = head.gate(hidden)
+    settings = [controls.get(name) for name in ("strength", "gate_offset", "alpha")]
+    settings += [controls.get(name) for name in ("objective_weights", "max_kl", "skip_threshold")]
+    rows = objective_rows(
+        "inspect_tokens",
+        controls.get("objective_weights"),
+        1,
+        config.num_objectives,
+        gate_logit.dtype,
+        hidden.device,
+    )
+    post = (config.logit_scale, config.logit_softcap)
+    text, found = _TextOf(tokenizer, ids[0, :start].tolist()), []
+    for first in range(start, ids.shape[1], _POSITIONS):
+        positions = slice(first - 1, min(first - 1 + _POSITIONS, ids.shape[1] - 1))
+        x, chosen = hidden[:, positions], ids[0, positions.start + 1 : positions.stop + 1]
+        out = head._mixed("inspect_tokens", x, gate_logit[:, positions], *settings)
+        z_lm = head._lm_logits(x)
+        z_rm = head.reward_logits(x, z_lm, rows)
+        kl = kl_from_backbone(z_lm, z_rm, out.alpha, config.mix, *post)[0].tolist()
+        logits = (out.logits, postprocess(z_lm, *post), postprocess(z_rm, *post))
+        shares = [torch.softmax(z[0].float(), -1) for z in logits]
+        own = [p.gather(1, chosen[:, None])[:, 0].tolist() for p in shares]
+        best = [_choices(p, top, tokenizer) for p in shares]
+        alphas = out.alpha[0].tolist()
+        for i, token in enumerate(chosen.tolist()):
+            found.append(
+                InspectedToken(
+                    token,
+                    text.push(token),
+                    alphas[i],
+                    max(kl[i], 0.0),
+                    (own[0][i], own[1][i], own[2][i]),
+                    *(choices[i] for choices in best),
+                )
+            )
+    return Inspection(tuple(found), label, text.prompt)
+
+
+def inspect_text(
+    model: Any, tokenizer: Any, text: str, prompt: str = "", **options: Any
+) -> Inspection:
+    """:func:`inspect_tokens` of a text after a prompt, both as they are, without a template.
+
+    Raises:
+        ValueError: fewer than one token of the text has a token before it.
+    """
+    before = tokenizer(prompt)["input_ids"] if prompt else tokenizer("")["input_ids"]
+    ids = tokenizer(prompt + text)["input_ids"]
+    # A token may lie across the seam: it belongs to the text.
+    same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), None)
+    start = max(1, min(len(before), len(ids)) if same is None else same)
+    if start >= len(ids):
+        raise ValueError(
+            f"inspect_text: text must have a token after the first of all, got {text!r}"
+        )
+    return inspect_tokens(model, tokenizer, ids, start, **options)
+
+
+def write_page(path: Any, runs: Sequence[Inspection], title: str) -> None:
+    """Write a page of one or several runs, with a slider where they are several; it needs nothing
+    but itself.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(page(runs, title))
+
+
+def _choices(p: Tensor, top: int, tokenizer: Any) -> list[tuple[Choice, ...]]:
+    """The likeliest tokens of each row of p (N, V)."""
+    values, tokens = p.topk(top, -1)
+    return [
+        tuple(Choice(tokenizer.decode([token]), value) for token, value in zip(*row, strict=True))
+        for row in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]
+
+
+class _TextOf:
+    """What each token adds to a text, special tokens included."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, prompt
+        self._shown = self.prompt = self._decode()
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(
+            self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new, self._shown = text[len(self._shown) :], text
+        return new
