@@ -146,7 +146,7 @@ def test_mistakes_do_not_end_the_chat(heads, monkeypatch, capsys):
 
 
 def test_the_oldest_turns_leave_a_full_context(heads, monkeypatch, capsys):
-    assert talk(heads, monkeypatch, ["word " * 300, "word " * 300, "word " * 300]) == 0
+    assert talk(heads, monkeypatch, ["word " * 450, "word " * 450, "word " * 450]) == 0
     out, err = capsys.readouterr()
     assert re.search(r"the first [24] messages no longer fit the context of 1024", out), out
     assert not err
