@@ -209,13 +209,17 @@ class Terminal:
         os.write(self.fd, text.encode())
 
 
+# The first letter of a reply: after what the user typed, and what readline says to the terminal.
+BEGUN = r"bread\?\n(?:\x1b\[\?2004l\r?)?\s*[^\s\x1b]"
+
+
 def test_a_chat_in_a_terminal(heads):
     """Alpha in colours, Ctrl-C in a reply and at the prompt, a command mistyped, Ctrl-D."""
     person = Terminal("chat", str(heads), "--max-new-tokens", "600", "--sample", "--top-k", "0",
                       "--temperature", "3", NO_COLOR="")  # fmt: skip
     assert "/help lists the commands" in person.until("> ")
     person.type(f"{QUESTION}\n")
-    person.until(r"bread\?\n.*?\S")  # the reply has begun
+    person.until(BEGUN)
     person.type("\x03")
     assert "Traceback" not in person.until(r"\((stopped)\)\n\n.*?> ")
     person.type("\x03")
@@ -225,7 +229,7 @@ def test_a_chat_in_a_terminal(heads):
     person.type("/alpha\n")
     person.until(r"alpha of each token: shown(.|\n)*?> ")
     person.type(f"{QUESTION}\n")
-    person.until(r"bread\?\n.*?\S")
+    person.until(BEGUN)
     person.type("\x03")
     shown = person.until(r"alpha: mean (.|\n)*?> ")
     assert len(set(re.findall(r"48;5;(\d+)m", shown))) > 1, shown

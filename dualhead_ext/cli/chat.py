@@ -159,6 +159,8 @@ class Chat:
                 near = difflib.get_close_matches(name, [*COMMANDS, "/exit"], 1)
                 hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
                 raise UserError(f"{name}: no such command; {hint}")
+        except KeyboardInterrupt:  # before the model has begun to write
+            self.to.out("\n(stopped)")
         except UserError as error:
             self.to.file.flush()
             print(f"dualhead chat: {error}", file=sys.stderr, flush=True)
