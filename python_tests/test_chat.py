@@ -229,7 +229,7 @@ def test_a_chat_in_a_terminal(heads):
     person.type("/alpha\n")
     person.until(r"alpha of each token: shown(.|\n)*?> ")
     person.type(f"{QUESTION}\n")
-    person.until(BEGUN)
+    person.until(BEGUN + r"(?:.|\n){60}")
     person.type("\x03")
     shown = person.until(r"alpha: mean (.|\n)*?> ")
     assert len(set(re.findall(r"48;5;(\d+)m", shown))) > 1, shown

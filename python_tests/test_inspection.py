@@ -108,8 +108,9 @@ def test_the_page_stands_alone_and_no_text_leaves_its_place(tmp_path):
     data = json.loads(shown.data)
     assert [run["label"] for run in data] == ["strength 0", "strength 1"]
     assert len(shown.spans) == 2 * (len(IDS) - 1)
-    colors = {re.search("background:(#[0-9a-f]{6})", span["style"])[1] for span in shown.spans}
-    assert len(colors) > 2, "one scale for both runs"
+    colors = [re.search("background:(#[0-9a-f]{6})", span["style"])[1] for span in shown.spans]
+    assert set(colors[: len(IDS) - 1]) == {"#5f87ff"}, "one scale for both runs, 0 its lower end"
+    assert len(set(colors)) > 1
     first = runs[0].tokens[0]
     assert f"KL {first.kl:.4f}" in shown.spans[0]["title"]
     assert "LM head: " in shown.spans[0]["title"] and "reward head: " in shown.spans[0]["title"]
