@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,70 +13,10 @@ from ..head.controls import objective_rows
 from ..head.kl_cap import kl_from_backbone
 from ..model.generate import CONTROLS
 from ..reference import postprocess
-from .alpha_scale import AlphaScale
-from .inspection_page import fragment, page
+from .inspection_page import Choice, InspectedToken, Inspection, page
 
 # Positions whose logits, of the mixture and of both heads, are in memory at once.
 _POSITIONS = 32
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A token that could have come, and how likely it was.
-
-    Attributes:
-        text: of the token alone.
-        probability: in [0, 1].
-    """
-
-    text: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class InspectedToken:
-    """One token of a text, and the distributions that it came from.
-
-    Attributes:
-        token: its id.
-        text: what it adds to the text; "" in the middle of a character.
-        alpha: the weight of the reward head where it was chosen, after every control.
-        kl: ``KL(pi_mix || pi_LM)`` there, nats.
-        probability: of this token in the mixture, the LM head and the reward head.
-        mixture, lm_head, reward_head: the likeliest tokens of each, the likeliest first.
-    """
-
-    token: int
-    text: str
-    alpha: float
-    kl: float
-    probability: tuple[float, float, float]
-    mixture: tuple[Choice, ...]
-    lm_head: tuple[Choice, ...]
-    reward_head: tuple[Choice, ...]
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """A text under one setting of the controls. In a notebook it shows itself.
-
-    Attributes:
-        tokens: those that the model chose or could have chosen: all after the prompt.
-        label: what the setting is called, for example "strength 1.5".
-        prompt: the text before the tokens.
-    """
-
-    tokens: tuple[InspectedToken, ...]
-    label: str = ""
-    prompt: str = ""
-
-    @property
-    def scale(self) -> AlphaScale | None:
-        """The range of alpha in the text; None of an empty one."""
-        return AlphaScale.of(token.alpha for token in self.tokens)
-
-    def _repr_html_(self) -> str:
-        return fragment(self, self.scale)
 
 
 @torch.inference_mode()
