@@ -272,6 +272,7 @@ def test_the_comparisons_shown_are_those_of_the_committed_run():
     """Every table of the run, row by row, and its plots; no system without a row."""
     run = ROOT / "benchmarks" / "results" / "paper" / "small"
     text, tables = (ROOT / "docs" / "results.md").read_text(), (run / "tables.md").read_text()
+    text = text[text.index("## The paper's comparisons, run") :]
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows == [line for line in tables.splitlines() if line.startswith("|")]
     assert "not run" not in tables

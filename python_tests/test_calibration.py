@@ -85,7 +85,8 @@ def test_calibration_repeats_itself_and_leaves_the_random_numbers_alone():
         torch.manual_seed(3)
         curves.append(calibrate(model, *states(model), some_prompts()))
         assert torch.equal(torch.rand(2), expected)
-    assert curves[0] == curves[1]
+    # Eager PyTorch's sums may end in another last bit where memory lies otherwise.
+    assert curves[0] == [pytest.approx(point, rel=1e-12) for point in curves[1]]
 
 
 def test_strength_of_kl():

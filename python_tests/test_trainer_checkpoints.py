@@ -182,6 +182,8 @@ def test_transformers_own_checkpoints_are_refused_unread(tmp_path):
 def test_a_checkpoint_holds_the_heads_and_no_pickle(whole):
     path = whole[0] / "checkpoint-8"
     assert verify(path) == [
+        "README.md",
+        "config.json",
         "dualhead_config.json",
         "dualhead_model.safetensors",
         "optimizer.safetensors",
@@ -193,6 +195,8 @@ def test_a_checkpoint_holds_the_heads_and_no_pickle(whole):
         data = (path / name).read_bytes()
         if name.endswith(".json"):
             json.loads(data)
+        elif name == "README.md":
+            data.decode()
         else:  # a safetensors file: the header's length, then JSON
             json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     trained = sum(t.numel() * t.element_size() for t in whole[1].values())
@@ -214,6 +218,8 @@ def test_the_final_model_and_its_tokenizer(tmp_path):
     trainer.train()
     trainer.save_model(tmp_path / "final")
     assert sorted(os.listdir(tmp_path / "final")) == [
+        "README.md",
+        "config.json",
         "dualhead_config.json",
         "dualhead_model.safetensors",
         "training_args.json",

@@ -34,11 +34,6 @@ def main(arguments: Namespace) -> int:
             raise UserError(
                 f"--attributes: expected some of {', '.join(ATTRIBUTES)}, got {unknown[0]!r}"
             )
-        for name in attributes:
-            for found in ATTRIBUTES[name].scorers:
-                scorer(found)
-            if ATTRIBUTES[name].prompts == PROVOKING:
-                prompts_of(PROVOKING, "measure", 1)
         targets = arguments.kl or list(KL_TARGETS)
         if any(target <= 0 for target in targets):
             raise UserError(f"--kl: expected numbers above 0, got {min(targets):g}")
@@ -48,6 +43,11 @@ def main(arguments: Namespace) -> int:
             raise UserError(
                 f"--systems: expected some of {', '.join((*NAMES, *VARIANTS))}, got {unknown[0]!r}"
             )
+        for name in attributes:
+            for found in ATTRIBUTES[name].scorers:
+                scorer(found)
+            if ATTRIBUTES[name].prompts == PROVOKING:
+                prompts_of(PROVOKING, "measure", 1)
         seeds = arguments.seeds or SEEDS
         plan = Planner(size, attributes, seeds, targets, systems)()
         # What other runs left in the folder is reported too.
