@@ -426,6 +426,8 @@ def test_prefill_refuses_and_leaves_the_cache(change, error, message):
         ({"max_length": 2.0}, TypeError, "max_length must be an int"),
         ({"dtype": torch.float16}, ValueError, "dtype must be the LM head's"),
         ({"device": "meta"}, ValueError, "device must be the LM head's"),
+        ({"device": 2**63}, ValueError, "device must be the LM head's"),
+        ({"batch_size": 2**63}, ValueError, "batch_size must fit in 64 bits"),
     ],
 )
 def test_new_cache_refuses(change, error, message):

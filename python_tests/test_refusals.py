@@ -64,6 +64,7 @@ BAD_STEPS = {
     "max_kl": ({"max_kl": -1.0}, ValueError, "max_kl"),
     "skip": ({"skip_threshold": 0.7}, ValueError, "skip_threshold"),
     "top_k-huge": ({"top_k": 2**63}, ValueError, "top_k"),
+    "do_sample": ({"do_sample": torch.ones(2)}, TypeError, "do_sample must be True or False"),
     "return_logits": ({"return_logits": 1}, TypeError, "return_logits must be True or False"),
 }
 
@@ -75,7 +76,8 @@ def test_a_refused_step_moves_nothing(case):
     head, cache = head_and_cache()
     before, generator = state_of(cache), torch.get_rng_state()
     with pytest.raises(error, match=f"DualHead.step: .*{match}|{match}"):
-        head.step(torch.randn(B, D, generator=torch.Generator()), cache, do_sample=True, **options)
+        hidden = torch.randn(B, D, generator=torch.Generator())
+        head.step(hidden, cache, **{"do_sample": True} | options)
     assert torch.equal(torch.get_rng_state(), generator)
     same_state(cache, before)
 
