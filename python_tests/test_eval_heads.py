@@ -14,7 +14,7 @@ import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.eval import likelihood, sampling
 from dualhead_ext.eval.heads.pairs import pair_figures
-from dualhead_ext.eval.heads.report import to_markdown
+from dualhead_ext.eval.heads.report import finding, to_markdown
 from dualhead_ext.eval.heads.sweep import sample_replies, sweep_figures
 from dualhead_ext.eval.metrics import longer_is_better
 from dualhead_ext.eval.scorers import scorer
@@ -264,3 +264,12 @@ def test_without_matplotlib_it_says_how_to_go_on(place, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "dualhead_ext[plot]" in error and "--no-plot" in error and error.count("\n") == 1
     assert not (place / "report").exists()
+
+
+@pytest.mark.parametrize(("low", "clear"), [(-0.003, False), (0.003, True)])
+def test_the_first_sentence_claims_no_change_that_may_be_none(low, clear):
+    first = {"strength": 0, "scores": {"v": [0.4, 0.2, 0.6]}, "kl": [0, 0, 0]}
+    last = first | {"strength": 2.0, "gains": {"v": [0.05, low, 0.1]}}
+    sweep = [at | {"perplexity": [15.0, 9.0, 20.0]} for at in (first, last)]
+    sentence = finding({"sweep": sweep})
+    assert ("the interval of the change holds 0" in sentence) == (not clear)

@@ -28,6 +28,9 @@ def finding(report: dict[str, Any]) -> str:
     if last["scores"]:
         name = next(iter(last["scores"]))
         change = _from_to(name, first["scores"][name], last["scores"][name])
+        _, low, high = last["gains"][name]
+        if low <= 0 <= high:
+            change += " (the interval of the change holds 0)"
     else:
         change = _from_to("words", first["words"], last["words"])
     perplexity = _from_to("perplexity", first["perplexity"], last["perplexity"])
