@@ -27,7 +27,12 @@ def test_the_folder_points_to_its_authority_and_has_a_card(heads):
         "dualhead_config": "dualhead_config.json",
     }
     card = (heads / "README.md").read_text()
-    assert "library_name: dualhead_ext" in card and 'from_pretrained("heads"' in card
+    assert "library_name: dualhead_ext" in card and "base_model" not in card  # no hub's name
+    snippet = card.split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=heads.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "How do I keep bread fresh?" in done.stdout, done.stderr
 
 
 def test_auto_classes(heads):

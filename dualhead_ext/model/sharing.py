@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import replace_files
+from .builtin_backbones import BUILTIN_BACKBONES
 from .head_folder import CONFIG_NAME
 
 POINTER_NAME, CARD_NAME = "config.json", "README.md"
@@ -49,9 +50,12 @@ def write_card(folder: Path, stored: dict[str, Any]) -> None:
     config, base = stored["dual_head"], stored["backbone"]["name_or_path"]
     named = base or "the backbone that the heads were trained on"
     data = ModelCardData(
-        base_model=base, library_name="dualhead_ext", tags=["dual-head", "alignment", "reward"],
+        base_model=None if base in BUILTIN_BACKBONES else base,  # a hub's name, or none
+        library_name="dualhead_ext",
+        tags=["dual-head", "alignment", "reward"],
         pipeline_tag="text-generation",
-    )  # fmt: skip
+    )
+    tokenizer = f'dualhead_ext.backbone_path("{base}")' if base else '"path/to/it"'
     backbone = "" if base else ', backbone="path/to/it"'
     card = ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
@@ -68,7 +72,7 @@ def write_card(folder: Path, stored: dict[str, Any]) -> None:
         "import dualhead_ext\n"
         "from transformers import AutoTokenizer\n\n"
         f'model = dualhead_ext.DualHeadForCausalLM.from_pretrained("{folder.name}"{backbone})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{base or "path/to/it"}")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})\n"
         'inputs = tokenizer("How do I keep bread fresh?", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, strength=1.0, max_new_tokens=40)[0]))\n"
         "```\n"
