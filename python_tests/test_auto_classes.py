@@ -78,3 +78,14 @@ assert isinstance(model, dualhead_ext.DualHeadForCausalLM)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("alone", ["AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"])
+def test_an_auto_class_without_the_others(heads, alone):
+    code = f"""
+import dualhead_ext
+from transformers import {alone}
+print(type({alone}.from_pretrained({str(heads)!r})).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualhead_ext as dh
-from dualhead_ext.model import builtin_backbones
+from dualhead_ext.model import builtin_backbones, gguf_files
 from dualhead_ext.model.builtin_backbones import backbone_path, builtin_name, smollm2_path
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -108,7 +108,7 @@ def conversion(monkeypatch, tmp_path):
     (tmp_path / "file.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(builtin_backbones, "_smollm2_gguf", lambda: tmp_path / "file.gguf")
-    monkeypatch.setattr(builtin_backbones, "_convert", convert)
+    monkeypatch.setattr(gguf_files, "_convert", convert)
     return made, convert
 
 

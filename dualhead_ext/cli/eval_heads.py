@@ -132,7 +132,8 @@ def _load(arguments: Namespace) -> tuple[Any, Any]:
     device = "cuda" if cuda else "cpu" if arguments.device == "auto" else arguments.device
     given = {"dtype": torch.float32} if device == "cpu" else {}
     if arguments.backbone is not None:
-        given["backbone"] = backbone_path(arguments.backbone)
+        with loading("--backbone", arguments.backbone):
+            given["backbone"] = backbone_path(arguments.backbone)
     with loading("heads", arguments.heads):
         model = DualHeadForCausalLM.from_pretrained(arguments.heads, **given)
     with argument("--backbone"):

@@ -91,7 +91,10 @@ def _add_eval_heads(group: Any) -> None:
     group.add_argument(
         "--objective-weights", type=numbers, metavar="W,...", help="one number for each objective"
     )
-    group.add_argument("--backbone", help="backbone to use in place of the one the heads name")
+    group.add_argument(
+        "--backbone",
+        help="folder, GGUF file or name of a backbone in place of the one the heads name",
+    )
     group.add_argument("--device", type=device, help="auto (default), cpu, cuda or cuda:N")
     group.add_argument(
         "--no-plot", action="store_true", default=None, help="no sweep.png, no need of matplotlib"

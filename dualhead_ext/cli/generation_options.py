@@ -81,7 +81,10 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", help="backbone to use in place of the one the heads name")
+    parser.add_argument(
+        "--backbone",
+        help="folder, GGUF file or name of a backbone in place of the one the heads name",
+    )
     parser.add_argument(
         "--quantize",
         choices=FORMAT_NAMES,

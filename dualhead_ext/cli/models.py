@@ -9,22 +9,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..model import gguf_files
 from ..model.builtin_backbones import BUILTIN_BACKBONES, backbone_path
 from .errors import UserError, argument, one_line
 
 
 def check_backbone(option: str, name: str) -> None:
-    """Refuse a name that looks like a folder and is none; costs nothing.
+    """Refuse a name that looks like a folder or a GGUF file and is none; costs nothing.
 
     Raises:
         UserError: naming it.
     """
-    if name not in BUILTIN_BACKBONES and _looks_local(name) and not os.path.isdir(name):
-        raise UserError(f"{option}: expected a folder, got {name}, which is none")
+    if name in BUILTIN_BACKBONES or not _looks_local(name) or os.path.isdir(name):
+        return
+    if gguf_files.is_gguf(name):
+        with argument(option):
+            gguf_files.check_file(os.path.expanduser(name))
+    else:
+        raise UserError(f"{option}: expected a folder or a GGUF file, got {name}, which is none")
 
 
 def _looks_local(name: str) -> bool:
-    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if os.path.exists(name) or name.startswith((".", "/", "~")):
+        return True
+    if gguf_files.is_gguf(name):
+        return gguf_files.on_hub(name) is None
+    return name.count("/") > 1
 
 
 @contextmanager

@@ -32,6 +32,7 @@ _TRAIN = """\
 examples:
   dualhead train --output heads                   the embedded backbone and its sample of pairs
   dualhead train --backbone smollm2 --output heads            a chat model of 135M parameters
+  dualhead train --backbone model.gguf --data pairs.jsonl --output heads
   dualhead train --backbone ./llama --data pairs.jsonl --eval-data test.jsonl --output heads
   dualhead train --data pairs.jsonl.gz --gate linear --mix probs --learning-rate 1e-3 --output heads
   dualhead train --output heads --resume          go on from the last complete checkpoint
@@ -82,7 +83,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--backbone",
         default="embedded",
-        help='folder or hub name of a causal LM, "smollm2" or "embedded" (default)',
+        help='folder, GGUF file or hub name of a causal LM, "smollm2" or "embedded" (default)',
     )
     data.add_argument(
         "--data",
@@ -166,7 +167,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         default="embedded",
-        help="folder or hub name of a causal LM, or a built-in one: embedded (default), smollm2",
+        help='folder, GGUF file or hub name of a causal LM, "smollm2" or "embedded" (default)',
     )
     parser.add_argument(
         "--prompts", required=True, metavar="FILE", help='questions, or "open": see below'

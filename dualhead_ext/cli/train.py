@@ -109,7 +109,7 @@ def train(arguments: Namespace) -> None:
 def _generate_command(arguments: Namespace) -> str:
     """What decodes with the heads: a backbone that is a folder of the user's has to be named."""
     words = ["dualhead", "generate", arguments.output, "How are you?", "--show-gate"]
-    if arguments.backbone not in BUILTIN_BACKBONES and os.path.isdir(arguments.backbone):
+    if arguments.backbone not in BUILTIN_BACKBONES and os.path.exists(arguments.backbone):
         words += ["--backbone", arguments.backbone]
     return shlex.join(words)
 
@@ -200,8 +200,8 @@ def _make_trainer(arguments: Namespace, rows: list[dict], held_out: list[dict]) 
 
     training = _training_arguments(arguments)
     torch.manual_seed(training.seed)  # the gate's first weights
-    path = backbone_path(arguments.backbone)
-    with loading("--backbone", path):
+    with loading("--backbone", arguments.backbone):
+        path = backbone_path(arguments.backbone)
         tokenizer = AutoTokenizer.from_pretrained(path)
         # A CPU computes bf16 slowly, and small backbones are the ones that it trains.
         dtype = torch.float32 if training.device.type == "cpu" else None

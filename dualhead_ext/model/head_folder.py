@@ -6,14 +6,16 @@
 - ``format_version``: 2. Version 1 had no hashes and no other reward head than ``"full"``.
 - ``dual_head``: the fields of :class:`DualHeadConfig`.
 - ``quantized``: a name of :data:`dualhead_ext.config.FORMAT_NAMES`, or null.
-- ``backbone``: ``name_or_path``, ``revision``, ``fingerprint``.
+- ``backbone``: ``name_or_path``, of the hub or a built-in's, ``revision``, ``fingerprint``; and, of
+  one that was a folder or a GGUF file, its ``local_path``, a hint that holds on the machine where
+  the heads were saved. What is found by it must have the fingerprint, as any backbone.
 - ``weights_sha256``: of the other file.
 - ``sha256``: of this file's own contents without this key, as JSON with sorted keys and no blanks.
 
 ``dualhead_model.safetensors`` holds gate.*, reward_head.*, and lm_head.* only if it was trained or
 quantised, with their weight_scale if so.
 
-No pickle, nothing executed, no path followed out of the folder.
+No pickle, nothing executed; of the folder's own files, no path followed out of it.
 """
 
 from __future__ import annotations
@@ -73,10 +75,28 @@ def write_head_folder(folder: Path, stored: dict[str, Any], state: dict[str, Ten
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     stored["sha256"] = _own_sha256(stored)
-    config = json.dumps(stored, indent=2, allow_nan=False).encode() + b"\n"
     for path, _ in leftovers(folder, names):
         path.unlink(missing_ok=True)
-    replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: config})
+    replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: _config_bytes(stored)})
+
+
+def without_local_path(folder: Path) -> None:
+    """Take the hint of where the backbone was out of a folder's configuration.
+
+    Raises:
+        as :func:`read_config`; OSError: the disk.
+    """
+    stored = read_config(folder)
+    if stored["backbone"]["local_path"] is None:
+        return
+    stored["backbone"]["local_path"] = None
+    stored["dual_head"] = stored["dual_head"].to_dict()
+    stored["sha256"] = _own_sha256(stored)
+    replace_files(folder, {CONFIG_NAME: _config_bytes(stored)})
+
+
+def _config_bytes(stored: dict[str, Any]) -> bytes:
+    return json.dumps(stored, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def _own_sha256(stored: dict[str, Any]) -> str:
@@ -241,7 +261,7 @@ def _json_of(path: Path) -> dict[str, Any]:
 def _check_backbone(backbone: Any) -> None:
     if not isinstance(backbone, dict):
         raise ValueError(f"backbone must be an object, got {backbone!r}")
-    for name in ("name_or_path", "revision"):
+    for name in ("name_or_path", "revision", "local_path"):
         if not isinstance(backbone.setdefault(name, None), (str, type(None))):
             raise ValueError(f"backbone.{name} must be a string or null")
     marks = backbone["fingerprint"]

@@ -21,8 +21,9 @@ from ..quantization import check_format
 from .backbones import inside_peft, module_name
 from .builtin_backbones import BUILTIN_BACKBONES, backbone_path, builtin_name
 from .fingerprint import check_fingerprint, fingerprint
+from .gguf_files import is_gguf, on_hub, source_of
 from .head_files import check_head_state, head_state, load_head_state
-from .head_folder import read_head_folder, write_head_folder
+from .head_folder import CONFIG_NAME, read_head_folder, without_local_path, write_head_folder
 from .sharing import write_card, write_pointer
 
 __all__ = ["DualHeadFilesMixin", "untie_lm_head"]
@@ -76,7 +77,8 @@ class DualHeadFilesMixin(PushToHubMixin):
             save_function: taken for the callers that pass one; the files are always safetensors.
             push_to_hub: also upload them, as ``PreTrainedModel.save_pretrained`` does: ``repo_id``
                 (default: the folder's name), ``token``, ``private``, ``commit_message``,
-                ``create_pr``, ``revision``.
+                ``create_pr``, ``revision``. The hint of where a local backbone is goes from the
+                configuration then.
             save_full: also write the backbone, as its own ``save_pretrained(**kwargs)`` does, so
                 that the folder can be given as its own backbone.
             kwargs: other arguments of the backbone's ``save_pretrained``.
@@ -117,6 +119,7 @@ class DualHeadFilesMixin(PushToHubMixin):
             "quantized": head.quantized,
             "backbone": {
                 "name_or_path": _portable_name(self.config._name_or_path),
+                "local_path": _local_path(self.config._name_or_path),
                 "revision": getattr(self.config, "_commit_hash", None),
                 "fingerprint": fingerprint(self),
             },
@@ -155,6 +158,14 @@ class DualHeadFilesMixin(PushToHubMixin):
         repo = create_repo(repo_id or folder.name, private=private, token=token, exist_ok=True)
         self._upload_modified_files(folder, repo.repo_id, before, token=token, **options)
 
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike, *arguments: Any, **options: Any
+    ) -> Any:
+        """As transformers', which every upload goes through; a path of this machine stays here."""
+        if (Path(working_dir) / CONFIG_NAME).is_file():
+            without_local_path(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *arguments, **options)
+
     def _warn_of_adapters(self) -> None:
         layers = [m for _, m in self.named_modules() if hasattr(m, "base_layer")]
         if layers:
@@ -182,8 +193,9 @@ class DualHeadFilesMixin(PushToHubMixin):
 
         Args:
             pretrained_model_name_or_path: a folder or hub name that :meth:`save_pretrained` wrote.
-            backbone: a model, path, hub name or built-in backbone (``dualhead_ext.backbone_path``)
-                instead of the one that the file names.
+            backbone: a model, path, GGUF file, hub name or built-in backbone
+                (``dualhead_ext.backbone_path``) instead of the one that the file names, or that is
+                where it was when they were saved.
             dtype, device_map: for loading the backbone; the heads follow it. revision: of the
                 heads' repository.
             quantize: "int8", "fp8" or "int4": full-precision heads, once restored, in this
@@ -210,7 +222,7 @@ class DualHeadFilesMixin(PushToHubMixin):
                 )
         check_head_state(config, state, quantized, where)
         if backbone is None:
-            backbone = named_backbone(folder, source["name_or_path"])
+            backbone = named_backbone(folder, source)
         loaded = _load_backbone(backbone, dtype, device_map, source["revision"], options)
         linear = loaded.get_output_embeddings()
         for name, there in (
@@ -236,12 +248,28 @@ class DualHeadFilesMixin(PushToHubMixin):
 
 def _portable_name(name: str | None) -> str | None:
     """What another machine knows the backbone by: a built-in's or a hub name, or None."""
-    if not name or os.path.isdir(name):  # a path of this machine means nothing on another
-        return builtin_name(name) if name else None
+    if not name:
+        return None
+    if os.path.isdir(name):  # a path of this machine means nothing on another
+        return builtin_name(name) or _hub_only(source_of(name))
     return name if _is_hub_name(name) else None
 
 
+def _local_path(name: str | None) -> str | None:
+    """The full path of a backbone that this machine alone knows, or None."""
+    if not name or not os.path.isdir(name) or _portable_name(name) is not None:
+        return None
+    return source_of(name) or os.path.abspath(name)
+
+
+def _hub_only(name: str | None) -> str | None:
+    return name if name is not None and _is_hub_name(name) else None
+
+
 def _is_hub_name(name: str) -> bool:
+    if is_gguf(name):
+        found = on_hub(name)
+        name = found[0] if found is not None else ""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -249,11 +277,17 @@ def _is_hub_name(name: str) -> bool:
     return True
 
 
-def named_backbone(folder: str, name: str | None) -> str:
-    """The built-in backbone or hub name that a folder of heads names."""
+def named_backbone(folder: str, source: dict[str, Any]) -> str:
+    """The built-in backbone or hub name that a folder of heads names, or the path where its
+    backbone was, if there is one still. source: ``backbone`` of its configuration.
+    """
+    name, local = source["name_or_path"], source["local_path"]
+    if name is None and local is not None and _is_backbone(local):
+        return local
     if name is None:
+        was = f"{local[:200]!r}, which is not here" if local else "a local folder"
         raise ValueError(
-            f"from_pretrained: {folder} names no backbone (it was a local folder); pass backbone="
+            f"from_pretrained: {folder} names no backbone (it was {was}); pass backbone="
         )
     if name in BUILTIN_BACKBONES:
         return name
@@ -267,6 +301,13 @@ def named_backbone(folder: str, name: str | None) -> str:
             "directory holds something of that name; pass backbone= to say which one is meant"
         )
     return name
+
+
+def _is_backbone(path: str) -> bool:
+    """Whether a full path is that of a model's folder or a GGUF file."""
+    if not os.path.isabs(path):
+        return False
+    return os.path.isfile(path if is_gguf(path) else os.path.join(path, "config.json"))
 
 
 def _is_head(name: str) -> bool:
@@ -287,7 +328,7 @@ def _load_backbone(
             )
         return backbone
     return AutoModelForCausalLM.from_pretrained(
-        backbone_path(backbone),
+        backbone_path(backbone, options.pop("gguf_file", None), revision),
         dtype=dtype or "auto",
         device_map=device_map,
         revision=revision,

@@ -1,41 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers with transformers' Auto classes once there are some: importing the package needs torch
-alone, so whichever of the two is imported later brings them together."""
+"""Registers with transformers' Auto classes once there are some. Importing the package needs torch
+alone, so whichever of the two is imported later brings them together. Each Auto class has a module
+of its own, which a program may import without the others.
+"""
 
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import sys
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_AWAITED = "transformers.models.auto.modeling_auto"
+# Module of transformers -> the function of `auto` that registers with the class in it.
+_REGISTRATIONS = {
+    "transformers.models.auto.configuration_auto": "register_config",
+    "transformers.models.auto.modeling_auto": "register_model",
+    "transformers.models.auto.tokenization_auto": "register_tokenizer",
+}
 
 
 def register_when_there() -> None:
-    """Now, if transformers' Auto classes are imported already; else after their import."""
-    if _AWAITED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Now, with the Auto classes that are imported already; with the others after their import."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for name in _REGISTRATIONS:
+        if name in sys.modules:
+            _register(name)
 
 
-def _register() -> None:
+def _register(name: str) -> None:
     from . import auto
 
-    auto.register()
+    getattr(auto, _REGISTRATIONS[name])()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Waits for one module, and goes."""
+    """Finds the awaited modules as Python does, with a loader that registers behind them."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _AWAITED:
+        if name not in _REGISTRATIONS:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
@@ -52,4 +59,4 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _register()
+        _register(module.__name__)
