@@ -13,6 +13,7 @@ MIX_NAMES = ("logits", "probs")
 REWARD_HEAD_NAMES = ("full", "embedding", "lowrank")
 PREFERENCE_NAMES = ("log_prob", "token_reward")
 FORMAT_NAMES = ("int8", "fp8", "int4")  # of quantised heads: `quantization.FORMATS`
+MODEL_TYPE = "dualhead"  # of the config.json in a folder of heads
 # The head that the default recipe trains, and that a backbone gets where nothing else is asked for.
 # What won in docs/results.md.
 DEFAULT_HEAD: dict[str, Any] = {"reward_head": "embedding", "reward_rank": 0, "gate": "fixed"}

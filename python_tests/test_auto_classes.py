@@ -89,3 +89,11 @@ print(type({alone}.from_pretrained({str(heads)!r})).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["head_folder", "sharing", "auto", "pretrained", "causal_lm"])
+def test_a_module_that_imports_transformers_first(module):
+    """Registering happens in the middle of its imports."""
+    code = f"import dualhead_ext.model.{module}, transformers; transformers.AutoTokenizer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -2,8 +2,8 @@
 """A folder of heads as transformers' Auto classes meet it: ``AutoModelForCausalLM``,
 ``AutoTokenizer`` and ``pipeline`` take it as they take any model's.
 
-Each registration imports the module of one Auto class alone: it may run while the others are still
-being imported (:mod:`.registration`).
+A registration runs inside somebody's import of transformers (:mod:`.registration`): it imports the
+module of one Auto class, and nothing of this package that may be half imported then.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .builtin_backbones import backbone_path
-from .head_folder import read_config
-from .sharing import MODEL_TYPE
+from ..config import MODEL_TYPE
 
 
 class DualHeadPointer(PreTrainedConfig):
@@ -43,6 +41,8 @@ class _Tokenizer:
     def from_pretrained(cls, folder: str | os.PathLike, *arguments: Any, **options: Any):
         from transformers import AutoTokenizer
 
+        from .builtin_backbones import backbone_path
+        from .head_folder import read_config
         from .pretrained import named_backbone
 
         source = read_config(folder, options.get("revision"))["backbone"]

@@ -9,15 +9,17 @@ the authority.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import MODEL_TYPE
 from ..files.atomic import replace_files
 from .builtin_backbones import BUILTIN_BACKBONES
-from .head_folder import CONFIG_NAME
+from .head_folder import CONFIG_NAME, read_config
 
 POINTER_NAME, CARD_NAME = "config.json", "README.md"
-MODEL_TYPE = "dualhead"
+_MARK = "<!-- written anew at each save; remove this line to keep your own text -->"
 
 
 def write_pointer(folder: Path) -> None:
@@ -35,15 +37,48 @@ def write_pointer(folder: Path) -> None:
         replace_files(folder, {POINTER_NAME: json.dumps(stored, indent=2).encode() + b"\n"})
 
 
-def write_card(folder: Path, stored: dict[str, Any]) -> None:
-    """``README.md``, unless the folder has one: what a hub shows of the heads.
+@dataclass(frozen=True)
+class Training:
+    """What a card says of a training run.
+
+    Attributes:
+        data: where the rows are from; rows: how many of what, for instance "412 pairs"; steps: of
+            the optimizer.
+        kl, alpha: of the mixture at strength 1, nats per token from the backbone, and its mean
+            weight.
+        accuracy: share of pairs that the reward head ranks right, and its 95 % interval.
+        longer: that share of the rule "the longer one". measured_on: which pairs, in words.
+    """
+
+    data: str
+    rows: str
+    steps: int
+    kl: float
+    alpha: float
+    accuracy: tuple[float, float, float] | None = None
+    longer: float | None = None
+    measured_on: str | None = None
+
+
+def describe_training(folder: Path, training: Training) -> None:
+    """Write the card of a folder of heads again, with their training.
+
+    Raises:
+        OSError: the disk. ValueError: the folder's configuration is damaged.
+    """
+    write_card(folder, read_config(folder), training)
+
+
+def write_card(folder: Path, stored: dict[str, Any], training: Training | None = None) -> None:
+    """``README.md``, what a hub shows of the heads; one that is somebody's own stays.
 
     Args:
         stored: as :func:`.head_folder.write_head_folder` takes it.
     Raises:
         OSError: the disk.
     """
-    if (folder / CARD_NAME).exists():
+    path = folder / CARD_NAME
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -68,6 +103,8 @@ def write_card(folder: Path, stored: dict[str, Any]) -> None:
         f"| objectives | {config.num_objectives} |\n"
         f"| mixture | of {'probabilities' if config.mix == 'probs' else 'logits'} |\n"
         f"| weights | {stored['quantized'] or 'full precision'} |\n\n"
+        f"{'' if training is None else _training(training)}"
+        "## Use\n\n"
         "```python\n"
         "import dualhead_ext\n"
         "from transformers import AutoTokenizer\n\n"
@@ -75,6 +112,32 @@ def write_card(folder: Path, stored: dict[str, Any]) -> None:
         f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})\n"
         'inputs = tokenizer("How do I keep bread fresh?", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, strength=1.0, max_new_tokens=40)[0]))\n"
-        "```\n"
+        "```\n\n"
+        f"{_MARK}\n"
     )
     replace_files(folder, {CARD_NAME: str(card).encode()})
+
+
+def _training(found: Training) -> str:
+    lines = [
+        "## Training and measured accuracy",
+        "",
+        f"Trained on {found.rows} of {found.data}, {found.steps} optimizer steps. At strength 1 "
+        f"the mixture is {found.kl:.3g} nats per token from the backbone; mean alpha "
+        f"{found.alpha:.3f}.",
+        "",
+    ]
+    if found.accuracy is None:
+        return "\n".join([*lines, "The accuracy was not measured: no pairs were held out.", "", ""])
+    value, low, high = (f"{100 * share:.1f} %" for share in found.accuracy)
+    return "\n".join(
+        [
+            *lines,
+            f"| ranked by | accuracy on {found.measured_on} | 95 % interval |",
+            "| --- | --- | --- |",
+            f"| reward head | {value} | {low} to {high} |",
+            f"| the longer one | {100 * found.longer:.1f} % | |",
+            "",
+            "",
+        ]
+    )
