@@ -2,7 +2,8 @@
 // One voice for errors of the operators, on every device: operator, argument, expected, got, as in
 // "decode_step: hidden must be (B, 4096), got (2, 4095)". Everything is checked here, before any
 // kernel and before any torch call that could fail, because errors raised inside those lose their
-// text at the stable ABI's boundary. Only RuntimeError crosses it; ops.py gives the Python types.
+// text at the stable ABI's boundary. Only RuntimeError crosses it; dualhead_ext/ops gives the
+// Python types.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

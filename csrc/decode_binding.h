@@ -14,28 +14,19 @@
 #include <utility>
 
 #include "checks.h"
+#include "decode_arguments.h"
 #include "kernels/params.h"
 
 namespace dualhead {
 
 constexpr const char* kDecodeStep = "decode_step";
 
-// The tensor arguments, by the schema's names.
+#define DUALHEAD_FIELD(type, schema, name) type name;
 struct DecodeArguments {
-  Tensor hidden, lm_weight;
-  MaybeTensor lm_bias;
-  Tensor reward_weight;
-  MaybeTensor reward_bias, objective_weights;
-  MaybeTensor q_weight, k_weight, u_weight, gate_bias;
-  MaybeTensor cache_k, cache_u, cache_valid, cache_length, new_valid;
-  MaybeTensor gate_logit, gate_offset, strength, alpha;
-  MaybeTensor temperature, top_k, top_p, min_p, seeds, draws;
-  bool mix_probs;
-  double logit_scale, logit_softcap;
-  bool return_logits, record_attention;
-  MaybeTensor lm_scale, reward_scale;
-  MaybeTensor skip_threshold;
+  Tensor hidden;
+  DUALHEAD_DECODE_ARGUMENTS(DUALHEAD_FIELD)
 };
+#undef DUALHEAD_FIELD
 
 // logits, alpha, gate_logit, token, logprob, status, attention.
 using DecodeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -266,6 +257,19 @@ inline void allocate_outputs(BoundDecode& bound) {
              : allocate<1>({0}, f32, like));
 }
 
+template <typename T>
+void fill(T*& field, const Tensor& tensor) {
+  field = pointer<T>(tensor);
+}
+
+template <typename T>
+void fill(T*& field, const MaybeTensor& tensor) {
+  field = pointer<T>(tensor);
+}
+
+inline void fill(bool& field, bool value) { field = value; }
+inline void fill(float& field, double value) { field = static_cast<float>(value); }
+
 inline void fill_params(BoundDecode& bound) {
   const DecodeArguments& a = bound.arguments;
   DecodeParams& p = bound.params;
@@ -273,36 +277,17 @@ inline void fill_params(BoundDecode& bound) {
   p.B = a.hidden.size(0), p.d = a.hidden.size(1), p.V = a.lm_weight.size(0);
   p.K = a.reward_weight.size(0);
   p.dtype = kernel_dtype(a.hidden.scalar_type());
+  p.quantization = quantization_of(a.lm_weight);
   if (a.cache_k.has_value()) {
     p.H = a.cache_k->size(1), p.S = a.cache_k->size(2), p.d_k = a.cache_k->size(3);
   }
-  p.hidden = a.hidden.data_ptr(), p.hidden_stride = a.hidden.stride(0);
-  p.lm_weight = a.lm_weight.data_ptr(), p.lm_weight_stride = a.lm_weight.stride(0);
-  p.lm_bias = pointer<const void>(a.lm_bias);
-  p.reward_weight = a.reward_weight.data_ptr();
+  fill(p.hidden, a.hidden);
+#define DUALHEAD_FILL(type, schema, name) fill(p.name, a.name);
+  DUALHEAD_DECODE_PARAMS(DUALHEAD_FILL)
+#undef DUALHEAD_FILL
+  p.hidden_stride = a.hidden.stride(0), p.lm_weight_stride = a.lm_weight.stride(0);
   p.reward_weight_stride_k = a.reward_weight.stride(0);
   p.reward_weight_stride = a.reward_weight.stride(1);
-  p.reward_bias = pointer<const void>(a.reward_bias);
-  p.quantization = quantization_of(a.lm_weight);
-  p.lm_scale = pointer<const float>(a.lm_scale);
-  p.reward_scale = pointer<const float>(a.reward_scale);
-  p.objective_weights = pointer<const float>(a.objective_weights);
-  p.q_weight = pointer<const void>(a.q_weight), p.k_weight = pointer<const void>(a.k_weight);
-  p.u_weight = pointer<const float>(a.u_weight), p.gate_bias = pointer<const float>(a.gate_bias);
-  p.cache_k = pointer<void>(a.cache_k), p.cache_u = pointer<float>(a.cache_u);
-  p.cache_valid = pointer<uint8_t>(a.cache_valid),
-  p.cache_length = pointer<int32_t>(a.cache_length);
-  p.new_valid = pointer<const uint8_t>(a.new_valid);
-  p.gate_logit_in = pointer<const float>(a.gate_logit);
-  p.gate_offset = pointer<const float>(a.gate_offset);
-  p.strength = pointer<const float>(a.strength), p.alpha = pointer<const float>(a.alpha);
-  p.skip_threshold = pointer<const float>(a.skip_threshold);
-  p.mix_probs = a.mix_probs;
-  p.logit_scale = static_cast<float>(a.logit_scale);
-  p.logit_softcap = static_cast<float>(a.logit_softcap);
-  p.temperature = pointer<const float>(a.temperature), p.top_k = pointer<const int32_t>(a.top_k);
-  p.top_p = pointer<const float>(a.top_p), p.min_p = pointer<const float>(a.min_p);
-  p.seeds = pointer<const int64_t>(a.seeds), p.draws = pointer<int64_t>(a.draws);
   p.out_logits = pointer<float>(bound.logits);
   const auto& [logits, alpha, gate_logit, token, logprob, status, attention] = bound.result;
   p.out_alpha = pointer<float>(alpha), p.out_gate_logit = pointer<float>(gate_logit);
@@ -335,52 +320,16 @@ inline BoundDecode bind_decode_step(DecodeArguments&& arguments,
   return bound;
 }
 
-// The operator as the dispatcher calls it, for TORCH_BOX: the one place that lists its arguments in
-// C++. Implementation: what a device does with them.
+// The operator as the dispatcher calls it, for TORCH_BOX. Implementation: what a device does with
+// the arguments.
+#define DUALHEAD_PARAMETER(type, schema, name) , type name
+#define DUALHEAD_MOVE(type, schema, name) , std::move(name)
 template <DecodeResult (*Implementation)(DecodeArguments&&)>
-DecodeResult decode_step_entry(
-    Tensor hidden, Tensor lm_weight, MaybeTensor lm_bias, Tensor reward_weight,
-    MaybeTensor reward_bias, MaybeTensor objective_weights, MaybeTensor q_weight,
-    MaybeTensor k_weight, MaybeTensor u_weight, MaybeTensor gate_bias, MaybeTensor cache_k,
-    MaybeTensor cache_u, MaybeTensor cache_valid, MaybeTensor cache_length, MaybeTensor new_valid,
-    MaybeTensor gate_logit, MaybeTensor gate_offset, MaybeTensor strength, MaybeTensor alpha,
-    MaybeTensor temperature, MaybeTensor top_k, MaybeTensor top_p, MaybeTensor min_p,
-    MaybeTensor seeds, MaybeTensor draws, bool mix_probs, double logit_scale, double logit_softcap,
-    bool return_logits, bool record_attention, MaybeTensor lm_scale, MaybeTensor reward_scale,
-    MaybeTensor skip_threshold) {
-  return Implementation(DecodeArguments{std::move(hidden),
-                                        std::move(lm_weight),
-                                        std::move(lm_bias),
-                                        std::move(reward_weight),
-                                        std::move(reward_bias),
-                                        std::move(objective_weights),
-                                        std::move(q_weight),
-                                        std::move(k_weight),
-                                        std::move(u_weight),
-                                        std::move(gate_bias),
-                                        std::move(cache_k),
-                                        std::move(cache_u),
-                                        std::move(cache_valid),
-                                        std::move(cache_length),
-                                        std::move(new_valid),
-                                        std::move(gate_logit),
-                                        std::move(gate_offset),
-                                        std::move(strength),
-                                        std::move(alpha),
-                                        std::move(temperature),
-                                        std::move(top_k),
-                                        std::move(top_p),
-                                        std::move(min_p),
-                                        std::move(seeds),
-                                        std::move(draws),
-                                        mix_probs,
-                                        logit_scale,
-                                        logit_softcap,
-                                        return_logits,
-                                        record_attention,
-                                        std::move(lm_scale),
-                                        std::move(reward_scale),
-                                        std::move(skip_threshold)});
+DecodeResult decode_step_entry(Tensor hidden DUALHEAD_DECODE_ARGUMENTS(DUALHEAD_PARAMETER)) {
+  return Implementation(
+      DecodeArguments{std::move(hidden) DUALHEAD_DECODE_ARGUMENTS(DUALHEAD_MOVE)});
 }
+#undef DUALHEAD_MOVE
+#undef DUALHEAD_PARAMETER
 
 }  // namespace dualhead

@@ -1,25 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every operator schema, once. Implementations: ops_cpu.cpp, ops_cuda.cpp, ops_loss.cpp,
-// ops_loss_cuda.cpp; fakes and the text of the documentation: ops.py; the arguments'
-// meaning, field by field: kernels/params.h.
+// Every operator's schema, once. Implementations: ops_cpu.cpp, ops_cuda.cpp, ops_loss.cpp,
+// ops_loss_cuda.cpp; fakes and documentation: dualhead_ext/ops/; the arguments' meaning, field by
+// field: kernels/params.h.
 #include <torch/csrc/stable/library.h>
 
+#include "decode_arguments.h"
+
 STABLE_TORCH_LIBRARY(dualhead, m) {
+#define DUALHEAD_SCHEMA(type, schema, name) ", " schema " " #name
   m.def(
-      "decode_step("
-      "Tensor hidden, Tensor lm_weight, Tensor? lm_bias, Tensor reward_weight, "
-      "Tensor? reward_bias, Tensor? objective_weights, "
-      "Tensor? q_weight, Tensor? k_weight, Tensor? u_weight, Tensor? gate_bias, "
-      "Tensor(a!)? cache_k, Tensor(b!)? cache_u, Tensor(c!)? cache_valid, "
-      "Tensor(d!)? cache_length, Tensor? new_valid, "
-      "Tensor? gate_logit, Tensor? gate_offset, Tensor? strength, Tensor? alpha, "
-      "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
-      "Tensor? seeds, Tensor(e!)? draws, "
-      "bool mix_probs, float logit_scale, float logit_softcap, "
-      "bool return_logits, bool record_attention, "
-      "Tensor? lm_scale=None, Tensor? reward_scale=None, Tensor? skip_threshold=None"
+      "decode_step(Tensor hidden" DUALHEAD_DECODE_ARGUMENTS(DUALHEAD_SCHEMA)
       ") -> (Tensor logits, Tensor alpha, Tensor gate_logit, Tensor token, Tensor logprob, "
       "Tensor status, Tensor attention)");
+#undef DUALHEAD_SCHEMA
   m.def(
       "loss_rows("
       "Tensor? z_lm, Tensor z_rm, Tensor gate_logit, Tensor labels, bool mixed, bool reward, "

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA side of the operators: check, allocate, launch on torch's current stream. Not yet run on
-// a GPU (kernels/cuda/decode.h).
+// The CUDA side of the operators: check, allocate, launch on torch's current stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -19,7 +19,12 @@ import dualhead_ext
 from dualhead_ext import ops
 
 B, d, V, K, H, d_k, S = 3, 16, 40, 2, 2, 4, 6
-TENSORS = [a.name for a in torch.ops.dualhead.decode_step.default._schema.arguments][:25]
+SCHEMA = torch.ops.dualhead.decode_step.default._schema.arguments
+SCALES = ("lm_scale", "reward_scale")  # of quantised weights: test_ops_quantized.py
+TENSORS = [a.name for a in SCHEMA if "Tensor" in str(a.type) and a.name not in SCALES]
+ATTENTION = ("q_weight", "k_weight", "u_weight", "gate_bias", "cache_k", "cache_u", "cache_valid",
+             "cache_length")  # fmt: skip
+OPTIONS = ("mix_probs", "logit_scale", "logit_softcap", "return_logits", "record_attention")
 
 
 def full_case(seed: int, gate: str = "attention") -> dict:
@@ -27,6 +32,7 @@ def full_case(seed: int, gate: str = "attention") -> dict:
     case = make_case(seed, B, d, V, K, torch.bfloat16, H=H, d_k=d_k, S=S, gate=gate, bias=True,
                      objective_weights=True, controls=True, sample=True)  # fmt: skip
     case |= {name: torch.rand(B) for name in ("alpha", "temperature", "top_p", "min_p")}
+    case["skip_threshold"] = torch.rand(B) / 2
     case["top_k"] = torch.arange(B, dtype=torch.int32)
     if gate == "attention":
         case["new_valid"] = torch.ones(B, dtype=torch.bool)
@@ -34,7 +40,8 @@ def full_case(seed: int, gate: str = "attention") -> dict:
 
 
 def positional(case: dict, *options) -> tuple:
-    return (*(case.get(name) for name in TENSORS), *options)
+    named = case | dict(zip(OPTIONS, options, strict=True))
+    return tuple(named.get(argument.name) for argument in SCHEMA)
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -92,7 +99,7 @@ def test_every_argument_is_checked(name, fault, seed):
         assert_refused(case, {name: value.tolist()}, TypeError, own + "be a tensor.*, got list$")
     elif name in ("hidden", "lm_weight", "reward_weight"):
         assert_refused(case, {name: None}, TypeError, own + "be a tensor, got NoneType$")
-    elif name in ("seeds", "draws") or name in TENSORS[6:14] or name == "gate_logit":
+    elif name in ("seeds", "draws", "gate_logit", *ATTENTION):
         pattern = r"^decode_step: \w+ must be given( with \w+)?, got None"
         assert_refused(case, {name: None}, ValueError, pattern)
     else:  # truly optional

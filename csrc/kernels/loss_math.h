@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The few numbers of a row of the training loss that are not a pass over its logits, once, for host
-// and device. Formulas: loss_rows.py.
+// and device. Formulas: dualhead_ext/loss/rows.py.
 #pragma once
 
 #include <cmath>

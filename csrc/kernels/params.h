@@ -16,7 +16,7 @@ namespace dualhead {
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // How the two heads' weights are stored: in the dtype of everything else, or quantised
-// (quantization.py says what the bits mean). Int4 has a scale per kInt4Group inputs.
+// (dualhead_ext/quantization says what the bits mean). Int4 has a scale per kInt4Group inputs.
 enum class Quantization : int32_t { kNone = 0, kInt8 = 1, kFp8 = 2, kInt4 = 3 };
 constexpr int64_t kInt4Group = 128;
 
@@ -26,7 +26,7 @@ enum Status : int32_t { kOk = 0, kNonFinite = 1, kCacheFull = 2 };
 struct DecodeParams {
   // --- sizes ---
   int64_t B, d, V, K;
-  int64_t H, d_k, S;  // 0 when the gate is not attention (gate_logit_in is given instead)
+  int64_t H, d_k, S;  // 0 when the gate is not attention (gate_logit is given instead)
   DType dtype;        // of hidden, weights, biases and cache_k
 
   // --- heads ---
@@ -48,7 +48,7 @@ struct DecodeParams {
   const float* lm_product;      // (B, V)
   const float* reward_product;  // (K, B, V)
 
-  // --- attention gate; all null when gate_logit_in is given ---
+  // --- attention gate; all null when gate_logit is given ---
   const void* q_weight;      // (g, d)
   const void* k_weight;      // (g, d)
   const float* u_weight;     // (H, d): folded value rows, W_V,i^T (W_O^T w_g)_i
@@ -60,11 +60,11 @@ struct DecodeParams {
   const uint8_t* new_valid;  // (B,) or null: every new position is valid
 
   // --- gate without attention, and per-request controls; null = not given ---
-  const float* gate_logit_in;  // (B,): raw gate logit; -inf / +inf are alpha 0 / 1
-  const float* gate_offset;    // (B,): added to the gate logit
-  const float* strength;       // (B,): alpha <- max(strength * alpha, 0); 0 selects z_LM;
-                               //       with mix_probs at most 1
-  const float* alpha;          // (B,): replaces sigmoid(gate logit), before strength
+  const float* gate_logit;   // (B,): raw gate logit; -inf / +inf are alpha 0 / 1
+  const float* gate_offset;  // (B,): added to the gate logit
+  const float* strength;     // (B,): alpha <- max(strength * alpha, 0); 0 selects z_LM;
+                             //       with mix_probs at most 1
+  const float* alpha;        // (B,): replaces sigmoid(gate logit), before strength
   // (B,): last; alpha counts as 0 if alpha < it, as 1 if |1 - alpha| < it
   const float* skip_threshold;
 
@@ -91,7 +91,7 @@ struct DecodeParams {
   float* out_attention;   // (B, H, S) or null: attention rows of this step, 0 beyond the length
 };
 
-// A chunk of the training loss, n rows of logits (loss_rows.py has the formulas). All
+// A chunk of the training loss, n rows of logits (formulas: dualhead_ext/loss/rows.py). All
 // contiguous.
 struct LossRowsParams {
   int64_t n, V;

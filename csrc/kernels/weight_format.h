@@ -38,7 +38,7 @@ DUALHEAD_HD float to_float(Fp8 x) {
   return x.bits & 0x80u ? -magnitude : magnitude;
 }
 
-// Two numbers, each plus 8; which two inputs they belong to: quantization.py.
+// Two numbers, each plus 8; which two inputs they belong to: dualhead_ext/quantization.
 struct Int4Pair {
   uint8_t bits;
 };

@@ -12,6 +12,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../decode_arguments.h"
 #include "../kernels/cuda/decode.h"
 #include "../kernels/cuda/loss.h"
 #include "../kernels/cuda/primitives.cuh"
@@ -48,6 +49,16 @@ Quantization quantization_from(const std::string& name) {
   throw std::invalid_argument("format must be int8, fp8 or int4, got " + name);
 }
 
+// A pointer to the array of that name, or a number.
+template <typename T>
+void fill(T& field, const py::dict& arguments, const char* name) {
+  if constexpr (std::is_pointer_v<T>) {
+    field = pointer<std::remove_pointer_t<T>>(arguments, name);
+  } else {
+    field = arguments[name].cast<T>();
+  }
+}
+
 DecodeParams params_from(const py::dict& a, DType dtype) {
   const auto hidden = py::array(a["hidden"]), lm_weight = py::array(a["lm_weight"]),
              reward_weight = py::array(a["reward_weight"]);
@@ -59,40 +70,19 @@ DecodeParams params_from(const py::dict& a, DType dtype) {
     const auto cache_k = py::array(a["cache_k"]);
     p.H = cache_k.shape(1), p.S = cache_k.shape(2), p.d_k = cache_k.shape(3);
   }
-  p.hidden = pointer<void>(a, "hidden"), p.hidden_stride = stride(hidden, 0);
-  p.lm_weight = pointer<void>(a, "lm_weight"), p.lm_weight_stride = stride(lm_weight, 0);
-  p.lm_bias = pointer<void>(a, "lm_bias");
-  p.reward_weight = pointer<void>(a, "reward_weight");
+  if (a.contains("format")) p.quantization = quantization_from(a["format"].cast<std::string>());
+  fill(p.hidden, a, "hidden");
+#define DUALHEAD_FILL(type, schema, name) fill(p.name, a, #name);
+  DUALHEAD_DECODE_PARAMS(DUALHEAD_FILL)
+#undef DUALHEAD_FILL
+  p.hidden_stride = stride(hidden, 0), p.lm_weight_stride = stride(lm_weight, 0);
   p.reward_weight_stride_k = stride(reward_weight, 0);
   p.reward_weight_stride = stride(reward_weight, 1);
-  p.reward_bias = pointer<void>(a, "reward_bias");
-  p.objective_weights = pointer<float>(a, "objective_weights");
-  p.lm_product = pointer<float>(a, "lm_product");
-  p.reward_product = pointer<float>(a, "reward_product");
-  p.lm_scale = pointer<float>(a, "lm_scale"), p.reward_scale = pointer<float>(a, "reward_scale");
-  if (a.contains("format")) p.quantization = quantization_from(a["format"].cast<std::string>());
-  p.q_weight = pointer<void>(a, "q_weight"), p.k_weight = pointer<void>(a, "k_weight");
-  p.u_weight = pointer<float>(a, "u_weight"), p.gate_bias = pointer<float>(a, "gate_bias");
-  p.cache_k = pointer<void>(a, "cache_k"), p.cache_u = pointer<float>(a, "cache_u");
-  p.cache_valid = pointer<uint8_t>(a, "cache_valid");
-  p.cache_length = pointer<int32_t>(a, "cache_length");
-  p.new_valid = pointer<uint8_t>(a, "new_valid");
-  p.gate_logit_in = pointer<float>(a, "gate_logit");
-  p.gate_offset = pointer<float>(a, "gate_offset"), p.strength = pointer<float>(a, "strength");
-  p.alpha = pointer<float>(a, "alpha");
-  p.skip_threshold = pointer<float>(a, "skip_threshold");
-  p.mix_probs = a["mix_probs"].cast<bool>();
-  p.logit_scale = a["logit_scale"].cast<float>();
-  p.logit_softcap = a["logit_softcap"].cast<float>();
-  p.temperature = pointer<float>(a, "temperature"), p.top_k = pointer<int32_t>(a, "top_k");
-  p.top_p = pointer<float>(a, "top_p"), p.min_p = pointer<float>(a, "min_p");
-  p.seeds = pointer<int64_t>(a, "seeds"), p.draws = pointer<int64_t>(a, "draws");
-  p.out_logits = pointer<float>(a, "out_logits"), p.out_alpha = pointer<float>(a, "out_alpha");
-  p.out_gate_logit = pointer<float>(a, "out_gate_logit");
-  p.out_token = pointer<int64_t>(a, "out_token");
-  p.out_logprob = pointer<float>(a, "out_logprob");
-  p.out_status = pointer<int32_t>(a, "out_status");
-  p.out_attention = pointer<float>(a, "out_attention");
+  fill(p.lm_product, a, "lm_product"), fill(p.reward_product, a, "reward_product");
+  fill(p.out_logits, a, "out_logits"), fill(p.out_alpha, a, "out_alpha");
+  fill(p.out_gate_logit, a, "out_gate_logit"), fill(p.out_token, a, "out_token");
+  fill(p.out_logprob, a, "out_logprob"), fill(p.out_status, a, "out_status");
+  fill(p.out_attention, a, "out_attention");
   return p;
 }
 
@@ -204,8 +194,8 @@ PYBIND11_MODULE(dualhead_testing, m) {
   });
   m.def("stream_plan", &stream_plan, py::arg("arguments"), py::arg("dtype"),
         py::arg("shared_kib") = 227);
-  m.def("bfloat16_to_float", &widened<cuda::BFloat16>);
+  m.def("bfloat16_to_float", &widened<BFloat16>);
   m.def("float16_to_float", &widened<cuda::Float16>);
-  m.def("float_to_bfloat16", &rounded<cuda::BFloat16>);
+  m.def("float_to_bfloat16", &rounded<BFloat16>);
   m.def("float_to_float16", &rounded<cuda::Float16>);
 }

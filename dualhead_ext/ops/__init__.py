@@ -6,6 +6,7 @@ documentation. The schemas are in csrc/ops.cpp, the meaning in :mod:`dualhead_ex
 from __future__ import annotations
 
 import warnings
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -168,69 +169,35 @@ def decode_step(
         while gradients are recorded (there is none), or the library is missing. Nothing has been
         written.
     """
-    arguments = (
-        hidden,
-        lm_weight,
-        lm_bias,
-        reward_weight,
-        reward_bias,
-        objective_weights,
-        q_weight,
-        k_weight,
-        u_weight,
-        gate_bias,
-        cache_k,
-        cache_u,
-        cache_valid,
-        cache_length,
-        new_valid,
-        gate_logit,
-        gate_offset,
-        strength,
-        alpha,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        seeds,
-        draws,
-        mix_probs,
-        logit_scale,
-        logit_softcap,
-        return_logits,
-        record_attention,
-        lm_scale,
-        reward_scale,
-        skip_threshold,
-    )
+    arguments = locals()  # by the schema's names
     # The dispatcher would take anything truthy for a bool.
     if not type(mix_probs) is type(return_logits) is type(record_attention) is bool:
         raise _as_python_error(RuntimeError(), arguments)
     if torch.is_grad_enabled():
         _refuse_gradients(arguments)
     if torch.compiler.is_compiling():
-        return DecodeOutput(*_decode_step(*arguments))
+        return DecodeOutput(*_decode_step(**arguments))
     try:
-        return DecodeOutput(*_decode_step(*arguments))
+        return DecodeOutput(*_decode_step(*_in_order(arguments)))
     except RuntimeError as error:
         raise _as_python_error(error, arguments) from None
 
 
-def _refuse_gradients(arguments: tuple) -> None:
-    if any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
+def _refuse_gradients(arguments: dict) -> None:
+    if any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values()):
         raise RuntimeError(
             "decode_step: has no gradient, and an argument requires one; call it under "
             "torch.no_grad(), or use reference.decode_step"
         )
 
 
-def _as_python_error(error: RuntimeError, arguments: tuple) -> Exception:
+def _as_python_error(error: RuntimeError, arguments: dict) -> Exception:
     """The exception type that Python users expect; only RuntimeError crosses the stable ABI. Costs
     nothing until something is wrong, and leaves the text in one place, csrc/decode_binding.h."""
-    for value, schema in zip(arguments, _decode_step._schema.arguments, strict=True):
+    for schema in _decode_step._schema.arguments:
         expected, types = _EXPECTED[str(schema.type)]
-        if not isinstance(value, types):
-            got = type(value).__name__
+        if not isinstance(arguments[schema.name], types):
+            got = type(arguments[schema.name]).__name__
             return TypeError(f"decode_step: {schema.name} must be {expected}, got {got}")
     text = str(error)
     if not text.startswith("decode_step: "):
@@ -247,18 +214,24 @@ _EXPECTED = {
 }
 
 
-def _decode_step(*arguments):
+def _decode_step(*arguments, **named):
     """Stands for the operator while the library is missing; says why it is."""
     library.require("cpu")
 
 
+_in_order = dict.values
+
 if library.problem("cpu") is None:
     _decode_step = torch.ops.dualhead.decode_step.default
+    _ARGUMENTS = [argument.name for argument in _decode_step._schema.arguments]
+    # Faster than keywords, which the dispatcher takes too.
+    _in_order = itemgetter(*_ARGUMENTS)
 
     @torch.library.register_fake("dualhead::decode_step")
-    def _decode_step_fake(*arguments):
-        hidden, lm_weight, cache_k = arguments[0], arguments[1], arguments[10]
-        for value in arguments:
+    def _decode_step_fake(*values):
+        named = dict(zip(_ARGUMENTS, values, strict=True))
+        hidden, lm_weight, cache_k = (named[n] for n in ("hidden", "lm_weight", "cache_k"))
+        for value in values:
             # A meta tensor among real ones comes here too, past the kernel's own check.
             if isinstance(value, Tensor) and value.device != hidden.device:
                 raise RuntimeError(
@@ -266,10 +239,10 @@ if library.problem("cpu") is None:
                     f"({hidden.device}), got one on {value.device}"
                 )
         batch = hidden.shape[0]
-        return_logits, record_attention = arguments[28:30]
+        return_logits = named["return_logits"]
         fp32 = {"dtype": torch.float32}
         nothing = (0,)
-        recorded = record_attention and cache_k is not None
+        recorded = named["record_attention"] and cache_k is not None
         return (
             hidden.new_empty((batch, lm_weight.shape[0]) if return_logits else nothing, **fp32),
             hidden.new_empty((batch,), **fp32),

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../head_math.h"
 #include "../sampling.h"
 #include "../weight_format.h"
 #include "sample.h"
@@ -142,25 +143,6 @@ bool has_cache(const DecodeParams& p) { return p.H > 0; }
 
 bool is_full(const Step& s, int64_t b) { return has_cache(*s.params) && s.column[b] < 0; }
 
-// alpha of one row from its gate logit and controls, before its rounding to a head.
-float controlled_weight(const DecodeParams& p, int64_t b, float gate_logit) {
-  float a = p.alpha ? p.alpha[b] : static_cast<float>(1.0 / (1.0 + std::exp(-double{gate_logit})));
-  if (!p.strength) return a;
-  if (p.strength[b] == 0.0f) return 0.0f;
-  a *= p.strength[b];
-  // Two distributions mix by a weight in [0, 1]; logits may be driven past the reward head's.
-  if (p.mix_probs && a > 1.0f) return 1.0f;
-  return a < 0.0f ? 0.0f : a;  // NaN passes through
-}
-
-// See reference.mixing_weight.
-float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
-  const float a = controlled_weight(p, b, gate_logit);
-  if (!p.skip_threshold) return a;
-  const float threshold = p.skip_threshold[b];
-  return a < threshold ? 0.0f : (std::fabs(1.0f - a) < threshold ? 1.0f : a);
-}
-
 void finish_gate(const Step& s) {
   const DecodeParams& p = *s.params;
   for (int64_t b = 0; b < p.B; ++b) {
@@ -169,8 +151,8 @@ void finish_gate(const Step& s) {
       continue;
     }
     float logit = 0.0f;
-    if (p.gate_logit_in) {
-      logit = p.gate_logit_in[b];
+    if (p.gate_logit) {
+      logit = p.gate_logit[b];
     } else {
       for (int64_t h = 0; h < p.H; ++h) logit += s.head_context[b * p.H + h];
       logit += p.gate_bias[0];

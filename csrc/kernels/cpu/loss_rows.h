@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The elementwise middle of the training loss, a row of logits at a time: log-probabilities of the
-// labels, and the gradients of the logits in their place. Formulas: loss_rows.py.
+// labels, and the gradients of the logits in their place. Formulas: dualhead_ext/loss/rows.py.
 // Included inside a target region.
 
 // Terms of a row that are summed in fp32 before they go into a double: 64 to a lane at most.

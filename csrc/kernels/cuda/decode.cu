@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
                        const __grid_constant__ Workspace ws) {
   const DType dtype = kFloat32 ? DType::kFloat32 : p.dtype;
   const Quantization quantization = kFloat32 ? Quantization::kNone : p.quantization;
-  if (!p.gate_logit_in) {
+  if (!p.gate_logit) {
     if (kFloat32 && in_fours(p)) {
       project_plain<true>(p, ws, whole_grid(), dtype);
     } else {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode step on CUDA, as the binding and the tests call it: one cooperative launch from hidden
-// states to tokens (docs/cuda.md, which says what has run on which GPU). The same source is tested on
-// the host backend (csrc/testing).
+// states to tokens (docs/cuda.md, which says what has run on which GPU). The same source is tested
+// on the host backend (csrc/testing).
 #pragma once
 
 #include <cstddef>

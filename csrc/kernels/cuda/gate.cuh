@@ -7,6 +7,7 @@
 // waits for them: every phase asks for all that it can before it uses the first of it.
 #pragma once
 
+#include "../head_math.h"
 #include "projection.cuh"
 
 namespace dualhead {
@@ -203,25 +204,6 @@ __device__ __forceinline__ float head_shares(const DecodeParams& p, const Worksp
   return value / sum;  // 0 / 0 = NaN where every visible score is -inf, as a softmax has it
 }
 
-// alpha from the gate's logit and the row's controls, before its rounding to a head.
-__device__ __forceinline__ float controlled_weight(const DecodeParams& p, int64_t b,
-                                                   float gate_logit) {
-  const float a = p.alpha ? p.alpha[b] : 1.0f / (1.0f + expf(-gate_logit));
-  if (!p.strength) return a;
-  if (p.strength[b] == 0.0f) return 0.0f;  // whatever alpha is, NaN too
-  const float weighed = p.strength[b] * a;
-  // Two distributions mix by a weight in [0, 1]; logits may be driven past the reward head's.
-  if (p.mix_probs && weighed > 1.0f) return 1.0f;
-  return weighed < 0.0f ? 0.0f : weighed;  // a NaN passes
-}
-
-__device__ __forceinline__ float mixing_weight(const DecodeParams& p, int64_t b, float gate_logit) {
-  const float a = controlled_weight(p, b, gate_logit);
-  if (!p.skip_threshold) return a;
-  const float threshold = p.skip_threshold[b];
-  return a < threshold ? 0.0f : fabsf(1.0f - a) < threshold ? 1.0f : a;
-}
-
 // Which heads a row's mixture depends on: alpha 0 and 1 select one, and NaN is NaN with any.
 struct Needs {
   bool lm, reward;
@@ -236,9 +218,9 @@ __device__ __forceinline__ Needs needs_of(float a) {
 __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws, Team team,
                                       bool counted) {
   for (int64_t b = team.first; b < p.B; b += team.stride) {
-    const int64_t column = p.gate_logit_in ? 0 : new_column(p, b);
-    float gate_logit = p.gate_logit_in ? p.gate_logit_in[b] : 0.0f;
-    if (!p.gate_logit_in && column >= 0) {
+    const int64_t column = p.gate_logit ? 0 : new_column(p, b);
+    float gate_logit = p.gate_logit ? p.gate_logit[b] : 0.0f;
+    if (!p.gate_logit && column >= 0) {
       for (int64_t h0 = 0; h0 < p.H; h0 += kWarp / 4) {
         const float share = head_shares(p, ws, b, h0, column / kSplit + 1);
 #pragma unroll
@@ -252,7 +234,7 @@ __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws
     p.out_gate_logit[b] = full ? NAN : gate_logit;
     p.out_alpha[b] = full ? NAN : mixing_weight(p, b, gate_logit);
     p.out_status[b] = full ? kCacheFull : kOk;
-    if (!p.gate_logit_in && !full) p.cache_length[b] = static_cast<int32_t>(column + 1);
+    if (!p.gate_logit && !full) p.cache_length[b] = static_cast<int32_t>(column + 1);
     if (!counted) continue;
     const Needs needs = needs_of(p.out_alpha[b]);
     if (needs.lm) raise(ws.counter + kNeedLm, 1);

@@ -4,6 +4,7 @@
 // launch. The phases after the products are the streaming path's too.
 #pragma once
 
+#include "../head_math.h"
 #include "../weight_format.h"
 #include "gate.cuh"
 #include "primitives.cuh"
@@ -18,10 +19,8 @@ struct ChunkLogits {
   float reward[kTile][kChunk];
 };
 
-// f: what the backbone does to its logits.
 __device__ __forceinline__ float postprocess(const DecodeParams& p, float z) {
-  z *= p.logit_scale;
-  return p.logit_softcap > 0.0f ? p.logit_softcap * tanhf(z / p.logit_softcap) : z;
+  return dualhead::postprocess(p.logit_scale, p.logit_softcap, z);
 }
 
 // f((1 - a) z_LM + a z_RM); a = 0 and a = 1 select, so that what the other head holds cannot

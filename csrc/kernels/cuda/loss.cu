@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row of logits of the training loss per block: log-probabilities of the labels, and later the
-// gradients of the logits in their place. Formulas: loss_rows.py.
+// gradients of the logits in their place. Formulas: dualhead_ext/loss/rows.py.
 //
 // A thread takes four neighbours at a time. Which thread takes which depends on V alone, not on how
 // the row lies in memory, and every sum has one order (a thread's own entries, its warp's lanes,
 // the warps): a row's bits depend on nothing but the row. Each pass reads the logits once: the
 // forward pass keeps running maxima and sums of up to two softmaxes.
+#include "../head_math.h"
 #include "../loss_math.h"
 #include "loss.h"
 #include "primitives.cuh"
@@ -42,16 +43,12 @@ __device__ __forceinline__ LossRow own_row(const LossRowsParams& p) {
                  mixes && p.mix_probs};
 }
 
-// f(z) = cap(scale * z), and what its derivative multiplies by, from the value.
 __device__ __forceinline__ float post_value(const LossRowsParams& p, float z) {
-  z *= p.logit_scale;
-  return p.logit_softcap > 0.0f ? p.logit_softcap * tanhf(z / p.logit_softcap) : z;
+  return postprocess(p.logit_scale, p.logit_softcap, z);
 }
 
 __device__ __forceinline__ float post_slope(const LossRowsParams& p, float y) {
-  if (p.logit_softcap <= 0.0f) return p.logit_scale;
-  const float t = y / p.logit_softcap;
-  return (1.0f - t * t) * p.logit_scale;
+  return postprocess_slope(p.logit_scale, p.logit_softcap, y);
 }
 
 __device__ __forceinline__ float mix_logits(LossShares shares, float lm, float rm) {

@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "../sampling.h"
+#include "../weight_format.h"
 
 namespace dualhead {
 namespace cuda {
@@ -529,19 +530,11 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_
 
 // --- storage types -------------------------------------------------------------------------------
 
-struct BFloat16 {
-  uint16_t bits;
-};
+using dualhead::to_float;
 
 struct Float16 {
   uint16_t bits;
 };
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-
-__device__ __forceinline__ float to_float(BFloat16 x) {
-  return bits_float(static_cast<uint32_t>(x.bits) << 16);
-}
 
 __device__ __forceinline__ float to_float(Float16 x) {
   return __half2float(__ushort_as_half(x.bits));
@@ -578,9 +571,7 @@ __device__ __forceinline__ void load_eight(const T* p, float (&out)[8]) {
 
 template <>
 __device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
-  if (x != x) return BFloat16{0x7FC0};  // rounding the bits of a NaN could give an infinity
-  const uint32_t bits = float_bits(x);
-  return BFloat16{static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
+  return to_bfloat16(x);
 }
 
 template <>

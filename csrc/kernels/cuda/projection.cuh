@@ -235,7 +235,7 @@ __device__ __forceinline__ void project_by_rows(const DecodeParams& p, const Wor
 
 // Asks for a warp's first weights; they depend on nothing, so this may be long before project().
 __device__ __forceinline__ void prefetch_projection(const DecodeParams& p, Team team) {
-  if (!p.gate_logit_in && p.dtype != DType::kFloat32) {
+  if (!p.gate_logit && p.dtype != DType::kFloat32) {
     ProjectionTiles(p).prefetch(p, team.first);
   }
 }

@@ -60,13 +60,13 @@ __device__ __noinline__ void gate_attention(const DecodeParams& p, const Workspa
 // Whether the gate projects before the grid's barrier, while memory is still idle. That takes about
 // six thousand clocks for a batch of 16; larger ones would keep the weights waiting.
 __device__ __forceinline__ bool projects_early(const DecodeParams& p) {
-  return !p.gate_logit_in && p.B <= (p.dtype == DType::kFloat32 ? 2 : 16);
+  return !p.gate_logit && p.B <= (p.dtype == DType::kFloat32 ? 2 : 16);
 }
 
 __device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
   const Team team = gate_team();
   unsigned round = 0;
-  if (!p.gate_logit_in) {
+  if (!p.gate_logit) {
     if (!projects_early(p)) {
       gate_projections(p, ws);
       gate_barrier(ws, ++round);  // all slices of the projections are complete

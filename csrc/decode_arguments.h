@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arguments of the operator dualhead::decode_step, once for the schema, the binding and the
+// tests' module. Each has the name of the field of DecodeParams that it fills; shapes and meaning
+// are there (kernels/params.h).
+#pragma once
+
+// X(type in C++, type in the schema, name), after the first argument, `Tensor hidden`.
+#define DUALHEAD_DECODE_PARAMS(X)              \
+  X(Tensor, "Tensor", lm_weight)               \
+  X(MaybeTensor, "Tensor?", lm_bias)           \
+  X(MaybeTensor, "Tensor?", lm_scale)          \
+  X(Tensor, "Tensor", reward_weight)           \
+  X(MaybeTensor, "Tensor?", reward_bias)       \
+  X(MaybeTensor, "Tensor?", reward_scale)      \
+  X(MaybeTensor, "Tensor?", objective_weights) \
+  X(MaybeTensor, "Tensor?", q_weight)          \
+  X(MaybeTensor, "Tensor?", k_weight)          \
+  X(MaybeTensor, "Tensor?", u_weight)          \
+  X(MaybeTensor, "Tensor?", gate_bias)         \
+  X(MaybeTensor, "Tensor(a!)?", cache_k)       \
+  X(MaybeTensor, "Tensor(b!)?", cache_u)       \
+  X(MaybeTensor, "Tensor(c!)?", cache_valid)   \
+  X(MaybeTensor, "Tensor(d!)?", cache_length)  \
+  X(MaybeTensor, "Tensor?", new_valid)         \
+  X(MaybeTensor, "Tensor?", gate_logit)        \
+  X(MaybeTensor, "Tensor?", gate_offset)       \
+  X(MaybeTensor, "Tensor?", strength)          \
+  X(MaybeTensor, "Tensor?", alpha)             \
+  X(MaybeTensor, "Tensor?", skip_threshold)    \
+  X(MaybeTensor, "Tensor?", temperature)       \
+  X(MaybeTensor, "Tensor?", top_k)             \
+  X(MaybeTensor, "Tensor?", top_p)             \
+  X(MaybeTensor, "Tensor?", min_p)             \
+  X(MaybeTensor, "Tensor?", seeds)             \
+  X(MaybeTensor, "Tensor(e!)?", draws)         \
+  X(bool, "bool", mix_probs)                   \
+  X(double, "float", logit_scale)              \
+  X(double, "float", logit_softcap)
+
+// Which outputs are wanted; no fields of DecodeParams, where a null pointer says so.
+#define DUALHEAD_DECODE_OUTPUT_FLAGS(X) \
+  X(bool, "bool", return_logits)        \
+  X(bool, "bool", record_attention)
+
+#define DUALHEAD_DECODE_ARGUMENTS(X) \
+  DUALHEAD_DECODE_PARAMS(X)          \
+  DUALHEAD_DECODE_OUTPUT_FLAGS(X)
