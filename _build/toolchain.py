@@ -18,24 +18,15 @@ from pathlib import Path
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 DEFAULT_CUDA_ROOT = "/usr/local/cuda"
 
-# -ffp-contract=off: whether a*b+c is rounded once or twice must not depend on the compiler or the
-# instruction set; where one rounding is meant, the sources say fmaf.
-# -Wno-...uninitialized: GCC warns of its own AVX-512 intrinsics (GCC bug 105593), 6000 lines of it.
-CXX_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fvisibility-inlines-hidden",
-    "-ffp-contract=off",
-    "-Wall",
-    "-Wextra",
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
-]
-# -Xptxas=-v: registers and spills of each kernel, which python_tests/test_cuda_compile.py holds to
-# limits.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
+def _flags(name: str) -> list[str]:
+    lines = Path(__file__).with_name(name).read_text().splitlines()
+    return [line for line in lines if line.startswith("-")]
+
+
+# CMakeLists.txt reads the same files.
+CXX_FLAGS = _flags("cxx_flags.txt")
+NVCC_FLAGS = _flags("nvcc_flags.txt")
 
 
 class BuildError(Exception):
