@@ -60,8 +60,7 @@ T* pointer(const MaybeTensor& tensor) {
   return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-// --- checks
-// -----------------------------------------------------------------------------------------
+// --- checks --------------------------------------------------------------------------------------
 
 // An optional read-only argument: checked, and replaced by a contiguous copy where it is not (an
 // expanded scalar, a column): all of these are small.
@@ -225,8 +224,7 @@ inline void check_controls(DecodeArguments& a) {
   }
 }
 
-// --- binding
-// ----------------------------------------------------------------------------------------
+// --- binding -------------------------------------------------------------------------------------
 
 // Checked arguments, fresh outputs, and the params that point into both.
 struct BoundDecode {

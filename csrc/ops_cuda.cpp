@@ -38,8 +38,8 @@ DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
   const int error =
       cuda::decode_step(params, workspace.data_ptr(), device, static_cast<CUstream_st*>(stream));
   if (error != 0) {
-    fail(kDecodeStep, "the kernel must start on CUDA device " + std::to_string(device) +
-                          " as one cooperative launch, got " + cuda::error_text(error));
+    fail(kDecodeStep, "cooperative kernel launch failed on CUDA device " + std::to_string(device) +
+                          ": " + cuda::error_text(error));
   }
   return std::move(bound.result);
 }

@@ -117,8 +117,7 @@ TEST(a_tile_is_the_product_of_two_matrices) {
     float a[16][16], b[16][8], got[16][8];
     const auto number = [](int i) { return static_cast<float>(i % 17 - 8) / 4; };
     const auto bits = [brain](float x) -> uint32_t {
-      return brain ? cuda::from_float<BFloat16>(x).bits
-                   : cuda::from_float<cuda::Float16>(x).bits;
+      return brain ? cuda::from_float<BFloat16>(x).bits : cuda::from_float<cuda::Float16>(x).bits;
     };
     for (int i = 0; i < 16; ++i) {
       for (int j = 0; j < 16; ++j) a[i][j] = number(3 * i + 7 * j + 1);

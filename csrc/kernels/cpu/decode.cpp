@@ -18,8 +18,7 @@ namespace {
 // A thread's share is at least this many bytes of weights or cache: waking one costs microseconds.
 constexpr int64_t kBytesPerThread = 64 * 1024;
 
-// --- scratch
-// ----------------------------------------------------------------------------------------
+// --- scratch -------------------------------------------------------------------------------------
 
 // Hands out 64-byte aligned pieces of one buffer; with a null buffer, only measures.
 class Arena {
@@ -38,8 +37,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Elements from row to row, a kilobyte more than a multiple of 4 KB: the same inputs of several
-// requests would all want one place in L1. In fp32 4 requests took 1.05 of the time then.
+// Elements from row to row: a kilobyte more than a multiple of 4 KB. The padding keeps the rows of
+// different requests out of the same L1 set; without it, 4 requests took 1.05 of the time in fp32.
 template <class T>
 int64_t spread_stride(int64_t d) {
   return units(d * sizeof(T), 4096) * 4096 / sizeof(T) + 1024 / sizeof(T);
@@ -96,8 +95,7 @@ void share(ParallelFor parallel, const Step& step, void (*kernel)(const Step&, i
   }
 }
 
-// --- the gate
-// ---------------------------------------------------------------------------------------
+// --- the gate ------------------------------------------------------------------------------------
 
 void copy_hidden(const Step& s) {
   const DecodeParams& p = *s.params;
@@ -186,8 +184,7 @@ int64_t head_row_bytes(const DecodeParams& p) {
   }
 }
 
-// --- softmax sums and tokens
-// ------------------------------------------------------------------------
+// --- softmax sums and tokens ---------------------------------------------------------------------
 
 // A row's log-sum-exp in two parts, max + log_sum: z - max first, then - log_sum, loses least. NaN
 // and +inf among the logits, or nothing but -inf, make the sum NaN.

@@ -97,8 +97,7 @@ void project(const Step& s, int64_t begin, int64_t end) {
   }
 }
 
-// --- attention
-// --------------------------------------------------------------------------------------
+// --- attention -----------------------------------------------------------------------------------
 
 // Columns are taken kUnit at a time, so that the scores of a long cache need no memory.
 struct RunningSoftmax {

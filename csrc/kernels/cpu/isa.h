@@ -82,10 +82,9 @@ void force_kernels(const std::string& name);
 // Names that this build has and this machine runs, best first, separated by commas.
 std::string available_levels();
 
-// Whether a bf16 matrix product (the vendor's) is faster here than an fp32 one: with AMX's tiles,
-// and with AMD's vdpbf16ps, of which a cycle takes as many as of fp32's multiply-adds. Intel's
-// without tiles takes half as many, so no more numbers: oneDNN's bf16 reached 0.6 to 0.75 of MKL's
-// fp32 rate on a Xeon like that (150 against 200-260 GFLOP/s). Outside x86-64: unknown, so as the
+// Whether the vendor's bf16 matrix product is faster here than its fp32 one. It is with AMX tiles,
+// and on AMD, which issues vdpbf16ps at the rate of fp32 multiply-adds. Intel CPUs without AMX
+// issue it at half that rate, so bf16 is no faster there. Outside x86-64 it is unknown: as the
 // caller asked.
 bool bf16_pays();
 

@@ -16,7 +16,7 @@
 
 namespace dualhead::cpu::avx2 {
 #include "simd_avx2.h"
-// ^ before the rest: they use it.
+// The line above comes first: the others use it.
 #include "kernels.h"
 }  // namespace dualhead::cpu::avx2
 

@@ -18,7 +18,7 @@
 
 namespace dualhead::cpu::avx512 {
 #include "simd_avx512.h"
-// ^ before the rest: they use it.
+// The line above comes first: the others use it.
 #include "kernels.h"
 }  // namespace dualhead::cpu::avx512
 

@@ -19,7 +19,7 @@
 
 namespace dualhead::cpu::avx512bf16 {
 #include "simd_avx512.h"
-// ^ before the rest: they use it.
+// The line above comes first: the others use it.
 #include "kernels.h"
 }  // namespace dualhead::cpu::avx512bf16
 

@@ -10,7 +10,7 @@
 
 namespace dualhead::cpu::portable {
 #include "simd_portable.h"
-// ^ before the rest: they use it.
+// The line above comes first: the others use it.
 #include "kernels.h"
 }  // namespace dualhead::cpu::portable
 

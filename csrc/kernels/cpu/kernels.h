@@ -8,14 +8,14 @@
 // each, and one made with AVX-512 would then run on machines without it.
 
 #include "vector_math.h"
-// ^ before the rest: they use it.
+// The line above comes first: the others use it.
 #include "dot_tile.h"
-// ^ before the rest: they use it.
+// The line above comes first: the others use it.
 #include "gate.h"
 #include "int4_tile.h"
 #include "loss_rows.h"
 #if DUALHEAD_NATIVE_BF16
 #include "packed_tile.h"
 #endif
-// ^ before the rest: they use it.
+// The line above comes first: the others use it.
 #include "vocabulary.h"

@@ -117,8 +117,7 @@ void loss_rows(const LossRowsParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- gradients
-// --------------------------------------------------------------------------------------
+// --- gradients -----------------------------------------------------------------------------------
 
 inline void store_partial(float* p, F32 x, int64_t n) {
   float lanes[kLanes];

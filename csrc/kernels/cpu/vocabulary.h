@@ -216,8 +216,7 @@ void vocabulary(const Step& s, int64_t begin, int64_t end) {
   }
 }
 
-// --- second pass of the probability mix
-// -------------------------------------------------------------
+// --- second pass of the probability mix ----------------------------------------------------------
 
 // log((1-a) e^lm + a e^rm) of log-probabilities; log_keep = log(1-a), log_a = log(a).
 inline F32 log_mixture(F32 lm, F32 rm, float log_keep, float log_a) {

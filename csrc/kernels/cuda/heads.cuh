@@ -56,9 +56,9 @@ __device__ __forceinline__ float temperature_of(const DecodeParams& p, int64_t b
   return p.temperature ? p.temperature[b] : 1.0f;
 }
 
-// What entry v of row b has scored, as a key: the row's largest is its token, until filters object.
-// A greedy row's is its logit's. Not inlined: noise takes a hundred instructions, and none of them
-// per weight.
+// The key of entry v of row b. The largest key selects the row's token before filtering. For a
+// greedy row the key is the logit; for a sampled one the logit at its temperature plus noise. Not
+// inlined: the noise takes a hundred instructions, which the loops over weights need not hold.
 static __device__ __noinline__ unsigned long long score_key(const DecodeParams& p, int64_t b,
                                                             int64_t v, float z) {
   if (!is_sampled(p, b)) return rank_key(z, v);
