@@ -14,25 +14,27 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from dualhead_ext.eval.steering import goals
+from dualhead_ext.measurement.figure import GREY, PALETTE, bare, blank, headline, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "steering" / "results.json"
 PICTURE = ROOT / "docs" / "steering.png"
-# (system, reward head, gate): name and marker, in the order of the legend. Others are in the table.
+_OWN, _GENARM, _DPO = PALETTE[0], PALETTE[1], PALETTE[2]
+# (system, reward head, gate): name, marker, colour, in the order of the legend. Others are in the
+# table. Ours are blue, apart by the marker.
 SHOWN = {
-    ("dual-head", "embedding", "fixed"): ("Dual-Head, fixed gate", "o-"),
-    ("dual-head", "embedding", "linear"): ("Dual-Head, linear gate", "s-"),
-    ("dual-head", "embedding", "attention"): ("Dual-Head, attention gate", "^-"),
-    ("genarm", None, None): ("GenARM (two models)", "v--"),
-    ("dpo", None, None): ("DPO", "D--"),
-    ("paper", "full", "attention"): ("the paper's objective", "x:"),
-    ("best-of-4", None, None): ("best of 4 samples", "P"),
-    ("best-of-16", None, None): ("best of 16 samples", "*"),
+    ("dual-head", "embedding", "fixed"): ("Dual-Head, fixed gate", "o-", _OWN),
+    ("dual-head", "embedding", "linear"): ("Dual-Head, linear gate", "s--", _OWN),
+    ("dual-head", "embedding", "attention"): ("Dual-Head, attention gate", "^:", _OWN),
+    ("genarm", None, None): ("GenARM (two models)", "v-", _GENARM),
+    ("dpo", None, None): ("DPO", "D-", _DPO),
+    ("paper", "full", "attention"): ("the paper's objective", "x-", PALETTE[3]),
+    ("best-of-4", None, None): ("best of 4 samples", "P", PALETTE[4]),
+    ("best-of-16", None, None): ("best of 16 samples", "*", PALETTE[5]),
 }
+_BACKBONE = ("backbone", None, None)
+_NEAR = 0.1  # nats per token: where the title compares
 Point = tuple[float, float, float, float]
 
 
@@ -66,29 +68,49 @@ def held_out_of(rows: list[dict[str, Any]]) -> dict[tuple, list[tuple[float, flo
     return {place: sorted(points) for place, points in found.items()}
 
 
-def draw(rows: list[dict[str, Any]], left: Axes, right: Axes) -> None:
+def finding(rows: list[dict[str, Any]]) -> str:
+    """What Dual-Head does near 0.1 nats per token, by both scorers."""
+    gold, held_out = points_of(rows), held_out_of(rows)
+    own = next(place for place in SHOWN if place in gold)
+    at = min(range(len(gold[own])), key=lambda i: abs(gold[own][i][0] - _NEAR))
+    kl, value, *_ = gold[own][at]
+    start, other = gold[_BACKBONE][0][1], held_out[_BACKBONE][0][1]
+    return (
+        f"{SHOWN[own][0]}: {kl:.2f} nats per token move sentiment from {start:.2f} to {value:.2f} "
+        f"by VADER, and from {other:.2f} to {held_out[own][at][1]:.2f} by AFINN, which nothing was "
+        "trained on"
+    )
+
+
+def picture(rows: list[dict[str, Any]]) -> Any:
     """The scorer that made the training data, and one that nothing was trained on."""
     gold, held_out = points_of(rows), held_out_of(rows)
-    plain = ("backbone", None, None)
-    for place, (label, style) in SHOWN.items():
+    figure = blank(9.0, 4.4)
+    left, right = figure.subplots(1, 2)
+    for place, (label, style, color) in SHOWN.items():
         if place not in gold:
             continue
-        lines = place in gold and place[0] not in ("best-of-4", "best-of-16") and plain in gold
-        start = [(0.0, *gold[plain][0][1:])] if lines else []
+        lines = len(style) > 1  # a single marker is one point, no curve from the backbone on
+        start = [(0.0, *gold[_BACKBONE][0][1:])] if lines else []
         kl, value, low, high = zip(*[*start, *gold[place]], strict=True)
-        (line,) = left.plot(kl, value, style, label=label, markersize=5, linewidth=1.2)
-        left.fill_between(kl, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-        start = [(0.0, held_out[plain][0][1])] if lines else []
+        left.plot(kl, value, style, label=label, color=color, markersize=5, linewidth=1.4)
+        if lines:
+            left.fill_between(kl, low, high, color=color, alpha=0.1, linewidth=0)
+        start = [(0.0, held_out[_BACKBONE][0][1])] if lines else []
         kl, score = zip(*[*start, *held_out[place]], strict=True)
-        right.plot(kl, score, style, color=line.get_color(), markersize=5, linewidth=1.2)
-    for axes, name in ((left, "VADER (trained on)"), (right, "AFINN (held out)")):
-        axes.set_xlabel("KL from the backbone, nats per token")
-        axes.set_ylabel(f"sentiment: {name}")
-        if plain in gold:
-            values = gold if axes is left else held_out
-            axes.axhline(values[plain][0][1], color="0.6", linewidth=0.8, linestyle=":")
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=7, frameon=False)
+        right.plot(kl, score, style, color=color, markersize=5, linewidth=1.4)
+    for axes, values, name in (
+        (left, gold, "VADER, trained on"),
+        (right, held_out, "AFINN, held out"),
+    ):
+        axes.set_title(f"sentiment: {name}", fontsize=9)
+        axes.set_xlabel("KL from the backbone, nats per token", fontsize=9)
+        axes.axhline(values[_BACKBONE][0][1], color=GREY, linestyle="--", linewidth=0.9)
+        bare(axes)
+    left.legend(fontsize=8, frameon=False)
+    note = "Dashed: the backbone. Means over seeds; bands: 95 % intervals, likewise."
+    headline(figure, finding(rows), note)
+    return figure
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -172,10 +194,7 @@ def filled(document: str, block: str) -> str:
 def main() -> None:
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
     run = json.loads(RESULTS.with_name("run.json").read_text(encoding="utf-8"))
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw([row for row in rows if row["attribute"] == "sentiment"], left, right)
-    figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
+    save(picture([row for row in rows if row["attribute"] == "sentiment"]), PICTURE)
     for path, block in blocks(rows, run).items():
         path.write_text(filled(path.read_text(encoding="utf-8"), block), encoding="utf-8")
 

@@ -1,13 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A results file as a picture: microseconds per decode step, a group of bars per case; and how they
-grow with V, T and B."""
+"""A results file as a picture: time per decode step, a row for each case; and how it grows with V,
+T and B."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
+from ..measurement.figure import (
+    MARKERS,
+    PALETTE,
+    bare,
+    blank,
+    end_labels,
+    error_bars,
+    headline,
+    named_rows,
+    plain_log,
+    save,
+)
 from .report import grouped
+
+_OWN = "dualhead"
 
 
 def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -17,33 +33,31 @@ def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed. ValueError: no cases, or a suffix that matplotlib
             does not know.
     """
-    Figure = _figure_class("--plot")
     cases = grouped(results)
     if not cases:
         raise ValueError("plot: the results file must hold cases, got none")
     names = list(dict.fromkeys(name for rows in cases.values() for name in rows))
-    figure = Figure(figsize=(10, 1.5 + 0.2 * len(cases) * (len(names) + 1)), layout="constrained")
+    figure = _blank("--plot", 9.0, 1.6 + 0.22 * len(cases))
     axes = figure.add_subplot()
-    height = 1 / (len(names) + 1)
-    for place, name in enumerate(names):
+    for name, color, marker in zip(names, PALETTE, MARKERS, strict=False):
         held = [(i, rows[name]) for i, rows in enumerate(cases.values()) if name in rows]
-        medians = [row["us_median"] for _, row in held]
-        below = [row["us_median"] - row["us_q1"] for _, row in held]
-        above = [row["us_q3"] - row["us_median"] for _, row in held]
-        where = [i + place * height for i, _ in held]
-        axes.barh(where, medians, height, xerr=(below, above), label=name)
-    labels = [
-        f"{d} x {V} {form}\nB={B} T={T} {'sampled' if sampled else 'greedy'}"
-        for d, V, form, B, T, sampled in cases
-    ]
-    middle = (len(names) - 1) / 2 * height
-    axes.set_yticks([i + middle for i in range(len(cases))], labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("microseconds per decode step: median and quartiles")
-    axes.set_title(f"{results['device']}, commit {str(results.get('commit'))[:12]}", fontsize=9)
-    axes.legend(fontsize=8)
-    figure.savefig(path)
+        spans = [_span(row, 1.0) for _, row in held]
+        medians, where = [span[0] for span in spans], [i for i, _ in held]
+        bars = error_bars(spans)
+        axes.errorbar(medians, where, xerr=bars, fmt=marker, color=color, ms=5, label=name)
+    named_rows(
+        axes,
+        [
+            f"{d} x {V} {form}, B={B}, T={T}, {'sampled' if sampled else 'greedy'}"
+            for d, V, form, B, T, sampled in cases
+        ],
+    )
+    plain_log(axes.xaxis)
+    axes.set_xlabel("microseconds per decode step: median and quartiles", fontsize=9)
+    bare(axes, "both", 7)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    headline(figure, _finding(list(cases.values()), "decode step"), _measured_on(results))
+    save(figure, path)
 
 
 def draw_growth(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -53,38 +67,65 @@ def draw_growth(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError, ValueError: as :func:`draw`; ValueError: no such rows.
     """
-    Figure = _figure_class("--plot-growth")
     rows = results.get("growth") or []
     if not rows:
         raise ValueError("plot: the results file must hold growth rows, got none")
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = _blank("--plot-growth", 11, 3.9)
+    names = list(dict.fromkeys(row["contender"] for row in rows))
     for axes, axis in zip(figure.subplots(1, 3), ("V", "T", "B"), strict=True):
-        for name in dict.fromkeys(row["contender"] for row in rows):
+        ends = []
+        for name, color, marker in zip(names, PALETTE, MARKERS, strict=False):
             line = growth_line(rows, axis, name)
-            medians = [row["us_median"] / 1e3 for row in line]
-            below = [(row["us_median"] - row["us_q1"]) / 1e3 for row in line]
-            above = [(row["us_q3"] - row["us_median"]) / 1e3 for row in line]
-            axes.errorbar(
-                [row[axis] for row in line], medians, (below, above), marker=".", label=name
-            )
+            spans = [_span(row, 1e-3) for row in line]
+            places, medians = [row[axis] for row in line], [span[0] for span in spans]
+            axes.errorbar(places, medians, error_bars(spans), fmt=f"{marker}-", color=color, ms=4)
+            ends.append((places[-1], medians[-1], name, color))
         fixed = {n: line[-1][n] for n in ("V", "T", "B") if n != axis}
-        axes.set_title(", ".join(f"{n} = {value}" for n, value in fixed.items()), fontsize=9)
+        axes.set_title(", ".join(f"{n} = {value:,}" for n, value in fixed.items()), fontsize=9)
         if axis != "V":  # linear in V, which shows on a linear axis only
             axes.set_xscale("log", base=2)
-            places = [row[axis] for row in line]
             axes.set_xticks(places, [str(place) for place in places], fontsize=8)
             axes.minorticks_off()
         else:
             axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel(axis)
         axes.set_ylim(bottom=0)
-    figure.axes[0].set_ylabel("milliseconds per step")
-    figure.axes[0].legend(fontsize=8)
-    what = f"d = {rows[0]['d']}, {rows[0]['format']}"
-    where = f"{results['device']}, {results['threads']} threads"
-    commit = str(results.get("commit"))[:12]
-    figure.suptitle(f"{what}; {where}, commit {commit}", fontsize=9)
-    figure.savefig(path)
+        if axis == "V":
+            end_labels(axes, ends)
+        bare(axes)
+    figure.axes[0].set_ylabel("milliseconds per step", fontsize=9)
+    places = {(row["V"], row["T"], row["B"]) for row in rows}
+    cases = [
+        {r["contender"]: r for r in rows if (r["V"], r["T"], r["B"]) == place} for place in places
+    ]
+    what = f"d = {rows[0]['d']}, {rows[0]['format']}; {_measured_on(results)}"
+    headline(figure, _finding(cases, "step"), what)
+    save(figure, path)
+
+
+def _span(row: dict[str, Any], factor: float) -> tuple[float, ...]:
+    return tuple(factor * row[f"us_{name}"] for name in ("median", "q1", "q3"))
+
+
+def _finding(cases: Sequence[dict[str, dict[str, Any]]], what: str) -> str:
+    """How many times as long each contender takes as the fused step, where both were measured."""
+    others = dict.fromkeys(name for rows in cases for name in rows if name != _OWN)
+    parts = []
+    for name in others:
+        both = [rows for rows in cases if _OWN in rows and name in rows]
+        ratios = sorted(rows[name]["us_median"] / rows[_OWN]["us_median"] for rows in both)
+        if ratios:
+            middle, low, high = median(ratios), ratios[0], ratios[-1]
+            parts.append(f"{name} {middle:.2g} ({low:.2g} to {high:.2g})")
+    if not parts:
+        return f"The fused {what} alone"
+    return f"Times as long as the fused {what} takes, median and range: {', '.join(parts)}"
+
+
+def _measured_on(results: dict[str, Any]) -> str:
+    threads = f", {results['threads']} threads" if "threads" in results else ""
+    return f"{results['device']}{threads}, commit {str(results.get('commit'))[:12]}"
 
 
 def growth_line(rows: list[dict[str, Any]], axis: str, contender: str) -> list[dict[str, Any]]:
@@ -100,11 +141,10 @@ def growth_line(rows: list[dict[str, Any]], axis: str, contender: str) -> list[d
     return [kept[place] for place in sorted(kept)]
 
 
-def _figure_class(option: str) -> type:
+def _blank(option: str, width: float, height: float) -> Any:
     try:
-        from matplotlib.figure import Figure
+        return blank(width, height)
     except ImportError as error:
         raise ImportError(
             f"{option} needs matplotlib: pip install 'dualhead_ext[plot]' (or matplotlib)"
         ) from error
-    return Figure

@@ -8,12 +8,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from ...measurement.figure import GREY, PALETTE, bare, blank, error_bars, headline, save
 from .report import finding, scorer_title
 
-_BLUE, _GREY = "#0072b2", "0.45"  # of Okabe and Ito: distinct to everybody
 _COLUMNS = 3
 
 
@@ -35,29 +32,25 @@ def sweep_png(report: dict[str, Any]) -> bytes:
         panels.append(("words in a reply", [row["words"] for row in sweep]))
     columns = min(_COLUMNS, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.0 * columns, 2.9 * rows + 0.8), layout="constrained")
+    figure = blank(4.0 * columns, 2.9 * rows + 0.8)
     strengths = [row["strength"] for row in sweep]
     for i, (title, values) in enumerate(panels):
         _panel(figure.add_subplot(rows, columns, i + 1), title, strengths, values)
-    width = 33 * columns
-    figure.suptitle(textwrap.fill(finding(report), width), fontsize=11, fontweight="bold")
-    figure.supxlabel("strength (dashed: 0, the backbone); bars: 95 % intervals", fontsize=9)
+    headline(
+        figure, finding(report), "Over strength. Dashed: 0, the backbone. Bars: 95 % intervals."
+    )
     file = io.BytesIO()
-    # No date or version inside: the same figures make the same file.
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    save(figure, file, format="png")
     return file.getvalue()
 
 
 def _panel(
-    axes: Axes, title: str, strengths: Sequence[float], values: Sequence[Sequence[float]]
+    axes: Any, title: str, strengths: Sequence[float], values: Sequence[Sequence[float]]
 ) -> None:
     middle = [value for value, _, _ in values]
-    bars = [[v - low for v, low, _ in values], [high - v for v, _, high in values]]
-    axes.axhline(middle[0], color=_GREY, linestyle="--", linewidth=0.9)
-    axes.errorbar(strengths, middle, bars, fmt="o-", color=_BLUE, capsize=3, linewidth=1.4)
+    axes.axhline(middle[0], color=GREY, linestyle="--", linewidth=0.9)
+    bars = error_bars(values)
+    axes.errorbar(strengths, middle, bars, fmt="o-", color=PALETTE[0], capsize=3, linewidth=1.4)
     axes.set_title(textwrap.fill(title, 38), fontsize=9)
     axes.set_xticks(strengths, [f"{s:g}" for s in strengths])
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="y", color="0.9")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    bare(axes)

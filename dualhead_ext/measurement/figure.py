@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How this project's pictures look: colours that everybody can tell apart, a title that says the
+finding, no frame, names beside what they name. Needs matplotlib, the extra ``plot``.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Of Okabe and Ito (2008), distinct to colour-blind readers too; the darkest first.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # in grey print the shape tells them apart
+GREY = "0.45"
+_DOTS_PER_INCH = 110
+_LETTERS_PER_INCH = 10  # of the title
+
+
+def blank(width: float, height: float) -> Any:
+    """A matplotlib ``Figure`` of so many inches, laid out by its content.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def headline(figure: Any, finding: str, note: str = "") -> None:
+    """The finding above everything, how it was measured below, both at the left."""
+    width = figure.get_figwidth()
+    lines = textwrap.fill(finding, int(_LETTERS_PER_INCH * width))
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    if note:
+        lines = textwrap.fill(note, int(1.5 * _LETTERS_PER_INCH * width))
+        figure.supxlabel(lines, x=0.01, ha="left", fontsize=8, color=GREY)
+
+
+def bare(axes: Any, grid: str | None = "y", size: float = 8) -> None:
+    """No frame above and at the right, small numbers, a faint grid along ``grid``."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=size)
+    for axis in (axes.xaxis, axes.yaxis):
+        if type(axis.get_major_locator()).__name__ == "AutoLocator":
+            axis.get_major_locator().set_params(nbins=6)  # so that numbers do not touch
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, color="0.9")
+
+
+def error_bars(points: Iterable[Sequence[float]]) -> list[list[float]]:
+    """matplotlib's form of ``[value, low, high]``: what lies below each value, and above it."""
+    points = list(points)
+    return [[v - low for v, low, _ in points], [high - v for v, _, high in points]]
+
+
+def named_rows(axes: Any, names: Sequence[str]) -> None:
+    """Names at the y axis for rows 0, 1, ..., the first at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def end_labels(axes: Any, ends: Iterable[tuple[float, float, str, str]]) -> None:
+    """Lines' names to the right of their last points: (x, y, name, colour) each. Names that would
+    touch are moved apart, so the limits of the y axis, which is linear, must be set before."""
+    low, high = axes.get_ylim()
+    gap = 0.2 / axes.figure.get_figheight() * (high - low)  # inches of a line of text
+    place = low
+    for x, y, name, color in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place)
+        label = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": color}
+        axes.annotate(name, (x, place), (6, 0), **label)
+        place += gap
+
+
+def plain_log(axis: Any) -> None:
+    """A logarithmic axis whose ticks are 1, 2, 5, 10, written as numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Any, file: Any, **options: Any) -> None:
+    """Write it without a date or a version inside: the same figures make the same file."""
+    metadata = {"Software": None} if options.get("format", "png") == "png" else None
+    figure.savefig(file, **{"dpi": _DOTS_PER_INCH, "metadata": metadata} | options)
