@@ -5,6 +5,7 @@ one sentence, exit code 2, and no change to any file."""
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -72,11 +73,58 @@ def test_help_shows_examples(command, capsys):
         assert "margin (default 1.0)" in " ".join(out.split())  # beta_r's, of the default preset
 
 
-def test_help_needs_neither_torch_nor_transformers():
-    code = "import sys; from dualhead_ext import cli; cli.build_parser().format_help(); "
-    code += "print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+def test_help_of_every_command_imports_nothing_heavy():
+    """What makes help slow is what it imports: torch alone takes seconds."""
+    code = """
+import contextlib, io, sys
+from dualhead_ext import cli
+from dualhead_ext.cli.options import OPTIONS
+for words in ([], *([name] for name in OPTIONS)):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        cli.main([*words, "--help"])
+heavy = "torch transformers numpy rich tqdm yaml matplotlib shtab datasets"
+print([name for name in heavy.split() if name in sys.modules], len(sys.modules) < 400)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "[] True"
+
+
+COMPLETIONS = {  # words, the last one half typed -> some of what may follow
+    ("tr",): {"train"},
+    ("train", "--gate-l"): {"--gate-learning-rate"},
+    ("train", "--preset", ""): {"default", "paper"},
+    ("train", "--config", "ru"): {"run.yaml"},
+    ("generate", "hea"): {"heads"},
+    ("completion", ""): {"bash", "zsh", "tcsh"},
+}
+
+
+def test_bash_completes(tmp_path, capsys, monkeypatch):
+    assert run("completion", "bash") == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    (tmp_path / "run.yaml").touch()
+    (tmp_path / "heads").mkdir()
+    for words, expected in COMPLETIONS.items():
+        line = ["dualhead", *words]
+        command = f"""
+source ./script
+COMP_WORDS=({" ".join(map(shlex.quote, line))}) COMP_CWORD={len(words)}
+_shtab_dualhead
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert expected <= {word.strip().rstrip("/") for word in done.stdout.split("\n")}, words
+    for shell in ("zsh", "tcsh"):
+        assert run("completion", shell) == 0
+        assert "preset" in capsys.readouterr().out
+
+
+def test_completion_names_its_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert run("completion", "bash") == 2
+    assert "pip install 'dualhead_ext[completion]'" in capsys.readouterr().err
 
 
 def test_info_says_what_was_built(capsys):

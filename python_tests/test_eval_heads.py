@@ -193,6 +193,46 @@ def test_the_sweep_is_what_the_model_gives_its_own_text(model, tokenizer):
     assert [row[0].text for row in replies] == [found[0].text for found in plain]
 
 
+def test_two_objectives_and_two_scorers(place, capsys, tokenizer):
+    """Objective 1 has a reward head of its own; a scorer of the registry beside one's own; bars."""
+    model = make_heads(
+        gate="linear", reward_head="embedding", preference="token_reward", num_objectives=2
+    )
+    model.save_pretrained(place / "two")
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    rows = [row | {"objective": i % 2} for i, row in enumerate(rows)]
+    (place / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["eval", "two", "--data", "two.jsonl", *EVAL[4:], "--prompts", "questions.txt"]
+    argv += ["--strengths", "1", "--scorer", "words", "--scorer", "rule:vowels", "--no-plot"]
+    reports = []
+    for weights, out in (("1,0", "first"), ("0,1", "second")):
+        assert run(*argv, "--objective-weights", weights, "--out", out) == 0
+        reports.append(json.loads((place / out / "eval.json").read_text()))
+        err = capsys.readouterr().err
+        for bar in ("ranking responses: 100%", "replying to prompts: 100%", "measuring replies"):
+            assert bar in err
+    first, second = reports
+    assert first["scorers"] == ["words", "rule:vowels"]
+    # Each pair asks the head of its own objective, whatever the replies are steered by.
+    assert first["pairs"] == second["pairs"]
+    expected = pair_figures(model, tokenizer, rows, 96)["accuracy"]
+    apart = [pair_figures(model, tokenizer, [row], 96)["accuracy"] for row in rows]
+    for name, (value, *_) in expected.items():
+        assert value == pytest.approx(sum(one[name][0] for one in apart) / len(rows))
+        assert first["pairs"]["accuracy"][name][0] == pytest.approx(value)
+    # Without the heads the objectives do not matter; with them they do.
+    assert first["sweep"][0]["kl"] == second["sweep"][0]["kl"] == [0.0, 0.0, 0.0]
+    assert first["sweep"][1]["kl"] != second["sweep"][1]["kl"]
+    for report in reports:
+        for i, row in enumerate(report["sweep"]):
+            texts = [found["replies"][i] for found in report["replies"]]
+            assert row["scores"]["words"][0] == pytest.approx(mean_length(texts))
+            vowels = [sum(c in "aeiou" for c in text) for text in texts]
+            assert row["scores"]["rule:vowels"][0] == pytest.approx(sum(vowels) / len(vowels))
+    page = (place / "first" / "eval.md").read_text()
+    assert "words" in page and "rule:vowels (more is better)" in page
+
+
 def test_a_models_text_is_no_markup(model, tokenizer, place):
     assert run(*EVAL, "--limit", "2", "--strengths", "1", "--no-plot", "--out", "report") == 0
     report = json.loads((place / "report" / "eval.json").read_text())

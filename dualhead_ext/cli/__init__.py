@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from .. import __version__
 from . import commands
 from .errors import UserError
 from .options import OPTIONS, OVERVIEW
-from .train import training_defaults
+from .train_config import config_file, config_words
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -31,20 +31,11 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line; ``late_defaults`` is asked when its help is printed."""
-
-    late_defaults: Callable[[], dict[str, Any]] | None = None
+    """argparse whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         hint = _did_you_mean(message)
         self.exit(EXIT_USER_ERROR, f"{self.prog}: {' '.join(message.split())}{hint}\n")
-
-    def format_help(self) -> str:
-        defaults = self.late_defaults() if self.late_defaults else {}
-        for action in self._actions:
-            if defaults.get(action.dest) is not None:
-                action.help = f"{action.help} (default {defaults[action.dest]})"
-        return super().format_help()
 
 
 def _did_you_mean(message: str) -> str:
@@ -80,12 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         add_options(sub)
-        if name == "train":
-            sub.late_defaults = training_defaults
         sub.add_argument(
             "--traceback", action="store_true", help="show the traceback of a user's mistake too"
         )
     return parser
+
+
+def _with_config(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words of a command, before them those of the file that ``train --config`` names."""
+    if words[:1] != ["train"] or (path := config_file(words[1:])) is None:
+        return words
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return ["train", *config_words(path, commands.choices["train"]), *words[1:]]
 
 
 class _Interrupts:
@@ -121,16 +118,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from ``--help`` and for arguments that do not parse (code 2).
     """
-    arguments = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
     with _Interrupts() as interrupts:
         try:
+            arguments = parser.parse_args(_with_config(words, parser))
+            arguments.argv, arguments.parser = words, parser
             code = commands.COMMANDS[arguments.command](arguments)
             sys.stdout.flush()
             return code or 0
         except UserError as error:
-            if arguments.traceback:
+            if "--traceback" in words:
                 raise
-            print(f"dualhead {arguments.command}: {error}", file=sys.stderr)
+            print(f"dualhead {words[0]}: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
         except BrokenPipeError:
             # Python flushes standard output once more on its way out.

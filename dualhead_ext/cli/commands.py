@@ -13,6 +13,7 @@ from typing import Any
 from ..data import EMBEDDED
 from . import eval_heads
 from .chat import chat
+from .completion import completion
 from .errors import UserError, argument, extras
 from .generate import generate
 from .inspect import inspect
@@ -145,7 +146,8 @@ def demo(arguments: Namespace) -> None:
     with argument():
         quiet_transformers(arguments.backbone)
         from . import demo as script
-    options = {n: v for n, v in vars(arguments).items() if n not in ("command", "traceback")}
+    no_options = ("command", "traceback", "argv", "parser")
+    options = {n: v for n, v in vars(arguments).items() if n not in no_options}
     with argument():
         options["backbone"] = script.find_backbone(arguments.backbone)
     script.run(**options)
@@ -160,5 +162,6 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "eval": evaluate,
     "info": info,
     "bench": bench,
+    "completion": completion,
     "demo": demo,
 }

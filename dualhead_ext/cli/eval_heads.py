@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +184,6 @@ def _measure(
     strengths: list[float],
     scorers: list[Scorer],
 ) -> dict[str, Any]:
-    from tqdm.auto import tqdm
-
     from ..eval.heads import pairs, sweep
     from ..measurement.machine import describe
     from ..model.head_folder import read_config
@@ -191,19 +191,23 @@ def _measure(
     weights, size = arguments.objective_weights, arguments.batch_size
     found = None
     if rows:
-        print(f"ranking the responses of {len(rows)} rows", flush=True)
-        found = pairs.pair_figures(model, tokenizer, rows, arguments.max_length, max(1, size // 4))
+        texts = sum(len(row.get("responses", "ab")) for row in rows)  # a pair has two
+        with _bar("ranking responses", texts) as done:
+            found = pairs.pair_figures(
+                model, tokenizer, rows, arguments.max_length, max(1, size // 4), done
+            )
     print(
         f"{len(prompts)} prompts at strengths {', '.join(f'{s:g}' for s in strengths)}", flush=True
     )
-    with tqdm(desc="prompts", total=len(prompts), dynamic_ncols=True) as bar:
+    with _bar("replying to prompts", len(prompts)) as done:
         replies = sweep.sample_replies(
             model, tokenizer, prompts, strengths, arguments.max_new_tokens, arguments.seed,
-            weights, size, bar.update,
+            weights, size, done,
         )  # fmt: skip
-    figures = sweep.sweep_figures(
-        model, prompts, strengths, replies, scorers, weights, max(1, size // 4)
-    )
+    with _bar("measuring replies", len(prompts) * len(strengths)) as done:
+        figures = sweep.sweep_figures(
+            model, prompts, strengths, replies, scorers, weights, max(1, size // 4), done
+        )
     settings = ("seed", "max_new_tokens", "max_length", "objective_weights")
     stored = read_config(arguments.heads) if os.path.isdir(arguments.heads) else None
     return {
@@ -228,6 +232,15 @@ def _measure(
         ],
         "environment": describe(model.device.type),
     }
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], Any]]:
+    """A bar on standard error, and what tells it of more."""
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=name, total=total, dynamic_ncols=True) as bar:
+        yield bar.update
 
 
 def _summarize(report: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ from .. import bench
 from ..config import GATE_NAMES, MIX_NAMES, REWARD_HEAD_NAMES, DualHeadConfig
 from ..eval.scorers import SCORERS
 from ..train.presets import PRESET_NAMES, PRESETS
-from .argument_types import MAX_SEED, add_color, add_device, key_value, number
+from . import completion
+from .argument_types import MAX_SEED, add_color, add_device, number
 from .eval_options import EXAMPLES as EVAL_EXAMPLES
 from .eval_options import add_eval
 from .generation_options import CHAT, GENERATE, INSPECT, add_chat, add_generate, add_inspect
-from .train import TRAINING_OPTIONS
+from .training_options import add_training
 
 OVERVIEW = """\
 examples:
@@ -37,9 +38,12 @@ examples:
   dualhead train --data pairs.jsonl.gz --gate linear --mix probs --learning-rate 1e-3 --output heads
   dualhead train --output heads --resume          go on from the last complete checkpoint
   dualhead train --output heads --epochs 3 --cache-hidden hidden     run the backbone only once
+  dualhead train --output heads --report-to tensorboard
   dualhead train --preset paper --output heads    the paper's head and objective
+  dualhead train --config run.yaml --learning-rate 1e-3
   dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
 
+Ctrl-C ends with a checkpoint to go on from. --output gets the heads, their card, and training.png.
 Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF), or a
 prompt, responses and their scores."""
 
@@ -121,6 +125,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add_device(data)
 
     parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="options in a YAML file, by their names; those of the command line stand over them",
+    )
+    parser.add_argument(
         "--preset",
         choices=PRESET_NAMES,
         default="default",
@@ -146,21 +155,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         else:
             action.help = f"(default {action.default})"
 
-    training = parser.add_argument_group("training")
-    for name, (kind, short, text) in TRAINING_OPTIONS.items():
-        names = [f"--{name.replace('_', '-')}", *short]
-        parse = {int: number(int), float: number(float), str: str}[kind]
-        if name == "seed":
-            parse = number(int, 0, MAX_SEED)
-        training.add_argument(*names, dest=name, type=parse, metavar="X", help=text)
-    training.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        type=key_value,
-        metavar="NAME=VALUE",
-        help="any other field of DualHeadTrainingArguments",
-    )
+    add_training(parser)
 
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
@@ -248,5 +243,10 @@ OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     ),
     "info": (add_info, "what was built, and what it found; or what a folder of heads holds", _INFO),
     "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),
+    "completion": (
+        completion.add_completion,
+        "print a script that completes commands and options in a shell",
+        completion.EXAMPLES,
+    ),
     "demo": (add_demo, "sample, train and steer a real model in a few minutes", _DEMO),
 }

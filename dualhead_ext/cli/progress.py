@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training shows while it runs, and how well it ranks pairs that it has not seen."""
+"""What training shows while it runs: a line for each log, and a bar below them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,35 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..data import score_pairs
-from ..eval.metrics import wilson_interval
 from ..train.trainer import DualHeadTrainer
-from .terminal import accuracy_line
 
 # Seconds between two states of a bar: a log file should not grow a line ten times a second.
 _TERMINAL_INTERVAL, _FILE_INTERVAL = 0.1, 10.0
-# What stands behind the bar: name in a log of training -> shown as.
-_SHOWN = {"loss": "loss", "rewards/accuracies": "pairs right", "gate/mean": "alpha"}
+# What a line of a log shows: name in the trainer's log -> shown as. Reporters get all of it.
+_SHOWN = {
+    "loss": "loss {:<7.4g}",
+    "rewards/accuracies": "pairs right {:<7.1%}",
+    "gate/mean": "alpha {:<6.3f}",
+    "kl": "KL {:<8.3g}",
+}
+
+
+def log_line(logs: dict[str, float], step: int, max_steps: int) -> str:
+    """For instance ``step 10/250  epoch 0.40  loss 0.693  pairs right 52.0%  alpha 0.500  KL ...``;
+    of an evaluation "held out" in place of the step.
+    """
+    prefix = "eval_" if "eval_loss" in logs else ""
+    start = f"step {step:>{len(str(max_steps))}}/{max_steps}  epoch {logs.get('epoch', 0):<5.2f}"
+    if prefix:
+        start = "held out".ljust(len(start))
+    values = {prefix + name: form for name, form in _SHOWN.items()}
+    shown = [form.format(logs[name]) for name, form in values.items() if name in logs]
+    return "  ".join([start, *shown]).rstrip()
 
 
 class ProgressBars(TrainerCallback):
-    """One bar for training and one for each evaluation, on standard error.
+    """One bar for training and one for each evaluation, on standard error; a line for each log of
+    training on standard output.
 
     ``started`` is true once training has begun: what fails before is a matter of the arguments.
     """
@@ -49,45 +65,37 @@ class ProgressBars(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = {text: f"{logs[name]:.3g}" for name, text in _SHOWN.items() if name in logs}
-        if self._bar is not None and shown:
-            self._bar.set_postfix(shown)
+        if self._trains() and ("loss" in logs or "eval_loss" in logs):
+            self._bar.write(log_line(logs, state.global_step, state.max_steps))
+            sys.stdout.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._close()
+        self.close()
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         if self._bar is None:
             self._open(state, "measuring", len(eval_dataloader))
-        if self._bar is not None and self._bar.desc.startswith("measuring"):
+        if self._bar is not None and not self._trains():
             self._bar.update(1)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None and self._bar.desc.startswith("measuring"):
-            self._close()
+        if not self._trains():
+            self.close()
 
     on_predict = on_evaluate
+
+    def close(self) -> None:
+        """Leave the last state of the bar where it is; what is printed next stands below it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _trains(self) -> bool:
+        return self._bar is not None and self._bar.desc.startswith("training")
 
     def _open(self, state: Any, name: str, total: int, done: int = 0) -> None:
         if state.is_world_process_zero:
             interval = _TERMINAL_INTERVAL if sys.stderr.isatty() else _FILE_INTERVAL
             self._bar = tqdm(desc=name, total=total, initial=done, mininterval=interval)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-def held_out_accuracy(trainer: DualHeadTrainer) -> str:
-    """Of the trainer's eval_dataset: the share of pairs with log-probability of chosen > rejected,
-    summed over each response, under ``softmax(z_RM)`` (or as the preference options of the
-    arguments say), with its 95 % Wilson interval, as text.
-    """
-    rows = trainer.eval_dataset
-    ranked = "scores" in rows[0]
-    total = sum(len(score_pairs(row["scores"])) for row in rows) if ranked else len(rows)
-    correct = round(trainer.evaluate()["eval_rewards/accuracies"] * total)
-    return accuracy_line(correct, total, wilson_interval(correct, total))

@@ -7,7 +7,10 @@ import json
 import os
 import random
 import shlex
+import signal
+import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,67 +20,37 @@ from ..data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
 from ..files.atomic import BusyFolderError
 from ..files.checkpoint import SaveError
 from ..model.builtin_backbones import BUILTIN_BACKBONES, backbone_path
-from ..train.presets import PRESETS, head_of
+from ..train.presets import head_of
 from .errors import UserError, argument, one_line
 from .models import check_backbone, check_device, loading, quiet_transformers
+from .training_options import TRAINING_OPTIONS
 
 if TYPE_CHECKING:
     from ..train.trainer import DualHeadTrainer, DualHeadTrainingArguments
 
-# Fields of DualHeadTrainingArguments that have an option of their own: type, other names, help.
-TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
-    "learning_rate": (float, (), "of AdamW"),
-    "gate_learning_rate": (float, (), "of the gate, if another"),
-    "num_train_epochs": (float, ("--epochs",), "times through the rows"),
-    "max_steps": (int, (), "optimizer steps, instead of epochs"),
-    "per_device_train_batch_size": (int, ("--batch-size",), "rows per forward pass"),
-    "gradient_accumulation_steps": (int, ("--accumulate",), "forward passes per step"),
-    "warmup_steps": (float, (), "steps, or a share of all if below 1"),
-    "max_length": (int, (), "tokens per text"),
-    "preference": (str, (), "token_reward, or log_prob as the paper"),
-    "pref_gate": (int, (), "1: alpha weighs token rewards; 0: it does not"),
-    "kl_price": (float, (), "of a nat between mixture and backbone, per token"),
-    "beta_r": (float, (), "scales the preference margin"),
-    "lambda_r": (float, (), "weight of the preference term"),
-    "lambda_g": (float, (), "weight of the gate's regulariser"),
-    "gate_regularizer": (str, (), "entropy, entropy_as_printed or none"),
-    "lm_reduction": (str, (), "sum or mean"),
-    "pref_on": (str, (), "reward or mixed"),
-    "pref_reduction": (str, (), "sum or mean"),
-    "gamma": (float, (), "target margin"),
-    "label_smoothing": (float, (), "share of pairs labelled the wrong way round"),
-    "logging_steps": (float, (), "steps between logs"),
-    "save_steps": (float, (), "steps between checkpoints"),
-    "save_total_limit": (int, (), "checkpoints to keep"),
-    "early_stopping_patience": (int, (), "epochs without a better held-out loss before it stops"),
-    "seed": (int, (), "of everything random"),
-    "cache_hidden": (
-        str,
-        (),
-        "where the backbone's hidden states are kept: auto, memory, a folder, or none",
-    ),
-    "cache_hidden_dtype": (str, (), "auto (nothing changes) or bfloat16 (half of float32's size)"),
-}
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
-def training_defaults() -> dict[str, Any]:
-    """Default of each of `TRAINING_OPTIONS`; asks transformers, so only for ``train --help``."""
-    with argument():
-        from ..train.trainer import DualHeadTrainingArguments
-    known = {f.name: f.default for f in fields(DualHeadTrainingArguments)}
-    known |= PRESETS["default"]["training"]
-    return {name: known[name] for name in TRAINING_OPTIONS}
+def train(arguments: Namespace) -> int | None:
+    """Train, measure on held-out rows, save, and say what came of it; see :func:`_train`."""
+    try:
+        return _train(arguments)
+    except KeyboardInterrupt:
+        print(f"\n{_after_interrupt(arguments)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
-def train(arguments: Namespace) -> None:
-    """Train, measure on held-out pairs, save."""
+def _train(arguments: Namespace) -> int | None:
     # What needs no torch comes first: a mistyped path should not take seconds to be found.
     _check_output(arguments)
     check_backbone("--backbone", arguments.backbone)
     rows, held_out = _load_pairs(arguments)
     with argument():
         quiet_transformers(arguments.backbone)
-        from .progress import ProgressBars, held_out_accuracy
+        from . import training_files
+        from . import training_summary as summary
+        from .interruption import StopAfterStep, Stopped
+        from .progress import ProgressBars
     check_device(arguments.device)
     trainer = _make_trainer(arguments, rows, held_out)
     unit = RANKED if "responses" in rows[0] else PAIRS
@@ -88,22 +61,73 @@ def train(arguments: Namespace) -> None:
             trainer.cache_hidden()
     with argument("--output"):
         trainer.try_saving()
-    bars = ProgressBars.put_on(trainer)
-    before = held_out_accuracy(trainer) if held_out else None
+    bars, stop = ProgressBars.put_on(trainer), StopAfterStep()
+    trainer.add_callback(stop)
+    before = summary.measure(trainer)
     try:
-        trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    except Stopped as stopped:
+        bars.close()
+        command = resuming_command(arguments.argv)
+        print(f"\nstopped at step {stopped.step}; go on: {command}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (BusyFolderError, SaveError) as error:
         raise UserError(f"--output: {one_line(error)}") from error
     except (ValueError, OSError) as error:
+        if str(error).startswith("calibrate: no scale"):
+            raise UserError(
+                f"the reward head has learnt nothing, so no heads are saved ({one_line(error)}); "
+                "try more --epochs or a larger --learning-rate"
+            ) from error
         if bars.started or not arguments.resume:
             raise
         raise UserError(f"--resume: {one_line(error)}") from error
     with argument("--output"):
         trainer.save_model()
-    if held_out:
-        _report(before, held_out_accuracy(trainer), held_out)
-    print(f"\nheads saved in {arguments.output}; to decode with them:")
-    print(f"  {_generate_command(arguments)}")
+    history = list(trainer.state.log_history)  # without the figures of the calibrated heads
+    after = summary.measure(trainer)
+    summary.print_figures(before, after, held_out)
+    replies = summary.sample_before_and_after(
+        trainer.model, trainer.processing_class, held_out or rows, trainer.args.seed
+    )
+    summary.print_replies(replies)
+    rate = trainer.args.gate_learning_rate or trainer.args.learning_rate
+    config = trainer.model.dual_head_config
+    for warning in summary.warnings_of(after, replies, config, rate):
+        print(f"\nNote: {warning}.")
+    with argument("--output"):
+        training_files.write_card(arguments, trainer, rows, held_out, after)
+        curves = training_files.write_plot(
+            arguments.output, history, trainer.state.global_step, before, after
+        )
+    print(f"\nheads saved in {arguments.output}{curves}")
+    print(f"to decode with them:\n  {_generate_command(arguments)}")
+    return None
+
+
+def resuming_command(argv: Sequence[str]) -> str:
+    """The command line that goes on where ``argv``, of ``dualhead train``, was stopped."""
+    words, skip = [], False
+    for i, word in enumerate(argv):
+        if skip:
+            skip = False
+        elif word == "--resume":  # its value, if it has one
+            skip = i + 1 < len(argv) and not argv[i + 1].startswith("-")
+        elif word != "--overwrite" and not word.startswith("--resume="):
+            words.append(word)
+    return shlex.join(["dualhead", *words, "--resume"])
+
+
+def _after_interrupt(arguments: Namespace) -> str:
+    """What is left after a Ctrl-C that did not wait for a checkpoint."""
+    from ..files.checkpoint import latest_checkpoint
+
+    folder = Path(arguments.output)
+    last = latest_checkpoint(folder) if folder.is_dir() else None
+    if last is None:
+        return "stopped before the first checkpoint; nothing to go on from"
+    return f"stopped; {last} is whole; go on: {resuming_command(arguments.argv)}"
 
 
 def _generate_command(arguments: Namespace) -> str:
@@ -237,7 +261,9 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
     if arguments.device == "cpu":
         given["use_cpu"] = True
     ours = {"output_dir": arguments.output, "report_to": "none", "dataloader_pin_memory": False}
-    ours["preset"] = arguments.preset
+    ours |= {"preset": arguments.preset, "log_kl": True}
+    if "report_to" in given:
+        given["report_to"] = [name.strip() for name in given["report_to"].split(",")]
     try:
         with argument():
             training = DualHeadTrainingArguments(**{**ours, **given})
@@ -255,21 +281,10 @@ def _check_reporters(names: list[str]) -> None:
     for name in names:
         if name not in available:
             raise UserError(
-                f"--set report_to: {name} is not installed; there are "
+                f"--report-to: {name} is not installed; there are "
                 f"{', '.join(sorted(available)) or 'none'}"
             )
 
 
 def _checkpoint(arguments: Namespace) -> str | bool | None:
     return True if arguments.resume == "last" else arguments.resume
-
-
-def _report(before: str, after: str, held_out: list[dict]) -> None:
-    from ..eval.metrics import longer_is_better
-    from .terminal import percent
-
-    longer, _ = longer_is_better(held_out)
-    print("\npreference accuracy of the reward head on held-out pairs")
-    print(f"  before                  {before}")
-    print(f"  after                   {after}")
-    print(f"  always the longer one   {percent(longer)}")

@@ -139,6 +139,13 @@ class DualHeadTrainingArguments(TrainingArguments):
             "fallen for this many, and keep the best heads."
         },
     )
+    log_kl: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the KL of the mixture from the backbone too, on a few held-out states, "
+            "where kl_price does not have it computed anyway."
+        },
+    )
     train_lm_head: bool = field(default=False, metadata={"help": "Train the LM head too."})
     untie: bool = field(
         default=False,

@@ -6,6 +6,7 @@ objective inside the model's forward, and checkpoints that hold the heads and su
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers import EarlyStoppingCallback
 from ..data import preference_rows
 from ..data.collate import PreferenceCollator, is_tokenized, texts_of, tokenize_pairs
 from ..data.files import rows_in
-from ..head.calibration import REQUESTS, STATES, calibrate
+from ..head.calibration import REQUESTS, calibrate
+from ..head.calibration import STATES as CALIBRATION_STATES
 from ..loss.pairs import Pairing
 from ..loss.terms import UNTAUGHT_GATE, LossCounts, metrics_of_totals
 from ..model.causal_lm import DualHeadForCausalLM
@@ -24,6 +26,7 @@ from ..model.packing import packed_rows
 from ..model.pretrained import untie_lm_head
 from .arguments import DualHeadTrainingArguments
 from .caching import CachingTrainer
+from .gate_probe import STATES, GateProbe
 from .hidden_cache import HiddenCollator
 from .state import agree_on
 from .token_limits import check_limits
@@ -279,7 +282,7 @@ class DualHeadTrainer(CachingTrainer):
                 first = next((i for i, of_response in enumerate(mask) if of_response), 0)
                 if first:
                     prompts[tuple(ids[:first])] = None
-            if len(hidden) * 32 < STATES:
+            if len(hidden) * 32 < CALIBRATION_STATES:
                 batch = torch.tensor([ids], device=model.device)
                 states = model.training_hidden_states(
                     input_ids=batch, attention_mask=torch.ones_like(batch)
@@ -387,8 +390,23 @@ class DualHeadTrainer(CachingTrainer):
             totals = self.accelerator.reduce(self._train_totals, "sum")
             self._train_totals = None
             logs |= metrics_of_totals(totals, self.args.loss_options)
+            if self.args.log_kl and "kl" not in logs and self.is_world_process_zero():
+                logs["kl"] = self._log_probe()[0]
             self._warn_of_collapse(logs)
         super().log(logs, start_time)
+
+    def probe(self, count: int = STATES) -> GateProbe:
+        """What says how far the mixture is from the backbone: on ``count`` states of eval_dataset,
+        of train_dataset where there is none.
+        """
+        held_out = self.eval_dataset
+        rows = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+        model = self.accelerator.unwrap_model(self.model)
+        return GateProbe(model, self.train_dataset if rows is None else rows, count)
+
+    @cached_property
+    def _log_probe(self) -> GateProbe:
+        return self.probe()
 
     def _warn_of_collapse(self, logs: dict[str, float]) -> None:
         saturated = logs.get("gate/saturation", 0.0)

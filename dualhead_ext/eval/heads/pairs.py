@@ -16,7 +16,7 @@ from ...data.collate import encode
 from ..judging import bootstrap
 from ..likelihood import Text
 from ..metrics import text_length, wilson_interval
-from .states import Heads, picked
+from .states import Done, Heads, nobody, picked
 
 # Names of what ranks the responses, in the order of the columns of `_scores`.
 REWARD, MIXTURE, BACKBONE, LONGER = "reward head", "mixture", "backbone", "the longer one"
@@ -33,6 +33,7 @@ def pair_figures(
     rows: Sequence[dict[str, Any]],
     max_length: int = 512,
     batch_size: int = 8,
+    done: Done = nobody,
 ) -> dict[str, Any]:
     """Accuracy with a 95 % interval of each of `REWARD`, as it was trained (`REWARDS`), `MIXTURE`
     at strength 1 and `BACKBONE` by the response's log-probability, and `LONGER` by characters. A
@@ -41,6 +42,7 @@ def pair_figures(
     Args:
         rows: pairs or ranked lists, as :func:`dualhead_ext.data.load_preference_data` gives them.
             A row's objective is the reward head that is asked.
+        done: told of each text.
     Returns:
         ``rows``, ``pairs``, ``interval`` ("Wilson" of pairs; of ranked lists, whose pairs share
         texts, "bootstrap over rows"), ``reward`` and ``accuracy``: name -> [value, low, high].
@@ -53,7 +55,7 @@ def pair_figures(
     scores: list[list[tuple[float, ...]]] = [[] for _ in rows]
     for objective in sorted({row.get("objective", 0) for row in rows}):
         own = [i for i, row in enumerate(rows) if row.get("objective", 0) == objective]
-        flat = iter(_scores(model, [t for i in own for t in texts[i]], objective, batch_size))
+        flat = iter(_scores(model, [t for i in own for t in texts[i]], objective, batch_size, done))
         for i in own:
             lengths = (float(text_length(text)) for text, _ in responses[i])
             scores[i] = [(*next(flat), length) for length in lengths]
@@ -86,7 +88,7 @@ def _text(prompt: Any, response: Any, ended: bool, tokenizer: Any, max_length: i
 
 
 def _scores(
-    model: Any, texts: Sequence[Text], objective: int, batch_size: int
+    model: Any, texts: Sequence[Text], objective: int, batch_size: int, done: Done
 ) -> Iterable[tuple[float, float, float]]:
     """What the reward head, the mixture and the backbone give each text."""
     config = model.dual_head_config
@@ -104,7 +106,8 @@ def _scores(
         backbone = picked(heads.log_probs(z_lm, z_rm, torch.zeros_like(alpha)), tokens)
         return torch.stack((reward.double(), mixture, backbone), -1)
 
-    return [tuple(values.sum(0).tolist()) for values in heads.read(texts, figures, batch_size)]
+    found = heads.read(texts, figures, batch_size, done)
+    return [tuple(values.sum(0).tolist()) for values in found]
 
 
 def _wins(row: dict[str, Any], scores: Sequence[tuple[float, ...]]) -> tuple[list[float], int]:

@@ -14,6 +14,12 @@ from ..likelihood import Text, per_token
 
 # States whose logits are computed at a time: each takes a few vocabularies of memory.
 _ROWS = 64
+# Is told how many more of what takes time are done.
+Done = Callable[[int], Any]
+
+
+def nobody(count: int) -> None:
+    """Nobody is told."""
 
 
 class Heads:
@@ -61,11 +67,13 @@ class Heads:
         texts: Sequence[Text],
         figures: Callable[[Tensor, Tensor, Tensor], Tensor],
         batch_size: int = 8,
+        done: Done = nobody,
     ) -> list[Tensor]:
         """``figures`` of the states that predict each text's response tokens.
 
         Args:
             figures: (hidden (N, d), gate_logit (N,), the tokens that follow (N,)) -> (N, c).
+            done: called with the number of texts behind each batch.
         Returns:
             for each text (n, c), on the CPU.
         """
@@ -75,7 +83,9 @@ class Heads:
             gate_logit = self.head.gate(states, mask)[:, :-1][scored]
             parts = (states[:, :-1][scored], gate_logit, ids[:, 1:][scored])
             split = zip(*(part.split(_ROWS) for part in parts), strict=True)
-            return torch.cat([figures(*part).double() for part in split])
+            values = torch.cat([figures(*part).double() for part in split])
+            done(len(ids))
+            return values
 
         return per_token(of_batch, self.model.device, texts, batch_size, "right")
 

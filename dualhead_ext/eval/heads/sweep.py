@@ -8,7 +8,7 @@ each strength, so two replies begin alike as far as the distributions do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..likelihood import Text, perplexity, token_mean
 from ..sampling import Message, RowNoise, batches, encode_prompts, prompt_text, response, row_seed
 from ..scorers import Scorer
 from ..text import words
-from .states import Heads, picked
+from .states import Done, Heads, nobody, picked
 
 Prompt = str | list[Message]
 
@@ -48,7 +48,7 @@ def sample_replies(
     seed: int = 0,
     objective_weights: Sequence[float] | None = None,
     batch_size: int = 32,
-    done: Callable[[int], Any] = lambda count: None,
+    done: Done = nobody,
 ) -> list[list[Reply]]:
     """For each prompt a reply at each strength. ``batch_size`` replies at once; ``done(count)``
     after each batch of prompts.
@@ -109,6 +109,7 @@ def sweep_figures(
     scorers: Sequence[Scorer] = (),
     objective_weights: Sequence[float] | None = None,
     batch_size: int = 8,
+    done: Done = nobody,
 ) -> list[dict[str, Any]]:
     """One object for each strength; figures with an interval are [value, low, high], a bootstrap
     over prompts:
@@ -116,7 +117,7 @@ def sweep_figures(
     ``strength``; ``kl``, nats per token from the backbone; ``perplexity`` under the backbone;
     ``alpha``: mean, min and max over the tokens; ``words``; ``ended``, a share; ``scores``: scorer
     -> figure in its own unit, and ``gains``: what it is above that of the first strength, prompt by
-    prompt.
+    prompt. ``done`` is told of each reply.
     """
     questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
     scored = {
@@ -130,7 +131,7 @@ def sweep_figures(
     rows = []
     for i, strength in enumerate(strengths):
         own = [row[i] for row in replies]
-        tokens = _token_figures(heads, [reply.tokens for reply in own], strength, batch_size)
+        tokens = _token_figures(heads, [reply.tokens for reply in own], strength, batch_size, done)
         kl, log_probs, alpha = ([values[:, j] for values in tokens] for j in range(3))
         every_alpha = torch.cat(alpha)
         rows.append(
@@ -153,7 +154,7 @@ def sweep_figures(
 
 
 def _token_figures(
-    heads: Heads, texts: Sequence[Text], strength: float, batch_size: int
+    heads: Heads, texts: Sequence[Text], strength: float, batch_size: int, done: Done
 ) -> list[Tensor]:
     """KL from the backbone, the backbone's log-probability, and alpha of each token."""
 
@@ -166,7 +167,7 @@ def _token_figures(
         kl = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0.0)
         return torch.stack((kl, picked(q, tokens), alpha.double()), -1)
 
-    return heads.read(texts, figures, batch_size)
+    return heads.read(texts, figures, batch_size, done)
 
 
 def _mean(values: Sequence[float]) -> list[float]:

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C while heads are trained: the step is finished and a checkpoint written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+_STOPPING = b"\nstopping after this step; Ctrl-C again stops at once\n"
+
+
+class Stopped(Exception):
+    """Training ended at a checkpoint because the user asked for it."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.step = step
+
+
+class StopAfterStep(TrainerCallback):
+    """Raises :class:`Stopped` behind the checkpoint that it has written after a Ctrl-C."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Ctrl-C means so inside; the second one what it meant outside."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if not self._asked:
+            self._asked = True
+            os.write(sys.stderr.fileno(), _STOPPING)  # a print may be going on
+        elif callable(self._before):
+            self._before(signum, frame)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self._asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked:
+            raise Stopped(state.global_step)

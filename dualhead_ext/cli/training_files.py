@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run leaves beside the heads: its curves as a picture, and their model card."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data import PAIRS, RANKED
+from ..eval.metrics import longer_is_better
+from ..files.atomic import replace_files
+from ..model.sharing import Training, describe_training
+from ..train.trainer import DualHeadTrainer
+from .training_summary import Figures
+
+PLOT_NAME = "training.png"
+
+
+def write_plot(
+    output: str, history: list[dict[str, Any]], steps: int, before: Figures, after: Figures
+) -> str:
+    """Write the curves; where, or why not, as the end of a sentence.
+
+    Args:
+        history: the trainer's logs of these ``steps``.
+    Raises:
+        OSError: the disk.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return " (no picture of the run: pip install 'dualhead_ext[plot]')"
+    from .training_plot import training_png
+
+    losses = [row["loss"] for row in history if "loss" in row]
+    if not losses:
+        return f" (no picture of the run: no log in {steps} steps; see --logging-steps)"
+    finding, held_out = f"Loss {losses[0]:.3g} to {losses[-1]:.3g}", None
+    if after.total:
+        held_out = (before.accuracy, after.accuracy)
+        finding = f"Held-out pairs right: {held_out[0]:.1%} before, {held_out[1]:.1%} after"
+    picture = training_png(history, f"{finding}, in {steps} steps", held_out, after.kl)
+    replace_files(Path(output), {PLOT_NAME: picture})
+    return f", curves in {Path(output) / PLOT_NAME}"
+
+
+def write_card(
+    arguments: Namespace,
+    trainer: DualHeadTrainer,
+    rows: list[dict[str, Any]],
+    held_out: list[dict[str, Any]],
+    after: Figures,
+) -> None:
+    """The card again, with what the heads were trained on and how well they rank.
+
+    Raises:
+        OSError: the disk.
+    """
+    unit = RANKED if "responses" in rows[0] else PAIRS
+    facts = Training(
+        data=_public_name(arguments.data),
+        rows=f"{len(rows)} {unit}",
+        steps=trainer.state.global_step,
+        kl=after.kl,
+        alpha=after.alpha,
+    )
+    if after.total:
+        where = _public_name(arguments.eval_data or arguments.data)
+        facts = replace(
+            facts,
+            accuracy=(after.accuracy, *after.interval),
+            longer=longer_is_better(held_out)[0],
+            measured_on=f"{after.total} held-out pairs of {where}",
+        )
+    describe_training(Path(arguments.output), facts)
+
+
+def _public_name(data: str) -> str:
+    """Data as a card names them: of a path its last part alone."""
+    return Path(data).name if os.path.exists(data) else data

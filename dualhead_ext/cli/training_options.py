@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``dualhead train`` that are fields of DualHeadTrainingArguments. Imports neither
+torch nor transformers: ``dualhead train --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..train.presets import PRESETS
+from .argument_types import MAX_SEED, key_value, number
+
+# Fields of DualHeadTrainingArguments that have an option of their own: type, other names, help.
+TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
+    "learning_rate": (float, (), "of AdamW"),
+    "gate_learning_rate": (float, (), "of the gate, if another"),
+    "num_train_epochs": (float, ("--epochs",), "times through the rows"),
+    "max_steps": (int, (), "optimizer steps, instead of epochs"),
+    "per_device_train_batch_size": (int, ("--batch-size",), "rows per forward pass"),
+    "gradient_accumulation_steps": (int, ("--accumulate",), "forward passes per step"),
+    "warmup_steps": (float, (), "steps, or a share of all if below 1"),
+    "max_length": (int, (), "tokens per text"),
+    "preference": (str, (), "token_reward, or log_prob as the paper"),
+    "pref_gate": (int, (), "1: alpha weighs token rewards; 0: it does not"),
+    "kl_price": (float, (), "of a nat between mixture and backbone, per token"),
+    "beta_r": (float, (), "scales the preference margin"),
+    "lambda_r": (float, (), "weight of the preference term"),
+    "lambda_g": (float, (), "weight of the gate's regulariser"),
+    "gate_regularizer": (str, (), "entropy, entropy_as_printed or none"),
+    "lm_reduction": (str, (), "sum or mean"),
+    "pref_on": (str, (), "reward or mixed"),
+    "pref_reduction": (str, (), "sum or mean"),
+    "gamma": (float, (), "target margin"),
+    "label_smoothing": (float, (), "share of pairs labelled the wrong way round"),
+    "logging_steps": (float, (), "steps between logs"),
+    "save_steps": (float, (), "steps between checkpoints"),
+    "save_total_limit": (int, (), "checkpoints to keep"),
+    "early_stopping_patience": (int, (), "epochs without a better held-out loss before it stops"),
+    "seed": (int, (), "of everything random"),
+    "report_to": (str, (), "reporters, such as tensorboard or wandb, separated by commas"),
+    "cache_hidden": (
+        str,
+        (),
+        "where the backbone's hidden states are kept: auto, memory, a folder, or none",
+    ),
+    "cache_hidden_dtype": (str, (), "auto (nothing changes) or bfloat16 (half of float32's size)"),
+}
+
+# What help says of those that no preset sets and that are not None; a test compares them with
+# the arguments' own, whose module imports transformers.
+_DEFAULTS: dict[str, Any] = {
+    "max_steps": -1,
+    "warmup_steps": 0,
+    "max_length": 512,
+    "kl_price": 0.0,
+    "lambda_r": 1.0,
+    "lm_reduction": "sum",
+    "pref_on": "reward",
+    "pref_reduction": "sum",
+    "gamma": 0.0,
+    "label_smoothing": 0.0,
+    "logging_steps": 10,
+    "save_steps": 500,
+    "seed": 42,
+    "report_to": "none",
+    "cache_hidden": "auto",
+    "cache_hidden_dtype": "auto",
+}
+
+
+def help_defaults() -> dict[str, Any]:
+    """Default of each of `TRAINING_OPTIONS`, by the default preset."""
+    known = _DEFAULTS | PRESETS["default"]["training"]
+    return {name: known.get(name) for name in TRAINING_OPTIONS}
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Declare them; none has a default of argparse's, since the preset decides."""
+    training = parser.add_argument_group("training")
+    defaults = help_defaults()
+    for name, (kind, short, text) in TRAINING_OPTIONS.items():
+        names = [f"--{name.replace('_', '-')}", *short]
+        parse = {int: number(int), float: number(float), str: str}[kind]
+        if name == "seed":
+            parse = number(int, 0, MAX_SEED)
+        if defaults[name] is not None:
+            text = f"{text} (default {defaults[name]})"
+        training.add_argument(*names, dest=name, type=parse, metavar="X", help=text)
+    training.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=key_value,
+        metavar="NAME=VALUE",
+        help="any other field of DualHeadTrainingArguments",
+    )

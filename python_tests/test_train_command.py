@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dualhead train` as a person meets it: what it shows, Ctrl-C and what goes on from there, options
+in a file, and what it says at the end."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+from dataclasses import fields
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from terminal import Terminal
+
+import dualhead_ext as dh
+from dualhead_ext import cli
+from dualhead_ext.cli import train_config, training_options, training_summary
+from dualhead_ext.cli.interruption import StopAfterStep
+from dualhead_ext.cli.train import _training_arguments, resuming_command
+from dualhead_ext.eval.heads.sweep import Reply
+from dualhead_ext.eval.likelihood import Text
+
+STEPS = 150
+CONFIG = f"""\
+# A run small enough to be interrupted in a test.
+data: pairs.jsonl
+eval-data: held_out.jsonl
+output: heads
+max_steps: {STEPS}
+batch-size: 1
+logging_steps: 1
+learning_rate: 1e-2
+max_length: 48
+max_grad_norm: 0.5   # of TrainingArguments, no option of its own
+"""
+
+
+def run(*argv):
+    try:
+        return cli.main([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with pairs and a config file; the working directory of this module."""
+    folder = tmp_path_factory.mktemp("train")
+    write_rows(folder / "pairs.jsonl", dh.data.load_preference_data("embedded")[:8])
+    write_rows(folder / "held_out.jsonl", dh.data.load_preference_data("embedded", "test")[:6])
+    (folder / "run.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def stopped(place):
+    """(what the terminal showed, the exit code) of a run with Ctrl-C in its middle."""
+    person = Terminal("train", "--config", "run.yaml", PYTHONUNBUFFERED="1")
+    shown = person.until(rf"step +\d+/{STEPS} [^\n]*\n")
+    person.type("\x03")
+    rest, code = person.end()
+    return shown + rest, code
+
+
+@pytest.fixture(scope="module")
+def resumed(stopped, place):
+    """What the command that the stopped run named has printed."""
+    command = re.search(r"go on: (dualhead train .*--resume)", stopped[0])[1]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert run(*shlex.split(command)[1:]) == 0
+    return printed.getvalue()
+
+
+def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(stopped, place):
+    shown, code = stopped
+    assert code == 130 and "Traceback" not in shown
+    assert "stopping after this step; Ctrl-C again stops at once" in shown
+    step = int(re.search(r"stopped at step (\d+); go on: dualhead train", shown)[1])
+    assert 0 < step < STEPS
+    state = json.loads((place / "heads" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert state["global_step"] == step
+    # The reporters get the histogram, the terminal does not.
+    assert any("gate/histogram/0.0-0.1" in row for row in state["log_history"])
+    assert "histogram" not in shown and "{" not in shown
+    line = re.search(rf"step +1/{STEPS} .*", shown)[0]
+    assert re.search(r"loss +[\d.]+ +pairs right +[\d.]+% +alpha 0\.500 +KL +[\d.e-]+$", line)
+    assert not (place / "heads" / "dualhead_config.json").exists()
+
+
+def test_it_goes_on_to_the_heads_of_a_run_that_was_not_stopped(resumed, place):
+    assert run("train", "--config", "run.yaml", "--output", "whole") == 0
+    whole = load_file(place / "whole" / "dualhead_model.safetensors")
+    got = load_file(place / "heads" / "dualhead_model.safetensors")
+    assert whole.keys() == got.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in whole.items())
+
+
+def test_the_end_says_what_came_of_it(resumed, place):
+    assert "before                  6 ties: an untrained head prefers nothing" in resumed
+    assert re.search(r"after +[\d.]+ % of 6 pairs \(95 % interval [\d.]+ to [\d.]+ %\)", resumed)
+    assert re.search(r"mean alpha +0\.500 before, 0\.500 after", resumed)
+    kl = float(re.search(r"KL from the backbone +0 before, ([\d.]+) after", resumed)[1])
+    assert 0.02 < kl < 0.5  # calibrated to 0.1
+    assert resumed.count("    before: ") == resumed.count("    after:  ") == 3
+    assert "curves in heads/training.png" in resumed and "dualhead generate heads" in resumed
+    assert (place / "heads" / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_says_how_well_they_rank(resumed, place):
+    card = (place / "heads" / "README.md").read_text()
+    percent = re.search(r"after +([\d.]+ %) of 6 pairs", resumed)[1]
+    assert "accuracy on 6 held-out pairs of held_out.jsonl | 95 % interval |" in card
+    assert f"| reward head | {percent} |" in card
+    assert f"Trained on 8 pairs of pairs.jsonl, {STEPS} optimizer steps." in card
+    # Saved again, the figures go with the heads that they are of.
+    model = dh.DualHeadForCausalLM.from_pretrained(place / "heads")
+    model.save_pretrained(place / "heads")
+    assert "accuracy on" not in (place / "heads" / "README.md").read_text()
+    (place / "heads" / "README.md").write_text("mine\n")
+    model.save_pretrained(place / "heads")
+    assert (place / "heads" / "README.md").read_text() == "mine\n"
+
+
+def test_a_second_ctrl_c_is_what_it_was_outside():
+    import os
+    import signal
+
+    stop = StopAfterStep()
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_command_that_goes_on():
+    argv = ["train", "--output", "my heads", "--overwrite", "--resume", "old", "--epochs", "3"]
+    assert resuming_command(argv) == "dualhead train --output 'my heads' --epochs 3 --resume"
+    assert resuming_command(["train", "--resume"]) == "dualhead train --resume"
+    assert resuming_command(["train", "--resume=x", "-q"]) == "dualhead train -q --resume"
+
+
+# --- options in a file ----------------------------------------------------------------------------
+
+
+def parsed(*argv):
+    parser = cli.build_parser()
+    return parser.parse_args(cli._with_config(["train", *map(str, argv)], parser))
+
+
+def test_the_command_line_stands_over_the_file(place):
+    (place / "some.yaml").write_text(
+        "output: a\nbatch_size: 3\nlearning-rate: 1e-3\noverwrite: true\nresume: false\n"
+        "gate: linear\nseed:\nmax_grad_norm: 2\n"
+    )
+    found = parsed("--config", "some.yaml", "--output", "b", "--set", "max_grad_norm=3")
+    assert (found.output, found.per_device_train_batch_size, found.gate) == ("b", 3, "linear")
+    assert found.learning_rate == 1e-3 and found.overwrite and found.resume is None
+    assert found.seed is None
+    assert dict(found.set) == {"max_grad_norm": "3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epochz: 3\noutput: a\nfoo: 1", "unknown: epochz (did you mean epochs?), foo"),
+        ("- a\n- b", "expected names of options and their values, got a list"),
+        ("a: [", "--config:"),
+        ("output: [a]", "output: expected one value, got ['a']"),
+        ("overwrite: maybe", "overwrite: expected true or false, got 'maybe'"),
+        ("limit: 0", "--limit: expected a whole number of at least 1, got '0'"),
+        ("gate: open", "invalid choice: 'open'"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_sentence(text, words, place, capsys):
+    (place / "bad.yaml").write_text(text)
+    assert run("train", "--output", "new", "--config", "bad.yaml") == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1, error
+    assert not (place / "new").exists()
+
+
+def test_a_missing_file(place, capsys):
+    assert run("train", "--output", "new", "--config", "none.yaml") == 2
+    assert "--config:" in capsys.readouterr().err
+
+
+def test_without_yaml_the_extra_is_named(place, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(cli.UserError, match=r"dualhead_ext\[train\]"):
+        train_config.config_words("run.yaml", commands_of("train"))
+
+
+def test_reporters_are_an_option(place, monkeypatch, capsys):
+    argv = ["train", "--output", "new", "--report-to", "tensorboard, wandb"]
+    assert run(*argv) == 2
+    assert "--report-to: " in capsys.readouterr().err
+    monkeypatch.setattr(
+        "transformers.integrations.get_available_reporting_integrations",
+        lambda: ["tensorboard", "wandb"],
+    )
+    found = _training_arguments(parsed(*argv[1:]))
+    assert found.report_to == ["tensorboard", "wandb"]
+
+
+def test_help_has_the_arguments_defaults():
+    known = {f.name: f.default for f in fields(dh.DualHeadTrainingArguments)}
+    known |= training_options.PRESETS["default"]["training"]
+    shown = training_options.help_defaults()
+    expected = {name: known[name] for name in shown} | {"report_to": "none"}
+    assert shown == expected
+
+
+# --- what is wrong with heads ---------------------------------------------------------------------
+
+
+def figures(**given):
+    return training_summary.Figures(**({"kl": 0.1, "alpha": 0.5} | given))
+
+
+def replies(*texts):
+    return [("?", *(Reply(t, True, Text([], [])) for t in pair)) for pair in texts]
+
+
+def config_of(**given):
+    return dh.DualHeadConfig(8, 32, **given)
+
+
+CURVE = [[0.0, 0.0], [1.0, 0.1]]
+
+
+@pytest.mark.parametrize(
+    ("after", "said", "config", "words"),
+    [
+        (figures(), [("a", "b")], config_of(), []),
+        (figures(), [("a", "a"), ("b", "c")], config_of(), []),
+        (figures(), [("a", "a"), ("b", "b")], config_of(), ["--set calibrate=true"]),
+        (figures(), [("a", "a")], config_of(kl_curve=CURVE), ["--epochs", "--strength 3"]),
+        (figures(kl=1e-5), [], config_of(kl_curve=CURVE), ["--learning-rate"]),
+        (
+            figures(below=0.95),
+            [("a", "b")],
+            config_of(),
+            ["collapsed to 0: the text is the backbone's", "--gate-learning-rate 0.001"],
+        ),
+        (figures(above=0.95), [("a", "b")], config_of(), ["collapsed to 1", "--gate fixed"]),
+        (figures(above=1.0), [("a", "b")], config_of(gate="fixed"), []),
+    ],
+)
+def test_what_is_wrong_names_an_option(after, said, config, words):
+    found = training_summary.warnings_of(after, replies(*said), config, 0.01)
+    assert bool(found) == bool(words)
+    assert all(word in "; ".join(found) for word in words)
+    options = {s for a in commands_of("train")._actions for s in a.option_strings}
+    options |= {"--strength"}
+    assert set(re.findall(r"--[a-z-]+", "; ".join(found))) <= options
+
+
+def commands_of(name):
+    parser = cli.build_parser()
+    return next(a for a in parser._actions if a.dest == "command").choices[name]
+
+
+def test_heads_that_learnt_nothing_say_so(place, capsys):
+    argv = ["train", "--data", "pairs.jsonl", "--eval-data", "held_out.jsonl", "--max-steps", "1"]
+    argv += ["--batch-size", "2", "--max-length", "48"]
+    paper = ["--preset", "paper", "--accumulate", "1", "--learning-rate", "1e-9"]
+    assert run(*argv, *paper, "--output", "little") == 0
+    assert "Note: the replies are the backbone's" in capsys.readouterr().out
+    assert run(*argv, "--learning-rate", "0", "--output", "none") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the reward head has learnt nothing" in error and "--learning-rate" in error
