@@ -145,13 +145,14 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--backbone", "./nosuch"], "--backbone: expected a folder, got ./nosuch, which is none"),
+        (["--backbone", "./nosuch"], "--backbone: expected a folder or a GGUF file, got ./nosuch"),
         (["--data", "./nosuch.jsonl"], "--data: "),
         (["--seed", str(2**63)], "--seed: expected a whole number in [0, 4294967295]"),
         (["--seed", "-1"], "--seed: expected a whole number in [0, 4294967295]"),
         (["--set", "ddp_static_graph=true"], "ddp_static_graph=True is not supported"),
         (["--device", "cpu", "--set", "bf16_full_eval=true"], "bf16_full_eval=True would leave"),
-        (["--set", "report_to=wandb"], "--report-to: wandb is not installed"),
+        (["--report-to", "wandb"], "--report-to: wandb is not installed"),
+        (["--set", 'report_to=["wandb"]'], "--report-to: wandb is not installed"),
     ],
 )
 def test_mistakes_are_noticed_early_and_leave_nothing(options, message, capsys, tmp_path):

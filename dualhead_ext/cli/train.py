@@ -262,7 +262,7 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
         given["use_cpu"] = True
     ours = {"output_dir": arguments.output, "report_to": "none", "dataloader_pin_memory": False}
     ours |= {"preset": arguments.preset, "log_kl": True}
-    if "report_to" in given:
+    if isinstance(given.get("report_to"), str):
         given["report_to"] = [name.strip() for name in given["report_to"].split(",")]
     try:
         with argument():
