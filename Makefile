@@ -3,7 +3,8 @@
 # make demo      train and decode on real preference pairs, a few minutes
 # make test      C++ tests, then pytest; what continuous integration runs
 # make test-fast  the core's tests without the slow ones, under two minutes
-# make campaign  random calls of the heads' methods, half an hour
+# make campaign  random calls, files, faults and texts, half an hour
+# make test-peers  the neighbours' own tests over gated models; downloads their source archives
 # make build     recompile what changed under csrc/
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
 # make lint      ruff and clang-format on every file;  make format puts them right
@@ -44,7 +45,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test test-fast campaign cpp-test sanitize lint format bench wheel clean
+.PHONY: install build demo test test-fast campaign test-peers cpp-test sanitize lint format bench wheel
+.PHONY: clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
@@ -79,9 +81,17 @@ test: cpp-test
 test-fast: build
 	$(VENV_PYTHON) -m pytest -q -m "not slow" $(PARALLEL) $(FAST_TESTS:%=python_tests/test_%.py)
 
-# Random calls of the heads' methods for half an hour; `make test` has a short run of the same.
+# `make test` has the first of these rounds. Other numbers: make campaign SEED=2
+SEED ?= 1
 campaign: build
-	DUALHEAD_CAMPAIGN_SECONDS=1800 $(VENV_PYTHON) -m pytest python_tests/campaigns
+	$(VENV_PYTHON) -m pytest python_tests/campaigns --rounds 30 --seed $(SEED)
+
+# One peer at a time: make test-peers PEERS=peft. More of pytest's options: PEER_OPTIONS="-k Llama"
+PEERS ?= transformers peft cut_cross_entropy lm_eval
+PEER_OPTIONS ?=
+test-peers: build
+	$(VENV_PYTHON) -m pytest --tb=short -p no:cacheprovider --results-json benchmarks/results/peers.json \
+	  $(PEER_OPTIONS) $(PEERS:%=tools/peers/test_%.py)
 
 cpp-test: build
 	@$(VENV_PYTHON) python_tests/native.py

@@ -27,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seed", type=int, default=0, help="seed of each test's random numbers (default 0)"
     )
     group.addoption(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rounds of each test of python_tests/campaigns, each of other numbers (default 1)",
+    )
+    group.addoption(
         "--require-cuda",
         action="store_true",
         help="fail the tests marked cuda that would be skipped, and a run that has none of them",

@@ -342,6 +342,10 @@ def edit(folder, change):
     (folder / "index.json").write_text(json.dumps(index))
 
 
+def a_deep_index(folder):
+    (folder / "index.json").write_text("[" * 100_000)
+
+
 def a_shard_too_few(folder):
     edit(folder, lambda index: index["shards"].pop())
 
@@ -375,6 +379,7 @@ def newer(folder):
         (no_header, "is damaged"),
         (no_index, "its index is missing"),
         (half_an_index, "its index is damaged"),
+        (a_deep_index, "its index is damaged"),
         (a_shard_too_few, "rows are missing"),
         (a_shard_twice, "belongs elsewhere"),
         (another_shape, "another shape or dtype"),

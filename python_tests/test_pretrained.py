@@ -248,6 +248,15 @@ HOSTILE = {
     "not UTF-8": (CONFIG_NAME, b'{"format_version": "\xff"}'),
     "UTF-16": (CONFIG_NAME, '{"format_version": 2}'.encode("utf-16")),
     "empty": (CONFIG_NAME, b""),
+    "a long value": (
+        CONFIG_NAME,
+        b'{"format_version": 2, "quantized": "' + b"x" * 10**5 + b'", "backbone": '
+        b'{"fingerprint": {"model_type": "llama", "parameters": {}}}, "dual_head": {}}',
+    ),
+    "a long value in the header": (
+        WEIGHTS_NAME,
+        _header(b'{"gate.out.bias":"' + b"x" * 10**4 + b'"}'),
+    ),
     "300,000 names": (WEIGHTS_NAME, _header(json.dumps(MANY).encode())),
     "deep header": (WEIGHTS_NAME, _header(b'{"a":' * 100_000)),
     "nearly too many names": (

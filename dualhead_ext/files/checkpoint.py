@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import synchronise
+from .foreign import brief
 
 logger = logging.getLogger(__name__)
 
@@ -269,14 +270,14 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         stored = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
+        raise CheckpointError(f"{path}: is not valid JSON ({brief(error)})") from None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a manifest of the format {FORMAT}")
     version = stored.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: has format version {version}, newer than {FORMAT_VERSION}, the newest that "
-            "this release reads; update it"
+            f"{path}: has format version {brief(version)}, newer than {FORMAT_VERSION}, the newest "
+            "that this release reads; update it"
         )
     files = stored.get("files")
     if not isinstance(files, dict):
@@ -284,7 +285,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     for name, entry in files.items():
         _check_name(path, name)
         if not isinstance(entry, dict) or type(entry.get("size")) is not int or entry["size"] < 0:
-            raise CheckpointError(f"{path}: {name!r} has no valid size")
+            raise CheckpointError(f"{path}: {brief(repr(name))} has no valid size")
     # There is one spelling of a manifest: any other byte, its own hash included, shows here.
     if data != _manifest_bytes(files):
         raise CheckpointError(f"{path}: has changed: its own SHA-256 does not match")

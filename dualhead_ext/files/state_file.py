@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import CheckpointError
+from .foreign import brief
 
 FORMAT, FORMAT_VERSION = "dualhead-state", 1
 _SEQUENCES = {"list": list, "tuple": tuple}
@@ -52,18 +53,20 @@ def load_state(path: str | os.PathLike) -> Any:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: is not a complete safetensors file ({error})") from None
+        raise CheckpointError(
+            f"{path}: is not a complete safetensors file ({brief(error)})"
+        ) from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a file of the format {FORMAT}")
     if metadata.get("format_version") != str(FORMAT_VERSION):
         raise CheckpointError(
-            f"{path}: has format version {metadata.get('format_version')}, this release reads "
-            f"{FORMAT_VERSION}; update it"
+            f"{path}: has format version {brief(metadata.get('format_version'))}, this release "
+            f"reads {FORMAT_VERSION}; update it"
         )
     try:
         return _decode(json.loads(metadata["tree"]), tensors)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its tree is damaged ({error!r})") from None
+        raise CheckpointError(f"{path}: its tree is damaged ({brief(repr(error))})") from None
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:

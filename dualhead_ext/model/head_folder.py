@@ -37,6 +37,7 @@ from torch import Tensor
 
 from ..config import FORMAT_NAMES, DualHeadConfig
 from ..files.atomic import leftovers, replace_files, sha256_of
+from ..files.foreign import brief
 from .fingerprint import VALUES
 from .head_files import shown
 
@@ -140,7 +141,7 @@ def read_head_folder(
         return stored, load_file(path)
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise ValueError(
-            f"from_pretrained: {path} is not a complete safetensors file ({error})"
+            f"from_pretrained: {path} is not a complete safetensors file ({brief(error)})"
         ) from error
 
 
@@ -222,11 +223,11 @@ def _parse(path: Path) -> dict[str, Any]:
         stored["dual_head"] = DualHeadConfig.from_dict(dual_head)
     except KeyError as error:
         raise ValueError(
-            f"from_pretrained: {path} is not a dual-head configuration (it has no {error})"
+            f"from_pretrained: {path} is not a dual-head configuration (it has no {brief(error)})"
         ) from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"from_pretrained: {path} is not a dual-head configuration ({error})"
+            f"from_pretrained: {path} is not a dual-head configuration ({brief(error)})"
         ) from error
     return stored
 

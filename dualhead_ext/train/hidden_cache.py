@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.collate import batch_order, texts_of
+from ..files.foreign import brief
 
 FORMAT, FORMAT_VERSION = "dualhead-hidden-states", 2
 INDEX_NAME = "index.json"
@@ -135,7 +136,7 @@ class HiddenCache:
         self._made_from = (folder, identity, lengths)
         index = _read_index(Path(folder))
         differing = [
-            f"{name} was {index['identity'].get(name)}, is {value}"
+            f"{name} was {brief(index['identity'].get(name))}, is {brief(value)}"
             for name, value in identity.items()
             if index["identity"].get(name) != value
         ]
@@ -154,12 +155,14 @@ class HiddenCache:
 
         size = path.stat().st_size if path.is_file() else None
         if size != entry["size"]:
-            raise UnusableCacheError(f"{path.name} had {entry['size']} bytes, has {size or 'none'}")
+            raise UnusableCacheError(
+                f"{path.name} had {brief(entry['size'])} bytes, has {size or 'none'}"
+            )
         try:
             with safe_open(path, framework="pt") as file:  # maps it; nothing is read yet
                 hidden, rows = file.get_tensor("hidden"), file.get_tensor("rows").tolist()
         except (OSError, SafetensorError) as error:
-            raise UnusableCacheError(f"{path.name} is damaged ({error})") from None
+            raise UnusableCacheError(f"{path.name} is damaged ({brief(error)})") from None
         shard, start = _Shard(path, entry["sha256"], hidden), 0
         for row in rows:
             if row in self._where or not 0 <= row < len(self._lengths):
@@ -212,7 +215,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = json.loads((folder / INDEX_NAME).read_bytes())
     except FileNotFoundError:
         raise UnusableCacheError("its index is missing: its build was interrupted") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UnusableCacheError("its index is damaged") from None
     named = isinstance(index, dict) and (index.get("format"), index.get("format_version"))
     if named and named != (FORMAT, FORMAT_VERSION):

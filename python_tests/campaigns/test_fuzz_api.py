@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random arguments for the heads' methods: each call works, or raises an error that names an
 argument and leaves cache and generator as they were.
-
-In the suite the same 1000 calls each time. With DUALHEAD_CAMPAIGN_SECONDS, new ones for so long:
-`make campaign` takes half an hour.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import time
 from typing import Any
 
 import torch
@@ -18,7 +13,6 @@ import torch
 import dualhead_ext as dh
 from dualhead_ext.quantization import dequantize, quantize
 
-SECONDS = float(os.environ.get("DUALHEAD_CAMPAIGN_SECONDS", "0"))
 CALLS = 1000
 B, T, D, V = 3, 4, 16, 13
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64)
@@ -118,23 +112,19 @@ def same(a: tuple, b: tuple) -> bool:
     )
 
 
-def test_every_call_works_or_names_its_argument():
-    seed = random.SystemRandom().getrandbits(32) if SECONDS else 0
-    rng, calls, refused = random.Random(seed), 0, 0
-    torch.manual_seed(seed)
+def test_every_call_works_or_names_its_argument(seed):
+    rng, refused = random.Random(seed), 0
     head = dh.DualHead(
         dh.DualHeadConfig(
             hidden_size=D, vocab_size=V, gate_num_heads=2, gate_head_dim=4, num_objectives=2
         )
     )
-    end = time.monotonic() + SECONDS
-    while calls < CALLS or time.monotonic() < end:
+    for number_of_call in range(CALLS):
         cache = head.new_cache(B, 8)
         head.prefill(torch.randn(B, 2, D), cache)
         name, function, arguments = call_of(rng, head, cache)
         before, generator = state(cache), torch.get_rng_state()
-        told = f"seed {seed}, call {calls}: {name}({arguments})"
-        calls += 1
+        told = f"call {number_of_call}: {name}({arguments})"
         try:
             function(**arguments)
         except (TypeError, ValueError) as error:
@@ -148,4 +138,4 @@ def test_every_call_works_or_names_its_argument():
             if "allocate memory" in str(error) and same(state(cache), before):
                 continue  # 2^31 rows
             raise AssertionError(f"{told}\nraised {error!r}") from error
-    assert calls > 50 and refused > 10, (calls, refused)
+    assert CALLS / 10 < refused < CALLS, refused

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's decoder tests over gated models: every model that they load has heads.
+
+They name models of a hub; tiny ones of the same families are made here, the same at each load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import dualhead_ext as dh
+
+from .sources import upstream
+
+decoders = upstream("peft", "tests.test_decoder_models", {"diffusers": "StableDiffusionPipeline"})
+TestDecoderModels = decoders.TestDecoderModels
+
+SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": 1024, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128}
+CONFIGS = {
+    "tiny-random-LlamaForCausalLM": transformers.LlamaConfig(**SHAPE),
+    "tiny-random-MistralForCausalLM": transformers.MistralConfig(**SHAPE),
+    "tiny-dummy-qwen2": transformers.Qwen2Config(**SHAPE),
+    "tiny-random-GPT2LMHeadModel": transformers.GPT2Config(**GPT2),
+    "tiny-random-gpt2": transformers.GPT2Config(**GPT2),
+    "tiny-random-Gemma3ForCausalLM": transformers.Gemma3TextConfig(**SHAPE),
+}
+
+
+def model_of(name: Any, **kwargs: Any) -> PreTrainedModel:
+    config = CONFIGS.get(str(name).split("/")[-1])
+    if config is None:
+        pytest.skip(f"inapplicable: {name} is on a hub")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=kwargs.get("dtype"))
+    model.name_or_path = model.config._name_or_path = str(name)
+    return dh.DualHeadForCausalLM.from_backbone(
+        model.eval(), gate_num_heads=2, gate_head_dim=4, trial=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def _gated(monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model_of)
