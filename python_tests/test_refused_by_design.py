@@ -21,7 +21,9 @@ def sentences(source: str) -> list[str]:
 
 
 def test_every_quoted_sentence_is_said():
-    said = [s for path in (ROOT / "dualhead_ext").rglob("*.py") for s in sentences(path.read_text())]
+    said = [
+        s for path in (ROOT / "dualhead_ext").rglob("*.py") for s in sentences(path.read_text())
+    ]
     rows = re.findall(r"^\| .*? \| `(.*?)` \|", (ROOT / "docs/refused.md").read_text(), re.M)
     assert len(rows) > 10
     missing = [row for row in rows if not any(row in sentence for sentence in said)]

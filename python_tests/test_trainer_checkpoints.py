@@ -59,6 +59,16 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, whole, step):
     assert history(trainer) == numbers and len(numbers) >= 11
 
 
+def test_a_finished_run_takes_no_further_step(tmp_path):
+    """transformers' loop would take one before it sees that the end has been reached."""
+    options = {"max_steps": 3, "lr_scheduler_type": "constant"}
+    expected = run(tmp_path, **options)
+    names = sorted(os.listdir(tmp_path))
+    trainer = run(tmp_path, resume=True, **options)
+    assert trainer.state.global_step == 3 and sorted(os.listdir(tmp_path)) == names
+    assert same(heads(expected.model), heads(trainer.model))
+
+
 def test_saving_does_not_change_a_run(tmp_path, whole):
     trainer = run(tmp_path, save_strategy="no")
     assert same(whole[1], heads(trainer.model)) and history(trainer) == whole[2]

@@ -172,6 +172,15 @@ class CheckpointedTrainer(Trainer):
                 self.try_saving()
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers'; a run that is resumed at its end is over. Its loop would take one more
+        step before it looks.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _resumable(self, path: str | os.PathLike | bool) -> str:
         """The verified checkpoint to resume from, or an exception that says why there is none."""
         output_dir = self.args.output_dir

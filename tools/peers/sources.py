@@ -46,6 +46,23 @@ def source_of(name: str) -> Path:
     return folder
 
 
+def installed(name: str, needs: tuple[str, ...]) -> Path:
+    """A folder with a package, and what it imports, apart from the project's own packages.
+
+    Raises:
+        RuntimeError: pip cannot install them; its words.
+    """
+    folder = FOLDER / name
+    if not (folder / ".installed").is_file():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+        command += ["--target", str(folder), f"{name}=={VERSIONS[name]}", *needs]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name} cannot be installed ({done.stderr[-300:]})")
+        (folder / ".installed").touch()
+    return folder
+
+
 def upstream(name: str, module: str, absent: dict[str, str]) -> types.ModuleType:
     """``module`` (``tests.test_x``) of a package's source archive.
 

@@ -2,7 +2,8 @@
 """Cut cross-entropy's tests of its loss and gradients, with the gated loss in its place, on the
 CPU: soft caps, shifted targets, ignored tokens, reductions, odd sizes, half precision.
 
-The gate is shut, so that the mixture is the LM head's and the loss the plain cross-entropy.
+The gate is shut, so that the mixture is the LM head's and the loss the plain cross-entropy. Losses
+of single tokens are the rewards of responses of one token: those have no gradient of their own.
 """
 
 from __future__ import annotations
@@ -29,10 +30,16 @@ def linear_cross_entropy(
     shift: bool = False,
     impl: str = "cce",
 ) -> Tensor:
-    """The arguments of cut_cross_entropy's; "none" and other implementations are left out."""
+    """The arguments of cut_cross_entropy's."""
     e, targets = (e[..., :-1, :], targets[..., 1:]) if shift else (e, targets)
     hidden, labels = e.reshape(1, -1, e.shape[-1]), targets.reshape(1, -1)
     mask = labels != IGNORED
+    options = {"lambda_g": 0.0, "logit_softcap": softcap or 0.0}
+    if reduction == "none":
+        rows = [x[0][:, None].repeat(2, *[1] * (x.dim() - 1)) for x in (hidden, labels, mask)]
+        shut = torch.full(rows[1].shape, -torch.inf)
+        out = dual_head_loss(*rows, shut, lm_weight=c, reward_weight=c, **options)
+        return -out.chosen_logps.view(targets.shape)
     loss = dual_head_loss(
         hidden,
         labels,
@@ -41,10 +48,9 @@ def linear_cross_entropy(
         lm_weight=c,
         reward_weight=torch.zeros_like(c, requires_grad=False),
         lambda_r=0.0,
-        lambda_g=0.0,
-        logit_softcap=softcap or 0.0,
         lm_reduction="mean",
         num_pairs=0,
+        **options,
     ).loss
     return loss if reduction == "mean" else loss * mask.sum()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import unittest
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 import dualhead_ext as dh
+from dualhead_ext.model.pretrained import DualHeadFilesMixin
 
 from .sources import upstream
 
@@ -61,9 +63,7 @@ FAMILIES = {
 
 
 def gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """``base`` whose constructor attaches heads, and whose files are transformers' own: the whole
-    state under its own names.
-    """
+    """``base`` whose constructor attaches heads."""
 
     class Gated(base):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -73,15 +73,12 @@ def gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             )
             self.requires_grad_(True)
 
-        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-            return PreTrainedModel.save_pretrained(self, *args, **kwargs)
-
     Gated.__name__ = base.__name__
     Gated.__qualname__, Gated.__module__ = base.__qualname__, base.__module__
     return Gated
 
 
-class Tester:
+class Sizes:
     """What upstream's tests ask a family's tester for."""
 
     batch_size, seq_length, num_hidden_layers, hidden_size = 3, 7, 2, 32
@@ -107,7 +104,14 @@ def case(family: str, kind: str) -> type[unittest.TestCase]:
         all_model_classes = (model_class,)
 
         def setUp(self) -> None:
-            self.model_tester = Tester(self, config_class, fields)
+            self.model_tester = Sizes(self, config_class, fields)
+            # Files are transformers' own here, the whole state under its own names: heads-only
+            # folders have tests of their own.
+            whole = patch.object(
+                DualHeadFilesMixin, "save_pretrained", PreTrainedModel.save_pretrained
+            )
+            whole.start()
+            self.addCleanup(whole.stop)
 
     return type(f"{kind}{family}", (Case,), {"__module__": __name__})
 
