@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-evaluation-harness on a gated model: its likelihoods and its texts are those of the model's own
-forward and generate, and those of the plain backbone where the heads change nothing.
+"""lm-evaluation-harness on a gated model: its likelihoods and its texts are those of the model's
+own forward and generate, and those of the plain backbone where the heads change nothing.
 """
 
 from __future__ import annotations
