@@ -89,6 +89,38 @@ print([name for name in heavy.split() if name in sys.modules], len(sys.modules) 
     assert done.stdout.strip() == "[] True"
 
 
+MISTYPED = [
+    ["generate", "./none", "hi"],
+    ["chat", "./none"],
+    ["inspect", "./none", "--text", "hi"],
+    ["eval", "./none", "--data", "x.jsonl", "--out", "out"],
+    ["info", "./none"],
+    ["generate", ".", "hi", "--backbone", "./none.gguf"],
+    ["chat", ".", "--backbone", "./none"],
+    ["sample", "--backbone", "./none", "--prompts", "open", "--scorer", "words", "--out", "x"],
+    ["train", "--backbone", "./none", "--output", "out"],
+    ["train", "--data", "./none.jsonl", "--output", "out"],
+    ["train", "--config", "none.yaml"],
+    ["bench", "--report", "none.json"],
+]
+
+
+def test_a_mistyped_path_is_found_before_anything_heavy(tmp_path):
+    code = f"""
+import sys
+from dualhead_ext import cli
+codes = [cli.main(argv) for argv in {MISTYPED!r}]
+print(set(codes), [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "{2} []", done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(MISTYPED) and all("none" in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
 COMPLETIONS = {  # words, the last one half typed -> some of what may follow
     ("tr",): {"train"},
     ("train", "--gate-l"): {"--gate-learning-rate"},

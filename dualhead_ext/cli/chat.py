@@ -20,7 +20,7 @@ from . import terminal as show
 from .decoding import context_of, decoding_options, objective_tensor
 from .errors import UserError, argument
 from .generation_options import STRENGTH, WEIGHTS
-from .models import load, quiet_transformers
+from .models import check_heads, load, quiet_transformers
 from .reply import Reply, ReplyStream, print_gate, write_reply
 
 Message = dict[str, str]
@@ -41,6 +41,7 @@ COMMANDS = {
 
 def chat(arguments: Namespace) -> int:
     """Talk until the input ends; 130 if Ctrl-C came while standard input is no terminal."""
+    check_heads(arguments)
     with argument():
         to = show.console(arguments.color)
         quiet_transformers(arguments.backbone)

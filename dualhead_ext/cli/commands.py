@@ -83,6 +83,8 @@ def _version(package: str) -> str | None:
 
 def bench(arguments: Namespace) -> int:
     """Run the benchmarks; 1 if the fused step was slower than promised somewhere."""
+    if arguments.report is not None and not os.path.isfile(arguments.report):
+        raise UserError(f"--report: expected a file of results, got {arguments.report}")
     from ..bench import main
     from ..ops import library
 

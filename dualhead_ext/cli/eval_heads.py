@@ -15,7 +15,7 @@ from typing import Any
 from ..data import EMBEDDED, load_preference_data
 from ..eval.scorers import Scorer, scorer
 from .errors import UserError, argument
-from .models import check_backbone, check_device, loading, quiet_transformers
+from .models import check_device, check_heads, loading, quiet_transformers
 from .sample import load_prompts
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
@@ -72,13 +72,10 @@ def main(arguments: Namespace) -> None:
 
 def check(arguments: Namespace) -> tuple[list[dict], list[Any], list[Scorer]]:
     """(rows, prompts, scorers), before anything heavy is imported."""
-    heads, limit = arguments.heads, arguments.limit
-    if not os.path.isdir(heads) and heads.count("/") != 1:  # no hub name either
-        raise UserError(f"heads: expected a folder written by train, got {heads}, which is none")
+    limit = arguments.limit
+    check_heads(arguments)
     if arguments.data is None and arguments.prompts is None:
         raise UserError("eval: expected --data, --prompts or both with HEADS, got neither")
-    if arguments.backbone is not None:
-        check_backbone("--backbone", arguments.backbone)
     for value in arguments.strengths:
         if value < 0:
             raise UserError(f"--strengths: expected numbers of at least 0, got {value:g}")

@@ -11,7 +11,7 @@ from . import terminal as show
 from .decoding import CONTROLS, check_length, controls_of, decoding_options, encode
 from .errors import UserError, argument
 from .inspect import check_page, inspections, save_page
-from .models import load, quiet_transformers
+from .models import check_heads, load, quiet_transformers
 from .reply import Reply, print_gate, write_reply
 
 
@@ -19,6 +19,7 @@ def generate(arguments: Namespace) -> None:
     """Print the text as it comes, and write the page of it."""
     _refuse_gate_without_heads(arguments)
     check_page(arguments)
+    check_heads(arguments)
     prompt = _prompt(arguments)
     with argument():
         to = show.console(arguments.color)

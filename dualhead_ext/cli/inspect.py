@@ -11,7 +11,7 @@ from typing import Any
 from . import terminal as show
 from .decoding import check_length, encode, gate_options
 from .errors import UserError, argument
-from .models import load, quiet_transformers
+from .models import check_heads, load, quiet_transformers
 
 
 def inspect(arguments: Namespace) -> None:
@@ -19,6 +19,7 @@ def inspect(arguments: Namespace) -> None:
     check_page(arguments)
     if not arguments.text:
         raise UserError("--text: expected some text, got none")
+    check_heads(arguments)
     with argument():
         to = show.console(arguments.color)
         quiet_transformers(arguments.backbone)

@@ -29,6 +29,19 @@ def check_backbone(option: str, name: str) -> None:
         raise UserError(f"{option}: expected a folder or a GGUF file, got {name}, which is none")
 
 
+def check_heads(arguments: Namespace) -> None:
+    """Refuse heads and a backbone of theirs that cannot be, before anything heavy is imported.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    heads, backbone = arguments.heads, arguments.backbone
+    if not os.path.isdir(heads) and (_looks_local(heads) or heads.count("/") != 1):
+        raise UserError(f"heads: expected a folder written by train, got {heads}, which is none")
+    if backbone is not None:
+        check_backbone("--backbone", backbone)
+
+
 def _looks_local(name: str) -> bool:
     if os.path.exists(name) or name.startswith((".", "/", "~")):
         return True
@@ -99,8 +112,6 @@ def load(arguments: Namespace) -> tuple[Any, Any]:
 
     check_device(arguments.device)
     heads, backbone = arguments.heads, arguments.backbone
-    if not os.path.isdir(heads) and heads.count("/") != 1:  # no hub name either
-        raise UserError(f"heads: expected a folder written by train, got {heads}, which is none")
     if backbone is not None:
         with loading("--backbone", backbone):
             path = backbone_path(backbone)

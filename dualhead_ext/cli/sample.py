@@ -19,7 +19,7 @@ from ..eval.open_prompts import SPLITS, open_prompts
 from ..eval.scorers import Scorer, scorer
 from ..model.builtin_backbones import backbone_path
 from .errors import UserError, argument
-from .models import check_device, loading, quiet_transformers
+from .models import check_backbone, check_device, loading, quiet_transformers
 
 # Built-in prompts instead of a file: "open" or "open:SPLIT".
 OPEN = "open"
@@ -27,6 +27,7 @@ OPEN = "open"
 
 def sample(arguments: Namespace) -> None:
     """Sample, score, and append one row for each prompt that the file does not have yet."""
+    check_backbone("--backbone", arguments.backbone)
     with argument("--prompts"):
         prompts = load_prompts(arguments.prompts)[: arguments.limit]
     with argument("--scorer"):
