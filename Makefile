@@ -7,7 +7,8 @@
 # make test-peers  the neighbours' own tests over gated models; downloads their source archives
 # make build     recompile what changed under csrc/
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
-# make lint      ruff and clang-format on every file;  make format puts them right
+# make lint      ruff, mypy and clang-format;  make format puts right what it can
+# make docs      the documentation's site, into build/site
 # make bench     the benchmarks
 # make wheel     dist/: a wheel for the CPU, for any Python and torch, tried where nothing else is
 # make gpu-check   all that needs a GPU, in the environment of $(PYTHON), in under eight minutes
@@ -45,7 +46,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test test-fast campaign test-peers cpp-test sanitize lint format bench wheel
+.PHONY: install build demo test test-fast campaign test-peers cpp-test sanitize lint format docs bench wheel
 .PHONY: clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
@@ -106,12 +107,17 @@ sanitize: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
 	.venv/bin/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
 	.venv/bin/clang-format -i $(CPP_FILES)
+
+# NO_MKDOCS_2_WARNING: no advertisement of the theme's successor.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build
 
 bench: build
 	$(VENV_PYTHON) -m pytest --benchmark

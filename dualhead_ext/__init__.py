@@ -6,10 +6,24 @@ states. docs/ and README.md show how; `reference` says what everything means.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .build_info import build_info
 from .model.registration import register_when_there
+
+if TYPE_CHECKING:  # for type checkers and the API reference; at run time see `__getattr__`
+    from . import data as data
+    from . import functional as functional
+    from . import ops as ops
+    from . import reference as reference
+    from .config import DualHeadConfig as DualHeadConfig
+    from .head.dual_head import DualHead as DualHead
+    from .model.attachment import detach as detach
+    from .model.builtin_backbones import backbone_path as backbone_path
+    from .model.causal_lm import DualHeadForCausalLM as DualHeadForCausalLM
+    from .model.weak_to_strong import WeakToStrong as WeakToStrong
+    from .train.trainer import DualHeadTrainer as DualHeadTrainer
+    from .train.trainer import DualHeadTrainingArguments as DualHeadTrainingArguments
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-GATE_NAMES = ("attention", "fixed", "linear")
+GATE_NAMES = ["attention", "fixed", "linear"]  # `head.gate.register_gate` appends to it
 MIX_NAMES = ("logits", "probs")
 REWARD_HEAD_NAMES = ("full", "embedding", "lowrank")
 PREFERENCE_NAMES = ("log_prob", "token_reward")

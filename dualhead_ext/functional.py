@@ -155,17 +155,17 @@ def dual_head_loss(
     if counts is not None and not isinstance(counts, LossCounts):
         raise TypeError(f"{_NAME}: counts must be LossCounts or None, got {type(counts).__name__}")
     lengths = _checked_lengths(lengths, num_rows)
-    lengths, objective, heads.objective_weights, pairs = _on_host(
+    lengths, (objective, heads.objective_weights, pairs) = _on_host(
         labels, mask, lm_weight.shape[0], lengths, [objective, weights, pairs]
     )
     _check_objective_values(objective, num_objectives)
     if pairs is None:
-        pairs = [(p, num_pairs + p) for p in range(num_pairs)]
+        row_pairs = [(p, num_pairs + p) for p in range(num_pairs)]
     else:
-        pairs = _checked_pairs(pairs, num_rows)
-    pairing = Pairing(num_rows, pairs, None if objective is None else objective.tolist())
+        row_pairs = _checked_pairs(pairs, num_rows)
+    pairing = Pairing(num_rows, row_pairs, None if objective is None else objective.tolist())
     has_lm = any(pairing.in_lm(lm_on_chosen))
-    if gate_logit.requires_grad and pairs and not options.teaches_gate(has_lm):
+    if gate_logit.requires_grad and row_pairs and not options.teaches_gate(has_lm):
         raise ValueError(f"{_NAME}: {UNTAUGHT_GATE}")
     return chunked.dual_head_loss(
         hidden, labels, mask, gate_logit, heads, options, pairing, counts, lengths
@@ -372,8 +372,8 @@ def _on_host(
     vocab_size: int,
     lengths: list[int] | None,
     others: list[Tensor | None],
-) -> tuple[list[int] | Tensor | None, ...]:
-    """(lengths, *others) on the CPU, once the labels are checked: by the host, or, where it would
+) -> tuple[list[int], list[Tensor | None]]:
+    """(lengths, others) on the CPU, once the labels are checked: by the host, or, where it would
     wait for CUDA for nothing else, by the device.
     """
     outside = mask.bool() & ((labels < 0) | (labels >= vocab_size))
@@ -385,7 +385,7 @@ def _on_host(
         given = torch.tensor(lengths).to(mask.device, non_blocking=True)
         same = (counted == given).all()
         torch._assert_async(same, f"{_NAME}: lengths must be those of mask")
-        return lengths, *_copied(others)
+        return lengths, _copied(others)
     counted, wrong, *others = _copied([counted, wrong, *others])
     if wrong:
         where = tuple(outside.nonzero()[0].tolist())
@@ -397,7 +397,7 @@ def _on_host(
         raise ValueError(
             f"{_NAME}: lengths must be those of mask, {counted.tolist()}, got {lengths}"
         )
-    return counted.tolist(), *others
+    return counted.tolist(), others
 
 
 def _copied(tensors: list[Tensor | None]) -> list[Tensor | None]:

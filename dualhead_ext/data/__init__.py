@@ -163,7 +163,8 @@ class _Row:
 
 
 def _collect(source: str, rows: Rows) -> PreferenceData:
-    report, found = DataReport(source, place=rows.place), []
+    report = DataReport(source, place=rows.place)
+    found: list[_Row] = []
     layout: tuple[str, int] | None = None  # of the file, and the line that shows it
     for number, row in rows:
         try:
@@ -181,11 +182,11 @@ def _collect(source: str, rows: Rows) -> PreferenceData:
             raise ValueError(f"{source}, {rows.place} {number}: {error}") from error
     _leave_out_repeated_prompts(found)
     kept = []
-    for row in found:
+    for read in found:
         try:
-            kept.append(_finish(row))
+            kept.append(_finish(read))
         except Unusable as reason:
-            report.skip(str(reason), row.place)
+            report.skip(str(reason), read.place)
     report.kept, report.unit = len(kept), layout[0] if layout else PAIRS
     if not kept:
         raise ValueError(f"load_preference_data: no usable row in {report}")
@@ -266,13 +267,15 @@ def _leave_out_repeated_prompts(rows: list[_Row]) -> None:
 
     def repeated(row: _Row) -> bool:
         prompt = row.prompt
-        return bool(prompt) and all(text[: len(prompt)] == prompt for text in row.responses)
+        if not prompt:
+            return False
+        return all(text[: len(prompt)] == prompt for text in row.responses)
 
     plain = [row for row in rows if isinstance(row.prompt, str) and not is_dialogue(row.prompt)]
     whole_texts = all(map(repeated, plain))
     for row in rows:
         kind_is_sure = not isinstance(row.prompt, str) or is_dialogue(row.prompt)
-        if repeated(row) and (kind_is_sure or whole_texts):
+        if row.prompt and repeated(row) and (kind_is_sure or whole_texts):
             row.responses = [text[len(row.prompt) :] for text in row.responses]
 
 
@@ -280,7 +283,7 @@ def _finish(row: _Row) -> dict[str, Any]:
     """The row as it is used, or why it is not."""
     prompt, responses, scores = row.prompt, row.responses, row.others.get("scores")
     if prompt is None:
-        split = split_texts if isinstance(responses[0], str) else split_messages
+        split: Any = split_texts if isinstance(responses[0], str) else split_messages
         prompt, *responses = split(*responses)
     if scores is not None and len(responses) < 2:
         raise Unusable("fewer than two responses")

@@ -176,6 +176,7 @@ def _opener(path: Path) -> tuple[Any, bytes]:
     """(what opens the file, its first unpacked bytes), whatever it is called."""
     with open(path, "rb") as file:
         start = file.read(256)
+    opener: Any
     for magic, opener in _OPENERS.items():
         if start.startswith(magic):
             try:

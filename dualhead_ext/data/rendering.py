@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from .texts import ASSISTANT, HUMAN, is_dialogue
 
@@ -79,12 +79,14 @@ def render(prompt: str | list[Message], response: str | list[Message], tokenizer
             that renders a prompt differently once a response follows.
     """
     if isinstance(prompt, str):
+        response = cast(str, response)
         dialogue = is_dialogue(prompt)
         if not (dialogue and has_chat_template(tokenizer)):
             spans = dialogue_spans(response) if dialogue else [(0, len(response))]
             shifted = [(a + len(prompt), b + len(prompt)) for a, b in spans if a < b]
             return Rendered(prompt + response, shifted)
         prompt, response = messages_of(prompt), messages_of(ASSISTANT + response)
+    prompt, response = cast(list[Message], prompt), cast(list[Message], response)
     if has_chat_template(tokenizer):
         return _through_template(prompt, response, tokenizer)
     return _as_dialogue(prompt, response)

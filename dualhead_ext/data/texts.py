@@ -38,7 +38,9 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a message must have a role, got {', '.join(message) or 'nothing'}")
     if isinstance(content, (list, tuple)):
         kinds = [part.get("type", "text") if isinstance(part, dict) else None for part in content]
-        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        texts: list[Any] = [
+            part.get("text") if isinstance(part, dict) else part for part in content
+        ]
         other = next((kind for kind in kinds if kind not in ("text", None)), None)
         if other is not None:
             raise Unusable(f"a message holds a part of type {other}")

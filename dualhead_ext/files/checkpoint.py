@@ -24,7 +24,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .atomic import synchronise
 from .foreign import brief
@@ -80,7 +80,7 @@ def commit(staging: Path, required: tuple[str, ...] = ()) -> Path:
         CheckpointError: one of them is missing, or something in the folder is not a regular file.
             OSError: the disk.
     """
-    match = _TEMPORARY.fullmatch(staging.name)
+    match = cast(re.Match, _TEMPORARY.fullmatch(staging.name))  # `begin` gave it its name
     final, replaced = staging.parent / match[1], staging.parent / f".{match[1]}.replaced"
     files = {}
     for name, path in _files_below(staging):
@@ -131,7 +131,7 @@ def clean(directory: str | os.PathLike) -> None:
     """Finish what a crash interrupted: put a replaced checkpoint back where nothing took its place,
     remove other temporary folders.
     """
-    for entry in sorted(os.scandir(directory), key=lambda e: e.name):
+    for entry in sorted(os.scandir(os.fspath(directory)), key=lambda e: e.name):
         match = _TEMPORARY.fullmatch(entry.name)
         if match is None:
             continue
@@ -239,7 +239,7 @@ def _verify(path: Path, contents: bool) -> list[str]:
 def _numbered(directory: str | os.PathLike) -> list[Path]:
     """Folders named checkpoint-N, by N; symbolic links are not followed."""
     found = []
-    for entry in os.scandir(directory):
+    for entry in os.scandir(os.fspath(directory)):
         match = _FOLDER.fullmatch(entry.name)
         if match and entry.is_dir(follow_symlinks=False):
             found.append((int(match[1]), Path(entry.path)))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import DualHeadConfig
+from ..config import GATE_NAMES, DualHeadConfig
 from ..reference import accumulator_dtype, fold_values, masked_softmax
 from .prompt_projection import PromptProjection
 
@@ -214,3 +214,23 @@ GATES: dict[str, type[Gate]] = {
     "linear": LinearGate,
     "fixed": FixedGate,
 }
+
+
+def register_gate(name: str, gate: type[Gate]) -> None:
+    """Make a gate of your own known as ``DualHeadConfig(gate=name)``.
+
+    Its ``__init__`` takes the config; its ``forward`` maps hidden states (..., d) to the logit of
+    alpha (...), fp32 or float64. Its ``state_names`` say what each parameter is called in files.
+    Register it again in each process that loads heads with this gate, before they are loaded.
+
+    Raises:
+        TypeError: gate is not a class derived from `Gate`.
+        ValueError: another gate has this name.
+    """
+    if not (isinstance(gate, type) and issubclass(gate, Gate)):
+        raise TypeError(f"register_gate: gate must be a class derived from Gate, got {gate!r}")
+    if GATES.get(name, gate) is not gate:
+        raise ValueError(f"register_gate: name must be new, got {name!r}, which is a gate already")
+    if name not in GATES:
+        GATES[name] = gate
+        GATE_NAMES.append(name)

@@ -205,7 +205,9 @@ class Pass:
         examples, of_example = self.pairing.examples, self.pairing.pairs_of_examples
         first = 0
         while first < len(examples):
-            last, plan, rows, pairs = first, {}, [], []
+            last, plan = first, {}
+            rows: list[int] = []
+            pairs: list[int] = []
             while last < len(examples):
                 more = self._plan(rows + examples[last], pairs + of_example[last])
                 if last > first and self._rows_of_logits(more) > self._budget:

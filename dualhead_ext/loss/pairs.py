@@ -62,8 +62,11 @@ class Pairing:
         not waited for.
         """
         chosen = range(len(self)) if pairs is None else pairs
-        numbers = (self.better, self.worse, self.objective)
-        return tuple(to_device([of_pair[p] for p in chosen], device) for of_pair in numbers)
+        better, worse, objective = (
+            to_device([of_pair[p] for p in chosen], device)
+            for of_pair in (self.better, self.worse, self.objective)
+        )
+        return better, worse, objective
 
 
 def to_device(numbers: Sequence[int | bool], device: torch.device) -> Tensor:

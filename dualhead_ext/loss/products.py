@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,9 @@ def lay_out(
         if job.lm is not None:
             groups.setdefault(("lm", job.lm), []).append(i)
         groups.setdefault(("reward", job.reward), []).append(i)
-    products, views, start = [], {}, 0
+    products: list[Any] = []
+    views: dict[Any, Any] = {}
+    start = 0
     for (name, terms), members in groups.items():
         index = torch.cat([jobs[i].index for i in members])
         z = workspace[start : start + len(index)]
@@ -229,7 +232,7 @@ class Products:
         if len(terms) == 1:
             linear, share = terms[0]
             return linear.features[index].to(dtype), share
-        total = 0.0
+        total: Any = 0.0
         for linear, share in terms:
             total = total + share * linear.features[index].to(self.dtype)
         return total.to(dtype), 1.0

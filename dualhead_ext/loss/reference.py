@@ -17,6 +17,7 @@ P pairs of them (`loss_pairs`), N tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -356,7 +357,7 @@ def combine(
     margin = chosen - rejected - options.gamma
     # Two empty responses say nothing: without this their constant loss would be reported.
     losses = pair_loss(margin, options.label_smoothing)
-    losses = losses.masked_fill(sum(lengths) == 0, 0.0)
+    losses = losses.masked_fill(lengths[0] + lengths[1] == 0, 0.0)
 
     lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
     lm_loss = sums.lm_nll.sum() / at_least_one(lm_count)
@@ -388,10 +389,9 @@ def combine(
             **gate_sums,
         }
         totals = _totals(of_pairs, of_rows, pairing)
-    terms = (lm_loss, preference_loss, gate_loss, kl_loss)
-    return DualHeadLossOutput(
-        loss, *(x.detach() for x in (*terms, *logps, chosen, rejected)), totals
-    )
+    detached = (lm_loss, preference_loss, gate_loss, kl_loss, *logps, chosen, rejected)
+    values: list[Any] = [*(x.detach() for x in detached), totals]
+    return DualHeadLossOutput(loss, *values)
 
 
 def _totals(of_pairs: dict[str, Tensor], of_rows: dict[str, Tensor], pairing: Pairing) -> Tensor:

@@ -150,8 +150,8 @@ def _kl_gradients(rows: Rows, upstream: Tensor, lm: bool) -> tuple[Tensor | None
         with torch.enable_grad():
             total = (mixed_kl(z_lm, z_rm, gate_logit, rows.options) * of_part).sum()
             made.append(torch.autograd.grad(total, wanted))
-    z_rm, gate_logit, *z_lm = (torch.cat(parts) for parts in zip(*made, strict=True))
-    return (z_lm[0] if lm else None), z_rm, gate_logit
+    found = [torch.cat(parts) for parts in zip(*made, strict=True)]
+    return (found[2] if lm else None), found[0], found[1]
 
 
 def _log_prob_gradients_(

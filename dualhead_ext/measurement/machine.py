@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -160,13 +161,17 @@ def read_loops(buffer: Tensor) -> tuple[int, dict[str, Contender]]:
         raise ValueError(f"read_loops: buffer must have {row} bytes or more, got {raw.numel()}")
     raw = raw[: raw.numel() // row * row]
     numbers, vector = raw.view(torch.float32), torch.rand(_MATRIX_COLUMNS, device=raw.device)
-    methods = {
+    methods: dict[str, Callable[[], Any]] = {
         "sum of fp32": numbers.sum,
         "sum of int64": raw.view(torch.int64).sum,
         "dot product": lambda: torch.dot(numbers, numbers),
         "matrix-vector product": lambda: torch.mv(numbers.view(-1, _MATRIX_COLUMNS), vector),
     }
-    loops = {name: Contender(name, lambda copy, f=method: f()) for name, method in methods.items()}
+
+    def contender(name: str, method: Callable[[], Any]) -> Contender:
+        return Contender(name, lambda copy: method())
+
+    loops = {name: contender(name, method) for name, method in methods.items()}
     return raw.numel(), loops
 
 
@@ -180,8 +185,8 @@ def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) ->
     """
     num_bytes, loops = read_loops(buffer)
     clock = clock_of(buffer.device.type)
-    loops = list(loops.values())
-    timings = alternate(loops, seconds=seconds, min_rounds=min_rounds, warmup=1, clock=clock)
+    contenders = list(loops.values())
+    timings = alternate(contenders, seconds=seconds, min_rounds=min_rounds, warmup=1, clock=clock)
     rates = {name: num_bytes / timing.us_median / 1e3 for name, timing in timings.items()}
     best = max(rates, key=rates.__getitem__)
     return ReadBandwidth(rates[best], best, rates)

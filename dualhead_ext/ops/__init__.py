@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def cpu_isa() -> str:
 
     Raises:
         RuntimeError: DUALHEAD_FORCE_ISA names one that is unknown or that this machine lacks, or
-        the compiled library is missing.
+            the compiled library is missing.
     """
     library.require("cpu")
     return torch.ops.dualhead.cpu_isa()
@@ -164,10 +165,10 @@ def decode_step(
         (B, H, S) fp32. What was not asked for has shape (0,).
 
     Raises:
-        TypeError: a dtype, or something that is not a tensor. ValueError: a shape, a device, a
-        layout, or arguments that do not go together. RuntimeError: an argument requires a gradient
-        while gradients are recorded (there is none), or the library is missing. Nothing has been
-        written.
+        TypeError: a wrong dtype, or an argument that is not a tensor.
+        ValueError: a wrong shape, device or layout, or arguments that do not go together.
+        RuntimeError: an argument requires a gradient while gradients are recorded (the operator has
+            no backward pass), or the library is missing. Nothing has been written.
     """
     arguments = locals()  # by the schema's names
     # The dispatcher would take anything truthy for a bool.
@@ -206,7 +207,7 @@ def _as_python_error(error: RuntimeError, arguments: dict) -> Exception:
 
 
 # Schema type -> what a person reads, and what is accepted.
-_EXPECTED = {
+_EXPECTED: dict[str, tuple[str, Any]] = {
     "Tensor": ("a tensor", Tensor),
     "Optional[Tensor]": ("a tensor or None", (Tensor, type(None))),
     "bool": ("a bool", bool),
@@ -214,12 +215,13 @@ _EXPECTED = {
 }
 
 
-def _decode_step(*arguments, **named):
+def _missing(*arguments: Any, **named: Any) -> None:
     """Stands for the operator while the library is missing; says why it is."""
     library.require("cpu")
 
 
-_in_order = dict.values
+_decode_step: Any = _missing
+_in_order: Any = dict.values
 
 if library.problem("cpu") is None:
     _decode_step = torch.ops.dualhead.decode_step.default

@@ -45,15 +45,15 @@ class QuantizedStorage(nn.Module):
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=numbers[0].device))
         # Seen as integers, which .half() and .to(dtype) leave alone; they would convert every
         # floating-point tensor, fp8 numbers and scales too.
-        moved = [
+        weight, scale = (
             fn(tensor.detach().view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
             for tensor in numbers
-        ]
+        )
         self._parameters["weight"] = self._parameters["weight_scale"] = None
         try:
             super()._apply(fn, recurse)
         finally:
-            self.hold(*moved, probe.dtype)
+            self.hold(weight, scale, probe.dtype)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:

@@ -83,7 +83,7 @@ def _obstacle(weight: Any, name: str) -> str | None:
         return f"expected one of {', '.join(_WEIGHTS)}"
     # fp8 and int8 say what they are by their storage, intx beside it.
     stored = getattr(weight, "target_dtype", weight.qdata.dtype)
-    expected = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int4}[name]
+    expected = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int4}[name]  # type: ignore[attr-defined]
     if stored != expected:
         return f"it holds {stored}"
     block, group = [1, FORMATS[name].group or weight.shape[-1]], list(weight.block_size)

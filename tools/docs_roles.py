@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A griffe extension: the roles of docstrings (``:func:`name```) become Markdown's code."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import Extension, Object
+
+ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc):`~?\.?([^`]*)`")
+
+
+class Roles(Extension):
+    """Rewrites each docstring once it is loaded."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            text = ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = text
