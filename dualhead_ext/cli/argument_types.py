@@ -78,7 +78,7 @@ def add_color(parser: argparse.ArgumentParser) -> None:
         "--color",
         choices=COLOR_NAMES,
         default="auto",
-        help="default: as the terminal and NO_COLOR say",
+        help="default: auto, by the terminal and NO_COLOR",
     )
 
 

@@ -23,15 +23,15 @@ examples:
   dualhead eval --suite steering --out run --attributes sentiment --kl 0.1 \\
       --seeds 1 --systems backbone,dual-head-embedding-fixed      its headline: ten minutes
 
-With HEADS, --out gets eval.json, eval.md and sweep.png: accuracy on pairs, KL, perplexity, alpha,
-length and scores at each strength, and replies side by side. The suites compare whole systems: each
-cell is kept in --out as it is computed; the tables and plots there show all that is done.
-Data is looked for below --data or $DUALHEAD_DATA. Exit code 3: time ran out, cells are left."""
+With HEADS, --out gets eval.json, eval.md and sweep.png: accuracy on pairs; KL, perplexity, alpha,
+length and scores at each strength; and replies side by side. The suites compare whole systems. They
+store each cell in --out when it is computed; the tables and plots there show all finished cells.
+The suites read data from --data or $DUALHEAD_DATA. Exit code 3: time ran out, cells are left."""
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("heads", nargs="?", help="folder of heads to measure; or give --suite")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for what is measured")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--data",
         metavar="FILE",
@@ -39,7 +39,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "of --suite paper: folder of data (default $DUALHEAD_DATA)",
     )
     parser.add_argument(
-        "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint that judges texts"
+        "--judge-url",
+        metavar="URL",
+        help="address of an OpenAI-compatible endpoint that judges texts",
     )
     _add_eval_heads(parser.add_argument_group("heads"))
     _add_eval_suite(parser.add_argument_group("suites"))
@@ -56,31 +58,31 @@ def _add_eval_heads(group: Any) -> None:
         "--strengths",
         type=numbers,
         metavar="S,...",
-        help=f"to reply at; 0, the backbone, is always among them {default('strengths')}",
+        help=f"strengths to measure; 0, the backbone, is always among them {default('strengths')}",
     )
     group.add_argument(
         "--prompts",
         metavar="FILE",
-        help='a question a line, .jsonl rows with "prompt", or "open:measure" (default: the '
+        help='one question per line, .jsonl rows with "prompt", or "open:measure" (default: the '
         "prompts of --data)",
     )
     group.add_argument(
         "--scorer",
         action="append",
         metavar="NAME",
-        help="of the replies, as of dualhead sample; may be given several times",
+        help="scorer of the replies, as in dualhead sample; may be given several times",
     )
     group.add_argument(
         "--limit",
         type=number(int, 1),
         metavar="N",
-        help=f"the first N rows and prompts (default: all rows, {PROMPTS} prompts)",
+        help=f"use the first N rows and prompts (default: all rows, {PROMPTS} prompts)",
     )
     for name, low, text in (
-        ("max_new_tokens", 1, "a longer reply is cut"),
-        ("max_length", 2, "tokens of a pair's text, a longer one is cut"),
-        ("batch_size", 1, "replies at once"),
-        ("seed", 0, "of sampling"),
+        ("max_new_tokens", 1, "a longer reply is cut to this many tokens"),
+        ("max_length", 2, "a longer text of a pair is cut to this many tokens"),
+        ("batch_size", 1, "replies sampled at once"),
+        ("seed", 0, "seed of sampling"),
     ):
         group.add_argument(
             f"--{name.replace('_', '-')}",
@@ -89,7 +91,7 @@ def _add_eval_heads(group: Any) -> None:
             help=f"{text} {default(name)}",
         )
     group.add_argument(
-        "--objective-weights", type=numbers, metavar="W,...", help="one number for each objective"
+        "--objective-weights", type=numbers, metavar="W,...", help="one weight per objective"
     )
     group.add_argument(
         "--backbone",
@@ -97,44 +99,57 @@ def _add_eval_heads(group: Any) -> None:
     )
     group.add_argument("--device", type=device, help="auto (default), cpu, cuda or cuda:N")
     group.add_argument(
-        "--no-plot", action="store_true", default=None, help="no sweep.png, no need of matplotlib"
+        "--no-plot",
+        action="store_true",
+        default=None,
+        help="write no sweep.png; matplotlib is not needed then",
     )
 
 
 def _add_eval_suite(parser: Any) -> None:
     parser.add_argument(
-        "--suite", choices=("paper", "steering"), help="(default paper, where HEADS is not given)"
+        "--suite",
+        choices=("paper", "steering"),
+        help="the suite to run (default: paper, if HEADS is not given)",
     )
     parser.add_argument(
         "--scale",
         choices=("tiny", "small", "standard", "gpu"),
-        help="how large a run; of steering tiny or standard (default standard)",
+        help="size of the run; for steering tiny or standard (default standard)",
     )
     parser.add_argument(
         "--decoders", type=names, metavar="NAME,...", help="systems to compare (default: all)"
     )
-    parser.add_argument("--seeds", type=number(int, 1), metavar="N", help="of the headline systems")
     parser.add_argument(
-        "--attributes", type=names, metavar="NAME,...", help="what to steer (default: all)"
+        "--seeds", type=number(int, 1), metavar="N", help="number of seeds of the headline systems"
     )
     parser.add_argument(
-        "--systems", type=names, metavar="NAME,...", help="what to compare (default: all)"
+        "--attributes", type=names, metavar="NAME,...", help="attributes to steer (default: all)"
+    )
+    parser.add_argument(
+        "--systems",
+        type=names,
+        metavar="NAME,...",
+        help="systems of the steering suite (default: all)",
     )
     parser.add_argument(
         "--kl",
         type=numbers,
         metavar="X,...",
-        help="nats per token to decode at (default 0.1,0.05,0.2,0.4)",
+        help="KL targets in nats per token (default 0.1,0.05,0.2,0.4)",
     )
     parser.add_argument(
-        "--judge-model", metavar="NAME", help="the model to ask at --judge-url for win rates"
+        "--judge-model", metavar="NAME", help="model at --judge-url that judges win rates"
     )
     parser.add_argument(
-        "--minutes", type=number(float, 0), metavar="X", help="start no cell that would end later"
+        "--minutes",
+        type=number(float, 0),
+        metavar="X",
+        help="time limit: start no cell that would end later",
     )
     parser.add_argument(
         "--state-mb",
         type=number(float, 1),
         metavar="X",
-        help="leave at most so much in DIR: drop models, those that nothing left needs first",
+        help="keep at most this much in DIR: models that are no longer needed are deleted first",
     )

@@ -22,8 +22,8 @@ examples:
   dualhead generate heads "Tell me a joke." --quantize int8
   echo "What is a gate?" | dualhead generate heads
 
-A bare question becomes a Human turn (or goes through the tokenizer's chat template), and the text
-ends where the model ends its turn; --raw sends the prompt as it is and cuts nothing."""
+A question is put into the tokenizer's chat template, or into a Human turn if there is none. The
+text ends where the model ends its turn. --raw sends the prompt as it is and cuts nothing."""
 
 CHAT = """\
 examples:
@@ -40,17 +40,20 @@ examples:
   dualhead inspect heads --prompt "How was the cake?" --text "It was a lie." --html cake.html
   dualhead inspect heads --text "The cake was a lie." --html cake.html --strengths 0,0.5,1,2
 
-The page needs no network: tokens coloured by alpha; over each, alpha, what both heads and their
-mixture expected there, and the KL divergence of the mixture from the backbone."""
+The page needs no network. It colours tokens by alpha. For each token it shows alpha, the
+predictions of both heads and of their mixture, and the KL divergence of the mixture from the
+backbone."""
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("heads", help="folder written by train or save_pretrained")
-    parser.add_argument("prompt", nargs="?", help="default: standard input")
+    parser.add_argument("prompt", nargs="?", help="the prompt (default: standard input)")
     _add_model(parser)
-    parser.add_argument("--raw", action="store_true", help="no template around the prompt")
     parser.add_argument(
-        "--backbone-only", action="store_true", help="the backbone's own text, without the heads"
+        "--raw", action="store_true", help="send the prompt as it is, without a template"
+    )
+    parser.add_argument(
+        "--backbone-only", action="store_true", help="decode with the backbone alone"
     )
     gate = _add_gate(parser)
     gate.add_argument("--show-gate", action="store_true", help="show alpha of each token")
@@ -88,7 +91,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=FORMAT_NAMES,
-        help="both heads in this format (default: as they are in the folder)",
+        help="quantise both heads (default: as stored in the folder)",
     )
     add_device(parser)
 
@@ -96,21 +99,29 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_gate(parser: argparse.ArgumentParser) -> Any:
     gate = parser.add_argument_group("gate")
     gate.add_argument(
-        "--strength", type=STRENGTH, metavar="S", help="scales alpha; 0 is the backbone"
+        "--strength",
+        type=STRENGTH,
+        metavar="S",
+        help="factor of alpha; 0 is the backbone (default 1)",
     )
     gate.add_argument("--gate-offset", type=number(), metavar="X", help="added to the gate's logit")
-    gate.add_argument("--alpha", type=number(float, 0, 1), metavar="A", help="in place of the gate")
     gate.add_argument(
-        "--max-kl", type=number(float, 0), metavar="X", help="nats from the backbone, each token"
+        "--alpha", type=number(float, 0, 1), metavar="A", help="a fixed alpha in place of the gate"
+    )
+    gate.add_argument(
+        "--max-kl",
+        type=number(float, 0),
+        metavar="X",
+        help="limit of the KL divergence from the backbone at each token, in nats",
     )
     gate.add_argument(
         "--skip-threshold",
         type=number(float, 0, 0.5),
         metavar="A",
-        help="alpha nearer to 0 or 1 counts as such, and spares a head (default 0)",
+        help="treat alpha this close to 0 or 1 as 0 or 1; a head may then be skipped (default 0)",
     )
     gate.add_argument(
-        "--objective-weights", type=WEIGHTS, metavar="W,...", help="one number for each objective"
+        "--objective-weights", type=WEIGHTS, metavar="W,...", help="one weight per objective"
     )
     return gate
 
@@ -119,13 +130,13 @@ def _add_page(gate: Any) -> None:
     gate.add_argument(
         "--html",
         metavar="FILE",
-        help="write a page: tokens coloured by alpha, and what each head expected",
+        help="write a page with alpha and both heads' predictions for each token",
     )
     gate.add_argument(
         "--strengths",
         type=numbers,
         metavar="S,...",
-        help="of the page: record each of these strengths, for a slider (default: --strength)",
+        help="strengths that the page's slider offers (default: --strength)",
     )
 
 
@@ -136,9 +147,9 @@ def _add_decoding(parser: argparse.ArgumentParser, new_tokens: int) -> None:
         type=number(int, 1),
         default=new_tokens,
         metavar="N",
-        help=f"(default {new_tokens})",
+        help=f"stop after this many tokens (default {new_tokens})",
     )
-    sampling.add_argument("--sample", action="store_true", help="sample; default: greedy")
+    sampling.add_argument("--sample", action="store_true", help="sample (default: greedy decoding)")
     for name, kind, text in (
         ("temperature", number(float, 1e-6), "default 1"),
         ("top-k", number(int, 0), "default 0: all"),
@@ -149,5 +160,9 @@ def _add_decoding(parser: argparse.ArgumentParser, new_tokens: int) -> None:
             f"--{name}", type=kind, metavar="X", help=f"implies --sample ({text})"
         )
     sampling.add_argument(
-        "--seed", type=number(int, 0, MAX_SEED), default=0, metavar="N", help="(default 0)"
+        "--seed",
+        type=number(int, 0, MAX_SEED),
+        default=0,
+        metavar="N",
+        help="seed of sampling (default 0)",
     )

@@ -36,7 +36,7 @@ examples:
   dualhead train --backbone model.gguf --data pairs.jsonl --output heads
   dualhead train --backbone ./llama --data pairs.jsonl --eval-data test.jsonl --output heads
   dualhead train --data pairs.jsonl.gz --gate linear --mix probs --learning-rate 1e-3 --output heads
-  dualhead train --output heads --resume          go on from the last complete checkpoint
+  dualhead train --output heads --resume          continue from the last complete checkpoint
   dualhead train --output heads --epochs 3 --cache-hidden hidden     run the backbone only once
   dualhead train --output heads --report-to tensorboard
   dualhead train --preset paper --output heads    the paper's head and objective
@@ -55,8 +55,8 @@ examples:
   dualhead sample --prompts rows.jsonl --scorer judge:NAME --judge-url http://localhost:8000/v1 \\
       --out ranked.jsonl
 
-The same command goes on where it was stopped. Prompts are a question a line, or .jsonl rows with
-"prompt"; "open" is a set of 208 neutral prompts that comes with this package."""
+A command that was stopped continues where it was. Prompts are one question per line, or .jsonl
+rows with "prompt"; "open" is a set of 208 neutral prompts that comes with this package."""
 
 _INFO = """\
 examples:
@@ -102,8 +102,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         type=number(float, 0.0, 0.9),
         default=0.1,
         metavar="X",
-        help="without --eval-data, the share of --data to hold out, by prompts; of the embedded "
-        "sample its test split is (default 0.1; 0: measure nothing)",
+        help="without --eval-data, the share of --data to hold out, by prompts; the embedded "
+        "sample has a test split of its own (default 0.1; 0: measure nothing)",
     )
     data.add_argument(
         "--limit",
@@ -117,10 +117,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="last",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a value from the last complete one in --output",
+        help="continue from a checkpoint (default: the last complete one in --output)",
     )
     data.add_argument(
-        "--overwrite", action="store_true", help="write into an --output that holds heads already"
+        "--overwrite", action="store_true", help="replace the heads that --output holds"
     )
     add_device(data)
 
@@ -133,7 +133,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESET_NAMES,
         default="default",
-        help="a whole recipe, what is given beside it stands over it (default: default)",
+        help="a complete recipe; options given beside it override it (default: default)",
     )
     head = parser.add_argument_group("heads")
     default = _config_defaults()
@@ -151,7 +151,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         head.add_argument(option, type=kind, default=default[name], metavar="X")
     for action in head._group_actions:
         if any(action.dest in preset["head"] for preset in PRESETS.values()):
-            action.default, action.help = None, "(default: the preset's)"
+            action.default, action.help = None, "(default: from the preset)"
         else:
             action.help = f"(default {action.default})"
 
@@ -175,16 +175,20 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         "response -> number, higher is better), reward-model:FOLDER (a classifier with one label), "
         "judge:MODEL",
     )
-    parser.add_argument("--judge-url", metavar="URL", help="of an OpenAI-compatible endpoint")
-    parser.add_argument("--out", required=True, metavar="FILE", help=".jsonl of ranked responses")
+    parser.add_argument(
+        "--judge-url", metavar="URL", help="address of an OpenAI-compatible endpoint"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="JSON-lines file for the ranked responses"
+    )
     parser.add_argument(
         "-n", type=number(int, 2), default=6, metavar="N", help="responses to a prompt (default 6)"
     )
     for name, kind, default, text in (
-        ("max-new-tokens", number(int, 1), 64, "a longer response is cut"),
-        ("temperature", number(float, 1e-6), 1.0, "of sampling"),
-        ("seed", number(int, 0), 0, "of sampling"),
-        ("batch-size", number(int, 1), 48, "responses at once"),
+        ("max-new-tokens", number(int, 1), 64, "a longer response is cut to this many tokens"),
+        ("temperature", number(float, 1e-6), 1.0, "sampling temperature"),
+        ("seed", number(int, 0), 0, "seed of sampling"),
+        ("batch-size", number(int, 1), 48, "responses sampled at once"),
     ):
         help_text = f"{text} (default {default:g})"
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help_text)
@@ -196,7 +200,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "heads", nargs="?", help="folder of heads to describe (default: the installation)"
     )
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -214,9 +218,9 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     )
     for name, low, high, default, text in (
         ("prompts", 16, 208, 96, "built-in prompts to sample and train on, of 208"),
-        ("test-prompts", 3, 208, 48, "others to measure on, of 208"),
-        ("new-tokens", 1, 1024, 32, "tokens of each text"),
-        ("seed", 0, MAX_SEED, 0, "of everything random"),
+        ("test-prompts", 3, 208, 48, "other built-in prompts to measure on, of 208"),
+        ("new-tokens", 1, 1024, 32, "tokens to generate per text"),
+        ("seed", 0, MAX_SEED, 0, "seed of all random numbers"),
     ):
         help_text = f"{text} (default {default})"
         parser.add_argument(
@@ -232,16 +236,20 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 # Command: (declares its options, what it does, examples)
 OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
-    "generate": (add_generate, "decode a prompt, token by token as they come", GENERATE),
+    "generate": (add_generate, "decode a prompt and print each token as it comes", GENERATE),
     "chat": (add_chat, "talk with a model and steer it as it answers", CHAT),
-    "inspect": (add_inspect, "show what the gate and both heads make of a text", INSPECT),
+    "inspect": (
+        add_inspect,
+        "show alpha and the predictions of both heads for each token of a text",
+        INSPECT,
+    ),
     "sample": (add_sample, "sample and rank responses to train on", _SAMPLE),
     "eval": (
         add_eval,
         "measure heads on your pairs and prompts, or compare whole systems",
         EVAL_EXAMPLES,
     ),
-    "info": (add_info, "what was built, and what it found; or what a folder of heads holds", _INFO),
+    "info": (add_info, "describe the installation, or a folder of heads", _INFO),
     "bench": (bench.add_arguments, "time the fused step against eager PyTorch", _BENCH),
     "completion": (
         completion.add_completion,
