@@ -68,22 +68,22 @@ def dual_head_loss(
     z_RM - z_LM`` before f and kappa = pref_gate; then only the rows of the tokens that occur are
     read, and there is no product with the vocabulary unless L_LM or L_KL needs one.
 
-    Source: the paper, Training; `docs/paper.md` has the departures. Products run in the dtype of
-    each weight (autocast applies), log-softmax and all that follows in fp32 (float64 for float64).
+    Source: the paper, Training; `docs/paper.md` lists the departures. Products run in the dtype of
+    each weight (autocast applies); log-softmax and everything after it in fp32 (float64 for
+    float64).
 
-    A token outside ``mask`` has no part in anything, whatever is stored there. An empty response
-    has r = 0 and no gradient; a pair of two counts 0 in L_pref; a batch with no
-    response token has loss 0 and zero gradients.
+    A token outside ``mask`` has no effect, whatever is stored there. An empty response has r = 0
+    and no gradient. A pair of two empty responses counts 0 in L_pref. A batch without a response
+    token has loss 0 and zero gradients.
 
-    Rows that are linked by pairs go through the products together, as many as fit into a bounded
-    workspace, and their gradients are made at once: logits take no more memory for a larger N, and
-    nothing is computed twice but for such a group that is too long by itself. There is a first
-    derivative only.
+    Rows that pairs link go through the products together, as many as fit into a bounded workspace,
+    and their gradients are computed at once. So the logits' memory does not grow with N. Nothing is
+    computed twice, except for a group of linked rows that is too long for the workspace. There is
+    a first derivative only.
 
-    How many tokens there are decides over every size, so a loss on CUDA waits for the device: once,
-    or not at all where ``lengths`` says it and pairs, objective and objective_weights are on the
-    CPU. What
-    is wrong with the labels is then found by an assertion on the device.
+    On CUDA the loss waits for the device once, to count the tokens. It does not wait if ``lengths``
+    gives the counts and pairs, objective and objective_weights are on the CPU; wrong labels are
+    then found by an assertion on the device.
 
     Args:
         hidden: (R, T, d), the backbone's final hidden states; by default R = 2P rows [all chosen;
@@ -100,27 +100,27 @@ def dual_head_loss(
             delta_k = W_LM (U_k D_k h + c_k), n = d, for "embedding", U_k D_k h + c_k, n = V, for
             "lowrank". "embedding" may leave out down and up: rank 0.
         mix ... logit_softcap: see :class:`dualhead_ext.loss.terms.LossOptions`.
-        num_pairs: P of the default pairs; default R / 2.
-        pairs: (P, 2) int64, rows of (better, worse), instead: a row may be in many, as those of a
-            ranked list are. L_LM then reads the rows that are worse in no pair. On the device of
-            hidden or on the CPU.
-        objective: (P,) int64, the head that L_pref of each pair acts on; default 0. On the device
-            of hidden or on the CPU, as objective_weights.
-        objective_weights: (K,), how L_LM's mixture weighs the heads; default 1/K each.
-        counts: what the means divide by, where this batch is a part of a larger one
-            (accumulation, several processes); default this batch's own.
-        lengths: (R,), response tokens of each row, ``mask.sum(-1)``, known to the host: a sequence
-            of int, or a tensor on the CPU. Default: counted.
+        num_pairs: P of the default pairs. Default: R / 2.
+        pairs: (P, 2) int64, rows of (better, worse), in place of the default pairs. A row may be in
+            several pairs, as in a ranked list. L_LM then reads the rows that are the worse one of
+            no pair. On the device of hidden or on the CPU.
+        objective: (P,) int64, the head that L_pref of each pair trains. Default: 0. On the device
+            of hidden or on the CPU, like objective_weights.
+        objective_weights: (K,), weights of the heads in L_LM's mixture. Default: 1/K each.
+        counts: what the means divide by, if this batch is a part of a larger one (accumulation,
+            several processes). Default: this batch's own counts.
+        lengths: (R,), response tokens of each row, ``mask.sum(-1)``: a sequence of int, or a tensor
+            on the CPU. Default: counted.
     Returns:
         :class:`dualhead_ext.loss.terms.DualHeadLossOutput`; ``out.loss`` is differentiable with
-        respect
-        to hidden, gate_logit and all weights.
+        respect to hidden, gate_logit and all weights.
     Raises:
-        TypeError: not a tensor, a wrong dtype, a float64 mixed with another.
+        TypeError: an argument that is not a tensor, a wrong dtype, or float64 mixed with another.
         ValueError: shapes that disagree, an empty batch, values out of range, labels outside [0, V)
-            where the mask is set, lengths that are not the mask's, tensors on different devices,
-            a gate_logit that wants a gradient and would have none (`LossOptions.teaches_gate`).
-            On CUDA with lengths given, a device assertion says so of labels and lengths.
+            where the mask is set, lengths that are not the mask's, tensors on different devices, or
+            a gate_logit that requires a gradient and would get none
+            (`LossOptions.teaches_gate`). On CUDA with lengths given, wrong labels and lengths
+            are a device assertion instead.
     """
     options = LossOptions(
         mix=mix,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A griffe extension: the roles of docstrings (``:func:`name```) become Markdown's code."""
+"""A griffe extension: reStructuredText in docstrings becomes Markdown. Roles (``:func:`name```)
+become code, and the two colons before an indented block become one.
+"""
 
 from __future__ import annotations
 
@@ -17,4 +19,4 @@ class Roles(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
             text = ROLE.sub(r"`\1`", obj.docstring.value)
-            obj.docstring.value = text
+            obj.docstring.value = text.replace("::\n\n", ":\n\n")

@@ -52,7 +52,8 @@ def load_prompts(name: str) -> list[str | list[dict[str, str]]]:
             messages; any other file: a question a line; or "open" (its training split),
             "open:calibration" or "open:measure".
     Raises:
-        FileNotFoundError: no such file. ValueError: a row without a prompt, or no prompt at all.
+        FileNotFoundError: no such file.
+        ValueError: a row without a prompt, or no prompt at all.
     """
     if name == OPEN or name.startswith(f"{OPEN}:"):
         return [_prompt(text) for text in open_prompts(name.partition(":")[2] or SPLITS[0])]

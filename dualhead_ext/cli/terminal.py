@@ -30,7 +30,8 @@ def console(color: str = "auto", file: TextIO | None = None) -> Console:
     Args:
         color: ``"auto"`` (as the terminal and NO_COLOR say), ``"always"`` or ``"never"``.
     Raises:
-        ValueError: another ``color``. ImportError: rich is not installed.
+        ValueError: another ``color``.
+        ImportError: rich is not installed.
     """
     if color not in COLOR_NAMES:
         raise ValueError(f"console: color must be one of {', '.join(COLOR_NAMES)}, got {color!r}")

@@ -116,16 +116,17 @@ def load_preference_data(
     """Read preference pairs or ranked lists.
 
     Args:
-        path_or_name: a file (JSON lines, a JSON array, CSV, Parquet, compressed or not), a folder
+        path_or_name: a file (JSON lines, a JSON array, CSV or Parquet, compressed or not), a folder
             of the datasets library, ``"embedded"`` (the sample in this package), or the name of a
             dataset on the hub. Folders, Parquet and the hub need the extra ``data``.
         split: of the embedded sample, a folder or a hub dataset; default "train". A file has none.
     Returns:
-        rows; ``.report`` says what was skipped and why.
+        the rows; ``.report`` says which rows were skipped, and why.
     Raises:
-        FileNotFoundError: no such file. ValueError: a broken line (naming it), wrong columns, pairs
-            and ranked lists in one file, no usable row, a split for a file. ImportError: a package
-            is missing, naming the extra.
+        FileNotFoundError: no such file.
+        ValueError: a broken line (naming it), wrong columns, pairs and ranked lists in one file, no
+            usable row, a split for a file.
+        ImportError: a package is missing, naming the extra.
     """
     name = os.fspath(path_or_name)
     if name == EMBEDDED:
@@ -134,12 +135,15 @@ def load_preference_data(
 
 
 def preference_rows(data: Any, source: str = "preference_rows") -> PreferenceData:
-    """The same of data in memory: a sequence of dicts, a ``datasets.Dataset``, a pandas DataFrame.
+    """As :func:`load_preference_data`, for data in memory: a sequence of dicts, a
+    ``datasets.Dataset`` or a pandas DataFrame.
 
     Args:
-        source: what errors and the report call the data.
+        data: the rows.
+        source: the name of the data in errors and in the report.
     Raises:
-        TypeError: something else. ValueError: as :func:`load_preference_data`.
+        TypeError: something else.
+        ValueError: as :func:`load_preference_data`.
     """
     if isinstance(data, dict):
         raise TypeError(

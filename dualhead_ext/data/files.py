@@ -149,8 +149,9 @@ def read_file(path: str | os.PathLike, function: str = "read_file") -> Rows:
     Parquet.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: no such file. ValueError: naming the line that is not
-            a JSON object, or where a file breaks off. ImportError: Parquet without pyarrow.
+        FileNotFoundError, IsADirectoryError: no such file.
+        ValueError: naming the line that is not a JSON object, or where a file breaks off.
+        ImportError: Parquet without pyarrow.
     """
     path = Path(path).expanduser()
     if path.is_dir():

@@ -58,7 +58,8 @@ def begin(directory: str | os.PathLike, step: int) -> Path:
     """An empty staging folder for ``checkpoint-{step}``; first removes what crashes have left.
 
     Raises:
-        ValueError: a negative step. OSError: the folder cannot be written.
+        ValueError: a negative step.
+        OSError: the folder cannot be written.
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"checkpoint.begin: step must be an int >= 0, got {step!r}")
@@ -78,7 +79,7 @@ def commit(staging: Path, required: tuple[str, ...] = ()) -> Path:
         required: names of files that a whole checkpoint has.
     Raises:
         CheckpointError: one of them is missing, or something in the folder is not a regular file.
-            OSError: the disk.
+        OSError: the disk.
     """
     match = cast(re.Match, _TEMPORARY.fullmatch(staging.name))  # `begin` gave it its name
     final, replaced = staging.parent / match[1], staging.parent / f".{match[1]}.replaced"
@@ -151,7 +152,8 @@ def rotate(
     ours neither count nor go.
 
     Raises:
-        ValueError: limit < 1. CheckpointError: the newest one is damaged (nothing is removed).
+        ValueError: limit < 1.
+        CheckpointError: the newest one is damaged (nothing is removed).
     """
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ValueError(f"checkpoint.rotate: limit must be an int >= 1, got {limit!r}")

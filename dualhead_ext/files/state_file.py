@@ -26,7 +26,8 @@ def save_state(path: str | os.PathLike, state: Any) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, strings, bools and None.
 
     Raises:
-        TypeError: anything else, naming where it is. OSError: the disk.
+        TypeError: anything else, naming where it is.
+        OSError: the disk.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

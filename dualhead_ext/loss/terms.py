@@ -126,10 +126,10 @@ class LossOptions:
 
     Args:
         mix: ``"logits"`` or ``"probs"``, how the two heads are mixed.
-        beta_r: scales the preference margin, once. Default 0.1 (the paper gives none).
+        beta_r: factor of the preference margin. The paper gives no value.
         lambda_r: weight of the preference term.
         lambda_g: weight of the gate's term.
-        kl_price: eta, the price of a nat: ``eta E_t[KL(pi_mix || pi_LM)]`` is added to the loss.
+        kl_price: eta, the KL penalty: ``eta E_t[KL(pi_mix || pi_LM)]`` is added to the loss.
         preference: what a response's reward is. ``"log_prob"``, the paper's: ``r(y) = sum_t log
             pi_r(y_t)``. ``"token_reward"``: ``r(y) = sum_t alpha_t^kappa delta_t(y_t)``, delta =
             z_RM - z_LM, which needs no product with the vocabulary.
@@ -139,9 +139,9 @@ class LossOptions:
         pref_on: of ``"log_prob"``. ``"reward"``: the preference term compares pi_r.
             ``"mixed"``: the mixed distribution, so that the gate sees the rejected side too.
         pref_reduction: a name of `PREFERENCE_REDUCTIONS`.
-        gamma: target margin, subtracted from the scaled one.
-        label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 0.5).
-        lm_on_chosen: whether the chosen responses are the language model term's data.
+        gamma: target margin, subtracted from the scaled margin.
+        label_smoothing: assumed share of pairs with the wrong label, in [0, 0.5).
+        lm_on_chosen: whether the language-model term trains on the chosen responses.
         logit_scale, logit_softcap: the backbone's own f(z) = cap(scale z); cap 0 = none.
 
     Raises:

@@ -285,9 +285,9 @@ def loss_rows(
         mixed, reward: (n,) fp32, at most 0; (0,) if not asked for. normalizers (2, n) float64, for
         :func:`loss_rows_backward_`: of the mixture and of the reward head, 0 where not needed.
     Raises:
-        RuntimeError: a shape, dtype or layout, naming it. ValueError: on the CPU, a label outside
-        [0, V); on CUDA, where looking would wait for the device, its row gets NaN. Nothing has
-        been written.
+        RuntimeError: a shape, dtype or layout, naming it.
+        ValueError: on the CPU, a label outside [0, V); on CUDA, where looking would wait for the
+            device, its row gets NaN. Nothing has been written.
     """
     labels, outside = _labels_inside("loss_rows", labels, z_rm)
     of_mixture, of_reward, normalizers = torch.ops.dualhead.loss_rows(

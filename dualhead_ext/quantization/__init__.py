@@ -5,21 +5,20 @@ All are symmetric: ``W[v, i] = s[v] q[v, i]`` (int4: one s per group of 128 inpu
 dimensions, such as the reward head's K, pass through. Tensors in memory and in files
 (``lm_head.weight``, ``lm_head.weight_scale``, and the same two of ``reward_head``):
 
-======  =======================  ==================  ===========================================
-format  weight                   weight_scale, fp32  s; m = max |W| of the row or group
-======  =======================  ==================  ===========================================
-int8    (..., V, d) int8         (..., V)            m / 127
-fp8     (..., V, d) e4m3fn       (..., V)            the best of 16 in [m / 448, 2m / 448)
-int4    (..., V, d/2) uint8      (..., V, d/128)     the best of 24 of 0.65 to 1.05 times ±m / 8
-======  =======================  ==================  ===========================================
+| format | weight              | weight_scale, fp32 | s; m = max abs(W) of the row or group    |
+| ------ | ------------------- | ------------------ | ---------------------------------------- |
+| int8   | (..., V, d) int8    | (..., V)           | m / 127                                  |
+| fp8    | (..., V, d) e4m3fn  | (..., V)           | the best of 16 in [m / 448, 2m / 448)    |
+| int4   | (..., V, d/2) uint8 | (..., V, d/128)    | the best of 24 of 0.65 to 1.05 times ±m / 8 |
 
-"Best" is the least squared error of the row or group, the first of equals. fp8 has the same
-relative steps in every octave, so only where in one a row's maximum lies makes a difference. int4's
-s may be negative: -8 is a number and +8 is none, and the sign says which end of a group gets it.
+"Best" is the least squared error of the row or group, and the first of equals. fp8 has the same
+relative steps in every octave, so only the position of a row's maximum within its octave matters.
+int4's s may be negative: int4 has -8 but not +8, and the sign chooses the end of a group that gets
+the extra value.
 
-An int4 number q in -8..7 is stored as q + 8. Byte 64 j + i of a row holds input 128 j + i in its
-low half and input 128 j + 64 + i in its high half, so that a run of bytes unpacks into two runs of
-inputs. d must be a multiple of 128: a padded row would be read and multiplied for nothing.
+An int4 value q in -8..7 is stored as q + 8. Byte 64 j + i of a row holds input 128 j + i in its low
+half and input 128 j + 64 + i in its high half, so a run of bytes unpacks into two runs of inputs.
+d must be a multiple of 128: a padded row would be read and multiplied for nothing.
 """
 
 from __future__ import annotations
@@ -133,20 +132,24 @@ def storage_shapes(
 
 
 def quantize(weight: Tensor, name: str, calibration: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weight (..., V, d), floating point -> (q, scale fp32), as the table above says.
+    """Quantise a weight (..., V, d): returns (quantised weights, fp32 scales) in the layout that
+    `FORMATS` defines.
 
-    A NaN makes its whole row NaN, through the scale: integers cannot hold one.
+    Integers cannot hold a NaN, so a NaN makes the scale, and with it the whole row, NaN.
 
     Args:
-        calibration: hidden states (..., d), floating point, that the weight will meet. Each number
-            is then not the nearest one: what rounding one input adds to ``W h`` is taken off the
-            inputs not rounded yet, as far as they go together in these hidden states
+        weight: (..., V, d), floating point.
+        name: ``"int8"``, ``"fp8"`` or ``"int4"``.
+        calibration: hidden states (..., d), floating point, like those that the weight will
+            multiply. The rounding error of one input's weights is then compensated in the inputs
+            that are not rounded yet, by their correlation in these hidden states
             (:func:`dualhead_ext.quantization.rounding.round_with_feedback`, GPTQ's method). The
-            scales stay.
+            scales stay the same. Default: round each weight to the nearest value.
     Raises:
         ValueError: an unknown format, int4 with d not a multiple of 128, or calibration of another
-            shape or not finite. TypeError: not a floating-point weight, or one that is quantised
-            already; calibration that is not a floating-point tensor.
+            shape or not finite.
+        TypeError: not a floating-point weight, or one that is quantised already; calibration that
+            is not a floating-point tensor.
     """
     _check_weight("quantize", weight)
     check_format("quantize", name, weight.shape[-1])
@@ -236,11 +239,13 @@ def _quantize_rows(
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What quantised numbers mean: (..., V, d) in ``dtype``; the format is known by its dtype.
+    """The values of quantised weights: (..., V, d) in ``dtype``. The format follows from the dtype
+    of ``weight``.
 
     Raises:
         TypeError: ``weight`` has no quantised format's dtype, ``scale`` is not fp32, or ``dtype``
-            no floating point. ValueError: shapes that do not go together.
+            no floating point.
+        ValueError: shapes that do not go together.
     """
     _check_weight("dequantize", weight)
     name = format_of(weight)

@@ -31,8 +31,8 @@ def check_lm_weight(operator: str, weight: Tensor, quantize: str | None) -> None
     ``quantize``.
 
     Raises:
-        TypeError: quantised by something else. ValueError: torchao's, and ``quantize`` is None or
-            another format.
+        TypeError: quantised by something else.
+        ValueError: torchao's, and ``quantize`` is None or another format.
     """
     if not is_torchao(weight):
         if not weight.is_floating_point() or format_of(weight) is not None:

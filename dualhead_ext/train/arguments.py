@@ -49,10 +49,9 @@ class DualHeadTrainingArguments(TrainingArguments):
     """Arguments of :class:`dualhead_ext.DualHeadTrainer`: every one of
     ``transformers.TrainingArguments``, and those below.
 
-    ``preset`` names a whole recipe (:data:`dualhead_ext.train.presets.PRESETS`); what is given
-    beside it
-    stands over it. Other defaults than transformers': cosine schedule, no filter for NaN losses,
-    ``data_seed`` = ``seed``.
+    ``preset`` names a complete recipe (:data:`dualhead_ext.train.presets.PRESETS`); arguments that
+    are given override it. Defaults that differ from transformers': cosine schedule, no filter for
+    NaN losses, ``data_seed`` = ``seed``.
 
     Raises:
         ValueError, TypeError: an option out of range; something that is not supported (DeepSpeed,
@@ -69,11 +68,11 @@ class DualHeadTrainingArguments(TrainingArguments):
             "choices": list(PRESET_NAMES),
         },
     )
-    learning_rate: float | None = _of_preset("Of the optimizer.")
+    learning_rate: float | None = _of_preset("Learning rate of the optimizer.")
     gate_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the gate's parameters, if another."}
+        default=None, metadata={"help": "Learning rate of the gate, if it differs."}
     )
-    num_train_epochs: float | None = _of_preset("Times through the training rows.")
+    num_train_epochs: float | None = _of_preset("Passes over the training rows.")
     per_device_train_batch_size: int | None = _of_preset(
         "Rows (pairs, or ranked lists) per process and forward pass."
     )
@@ -94,15 +93,17 @@ class DualHeadTrainingArguments(TrainingArguments):
         "the sum of log-probabilities under the reward head.",
         PREFERENCE_NAMES,
     )
-    pref_gate: int | None = _of_preset("1: alpha weighs the token rewards; 0: it does not.", (0, 1))
-    beta_r: float | None = _of_preset("Scales the preference margin, once.")
+    pref_gate: int | None = _of_preset(
+        "1: token rewards are weighted by alpha; 0: they are not.", (0, 1)
+    )
+    beta_r: float | None = _of_preset("Factor of the preference margin.")
     lambda_r: float = _option("lambda_r", "Weight of the preference term.")
     lambda_g: float | None = _of_preset("Weight of the gate's regulariser.")
     kl_price: float = _option(
-        "kl_price", "Price of a nat that the mixture is away from the backbone, per token."
+        "kl_price", "Weight of the KL divergence from the backbone, per token."
     )
     gate_regularizer: str | None = _of_preset(
-        "entropy: keeps alpha off 0 and 1; entropy_as_printed: the paper's sign; none.",
+        "entropy: keeps alpha away from 0 and 1; entropy_as_printed: the paper's sign; none.",
         GATE_REGULARIZERS,
     )
     lm_reduction: str = _option(
@@ -119,9 +120,9 @@ class DualHeadTrainingArguments(TrainingArguments):
         "sum: of a response's log-probabilities; mean: normalised by its length.",
         PREFERENCE_REDUCTIONS,
     )
-    gamma: float = _option("gamma", "Target margin, subtracted from the scaled one.")
+    gamma: float = _option("gamma", "Target margin, subtracted from the scaled margin.")
     label_smoothing: float = _option(
-        "label_smoothing", "Share of pairs taken to be labelled the wrong way round."
+        "label_smoothing", "Assumed share of pairs with the wrong label."
     )
     lm_on_chosen: bool | None = _of_preset("Train the language model term on the chosen responses.")
     objective_weights: list[float] | None = field(
@@ -161,9 +162,9 @@ class DualHeadTrainingArguments(TrainingArguments):
     cache_hidden: str | None = field(
         default=AUTO,
         metadata={
-            "help": "Where the backbone's hidden states are kept, so that it runs once over the "
-            "rows: auto (in memory if they are read again and fit into a quarter of it), memory, a "
-            "folder (for later runs too), or none."
+            "help": "Where to keep the backbone's hidden states, so that it runs once over the "
+            "rows: auto (in memory, if they are read again and take at most a quarter of what is "
+            "free), memory, a folder (for later runs too), or none."
         },
     )
     cache_hidden_dtype: str = field(

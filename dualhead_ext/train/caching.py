@@ -47,8 +47,9 @@ class CachingTrainer(CheckpointedTrainer):
         ``args.cache_hidden`` does not hold them yet.
 
         Raises:
-            OSError: too little room for them, of which nothing has been written; another failure
-                of the disk. ValueError: ``args.cache_hidden`` is None.
+            OSError: too little room for them, of which nothing has been written; another failure of
+                the disk.
+            ValueError: ``args.cache_hidden`` is None.
         """
         if self.args.cache_hidden is None:
             raise ValueError("DualHeadTrainer.cache_hidden: args.cache_hidden must not be None")

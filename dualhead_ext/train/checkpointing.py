@@ -152,8 +152,9 @@ class CheckpointedTrainer(Trainer):
         Raises:
             SaveError: a trial save before the first step, or a checkpoint, failed.
             ValueError: no whole checkpoint; it holds no state to resume from; other data, order,
-                optimizer or number of processes than it was written with. CheckpointError: it is
-                damaged. BusyFolderError: another run writes to ``args.output_dir``.
+                optimizer or number of processes than it was written with.
+            CheckpointError: it is damaged.
+            BusyFolderError: another run writes to ``args.output_dir``.
         """
         self._train_totals = None
         with contextlib.ExitStack() as held:

@@ -127,7 +127,8 @@ class HiddenCache:
         identity: what it has to be of. lengths: tokens in each text of each row.
     Raises:
         UnusableCacheError: it is no whole cache of that, and why; when a row is read: the contents
-            of its shard have changed. OSError: it cannot be read.
+            of its shard have changed.
+        OSError: it cannot be read.
     """
 
     def __init__(

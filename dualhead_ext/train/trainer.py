@@ -46,9 +46,10 @@ def prepare_for_training(
     rate of 5e-5 would round its updates away); the LM head too if asked for.
 
     Raises:
-        TypeError: the model has no gated head. ValueError: the LM head shares the embedding's
-            weight (unless ``untie``, which copies it) or is not fp32 or float64. RuntimeError: the
-            heads are quantised.
+        TypeError: the model has no gated head.
+        ValueError: the LM head shares the embedding's weight (unless ``untie``, which copies it) or
+            is not fp32 or float64.
+        RuntimeError: the heads are quantised.
     """
     if not isinstance(model, DualHeadForCausalLM):
         raise TypeError(
@@ -96,20 +97,19 @@ class DualHeadTrainer(CachingTrainer):
     rows that are tokenised already. Everything else is transformers' Trainer: accumulation, mixed
     precision, DDP (torchrun), schedules, callbacks.
 
-    Logs and evaluations carry ``loss``, ``lm_loss``, ``preference_loss``, ``gate_loss`` and the
+    Logs and evaluations hold ``loss``, ``lm_loss``, ``preference_loss``, ``gate_loss`` and the
     names that TRL users know (`losses.metrics_of_totals`), as means over all examples since the
     last log, of all processes; evaluations with the prefix ``eval_``. The totals of each example
     are ``predict(...).predictions`` (columns `losses.TOTAL_NAMES`).
 
-    Checkpoints hold the trained heads, optimizer, schedule, random numbers and progress, not the
-    backbone, are written by :mod:`dualhead_ext.files.checkpoint`, and hold no pickle.
-    ``train(resume_from_checkpoint=True)`` goes on from the last whole one.
+    Checkpoints hold the trained heads, optimizer, schedule, random state and progress, but not the
+    backbone. :mod:`dualhead_ext.files.checkpoint` writes them without pickle.
+    ``train(resume_from_checkpoint=True)`` continues from the last complete checkpoint.
 
     With ``args.cache_hidden`` the backbone runs once over the rows, in the batches of the first
-    epoch and of an evaluation; its hidden states are kept in memory or in a folder
-    (:mod:`dualhead_ext.train.hidden_cache`). In these batches every loss keeps its bits; in others
-    it
-    changes by the backbone's own rounding.
+    epoch and of an evaluation. Its hidden states are kept in memory or in a folder
+    (:mod:`dualhead_ext.train.hidden_cache`). In these batches every loss keeps its bits; in other
+    batches it changes by the backbone's own rounding.
 
     Args:
         model: a :class:`dualhead_ext.DualHeadForCausalLM`; its backbone is frozen, see
@@ -119,7 +119,7 @@ class DualHeadTrainer(CachingTrainer):
         train_dataset, eval_dataset: sequences of rows, a ``datasets.Dataset`` or a pandas DataFrame
             in any layout that the loader knows; eval_dataset may be a dict of them.
         processing_class: the tokenizer.
-        others: of ``transformers.Trainer``.
+        others: other arguments of ``transformers.Trainer``.
     Raises:
         TypeError: a model without gated head, other arguments, a dataset without length.
         ValueError: rows that need a tokenizer where none is given, an empty dataset, several
