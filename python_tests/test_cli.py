@@ -480,3 +480,12 @@ def test_a_misspelled_choice_is_answered_by_the_nearest(argv, word, capsys):
         cli.main(argv)
     assert exit.value.code == 2
     assert capsys.readouterr().err.endswith(f"; did you mean {word}?\n")
+
+
+def test_info_shows_the_curve_of_calibrated_heads(tmp_path, capsys):
+    """It failed: a curve is a list of lists."""
+    path = dh.backbone_path("embedded")
+    curve = [[0.0, 0.0], [1.0, 0.1], [2.0, 0.312345]]
+    dh.DualHeadForCausalLM.from_backbone(path, kl_curve=curve).save_pretrained(tmp_path)
+    assert run("info", str(tmp_path)) == 0
+    assert "kl_curve         0: 0, 1: 0.1, 2: 0.312\n" in capsys.readouterr().out

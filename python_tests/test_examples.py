@@ -42,7 +42,7 @@ def test_two_objectives(tmp_path, capsys):
     folder = tmp_path / "two"
     out, _ = run(capsys, "two_objectives.py", "--output", str(folder))
     texts = re.findall(r"lively \S+: (.*)", out)
-    assert len(texts) == 3 and "!" in texts[2] and "!" not in texts[0]
+    assert len(texts) == 3 and texts[2].count("!") > texts[0].count("!")
     assert dh.DualHeadForCausalLM.from_pretrained(folder).dual_head_config.num_objectives == 2
 
 

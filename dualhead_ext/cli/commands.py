@@ -52,8 +52,13 @@ def _print(report: dict[str, Any], as_json: bool = False) -> None:
         return
     for name, value in report.items():
         if isinstance(value, list):
-            value = ", ".join(value) or "none"
+            value = ", ".join(map(_text, value)) or "none"
         print(f"{name:16} {'-' if value is None else value}")
+
+
+def _text(value: Any) -> str:
+    """A level of the CPU as it is; a point of the curve (strength, KL) as "1: 0.1"."""
+    return value if isinstance(value, str) else ": ".join(f"{x:.3g}" for x in value)
 
 
 def _describe_heads(folder: str) -> dict[str, Any]:
