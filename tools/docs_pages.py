@@ -61,16 +61,14 @@ def outside(pages: dict[str, str]) -> dict[str, str]:
 
 
 def commands() -> str:
-    """The help of every command, from its parser. The defaults of training are left out: asking for
-    them imports transformers, which takes longer than the rest of the site."""
+    """The help of every command, from its parser."""
     from dualhead_ext.cli import build_parser
 
     os.environ["COLUMNS"] = "100"  # the width that argparse prints for
     parser = build_parser()
     (subparsers,) = (action for action in parser._actions if action.dest == "command")
-    text = "# Command line\n\n`dualhead train --help` prints the defaults of training too.\n"
+    text = "# Command line\n"
     for name, one in {"": parser, **subparsers.choices}.items():
-        one.late_defaults = None
         text += f"\n## {f'dualhead {name}'.strip()}\n\n```text\n{one.format_help()}```\n"
     return text
 
