@@ -55,7 +55,7 @@ def test_the_reference_is_of_the_docstrings(site):
     everything = "".join(pages.values())
     for name in dh.__all__:
         if not name.startswith("__"):
-            assert re.search(rf'id="dualhead_ext\.(\w+\.)*{name}"', everything), name
+            assert re.search(rf'id="dualhead_ext\.(\w+\.)*{name}[."]', everything), name
     assert "A dual head of its own" in pages["heads"]
     assert ":class:" not in everything and ":func:" not in everything
 
