@@ -43,7 +43,8 @@ examples:
   dualhead train --config run.yaml --learning-rate 1e-3
   dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
 
-Ctrl-C ends with a checkpoint to go on from. --output gets the heads, their card, and training.png.
+Ctrl-C stops the run and writes a checkpoint to continue from. --output gets the heads, their card
+and training.png.
 Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF), or a
 prompt, responses and their scores."""
 
@@ -127,7 +128,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="options in a YAML file, by their names; those of the command line stand over them",
+        help="YAML file of options by their names; options on the command line override them",
     )
     parser.add_argument(
         "--preset",
