@@ -40,17 +40,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"only these: {', '.join(PARTS)} (default: decode, loss, models; "
         "on a GPU decode and a part of loss)",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     parser.add_argument(
         "--report",
         metavar="FILE",
-        help="run nothing: print the results in FILE, written by --json, as a Markdown table",
+        help="measure nothing: print FILE, written by --json, as a Markdown table",
     )
     parser.add_argument(
-        "--plot", metavar="PNG", help="with --report: draw them there too (needs matplotlib)"
+        "--plot", metavar="PNG", help="with --report: also draw the results (needs matplotlib)"
     )
     parser.add_argument(
-        "--plot-growth", metavar="PNG", help="likewise, how a step grows with V, T and B"
+        "--plot-growth",
+        metavar="PNG",
+        help="with --report: draw how a step's time grows with V, T and B",
     )
 
 
