@@ -93,6 +93,9 @@ def _attach(
     model.requires_grad_(False)
     head = DualHeadLMHead(linear, config)
     head.train(linear.training)
+    # post_init() makes what lacks this mark anew: it would put random numbers in the LM head.
+    for module in head.modules():
+        module._is_hf_initialized = True
     with _without_accelerates_forward(model):
         replace_module(model, linear, head)
         if hasattr(linear, "_hf_hook"):

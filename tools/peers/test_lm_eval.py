@@ -21,7 +21,7 @@ from .sources import installed
 
 # What it imports beyond what is installed with this project.
 NEEDS = ("evaluate", "sqlitedict", "word2number", "more_itertools", "dill", "pytablewriter",
-         "sacrebleu", "rouge-score", "portalocker", "colorama", "lxml")  # fmt: skip
+         "sacrebleu", "rouge-score", "portalocker", "colorama", "lxml", "tabulate")  # fmt: skip
 QUESTIONS = [
     {"question": f"What comes after {word}?", "choices": ["a tree", "the sea", "nothing at all"]}
     for word in ("rain", "the night", "a war", "winter", "the end", "dinner")
