@@ -3,6 +3,7 @@
 # make demo      train and decode on real preference pairs, a few minutes
 # make test      C++ tests, then pytest; what continuous integration runs
 # make test-fast  the core's tests without the slow ones, under two minutes
+# make test-lm-eval  the adapter to lm-evaluation-harness, which it installs: 35 packages, 140 MB
 # make campaign  random calls, files, faults and texts, half an hour
 # make test-peers  the neighbours' own tests over gated models; downloads their source archives
 # make build     recompile what changed under csrc/
@@ -46,8 +47,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test test-fast campaign test-peers cpp-test sanitize lint format docs bench wheel
-.PHONY: clean
+.PHONY: install build demo test test-fast test-lm-eval campaign test-peers cpp-test sanitize lint
+.PHONY: format docs bench wheel clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
@@ -81,6 +82,10 @@ test: cpp-test
 
 test-fast: build
 	$(VENV_PYTHON) -m pytest -q -m "not slow" $(PARALLEL) $(FAST_TESTS:%=python_tests/test_%.py)
+
+test-lm-eval: build
+	$(VENV_PYTHON) -m pip install -q -c constraints.txt lm-eval
+	$(VENV_PYTHON) -m pytest python_tests/test_lm_harness.py
 
 # `make test` has the first of these rounds. Other numbers: make campaign SEED=2
 SEED ?= 1

@@ -149,12 +149,24 @@ def _check_suite(arguments: Namespace) -> None:
 
 
 def demo(arguments: Namespace) -> None:
-    """Sample, train, measure and decode; see `demo.run`."""
+    """Sample, train, measure and decode; see `demo.run`. With --web, a page of the heads."""
+    if arguments.port is not None and not arguments.web:
+        raise UserError("--port: expected only with --web")
+    if not arguments.web:
+        _train_demo(arguments)
+        return
+    with argument():
+        from . import web
+    arguments.port = web.PORT if arguments.port is None else arguments.port
+    web.serve(arguments, lambda: _train_demo(arguments))
+
+
+def _train_demo(arguments: Namespace) -> None:
     with argument():
         quiet_transformers(arguments.backbone)
         from . import demo as script
-    no_options = ("command", "traceback", "argv", "parser")
-    options = {n: v for n, v in vars(arguments).items() if n not in no_options}
+    others = ("command", "traceback", "argv", "parser", "web", "port")
+    options = {n: v for n, v in vars(arguments).items() if n not in others}
     with argument():
         options["backbone"] = script.find_backbone(arguments.backbone)
     script.run(**options)

@@ -76,7 +76,10 @@ _DEMO = """\
 examples:
   dualhead demo
   dualhead demo --output heads --color never
-  dualhead demo --backbone embedded               on a tiny model, in seconds"""
+  dualhead demo --backbone embedded               on a tiny model, in seconds
+  dualhead demo --web --output heads              a page of heads that are there
+
+The page shows the backbone's reply beside the gated one, and alpha of each token."""
 
 
 def _config_defaults() -> dict[str, Any]:
@@ -216,6 +219,17 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         choices=("smollm2", "embedded"),
         default="smollm2",
         help="SmolLM2-135M-Instruct (default), or the tiny built-in model, which takes seconds",
+    )
+    parser.add_argument(
+        "--web",
+        action="store_true",
+        help="serve a page on this machine; heads that --output holds are shown as they are",
+    )
+    parser.add_argument(
+        "--port",
+        type=number(int, 0, 65535),
+        metavar="N",
+        help="of the page (default 8765; 0: any free one)",
     )
     for name, low, high, default, text in (
         ("prompts", 16, 208, 96, "built-in prompts to sample and train on, of 208"),
