@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training objective as a function: checks its arguments, then computes `fused_loss`, which
-means what `reference_loss` says.
+"""The training objective as a function: checks its arguments, then computes `loss.chunked`, which
+means what `loss.reference` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .config import REWARD_HEAD_NAMES
 from .loss import chunked
-from .loss import reference as reference_loss
+from .loss.heads import Heads
 from .loss.pairs import Pairing
 from .loss.terms import UNTAUGHT_GATE, DualHeadLossOutput, LossCounts, LossOptions
-from .reference import accumulator_dtype
+from .ops.logits import accumulator_dtype
 
 _NAME = "dual_head_loss"
 
@@ -56,6 +56,7 @@ def dual_head_loss(
     objective_weights: Tensor | None = None,
     counts: LossCounts | None = None,
     lengths: Sequence[int] | Tensor | None = None,
+    impl: Callable[..., DualHeadLossOutput] | None = None,
 ) -> DualHeadLossOutput:
     """``L = L_LM + lambda_R L_pref + L_gate + L_KL`` of a batch of pairs, without N x V logits.
 
@@ -111,6 +112,8 @@ def dual_head_loss(
             several processes). Default: this batch's own counts.
         lengths: (R,), response tokens of each row, ``mask.sum(-1)``: a sequence of int, or a tensor
             on the CPU. Default: counted.
+        impl: internal, for tests and benchmarks: what computes the checked arguments. Default:
+            :func:`dualhead_ext.loss.chunked.dual_head_loss`.
     Returns:
         :class:`dualhead_ext.loss.terms.DualHeadLossOutput`; ``out.loss`` is differentiable with
         respect to hidden, gate_logit and all weights.
@@ -144,7 +147,7 @@ def dual_head_loss(
     if reward_weight is not None and reward_weight.dim() == 2:
         reward_weight = reward_weight[None]
         reward_bias = None if reward_bias is None else reward_bias[None]
-    heads = reference_loss.Heads(
+    heads = Heads(
         lm_weight, lm_bias, reward_weight, reward_bias, None, reward_head, reward_down, reward_up
     )
     _check_heads(hidden, heads)
@@ -167,9 +170,8 @@ def dual_head_loss(
     has_lm = any(pairing.in_lm(lm_on_chosen))
     if gate_logit.requires_grad and row_pairs and not options.teaches_gate(has_lm):
         raise ValueError(f"{_NAME}: {UNTAUGHT_GATE}")
-    return chunked.dual_head_loss(
-        hidden, labels, mask, gate_logit, heads, options, pairing, counts, lengths
-    )
+    compute = chunked.dual_head_loss if impl is None else impl
+    return compute(hidden, labels, mask, gate_logit, heads, options, pairing, counts, lengths)
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -209,7 +211,7 @@ def _check_batch(hidden: Tensor, labels: Tensor, mask: Tensor, gate_logit: Tenso
         raise TypeError(f"{_NAME}: gate_logit must be {expected}, got {gate_logit.dtype}")
 
 
-def _check_heads(hidden: Tensor, heads: reference_loss.Heads) -> None:
+def _check_heads(hidden: Tensor, heads: Heads) -> None:
     kind, size = heads.reward_head, hidden.shape[-1]
     if kind not in REWARD_HEAD_NAMES:
         raise ValueError(
@@ -270,7 +272,7 @@ def _check_heads(hidden: Tensor, heads: reference_loss.Heads) -> None:
             )
 
 
-def _check_absent(heads: reference_loss.Heads, kind: str, *names: str) -> None:
+def _check_absent(heads: Heads, kind: str, *names: str) -> None:
     for name in names:
         if getattr(heads, name) is not None:
             raise ValueError(f'{_NAME}: {name} must be None for reward_head="{kind}"')

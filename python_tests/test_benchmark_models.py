@@ -230,16 +230,6 @@ def test_given_hidden_states_no_backbone_runs():
     assert all(gradient.any() for gradient in without), "a zero is compared with nothing"
 
 
-def test_who_computes_the_objective_is_put_back():
-    steps = training_steps.Training(training_cases.tiny_case(), "cpu")
-    before = chunked.dual_head_loss
-    steps.gradients(steps.batch, reference_loss.dual_head_loss)
-    assert chunked.dual_head_loss is before
-    with pytest.raises(ZeroDivisionError):
-        steps.gradients(steps.batch, lambda *arguments: 1 / 0)
-    assert chunked.dual_head_loss is before
-
-
 @pytest.mark.parametrize("what", ["loss", "gate_logit", "reward_weight"])
 def test_a_wrong_training_step_is_not_timed(what, monkeypatch):
     right = chunked.dual_head_loss

@@ -2,12 +2,13 @@
 """The loss never waits for its device where the host knows the lengths: over tensors without
 values, reading one is an error. test_cuda_loss.py asks a GPU the same."""
 
+from functools import partial
+
 import pytest
 import torch
 from loss_cases import OPTION_SETS, batch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from dualhead_ext import ops
 from dualhead_ext.functional import dual_head_loss
 from dualhead_ext.loss import chunked
 from dualhead_ext.loss.terms import LossCounts
@@ -41,12 +42,12 @@ CASES += [(name, False, size) for name in ("default", "mixed_probs") for size in
 @pytest.mark.parametrize(("name", "kernel", "workspace"), CASES)
 def test_nothing_is_read(elsewhere, monkeypatch, name, kernel, workspace):
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", workspace)
-    monkeypatch.setattr(ops, "loss_rows_kernel_for", lambda z: kernel)
+    impl = partial(chunked.dual_head_loss, impl="kernel" if kernel else "torch")
     t = without_values(PROBLEM)
     counts = LossCounts(*torch.empty(4, dtype=torch.float64).unbind())
     for of_batch in (None, counts):
         out = dual_head_loss(**t, num_pairs=4, lengths=LENGTHS, counts=of_batch, **OBJECTIVE,
-                             **OPTION_SETS[name])  # fmt: skip
+                             **OPTION_SETS[name], impl=impl)  # fmt: skip
         (out.loss * 0.5).backward()
         assert t["reward_weight"].grad.shape == t["reward_weight"].shape
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from dualhead_ext import reference
 from dualhead_ext.functional import dual_head_loss
-from dualhead_ext.loss.reference import gate_statistics
 from dualhead_ext.loss.terms import (
     ALPHA_BINS,
     GATE_STATISTICS,
@@ -22,6 +21,7 @@ from dualhead_ext.loss.terms import (
     LossOptions,
     metrics_of_totals,
 )
+from dualhead_ext.loss.totals import gate_statistics
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

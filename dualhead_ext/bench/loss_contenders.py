@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..loss import chunked
 from ..loss import reference as reference_loss
+from ..loss.heads import Heads
 from ..loss.pairs import Pairing
 from ..loss.terms import LossOptions
 from ..model.packing import packed_rows
@@ -101,7 +102,7 @@ class Batch:
         self, function: Callable[..., Any], options: LossOptions | None = None
     ) -> Tensor:
         """The loss of all terms by one of the modules' ``dual_head_loss``."""
-        heads = reference_loss.Heads(self.lm_weight, None, self.reward_weight, None, None)
+        heads = Heads(self.lm_weight, None, self.reward_weight, None, None)
         rows = [self.in_rows(x) for x in (self.hidden, self.labels)]
         pairs = [(p, self.case.pairs + p) for p in range(self.case.pairs)]
         objective = None if self.objective is None else self.objective.tolist()

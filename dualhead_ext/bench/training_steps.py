@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.collate import PreferenceCollator
-from ..loss import chunked
 from ..model.causal_lm import DualHeadForCausalLM
 from ..train.trainer import prepare_for_training
 from .training_cases import TrainingCase
@@ -22,17 +20,6 @@ _LEARNING_RATE, _CLIP_NORM = 5e-5, 1.0
 
 # A batch and who computes its objective.
 Way = tuple[dict[str, Tensor], Callable[..., Any]]
-
-
-@contextmanager
-def _loss_by(function: Callable[..., Any]) -> Iterator[None]:
-    """Let the model's objective be computed by ``function``."""
-    before = chunked.dual_head_loss
-    chunked.dual_head_loss = function
-    try:
-        yield
-    finally:
-        chunked.dual_head_loss = before
 
 
 class Training:
@@ -77,8 +64,8 @@ class Training:
 
     def backward(self, batch: dict[str, Tensor], loss: Callable[..., Any]) -> Tensor:
         """A forward and a backward pass with the objective computed by ``loss``; its value."""
-        with _loss_by(loss), self._autocast():
-            value = self.model(**self._on_device(batch), loss_options={}).loss
+        with self._autocast():
+            value = self.model(**self._on_device(batch), loss_options={"impl": loss}).loss
         value.backward()
         return value.detach()
 

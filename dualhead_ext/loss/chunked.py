@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objective without N x V logits: `reference_loss.dual_head_loss` a chunk of tokens at a time.
+"""The objective without N x V logits: `reference.dual_head_loss` a chunk of tokens at a time.
 
 The sums of a pair and with them its coefficient are known as soon as its own tokens are through the
 products. So a chunk holds whole pairs: products into a workspace, log-probabilities, sums, the
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import accumulator_dtype
+from ..ops.logits import accumulator_dtype
 from . import rows as loss_rows
+from .heads import Heads
 from .pairs import Pairing
 from .products import Job, Linear, Product, Products, Terms, Tokens, lay_out
-from .reference import Heads, RowSums, combine, gate_statistics
 from .terms import (
     LM_REDUCTIONS,
     PREFERENCE_REDUCTIONS,
@@ -36,6 +36,7 @@ from .terms import (
     gate_entropy,
     pair_loss,
 )
+from .totals import RowSums, combine, gate_statistics
 
 # Logits of a chunk, in bytes: at V = 32000 and fp32 512 rows. Half of it is 15 % slower there (more
 # passes over dW), twice as much gains nothing.
@@ -110,7 +111,7 @@ class Maps:
 
 class Pass:
     """One pass over a batch: :meth:`run` fills the sums of rows and, if wanted, the gradients.
-    known_lengths: lengths, as the host knows them.
+    known_lengths: lengths, as the host knows them. impl: see `rows.log_probabilities`.
     """
 
     def __init__(
@@ -123,7 +124,9 @@ class Pass:
         pairing: Pairing,
         counts: LossCounts,
         wanted: dict[str, bool],
+        impl: str | None,
     ) -> None:
+        self.impl = impl
         self.tokens, self.lengths, self.options = tokens, lengths, options
         self.pairing, self.counts, self.maps = pairing, counts, maps
         device = tokens.hidden.device
@@ -257,6 +260,7 @@ class Pass:
                 self.options,
                 mixed=job.needs_mixed,
                 reward=job.objective is not None and not job.pairs_mixed,
+                impl=self.impl,
             )
             held.append((job, rows))
             if record:
@@ -391,9 +395,11 @@ def dual_head_loss(
     pairing: Pairing,
     counts: LossCounts | None = None,
     lengths: list[int] | None = None,
+    impl: str | None = None,
 ) -> DualHeadLossOutput:
     """As :func:`dualhead_ext.loss.reference.dual_head_loss`, over checked arguments. Waits for a
-    device only if lengths are not given, or heads.objective_weights lie there.
+    device only if lengths are not given, or heads.objective_weights lie there. impl: of
+    :func:`dualhead_ext.loss.rows.log_probabilities`.
     """
     counted = mask.bool().sum(-1)
     if lengths is None:
@@ -427,7 +433,7 @@ def dual_head_loss(
             held = {name: None if x is None else x.detach() for name, x in inputs.items()}
             tokens = Tokens(rows, picked_labels, held["gate_logit"], held["hidden"])
             maps = Maps(held, heads, wanted)
-            work = Pass(tokens, counted, lengths, maps, options, pairing, counts, wanted)
+            work = Pass(tokens, counted, lengths, maps, options, pairing, counts, wanted, impl)
             with torch.autocast(hidden.device.type, enabled=False):
                 work.run()
             return work

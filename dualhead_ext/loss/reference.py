@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import accumulator_dtype, head_logits, postprocess, reward_logits
+from .heads import Heads
 from .pairs import Pairing, to_device
 from .terms import (
     ALPHA_BINS,
@@ -42,105 +43,78 @@ from .terms import (
 )
 
 
-@dataclass
-class Heads:
-    """Both heads' weights, and the objectives' weights (K,) or None for 1/K each.
+def lm_logits(heads: Heads, hidden: Tensor) -> Tensor:
+    """z_LM (N, V) of hidden (N, d)."""
+    return head_logits(hidden.to(heads.lm_weight.dtype), heads.lm_weight, heads.lm_bias)
 
-    lm_weight (V, d), lm_bias (V,). Of ``reward_head="full"``: reward_weight (K, V, d), reward_bias
-    (K, V) or None. Of a correction: reward_down (K, r, d) and reward_up (K, n, r), both None for
-    rank 0, and reward_bias (K, n); n = d for "embedding", V for "lowrank".
+
+def mixture_logits(heads: Heads, hidden: Tensor, z_lm: Tensor) -> Tensor:
+    """z_RM (N, V) of the mixture: sum_k w_k z_k, or z_LM + sum_k w_k delta_k."""
+    if heads.reward_head == "full":
+        hidden = hidden.to(heads.reward_weight.dtype)
+        weights = heads.objective_weights
+        weights = None if weights is None else weights.to(hidden.device)[None]
+        return reward_logits(hidden, heads.reward_weight, heads.reward_bias, weights)
+    for k, share in enumerate(heads.shares()):
+        z_lm = z_lm + share * correction(heads, hidden, k)
+    return z_lm
+
+
+def objective_logits(heads: Heads, hidden: Tensor, k: int, z_lm: Tensor | None) -> Tensor:
+    """z_k (N, V), the logits of one objective's head. z_lm: where they are known."""
+    if heads.reward_head == "full":
+        bias = None if heads.reward_bias is None else heads.reward_bias[k]
+        hidden = hidden.to(heads.reward_weight.dtype)
+        return head_logits(hidden, heads.reward_weight[k], bias)
+    return (lm_logits(heads, hidden) if z_lm is None else z_lm) + correction(heads, hidden, k)
+
+
+def features(heads: Heads, hidden: Tensor, k: int) -> Tensor:
+    """What the correction's matrix with V rows is multiplied by, in fp32 or float64:
+    ``U_k D_k h + c_k`` (N, d) for "embedding", ``A_k h`` (N, r) for "lowrank".
     """
+    dtype = accumulator_dtype(hidden.dtype)
+    inner = (
+        None if heads.reward_down is None else hidden.to(dtype) @ heads.reward_down[k].to(dtype).T
+    )
+    if heads.reward_head == "lowrank":
+        return inner
+    bias = heads.reward_bias[k].to(dtype)
+    if inner is None:
+        return bias.expand(len(hidden), -1)
+    return inner @ heads.reward_up[k].to(dtype).T + bias
 
-    lm_weight: Tensor
-    lm_bias: Tensor | None
-    reward_weight: Tensor | None
-    reward_bias: Tensor | None
-    objective_weights: Tensor | None
-    reward_head: str = "full"
-    reward_down: Tensor | None = None
-    reward_up: Tensor | None = None
 
-    @property
-    def num_objectives(self) -> int:
-        """K."""
-        first = self.reward_weight if self.reward_head == "full" else self.reward_bias
-        return first.shape[0]
+def correction(heads: Heads, hidden: Tensor, k: int) -> Tensor:
+    """delta_k (N, V) of a head that is a correction: ``W_LM (U_k D_k h + c_k)`` or
+    ``B_k A_k h + b_k``.
+    """
+    inner = features(heads, hidden, k)
+    if heads.reward_head == "embedding":
+        return head_logits(inner.to(heads.lm_weight.dtype), heads.lm_weight, None)
+    delta = head_logits(inner.to(heads.reward_up.dtype), heads.reward_up[k], None)
+    return delta + heads.reward_bias[k].to(delta.dtype)
 
-    def shares(self) -> list[float]:
-        """The K weights of the mixture's reward."""
-        if self.objective_weights is None:
-            return [1.0 / self.num_objectives] * self.num_objectives
-        return self.objective_weights.tolist()
 
-    def lm(self, hidden: Tensor) -> Tensor:
-        """z_LM (N, V)."""
-        return head_logits(hidden.to(self.lm_weight.dtype), self.lm_weight, self.lm_bias)
-
-    def reward(self, hidden: Tensor, z_lm: Tensor | None = None) -> Tensor:
-        """z_RM (N, V) of the mixture: sum_k w_k z_k, or z_LM + sum_k w_k delta_k."""
-        if self.reward_head == "full":
-            hidden = hidden.to(self.reward_weight.dtype)
-            weights = self.objective_weights
-            weights = None if weights is None else weights.to(hidden.device)[None]
-            return reward_logits(hidden, self.reward_weight, self.reward_bias, weights)
-        total = self.lm(hidden) if z_lm is None else z_lm
-        for k, share in enumerate(self.shares()):
-            total = total + share * self.correction(hidden, k)
-        return total
-
-    def objective(self, hidden: Tensor, k: int, z_lm: Tensor | None = None) -> Tensor:
-        """z_k (N, V), the logits of one objective's head."""
-        if self.reward_head == "full":
-            bias = None if self.reward_bias is None else self.reward_bias[k]
-            hidden = hidden.to(self.reward_weight.dtype)
-            return head_logits(hidden, self.reward_weight[k], bias)
-        return (self.lm(hidden) if z_lm is None else z_lm) + self.correction(hidden, k)
-
-    def correction(self, hidden: Tensor, k: int) -> Tensor:
-        """delta_k (N, V) of a head that is a correction: ``W_LM (U_k D_k h + c_k)`` or
-        ``B_k A_k h + b_k``.
-        """
-        inner = self.features(hidden)[k]
-        if self.reward_head == "embedding":
-            return head_logits(inner.to(self.lm_weight.dtype), self.lm_weight, None)
-        bias = self.reward_bias[k].to(inner.dtype)
-        return head_logits(inner.to(self.reward_up.dtype), self.reward_up[k], None) + bias
-
-    def features(self, hidden: Tensor) -> Tensor:
-        """What the correction's matrix with V rows is multiplied by, in fp32 or float64:
-        ``U_k D_k h + c_k`` (K, N, d) for "embedding", ``A_k h`` (K, N, r) for "lowrank".
-        """
-        dtype = accumulator_dtype(hidden.dtype)
-        inner = None
-        if self.reward_down is not None:
-            inner = hidden.to(dtype) @ self.reward_down.to(dtype).mT
-        if self.reward_head == "lowrank":
-            return inner
-        bias = self.reward_bias.to(dtype)[:, None]
-        if inner is None:
-            return bias.expand(-1, hidden.shape[0], -1)
-        return inner @ self.reward_up.to(dtype).mT + bias
-
-    def token_rewards(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """delta_k(y) = z_k[y] - z_LM[y], (K, N) in fp32 or float64, from the rows of the labels
-        alone.
-        """
-        dtype = accumulator_dtype(hidden.dtype)
-        hidden, rows = hidden.to(dtype), F.embedding(labels, self.lm_weight).to(dtype)
-        if self.reward_head == "embedding":
-            return (self.features(hidden) * rows).sum(-1)
-        found = []
-        for k in range(self.num_objectives):
-            bias = None if self.reward_bias is None else self.reward_bias[k].to(dtype)
-            if self.reward_head == "full":
-                own = F.embedding(labels, self.reward_weight[k]).to(dtype)
-                value = ((own - rows) * hidden).sum(-1)
-                bias = None if bias is None else bias - self.lm_bias.to(dtype)
-            else:
-                own = F.embedding(labels, self.reward_up[k]).to(dtype)
-                value = (own * (hidden @ self.reward_down[k].to(dtype).T)).sum(-1)
-            found.append(value if bias is None else value + bias[labels])
-        return torch.stack(found)
+def token_rewards(heads: Heads, hidden: Tensor, labels: Tensor) -> Tensor:
+    """delta_k(y) = z_k[y] - z_LM[y], (K, N) in fp32 or float64, from the labels' rows alone."""
+    dtype = accumulator_dtype(hidden.dtype)
+    hidden, rows, found = hidden.to(dtype), F.embedding(labels, heads.lm_weight).to(dtype), []
+    for k in range(heads.num_objectives):
+        if heads.reward_head == "full":
+            value = ((F.embedding(labels, heads.reward_weight[k]).to(dtype) - rows) * hidden).sum(
+                -1
+            )
+            if heads.reward_bias is not None:
+                value = value + (heads.reward_bias[k] - heads.lm_bias).to(dtype)[labels]
+        elif heads.reward_head == "embedding":
+            value = (features(heads, hidden, k) * rows).sum(-1)
+        else:
+            up = F.embedding(labels, heads.reward_up[k]).to(dtype)
+            value = (up * features(heads, hidden, k)).sum(-1)
+            value = value + heads.reward_bias[k].to(dtype)[labels]
+        found.append(value)
+    return torch.stack(found)
 
 
 @dataclass
@@ -154,19 +128,6 @@ class Part:
 
     def __getitem__(self, index: Tensor) -> Part:
         return Part(*(x[index] for x in (self.rows, self.hidden, self.labels, self.gate_logit)))
-
-
-@dataclass
-class RowSums:
-    """Sums over each row's response tokens: (R,), rewards (R, K): r under each objective's head,
-    0 where no pair asks for it.
-    """
-
-    lm_nll: Tensor
-    rewards: Tensor
-    entropy: Tensor
-    kl: Tensor
-    length: Tensor
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -251,7 +212,7 @@ def dual_head_loss(
     rewards = kept.gate_logit.new_zeros(heads.num_objectives, len(rows))
     if options.preference == "token_reward":
         alpha = torch.sigmoid(kept.gate_logit)
-        rewards = heads.token_rewards(kept.hidden, kept.labels) * alpha**options.pref_gate
+        rewards = token_rewards(heads, kept.hidden, kept.labels) * alpha**options.pref_gate
     for in_term in (True, False):
         index = (in_lm[rows] == in_term).nonzero().squeeze(-1)
         part = kept[index]
@@ -259,9 +220,9 @@ def dual_head_loss(
         needs_mixture = in_term or options.kl_price > 0.0
         z_lm = z_rm = None
         if needs_mixture or (log_prob and options.pref_on == "mixed"):
-            z_lm = heads.lm(part.hidden)
+            z_lm = lm_logits(heads, part.hidden)
         if needs_mixture:
-            z_rm = heads.reward(part.hidden, z_lm)
+            z_rm = mixture_logits(heads, part.hidden, z_lm)
         lm = None
         if in_term:
             lm = mixed_log_probs(z_lm, z_rm, part.gate_logit, part.labels, options)
@@ -278,15 +239,11 @@ def dual_head_loss(
         dense = of_tokens.new_zeros(num_rows, length)
         return dense.index_put((rows, columns), of_tokens).sum(-1)
 
-    per_row = RowSums(
-        lm_nll=-sums(lm_logps),
-        rewards=torch.stack([sums(of_objective) for of_objective in rewards], dim=-1),
-        entropy=sums(gate_entropy(kept.gate_logit)),
-        kl=sums(kl),
-        length=mask.bool().sum(-1),
-    )
-    gate_sums = {name: sums(x) for name, x in gate_statistics(kept.gate_logit).items()}
-    return combine(per_row, gate_sums, pairing, counts, options)
+    per_token = {"lm_nll": -lm_logps, "entropy": gate_entropy(kept.gate_logit), "kl": kl}
+    per_row = {name: sums(x) for name, x in (per_token | _of_alpha(kept.gate_logit)).items()}
+    per_row["tokens"] = mask.bool().sum(-1)
+    of_rewards = torch.stack([sums(of_objective) for of_objective in rewards], dim=-1)
+    return _objective(per_row, of_rewards, pairing, counts, options)
 
 
 def _log_prob_rewards(
@@ -314,7 +271,7 @@ def _log_prob_rewards(
         tokens = part[chosen]
         known = None if z_lm is None else z_lm[chosen]
         z_k = z_rm[chosen] if one and z_rm is not None else None
-        z_k = heads.objective(tokens.hidden, k, known) if z_k is None else z_k
+        z_k = objective_logits(heads, tokens.hidden, k, known) if z_k is None else z_k
         if options.pref_on == "reward":
             logps = _reward_log_probs(z_k, tokens.labels, options)
         elif one and lm is not None:
@@ -327,90 +284,72 @@ def _log_prob_rewards(
 
 
 @torch.no_grad()
-def gate_statistics(gate_logit: Tensor) -> dict[str, Tensor]:
-    """`losses.GATE_STATISTICS` of each token: (N,) float64 each."""
+def _of_alpha(gate_logit: Tensor) -> dict[str, Tensor]:
+    """`terms.GATE_STATISTICS` of each token: (N,) float64 each."""
     alpha = torch.sigmoid(gate_logit.double())
-    # Kept as numbers, not indices: a NaN is then in no bin.
-    place = (alpha * ALPHA_BINS).floor().clamp(max=ALPHA_BINS - 1)
-    ends = (gate_logit < -SATURATION_LOGIT, gate_logit > SATURATION_LOGIT)
-    bins = (place == i for i in range(ALPHA_BINS))
-    flags = [flag.double() for flag in (*ends, *bins)]
-    return dict(zip(GATE_STATISTICS, (alpha, alpha.square(), *flags), strict=True))
+    found = {"alpha": alpha, "alpha_squared": alpha**2}
+    found["alpha_near_0"] = (gate_logit < -SATURATION_LOGIT).double()
+    found["alpha_near_1"] = (gate_logit > SATURATION_LOGIT).double()
+    bins = (alpha * ALPHA_BINS).floor().clamp(max=ALPHA_BINS - 1)
+    found |= {f"alpha_bin_{i}": (bins == i).double() for i in range(ALPHA_BINS)}
+    return {name: found[name] for name in GATE_STATISTICS}
 
 
-def combine(
-    sums: RowSums,
-    gate_sums: dict[str, Tensor],
+def _objective(
+    per_row: dict[str, Tensor],
+    rewards: Tensor,
     pairing: Pairing,
     counts: LossCounts | None,
     options: LossOptions,
 ) -> DualHeadLossOutput:
-    """The terms and their sum. gate_sums: `losses.GATE_STATISTICS`, (R,) each."""
-    own = LossCounts.of_lengths(sums.length, pairing, options.lm_on_chosen)
-    counts = own if counts is None else counts
-    device = sums.length.device
-    better, worse, objective = pairing.tensors(device)
+    """L from the sums of each row: per_row (R,) each, rewards (R, K)."""
+    length = per_row["tokens"]
+    counts = counts or LossCounts.of_lengths(length, pairing, options.lm_on_chosen)
+    better, worse, objective = pairing.tensors(length.device)
     reduce = PREFERENCE_REDUCTIONS[options.pref_reduction]
-    logps = [sums.rewards[rows, objective] for rows in (better, worse)]
-    lengths = [sums.length[rows] for rows in (better, worse)]
-    chosen, rejected = (options.beta_r * reduce(x, n) for x, n in zip(logps, lengths, strict=True))
+    r_better, r_worse = rewards[better, objective], rewards[worse, objective]
+    chosen = options.beta_r * reduce(r_better, length[better])
+    rejected = options.beta_r * reduce(r_worse, length[worse])
     margin = chosen - rejected - options.gamma
-    # Two empty responses say nothing: without this their constant loss would be reported.
-    losses = pair_loss(margin, options.label_smoothing)
-    losses = losses.masked_fill(lengths[0] + lengths[1] == 0, 0.0)
+    # Two empty responses say nothing.
+    says_nothing = length[better] + length[worse] == 0
+    losses = torch.where(says_nothing, 0.0, pair_loss(margin, options.label_smoothing))
 
-    lm_count = LM_REDUCTIONS[options.lm_reduction](counts)
-    lm_loss = sums.lm_nll.sum() / at_least_one(lm_count)
+    lm_loss = per_row["lm_nll"].sum() / at_least_one(LM_REDUCTIONS[options.lm_reduction](counts))
     preference_loss = losses.sum() / at_least_one(counts.pairs)
-    regularizer = GATE_REGULARIZERS[options.gate_regularizer]
-    gate_loss = options.lambda_g * regularizer(sums.entropy.sum() / at_least_one(counts.tokens))
-    kl_loss = options.kl_price * (sums.kl.sum() / at_least_one(counts.tokens))
+    entropy = per_row["entropy"].sum() / at_least_one(counts.tokens)
+    gate_loss = options.lambda_g * GATE_REGULARIZERS[options.gate_regularizer](entropy)
+    kl_loss = options.kl_price * per_row["kl"].sum() / at_least_one(counts.tokens)
     loss = lm_loss + options.lambda_r * preference_loss + gate_loss + kl_loss
 
     with torch.no_grad():
+        in_lm = to_device(pairing.in_lm(options.lm_on_chosen), length.device)
+        of_rows = per_row | {"sequences": in_lm, "lm_tokens": length * in_lm}
         of_pairs = {
             "pairs": torch.ones_like(losses),
             "pair_loss": losses,
-            "chosen_logps": logps[0],
-            "rejected_logps": logps[1],
+            "chosen_logps": r_better,
+            "rejected_logps": r_worse,
             "chosen_rewards": chosen,
             "rejected_rewards": rejected,
             "correct_pairs": chosen > rejected,
             "saturated_pairs": margin.abs() > SATURATION_LOGIT,
         }
-        in_lm = to_device(pairing.in_lm(options.lm_on_chosen), device)
-        of_rows = {
-            "sequences": in_lm,
-            "lm_tokens": sums.length * in_lm,
-            "tokens": sums.length,
-            "lm_nll": sums.lm_nll,
-            "entropy": sums.entropy,
-            "kl": sums.kl,
-            **gate_sums,
-        }
-        totals = _totals(of_pairs, of_rows, pairing)
-    detached = (lm_loss, preference_loss, gate_loss, kl_loss, *logps, chosen, rejected)
-    values: list[Any] = [*(x.detach() for x in detached), totals]
+        totals = [
+            _per_example(of_pairs[name], pairing.pairs_of_examples)
+            if name in of_pairs
+            else _per_example(of_rows[name], pairing.examples)
+            for name in TOTAL_NAMES
+        ]
+    detached = (lm_loss, preference_loss, gate_loss, kl_loss, r_better, r_worse, chosen, rejected)
+    values: list[Any] = [*(x.detach() for x in detached), torch.stack(totals, -1)]
     return DualHeadLossOutput(loss, *values)
 
 
-def _totals(of_pairs: dict[str, Tensor], of_rows: dict[str, Tensor], pairing: Pairing) -> Tensor:
-    """(E, len(TOTAL_NAMES)) float64. of_pairs (P,) each, of_rows (R,) each."""
-    device = of_rows["tokens"].device
-    values = [(of_pairs if name in of_pairs else of_rows)[name].double() for name in TOTAL_NAMES]
-    out = torch.zeros(len(pairing.examples), len(TOTAL_NAMES), dtype=torch.float64, device=device)
-    members = (pairing.pairs_of_examples, pairing.examples)
-    for source, lists in zip((of_pairs, of_rows), members, strict=True):
-        columns = [i for i, name in enumerate(TOTAL_NAMES) if (name in source)]
-        of_source = torch.stack([values[i] for i in columns], -1)
-        out[:, columns] = _sums_of(of_source, lists)
-    return out
-
-
-def _sums_of(values: Tensor, members: list[list[int]]) -> Tensor:
-    """Sums of the rows of values (n, m) over each list of rows: (E, m), in a fixed order."""
-    longest = max(map(len, members))
-    numbers = [n for rows in members for n in (*rows, *[len(values)] * (longest - len(rows)))]
-    index = to_device(numbers, values.device).view(len(members), longest)
-    padded = torch.cat((values, values.new_zeros(1, values.shape[1])))
-    return padded[index].sum(1)
+def _per_example(values: Tensor, members: list[list[int]]) -> Tensor:
+    """(E,) float64: the sum of values over each example's rows, or over its pairs."""
+    example = [e for e, of_example in enumerate(members) for _ in of_example]
+    order = [i for of_example in members for i in of_example]
+    example, order = (to_device(x, values.device) for x in (example, order))
+    sums = torch.zeros(len(members), dtype=torch.float64, device=values.device)
+    return sums.index_add(0, example, values[order].double())

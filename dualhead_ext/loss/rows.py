@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..reference import postprocess
-from .reference import mixed_kl
+from ..ops.logits import postprocess
 from .terms import LossOptions
 
 # Rows whose KL is computed together.
@@ -63,6 +62,7 @@ def log_probabilities(
     *,
     mixed: bool,
     reward: bool,
+    impl: str | None = None,
 ) -> Rows:
     """``log P_y`` of the mixture and ``log softmax(f(z_RM))_y``, as asked for.
 
@@ -70,11 +70,12 @@ def log_probabilities(
         z_lm, z_rm: (n, V) fp32 or float64; kept for :func:`gradients_`.
         gate_logit: (n,) in their dtype; labels: (n,) int64.
         options: its mix, logit_scale and logit_softcap.
+        impl: "kernel" or "torch"; default: the kernel where there is one. For tests.
     """
     rows = Rows(z_lm, z_rm, gate_logit, labels, options, None, None, None)
     if not (mixed or reward):
         return rows
-    if ops.loss_rows_kernel_for(z_rm):
+    if impl == "kernel" or (impl is None and ops.loss_rows_kernel_for(z_rm)):
         found = ops.loss_rows(
             z_lm, z_rm, gate_logit, labels, mixed, reward, *_kernel_options(options)
         )
@@ -98,7 +99,27 @@ def log_probabilities(
 def kl(rows: Rows) -> Tensor:
     """``KL(pi_mix || pi_LM)`` of each row in nats, (n,)."""
     parts = _split(rows)
-    return torch.cat([mixed_kl(*part, rows.options) for part in parts])
+    return torch.cat([_kl(*part, rows.options) for part in parts])
+
+
+def _kl(z_lm: Tensor, z_rm: Tensor, gate_logit: Tensor, options: LossOptions) -> Tensor:
+    """The same, differentiable; 0 where alpha is exactly 0."""
+    _, lm_only, rm_only = (x[:, None] for x in _shares(gate_logit))
+    lm = torch.log_softmax(_post(z_lm, options), -1)
+    if options.mix == "logits":
+        share, rest = torch.sigmoid(gate_logit)[:, None], torch.sigmoid(-gate_logit)[:, None]
+        mixed = torch.where(rm_only, z_rm, rest * z_lm + share * z_rm)
+        mixed = torch.log_softmax(_post(mixed, options), -1)
+    else:
+        rm = torch.log_softmax(_post(z_rm, options), -1)
+        # An infinite logit selects below; it is kept out of the graph.
+        logit = gate_logit.masked_fill(torch.isinf(gate_logit), 0.0)[:, None]
+        mixed = torch.logaddexp(F.logsigmoid(-logit) + lm, F.logsigmoid(logit) + rm)
+        mixed = torch.where(rm_only, rm, mixed)
+    mixed = torch.where(lm_only, lm, mixed)
+    # A token of probability 0 adds nothing, and log 0 - log 0 must not make it NaN.
+    ratio = (mixed - lm).masked_fill(mixed == -torch.inf, 0.0)
+    return (mixed.exp() * ratio).sum(-1)
 
 
 def gradients_(
@@ -148,7 +169,7 @@ def _kl_gradients(rows: Rows, upstream: Tensor, lm: bool) -> tuple[Tensor | None
         wanted = [z_rm.requires_grad_(), gate_logit.requires_grad_()]
         wanted += [z_lm.requires_grad_()] if lm else []
         with torch.enable_grad():
-            total = (mixed_kl(z_lm, z_rm, gate_logit, rows.options) * of_part).sum()
+            total = (_kl(z_lm, z_rm, gate_logit, rows.options) * of_part).sum()
             made.append(torch.autograd.grad(total, wanted))
     found = [torch.cat(parts) for parts in zip(*made, strict=True)]
     return (found[2] if lm else None), found[0], found[1]

@@ -2,7 +2,7 @@
 """The terms of the training objective, one short function each, and the options that choose them.
 
 A new regulariser or reduction is a function and a line in its dict; `LossOptions` states every
-option and default once. `reference_loss` puts the terms together. P pairs, N response tokens.
+option and default once. `totals` puts the terms together. P pairs, N response tokens.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def at_least_one(count: Any) -> Any:
 # How many bins of equal width the logged histogram of alpha has.
 ALPHA_BINS = 10
 
-# What is kept of every token's alpha (`reference_loss.gate_statistics`): moments, whether it is
+# What is kept of every token's alpha (`totals.gate_statistics`): moments, whether it is
 # within 1 % of 0 or of 1, and which bin it is in.
 GATE_STATISTICS = (
     "alpha",
