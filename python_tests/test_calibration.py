@@ -38,7 +38,7 @@ def test_kl_of_states_is_that_of_the_mixture(head, mix):
         alpha = torch.sigmoid(gate_logit) * strength
         alpha = alpha.clamp(max=1) if mix == "probs" else alpha
         with torch.no_grad():
-            z_lm = module._lm_logits(hidden[:, None])
+            z_lm = module.lm_logits(hidden[:, None])
             z_rm = module.reward_logits(hidden[:, None], z_lm, None)
             expected = kl_cap.kl_from_backbone(z_lm[:, 0], z_rm[:, 0], alpha, mix)
         torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-5)
@@ -50,10 +50,10 @@ def test_scale_reward_scales_delta_alone(head):
     module = model.lm_head_module
     hidden = states(model)[0][:, None]
     with torch.no_grad():
-        z_lm = module._lm_logits(hidden)
+        z_lm = module.lm_logits(hidden)
         before = module.reward_logits(hidden, z_lm, None) - z_lm
         scale_reward(module, 0.3)
-        assert torch.equal(module._lm_logits(hidden), z_lm)
+        assert torch.equal(module.lm_logits(hidden), z_lm)
         after = module.reward_logits(hidden, z_lm, None) - z_lm
     torch.testing.assert_close(after, 0.3 * before, rtol=1e-4, atol=1e-4)
 

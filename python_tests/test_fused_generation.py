@@ -15,8 +15,8 @@ from transformers.generation import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import dualhead_ext as dh
+from dualhead_ext.head import decoding
 from dualhead_ext.model import fused_loop
-from dualhead_ext.model.generate import GatedGenerationMixin
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -28,20 +28,18 @@ EVERY = pytest.mark.parametrize("family", FAMILIES)
 def loops(monkeypatch):
     """Counts of fused loops and of steps without and with logits."""
     seen = {"fused": 0, "tokens": 0, "logits": 0}
-    loop, step = fused_loop.fused_sample, dh.DualHead._run_step
+    loop, step = fused_loop.fused_sample, decoding.run_step
 
     def counted_loop(*args, **kwargs):
         seen["fused"] += 1
         return loop(*args, **kwargs)
 
-    def counted_step(self, *args, return_logits=True, **kwargs):
+    def counted_step(*args, return_logits=True, **kwargs):
         seen["logits" if return_logits else "tokens"] += 1
-        return step(self, *args, return_logits=return_logits, **kwargs)
+        return step(*args, return_logits=return_logits, **kwargs)
 
     monkeypatch.setattr(fused_loop, "fused_sample", counted_loop)
-    for owner in dh.DualHead.__mro__:
-        if "_run_step" in vars(owner):
-            monkeypatch.setattr(owner, "_run_step", counted_step)
+    monkeypatch.setattr(decoding, "run_step", counted_step)
     return seen
 
 
@@ -182,12 +180,12 @@ def test_it_is_a_custom_loop_too(loops):
     expected = model.generate(**batch, **GREEDY, fused=False)
     got = model.generate(**batch, **GREEDY, custom_generate=fused_loop.fused_sample)
     assert torch.equal(got, expected) and loops["tokens"] == NEW - 1
-    got = super(GatedGenerationMixin, model).generate(
+    got = super(dh.DualHeadForCausalLM, model).generate(
         **batch, **GREEDY, custom_generate=fused_loop.fused_sample
     )
     assert torch.equal(got, expected) and loops["tokens"] == 2 * (NEW - 1)
     with pytest.raises(ValueError, match=r"fused_sample: .* ruled out by output_scores"):
-        super(GatedGenerationMixin, model).generate(
+        super(dh.DualHeadForCausalLM, model).generate(
             **batch, **GREEDY, output_scores=True, custom_generate=fused_loop.fused_sample
         )
 

@@ -112,6 +112,60 @@ def test_no_cycles():
         visit(name, ())
 
 
+# The oracle is there to be compared with. Who else may import it, and for what.
+ORACLES = {"reference", "reference.heads", "reference.sampling", "loss.reference"}
+MAY_IMPORT_THE_ORACLE = {
+    "ops": {"DecodeOutput"},  # the type of what a step returns
+    "head.decoding": {"decode_step"},  # the fallback, which ops.warn_of_reference announces
+}
+
+
+def uses_of_the_oracle(module: str) -> set[str]:
+    """Names that a module takes from the reference: imported from it, or attributes of it."""
+    path, found = MODULES[module], set()
+    package = path.relative_to(PACKAGE).parent.parts
+    tree = ast.parse(path.read_text())
+    aliases = {"reference"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            base = ".".join(part for part in base if part)
+            if base in ORACLES:
+                found |= {alias.name for alias in node.names}
+            for alias in node.names:
+                if f"{base}.{alias.name}".removeprefix(".") in ORACLES:
+                    aliases.add(alias.asname or alias.name)
+                    found.add("")
+    if "" in found:
+        attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        found |= {
+            a.attr for a in attributes if isinstance(a.value, ast.Name) and a.value.id in aliases
+        }
+    return found - {""}
+
+
+def test_only_the_fallback_uses_the_oracle():
+    """Production has formulas of its own, so that a slip in one shows against the other. The
+    benchmarks time the oracle."""
+    for module in MODULES:
+        if module not in ORACLES and room(module) != "bench":
+            assert uses_of_the_oracle(module) <= MAY_IMPORT_THE_ORACLE.get(module, set()), module
+
+
+def test_uses_of_the_oracle_are_found():
+    assert uses_of_the_oracle("head.decoding") == {"decode_step"}
+    assert uses_of_the_oracle("ops") == {"DecodeOutput"}
+    assert "decode_step" in uses_of_the_oracle("bench.contenders")
+    assert "dual_head_loss" in uses_of_the_oracle("bench.loss_contenders")
+
+
+def test_a_control_is_named_in_four_places():
+    """What CONTRIBUTING promises: a new control is its field, its formula, the oracle's formula
+    and the operator's argument."""
+    named = {n for n, path in MODULES.items() if re.search(r"\bskip_threshold\b", path.read_text())}
+    assert named == {"head.controls", "head.mixture", "reference", "ops"}
+
+
 def test_imports_are_found():
     source = """
         from . import ops, reference

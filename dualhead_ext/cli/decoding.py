@@ -8,11 +8,8 @@ from typing import Any
 
 from ..data import HUMAN
 from ..data.rendering import messages_of, render_prompt
+from ..head.controls import Controls, Sampling
 from .errors import UserError
-
-# Name of a sampling filter -> the value that does nothing.
-_FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-CONTROLS = ("strength", "gate_offset", "alpha", "max_kl", "skip_threshold", "objective_weights")
 
 
 def check_length(length: int, model: Any, new_tokens: int) -> None:
@@ -37,17 +34,19 @@ def context_of(model: Any) -> int | None:
 def decoding_options(arguments: Namespace, model: Any) -> dict[str, Any]:
     """Keyword arguments of ``generate``."""
     options = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
-    filters = {name: getattr(arguments, name) for name in _FILTERS}
+    filters = {name: getattr(arguments, name) for name in Sampling.FILTERS}
     if arguments.sample or any(value is not None for value in filters.values()):
         options["do_sample"] = True
-        for name, off in _FILTERS.items():
+        for name, off in Sampling.FILTERS.items():
             options[name] = off if filters[name] is None else filters[name]
     return options | gate_options(arguments, model)
 
 
 def gate_options(arguments: Namespace, model: Any) -> dict[str, Any]:
     """The controls of the gate among the arguments, as ``generate`` takes them."""
-    options = {n: getattr(arguments, n) for n in CONTROLS if getattr(arguments, n) is not None}
+    options = {
+        n: getattr(arguments, n) for n in Controls.NAMES if getattr(arguments, n) is not None
+    }
     if (weights := arguments.objective_weights) is not None:
         options["objective_weights"] = objective_tensor("--objective-weights", weights, model)
     return options
@@ -72,7 +71,7 @@ def objective_tensor(option: str, weights: list[float], model: Any) -> Any:
 
 def controls_of(options: dict[str, Any]) -> dict[str, Any]:
     """The gate's controls among options of ``generate``."""
-    return {name: options[name] for name in CONTROLS if name in options}
+    return {name: options[name] for name in Controls.NAMES if name in options}
 
 
 def encode(prompt: str, tokenizer: Any, raw: bool = False) -> Any:

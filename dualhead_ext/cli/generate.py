@@ -7,8 +7,9 @@ import sys
 from argparse import Namespace
 from typing import Any
 
+from ..head.controls import Controls
 from . import terminal as show
-from .decoding import CONTROLS, check_length, controls_of, decoding_options, encode
+from .decoding import check_length, controls_of, decoding_options, encode
 from .errors import UserError, argument
 from .inspect import check_page, inspections, save_page
 from .models import check_heads, load, quiet_transformers
@@ -58,7 +59,7 @@ def generate(arguments: Namespace) -> None:
 def _refuse_gate_without_heads(arguments: Namespace) -> None:
     if not arguments.backbone_only:
         return
-    for name in (*CONTROLS, "show_gate", "html", "strengths", "quantize"):
+    for name in (*Controls.NAMES, "show_gate", "html", "strengths", "quantize"):
         if getattr(arguments, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"
             raise UserError(

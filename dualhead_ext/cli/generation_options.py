@@ -7,10 +7,11 @@ import argparse
 from typing import Any
 
 from ..config import FORMAT_NAMES
+from ..head.controls import Controls
 from .argument_types import MAX_SEED, add_color, add_device, number, numbers
 
 # How a strength and weights are read, on the command line and in a chat.
-STRENGTH, WEIGHTS = number(float, 0), numbers
+STRENGTH, WEIGHTS = number(float, Controls.LIMITS["strength"].lowest), numbers
 
 GENERATE = """\
 examples:
@@ -98,28 +99,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_gate(parser: argparse.ArgumentParser) -> Any:
     gate = parser.add_argument_group("gate")
-    gate.add_argument(
-        "--strength",
-        type=STRENGTH,
-        metavar="S",
-        help="factor of alpha; 0 is the backbone (default 1)",
-    )
-    gate.add_argument("--gate-offset", type=number(), metavar="X", help="added to the gate's logit")
-    gate.add_argument(
-        "--alpha", type=number(float, 0, 1), metavar="A", help="a fixed alpha in place of the gate"
-    )
-    gate.add_argument(
-        "--max-kl",
-        type=number(float, 0),
-        metavar="X",
-        help="limit of the KL divergence from the backbone at each token, in nats",
-    )
-    gate.add_argument(
-        "--skip-threshold",
-        type=number(float, 0, 0.5),
-        metavar="A",
-        help="treat alpha this close to 0 or 1 as 0 or 1; a head may then be skipped (default 0)",
-    )
+    for name, limits in Controls.LIMITS.items():
+        gate.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=number(float, limits.lowest, limits.highest),
+            metavar=limits.metavar,
+            help=limits.help,
+        )
     gate.add_argument(
         "--objective-weights", type=WEIGHTS, metavar="W,...", help="one weight per objective"
     )

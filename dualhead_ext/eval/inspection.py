@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..head.controls import objective_rows
+from ..head.controls import Controls
 from ..head.kl_cap import kl_from_backbone
-from ..model.generate import CONTROLS
-from ..reference import postprocess
+from ..ops.logits import postprocess
 from .inspection_page import Choice, InspectedToken, Inspection, page
 
 # Positions whose logits, of the mixture and of both heads, are in memory at once.
@@ -37,8 +36,7 @@ def inspect_tokens(
         start: tokens from here on are shown; at least 1, as nothing foretells the first.
         top: how many of the likeliest tokens to keep.
         label: see :class:`Inspection`.
-        controls: strength, gate_offset, alpha, max_kl, skip_threshold, objective_weights, as in
-            ``model.generate``.
+        controls: the fields of :class:`dualhead_ext.head.controls.Controls`.
     Raises:
         ValueError: start or top out of range, or a control. TypeError: an unknown control.
         NotImplementedError: the backbone changes its logits in a way that its config does not say.
@@ -49,7 +47,7 @@ def inspect_tokens(
     config, head = model.dual_head_config, model.lm_head_module
     if not 1 <= top <= config.vocab_size:
         raise ValueError(f"inspect_tokens: top must be in 1..{config.vocab_size}, got {top}")
-    if unknown := sorted(set(controls) - set(CONTROLS)):
+    if unknown := sorted(set(controls) - set(Controls.NAMES)):
         raise TypeError(f"inspect_tokens: unknown controls {', '.join(unknown)}")
     if head.knows_f is False:
         raise NotImplementedError(
@@ -59,24 +57,15 @@ def inspect_tokens(
     ids = ids.to(model.device)
     hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0].to(head.weight.device)
     gate_logit = head.gate(hidden)
-    settings = [controls.get(name) for name in ("strength", "gate_offset", "alpha")]
-    settings += [controls.get(name) for name in ("objective_weights", "max_kl", "skip_threshold")]
-    rows = objective_rows(
-        "inspect_tokens",
-        controls.get("objective_weights"),
-        1,
-        config.num_objectives,
-        gate_logit.dtype,
-        hidden.device,
-    )
+    rows = head.control_rows("inspect_tokens", Controls(**controls), hidden)
     post = (config.logit_scale, config.logit_softcap)
     text, found = _TextOf(tokenizer, ids[0, :start].tolist()), []
     for first in range(start, ids.shape[1], _POSITIONS):
         positions = slice(first - 1, min(first - 1 + _POSITIONS, ids.shape[1] - 1))
         x, chosen = hidden[:, positions], ids[0, positions.start + 1 : positions.stop + 1]
-        out = head._mixed("inspect_tokens", x, gate_logit[:, positions], *settings)
-        z_lm = head._lm_logits(x)
-        z_rm = head.reward_logits(x, z_lm, rows)
+        out = head.mixed(x, gate_logit[:, positions], rows)
+        z_lm = head.lm_logits(x)
+        z_rm = head.reward_logits(x, z_lm, rows.objective_weights)
         kl = kl_from_backbone(z_lm, z_rm, out.alpha, config.mix, *post)[0].tolist()
         logits = (out.logits, postprocess(z_lm, *post), postprocess(z_rm, *post))
         shares = [torch.softmax(z[0].float(), -1) for z in logits]

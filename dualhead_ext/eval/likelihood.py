@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..data.collate import encode
 from ..data.rendering import special_tokens
-from ..reference import accumulator_dtype
+from ..ops.logits import accumulator_dtype
 from .judging import Interval, bootstrap
 from .metrics import longer_is_better, wilson_interval
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .controls import dense
 from .prompt_projection import PromptProjection
+from .rows import dense
 
 
 class DecodeWeights:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..loss.reference import mixed_kl
-from ..loss.terms import LossOptions
+from .controls import Controls
+from .kl_cap import kl_from_backbone
+from .mixture import mixing_weight
 
 TARGET_KL = 0.1
 # Of the requests that are decoded: how many, their length, and their strengths in turn.
@@ -68,9 +68,8 @@ class _States:
 
     def __init__(self, head: Any, hidden: Tensor, gate_logit: Tensor) -> None:
         config = head.config
-        self.options = LossOptions(
-            mix=config.mix, logit_scale=config.logit_scale, logit_softcap=config.logit_softcap
-        )
+        self.mix = config.mix
+        self._post = (config.logit_scale, config.logit_softcap)
         self.head, self.hidden, self.gate_logit = head, hidden, gate_logit
         self._kept: list[tuple[Tensor, Tensor]] | None = None
 
@@ -80,28 +79,21 @@ class _States:
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(z_LM, delta), each (n, V)."""
-        z_lm = self.head._lm_logits(hidden[:, None])
+        z_lm = self.head.lm_logits(hidden[:, None])
         delta = self.head.reward_logits(hidden[:, None], z_lm, None) - z_lm
         return z_lm[:, 0], delta[:, 0]
 
     def kl(self, scale: float, strength: Tensor) -> Tensor:
         """(N,) with ``scale`` times delta, at these strengths (N,)."""
-        alpha = reference.mixing_weight(
-            self.gate_logit, None, strength.to(self.gate_logit.device), None, self.options.mix
-        )
+        controls = Controls(strength=strength.to(self.gate_logit.device))
+        _, alpha = mixing_weight(self.gate_logit, controls, self.mix)
         found = []
         parts = zip(self.hidden.split(self.ROWS), alpha.split(self.ROWS), strict=True)
         for i, (hidden, of_rows) in enumerate(parts):
             z_lm, delta = self._kept[i] if self._kept else self._logits(hidden)
-            found.append(self._kl(z_lm, scale * delta, of_rows))
-        return torch.cat(found)
-
-    def _kl(self, z_lm: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
-        if self.options.mix == "logits":
-            # alpha may be above 1 here: it is folded into delta, and the mixture is all of it.
-            all_of_it = torch.full_like(alpha, torch.inf)
-            return mixed_kl(z_lm, z_lm + alpha[:, None] * delta, all_of_it, self.options)
-        return mixed_kl(z_lm, z_lm + delta, torch.logit(alpha), self.options)
+            post = (self.mix, *self._post)
+            found.append(kl_from_backbone(z_lm, z_lm + scale * delta, of_rows, *post))
+        return torch.cat(found).to(self.gate_logit.dtype)
 
     def scale_for(self, target: float) -> float:
         """The scale of delta at which the mean KL at strength 1 is ``target``.

@@ -1,140 +1,271 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns what callers pass per request (numbers, lists, tensors) into the (B,) tensors of the
-operators, or raises.
+"""What a request may set: how the heads are mixed (:class:`Controls`) and how a token is chosen
+(:class:`Sampling`).
+
+These two objects are what travels from ``generate()`` to the operator. The keyword arguments of the
+public methods, the options of the command and every check are made of their fields. Nothing heavy
+is imported here: ``dualhead generate --help`` reads the fields.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-# name: (lowest, highest, what a person reads). Tensors on a device are not looked into: that would
-# synchronise.
-_RANGES: dict[str, tuple[float, float, str]] = {
-    "strength": (0.0, math.inf, "a number >= 0"),
-    "gate_offset": (-math.inf, math.inf, "a number"),
-    "alpha": (0.0, 1.0, "a number in [0, 1]"),
-    "skip_threshold": (0.0, 0.5, "a number in [0, 0.5]"),
-    "max_kl": (0.0, math.inf, "a number >= 0 (inf is no cap)"),
-    "temperature": (0.0, math.inf, "a number >= 0 (0 is greedy)"),
-    "top_k": (0, 2**31 - 1, "an integer >= 0 (0 is off)"),
-    "top_p": (0.0, 1.0, "a number in (0, 1] (1 is off)"),
-    "min_p": (0.0, 1.0, "a number in [0, 1] (0 is off)"),
-}
+    from .cache import GateCache
+
+    Fill = Callable[[str, float, torch.dtype], Tensor]
 
 
-def dense(operator: str, name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    """``value``, if it is a tensor whose numbers can be read.
+class Limits(NamedTuple):
+    """Of one number per request: its range, ``expected`` in words, and ``help`` and ``metavar`` of
+    the command's option.
+    """
+
+    lowest: float
+    highest: float
+    expected: str
+    help: str = ""
+    metavar: str = "X"
+    above: bool = False  # whether lowest itself is out of range
+    infinite: bool = False  # whether inf is in it
+
+    def hold(self, number: float) -> bool:
+        """Whether a number is in range."""
+        return self.lowest <= number <= self.highest and not (self.above and number == self.lowest)
+
+
+def _limits(*limits: Any, **more: bool) -> dict[str, Limits]:
+    return {"limits": Limits(*limits, **more)}
+
+
+def limits_of(kind: type) -> dict[str, Limits]:
+    """Name -> limits of the numbers among the fields of a class below."""
+    return {f.name: f.metadata["limits"] for f in fields(kind) if "limits" in f.metadata}
+
+
+class _Fields:
+    """What both classes can do with their fields."""
+
+    NAMES: ClassVar[tuple[str, ...]]
+    LIMITS: ClassVar[dict[str, Limits]]
+
+    @classmethod
+    def take(cls, arguments: dict[str, Any]) -> Any:
+        """The fields among ``arguments``, taken out of it."""
+        return cls(**{name: arguments.pop(name) for name in cls.NAMES if name in arguments})
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not None, by name."""
+        found = {}
+        for name in self.NAMES:  # a comprehension over __dict__ is beyond torch 2.11's compiler
+            if (value := getattr(self, name)) is not None:
+                found[name] = value
+        return found
+
+
+@dataclass(eq=False)  # tensors have no one truth value
+class Controls(_Fields):
+    """How the two heads are mixed, per request. None leaves a control out.
 
     Args:
-        device: where it will be needed; a meta tensor, which has no numbers, may only be needed on
-            the meta device. Default: not looked at.
-    Raises:
-        TypeError: not a tensor, or a sparse one. ValueError: on the meta device.
+        strength: s >= 0 scales alpha, ``a <- s a``, in the probability mix at most 1; 0 gives z_LM
+            itself. A number or (B,).
+        gate_offset: added to the gate's logit. A number or (B,).
+        alpha: replaces the gate's value, in [0, 1]. A number or (B,).
+        max_kl: lowers alpha until ``KL(pi_mix || pi_LM) <= max_kl`` nats at each token
+            (:func:`dualhead_ext.head.kl_cap.capped_alpha`); >= 0. A number or (B,). Eager PyTorch
+            then computes the step.
+        skip_threshold: alpha below it counts as 0, alpha nearer to 1 than it as 1, before
+            ``max_kl``; in [0, 0.5], default 0. A number or (B,). What it saves, and the bounds on
+            the error: docs/generation.md.
+        objective_weights: (K,) or (B, K); default 1/K each.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{operator}: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{operator}: {name} must be dense, got {value.layout}")
-    if device is not None and value.device.type == "meta" != device.type:
-        raise ValueError(f"{operator}: {name} must be on {device}, got a tensor on meta")
-    return value
+
+    strength: Any = field(
+        default=None,
+        metadata=_limits(
+            0.0, math.inf, "a number >= 0", "factor of alpha; 0 is the backbone (default 1)", "S"
+        ),
+    )
+    gate_offset: Any = field(
+        default=None,
+        metadata=_limits(-math.inf, math.inf, "a number", "added to the gate's logit"),
+    )
+    alpha: Any = field(
+        default=None,
+        metadata=_limits(0.0, 1.0, "a number in [0, 1]", "a fixed alpha in place of the gate", "A"),
+    )
+    max_kl: Any = field(
+        default=None,
+        metadata=_limits(
+            *(0.0, math.inf, "a number >= 0 (inf is no cap)"),
+            "limit of the KL divergence from the backbone at each token, in nats",
+            infinite=True,
+        ),
+    )
+    skip_threshold: Any = field(
+        default=None,
+        metadata=_limits(
+            *(0.0, 0.5, "a number in [0, 0.5]"),
+            "treat alpha this close to 0 or 1 as 0 or 1; a head may then be skipped (default 0)",
+            "A",
+        ),
+    )
+    objective_weights: Any = None
+
+    def rows(
+        self,
+        operator: str,
+        batch_size: int,
+        num_objectives: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fill: Fill | None = None,
+    ) -> Controls:
+        """The same as tensors of ``dtype`` on ``device``: (B,) each, objective_weights (B, K).
+
+        Args:
+            fill: makes the tensor of a number; default ``torch.full``.
+        Raises:
+            TypeError, ValueError: naming the operator, the control, what was expected and what
+            came.
+        """
+        found = self.given()
+        if not found:
+            return self
+        from .rows import objective_rows, per_row
+
+        for name, value in found.items():
+            if name == "objective_weights":
+                found[name] = objective_rows(
+                    operator, value, batch_size, num_objectives, dtype, device
+                )
+            else:
+                limits = self.LIMITS[name]
+                found[name] = per_row(
+                    operator, name, limits, value, batch_size, dtype, device, fill
+                )
+        return Controls(**found)
+
+    def repeat(self, repeats: int) -> Controls:
+        """Each row ``repeats`` times in a row: beams, and several samples of one prompt."""
+        return Controls(**{n: x.repeat_interleave(repeats, 0) for n, x in self.given().items()})
+
+    def select(self, index: Tensor) -> Controls:
+        """The rows ``index`` (N,)."""
+        return Controls(**{name: value[index] for name, value in self.given().items()})
+
+    def operands(self) -> dict[str, Tensor]:
+        """Rows as arguments of the operator, which has all but ``max_kl``."""
+        found = self.given()
+        found.pop("max_kl", None)
+        return found
 
 
-def per_row(
-    operator: str,
-    name: str,
-    value: Any,
-    batch_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    fill: Callable[[str, float, torch.dtype], Tensor] | None = None,
-) -> Tensor | None:
-    """``value`` as a (B,) tensor of ``dtype`` on ``device``; None stays None.
+@dataclass(eq=False)
+class Sampling(_Fields):
+    """How a token is chosen, per request.
 
-    A Python number applies to every row; a list or tensor gives each row its own. ``fill`` makes
-    the tensor of a number (a cache's memo), default ``torch.full``.
-
-    Raises:
-        TypeError: not a number, list or tensor. ValueError: out of range, not finite, or of another
-            length than B.
+    Args:
+        do_sample: False takes the argmax (ties: the lowest index).
+        temperature, top_k, top_p, min_p: numbers or (B,) tensors, applied in this order as Hugging
+            Face does. temperature 0 is greedy.
+        seeds: (B,) int64. Default: drawn from ``generator`` once per cache. Token n of a request
+            depends on its seed, n and its distribution alone, not on its place in a batch.
+        generator: default: torch's global one.
     """
-    if value is None:
-        return None
-    lowest, highest, expected = _RANGES[name]
-    if isinstance(value, Tensor):
-        dense(operator, name, value, device)
-        if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(
-                f"{operator}: {name} must hold {expected}, got a tensor of {value.dtype}"
-            )
-        if value.dim() == 0:
-            value = value.expand(batch_size)
-        if value.shape != (batch_size,):
-            raise ValueError(
-                f"{operator}: {name} must be ({batch_size},), got {tuple(value.shape)}"
-            )
-        return value.to(device=device, dtype=dtype)
-    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-    largest = torch.finfo(dtype).max if dtype.is_floating_point else sys.maxsize
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(
-                f"{operator}: {name} must be {expected}, or one per row, got {number!r}"
-            )
-        # An integer may be too large for any float, which isfinite() would raise for.
-        if isinstance(number, int) or math.isfinite(number):
-            wrong = abs(number) > largest or (dtype == torch.int32 and number != int(number))
-        else:
-            wrong = name != "max_kl"
-        if wrong or not lowest <= number <= highest or (name == "top_p" and number == 0):
-            raise ValueError(f"{operator}: {name} must be {expected}, got {number!r}")
-    if dtype != torch.int32:
-        numbers = [float(number) for number in numbers]
-    if isinstance(value, (list, tuple)):
-        if len(numbers) != batch_size:
-            raise ValueError(f"{operator}: {name} must be ({batch_size},), got ({len(numbers)},)")
-        return torch.tensor(numbers, dtype=dtype, device=device)
-    if fill is not None:
-        return fill(name, numbers[0], dtype)
-    return torch.full((batch_size,), numbers[0], dtype=dtype, device=device)
+
+    do_sample: bool = False
+    temperature: Any = field(
+        default=1.0, metadata=_limits(0.0, math.inf, "a number >= 0 (0 is greedy)")
+    )
+    top_k: Any = field(default=0, metadata=_limits(0, 2**31 - 1, "an integer >= 0 (0 is off)"))
+    top_p: Any = field(
+        default=1.0, metadata=_limits(0.0, 1.0, "a number in (0, 1] (1 is off)", above=True)
+    )
+    min_p: Any = field(default=0.0, metadata=_limits(0.0, 1.0, "a number in [0, 1] (0 is off)"))
+    seeds: Tensor | None = None
+    generator: torch.Generator | None = None
+
+    FILTERS: ClassVar[dict[str, float]]  # what does nothing
+
+    def rows(self, operator: str, cache: GateCache, dtype: torch.dtype) -> Sampling:
+        """The same with filters as (B,) tensors of ``dtype``, top_k int32, or None where they do
+        nothing.
+
+        Raises:
+            TypeError, ValueError: as :meth:`Controls.rows`.
+        """
+        if not isinstance(self.do_sample, bool):
+            raise TypeError(f"{operator}: do_sample must be True or False, got {self.do_sample!r}")
+        if not self.do_sample:
+            return GREEDY
+        import torch
+
+        from .rows import per_row
+
+        fill = None if torch.compiler.is_compiling() else cache.per_row
+        count, device, found = cache.batch_size, cache.device, {}
+        for name, off in self.FILTERS.items():
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) and value == off:
+                value = None
+            kind = torch.int32 if name == "top_k" else dtype
+            limits = self.LIMITS[name]
+            found[name] = per_row(operator, name, limits, value, count, kind, device, fill)
+        return Sampling(True, **found, seeds=self.seeds, generator=self.generator)
+
+    def operands(self, operator: str, cache: GateCache) -> dict[str, Any]:
+        """Rows as arguments of the operator; seeds are drawn now where none are given and the cache
+        has none. Nothing for greedy decoding.
+
+        Raises:
+            TypeError, ValueError: seeds of another type or shape.
+        """
+        if not self.do_sample:
+            return {}
+        from .cache import seeds_of
+
+        seeds = seeds_of(operator, cache, self.seeds, self.generator)
+        filters = {name: getattr(self, name) for name in self.FILTERS}
+        return {"seeds": seeds, "draws": cache.draws, **filters}
 
 
-def objective_rows(
-    operator: str,
-    value: Any,
-    batch_size: int,
-    num_objectives: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | None:
-    """Objective weights as (B, K) from (K,) or (B, K); None stays None (1/K each).
+for _kind in (Controls, Sampling):
+    _kind.NAMES = tuple(f.name for f in fields(_kind))
+    _kind.LIMITS = limits_of(_kind)
+Sampling.FILTERS = {name: getattr(Sampling, name) for name in Sampling.LIMITS}
+GREEDY = Sampling()
 
-    Raises:
-        ValueError: another shape, naming K and B, or a number that is not finite.
+
+def takes(*kinds: type) -> Callable[[Callable], Callable]:
+    """Decorates a method with ``**arguments``: help() and editors see the fields of these classes
+    in its place.
     """
-    if value is None:
-        return None
-    try:
-        weights = torch.as_tensor(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise TypeError(
-            f"{operator}: objective_weights must be numbers, (K,) or (B, K), got {value!r}"
-        ) from error
-    dense(operator, "objective_weights", weights, device)
-    if weights.dtype == torch.bool or weights.is_complex():
-        raise TypeError(f"{operator}: objective_weights must hold numbers, got {weights.dtype}")
-    if not isinstance(value, Tensor) and not torch.isfinite(weights.double()).all():
-        raise ValueError(f"{operator}: objective_weights must be finite, got {value!r}")
-    if weights.shape not in ((num_objectives,), (batch_size, num_objectives)):
-        raise ValueError(
-            f"{operator}: objective_weights must be (K,) = ({num_objectives},) or (B, K) = "
-            f"({batch_size}, {num_objectives}), got {tuple(weights.shape)}"
-        )
-    weights = weights.to(device=device, dtype=dtype)
-    return weights.expand(batch_size, num_objectives).contiguous()
+
+    def decorate(method: Callable) -> Callable:
+        signature = inspect.signature(method)
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
+            for kind in kinds
+            for f in fields(kind)
+        ]
+        method.__signature__ = signature.replace(parameters=parameters)
+        return method
+
+    return decorate
+
+
+def refuse_others(operator: str, arguments: dict[str, Any]) -> None:
+    """Raise TypeError for arguments that are left when all known ones are taken."""
+    if arguments:
+        raise TypeError(f"{operator}: unknown arguments {', '.join(sorted(arguments))}")

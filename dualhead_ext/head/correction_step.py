@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..reference import STATUS_CACHE_FULL, DecodeOutput, accumulator_dtype
+from .. import ops
+from ..ops import DecodeOutput
+from ..ops.logits import accumulator_dtype
+from .controls import Controls
+from .mixture import mix_logits, mixing_weight, move_hidden
+from .token_choice import STATUS_CACHE_FULL, STATUS_NON_FINITE, choose_token
+
+_DRAW = ("seeds", "draws", "temperature", "top_k", "top_p", "min_p")
 
 
 def _plain(
@@ -40,7 +46,7 @@ def _plain(
 def _change(
     inner: Tensor | None, up: Tensor | None, bias: Tensor, shares: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``sum_k w_k (U_k x_k + c_k)`` with inner (B, K r) = D h, as :func:`reference.correction`."""
+    """``sum_k w_k (U_k x_k + c_k)`` with inner (B, K r) = D h, as :func:`.mixture.correction`."""
     count = bias.shape[0]
     if shares is None and count > 1:
         shares = bias.new_full((1, count), 1 / count, dtype=accumulator_dtype(dtype))
@@ -64,63 +70,53 @@ def decode_step(
     reward_down: Tensor | None,
     reward_up: Tensor | None,
     reward_bias: Tensor,
-    objective_weights: Tensor | None = None,
     gate_logit: Tensor | None = None,
-    gate_offset: Tensor | None = None,
-    strength: Tensor | None = None,
-    alpha: Tensor | None = None,
-    skip_threshold: Tensor | None = None,
     mix_probs: bool = False,
     logit_scale: float = 1.0,
     logit_softcap: float = 0.0,
     return_logits: bool = True,
     record_attention: bool = False,
-    seeds: Tensor | None = None,
-    draws: Tensor | None = None,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    **attention: Tensor | None,
+    **arguments: Tensor | None,
 ) -> DecodeOutput:
     """:func:`dualhead_ext.reference.decode_step` for ``reward_head`` "embedding" or "lowrank", on
     devices and dtypes that :func:`ops.kernel_for` names. The logits mix of "embedding" is one
     product with the LM head, on ``h + a (M h + c)``; the rest mixes logits in eager PyTorch.
+
+    arguments: controls, what chooses the token, and those of the attention gate.
     """
     mix, rows = "probs" if mix_probs else "logits", hidden.shape[0]
+    controls = Controls.take(arguments)
+    draw = {name: arguments.pop(name, None) for name in _DRAW}
     down = None if reward_down is None else reward_down.flatten(0, 1)
     recorded = hidden.new_empty(0, dtype=accumulator_dtype(hidden.dtype))
     inner = full = None
     if gate_logit is None:
-        matrix = attention["k_weight"][:1] if down is None else down
-        first = _plain(hidden, matrix, None, None, record_attention=record_attention, **attention)
+        matrix = arguments["k_weight"][:1] if down is None else down
+        first = _plain(hidden, matrix, None, None, record_attention=record_attention, **arguments)
         gate_logit, recorded, inner = first.gate_logit, first.attention, first.logits
         full = first.status == STATUS_CACHE_FULL
     elif down is not None:
         inner = _plain(hidden, down, None, None).logits
-    gate_logit = gate_logit if gate_offset is None else gate_logit + gate_offset
-    weight = reference.mixing_weight(gate_logit, alpha, strength, skip_threshold, mix)
+    gate_logit, weight = mixing_weight(gate_logit, controls, mix)
     if full is not None:
         weight = weight.masked_fill(full, torch.nan)
-    change = _change(inner, reward_up, reward_bias, objective_weights, hidden.dtype)
+    change = _change(inner, reward_up, reward_bias, controls.objective_weights, hidden.dtype)
 
     lm = (lm_weight, lm_bias, lm_scale)
     post = {"logit_scale": logit_scale, "logit_softcap": logit_softcap}
-    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    draw = {"seeds": seeds, "draws": draws, **filters}
     if reward_head == "embedding" and mix == "logits":
-        moved = reference.move_hidden(hidden, change, weight)
+        moved = move_hidden(hidden, change, weight)
         out = _plain(moved, *lm, **post, **draw, return_logits=return_logits)
         status = out.status
         if full is not None:
             status = status.masked_fill(full, STATUS_CACHE_FULL)
-            if seeds is not None:
-                draws -= full.to(draws.dtype)  # a row that is full has not drawn
+            if draw["seeds"] is not None:
+                draw["draws"] -= full.to(torch.int64)  # a row that is full has not drawn
         return DecodeOutput(
             out.logits, weight, gate_logit, out.token, out.logprob, status, recorded
         )
     if reward_head == "embedding":
-        moved = reference.move_hidden(hidden, change, torch.ones_like(weight))
+        moved = move_hidden(hidden, change, torch.ones_like(weight))
         z_lm, z_rm = _plain(torch.cat((hidden, moved)), *lm).logits.split(rows)
     else:
         z_lm = _plain(hidden, *lm).logits
@@ -128,13 +124,36 @@ def decode_step(
     full = torch.zeros_like(weight, dtype=torch.bool) if full is None else full
 
     def chosen(part: slice) -> DecodeOutput:
-        logits = reference.mix_logits(z_lm[part], z_rm[part], weight[part], mix, **post)
+        logits = mix_logits(z_lm[part], z_rm[part], weight[part], mix, **post)
         own = {name: None if value is None else value[part] for name, value in draw.items()}
         here = (weight[part], gate_logit[part], full[part], recorded[part])
-        return reference.chosen(logits, *here, own, return_logits)
+        return _chosen(logits, *here, own, return_logits)
 
     if hidden.device.type != "cpu":
         return chosen(slice(None))
     # Row by row: how the CPU computes exp and log depends on where in the tensor a number lies.
     parts = [chosen(slice(b, b + 1)) for b in range(rows)]
     return DecodeOutput(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _chosen(
+    logits: Tensor,
+    weight: Tensor,
+    gate_logit: Tensor,
+    full: Tensor,
+    attention: Tensor,
+    draw: dict[str, Tensor | None],
+    return_logits: bool,
+) -> DecodeOutput:
+    """The end of a step: a token of mixed logits (B, V) at alpha ``weight`` (B,), and its status.
+    full (B,) bool: rows whose cache is full. draw: seeds, draws and filters.
+    """
+    weight, gate_logit = (x.masked_fill(full, torch.nan) for x in (weight, gate_logit))
+    logits = logits.masked_fill(full[:, None], torch.nan)
+    token, logprob, failed = choose_token(logits, draw, weight.isnan())
+    if draw["seeds"] is not None:
+        draw["draws"] += (~full).to(torch.int64)
+    status = failed.int() * STATUS_NON_FINITE
+    status = status.masked_fill(full, STATUS_CACHE_FULL)
+    logits = logits if return_logits else logits.new_empty(0)
+    return DecodeOutput(logits, weight, gate_logit, token, logprob, status, attention)

@@ -2,29 +2,370 @@
 """The dual head: two linear heads and a gate on the hidden states of a backbone.
 
 `GatedHead` is all of it except where the LM head's weight lives: `DualHead` here owns an
-`nn.Linear`, `modeling.DualHeadLMHead` is the backbone's own lm_head.
+`nn.Linear`, `model.lm_head.DualHeadLMHead` is the backbone's own lm_head.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import DualHeadConfig
+from ..ops.logits import accumulator_dtype, postprocess
 from ..quantization import calibration_factor, check_format, format_of, quantize_with, stand_ins
 from ..quantization.quantized_head import QuantizedHead
 from ..quantization.torchao_weights import check_lm_weight, is_torchao, numbers_of
-from ..reference import accumulator_dtype
-from .controls import objective_rows, per_row
+from . import decoding, mixture
+from .cache import GateCache
+from .controls import Controls, Sampling, refuse_others, takes
 from .conversion import Compressed, compressed_state, concatenate, reward_linear
-from .decode import DecodingHead
-from .reward_head import QuantizedRewardHead, make_reward_head
+from .gate import GATES
+from .reward_head import QuantizedRewardHead, RewardHead, make_reward_head
 
 
-class GatedHead(DecodingHead):
-    """Gate, reward head, decoding, and the simpler heads that equal this one in special cases."""
+@dataclass
+class DualHeadOutput:
+    """Of a full pass or a prefill: logits (B, T, V); alpha and gate_logit (B, T); fp32 (float64 for
+    float64).
+    """
+
+    logits: Tensor
+    alpha: Tensor
+    gate_logit: Tensor
+
+
+@dataclass
+class StepOutput:
+    """Of one decode step; see :meth:`GatedHead.step`."""
+
+    logits: Tensor | None
+    alpha: Tensor
+    gate_logit: Tensor
+    token: Tensor
+    logprob: Tensor
+    status: Tensor
+    attention: Tensor | None
+
+
+class GatedHead(nn.Module):
+    """Gate, reward head and their mixture; decoding; and the simpler heads that equal this one in
+    special cases. Subclasses give `lm_weight` and what belongs to it.
+    """
+
+    config: DualHeadConfig
+    reward_head: RewardHead
+    gate: nn.Module
+
+    def _add_gate_and_reward_head(self, config: DualHeadConfig) -> None:
+        self.config = config
+        self.reward_head = make_reward_head(config)
+        self.gate = GATES[config.gate](config)
+
+    @property
+    def lm_weight(self) -> Tensor:
+        """W_LM, (V, d)."""
+        raise NotImplementedError(f"{type(self).__name__} must define lm_weight")
+
+    @property
+    def lm_bias(self) -> Tensor | None:
+        """b_LM, (V,), or None."""
+        raise NotImplementedError(f"{type(self).__name__} must define lm_bias")
+
+    @property
+    def lm_scale(self) -> Tensor | None:
+        """The quantised LM head's scales; None while it is not quantised."""
+        return None
+
+    @property
+    def reward_scale(self) -> Tensor | None:
+        """The quantised "full" reward head's scales, (K, V) or (K, V, d/128), or None."""
+        return getattr(self.reward_head, "weight_scale", None)
+
+    @property
+    def quantized(self) -> str | None:
+        """The heads' format, a name of :data:`dualhead_ext.quantization.FORMATS`, or None."""
+        return None if self.lm_scale is None else format_of(self.lm_weight)
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """The dtype of hidden states: the LM head's, or what it was before it was quantised."""
+        return self.lm_weight.dtype
+
+    # --- whole sequences ---
+
+    @takes(Controls)
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, **arguments: Any
+    ) -> DualHeadOutput:
+        """Logits of every position: ``z_t = (1-a_t) z_LM,t + a_t z_RM,t`` and their like for
+        ``mix="probs"``.
+
+        Differentiable and causal. Source: the paper, Methodology.
+
+        Args:
+            hidden: (B, T, d), in the LM head's dtype.
+            attention_mask: (B, T), nonzero = real token; left, right or ragged padding. Default:
+                all real.
+            arguments: the fields of :class:`dualhead_ext.head.controls.Controls`.
+        Raises:
+            ValueError: wrong shapes or values. TypeError: wrong dtypes, or an unknown argument.
+        """
+        operator = "DualHead.forward"
+        controls = Controls.take(arguments)
+        refuse_others(operator, arguments)
+        decoding.check_hidden(self, operator, hidden, 3)
+        decoding.check_mask(operator, attention_mask, hidden, hidden.shape[1])
+        gate_logit = self.gate(hidden, attention_mask)
+        return self.mixed(hidden, gate_logit, self.control_rows(operator, controls, hidden))
+
+    def control_rows(
+        self, operator: str, controls: Controls, hidden: Tensor, cache: GateCache | None = None
+    ) -> Controls:
+        """Controls as one row for each of hidden (B, ..., d). cache: keeps those of numbers.
+
+        Raises:
+            TypeError, ValueError: as :meth:`Controls.rows`.
+        """
+        fill = None if cache is None or torch.compiler.is_compiling() else cache.per_row
+        dtype = accumulator_dtype(hidden.dtype)
+        count = self.config.num_objectives
+        return controls.rows(operator, hidden.shape[0], count, dtype, hidden.device, fill)
+
+    def mixed(
+        self, hidden: Tensor, gate_logit: Tensor, controls: Controls, post_process: bool = True
+    ) -> DualHeadOutput:
+        """Both heads and their mixture at positions whose gate logits are known: hidden (B, N, d),
+        gate_logit (B, N), rows of controls.
+
+        ``post_process=False`` leaves out the backbone's own f, for a backbone that applies it
+        itself (logits mix only).
+        """
+        config, weights = self.config, controls.objective_weights
+        gate_logit, a = mixture.mixing_weight(gate_logit, controls, config.mix)
+        limit_alpha = decoding.alpha_limit(config, controls.max_kl)
+        post = (config.logit_scale, config.logit_softcap) if post_process else (1.0, 0.0)
+        if self.reward_head.kind == "embedding" and config.mix == "logits" and limit_alpha is None:
+            moved = mixture.move_hidden(hidden, self._correction(hidden, weights), a)
+            return DualHeadOutput(postprocess(self.lm_logits(moved), *post), a, gate_logit)
+        z_lm = self.lm_logits(hidden)
+        z_rm = self.reward_logits(hidden, z_lm, weights)
+        if limit_alpha is not None:
+            a = limit_alpha(z_lm, z_rm, a)
+        logits = mixture.mix_logits(z_lm, z_rm, a, config.mix, *post)
+        return DualHeadOutput(logits, a, gate_logit)
+
+    def lm_logits(self, hidden: Tensor, bias: bool = True) -> Tensor:
+        """z_LM of (..., d), before f; ``bias=False`` leaves b_LM out."""
+        lm = (self.lm_weight, self.lm_bias if bias else None)
+        if self.lm_scale is None:
+            lm = self._cast(hidden, *lm)
+        return mixture.head_logits(hidden, *lm, self.lm_scale)
+
+    def _correction(self, hidden: Tensor, weights: Tensor | None) -> Tensor:
+        """:func:`.mixture.correction` by the reward head's own maps."""
+        head = self.reward_head
+        maps = [None if w is None else self._cast(hidden, w, None)[0] for w in head.maps]
+        return mixture.correction(hidden, *maps, head.bias, weights)
+
+    def reward_logits(self, hidden: Tensor, z_lm: Tensor, weights: Tensor | None) -> Tensor:
+        """z_RM (B, ..., V) before f, of hidden (B, ..., d) at objective weights (B, K) or None.
+        ``z_lm`` is what a reward head that is a correction is added to.
+        """
+        head = self.reward_head
+        if head.kind == "full":
+            reward = (head.weight, head.bias)
+            if self.reward_scale is None:
+                reward = self._cast(hidden, *reward)
+            return mixture.reward_logits(hidden, *reward, weights, self.reward_scale)
+        change = self._correction(hidden, weights)
+        if head.kind == "embedding":
+            change = self.lm_logits(change.to(hidden.dtype), bias=False)
+        return z_lm + change
+
+    @staticmethod
+    def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights in the dtype of ``hidden`` (heads train in fp32 beside a bf16 backbone); autocast
+        does this itself.
+        """
+        if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+            return weight, bias
+        return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
+    # --- decoding ---
+
+    @torch.no_grad()
+    def new_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> GateCache:
+        """An empty cache for ``batch_size`` requests of at most ``max_length`` positions, padding
+        included.
+
+        Folds the gate's value path once (``u_{s,i} = (W_V,i^T c_i).h_s``, ``c = W_O^T w_g``). The
+        cache is bound to the weights it is made with: after an update, cast, move or load,
+        `prefill` and `step` refuse it.
+
+        Args:
+            dtype, device: of the keys; must be the head's, which is the default.
+        Raises:
+            ValueError, TypeError: sizes below 1, or another dtype or device than the head's.
+        """
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"new_cache: {name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"new_cache: {name} must be at least 1, got {value}")
+            if value >= 2**63:  # beyond what PyTorch takes
+                raise ValueError(f"new_cache: {name} must fit in 64 bits, got {value}")
+        weight = self.lm_weight
+        own = self.hidden_dtype
+        if dtype not in (None, own):
+            raise ValueError(f"new_cache: dtype must be the LM head's, {own}, got {dtype}")
+        if device is not None and not decoding.is_at(device, weight.device):
+            raise ValueError(
+                f"new_cache: device must be the LM head's, {weight.device}, got {device}"
+            )
+        heads = (self.gate.num_heads, self.gate.head_dim) if self.gate.has_state else None
+        return GateCache(
+            decoding.decode_weights(self),
+            batch_size,
+            max_length,
+            heads=heads,
+            dtype=own,
+            value_dtype=accumulator_dtype(own),
+            device=weight.device,
+        )
+
+    def check_cache(self, operator: str, cache: GateCache, batch_size: int) -> None:
+        """Raise unless ``cache`` was made by this head with its present weights, for this many
+        rows.
+        """
+        if not isinstance(cache, GateCache):
+            raise TypeError(
+                f"{operator}: cache must be a GateCache from new_cache, got {type(cache).__name__}"
+            )
+        if cache.batch_size != batch_size:
+            raise ValueError(
+                f"{operator}: cache holds {cache.batch_size} rows, hidden has {batch_size}"
+            )
+        if cache.weights.stamp != decoding.stamp(self):
+            raise RuntimeError(
+                f"{operator}: the head's weights have changed since the cache was made "
+                "(an update, cast, move or load); its keys belong to the old ones. Make a new cache"
+            )
+
+    @torch.no_grad()
+    @takes(Controls)
+    def prefill(
+        self,
+        hidden: Tensor,
+        cache: GateCache,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int = 1,
+        **arguments: Any,
+    ) -> DualHeadOutput:
+        """Read a prompt, or the next chunk of one, into the cache.
+
+        Args:
+            hidden: (B, T, d). Any chunking gives the same cache, but for the rounding of products
+                of other sizes (fp32 keys differ by about 1e-6 of their size).
+            attention_mask: (B, columns + T), over what the cache holds and the new positions, as in
+                Hugging Face.
+            logits_to_keep: N, positions to return logits for, counted back from each row's last
+                real one; 0 means all T in their order. A row with fewer than N positions repeats
+                its first.
+            arguments: the fields of :class:`dualhead_ext.head.controls.Controls`.
+        Returns: logits (B, N, V), alpha and gate_logit (B, N).
+        Raises:
+            ValueError: shapes, no room (the cache is left as it was). RuntimeError: the head's
+                weights have changed.
+        """
+        operator = "DualHead.prefill"
+        controls = Controls.take(arguments)
+        refuse_others(operator, arguments)
+        decoding.check_hidden(self, operator, hidden, 3)
+        batch, length, _ = hidden.shape
+        self.check_cache(operator, cache, batch)
+        past = cache.columns
+        decoding.check_mask(operator, attention_mask, hidden, past + length)
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
+            raise TypeError(f"{operator}: logits_to_keep must be an int, got {logits_to_keep!r}")
+        if not 0 <= logits_to_keep <= length:
+            raise ValueError(
+                f"{operator}: logits_to_keep must be in 0..{length}, got {logits_to_keep}"
+            )
+        cache.require_room(operator, length)
+        # Everything that can fail on a caller's argument comes before the cache is written.
+        rows = self.control_rows(operator, controls, hidden)
+
+        if attention_mask is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+        else:
+            valid = attention_mask[:, past:].to(device=hidden.device, dtype=torch.bool)
+        kept = decoding.prompt_positions(valid, logits_to_keep)
+        queries = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
+        gate_logit = decoding.append_prompt(self, hidden, cache, valid, queries, kept + past)
+        return self.mixed(queries, gate_logit, rows)
+
+    @torch.no_grad()
+    @takes(Controls, Sampling)
+    def step(
+        self,
+        hidden: Tensor,
+        cache: GateCache,
+        *,
+        return_logits: bool = True,
+        record_attention: bool = False,
+        impl: str | None = None,
+        **arguments: Any,
+    ) -> StepOutput:
+        """One new position per row: append, attend, both products, mix, and a token, in one
+        operator call.
+
+        Args:
+            hidden: (B, d), in the LM head's dtype.
+            cache: from :meth:`new_cache`; grows by one column.
+            return_logits: whether out.logits is wanted; record_attention: whether the attention
+                rows are.
+            impl: for tests; see :func:`dualhead_ext.head.decoding.run_step`.
+            arguments: the fields of :class:`dualhead_ext.head.controls.Controls` and of
+                :class:`dualhead_ext.head.controls.Sampling`.
+        Returns:
+            logits (B, V) or None; alpha, gate_logit, logprob (B,), of the mixture at temperature 1
+                before filters; token (B,) int64; status (B,) int32: 0 fine, 1 the row is not finite
+                (token 0), 2 its cache is full (nothing written); attention (B, H, T) or None.
+        Raises:
+            ValueError, TypeError: arguments. RuntimeError: the head's weights have changed since
+                the cache was made.
+        """
+        operator = "DualHead.step"
+        controls, sampling = Controls.take(arguments), Sampling.take(arguments)
+        refuse_others(operator, arguments)
+        decoding.check_hidden(self, operator, hidden, 2)
+        flags = (("return_logits", return_logits), ("record_attention", record_attention))
+        for name, flag in flags:
+            if not isinstance(flag, bool):
+                raise TypeError(f"{operator}: {name} must be True or False, got {flag!r}")
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.check_cache(operator, cache, hidden.shape[0])
+            if not decoding.capturing(hidden.device):
+                cache.require_room(operator, 1)
+        sampling = sampling.rows(operator, cache, accumulator_dtype(hidden.dtype))
+        controls = self.control_rows(operator, controls, hidden, cache)
+        out, attention = decoding.run_step(
+            self, operator, hidden, cache, controls, sampling,
+            return_logits=return_logits, record_attention=record_attention, impl=impl,
+        )  # fmt: skip
+        return StepOutput(out.logits if return_logits else None, *out[1:6], attention)
+
+    # --- other forms ---
 
     def _refuse_quantized(self, operator: str) -> None:
         if self.lm_scale is not None:
@@ -145,10 +486,10 @@ class GatedHead(DecodingHead):
         """Objective weights (K,) in the accumulator's dtype; None: 1/K each."""
         count, weight = self.config.num_objectives, self.lm_weight
         where = (accumulator_dtype(weight.dtype), weight.device)
-        rows = objective_rows(operator, weights, 1, count, *where)
-        if rows is None:
+        rows = Controls(objective_weights=weights).rows(operator, 1, count, *where)
+        if rows.objective_weights is None:
             return torch.full((count,), 1 / count, dtype=where[0], device=where[1])
-        return rows[0]
+        return rows.objective_weights[0]
 
     def _with_reward(self, state: dict[str, Tensor], **changes: Any) -> DualHead:
         """A head with this one's LM head and gate, and a reward head of this state; changes: of
@@ -236,8 +577,8 @@ class GatedHead(DecodingHead):
             raise ValueError(f'merge_fixed: alpha must be given for gate="{self.config.gate}"')
         dtype, device = accumulator_dtype(self.lm_weight.dtype), self.lm_weight.device
         a = self.config.gate_alpha if alpha is None else alpha
-        a = per_row("merge_fixed", "alpha", a, 1, dtype, device)[0]
-        a = a * per_row("merge_fixed", "strength", strength, 1, dtype, device)[0]
+        rows = Controls(alpha=a, strength=strength).rows("merge_fixed", 1, 1, dtype, device)
+        a = rows.alpha[0] * rows.strength[0]
         weight, bias = reward_linear(self, self._shares("merge_fixed", objective_weights))
         linear = nn.Linear(
             self.config.hidden_size, self.config.vocab_size, bias=bias is not None, device="meta"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GATE_NAMES, DualHeadConfig
-from ..reference import accumulator_dtype, fold_values, masked_softmax
+from ..ops.logits import accumulator_dtype
 from .prompt_projection import PromptProjection
 
 # Queries attended to at once in `attend`: bounds its score matrix to B * H * 256 * S numbers.
@@ -27,6 +27,17 @@ def linear(hidden: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
         return F.linear(hidden, weight)
     return F.linear(hidden, weight.to(hidden.dtype))
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the last dimension where ``visible``; a row that sees nothing is all zero, never
+    NaN.
+    """
+    weights = scores.masked_fill(~visible, -torch.inf)
+    seen = visible.any(-1, keepdim=True)
+    # Rows that see nothing get finite scores first: softmax of a row of -inf is NaN, also in
+    # backward.
+    return torch.softmax(weights.masked_fill(~seen, 0.0), dim=-1).masked_fill(~visible, 0.0)
 
 
 class Gate(nn.Module):
@@ -135,10 +146,14 @@ class AttentionGate(Gate):
         return logit.squeeze(-1)
 
     def folded_values(self) -> Tensor:
-        """The folded value rows U (H, d), fp32 or float64: see
-        :func:`dualhead_ext.reference.fold_values`.
+        """The folded value rows U (H, d), fp32 or float64: with c = W_O^T w_g,
+        ``U_i = W_V,i^T c_i``, so that ``u_{s,i} = U_i.h_s`` is all that the gate needs of a past
+        position's value.
         """
-        return fold_values(self.v_weight, self.o_weight, self.out_weight, self.num_heads).detach()
+        dtype = accumulator_dtype(self.v_weight.dtype)
+        o, v, out = (w.detach().to(dtype) for w in (self.o_weight, self.v_weight, self.out_weight))
+        c, heads = (out @ o).view(self.num_heads, -1), v.unflatten(0, (self.num_heads, -1))
+        return torch.einsum("hk,hkd->hd", c, heads)
 
     def keys_and_values(
         self, hidden: Tensor, u_weight: Tensor, projection: PromptProjection | None

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import mix_logits, postprocess
+from ..ops.logits import postprocess
+from .mixture import mix_logits
 
 # Halvings of [0, alpha]: alpha is found to 2e-10, of which fp32 keeps 6e-8.
 _HALVINGS = 32

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reward heads: K matrices of the LM head's size, or K corrections of the LM head.
 
-A new kind is a class here, a name in `config.REWARD_HEAD_NAMES`, and its formula in `reference`.
+A new kind is a class here, a name in `config.REWARD_HEAD_NAMES`, and its formula in `mixture` and
+in `reference`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import reference
 from ..config import DualHeadConfig
 from ..quantization.quantized_head import QuantizedHead
+from .mixture import token_rewards
 
 
 class FullRewardHead(nn.Module):
@@ -49,15 +50,15 @@ class FullRewardHead(nn.Module):
 
     def tensors(self) -> dict[str, Tensor | str | None]:
         """The head as arguments of :func:`dualhead_ext.functional.dual_head_loss` and
-        :func:`dualhead_ext.reference.token_rewards`.
+        :func:`dualhead_ext.head.mixture.token_rewards`.
         """
         return {"reward_weight": self.weight, "reward_bias": self.bias}
 
     def token_rewards(
         self, hidden: Tensor, labels: Tensor, lm_weight: Tensor, lm_bias: Tensor | None = None
     ) -> Tensor:
-        """delta of given tokens, (K, ...): :func:`dualhead_ext.reference.token_rewards`."""
-        return reference.token_rewards(hidden, labels, lm_weight, lm_bias, **self.tensors())
+        """delta of given tokens, (K, ...): :func:`dualhead_ext.head.mixture.token_rewards`."""
+        return token_rewards(hidden, labels, lm_weight, lm_bias, **self.tensors())
 
 
 class QuantizedRewardHead(QuantizedHead):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from .. import reference
+from ..ops.logits import postprocess
 from ..quantization.torchao_weights import is_torchao
 from .hf_cache import gate_layer
 
@@ -153,8 +153,8 @@ def _check_full_pass(
             "something between its decoder and its lm_head changes the hidden states, which the "
             "gate and the fused step read as the decoder gives them",
         )
-    z = reference.head_logits(hidden.to(head.weight.dtype), head.lm_weight, head.lm_bias)
-    z = reference.postprocess(z, config.logit_scale, config.logit_softcap)
+    z = head.lm_logits(hidden.to(head.weight.dtype))
+    z = postprocess(z, config.logit_scale, config.logit_softcap)
     head.knows_f = not _differ(z, expected)
     if config.mix == "probs" and not head.knows_f:
         raise _refused(

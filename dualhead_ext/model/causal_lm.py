@@ -8,17 +8,24 @@ The model is extended in place: it stays an instance of its own class, and its o
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils.hub import PushToHubMixin
 
 from ..config import DualHeadConfig, head_fields
+from ..head.controls import Controls
 from ..quantization import check_format
 from ..quantization.torchao_weights import check_lm_weight
+from . import fused_loop, pretrained
 from .attachment import attach, detach, extended_class
 from .backbones import (
     backbone_post_processing,
@@ -30,15 +37,16 @@ from .backbones import (
     refuse_packed,
 )
 from .builtin_backbones import backbone_path
-from .generate import CONTROLS, GatedGenerationMixin
+from .generate import alpha_of, new_valid, strength_of
 from .generation_options import Decoding
+from .head_folder import CONFIG_NAME, without_local_path
+from .hf_cache import StaticGateLayer
 from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
-from .pretrained import DualHeadFilesMixin
 
 # What forward takes beyond the backbone's own arguments.
 _NEW_ARGUMENTS = (
-    *(*CONTROLS, "dualhead_valid", "dualhead_decoding"),
+    *(*Controls.NAMES, "dualhead_valid", "dualhead_decoding"),
     *("completion_mask", "objective", "pairs", "loss_options", "hidden_states"),
 )
 
@@ -49,7 +57,7 @@ _NOT_ADAPTED = (
 )
 
 
-class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
+class DualHeadForCausalLM(PushToHubMixin):
     """A Hugging Face causal language model with a gated, two-headed lm_head. Not made by its
     constructor: see :meth:`from_backbone` and :meth:`from_pretrained`.
 
@@ -167,6 +175,91 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
         extended = extended_class(DualHeadForCausalLM, type(backbone), _NEW_ARGUMENTS)
         return attach(backbone, linear, settings, extended, operator, trial)
 
+    # --- files ---
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        push_to_hub: bool = False,
+        token: str | bool | None = None,
+        save_full: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the heads alone: ``dualhead_config.json`` and ``dualhead_model.safetensors``. A
+        crash leaves the old pair or the new one. An adapter on the backbone is not in them: a
+        warning says so. Beside them, unless the folder has such files: ``config.json``, by which
+        transformers' Auto classes know the folder, and ``README.md``, a model card.
+
+        Args:
+            is_main_process: False writes nothing, as on the other processes of a distributed run.
+            state_dict: the model's, to take the heads from instead of its present state, as FSDP
+                and DeepSpeed gather it.
+            save_function: taken for the callers that pass one; the files are always safetensors.
+            push_to_hub: also upload them, as ``PreTrainedModel.save_pretrained`` does: ``repo_id``
+                (default: the folder's name), ``token``, ``private``, ``commit_message``,
+                ``create_pr``, ``revision``. The hint of where a local backbone is goes from the
+                configuration then.
+            save_full: also write the backbone, as its own ``save_pretrained(**kwargs)`` does, so
+                that the folder can be given as its own backbone.
+            kwargs: other arguments of the backbone's ``save_pretrained``.
+        Raises:
+            TypeError: an unknown argument. ValueError: the heads hold NaN or infinite numbers, or
+                are not those of the configuration, state_dict lacks them; nothing is written.
+                RuntimeError: save_full, and the LM head is quantised and was not tied to the
+                embedding: its full precision is gone. OSError: the disk; the old files stay.
+        """
+        pretrained.save_heads(
+            self, save_directory, is_main_process, state_dict, push_to_hub, token, save_full, kwargs
+        )
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike, *arguments: Any, **options: Any
+    ) -> Any:
+        """As transformers', which every upload goes through; a path of this machine stays here."""
+        if (Path(working_dir) / CONFIG_NAME).is_file():
+            without_local_path(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *arguments, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        backbone: str | os.PathLike | PreTrainedModel | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        revision: str | None = None,
+        quantize: str | None = None,
+        trial: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Restore heads, bit for bit, on their backbone.
+
+        Args:
+            pretrained_model_name_or_path: a folder or hub name that :meth:`save_pretrained` wrote.
+            backbone: a model, path, GGUF file, hub name or built-in backbone
+                (``dualhead_ext.backbone_path``) instead of the one that the file names, or that is
+                where it was when they were saved.
+            dtype, device_map: for loading the backbone; the heads follow it. revision: of the
+                heads' repository.
+            quantize: "int8", "fp8" or "int4": full-precision heads, once restored, in this
+                format; see :meth:`dualhead_ext.DualHeadForCausalLM.quantize`. Of a file that holds
+                quantised heads, their format or None.
+            trial: as :meth:`dualhead_ext.DualHeadForCausalLM.from_backbone`; options: what else the
+                backbone's ``from_pretrained`` takes (attn_implementation, gguf_file, ...).
+        Raises:
+            FileNotFoundError: no such folder or file. ValueError: a damaged or foreign file, a
+                newer format, another vocabulary or hidden size than the backbone's, another
+                backbone, quantize is no format or not that of the file. The backbone is as it was
+                then.
+        """
+        return pretrained.load_heads(
+            cls, pretrained_model_name_or_path, backbone, dtype, device_map, revision, quantize,
+            trial, options,
+        )  # fmt: skip
+
     # --- quantised heads ---
 
     def quantize(self, format: str, calibration: Tensor | None = None) -> DualHeadForCausalLM:
@@ -225,17 +318,18 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
                 "more dimensions pass "
                 "dualhead_valid (B, T), true where the new positions are real tokens"
             )
-        decoding: Decoding = new["dualhead_decoding"] or Decoding()
-        if not decoding.begun:
+        decoding: Decoding | None = new["dualhead_decoding"]
+        begun = decoding is not None and decoding.begun
+        if decoding is not None and not begun:
             decoding.refuse("this mode of generation")
         call = Call(
-            {name: new[name] for name in CONTROLS},
+            Controls.take(new),
             attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             new_valid=new["dualhead_valid"],
             cache=kwargs.get("past_key_values", kwargs.get("cache_params")),
             logits_to_keep=kwargs.get("logits_to_keep", 0),
-            sampling=decoding.sampling,
-            keep_raw=decoding.begun and not torch.compiler.is_compiling(),
+            sampling=None if decoding is None else decoding.sampling,
+            keep_raw=begun and not torch.compiler.is_compiling(),
         )
         self.lm_head_module.begin(call)
         try:
@@ -265,6 +359,97 @@ class DualHeadForCausalLM(DualHeadFilesMixin, GatedGenerationMixin):
             )
         out.logits = call.logits
         return out
+
+    # --- generation ---
+
+    def generate(
+        self, inputs: Tensor | None = None, *args: Any, output_gate: bool = False, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's own ``generate``, every option of it, and per request:
+
+        Args:
+            kwargs: the fields of :class:`dualhead_ext.head.controls.Controls`, a number or one for
+                each request; all else is Hugging Face's.
+            kl: likewise, instead of a strength: nats per token that the text is to be away from the
+                backbone, by the curve that calibration measured at uniform objective weights.
+            fused: whether tokens are chosen by the fused step, without logits (see
+                :mod:`dualhead_ext.model.fused_loop`). None: where the options allow it; False:
+                never;
+                True: always, or ValueError naming the option that is in the way.
+            seeds: (B,) int64, of sampled requests; generator: draws them where they are not given
+                (default: torch's global one). For the fused loop alone.
+            output_gate: with ``return_dict_in_generate=True``, adds ``out.gate_alpha`` (B, new
+                tokens): alpha at each position that chose a token, from one more pass over the
+                finished sequences.
+        Raises:
+            ValueError, TypeError: controls. NotImplementedError: packed inputs.
+        """
+        refuse_packed(kwargs)
+        given = (
+            inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        )
+        batch = 1 if given is None else given.shape[0]
+        if (kl := kwargs.pop("kl", None)) is not None:
+            kwargs["strength"] = strength_of(self.dual_head_config.kl_curve, kl, kwargs)
+        decoding = fused_loop.decoding_of(kwargs, batch, self.generation_config)
+        kwargs |= {} if decoding is None else {"dualhead_decoding": decoding}
+        where = (batch, self.dual_head_config.num_objectives, torch.float32, self.device)
+        controls = Controls.take(kwargs).rows("generate", *where)
+        kwargs |= controls.given()  # as tensors, which transformers repeats for beams
+        out = super().generate(inputs, *args, **kwargs)
+        if output_gate:
+            if isinstance(out, Tensor):
+                raise ValueError("generate: output_gate=True needs return_dict_in_generate=True")
+            out["gate_alpha"] = alpha_of(self, out.sequences, given, kwargs, controls)
+        return out
+
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
+        """As the backbone's, and which of the new positions are real tokens."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if (valid := new_valid(inputs, attention_mask)) is not None:
+            inputs["dualhead_valid"] = valid
+        return inputs
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
+        cache = super()._prepare_static_cache(*args, **kwargs)
+        bound = inspect.signature(super()._prepare_static_cache).bind(*args, **kwargs).arguments
+        # Sliding layers report their window as their length: the gate needs the whole of it.
+        head, length = self.lm_head_module, self._previous_max_cache_length
+        cache.layers.append(StaticGateLayer(head.new_cache(bound["batch_size"], length)))
+        return cache
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: list,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        arguments = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "synced_gpus": synced_gpus,
+            "streamer": streamer,
+        }
+        return fused_loop.sample(self, super()._sample, input_ids, arguments, model_kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching packs requests into one sequence, across which the gate
+        would look.
+        """
+        raise NotImplementedError(
+            "generate_batch: continuous batching is not supported by the gated head; use generate"
+        )
+
+    # --- training ---
 
     def _training_forward(self, new: dict[str, Any], kwargs: dict[str, Any]) -> Any:
         """The objective, computed inside the model's forward so that DDP's and FSDP's hooks fire:

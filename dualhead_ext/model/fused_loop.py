@@ -12,6 +12,7 @@ one too.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .. import reference
 from ..head.cache import GateCache, seeds_of
+from ..head.controls import GREEDY, Sampling
+from ..head.token_choice import STATUS_NON_FINITE, choose_token
+from ..ops.logits import accumulator_dtype
 from .generation_options import Decoding, filters_of, obstacle
 from .hf_cache import gate_layer
 
@@ -54,7 +57,8 @@ def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decodin
         if seeds.shape != (batch_size,):
             raise ValueError(f"generate: seeds must be ({batch_size},), got {tuple(seeds.shape)}")
     given = kwargs.get("past_key_values") is not None
-    decoding = Decoding(fused, seeds, kwargs.pop("generator", None), keep_cache=given)
+    asked = Sampling(seeds=seeds, generator=kwargs.pop("generator", None))
+    decoding = Decoding(fused, asked, keep_cache=given)
     if kwargs.get("custom_generate") is fused_sample:
         # transformers would hand a custom loop neither the streamer nor the tokenizer.
         del kwargs["custom_generate"]
@@ -68,45 +72,39 @@ def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decodin
     return decoding
 
 
-def _seeds(decoding: Decoding, cache: GateCache) -> Tensor:
+def _seeds(asked: Sampling, cache: GateCache) -> Tensor:
     """(B,) seeds of this call's draws. Copies of a request (num_return_sequences) draw from seeds
     of their own: equal seeds would sample equal text.
     """
-    if decoding.seeds is None:
+    if asked.seeds is None:
         cache.seeds = None  # this call's own, not those of an earlier turn
-        return seeds_of("generate", cache, None, decoding.generator)
-    copies = cache.batch_size // decoding.seeds.shape[0]
-    numbers = torch.arange(copies, device=decoding.seeds.device).repeat(len(decoding.seeds))
-    cache.seeds = (decoding.seeds.repeat_interleave(copies) + numbers).to(cache.device)
+        return seeds_of("generate", cache, None, asked.generator)
+    copies = cache.batch_size // asked.seeds.shape[0]
+    numbers = torch.arange(copies, device=asked.seeds.device).repeat(len(asked.seeds))
+    cache.seeds = (asked.seeds.repeat_interleave(copies) + numbers).to(cache.device)
     return cache.seeds
 
 
-def _sampling(decoding: Decoding, head: Any, cache: GateCache, filters: dict) -> dict[str, Tensor]:
-    dtype = reference.accumulator_dtype(head.hidden_dtype)
+def _sampling(asked: Sampling, head: Any, cache: GateCache, filters: dict[str, float]) -> Sampling:
+    """Rows of what the step needs to sample. The filters' values are transformers' own, which has
+    checked them.
+    """
+    dtype = accumulator_dtype(head.hidden_dtype)
     rows = {
-        name: torch.full(
-            (cache.batch_size,),
-            value,
-            dtype=torch.int32 if name == "top_k" else dtype,
-            device=cache.device,
-        )
+        name: cache.per_row(name, value, torch.int32 if name == "top_k" else dtype)
         for name, value in filters.items()
     }
-    return {"seeds": _seeds(decoding, cache), "draws": cache.draws, **rows}
+    return Sampling(True, **rows, seeds=_seeds(asked, cache)).rows("generate", cache, dtype)
 
 
-def token_of_logits(logits: Tensor, sampling: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def token_of_logits(logits: Tensor, sampling: Sampling, cache: GateCache) -> tuple[Tensor, Tensor]:
     """(token, status) of (B, V) logits, chosen as the step chooses: the prompt's, where there is
     no step.
     """
-    failed = ~torch.isfinite(torch.logsumexp(logits, dim=-1))
-    usable = torch.where(failed[:, None], torch.zeros_like(logits), logits)
-    if sampling:
-        token = reference.sample_token(usable, **sampling)
-        sampling["draws"] += 1
-    else:
-        token = usable.argmax(-1)
-    return token.masked_fill(failed, 0), failed.int() * reference.STATUS_NON_FINITE
+    token, _, failed = choose_token(logits, sampling.operands("generate", cache))
+    if sampling.do_sample:
+        cache.draws += 1
+    return token, failed.int() * STATUS_NON_FINITE
 
 
 class _Finished:
@@ -174,12 +172,13 @@ class _Loop:
         out = self.model._prefill(input_ids, self.config, model_kwargs)
         cache = getattr(out, "past_key_values", None)  # RecurrentGemma does not return it
         cache = model_kwargs["past_key_values"] if cache is None else cache
-        cache = gate_layer(cache).gate_cache
+        self.cache = gate_layer(cache).gate_cache
         head = self.model.lm_head_module
-        sampled = self.config.do_sample
         if not self.decoding.knows_f:
             self.decoding.refuse("what the backbone does to its logits")
-        self.sampling = _sampling(self.decoding, head, cache, filters) if sampled else {}
+        self.sampling = GREEDY
+        if self.config.do_sample:
+            self.sampling = _sampling(self.decoding.asked, head, self.cache, filters)
         if self.decoding.knows_f:
             self.decoding.sampling = self.sampling
         else:  # the backbone has the last word on logits, from which each token is chosen here
@@ -190,7 +189,7 @@ class _Loop:
         """``input_ids`` with the new token, and which rows go on."""
         if out.logits.is_floating_point():
             logits = out.logits[:, -1].to(self.device, torch.promote_types(out.logits.dtype, FP32))
-            token, status = token_of_logits(logits, self.sampling)
+            token, status = token_of_logits(logits, self.sampling, self.cache)
         else:
             token, status = out.logits.to(self.device).unbind(1)
         # New tensors, nothing kept of ``out``: under CUDA graphs the next replay overwrites it.
@@ -261,31 +260,25 @@ def fused_sample(
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
 
-class FusedDecodingMixin:
-    """Chooses between the fused loop and transformers' own, once every option is resolved."""
+def sample(
+    model: Any,
+    transformers_loop: Callable[..., Any],
+    input_ids: Tensor,
+    arguments: dict[str, Any],
+    model_kwargs: dict[str, Any],
+) -> Any:
+    """The fused loop where every option allows it, transformers' own otherwise. arguments: those of
+    transformers' ``_sample``.
 
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: list,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        decoding = model_kwargs.pop("dualhead_decoding", None) or Decoding()
-        arguments = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "generation_config": generation_config,
-            "synced_gpus": synced_gpus,
-            "streamer": streamer,
-        }
-        found = obstacle(generation_config, logits_processor, synced_gpus, model_kwargs)
-        if found is None and decoding.fused is not False:
-            return fused_sample(
-                self, input_ids, dualhead_decoding=decoding, **arguments, **model_kwargs
-            )
-        decoding.refuse(found or "fused=False")
-        return super()._sample(input_ids, **arguments, **model_kwargs)
+    Raises:
+        ValueError: something that only the fused loop can honour was asked of the other.
+    """
+    decoding = model_kwargs.pop("dualhead_decoding", None) or Decoding()
+    config, processors = arguments["generation_config"], arguments["logits_processor"]
+    found = obstacle(config, processors, arguments["synced_gpus"], model_kwargs)
+    if found is None and decoding.fused is not False:
+        return fused_sample(
+            model, input_ids, dualhead_decoding=decoding, **arguments, **model_kwargs
+        )
+    decoding.refuse(found or "fused=False")
+    return transformers_loop(input_ids, **arguments, **model_kwargs)

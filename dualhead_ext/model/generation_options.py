@@ -16,12 +16,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-# Processor -> (argument of the step, attribute), in the order in which the step applies them.
+from ..head.controls import GREEDY, Sampling
+
+# Processor -> the filter of the step, which is also its attribute, in the order in which the step
+# applies them.
 _FILTERS = {
-    TemperatureLogitsWarper: ("temperature", "temperature"),
-    TopKLogitsWarper: ("top_k", "top_k"),
-    TopPLogitsWarper: ("top_p", "top_p"),
-    MinPLogitsWarper: ("min_p", "min_p"),
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
 }
 # Options that ask for what the fused loop does not make.
 _NEEDS_LOGITS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -34,25 +37,26 @@ class Decoding:
 
     Attributes:
         fused: True forces the fused loop, False forbids it, None leaves it to the options.
-        seeds: (B,) int64 of the requests, or None. generator: draws seeds where none are given.
+        asked: the seeds (B,) of the requests, and the generator that draws them where there are
+            none.
         keep_cache: the caller's own cache, which must not see a step too many.
-        sampling: once the loop has begun, what the step takes to choose a token ({}: greedy).
+        sampling: once the loop has begun, the rows by which the step chooses a token.
         knows_f: whether what the backbone did to the prompt's logits is what the step does.
         begun: whether the fused loop has it; in any other loop a demand for it is an error.
     """
 
     fused: bool | None = None
-    seeds: Tensor | None = None
-    generator: torch.Generator | None = None
+    asked: Sampling = GREEDY
     keep_cache: bool = False
-    sampling: dict[str, Tensor] | None = None
+    sampling: Sampling | None = None
     knows_f: bool | None = None
     begun: bool = False
 
     @property
     def demand(self) -> str | None:
         """The argument of ``generate()`` that only the fused loop can honour, if one was given."""
-        named = {"fused=True": self.fused, "seeds": self.seeds, "generator": self.generator}
+        asked = self.asked
+        named = {"fused=True": self.fused, "seeds": asked.seeds, "generator": asked.generator}
         given = (name for name, value in named.items() if value is not None and value is not False)
         return next(given, None)
 
@@ -84,8 +88,8 @@ def filters_of(processors: list, do_sample: bool) -> dict[str, float] | str:
         if not do_sample or kind not in _FILTERS or not usual or order.index(kind) <= last:
             return kind.__name__
         last = order.index(kind)
-        name, attribute = _FILTERS[kind]
-        found[name] = getattr(processor, attribute)
+        name = _FILTERS[kind]
+        found[name] = getattr(processor, name)
     return found
 
 

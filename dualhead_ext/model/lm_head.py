@@ -16,24 +16,28 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .. import reference
 from ..config import DualHeadConfig
-from ..head.base import StepOutput
+from ..head import decoding
+from ..head.controls import GREEDY, Controls, Sampling
 from ..head.dual_head import GatedHead
+from ..ops import DecodeOutput
+from ..ops.logits import postprocess
 from ..quantization.quantized_head import QuantizedStorage
 from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, columns_of, gate_layer
+
+_FORWARD = "DualHeadForCausalLM.forward"
 
 
 @dataclass
 class Call:
     """What one forward of the model passes to its lm_head."""
 
-    controls: dict[str, Any]  # strength, gate_offset, alpha, ...: (B, ...) or numbers
+    controls: Controls  # as given; as rows once the hook on the decoder knows B
     attention_mask: Tensor | None = None  # (B, columns + T)
     new_valid: Tensor | None = None  # (B, T): where given, instead of the mask's last columns
     cache: Cache | None = None
     logits_to_keep: int | Tensor = 0
-    sampling: dict[str, Tensor] | None = None  # not None: a token is wanted, no logits
+    sampling: Sampling | None = None  # rows; not None: a token is wanted, no logits
     keep_raw: bool = False  # note the head's own logits, to see what the backbone does to them
     # Filled in by the hook on the decoder:
     hidden: Tensor | None = None  # (B, T, d)
@@ -45,7 +49,7 @@ class Call:
         default=None, repr=False
     )  # mix="probs": kept from the backbone's f
     raw: Tensor | None = field(default=None, repr=False)  # (B, 1, V), with keep_raw
-    step: StepOutput | None = None  # with sampling
+    step: DecodeOutput | None = None  # with sampling
 
 
 def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -139,6 +143,8 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
             return
         call.hidden = output[0].to(self.weight.device)  # elsewhere with a device_map
         batch, length = call.hidden.shape[:2]
+        # What can be wrong of the controls is found before the gate's cache is written.
+        call.controls = self.control_rows(_FORWARD, call.controls, call.hidden)
         if call.attention_mask is not None:
             # PEFT puts virtual tokens before a prompt after it was asked which tokens are real.
             if call.new_valid is None or call.new_valid.shape[1] != length:
@@ -151,7 +157,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         call.layer = gate_layer(cache) or self._add_layer(cache, batch, length)
         gate_cache = call.layer.gate_cache
         if not torch.compiler.is_compiling():
-            self.check_cache("DualHeadForCausalLM.forward", gate_cache, batch)
+            self.check_cache(_FORWARD, gate_cache, batch)
             call.layer.make_room(length)
             # Beyond a cached prompt there is nothing to differentiate: its keys are detached.
             call.from_scratch = gate_cache.columns == 0 and self._wants_gradients(call.hidden)
@@ -233,7 +239,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         if call.sampling is not None:
             return self._choose_token(x, call)
         if call.fused:
-            out = self._fused_step(call, {}, post_process=not raw)
+            out = self._fused_step(call, GREEDY, post_process=not raw)
             logits, alpha = out.logits[:, None], out.alpha[:, None]
         else:
             logits, alpha = self._mix_kept(x, call)
@@ -243,17 +249,13 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         return logits
 
     @torch.no_grad()
-    def _fused_step(self, call: Call, sampling: dict[str, Tensor], **options: bool) -> StepOutput:
+    def _fused_step(self, call: Call, sampling: Sampling, **options: bool) -> DecodeOutput:
         new_valid = None if call.new_valid is None else call.new_valid[:, -1].contiguous()
-        return self._run_step(
-            "DualHeadForCausalLM.forward",
-            call.hidden[:, 0],
-            call.layer.gate_cache,
-            call.controls,
-            sampling,
-            new_valid=new_valid,
-            **options,
+        hidden, cache = call.hidden[:, 0], call.layer.gate_cache
+        out, _ = decoding.run_step(
+            self, _FORWARD, hidden, cache, call.controls, sampling, new_valid=new_valid, **options
         )
+        return out
 
     def _choose_token(self, x: Tensor, call: Call) -> Tensor:
         """Let the step choose, into ``call.step``, and give the backbone no logits (B, 1, 0)."""
@@ -270,7 +272,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         """What the backbone makes of the head's logits, as far as its config says."""
         if self.config.mix == "probs" or self.scaled_input:
             return raw
-        return reference.postprocess(raw, self.config.logit_scale, self.config.logit_softcap)
+        return postprocess(raw, self.config.logit_scale, self.config.logit_softcap)
 
     def _mix_kept(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         batch, length = call.hidden.shape[:2]
@@ -281,28 +283,11 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         )
         controls, hidden = call.controls, x
         if flat:
-            row = keep_positions(
-                torch.arange(batch, device=x.device)[:, None].expand(-1, length), keep
-            )
-            controls = {
-                name: value[row]
-                if isinstance(value, Tensor) and value.shape[:1] == (batch,)
-                else value
-                for name, value in controls.items()
-            }
+            places = torch.arange(batch, device=x.device)[:, None].expand(-1, length)
+            controls = controls.select(keep_positions(places, keep))
             hidden, gate_logit = x[:, None], gate_logit[:, None]
-        out = self._mixed(
-            "DualHeadForCausalLM.forward",
-            hidden,
-            gate_logit,
-            controls.get("strength"),
-            controls.get("gate_offset"),
-            controls.get("alpha"),
-            controls.get("objective_weights"),
-            controls.get("max_kl"),
-            controls.get("skip_threshold"),
-            post_process=self.config.mix != "logits" or self.scaled_input,
-        )
+        post_process = self.config.mix != "logits" or self.scaled_input
+        out = self.mixed(hidden, gate_logit, controls, post_process)
         return (out.logits[:, 0], out.alpha[:, 0]) if flat else (out.logits, out.alpha)
 
     def _gate_logits(self, call: Call, keep: int | Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import PushToHubMixin
 
 from ..quantization import check_format
 from .backbones import inside_peft, module_name
@@ -23,10 +21,8 @@ from .builtin_backbones import BUILTIN_BACKBONES, backbone_path, builtin_name
 from .fingerprint import check_fingerprint, fingerprint
 from .gguf_files import is_gguf, on_hub, source_of
 from .head_files import check_head_state, head_state, load_head_state
-from .head_folder import CONFIG_NAME, read_head_folder, without_local_path, write_head_folder
+from .head_folder import read_head_folder, write_head_folder
 from .sharing import write_card, write_pointer
-
-__all__ = ["DualHeadFilesMixin", "untie_lm_head"]
 
 # Of the backbone's own save_pretrained: of no use for the two files of the heads.
 _BACKBONE_ONLY = (
@@ -51,199 +47,144 @@ def untie_lm_head(model: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-class DualHeadFilesMixin(PushToHubMixin):
-    """Saving and loading of :class:`dualhead_ext.DualHeadForCausalLM`."""
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        save_function: Callable[..., Any] | None = None,
-        push_to_hub: bool = False,
-        token: str | bool | None = None,
-        save_full: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write the heads alone: ``dualhead_config.json`` and ``dualhead_model.safetensors``. A
-        crash leaves the old pair or the new one. An adapter on the backbone is not in them: a
-        warning says so. Beside them, unless the folder has such files: ``config.json``, by which
-        transformers' Auto classes know the folder, and ``README.md``, a model card.
-
-        Args:
-            is_main_process: False writes nothing, as on the other processes of a distributed run.
-            state_dict: the model's, to take the heads from instead of its present state, as FSDP
-                and DeepSpeed gather it.
-            save_function: taken for the callers that pass one; the files are always safetensors.
-            push_to_hub: also upload them, as ``PreTrainedModel.save_pretrained`` does: ``repo_id``
-                (default: the folder's name), ``token``, ``private``, ``commit_message``,
-                ``create_pr``, ``revision``. The hint of where a local backbone is goes from the
-                configuration then.
-            save_full: also write the backbone, as its own ``save_pretrained(**kwargs)`` does, so
-                that the folder can be given as its own backbone.
-            kwargs: other arguments of the backbone's ``save_pretrained``.
-        Raises:
-            TypeError: an unknown argument. ValueError: the heads hold NaN or infinite numbers, or
-                are not those of the configuration, state_dict lacks them; nothing is written.
-                RuntimeError: save_full, and the LM head is quantised and was not tied to the
-                embedding: its full precision is gone. OSError: the disk; the old files stay.
-        """
-        known = (*_BACKBONE_ONLY, *_HUB_OPTIONS)
-        if unknown := sorted(set(kwargs) - set(known)):
-            raise TypeError(f"save_pretrained: unknown arguments {', '.join(unknown)}")
-        if kwargs.get("variant") is not None and not save_full:
-            raise ValueError("save_pretrained: variant is for the backbone: it needs save_full")
-        plain_lm = self._plain_lm_weight() if save_full else None
-        if save_full and plain_lm is None:
-            raise RuntimeError(
-                "save_pretrained: save_full: the LM head is quantised "
-                f"({self.lm_head_module.quantized}) and its full precision is gone; save the "
-                "backbone before quantize"
-            )
-        if not is_main_process:
-            return
-        folder, head = Path(save_directory), self.lm_head_module
-        prefix = f"{module_name(self, head)}."
-        given = None
-        if state_dict is not None:
-            given = {
-                n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)
-            }
-        try:
-            state = head_state(head, given)
-        except ValueError as error:
-            raise ValueError(f"save_pretrained: {error}") from None
-        check_head_state(head.config, state, head.quantized, f"save_pretrained: {folder}")
-        stored = {
-            "dual_head": head.config,
-            "quantized": head.quantized,
-            "backbone": {
-                "name_or_path": _portable_name(self.config._name_or_path),
-                "local_path": _local_path(self.config._name_or_path),
-                "revision": getattr(self.config, "_commit_hash", None),
-                "fingerprint": fingerprint(self),
-            },
-        }
-        self._warn_of_adapters()
-        folder.mkdir(parents=True, exist_ok=True)
-        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        before = self._get_files_timestamps(folder) if push_to_hub else {}
-        write_head_folder(folder, stored, state)
-        write_card(folder, stored)
-        if not save_full:
-            write_pointer(folder)
-        if save_full:
-            base = type(self).__bases__[1]
-            plain = self.state_dict() if state_dict is None else state_dict
-            plain = {n: v for n, v in plain.items() if not _is_head(n)}
-            if head.quantized is not None:
-                plain.pop(f"{prefix}weight_scale", None)
-                plain[f"{prefix}weight"] = plain_lm.detach()
-            base.save_pretrained(self, folder, state_dict=plain, **kwargs)
-        if push_to_hub:
-            self._upload(folder, before, token, **hub)
-
-    def _upload(
-        self,
-        folder: Path,
-        before: dict[str, float],
-        token: str | bool | None,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        **options: Any,
-    ) -> None:
-        """The files of a folder that are newer than ``before`` to the hub."""
-        from huggingface_hub import create_repo
-
-        repo = create_repo(repo_id or folder.name, private=private, token=token, exist_ok=True)
-        self._upload_modified_files(folder, repo.repo_id, before, token=token, **options)
-
-    def _upload_modified_files(
-        self, working_dir: str | os.PathLike, *arguments: Any, **options: Any
-    ) -> Any:
-        """As transformers', which every upload goes through; a path of this machine stays here."""
-        if (Path(working_dir) / CONFIG_NAME).is_file():
-            without_local_path(Path(working_dir))
-        return super()._upload_modified_files(working_dir, *arguments, **options)
-
-    def _warn_of_adapters(self) -> None:
-        layers = [m for _, m in self.named_modules() if hasattr(m, "base_layer")]
-        if layers:
-            names = sorted({a for m in layers for a in getattr(m, "active_adapters", ())})
-            logger.warning(
-                "save_pretrained: the backbone has adapters (%s), which the heads' files do not "
-                "hold. Save them with their own library, for example "
-                "peft.get_peft_model_state_dict, and put them back before the heads are used",
-                ", ".join(names) or "none of them active",
-            )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        backbone: str | os.PathLike | PreTrainedModel | None = None,
-        dtype: torch.dtype | str | None = None,
-        device_map: Any = None,
-        revision: str | None = None,
-        quantize: str | None = None,
-        trial: bool = True,
-        **options: Any,
-    ) -> Any:
-        """Restore heads, bit for bit, on their backbone.
-
-        Args:
-            pretrained_model_name_or_path: a folder or hub name that :meth:`save_pretrained` wrote.
-            backbone: a model, path, GGUF file, hub name or built-in backbone
-                (``dualhead_ext.backbone_path``) instead of the one that the file names, or that is
-                where it was when they were saved.
-            dtype, device_map: for loading the backbone; the heads follow it. revision: of the
-                heads' repository.
-            quantize: "int8", "fp8" or "int4": full-precision heads, once restored, in this
-                format; see :meth:`dualhead_ext.DualHeadForCausalLM.quantize`. Of a file that holds
-                quantised heads, their format or None.
-            trial: as :meth:`dualhead_ext.DualHeadForCausalLM.from_backbone`; options: what else the
-                backbone's ``from_pretrained`` takes (attn_implementation, gguf_file, ...).
-        Raises:
-            FileNotFoundError: no such folder or file. ValueError: a damaged or foreign file, a
-                newer format, another vocabulary or hidden size than the backbone's, another
-                backbone, quantize is no format or not that of the file. The backbone is as it was
-                then.
-        """
-        folder = os.fspath(pretrained_model_name_or_path)
-        stored, state = read_head_folder(folder, revision)
-        config, source = stored["dual_head"], stored["backbone"]
-        where, quantized = f"from_pretrained: {folder}", stored["quantized"]
-        if quantize is not None:
-            check_format("from_pretrained", quantize, config.hidden_size)
-            if quantized not in (None, quantize):
-                raise ValueError(
-                    f"{where} holds heads in {quantized}, which cannot become {quantize}: quantise "
-                    "the heads in full precision that they were made from"
-                )
-        check_head_state(config, state, quantized, where)
-        if backbone is None:
-            backbone = named_backbone(folder, source)
-        loaded = _load_backbone(backbone, dtype, device_map, source["revision"], options)
-        linear = loaded.get_output_embeddings()
-        for name, there in (
-            ("vocab_size", linear.out_features),
-            ("hidden_size", linear.in_features),
-        ):
-            if getattr(config, name) != there:
-                raise ValueError(
-                    f"from_pretrained: the heads in {folder} have {name} {getattr(config, name)}, "
-                    f"the backbone has {there}"
-                )
-        check_fingerprint(loaded, source["fingerprint"], where, stored["format_version"])
-        model = cls._extend(
-            "from_pretrained", loaded, config.to_dict(), quantized or quantize, trial
+def save_heads(
+    model: Any,
+    save_directory: str | os.PathLike,
+    is_main_process: bool,
+    state_dict: dict[str, Tensor] | None,
+    push_to_hub: bool,
+    token: str | bool | None,
+    save_full: bool,
+    kwargs: dict[str, Any],
+) -> None:
+    """:meth:`dualhead_ext.DualHeadForCausalLM.save_pretrained`."""
+    known = (*_BACKBONE_ONLY, *_HUB_OPTIONS)
+    if unknown := sorted(set(kwargs) - set(known)):
+        raise TypeError(f"save_pretrained: unknown arguments {', '.join(unknown)}")
+    if kwargs.get("variant") is not None and not save_full:
+        raise ValueError("save_pretrained: variant is for the backbone: it needs save_full")
+    plain_lm = model._plain_lm_weight() if save_full else None
+    if save_full and plain_lm is None:
+        raise RuntimeError(
+            "save_pretrained: save_full: the LM head is quantised "
+            f"({model.lm_head_module.quantized}) and its full precision is gone; save the "
+            "backbone before quantize"
         )
-        if quantized is None and "lm_head.weight" in state:
-            untie_lm_head(model)
-        load_head_state(model.lm_head_module, state, where, quantized)
-        if quantized is None and quantize is not None:
-            model.quantize(quantize)
-        return model.eval()
+    if not is_main_process:
+        return
+    folder, head = Path(save_directory), model.lm_head_module
+    prefix = f"{module_name(model, head)}."
+    given = None
+    if state_dict is not None:
+        given = {n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)}
+    try:
+        state = head_state(head, given)
+    except ValueError as error:
+        raise ValueError(f"save_pretrained: {error}") from None
+    check_head_state(head.config, state, head.quantized, f"save_pretrained: {folder}")
+    stored = {
+        "dual_head": head.config,
+        "quantized": head.quantized,
+        "backbone": {
+            "name_or_path": _portable_name(model.config._name_or_path),
+            "local_path": _local_path(model.config._name_or_path),
+            "revision": getattr(model.config, "_commit_hash", None),
+            "fingerprint": fingerprint(model),
+        },
+    }
+    _warn_of_adapters(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    before = model._get_files_timestamps(folder) if push_to_hub else {}
+    write_head_folder(folder, stored, state)
+    write_card(folder, stored)
+    if not save_full:
+        write_pointer(folder)
+    if save_full:
+        base = type(model).__bases__[1]
+        plain = model.state_dict() if state_dict is None else state_dict
+        plain = {n: v for n, v in plain.items() if not _is_head(n)}
+        if head.quantized is not None:
+            plain.pop(f"{prefix}weight_scale", None)
+            plain[f"{prefix}weight"] = plain_lm.detach()
+        base.save_pretrained(model, folder, state_dict=plain, **kwargs)
+    if push_to_hub:
+        _upload(model, folder, before, token, **hub)
+
+
+def _upload(
+    model: Any,
+    folder: Path,
+    before: dict[str, float],
+    token: str | bool | None,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    **options: Any,
+) -> None:
+    """The files of a folder that are newer than ``before`` to the hub."""
+    from huggingface_hub import create_repo
+
+    repo = create_repo(repo_id or folder.name, private=private, token=token, exist_ok=True)
+    model._upload_modified_files(folder, repo.repo_id, before, token=token, **options)
+
+
+def _warn_of_adapters(model: Any) -> None:
+    layers = [m for _, m in model.named_modules() if hasattr(m, "base_layer")]
+    if layers:
+        names = sorted({a for m in layers for a in getattr(m, "active_adapters", ())})
+        logger.warning(
+            "save_pretrained: the backbone has adapters (%s), which the heads' files do not "
+            "hold. Save them with their own library, for example "
+            "peft.get_peft_model_state_dict, and put them back before the heads are used",
+            ", ".join(names) or "none of them active",
+        )
+
+
+def load_heads(
+    cls: Any,
+    pretrained_model_name_or_path: str | os.PathLike,
+    backbone: str | os.PathLike | PreTrainedModel | None,
+    dtype: torch.dtype | str | None,
+    device_map: Any,
+    revision: str | None,
+    quantize: str | None,
+    trial: bool,
+    options: dict[str, Any],
+) -> Any:
+    """:meth:`dualhead_ext.DualHeadForCausalLM.from_pretrained`; cls: that class."""
+    folder = os.fspath(pretrained_model_name_or_path)
+    stored, state = read_head_folder(folder, revision)
+    config, source = stored["dual_head"], stored["backbone"]
+    where, quantized = f"from_pretrained: {folder}", stored["quantized"]
+    if quantize is not None:
+        check_format("from_pretrained", quantize, config.hidden_size)
+        if quantized not in (None, quantize):
+            raise ValueError(
+                f"{where} holds heads in {quantized}, which cannot become {quantize}: quantise "
+                "the heads in full precision that they were made from"
+            )
+    check_head_state(config, state, quantized, where)
+    if backbone is None:
+        backbone = named_backbone(folder, source)
+    loaded = _load_backbone(backbone, dtype, device_map, source["revision"], options)
+    linear = loaded.get_output_embeddings()
+    for name, there in (
+        ("vocab_size", linear.out_features),
+        ("hidden_size", linear.in_features),
+    ):
+        if getattr(config, name) != there:
+            raise ValueError(
+                f"from_pretrained: the heads in {folder} have {name} {getattr(config, name)}, "
+                f"the backbone has {there}"
+            )
+    check_fingerprint(loaded, source["fingerprint"], where, stored["format_version"])
+    model = cls._extend("from_pretrained", loaded, config.to_dict(), quantized or quantize, trial)
+    if quantized is None and "lm_head.weight" in state:
+        untie_lm_head(model)
+    load_head_state(model.lm_head_module, state, where, quantized)
+    if quantized is None and quantize is not None:
+        model.quantize(quantize)
+    return model.eval()
 
 
 def _portable_name(name: str | None) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..head.controls import objective_rows, per_row
+from ..head.controls import Controls
 from ..head.kl_cap import capped_alpha
-from ..reference import accumulator_dtype, mix_logits, postprocess
+from ..head.mixture import mix_logits
+from ..ops.logits import accumulator_dtype, postprocess
 from .backbones import backbone_post_processing
 from .causal_lm import DualHeadForCausalLM
-from .generate import CONTROLS
 
 
 class WeakToStrong(nn.Module):
@@ -110,10 +111,9 @@ class WeakToStrong(nn.Module):
 
         Args:
             inputs: (B, T), or ``input_ids``; left-padded with ``attention_mask``.
-            strength, gate_offset, alpha, skip_threshold: a number, or (B,); see
-                ``DualHead.forward``.
-            objective_weights: (K,) or (B, K).
-            max_kl: likewise a number or (B,); of the mixture from the strong model's distribution.
+            kwargs: the fields of :class:`dualhead_ext.head.controls.Controls`, a number or one for
+                each request. ``max_kl`` is of the mixture from the strong model's distribution.
+                All else is the strong model's.
         Raises:
             as :meth:`forward`; ValueError: no input_ids.
         """
@@ -124,21 +124,13 @@ class WeakToStrong(nn.Module):
         with self._guiding(controls):
             return self.strong.generate(inputs, **kwargs)
 
-    def _controls(self, operator: str, kwargs: dict[str, Any], batch: int) -> dict[str, Tensor]:
-        """The controls among ``kwargs``, taken out of it, as (B, ...) tensors."""
-        weights = kwargs.pop("objective_weights", None)
+    def _controls(self, operator: str, kwargs: dict[str, Any], batch: int) -> Controls:
+        """The controls among ``kwargs``, taken out of it, as rows."""
         count = self.weak.dual_head_config.num_objectives
-        where = (torch.float32, self.device)
-        rows = {
-            name: per_row(operator, name, kwargs.pop(name, None), batch, *where)
-            for name in CONTROLS
-            if name != "objective_weights"
-        }
-        rows["objective_weights"] = objective_rows(operator, weights, batch, count, *where)
-        return {name: row for name, row in rows.items() if row is not None}
+        return Controls.take(kwargs).rows(operator, batch, count, torch.float32, self.device)
 
     @contextmanager
-    def _guiding(self, controls: dict[str, Tensor]) -> Iterator[None]:
+    def _guiding(self, controls: Controls) -> Iterator[None]:
         """While it lasts, the strong model's logits are mixed ones."""
         raw: list[Tensor] = []  # z_LM, before the strong model's f
 
@@ -160,14 +152,13 @@ class WeakToStrong(nn.Module):
                 hook.remove()
 
     def _mixed(
-        self, z_lm: Tensor, kwargs: dict[str, Any], output: Any, controls: dict[str, Tensor]
+        self, z_lm: Tensor, kwargs: dict[str, Any], output: Any, controls: Controls
     ) -> Tensor:
         ids = kwargs["input_ids"]
-        rows = {  # beams and several samples of a prompt stand side by side
-            name: value.repeat_interleave(ids.shape[0] // value.shape[0], dim=0)
-            for name, value in controls.items()
-        }
-        max_kl = rows.pop("max_kl", None)
+        given = controls.given()
+        if given:  # beams and several samples of a prompt stand side by side
+            controls = controls.repeat(ids.shape[0] // len(next(iter(given.values()))))
+        max_kl, rows = controls.max_kl, replace(controls, max_kl=None)
         cache = getattr(output, "past_key_values", None)
         z_lm = z_lm.to(accumulator_dtype(z_lm.dtype))
         z_rm, alpha = self._weak_forward(_checked(kwargs), cache, rows, z_lm)
@@ -186,7 +177,7 @@ class WeakToStrong(nn.Module):
         self,
         kwargs: dict[str, Any],
         cache: Cache | None,
-        controls: dict[str, Tensor],
+        controls: Controls,
         z_lm: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """z_RM (B, N, V) before any f, and alpha (B, N), where the strong model gave logits, which
@@ -205,13 +196,13 @@ class WeakToStrong(nn.Module):
                 **_with_positions(self.weak, kwargs),
                 past_key_values=companion,
                 use_cache=companion is not None,
-                **controls,
+                **controls.given(),
             )
         finally:
             hook.remove()
         _join(cache, companion)
-        shares = controls.get("objective_weights")
-        return head.reward_logits(kept[0], z_lm, shares), head.last_alpha
+        z_rm = head.reward_logits(kept[0], z_lm, controls.objective_weights)
+        return z_rm, head.last_alpha
 
 
 def _check_vocabularies(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import reference
+from ...head.controls import Controls
+from ...head.mixture import mix_logits, mixing_weight
 from ..likelihood import Text, per_token
 
 # States whose logits are computed at a time: each takes a few vocabularies of memory.
@@ -47,19 +48,19 @@ class Heads:
         weights = self._weights
         if weights is not None:
             weights = weights.to(hidden.device).expand(len(hidden), -1)
-        z_lm = self.head._lm_logits(hidden[:, None])
+        z_lm = self.head.lm_logits(hidden[:, None])
         return z_lm[:, 0], self.head.reward_logits(hidden[:, None], z_lm, weights)[:, 0]
 
     def alpha(self, gate_logit: Tensor, strength: float = 1.0) -> Tensor:
         """gate_logit (N,) -> the weight of the reward head (N,)."""
-        s = torch.tensor(strength, device=gate_logit.device)
-        return reference.mixing_weight(gate_logit, None, s, None, self.head.config.mix)
+        controls = Controls(strength=torch.tensor(strength, device=gate_logit.device))
+        return mixing_weight(gate_logit, controls, self.head.config.mix)[1]
 
     def log_probs(self, z_lm: Tensor, z_rm: Tensor, alpha: Tensor) -> Tensor:
         """The mixture's log-probabilities (N, V); alpha (N,), 0 for pi_LM, 1 for pi_r."""
         config = self.head.config
         post = (config.mix, config.logit_scale, config.logit_softcap)
-        return reference.mix_logits(z_lm, z_rm, alpha, *post).double().log_softmax(-1)
+        return mix_logits(z_lm, z_rm, alpha, *post).double().log_softmax(-1)
 
     @torch.no_grad()
     def read(

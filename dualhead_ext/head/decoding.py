@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the methods of a gated head that decode are made of: their checks, the weights that a step
+reads, and the step itself. See `reference.decode_step` for what a step computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..config import DualHeadConfig
+from ..ops.logits import accumulator_dtype
+from ..quantization import format_of
+from . import correction_step
+from .cache import DecodeWeights, GateCache, parameter_stamp
+from .controls import Controls, Sampling
+from .kl_cap import capped_alpha
+from .rows import dense
+
+
+def is_at(device: Any, where: torch.device) -> bool:
+    """Whether ``device``, which may be anything, names this one."""
+    try:
+        return torch.empty(0, device=device).device == where
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def check_hidden(head: Any, operator: str, hidden: Tensor, dim: int) -> None:
+    shape = f"(B, T, {head.config.hidden_size})" if dim == 3 else f"(B, {head.config.hidden_size})"
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"{operator}: hidden must be a tensor {shape}, got {type(hidden).__name__}")
+    dense(operator, "hidden", hidden)
+    if hidden.dim() != dim or hidden.shape[-1] != head.config.hidden_size or 0 in hidden.shape:
+        raise ValueError(
+            f"{operator}: hidden must be {shape} and not empty, got {tuple(hidden.shape)}"
+        )
+    weight = head.lm_weight
+    if hidden.device != weight.device:
+        raise ValueError(
+            f"{operator}: hidden must be on {weight.device}, as the LM head, got {hidden.device}"
+        )
+    dtype = head.hidden_dtype
+    if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"{operator}: hidden must be {dtype}, as the LM head, got {hidden.dtype}")
+
+
+def check_mask(operator: str, mask: Tensor | None, hidden: Tensor, length: int) -> None:
+    if mask is None:
+        return
+    dense(operator, "attention_mask", mask, hidden.device)
+    expected = (hidden.shape[0], length)
+    if mask.shape != expected:
+        raise ValueError(f"{operator}: attention_mask must be {expected}, got {tuple(mask.shape)}")
+
+
+def decode_weights(head: Any) -> DecodeWeights:
+    """What a step of ``head`` reads, as it is now."""
+    dtype = head.hidden_dtype
+
+    def plain(value: Any) -> Any:
+        """In the dtype of hidden states; quantised numbers stay as they are."""
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach() if format_of(value) else value.detach().to(dtype)
+
+    tensors = {name: plain(value) for name, value in head.reward_head.tensors().items()}
+    tensors["lm_weight"] = plain(head.lm_weight)
+    tensors["lm_bias"] = plain(head.lm_bias)
+    scales = {"lm_scale": head.lm_scale, "reward_scale": head.reward_scale}
+    tensors |= {name: s.detach() for name, s in scales.items() if s is not None}
+    if head.gate.has_state:
+        tensors |= {
+            "q_weight": plain(head.gate.q_weight),
+            "k_weight": plain(head.gate.k_weight),
+            "u_weight": head.gate.folded_values().to(accumulator_dtype(dtype)),
+            "gate_bias": head.gate.out_bias.detach().to(accumulator_dtype(dtype)),
+        }
+    return DecodeWeights(tensors, stamp(head))
+
+
+def stamp(head: Any) -> tuple:
+    """Identifies the present weights of ``head``."""
+    return parameter_stamp(
+        [
+            head.lm_weight,
+            *(() if head.lm_scale is None else (head.lm_scale,)),
+            *head.reward_head.parameters(),
+            *head.gate.parameters(),
+        ]
+    )
+
+
+def prompt_positions(valid: Tensor, count: int) -> Tensor:
+    """The last ``count`` positions (B, N) up to each row's last real one, of valid (B, T); 0: all.
+    A row with fewer repeats its first.
+    """
+    batch, length = valid.shape
+    positions = torch.arange(length, device=valid.device)
+    if not count:
+        return positions.expand(batch, -1)
+    last = torch.where(valid, positions, -1).amax(1)
+    last = torch.where(last < 0, length - 1, last)  # nothing real in this chunk: its last column
+    return (last[:, None] + positions[:count] - count + 1).clamp(min=0)
+
+
+def append_prompt(
+    head: Any, hidden: Tensor, cache: GateCache, valid: Tensor, queries: Tensor, columns: Tensor
+) -> Tensor:
+    """Write (B, T, d) into the cache and return the gate logits (B, N) of queries (B, N, d) at
+    ``columns`` (B, N).
+    """
+    if not head.gate.has_state:
+        cache.append(None, None, valid)
+        return head.gate(queries)
+    weights = cache.weights
+    u_weight = weights.tensors["u_weight"]
+    cache.append(*head.gate.keys_and_values(hidden, u_weight, weights.projection), valid)
+    filled = slice(0, cache.columns)
+    return head.gate.attend(
+        queries, columns, cache.k[:, :, filled], cache.u[:, :, filled], cache.valid[:, filled]
+    )
+
+
+def alpha_limit(
+    config: DualHeadConfig, max_kl: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """(z_LM, z_RM, alpha) -> alpha within max_kl (B,); None without a cap. The backbone's f counts
+    even where it is left to the backbone.
+    """
+    if max_kl is None:
+        return None
+    return partial(
+        capped_alpha,
+        max_kl=max_kl,
+        mix=config.mix,
+        logit_scale=config.logit_scale,
+        logit_softcap=config.logit_softcap,
+    )
+
+
+def run_step(
+    head: Any,
+    operator: str,
+    hidden: Tensor,
+    cache: GateCache,
+    controls: Controls,
+    sampling: Sampling,
+    *,
+    new_valid: Tensor | None = None,
+    post_process: bool = True,
+    return_logits: bool = True,
+    record_attention: bool = False,
+    impl: str | None = None,
+) -> tuple[ops.DecodeOutput, Tensor | None]:
+    """(what the operator returns, the attention rows if recorded) of one step, over a checked cache
+    with room and rows of controls and sampling.
+
+    Args:
+        new_valid: (B,), False for new positions that are padding.
+        post_process: False leaves out the backbone's own f (logits mix only), for a backbone that
+            applies it itself.
+        impl: "kernel" or "reference"; default: the kernel where there is one. For tests.
+    """
+    arguments = cache.weights.tensors | controls.operands()
+    attends = head.gate.has_state
+    if attends:
+        arguments |= {
+            "cache_k": cache.k,
+            "cache_u": cache.u,
+            "cache_valid": cache.valid,
+            "cache_length": cache.length,
+            "new_valid": new_valid,
+        }
+    else:
+        arguments["gate_logit"] = head.gate(hidden)
+    function = _step_function(head, hidden, controls.max_kl, impl)
+    # Last of all: where seeds are drawn, nothing is left to refuse.
+    arguments |= sampling.operands(operator, cache)
+    out = function(
+        hidden=hidden,
+        mix_probs=head.config.mix == "probs",
+        logit_scale=head.config.logit_scale if post_process else 1.0,
+        logit_softcap=head.config.logit_softcap if post_process else 0.0,
+        return_logits=return_logits,
+        record_attention=record_attention and attends,
+        **arguments,
+    )
+    if not attends:
+        cache.length += 1
+    if torch.compiler.is_compiling():
+        cache.advanced_on_device()
+    else:
+        cache.count_step()
+    recorded = out.attention[:, :, : cache.columns] if record_attention and attends else None
+    return out, recorded
+
+
+def _step_function(
+    head: Any, hidden: Tensor, max_kl: Tensor | None, impl: str | None
+) -> Callable[..., ops.DecodeOutput]:
+    """The compiled kernel where one applies; otherwise the reference, with one warning where that
+    is a surprise.
+    """
+    limit = alpha_limit(head.config, max_kl)
+    if limit is not None:
+        return partial(reference.decode_step, limit_alpha=limit)
+    if impl is None and ops.kernel_for(hidden.device.type, hidden.dtype):
+        impl = "kernel"
+    if impl == "kernel":
+        return ops.decode_step if head.reward_head.kind == "full" else correction_step.decode_step
+    if impl is None and hidden.dtype != torch.float64:
+        ops.warn_of_reference(hidden.device.type, hidden.dtype)
+    return reference.decode_step
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: the host's count of columns then says nothing about
+    the replays.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two heads, alpha and their mixture in PyTorch: whole sequences, and what a step leaves to it.
+
+The formulas are those of :mod:`dualhead_ext.reference`, which is written apart from this so that
+one can check the other. Dimensions: B batch, d hidden, V vocabulary, K objectives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.logits import accumulator_dtype, postprocess
+from ..quantization import dequantize
+from .controls import Controls
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """``W h + b``: hidden (..., d), weight (V, d), bias (V,) -> (..., V) in fp32 or float64.
+
+    With ``scale`` the weight is quantised: W is what it means, and products are fp32 too.
+    """
+    if scale is not None:
+        dtype = accumulator_dtype(hidden.dtype)
+        hidden, weight = hidden.to(dtype), dequantize(weight, scale, dtype)
+        bias = None if bias is None else bias.to(dtype)
+    logits = F.linear(hidden, weight, bias)
+    return logits.to(accumulator_dtype(logits.dtype))
+
+
+def reward_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    objective_weights: Tensor | None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """``z_RM = sum_k w_k (W_RM,k h + b_k)``.
+
+    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by
+    1/K; scale (K, V, ...): of quantised weights. Returns (B, ..., V).
+    """
+    num_objectives = weight.shape[0]
+    total = None
+    for k in range(num_objectives):
+        scale_k = None if scale is None else scale[k]
+        logits = head_logits(hidden, weight[k], None if bias is None else bias[k], scale_k)
+        if objective_weights is not None:
+            share = objective_weights[:, k].to(logits.dtype)
+            logits = logits * share.view(-1, *(1,) * (logits.dim() - 1))
+        elif num_objectives > 1:
+            logits = logits / num_objectives
+        total = logits if total is None else total + logits
+    return total
+
+
+def correction(
+    hidden: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor,
+    objective_weights: Tensor | None = None,
+) -> Tensor:
+    """``sum_k w_k (U_k D_k h + c_k)``: for ``reward_head="embedding"`` what is added to the hidden
+    state (n = d), for ``"lowrank"`` delta itself (n = V).
+
+    hidden (B, ..., d), down (K, r, d) and up (K, n, r), both None for rank 0, bias (K, n),
+    objective_weights (B, K); None weighs each by 1/K. Returns (B, ..., n) in fp32 or float64.
+    """
+    dtype, num_objectives = accumulator_dtype(hidden.dtype), bias.shape[0]
+    total = None
+    for k in range(num_objectives):
+        value = bias[k].to(dtype).expand(*hidden.shape[:-1], -1)
+        if down is not None:
+            value = F.linear(F.linear(hidden, down[k]), up[k]).to(dtype) + value
+        if objective_weights is not None:
+            share = objective_weights[:, k].to(dtype)
+            value = value * share.view(-1, *(1,) * (value.dim() - 1))
+        elif num_objectives > 1:
+            value = value / num_objectives
+        total = value if total is None else total + value
+    return total
+
+
+def move_hidden(hidden: Tensor, change: Tensor, alpha: Tensor) -> Tensor:
+    """``h + a (M h + c)`` in the dtype of ``hidden``: with it, the logits mix of an "embedding"
+    head is one product, ``z = W_LM (h + a (M h + c)) + b_LM``. alpha 0 gives h itself, whatever
+    the change is. hidden, change (..., d), alpha (...).
+    """
+    a = alpha.unsqueeze(-1).to(change.dtype)
+    moved = (hidden.to(change.dtype) + a * change).to(hidden.dtype)
+    return torch.where(a == 0, hidden, moved)
+
+
+def token_rewards(
+    hidden: Tensor,
+    labels: Tensor,
+    lm_weight: Tensor,
+    lm_bias: Tensor | None = None,
+    *,
+    reward_head: str = "full",
+    reward_weight: Tensor | None = None,
+    reward_down: Tensor | None = None,
+    reward_up: Tensor | None = None,
+    reward_bias: Tensor | None = None,
+) -> Tensor:
+    """``delta_k,t[y_t]``, the reward of each given token under each objective, without a product
+    with the vocabulary: only the rows of the tokens are read.
+
+    ``"full"``: (W_RM,k - W_LM)[y].h + (b_RM,k - b_LM)[y]; ``"embedding"``: W_LM[y].(M_k h + c_k);
+    ``"lowrank"``: B_k[y].(A_k h) + b_k[y]. It is what z_RM - z_LM holds at the label.
+
+    Args:
+        hidden: (..., d). labels: (...) int64. lm_weight, lm_bias: (V, d), (V,).
+        reward_weight: (K, V, d), "full" alone. reward_down, reward_up: as :func:`correction`.
+        reward_bias: (K, n), or None for "full".
+    Returns: (K, ...) in fp32 or float64.
+    """
+    dtype = accumulator_dtype(hidden.dtype)
+    rows, rewards = lm_weight[labels].to(dtype), []
+    count = (reward_weight if reward_head == "full" else reward_bias).shape[0]
+    for k in range(count):
+        if reward_head == "full":
+            value = ((reward_weight[k][labels].to(dtype) - rows) * hidden.to(dtype)).sum(-1)
+            if reward_bias is not None:
+                value = value + (reward_bias[k] - lm_bias).to(dtype)[labels]
+        elif reward_head == "embedding":
+            maps = (
+                (None, None) if reward_down is None else (reward_down[k, None], reward_up[k, None])
+            )
+            value = (rows * correction(hidden, *maps, reward_bias[k, None])).sum(-1)
+        else:
+            inner = F.linear(hidden, reward_down[k]).to(dtype)
+            value = (reward_up[k][labels].to(dtype) * inner).sum(-1)
+            value = value + reward_bias[k].to(dtype)[labels]
+        rewards.append(value)
+    return torch.stack(rewards)
+
+
+def mixing_weight(
+    gate_logit: Tensor, controls: Controls, mix: str = "logits"
+) -> tuple[Tensor, Tensor]:
+    """(the gate's logit, alpha) under a caller's controls, in this order: ``gate_offset`` added;
+    ``sigmoid(gate_logit)``, or ``alpha`` where given; then times ``strength``, at least 0, and in
+    the probability mix at most 1, with strength 0 giving 0 whatever alpha is (NaN too); then 0
+    where that is below ``skip_threshold`` and 1 where it is nearer than that to 1.
+
+    gate_logit: (B, ...) fp32 or float64. controls: rows (B,).
+    """
+    shape = (-1, *(1,) * (gate_logit.dim() - 1))
+    rows = {
+        name: row.to(gate_logit.dtype).view(shape)
+        for name, row in controls.operands().items()
+        if name != "objective_weights"
+    }
+    if "gate_offset" in rows:
+        gate_logit = gate_logit + rows["gate_offset"]
+    if "alpha" in rows:
+        weight = rows["alpha"].expand_as(gate_logit)
+    else:
+        weight = torch.sigmoid(gate_logit)
+    if (strength := rows.get("strength")) is not None:
+        highest = 1.0 if mix == "probs" else None
+        scaled = (strength * weight).clamp(0.0, highest)
+        weight = torch.where(strength == 0, torch.zeros_like(weight), scaled)
+    if (threshold := rows.get("skip_threshold")) is not None:
+        near_one = (1 - weight).abs() < threshold
+        weight = torch.where(weight < threshold, torch.zeros_like(weight), weight)
+        weight = torch.where(near_one, torch.ones_like(weight), weight)
+    return gate_logit, weight
+
+
+def mix_logits(
+    z_lm: Tensor,
+    z_rm: Tensor,
+    alpha: Tensor,
+    mix: str = "logits",
+    logit_scale: float = 1.0,
+    logit_softcap: float = 0.0,
+) -> Tensor:
+    """The mixture of both heads: z_lm, z_rm (..., V) and alpha (...) -> (..., V).
+
+    ``mix="logits"``: ``f((1-a) z_LM + a z_RM)`` (paper, Methodology). ``mix="probs"``: the log of
+    ``(1-a) softmax(f(z_LM)) + a softmax(f(z_RM))`` (paper, Analysis). a = 0 and a = 1 select, so
+    that an infinite or NaN value of the head that is switched off does not matter.
+    """
+    a = alpha.unsqueeze(-1)
+    if mix == "logits":
+        mixed = (1 - a) * z_lm + a * z_rm
+        return postprocess(
+            torch.where(a == 0, z_lm, torch.where(a == 1, z_rm, mixed)), logit_scale, logit_softcap
+        )
+    lp_lm = torch.log_softmax(postprocess(z_lm, logit_scale, logit_softcap), dim=-1)
+    lp_rm = torch.log_softmax(postprocess(z_rm, logit_scale, logit_softcap), dim=-1)
+    # log 0 is kept out of the graph: its gradient, inf * 0, would be NaN.
+    inside = torch.where((a > 0) & (a < 1), a, torch.full_like(a, 0.5))
+    mixed = torch.logaddexp(torch.log1p(-inside) + lp_lm, torch.log(inside) + lp_rm)
+    mixed = torch.where(torch.isnan(a), a, mixed)
+    return torch.where(a == 0, lp_lm, torch.where(a == 1, lp_rm, mixed))
