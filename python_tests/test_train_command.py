@@ -53,7 +53,10 @@ def place(tmp_path_factory):
     """A folder with pairs and a config file; the working directory of this module."""
     folder = tmp_path_factory.mktemp("train")
     write_rows(folder / "pairs.jsonl", dh.data.load_preference_data("embedded")[:8])
-    write_rows(folder / "held_out.jsonl", dh.data.load_preference_data("embedded", "test")[:6])
+    held_out = [dict(row) for row in dh.data.load_preference_data("embedded", "test")[:6]]
+    for row in held_out[2:]:  # fewer prompts than replies that are shown
+        row["prompt"] = held_out[1]["prompt"]
+    write_rows(folder / "held_out.jsonl", held_out)
     (folder / "run.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

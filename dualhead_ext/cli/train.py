@@ -89,7 +89,7 @@ def _train(arguments: Namespace) -> int | None:
     after = summary.measure(trainer)
     summary.print_figures(before, after, held_out)
     replies = summary.sample_before_and_after(
-        trainer.model, trainer.processing_class, held_out or rows, trainer.args.seed
+        trainer.model, trainer.processing_class, [*held_out, *rows], trainer.args.seed
     )
     summary.print_replies(replies)
     rate = trainer.args.gate_learning_rate or trainer.args.learning_rate
