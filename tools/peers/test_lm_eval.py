@@ -45,7 +45,7 @@ def results(harness: Any, folder: Path, model: Any) -> dict[str, Any]:
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
         "test_split": "test",
-        "doc_to_text": "{{question}}\n",
+        "doc_to_text": "{{question}}",
     }
     choices = common | {
         "task": "choices",
@@ -81,9 +81,12 @@ def answers(found: dict[str, Any]) -> tuple[torch.Tensor, list[str]]:
 
 @torch.no_grad()
 def test_likelihoods_and_texts(harness, tmp_path):
-    load = AutoModelForCausalLM.from_pretrained
-    plain = answers(results(harness, tmp_path, load(embedded_backbone_path())))
-    model = dh.DualHeadForCausalLM.from_backbone(load(embedded_backbone_path()), reward_head="full")
+    def backbone() -> Any:
+        path = embedded_backbone_path()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+    plain = answers(results(harness, tmp_path, backbone()))
+    model = dh.DualHeadForCausalLM.from_backbone(backbone(), reward_head="full")
     silent = answers(results(harness, tmp_path, model))
     torch.testing.assert_close(silent[0], plain[0], rtol=1e-4, atol=1e-3)
     assert silent[1] == plain[1]
@@ -95,8 +98,8 @@ def test_likelihoods_and_texts(harness, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(embedded_backbone_path())
     for row, found in zip(QUESTIONS, gated[0], strict=True):
         for choice, likelihood in zip(row["choices"], found, strict=True):
-            prompt = tokenizer(row["question"] + "\n", return_tensors="pt").input_ids
-            whole = tokenizer(f"{row['question']}\n {choice}", return_tensors="pt").input_ids
+            prompt = tokenizer(row["question"], return_tensors="pt").input_ids
+            whole = tokenizer(f"{row['question']} {choice}", return_tensors="pt").input_ids
             logits = model(whole).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
             own = logits.gather(1, whole[0, prompt.shape[1] :, None]).sum()
             assert abs(float(own - likelihood)) < 1e-2

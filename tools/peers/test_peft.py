@@ -49,6 +49,8 @@ def model_of(name: Any, **kwargs: Any) -> PreTrainedModel:
     config = CONFIGS.get(str(name).split("/")[-1])
     if config is None:
         pytest.skip(f"inapplicable: {name} is on a hub")
+    if "tie_word_embeddings" in kwargs:
+        config = type(config)(**SHAPE, tie_word_embeddings=kwargs["tie_word_embeddings"])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=kwargs.get("dtype"))
     model.name_or_path = model.config._name_or_path = str(name)
