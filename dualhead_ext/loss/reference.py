@@ -348,8 +348,8 @@ def _objective(
 
 def _per_example(values: Tensor, members: list[list[int]]) -> Tensor:
     """(E,) float64: the sum of values over each example's rows, or over its pairs."""
-    example = [e for e, of_example in enumerate(members) for _ in of_example]
+    places = [e for e, of_example in enumerate(members) for _ in of_example]
     order = [i for of_example in members for i in of_example]
-    example, order = (to_device(x, values.device) for x in (example, order))
+    example, source = (to_device(numbers, values.device) for numbers in (places, order))
     sums = torch.zeros(len(members), dtype=torch.float64, device=values.device)
-    return sums.index_add(0, example, values[order].double())
+    return sums.index_add(0, example, values[source].double())
