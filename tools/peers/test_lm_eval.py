@@ -56,6 +56,7 @@ def results(harness: Any, folder: Path, model: Any) -> dict[str, Any]:
     }
     texts = common | {
         "task": "texts",
+        "doc_to_text": "{{question}}\n",
         "output_type": "generate_until",
         "doc_to_target": "{{choices[0]}}",
         "generation_kwargs": {"max_gen_toks": 6, "do_sample": False, "until": ["\n\n"]},
