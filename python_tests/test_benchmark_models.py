@@ -79,8 +79,8 @@ def test_whole_models_decode_with_each_step(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(generation.ops, "decode_step", spy("fused", ops.decode_step))
-    monkeypatch.setattr(generation.reference, "decode_step", spy("eager", reference.decode_step))
+    monkeypatch.setattr(ops, "decode_step", spy("fused", ops.decode_step))
+    monkeypatch.setattr(reference, "decode_step", spy("eager", reference.decode_step))
     model = generation.tiny_model()
     result = generation.run_model(model, seconds=0, min_rounds=2)
     # The first token comes from the prompt's pass; three calls each, one to warm up. The fused step

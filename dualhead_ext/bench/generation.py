@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._dynamo
 
-from .. import ops, reference
+from .. import ops
 from ..measurement.timing import Contender, Ratio, Timing, alternate, clock_of, ratio
 from . import models
 
@@ -163,15 +163,6 @@ class ModelResult:
         return "\n".join(lines + [f"    TOO SLOW: {failure}" for failure in self.failures()])
 
 
-# What a head is told to decode with, whatever kernel there is.
-def _fused_step(*arguments: Any) -> Callable[..., reference.DecodeOutput]:
-    return ops.decode_step
-
-
-def _eager_step(*arguments: Any) -> Callable[..., reference.DecodeOutput]:
-    return reference.decode_step
-
-
 def _static_options(device_type: str) -> dict[str, Any]:
     """Of ``generate()``: a static cache, and the compilation that transformers then does on a GPU
     by itself. On the CPU it has to be told to, and the graph is not given to a compiler."""
@@ -190,11 +181,11 @@ def _contenders(model: Model, plain: Any, gated: Any) -> list[Contender]:
     static = _static_options(device.type)
     ways = {
         "backbone": (plain, {}, None),
-        "dualhead": (gated, {"fused": True}, _fused_step),
-        "logits": (gated, {"fused": False}, _fused_step),
-        "eager": (gated, {"fused": False}, _eager_step),
+        "dualhead": (gated, {"fused": True}, "kernel"),
+        "logits": (gated, {"fused": False}, "kernel"),
+        "eager": (gated, {"fused": False}, "reference"),
         "backbone_static": (plain, static, None),
-        "dualhead_static": (gated, static | {"fused": True}, _fused_step),
+        "dualhead_static": (gated, static | {"fused": True}, "kernel"),
     }
 
     def contender(name: str) -> Contender:
@@ -203,7 +194,7 @@ def _contenders(model: Model, plain: Any, gated: Any) -> list[Contender]:
         def prepare(copy: int) -> None:
             gc.collect()  # the timer has it off: the last call's cache must not pile up meanwhile
             if step is not None:
-                gated.lm_head._decode_function = step
+                gated.lm_head.impl = step
 
         def call(copy: int) -> None:
             made = which.generate(

@@ -82,6 +82,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         self._add_gate_and_reward_head(config)
         self._start_as(linear)
         self.lm_head_trained = False  # its own weights go to files too
+        self.impl: str | None = None  # of the step: see head.decoding.run_step
         self.packing_checked = False  # see packing.check_packing
         # What backbone_trial finds: whether the backbone scales hidden states where others scale
         # logits, and whether its f is the one that its config says (None: not tried).
@@ -253,7 +254,15 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         new_valid = None if call.new_valid is None else call.new_valid[:, -1].contiguous()
         hidden, cache = call.hidden[:, 0], call.layer.gate_cache
         out, _ = decoding.run_step(
-            self, _FORWARD, hidden, cache, call.controls, sampling, new_valid=new_valid, **options
+            self,
+            _FORWARD,
+            hidden,
+            cache,
+            call.controls,
+            sampling,
+            new_valid=new_valid,
+            impl=self.impl,
+            **options,
         )
         return out
 
