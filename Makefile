@@ -30,8 +30,10 @@ CMAKE_FOLDER := build/cmake
 TORCHAO := .venv/torchao
 # One worker a core, a file's tests in one worker, since they share what their fixtures made.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
-FAST_TESTS := layers config reference cache head losses functional ops_sampling kl_cap collate \
-  data state_file checkpoint rendering training_args
+FAST_TESTS := test_layers.py test_config.py head/test_cache.py head/test_head.py head/test_kl_cap.py \
+  reference loss/test_losses.py loss/test_functional.py ops/test_ops_sampling.py \
+  data/test_collate.py data/test_data.py data/test_rendering.py files/test_checkpoint.py \
+  files/test_state_file.py train/test_training_args.py
 GPU_OUTPUT := build/gpu
 GPU_PARTS := training models loss
 GPU_OPTIONS ?=
@@ -81,11 +83,11 @@ test: cpp-test
 	$(VENV_PYTHON) -m pytest $(PARALLEL)
 
 test-fast: build
-	$(VENV_PYTHON) -m pytest -q -m "not slow" $(PARALLEL) $(FAST_TESTS:%=python_tests/test_%.py)
+	$(VENV_PYTHON) -m pytest -q -m "not slow" $(PARALLEL) $(FAST_TESTS:%=python_tests/%)
 
 test-lm-eval: build
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt lm-eval
-	$(VENV_PYTHON) -m pytest python_tests/test_lm_harness.py
+	$(VENV_PYTHON) -m pytest python_tests/eval/test_lm_harness.py
 
 # `make test` has the first of these rounds. Other numbers: make campaign SEED=2
 SEED ?= 1

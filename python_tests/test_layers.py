@@ -305,7 +305,7 @@ def test_harmless_uses_are_not_unsafe():
 
 
 SOURCES = [*C_FILES, *MODULES.values(), *sorted((ROOT / "_build").glob("*.py"))]
-SOURCES += [ROOT / "setup.py", ROOT / "conftest.py", *sorted((ROOT / "python_tests").glob("*.py"))]
+SOURCES += [ROOT / "setup.py", ROOT / "conftest.py", *sorted((ROOT / "python_tests").rglob("*.py"))]
 SOURCES += sorted((ROOT / "benchmarks").rglob("*.py"))
 SOURCES += sorted((ROOT / "tools").rglob("*.py"))
 

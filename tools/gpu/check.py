@@ -39,7 +39,7 @@ NO_GPU = 3
 # Of a whole run, and what of it is left for the copying of files.
 SECONDS = {"check": 465.0, "recheck": 192.0, "training": 192.0, "models": 192.0, "loss": 192.0}
 SMOKE_SECONDS, TIMING_SECONDS, TEST_SECONDS, BENCHMARK_SECONDS = 20.0, 25.0, 45.0, 25.0
-SAMPLING = "python_tests/test_cuda_sampling.py"
+SAMPLING = "python_tests/csrc/test_cuda_sampling.py"
 PARALLEL = 4  # processes side by side on the GPU
 CPU_PATIENCE = 4  # limits of stages on the CPU, which may be a busy one, as a multiple
 
@@ -160,7 +160,7 @@ class Check:
         """The tests marked cuda, or those named, in some processes side by side."""
         files = [path for path in _files_of_gpu_tests() if path != SAMPLING]
         if self.toy:
-            files = ["python_tests/test_skipping.py"]
+            files = ["python_tests/ops/test_skipping.py"]
         return self._pytest("tests", self.tests or files, TEST_SECONDS, self.parallel, end_time)
 
     def run_sampling(self, end_time: float) -> tuple[str, str]:
@@ -243,7 +243,7 @@ def _is_test(line: str) -> bool:
 
 
 def _files_of_gpu_tests() -> list[str]:
-    files = sorted((ROOT / "python_tests").glob("test_*.py"))
+    files = sorted((ROOT / "python_tests").rglob("test_*.py"))
     marked = [path for path in files if "pytest.mark.cuda" in path.read_text()]
     return [str(path.relative_to(ROOT)) for path in marked if path.name != "test_conftest.py"]
 

@@ -231,7 +231,7 @@ def violations(one: dict[str, Any]) -> list[str]:
     """Sentences on what is over the limits in the report of a streaming kernel.
 
     Registers, and what is spilled outside of these loops, have theirs in
-    python_tests/test_cuda_compile.py.
+    python_tests/csrc/test_cuda_compile.py.
     """
     found = []
     if one["membar_sc_in_loops"]:

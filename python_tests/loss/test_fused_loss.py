@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunked loss against the reference: values and gradients over random shapes and options, any
+workspace, extreme numbers, and what it does not compute."""
+
+import math
+import random
+
+import pytest
+import torch
+from fused_loss_cases import WEIGHTS, loss_and_gradients, objectives, with_reference
+from loss_cases import DIFFERENTIABLE, OPTION_SETS, REWARD_HEADS, batch, ranked
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dualhead_ext.functional import dual_head_loss
+from dualhead_ext.loss import chunked
+from dualhead_ext.loss import products as loss_products
+
+EVERY_ENTRY = ("default", "mixed_probs", "post")
+
+
+@pytest.fixture(params=[1, 700, 64 << 20], ids=["1 B", "700 B", "64 MiB"])
+def workspace(request, monkeypatch):
+    """From one row of logits at a time, every pair too long, to everything in one chunk."""
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", request.param)
+    return request.param
+
+
+def assert_same(tensors, tolerance=1e-9, **options):
+    got, grads = loss_and_gradients(tensors, **options)
+    expected, exact = with_reference(loss_and_gradients, tensors, **options)
+    close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    for name in vars(expected):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), **close)
+    assert grads.keys() == exact.keys()
+    for name, grad in exact.items():
+        # None and zeros say the same: that the loss does not depend on it.
+        zeros = torch.zeros_like(tensors[name])
+        pair = (zeros if g is None else g for g in (grads[name], grad))
+        torch.testing.assert_close(*pair, msg=lambda m, n=name: f"{n}: {m}", **close)
+
+
+@pytest.mark.parametrize("name", OPTION_SETS)
+def test_every_option_in_every_workspace(workspace, name, seed):
+    assert_same(batch(seed, rows=8), **OPTION_SETS[name])
+    assert_same(batch(seed + 1, rows=9, objectives=3), num_pairs=3, **OPTION_SETS[name],
+                **objectives(seed, 3, 3))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTION_SETS)
+@pytest.mark.parametrize("head", REWARD_HEADS)
+def test_every_reward_head_on_ranked_lists(workspace, name, head, seed):
+    for K in (1, 2):
+        lists = ranked(seed + K, 9, K)
+        weights = {"objective_weights": torch.tensor([0.3, 1.4])} if K == 2 else {}
+        t = batch(seed + K, rows=9, objectives=K, head=head)
+        assert_same(t, **lists, **weights, **OPTION_SETS[name])
+
+
+def test_500_random_problems(monkeypatch, seed):
+    """Shapes, options, objectives, rows without pairs, workspaces: all at random."""
+    r = random.Random(seed)
+    for i in range(500):
+        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", r.choice([1, 200, 900, 5000, 1 << 26]))
+        rows, K = r.randint(1, 9), r.choice([1, 1, 2, 3])
+        pairs = r.randint(0, rows // 2)
+        options = dict(r.choice(list(OPTION_SETS.values())))
+        for extra in (dict(o) for o in r.sample(list(OPTION_SETS.values()), 2)):
+            options = extra | options
+        if pairs and (K > 1 or r.random() < 0.2):
+            options |= objectives(seed + i, pairs, K)
+        if options.get("preference") == "token_reward":
+            options |= {"pref_on": "reward", "pref_gate": 1}
+        t = batch(seed + i, rows, r.randint(1, 12), r.randint(1, 7), r.randint(1, 20), K,
+                  r.random() < 0.5, head=r.choice(list(REWARD_HEADS)))  # fmt: skip
+        try:
+            assert_same(t, num_pairs=pairs, **options)
+        except AssertionError as error:
+            raise AssertionError(f"problem {i}: rows {rows}, pairs {pairs}, {options}") from error
+
+
+@pytest.mark.parametrize("name", OPTION_SETS)
+def test_gradcheck(workspace, name, seed):
+    """Every entry for three sets of options, along a random direction for the others."""
+    t = batch(seed, rows=5, length=3)
+    names = [n for n in DIFFERENTIABLE if n in t]
+    leaves = [t[n].requires_grad_() for n in names]
+
+    def loss(*values):
+        changed = dict(zip(names, values, strict=True))
+        return dual_head_loss(**(t | changed), num_pairs=2, **OPTION_SETS[name]).loss
+
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=name not in EVERY_ENTRY)
+
+
+@pytest.mark.parametrize("mix", ["logits", "probs"])
+@pytest.mark.parametrize("pref_on", ["reward", "mixed"])
+def test_extreme_logits_and_gates(workspace, mix, pref_on, seed):
+    """Logits of 1e4, gates at 60, and of 0 and 1 exactly."""
+    t = batch(seed, rows=6, length=6)
+    t["hidden"] *= 1e3
+    values = torch.tensor([60.0, -60.0, torch.inf, -torch.inf, 800.0, -800.0])
+    t["gate_logit"] = values.double().repeat(6, 1)
+    got, grads = loss_and_gradients(t, mix=mix, pref_on=pref_on)
+    assert got.loss.isfinite() and all(g.isfinite().all() for g in grads.values())
+    expected, exact = with_reference(loss_and_gradients, t, mix=mix, pref_on=pref_on)
+    torch.testing.assert_close(got.loss, expected.loss)
+    for name, grad in exact.items():
+        # The reference's own way through the mixture leaves NaN at infinite logits of the gate.
+        same = {"rtol": 1e-7, "atol": 1e-7 * float(grad.nan_to_num().abs().max() + 1)}
+        torch.testing.assert_close(grads[name], grad.nan_to_num(), **same)
+
+
+def test_lengths_that_differ_100_fold(workspace, seed):
+    t = batch(seed, rows=6, length=200)
+    lengths = torch.tensor([200, 1, 2, 2, 100, 0])
+    t["mask"] = torch.arange(200) < lengths[:, None]
+    t["labels"] = torch.randint(0, 6, (6, 200))
+    assert_same(t)
+
+
+def in_eager(*args, **kwargs):
+    return with_reference(loss_and_gradients, *args, **kwargs)
+
+
+def relative_errors(problem, exact, wanted, options, call):
+    """{name: root mean square error against float64, over its largest entry}"""
+    truth, true_grads = in_eager(exact, wanted, **options)
+    out, grads = call(problem, wanted, **options)
+    pairs = {n: (grads[n], true_grads[n]) for n in wanted if true_grads[n] is not None}
+    pairs["loss"] = (out.loss.detach(), truth.loss.detach())
+    return {
+        n: float(((got - right) / right.abs().max().clamp(min=1e-12)).square().mean().sqrt())
+        for n, (got, right) in pairs.items()
+    }
+
+
+# By how much our error may pass eager's. Narrow products round as eager's do, so both err alike but
+# for noise; the gradient of a bf16 weight is a sum of such products, one for each chunk, rounded
+# once more. Widened products do not round at all.
+ALLOWED = {"fp32": 1.1, "autocast": 1.05, "bf16": 1.15}
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["narrow products", "widened"])
+@pytest.mark.parametrize("kind", ALLOWED)
+def test_errors_are_at_most_those_of_eager(kind, pays, monkeypatch, seed):
+    """Of every gradient and the loss, over 500 random shapes, options and numbers of objectives:
+    the geometric mean of the ratios, which no single problem decides.
+
+    kind: of weights and hidden states; autocast: bf16 hidden states, fp32 weights, as in training.
+    """
+    monkeypatch.setattr(loss_products, "narrow_pays", lambda device, dtype: pays)
+    monkeypatch.setattr(loss_products, "VOCABULARY_BLOCK", 64)
+    wanted, r = ("hidden", "gate_logit", "lm_weight", "reward_weight"), random.Random(seed)
+    narrow = {"fp32": (), "autocast": ("hidden",), "bf16": ("hidden", *WEIGHTS)}[kind]
+    calls = [loss_and_gradients, in_eager]
+    calls = [under_autocast(call) for call in calls] if kind == "autocast" else calls
+    logs = {name: [] for name in (*wanted, "loss")}
+    for i in range(500):
+        vocab, pairs, K = r.randint(2, 200), r.randint(1, 3), r.choice([1, 1, 2])
+        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", r.choice([8, 40]) * vocab * 4)
+        shape = (2 * pairs, r.randint(1, 10), r.randint(1, 40), vocab, K, r.random() < 0.3)
+        t = batch(seed + i, *shape, dtype=torch.float32)
+        t |= {n: (0.3 * t[n]).bfloat16().float() for n in WEIGHTS if n in t}
+        t |= {n: t[n].bfloat16() for n in narrow if n in t}
+        exact = {k: v.double() if v.is_floating_point() else v for k, v in t.items()}
+        options = dict(r.choice(list(OPTION_SETS.values())))
+        options |= objectives(seed + i, pairs, K) if K > 1 else {}
+        ours, eager = (relative_errors(t, exact, wanted, options, call) for call in calls)
+        for name in ours:
+            if ours[name] > 0 and eager[name] > 0:
+                logs[name].append(math.log(ours[name] / eager[name]))
+    for name, values in logs.items():
+        ratio = math.exp(sum(values) / len(values))
+        assert len(values) > 300 and ratio <= (
+            1.0 if kind != "fp32" and not pays else ALLOWED[kind]
+        ), (name, ratio)
+
+
+def under_autocast(call):
+    def within(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(*args, **kwargs)
+
+    return within
+
+
+class Watch(TorchDispatchMode):
+    """Products by kind, and the largest tensor that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func._schema.name in ("aten::mm", "aten::addmm_", "aten::addmm")
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def test_three_products_where_the_lm_head_is_frozen(seed):
+    """z_LM of the chosen, z_RM and dW of both together: no dW_LM, no dh."""
+    t = batch(seed, rows=4, length=9, dtype=torch.float32, bias=False)
+    with Watch() as watch:
+        loss_and_gradients(t, ("reward_weight", "gate_logit"))
+    assert watch.products == 3
+    with Watch() as watch, torch.no_grad():
+        dual_head_loss(**t)
+    assert watch.products == 2
+
+
+def test_never_all_logits(monkeypatch, seed):
+    """The largest tensor is the gradient of the weight, or a chunk of logits."""
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 4 * 500 * 16)
+    t = batch(seed, rows=12, length=40, d=4, vocab=500, dtype=torch.float32, bias=False)
+    assert int(t["mask"].sum()) * 500 > 16 * 500 * 4
+    with Watch() as watch:
+        loss_and_gradients(t, ("reward_weight", "gate_logit"))
+    assert watch.largest <= 16 * 500
+
+
+def test_double_backward_is_refused():
+    t = batch(3)
+    t["reward_weight"].requires_grad_()
+    loss = dual_head_loss(**t).loss
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(loss, t["reward_weight"], create_graph=True)
+
+
+def test_gradients_are_handed_over_without_a_copy(monkeypatch):
+    """What was summed is what .grad is: the weight's gradient is held once."""
+    made = []
+    gradients_of = chunked._gradients_of
+    monkeypatch.setattr(
+        chunked, "_gradients_of", lambda result: made.append(gradients_of(result)) or made[-1]
+    )
+    t = batch(7, dtype=torch.float32)
+    t["reward_weight"].requires_grad_()
+    (dual_head_loss(**t).loss * 0.5).backward()
+    address = made.pop()[chunked._INPUTS.index("reward_weight")].data_ptr()
+    assert t["reward_weight"].grad.data_ptr() == address
+
+
+def test_a_retained_graph_gives_its_gradients_again():
+    t = batch(8)
+    weight = t["reward_weight"].requires_grad_()
+    loss = dual_head_loss(**t).loss
+    (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (twice,) = torch.autograd.grad(2 * loss, weight, retain_graph=True)
+    assert torch.equal(2 * once, twice)
+    with torch.no_grad():
+        weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, weight)
+
+
+def test_nothing_to_train_costs_no_gradients():
+    t = batch(5)
+    assert not dual_head_loss(**t).loss.requires_grad
+    t["reward_weight"].requires_grad_()
+    with torch.no_grad():
+        assert not dual_head_loss(**t).loss.requires_grad
+
+
+def test_thread_count_changes_nothing(seed):
+    t = batch(seed, rows=8, length=20, d=32, vocab=700, dtype=torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(loss_and_gradients(t)[0].loss)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*found)

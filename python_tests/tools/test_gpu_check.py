@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make gpu-check` without a GPU: limits that kill, budgets that hold, results that survive, the
+stages themselves on the CPU's operator, and that a tool which finds nothing is not believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tools.gpu import check, counters, processes, results, stages
+from tools.gpu.processes import ROOT, Limits, go_through, run_command
+from tools.gpu.records import DID_NOT_RUN, FAILED, PASSED, TIMED_OUT, Lines, read_lines
+from tools.gpu.stages import FILES, Cases, Output, Stage, Stages
+
+# A worker without torch: each case is "sleep SECONDS", "die", "rows N", or anything else.
+WORKER = """
+import os, sys, time
+from tools.gpu import worker
+
+def run(case):
+    word, _, number = case.partition(" ")
+    print("output of", case)
+    if word == "sleep":
+        worker.phase("sleeping")
+        time.sleep(float(number))
+    elif word == "die":
+        os._exit(7)
+    elif word == "fail":
+        raise ValueError("no good")
+    elif word == "rows":
+        for i in range(int(number)):
+            worker.row(contender=f"c{i}", us_median=1.0, us_q1=1.0, us_q3=2.0)
+    return {"figure": 1}
+
+worker.go_through(sys.argv[1:], run)
+"""
+
+
+def fake_worker(cases):
+    return [sys.executable, "-c", WORKER, *cases]
+
+
+def through(cases, case=20.0, start=60.0, seconds=120.0):
+    """The records of workers over cases, and the log."""
+    records, log = [], []
+    limits = Limits(start, case, time.monotonic() + seconds)
+    go_through(fake_worker, cases, limits, records.append, log.append)
+    return records, "".join(log)
+
+
+def test_a_case_that_dies_hangs_or_fails_spoils_no_other():
+    cases = ["rows 2", "die", "good", "sleep 60", "fail", "last"]
+    records, log = through(cases, case=3.0)
+    ended = {r["case"]: r for r in records if "outcome" in r}
+    assert list(ended) == cases
+    words = [ended[case]["outcome"] for case in cases]
+    assert words == [PASSED, FAILED, PASSED, TIMED_OUT, FAILED, PASSED]
+    assert "exit code 7" in ended["die"]["detail"]
+    assert "in phase sleeping" in ended["sleep 60"]["detail"]
+    assert "line 10 in run" in ended["sleep 60"]["detail"], "where it hung"
+    assert ended["fail"]["detail"] == "ValueError: no good" and ended["good"]["figure"] == 1
+    rows = [r["contender"] for r in records if "outcome" not in r]
+    assert rows == ["c0", "c1"] and "output of last" in log
+
+
+def test_rows_of_a_case_are_kept_though_it_dies():
+    records, _ = through(["rows 1", "die"])
+    assert [r["case"] for r in records] == ["rows 1", "rows 1", "die"]
+
+
+def test_workers_that_never_start_end(monkeypatch):
+    def command(cases):
+        return [sys.executable, "-c", "import sys; sys.exit('no torch')"]
+
+    records = []
+    go_through(command, ["a", "b"], Limits(30, 9, time.monotonic() + 60), records.append)
+    assert [(r["case"], r["outcome"]) for r in records] == [("a", FAILED), ("b", FAILED)]
+    assert "no torch" in records[0]["detail"]
+    records.clear()
+    go_through(
+        lambda cases: ["/no/such/program"],
+        ["a"],
+        Limits(9, 9, time.monotonic() + 9),
+        records.append,
+    )
+    assert "cannot be started" in records[0]["detail"]
+
+
+def test_a_start_that_hangs_is_killed():
+    records = []
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    start = time.monotonic()
+    go_through(lambda cases: command, ["a"], Limits(2, 50, start + 50), records.append)
+    assert time.monotonic() - start < 15
+    assert records[0]["outcome"] == FAILED and "before the first case" in records[0]["detail"]
+
+
+def test_the_end_of_all_comes_before_that_of_a_case():
+    start = time.monotonic()
+    records, _ = through(["sleep 60", "b", "c"], case=50, seconds=8)
+    assert time.monotonic() - start < 20
+    assert [r["outcome"] for r in records] == [TIMED_OUT, DID_NOT_RUN, DID_NOT_RUN]
+
+
+def test_what_a_command_started_ends_with_it(tmp_path):
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(6); pathlib.Path({str(mark)!r}).touch()"
+    source = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    assert run_command([sys.executable, "-c", source], 1.5).code is None
+    time.sleep(max(0.0, 8 - (time.monotonic() - start)))
+    assert not mark.exists()
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def quick(word=PASSED, seconds=0.0):
+    def run(end_time):
+        time.sleep(min(seconds, max(0.0, end_time - time.monotonic())))
+        return word, "detail"
+
+    return run
+
+
+def test_each_stage_has_its_outcome_whatever_the_others_do(tmp_path):
+    def broken(end_time):
+        raise OSError("no such thing")
+
+    run = Stages(Output(tmp_path, "gpu-test"), 30)
+    run.run([Stage("a", 9, 1, quick()), Stage("b", 9, 1, broken), Stage("c", 9, 1, quick())])
+    rows = read_lines(tmp_path / "stages.jsonl")
+    assert [(r["name"], r["outcome"]) for r in rows] == [
+        ("a", PASSED),
+        ("b", FAILED),
+        ("c", PASSED),
+    ]
+    assert rows[1]["detail"] == "OSError: no such thing" and not run.passed
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_budget_is_kept_and_later_stages_have_their_share(tmp_path):
+    given = {}
+
+    def stage(name, limit, least, takes):
+        def run(end_time):
+            given[name] = end_time - time.monotonic()
+            time.sleep(min(takes, given[name]))
+            return PASSED, ""
+
+        return Stage(name, limit, least, run)
+
+    start = time.monotonic()
+    run = Stages(Output(tmp_path, "gpu-test"), 10)
+    run.run([stage("greedy", 60, 1, 60), stage("b", 3, 2, 0), stage("c", 60, 3, 60)])
+    assert time.monotonic() - start < 12
+    assert given["greedy"] == pytest.approx(5, abs=0.5)  # 10 less what is reserved
+    assert given["b"] == pytest.approx(2, abs=0.5)
+    assert given["c"] == pytest.approx(5, abs=0.8)
+    assert "shortened from 60 s" in (tmp_path / "log.txt").read_text()
+    run.run([stage("late", 5, 5, 0)])
+    assert read_lines(tmp_path / "stages.jsonl")[-1]["outcome"] == DID_NOT_RUN
+
+
+def test_outcomes_of_cases_make_that_of_a_stage(tmp_path):
+    output = Output(tmp_path, "gpu-test")
+    cases = Cases(output, "smoke", "smoke")
+    assert cases.outcome() == (FAILED, "no cases")
+    for word, expected in ((PASSED, PASSED), (DID_NOT_RUN, DID_NOT_RUN), (TIMED_OUT, TIMED_OUT)):
+        cases({"case": word, "outcome": word})
+        assert cases.outcome()[0] == expected
+    cases({"case": "x", "outcome": FAILED, "detail": "y" * 9000})
+    assert cases.outcome() == (FAILED, "1 passed, 1 did not run, 1 timed out, 1 failed")
+    assert len((tmp_path / "smoke.jsonl").read_text()) < 4000
+
+
+def test_an_earlier_runs_files_are_replaced(tmp_path):
+    (tmp_path / "smoke.jsonl").write_text("old")
+    (tmp_path / "other").write_text("kept")
+    Output(tmp_path, "gpu-test").lines("smoke").add(new=1)
+    assert read_lines(tmp_path / "smoke.jsonl") == [{"new": 1}]
+    assert (tmp_path / "other").read_text() == "kept" and len(FILES) == 8
+
+
+def test_lines_of_many_threads_stay_whole(tmp_path):
+    lines = Lines(tmp_path / "x.jsonl")
+
+    def write(number):
+        for _ in range(200):
+            lines.add(number=number, text="z" * 500)
+
+    threads = [threading.Thread(target=write, args=[i]) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read_lines(lines.path)) == 1600
+
+
+# --- killed at any moment -------------------------------------------------------------------------
+
+KILLED = f"""
+import sys, time
+from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from tools.gpu.processes import Limits, go_through
+from tools.gpu.stages import Cases, Output, Stage, Stages
+
+WORKER = {WORKER!r}
+
+def command(cases):
+    return [sys.executable, "-S", "-c", WORKER, *cases]
+
+def stage(file):
+    def run(end_time):
+        cases = Cases(output, file, file)
+        limits = Limits(9, 9, end_time)
+        with ThreadPoolExecutor(2) as pool:
+            for part in range(2):
+                names = [f"rows {{4 + part}}", f"sleep 0.0{{part}}", "die", "good"]
+                pool.submit(go_through, command, names, limits, cases, output.log)
+        return cases.outcome()
+    return Stage(file, 9, 1, run)
+
+output = Output(Path(sys.argv[1]), "gpu-test")
+output.stages.add(environment={{"device": "Made Up 9000"}})
+Stages(output, 60).run([stage(file) for file in ("smoke", "timings", "tests", "benchmark")])
+"""
+
+
+def test_partial_results_survive_a_kill_at_any_moment(tmp_path):
+    """The whole run takes some seconds; it is killed 20 times, anywhere from its start to its
+    end."""
+    whole, start = tmp_path / "whole", time.monotonic()
+    subprocess.run([sys.executable, "-c", KILLED, str(whole)], cwd=ROOT, capture_output=True)
+    seconds = time.monotonic() - start
+    complete = {name: len(read_lines(whole / name)) for name in FILES if name.endswith(".jsonl")}
+    assert complete["stages.jsonl"] == 5 and complete["smoke.jsonl"] == 17
+    chance, found = random.Random(0), []
+    for number in range(20):
+        folder = tmp_path / str(number)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(folder)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(seconds * chance.uniform(0.1, 1.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        counts = {name: len(read_lines(folder / name)) for name in complete}
+        assert all(counts[name] <= complete[name] for name in counts)
+        found.append(sum(counts.values()))
+    assert len(set(found)) > 4, "the kills must hit different moments"
+
+
+def test_an_interrupted_check_ends_what_it_started(tmp_path):
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(5); pathlib.Path({str(mark)!r}).touch()"
+    source = f"""
+import signal, sys
+from tools.gpu import check
+from tools.gpu.processes import run_command
+signal.signal(signal.SIGTERM, lambda *_: check._stop(143))
+print("ready", flush=True)
+run_command([sys.executable, "-c", {child!r}], 60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(10) == 143
+    time.sleep(5)
+    assert not mark.exists()
+
+
+# --- the check itself -----------------------------------------------------------------------------
+
+
+def command_line(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "tools.gpu.check", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_without_a_gpu_it_says_so_and_exits_with_3(tmp_path):
+    done = command_line("--output", tmp_path / "out", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 3
+    assert done.stderr.startswith("gpu-check: no GPU to check: torch ")
+    assert done.stderr.count("\n") == 1 and done.stdout == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_on_the_cpu(tmp_path):
+    """Small sizes, the CPU's operator; what needs the GPU's tools did not run."""
+    smoke = ["bf16-1", "int4-9", "attention-2", "loss"]
+    done = command_line(
+        *("--device", "cpu", "--no-build", "--output", tmp_path, "--commit", "c0ffee"),
+        *("--seconds", 900, "--smoke", *smoke),
+        *(
+            "--tests",
+            "python_tests/ops/test_skipping.py::test_refusals",
+            "--only",
+            "smoke",
+            "timings",
+            "tests",
+        ),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_lines(tmp_path / "smoke.jsonl")
+    assert {row["case"] for row in rows} == set(smoke)
+    assert all(row["outcome"] == PASSED for row in rows)
+    timings = read_lines(tmp_path / "timings.jsonl")
+    contenders = {row["contender"] for row in timings if "contender" in row}
+    assert {"step", "copy", "one_gemm", "gate_given", "alpha_0", "sampled"} <= contenders
+    tests = read_lines(tmp_path / "tests.jsonl")
+    assert [row["passed"] for row in tests if "file" in row] == [len(tests) - 1]
+    names = [row["name"] for row in read_lines(tmp_path / "stages.jsonl") if "name" in row]
+    assert names == ["load", "smoke", "timings", "tests"]
+    found = results.gather([tmp_path])
+    assert found["commit"] == "c0ffee" and found["tests"] == {"passed": len(tests) - 1}
+    assert len(found["smoke"]) == 4 and found["copy_gb_per_s"] >= 0
+
+
+def checked(tmp_path, **options):
+    return check.Check(Output(tmp_path, "gpu-test"), device="cpu", **options)
+
+
+def test_a_failing_test_is_reported_with_its_message(tmp_path):
+    """By pytest itself, over a file of its own; the others go on."""
+    (tmp_path / "tests").mkdir()
+    path = tmp_path / "tests" / "test_some.py"
+    path.write_text(
+        "import os, pytest\n"
+        "def test_one(): pass\n"
+        "def test_two(): assert 1 == 2, 'they differ'\n"
+        "def test_three(): os._exit(3)\n"
+        "@pytest.mark.skip\n"
+        "def test_four(): pass\n"
+        "def test_five(): print('x')\n"
+    )
+    names = [f"{path}::test_{n}" for n in ("one", "two", "three", "four", "five")]
+    records = []
+
+    def command(names):
+        base = ["-q", "-p", "no:cacheprovider", "-p", "tools.gpu.worker"]
+        return [sys.executable, "-m", "pytest", *base, "-c", os.devnull, *names]
+
+    # pytest names tests from its root: the folder of the file, here.
+    short = [name.removeprefix(f"{path.parent}/") for name in names]
+
+    def from_short(left):
+        whole = [f"{path.parent}/{name}" for name in left]
+        return [*command(whole), "--rootdir", str(path.parent)]
+
+    go_through(from_short, short, Limits(60, 30, time.monotonic() + 100), records.append)
+    words = {record["case"].rpartition("_")[2]: record["outcome"] for record in records}
+    assert words == {
+        "one": PASSED,
+        "two": FAILED,
+        "three": FAILED,
+        "four": "skipped",
+        "five": PASSED,
+    }
+    two = next(record for record in records if record["case"].endswith("two"))
+    assert "they differ" in two["detail"] and two["when"] == "call"
+
+
+def test_the_stages_fit_into_their_budgets(tmp_path):
+    for mode, seconds in check.SECONDS.items():
+        planned = check.plan(checked(tmp_path, tests=["python_tests/csrc/test_cuda.py"]), mode)
+        assert seconds < (480 if mode == "check" else 200)
+        assert sum(stage.least for stage in planned) + 40 < seconds  # 40: loading
+        assert all(stage.least <= stage.limit for stage in planned)
+    names = [stage.name for stage in check.plan(checked(tmp_path), "check")]
+    assert names == [
+        *("smoke", "timings", "counters", "tests", "sampling", "benchmark", "sanitizers")
+    ]
+    assert [s.name for s in check.plan(checked(tmp_path), "recheck")] == [
+        *("smoke", "timings", "compile", "model")
+    ]
+
+
+def test_it_builds_for_this_gpu_whatever_the_image_asks_for(tmp_path, monkeypatch):
+    """Only where loading fails, with --no-build."""
+    asked = []
+
+    def run(command, limit, environment=None, seen=None):
+        asked.append((command[1], (environment or {}).get("TORCH_CUDA_ARCH_LIST")))
+        said = {"missing": None, "problem": None, "arch": "9.0a", "import_seconds": 1.0}
+        said["environment"] = {"device": "Made Up", "csrc_sha256": "0", "sources_sha256": "1"}
+        return processes.Done(0, json.dumps(said))
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0")
+    monkeypatch.setattr(check, "run_command", run)
+    found = check.describe("cuda", 9)
+    for build, problem, builds in ((False, None, 0), (False, "missing", 1), (True, None, 1)):
+        asked.clear()
+        made = check.Check(Output(tmp_path, "x"), build=build, found=found | {"problem": problem})
+        word, detail = made.load(time.monotonic() + 60)
+        assert word == PASSED and "OTHER SOURCES" in detail
+        assert [arch for name, arch in asked if name == "setup.py"] == ["9.0a"] * builds
+
+
+def test_nothing_runs_where_loading_failed(tmp_path, monkeypatch):
+    said = {"missing": None, "problem": "the library is missing", "arch": "9.0a"}
+    monkeypatch.setattr(check, "describe", lambda *_: said)
+    monkeypatch.setattr(check, "run_command", lambda *_: processes.Done(1, "nvcc: no such file"))
+    assert check.main(["--output", str(tmp_path), "--device", "cuda"]) == 1
+    rows = read_lines(tmp_path / "stages.jsonl")
+    assert rows[0]["outcome"] == FAILED and len(rows) == 8
+    assert "the build failed (exit code 1): nvcc" in rows[0]["detail"]
+    assert {row["outcome"] for row in rows[1:]} == {DID_NOT_RUN}
+
+
+def test_the_tests_of_a_gpu_are_found():
+    files = check._files_of_gpu_tests()
+    assert {"python_tests/csrc/test_cuda.py", "python_tests/csrc/test_cuda_loss.py", check.SAMPLING} <= set(
+        files
+    )
+    assert not any("conftest" in file for file in files)
+
+
+def test_failed_tests_are_those_to_run_again(tmp_path):
+    lines = Lines(tmp_path / "tests.jsonl")
+    for word in (PASSED, FAILED, TIMED_OUT, "skipped"):
+        lines.add(stage="tests", case=f"a.py::{word}", outcome=word)
+    assert check.failed_tests(tmp_path) == ["a.py::failed", "a.py::timed out"]
+
+
+def test_files_of_one_results_file_are_of_one_source(tmp_path):
+    for name, sources in (("a", "1"), ("b", "1"), ("c", "2")):
+        lines = Lines(tmp_path / f"{name}.jsonl")
+        (tmp_path / name).mkdir()
+        lines = Lines(tmp_path / name / "stages.jsonl")
+        lines.add(environment={"device": "NVIDIA H200", "driver": "1", "csrc_sha256": sources})
+    (tmp_path / "b" / "loss.json").write_text(
+        json.dumps({"cases": [], "loss": [{"contender": "eager"}], "failures": ["slow"]})
+    )
+    found = results.gather([tmp_path / "a", tmp_path / "b"])
+    assert found["loss"] == [{"contender": "eager"}] and found["failures"] == ["slow"]
+    with pytest.raises(ValueError, match="of one GPU and one csrc"):
+        results.gather([tmp_path / "a", tmp_path / "c"])
+    with pytest.raises(ValueError, match="no machine"):
+        results.gather([tmp_path])
+    results.main([str(tmp_path / "a"), "--to", str(tmp_path / "r.json")])
+    assert json.loads((tmp_path / "r.json").read_text())["device"] == "NVIDIA H200"
+    assert (
+        results.file_name("NVIDIA H100 80GB HBM3", "-models") == "nvidia-h100-80gb-hbm3-models.json"
+    )
+
+
+def test_stages_of_one_module_are_those_of_the_check():
+    """A rename must not leave the plan's cases behind."""
+    from tools.gpu import smoke, timings
+
+    assert set(counters.CASES) <= set(smoke.CASES)
+    assert set(timings.FIVE) <= set(timings.CASES) and len(timings.FIVE) == 5
+    assert stages.FILES == FILES and Path(ROOT / "tools" / "gpu" / "check.py").is_file()
