@@ -430,9 +430,9 @@ def test_nothing_runs_where_loading_failed(tmp_path, monkeypatch):
 
 def test_the_tests_of_a_gpu_are_found():
     files = check._files_of_gpu_tests()
-    assert {"python_tests/csrc/test_cuda.py", "python_tests/csrc/test_cuda_loss.py", check.SAMPLING} <= set(
-        files
-    )
+    folder = "python_tests/csrc"
+    named = {f"{folder}/test_cuda.py", f"{folder}/test_cuda_loss.py", check.SAMPLING}
+    assert named <= set(files)
     assert not any("conftest" in file for file in files)
 
 
