@@ -30,7 +30,8 @@ CMAKE_FOLDER := build/cmake
 TORCHAO := .venv/torchao
 # One worker a core, a file's tests in one worker, since they share what their fixtures made.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
-FAST_TESTS := test_layers.py test_config.py head/test_cache.py head/test_head.py head/test_kl_cap.py \
+FAST_TESTS := test_layers.py test_config.py head/test_cache.py head/test_head.py \
+  head/test_head_refusals.py head/test_kl_cap.py \
   reference loss/test_losses.py loss/test_functional.py ops/test_ops_sampling.py \
   data/test_collate.py data/test_data.py data/test_rendering.py files/test_checkpoint.py \
   files/test_state_file.py train/test_training_args.py

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_head import D, make_head
+from small_heads import D, make_head
 
 HEAD = make_head(dtype=torch.float64)
 
