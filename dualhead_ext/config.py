@@ -109,7 +109,7 @@ class DualHeadConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"DualHeadConfig: {name} must be a number, got {value!r}")
-            if not math.isfinite(value):
+            if not is_finite(value):
                 raise ValueError(f"DualHeadConfig: {name} must be finite, got {value}")
         if not 0.0 <= self.gate_alpha <= 1.0:
             raise ValueError(f"DualHeadConfig: gate_alpha must be in [0, 1], got {self.gate_alpha}")
@@ -157,6 +157,14 @@ class DualHeadConfig:
         return cls(**values)
 
 
+def is_finite(value: float) -> bool:
+    """``math.isfinite``, and False for an integer that is too large for a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _is_curve(curve: Any) -> bool:
     """Whether it is points [strength, KL] that rise from [0, 0]. A file may hold anything."""
     if not isinstance(curve, list) or len(curve) < 2 or curve[0] != [0.0, 0.0]:
@@ -166,6 +174,6 @@ def _is_curve(curve: Any) -> bool:
             return False
         if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in point):
             return False
-        if not all(map(math.isfinite, point)):
+        if not all(map(is_finite, point)):
             return False
     return all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(curve))

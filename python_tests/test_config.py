@@ -24,6 +24,8 @@ def test_round_trip():
         ({"mix": "both"}, ValueError, "mix must be one of logits, probs, got 'both'"),
         ({"gate_alpha": 1.5}, ValueError, r"gate_alpha must be in \[0, 1\], got 1.5"),
         ({"gate_alpha": float("nan")}, ValueError, "gate_alpha must be finite"),
+        ({"gate_alpha": 10**400}, ValueError, "gate_alpha must be finite"),
+        ({"kl_curve": [[0.0, 0.0], [1.0, 10**400]]}, ValueError, "kl_curve must be pairs"),
         ({"logit_softcap": -1.0}, ValueError, "logit_softcap must be >= 0"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale must not be 0"),
         ({"logit_scale": "1"}, TypeError, "logit_scale must be a number"),

@@ -165,7 +165,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         results = json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"benchmark: {path} must be JSON: {error}") from error
     needed = {"device", "cases"}
     if not isinstance(results, dict) or not needed <= results.keys():

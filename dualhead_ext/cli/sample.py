@@ -125,7 +125,7 @@ def _rows_there(file: BinaryIO, name: str, source: str) -> set[str]:
         try:
             row = json.loads(text)
             found, key = row["source"], _key(row["prompt"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"--out: line {line} of {name} is no row of dualhead sample") from None
         if found != source:
             raise UserError(

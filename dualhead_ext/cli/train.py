@@ -256,7 +256,7 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
             raise UserError(f"--set: expected a field of DualHeadTrainingArguments, got {name!r}")
         try:
             given[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             given[name] = text
     if arguments.device == "cpu":
         given["use_cpu"] = True

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import UserError, one_line
+from .errors import UserError, argument, one_line
 
 _NO_KEYS = ("config", "help", "traceback", "set", "command")
 
@@ -49,7 +49,7 @@ def config_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
         if value is None:
             continue
         if key not in options:
-            words += ["--set", f"{key}={json.dumps(value)}"]
+            words += ["--set", f"{key}={_as_json(path, key, value)}"]
             continue
         action = options[key]
         option = next(s for s in action.option_strings if s.startswith("--"))
@@ -63,6 +63,16 @@ def config_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
     return words
 
 
+def _as_json(path: str, key: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:  # a date, a list that holds itself
+        raise UserError(
+            f"--config: {path}: {key}: expected text, numbers, lists or mappings of them, got "
+            f"a {type(value).__name__} ({one_line(error)})"
+        ) from error
+
+
 def _read(path: str) -> dict[str, Any]:
     try:
         import yaml
@@ -74,7 +84,7 @@ def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config: {one_line(error)}") from error
     if values is None:
         return {}
@@ -90,7 +100,8 @@ def _check_fields(path: str, names: list[str], options: list[str]) -> None:
     """Refuse names that are no fields of DualHeadTrainingArguments; asks transformers."""
     from dataclasses import fields
 
-    from ..train.arguments import DualHeadTrainingArguments
+    with argument():
+        from ..train.arguments import DualHeadTrainingArguments
 
     known = [f.name for f in fields(DualHeadTrainingArguments) if f.init]
     unknown = [name for name in names if name not in known]

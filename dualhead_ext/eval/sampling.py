@@ -89,12 +89,15 @@ def prefill(model: nn.Module, ids: Tensor, mask: Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     if ids.shape[1] > 1:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-        model.get_decoder()(
+        # A gated model fills its gate's cache too, which its decoder alone would not.
+        few = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        model(
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            **few,
         )
     return cache
 
@@ -112,7 +115,7 @@ def sample(
     """Responses to each of one batch of prompts, by ``generate()``.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, gated or not.
         prompts: texts, or messages that end with the user's.
         numbers: of the responses; response i is the same in any batch, up to rounding.
         max_new_tokens: a longer response is cut.

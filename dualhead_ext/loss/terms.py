@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import MIX_NAMES, PREFERENCE_NAMES
+from ..config import MIX_NAMES, PREFERENCE_NAMES, is_finite
 from .pairs import Pairing, to_device
 
 # A sigmoid within 1 % of 0 or 1 counts as saturated: |logit| > log 99.
@@ -207,7 +207,7 @@ class LossOptions:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"dual_head_loss: {name} must be {expected}, got {value!r}")
-        if not math.isfinite(value) or not accept(value):
+        if not is_finite(value) or not accept(value):
             raise ValueError(f"dual_head_loss: {name} must be {expected}, got {value!r}")
 
 

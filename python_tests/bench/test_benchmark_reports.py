@@ -88,7 +88,12 @@ def test_quantised_heads_stand_beside_the_bf16_contenders():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "must be JSON"), ("[]", "must be a results file"), ("{}", "must be a results file")],
+    [
+        ("{", "must be JSON"),
+        pytest.param(100_000 * "[", "must be JSON", id="deep"),
+        ("[]", "must be a results file"),
+        ("{}", "must be a results file"),
+    ],
 )
 def test_a_foreign_file_is_no_report(content, message, tmp_path):
     path = tmp_path / "x.json"

@@ -97,6 +97,7 @@ def test_mistakes_are_one_sentence(place, capsys):
     (place / "empty.txt").write_text("\n\n")
     (place / "rows.jsonl").write_text('{"question": "Why?"}\n')
     (place / "foreign.jsonl").write_text('{"prompt": "Why?"}\n')
+    (place / "deep.jsonl").write_text(100_000 * "[" + "\n")
     for argv, message in (
         (command("--seed", "1"), "holds rows of another run"),
         (command("--scorer", "nobody", "--out", "new.jsonl"), "--scorer: scorer: expected one of"),
@@ -105,6 +106,7 @@ def test_mistakes_are_one_sentence(place, capsys):
         (command("--prompts", "absent.txt"), "--prompts:"),
         (command("--prompts", "open:all"), "split must be one of"),
         (command("--out", "foreign.jsonl"), "line 1 of foreign.jsonl is no row"),
+        (command("--out", "deep.jsonl"), "line 1 of deep.jsonl is no row"),
         (command("--out", "ranked.json"), "ends in .jsonl"),
         (command("-n", "1"), "at least 2"),
     ):
@@ -135,6 +137,20 @@ def backbone():
     return model, AutoTokenizer.from_pretrained(path)
 
 
+@pytest.fixture(scope="module")
+def gated():
+    """The same backbone under a head that has learned something."""
+    torch.manual_seed(0)
+    path = dh.data.embedded_backbone_path()
+    model = dh.DualHeadForCausalLM.from_backbone(path, dtype=torch.float32, gate="attention")
+    with torch.no_grad():
+        for parameter in model.lm_head_module.reward_head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for parameter in model.lm_head_module.gate.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
 PROMPTS = ["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: How do I bake a loaf of bread?\n\nAssistant:"]
 
 
@@ -147,9 +163,10 @@ def test_the_noise_samples_from_the_softmax():
     assert float((shares - expected).abs().max()) < 4 * 0.5 / 4000**0.5
 
 
-def test_a_response_is_what_plain_decoding_of_its_own_noise_gives(backbone):
+@pytest.mark.parametrize("kind", ["backbone", "gated"])
+def test_a_response_is_what_plain_decoding_of_its_own_noise_gives(kind, request):
     """One row at a time, the whole text through the model again for each token."""
-    model, tokenizer = backbone
+    model, tokenizer = request.getfixturevalue(kind)
     found = sampling.sample(model, tokenizer, PROMPTS, range(2), 6, temperature=0.7, seed=5)
     ends = {model.generation_config.eos_token_id}
     for (i, text), number in itertools.product(enumerate(PROMPTS), range(2)):

@@ -181,6 +181,11 @@ def test_the_command_line_stands_over_the_file(place):
         ("overwrite: maybe", "overwrite: expected true or false, got 'maybe'"),
         ("limit: 0", "--limit: expected a whole number of at least 1, got '0'"),
         ("gate: open", "invalid choice: 'open'"),
+        ("run_name: 2026-01-31", "run_name: expected text, numbers, lists or mappings of them"),
+        ("optim_args: &a [*a]", "optim_args: expected text, numbers, lists or mappings of them"),
+        pytest.param(
+            "optim_args: " + 2000 * "[", "--config: maximum recursion depth exceeded", id="deep"
+        ),
     ],
 )
 def test_mistakes_in_the_file_are_one_sentence(text, words, place, capsys):
@@ -202,6 +207,17 @@ def test_without_yaml_the_extra_is_named(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(cli.UserError, match=r"dualhead_ext\[train\]"):
         train_config.config_words("run.yaml", commands_of("train"))
+
+
+def test_without_transformers_the_extra_is_named(place, monkeypatch):
+    """A field's name is looked up in a class that needs it."""
+    import sys
+
+    (place / "field.yaml").write_text("max_grad_norm: 2")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "dualhead_ext.train.arguments", raising=False)
+    with pytest.raises(cli.UserError, match=r"package transformers .*dualhead_ext\[hf\]"):
+        train_config.config_words(str(place / "field.yaml"), commands_of("train"))
 
 
 def test_reporters_are_an_option(place, monkeypatch, capsys):

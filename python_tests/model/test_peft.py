@@ -135,6 +135,21 @@ def test_heads_on_an_adapted_backbone():
         assert not torch.equal(wrapped.generate(**batch, **GREEDY, strength=0.0), plain)
 
 
+def test_an_embedding_adapter_merges_as_into_the_plain_backbone():
+    """PEFT warns that a tied lm_head changes with the embedding; gated or not, the same happens."""
+    merged = []
+    for model in (make_backbone("llama-tied"), make_model("llama-tied")):
+        torch.manual_seed(0)
+        with pytest.warns(UserWarning, match="tie_word_embeddings"):
+            merged.append(adapted(model, target_modules=["embed_tokens"]).merge_and_unload())
+    plain, gated = merged
+    assert gated.lm_head.weight is gated.get_input_embeddings().weight
+    assert torch.equal(gated.lm_head.weight, plain.lm_head.weight)
+    batch = prompts()
+    expected = plain.generate(**batch, **GREEDY)
+    assert torch.equal(gated.generate(**batch, **GREEDY, strength=0.0), expected)
+
+
 def test_heads_on_a_backbone_with_an_adapted_lm_head_are_refused():
     wrapped = adapted(make_backbone("llama"), target_modules=["lm_head"])
     with pytest.raises(TypeError, match="LlamaForCausalLM must have a linear lm_head, got peft"):
