@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 
 class Limits(NamedTuple):
-    """Of one number per request: its range, ``expected`` in words, and ``help`` and ``metavar`` of
-    the command's option.
+    """The range of a control that is one number per request.
+
+    ``expected`` describes the range in error messages. ``help`` and ``metavar`` describe the
+    option of the command.
     """
 
     lowest: float
@@ -34,36 +36,36 @@ class Limits(NamedTuple):
     expected: str
     help: str = ""
     metavar: str = "X"
-    above: bool = False  # whether lowest itself is out of range
-    infinite: bool = False  # whether inf is in it
+    above: bool = False  # lowest itself is out of range
+    infinite: bool = False  # inf is in range
 
     def hold(self, number: float) -> bool:
         """Whether a number is in range."""
         return self.lowest <= number <= self.highest and not (self.above and number == self.lowest)
 
 
-def _limits(*limits: Any, **more: bool) -> dict[str, Limits]:
+def _limits(*limits: Any, **more: Any) -> dict[str, Limits]:
     return {"limits": Limits(*limits, **more)}
 
 
 def limits_of(kind: type) -> dict[str, Limits]:
-    """Name -> limits of the numbers among the fields of a class below."""
+    """The limits of each numeric field of `Controls` or `Sampling`, by name."""
     return {f.name: f.metadata["limits"] for f in fields(kind) if "limits" in f.metadata}
 
 
 class _Fields:
-    """What both classes can do with their fields."""
+    """Methods that both classes share."""
 
     NAMES: ClassVar[tuple[str, ...]]
     LIMITS: ClassVar[dict[str, Limits]]
 
     @classmethod
     def take(cls, arguments: dict[str, Any]) -> Any:
-        """The fields among ``arguments``, taken out of it."""
+        """An instance made of its fields in ``arguments``, which are removed from it."""
         return cls(**{name: arguments.pop(name) for name in cls.NAMES if name in arguments})
 
     def given(self) -> dict[str, Any]:
-        """Those that are not None, by name."""
+        """The fields that are not None, by name."""
         found = {}
         for name in self.NAMES:  # a comprehension over __dict__ is beyond torch 2.11's compiler
             if (value := getattr(self, name)) is not None:
@@ -71,7 +73,7 @@ class _Fields:
         return found
 
 
-@dataclass(eq=False)  # tensors have no one truth value
+@dataclass(eq=False)  # comparing tensors gives a tensor, not a bool
 class Controls(_Fields):
     """How the two heads are mixed, per request. None leaves a control out.
 
@@ -195,7 +197,7 @@ class Sampling(_Fields):
     seeds: Tensor | None = None
     generator: torch.Generator | None = None
 
-    FILTERS: ClassVar[dict[str, float]]  # what does nothing
+    FILTERS: ClassVar[dict[str, float]]  # filter -> the value that turns it off
 
     def rows(self, operator: str, cache: GateCache, dtype: torch.dtype) -> Sampling:
         """The same with filters as (B,) tensors of ``dtype``, top_k int32, or None where they do
@@ -213,7 +215,8 @@ class Sampling(_Fields):
         from .rows import per_row
 
         fill = None if torch.compiler.is_compiling() else cache.per_row
-        count, device, found = cache.batch_size, cache.device, {}
+        count, device = cache.batch_size, cache.device
+        found: dict[str, Any] = {}
         for name, off in self.FILTERS.items():
             value = getattr(self, name)
             if not isinstance(value, torch.Tensor) and value == off:
@@ -259,7 +262,7 @@ def takes(*kinds: type) -> Callable[[Callable], Callable]:
             for kind in kinds
             for f in fields(kind)
         ]
-        method.__signature__ = signature.replace(parameters=parameters)
+        cast(Any, method).__signature__ = signature.replace(parameters=parameters)
         return method
 
     return decorate

@@ -60,11 +60,11 @@ def check_mask(operator: str, mask: Tensor | None, hidden: Tensor, length: int) 
 
 
 def decode_weights(head: Any) -> DecodeWeights:
-    """What a step of ``head`` reads, as it is now."""
+    """The weights that a decode step of ``head`` reads, at their present values."""
     dtype = head.hidden_dtype
 
     def plain(value: Any) -> Any:
-        """In the dtype of hidden states; quantised numbers stay as they are."""
+        """``value`` in the dtype of hidden states; quantised weights keep theirs."""
         if not isinstance(value, Tensor):
             return value
         return value.detach() if format_of(value) else value.detach().to(dtype)

@@ -22,7 +22,7 @@ from . import decoding, mixture
 from .cache import GateCache
 from .controls import Controls, Sampling, refuse_others, takes
 from .conversion import Compressed, compressed_state, concatenate, reward_linear
-from .gate import GATES
+from .gate import GATES, Gate
 from .reward_head import QuantizedRewardHead, RewardHead, make_reward_head
 
 
@@ -57,7 +57,7 @@ class GatedHead(nn.Module):
 
     config: DualHeadConfig
     reward_head: RewardHead
-    gate: nn.Module
+    gate: Gate
 
     def _add_gate_and_reward_head(self, config: DualHeadConfig) -> None:
         self.config = config

@@ -50,6 +50,8 @@ class Gate(nn.Module):
     """
 
     has_state = False
+    num_heads: int  # of a gate with state, as head_dim
+    head_dim: int
     state_names: ClassVar[dict[str, str]] = {}  # parameter -> its name in a state dict
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
