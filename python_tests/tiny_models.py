@@ -117,3 +117,8 @@ def prompts(seed: int = 3):
     for row, pad in enumerate((0, 3, 1)):
         ids[row, :pad], mask[row, :pad] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def first_row(batch: dict) -> dict:
+    """A batch's first row, as a batch."""
+    return {name: value[:1] for name, value in batch.items()}

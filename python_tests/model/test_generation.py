@@ -7,53 +7,21 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, POST_PROCESSING, VOCAB, make_backbone, make_model, prompts
-from transformers import DynamicCache, StaticCache
+from paper_decoding import NEW, reference_logits, slow_batch
+from tiny_models import (
+    FAMILIES,
+    POST_PROCESSING,
+    VOCAB,
+    first_row,
+    make_backbone,
+    make_model,
+    prompts,
+)
 
 import dualhead_ext as dh
-from dualhead_ext import reference
 
-NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 EVERY = pytest.mark.parametrize("family", FAMILIES)
-
-
-def hidden_states(model, ids):
-    """What the backbone's lm_head would see, from its decoder alone."""
-    with torch.no_grad():
-        return model.get_decoder()(input_ids=ids, use_cache=False)[0]
-
-
-def reference_logits(model, ids, strength=None):
-    """The paper's formulas over a whole sequence: (1, T, V), after the backbone's own f."""
-    head, config = model.lm_head_module, model.dual_head_config
-    hidden, gate = hidden_states(model, ids), head.gate
-    projections = (getattr(gate, f"{name}_weight") for name in "qkvo")
-    logit = reference.attention_gate_logit(
-        hidden, *projections, gate.out_weight, gate.out_bias, gate.num_heads
-    )
-    alpha = reference.mixing_weight(
-        logit, None, None if strength is None else torch.tensor(strength)
-    )
-    z_lm = reference.head_logits(hidden, head.lm_weight, head.lm_bias)
-    z_rm = reference.reward_logits(hidden, head.reward_head.weight, head.reward_head.bias, None)
-    return reference.mix_logits(
-        z_lm, z_rm, alpha, config.mix, config.logit_scale, config.logit_softcap
-    ), alpha
-
-
-@torch.no_grad()
-def slow_greedy(model, ids, strength=None):
-    """Greedy text, without padding, without a cache, from the reference's logits."""
-    for _ in range(NEW):
-        logits, _ = reference_logits(model, ids, strength)
-        ids = torch.cat((ids, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-    return ids[:, -NEW:]
-
-
-def slow_batch(model, batch, strength=None):
-    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    return torch.cat([slow_greedy(model, ids[mask.bool()][None], strength) for ids, mask in rows])
 
 
 @EVERY
@@ -70,41 +38,6 @@ def test_post_processing_is_read_from_the_backbone(family):
     config = make_model(family).dual_head_config
     expected = POST_PROCESSING.get(family, (1.0, 0.0))
     assert (config.logit_scale, config.logit_softcap) == pytest.approx(expected)
-
-
-@EVERY
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_cache": False},
-        {"prefill_chunk_size": 3},
-        {"cache_implementation": "static", "disable_compile": True},
-    ],
-    ids=str,
-)
-def test_every_way_of_caching_gives_the_same_tokens(family, options):
-    model, batch = make_model(family), prompts()
-    expected = model.generate(**batch, **GREEDY)
-    assert torch.equal(model.generate(**batch, **GREEDY, **options), expected)
-
-
-@EVERY
-def test_a_static_cache_of_prompts_without_padding(family):
-    """transformers may drop a mask of ones, and then makes the static cache's own without it."""
-    model, ids = make_model(family), prompts()["input_ids"].clamp(min=3)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    expected = model.generate(**batch, **GREEDY, use_cache=False)
-    static = {"cache_implementation": "static", "disable_compile": True}
-    for fused in (True, False):
-        assert torch.equal(model.generate(**batch, **GREEDY, **static, fused=fused), expected)
-
-
-@EVERY
-def test_beams_equal_beams_without_a_cache(family):
-    model, batch = make_model(family), prompts()
-    beams = {"num_beams": 4, "num_return_sequences": 2} | GREEDY
-    cached = model.generate(**batch, **beams)
-    assert torch.equal(cached, model.generate(**batch, **beams, use_cache=False))
 
 
 @EVERY
@@ -127,36 +60,10 @@ def test_logits_of_a_full_pass_with_padding(family):
         torch.testing.assert_close(out.logits[row, mask.bool()], expected[0], rtol=1e-3, atol=2e-4)
 
 
-@EVERY
-def test_several_turns_with_ragged_second_turns(family):
-    """The second turn's padding leaves holes in the cache."""
-    model, first = make_model(family), prompts()
-    second_mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
-    second = torch.randint(3, VOCAB, (3, 4), generator=torch.Generator().manual_seed(9))
-    if family == "lfm2-hybrid":  # a convolution sees the holes
-        first, second, second_mask = _first_row(first), second[:1], second_mask[:1]
-    one = model.generate(**first, **GREEDY, return_dict_in_generate=True)
-    answer_mask = torch.ones(len(second), NEW, dtype=torch.long)
-    both = {
-        "input_ids": torch.cat((one.sequences, second * second_mask), 1),
-        "attention_mask": torch.cat((first["attention_mask"], answer_mask, second_mask), 1),
-    }
-    if "sliding_window" in FAMILIES[family][2]:  # the backbone's own window counts the holes
-        expected = model.generate(**both, **GREEDY, use_cache=False)[:, -NEW:]
-    else:
-        expected = slow_batch(model, both)
-    two = model.generate(**both, **GREEDY, past_key_values=one.past_key_values)
-    assert torch.equal(two[:, -NEW:], expected)
-
-
-def _first_row(batch):
-    return {name: value[:1] for name, value in batch.items()}
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2-softcap"])
 def test_prompt_lookup_and_assisted_decoding(family):
     model = make_model(family)
-    batch = _first_row(prompts())
+    batch = first_row(prompts())
     batch["input_ids"] = torch.cat((batch["input_ids"], batch["input_ids"][:, :4]), 1)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     expected = slow_batch(model, batch)
@@ -164,51 +71,6 @@ def test_prompt_lookup_and_assisted_decoding(family):
     assert torch.equal(looked_up[:, -NEW:], expected)
     assisted = model.generate(**batch, **GREEDY, assistant_model=make_backbone(family))
     assert torch.equal(assisted[:, -NEW:], expected)
-
-
-@pytest.mark.parametrize(
-    "family, backend",
-    [(f, "aot_eager") for f in ("llama-tied", "mistral-sliding", "gemma3")]
-    + [("llama-tied", "inductor")],
-)
-def test_compiled_static_cache(family, backend):
-    model, batch = make_model(family), prompts()
-    expected = model.generate(**batch, **GREEDY)
-    torch.compiler.reset()
-    compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
-    cache = model._prepare_static_cache(
-        cache_implementation="static",
-        batch_size=3,
-        max_cache_len=32,
-        prefill_chunk_size=None,
-        model_kwargs={},
-    )
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    with torch.no_grad():
-        for step in range(NEW):
-            inputs = model.prepare_inputs_for_generation(
-                ids,
-                next_sequence_length=1 if step else None,
-                past_key_values=cache,
-                attention_mask=mask,
-                position_ids=_positions({"attention_mask": mask}),
-            )
-            out = (compiled if step else model)(**inputs)
-            ids = torch.cat((ids, out.logits[:, -1].argmax(-1, keepdim=True)), 1)
-            mask = torch.cat((mask, mask.new_ones(3, 1)), 1)
-    assert torch.equal(ids, expected)
-    assert cache.layers[-1].gate_cache.columns == 7 + NEW - 1
-
-
-def test_a_static_cache_that_hides_its_length_is_refused():
-    model = make_model("mistral-sliding")
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="does not say how long it is"):
-        model(**prompts(), past_key_values=cache)
-
-
-def _positions(batch):
-    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
 
 def test_sampling_is_seeded_and_uses_the_mixture():
@@ -235,7 +97,7 @@ def test_controls_are_per_request():
     same = model.generate(**batch, **GREEDY, objective_weights=weights[1], gate_offset=2.0)
     assert torch.equal(by_row[1], same[1])
     beams = model.generate(**batch, **GREEDY, strength=strengths, num_beams=2)
-    alone = _first_row(batch)
+    alone = first_row(batch)
     assert torch.equal(beams[0], model.generate(**alone, **GREEDY, strength=0.0, num_beams=2)[0])
     fixed = model.generate(**batch, **GREEDY, alpha=0.0)
     assert torch.equal(fixed, model.generate(**batch, **GREEDY, strength=0.0))
@@ -271,39 +133,6 @@ def test_inputs_embeds(family):
     assert torch.equal(out, slow_batch(model, batch))
 
 
-def test_a_lazy_cache_and_a_copy_of_a_prompts_cache():
-    model, batch = make_model("llama"), prompts()
-    expected = model.generate(**batch, **GREEDY)
-    with torch.no_grad():
-        cache = DynamicCache()
-        prompt = {name: value[:, :-1] for name, value in batch.items()}
-        model(**prompt, past_key_values=cache, position_ids=_positions(prompt))
-    for _ in range(2):
-        again = model.generate(**batch, **GREEDY, past_key_values=copy.deepcopy(cache))
-        assert torch.equal(again, expected)
-
-
-def test_a_cache_of_the_plain_backbone_is_refused():
-    batch = _first_row(prompts())
-    cache = DynamicCache()
-    make_backbone("llama")(**batch, past_key_values=cache)
-    with pytest.raises(ValueError, match="7 positions that the gate has not seen"):
-        make_model("llama")(input_ids=batch["input_ids"][:, :1], past_key_values=cache)
-
-
-@pytest.mark.parametrize("count", [-2, torch.tensor(-2), 5], ids=["count", "tensor", "length"])
-def test_crop_takes_what_every_transformers_passes(count):
-    model, batch = make_model("llama"), prompts()
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(**batch, past_key_values=cache)
-    layer = cache.layers[-1]
-    layer.crop(count)
-    assert layer.get_seq_length() == 5 and isinstance(layer.get_seq_length(), int)
-    layer.crop(0)
-    assert layer.get_seq_length() == 5
-
-
 def test_streaming():
     from transformers.generation.streamers import BaseStreamer
 
@@ -319,7 +148,7 @@ def test_streaming():
             self.ended = True
 
     model = make_model("llama")
-    batch = _first_row(prompts())
+    batch = first_row(prompts())
     streamer = Collect(model)
     out = model.generate(**batch, **GREEDY, streamer=streamer)
     assert streamer.ended and streamer.tokens == out[0].tolist()
@@ -456,5 +285,7 @@ def test_text_generation_pipeline(tmp_path):
     model = make_model("llama")
     pipe = pipeline("text-generation", model=model, tokenizer=fast)
     text = pipe("w5 w6 w7", max_new_tokens=NEW, do_sample=False, return_full_text=False)
-    expected = slow_greedy(model, torch.tensor([[5, 6, 7]]))[0]
+    ids = torch.tensor([[5, 6, 7]])
+    one = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = slow_batch(model, one)[0]
     assert text[0]["generated_text"].split() == [f"w{n}" for n in expected.tolist()]
