@@ -3,7 +3,7 @@
 again: resumed until it ends, it has the heads of a run that nothing interrupted.
 
 Every single point of a save is tried by test_head_crash, test_checkpoint_crash,
-test_trainer_checkpoints and test_hidden_cache.
+test_trainer_checkpoints and test_hidden_cache_build.
 """
 
 from __future__ import annotations
