@@ -8,6 +8,7 @@ import gzip
 import http.server
 import importlib.util
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -331,19 +332,21 @@ class _PrefersTheLonger(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_win_rates_by_an_endpoint(data, tmp_path):
+def test_win_rates_by_an_endpoint(data, done, tmp_path):
+    """Over the texts of the whole run."""
+    out = shutil.copytree(done, tmp_path / "out")
     server = http.server.ThreadingHTTPServer(("localhost", 0), _PrefersTheLonger)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://localhost:{server.server_port}/v1"
         others = ("--decoders", FEW, "--judge-url", url, "--judge-model", "longer")
-        assert command(data, tmp_path, *others) == 0
+        assert command(data, out, *others) == 0
     finally:
         server.shutdown()
     plan = Planner(
         SCALES["tiny"], Data(data), names=FEW.split(","), judge_url=url, judge_model="longer"
     )()
-    there = Store(tmp_path, STEPS, Data(data))
+    there = Store(out, STEPS, Data(data))
     cell = plan.over_backbone[MAIN, "dual_head", 0]
     texts = [
         [len(row["text"]) for row in json.loads((there.folder(need) / "texts.json").read_text())]
