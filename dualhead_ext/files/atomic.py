@@ -55,7 +55,8 @@ def write_durably(path: Path, data: bytes) -> None:
 def replace_files(folder: Path, files: dict[str, bytes]) -> None:
     """Replace several files of a folder, in this order. All of them are whole on the disk under
     temporary names before the first takes its place: after a crash in between, the ones that have
-    not taken theirs are among the :func:`leftovers`.
+    not taken theirs are among the :func:`leftovers`. Leftovers of these files go at the end, when
+    nothing needs them any more.
 
     Raises:
         OSError: the disk. If the first file has not taken its place, nothing has changed.
@@ -71,6 +72,8 @@ def replace_files(folder: Path, files: dict[str, bytes]) -> None:
         while waiting:
             os.replace(temporary[waiting[0]], folder / waiting[0])
             del waiting[0]
+        for path, _ in leftovers(folder, files):
+            path.unlink(missing_ok=True)
     except BaseException:
         if len(waiting) == len(files):  # otherwise the rest is still needed
             for path in temporary.values():

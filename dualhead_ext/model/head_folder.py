@@ -67,7 +67,6 @@ def write_head_folder(folder: Path, stored: dict[str, Any], state: dict[str, Ten
     Raises:
         OSError: the disk; the old pair stays.
     """
-    names = (WEIGHTS_NAME, CONFIG_NAME)
     weights = save(state, metadata={"format": "pt"})
     stored = {
         "format_version": FORMAT_VERSION,
@@ -76,8 +75,6 @@ def write_head_folder(folder: Path, stored: dict[str, Any], state: dict[str, Ten
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     stored["sha256"] = _own_sha256(stored)
-    for path, _ in leftovers(folder, names):
-        path.unlink(missing_ok=True)
     replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: _config_bytes(stored)})
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..quantization import check_format
-from .backbones import inside_peft, module_name
+from .backbones import backbone_post_processing, inside_peft, module_name
 from .builtin_backbones import BUILTIN_BACKBONES, backbone_path, builtin_name
 from .fingerprint import check_fingerprint, fingerprint
 from .gguf_files import is_gguf, on_hub, source_of
@@ -171,6 +171,7 @@ def load_heads(
     for name, there in (
         ("vocab_size", linear.out_features),
         ("hidden_size", linear.in_features),
+        *backbone_post_processing(loaded.config).items(),
     ):
         if getattr(config, name) != there:
             raise ValueError(
