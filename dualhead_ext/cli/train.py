@@ -47,6 +47,7 @@ def _train(arguments: Namespace) -> int | None:
     rows, held_out = _load_pairs(arguments)
     with argument():
         quiet_transformers(arguments.backbone)
+        from ..data.rendering import is_raw
         from . import training_files
         from . import training_summary as summary
         from .interruption import StopAfterStep, Stopped
@@ -55,6 +56,13 @@ def _train(arguments: Namespace) -> int | None:
     trainer = _make_trainer(arguments, rows, held_out)
     unit = RANKED if "responses" in rows[0] else PAIRS
     print(f"{len(rows)} {unit} to train on, {len(held_out)} held out", flush=True)
+    if is_raw(rows[0]["prompt"], trainer.processing_class):
+        print(
+            "the prompts are plain text and are trained on without the backbone's chat template, "
+            "which chat and generate use; to train with it, give prompts and responses as "
+            'messages: [{"role": "user", "content": "..."}]',
+            flush=True,
+        )
     if trainer.args.cache_hidden is not None:
         print("the backbone reads them once", flush=True)
         with argument("--cache-hidden"):

@@ -50,6 +50,13 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def is_raw(prompt: str | list[Message], tokenizer: Any) -> bool:
+    """Whether a prompt is trained on as it stands although the tokenizer has a chat template: a
+    string that is no dialogue in HH-RLHF's layout.
+    """
+    return isinstance(prompt, str) and has_chat_template(tokenizer) and not is_dialogue(prompt)
+
+
 def render_prompt(prompt: str | list[Message], tokenizer: Any) -> tuple[str, bool]:
     """(the text that a response follows, whether a chat template wrote it). A prompt that ends in
     an assistant's turn is to be continued.

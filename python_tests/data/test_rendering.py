@@ -13,7 +13,7 @@ import dualhead_ext as dh
 from dualhead_ext.cli.decoding import encode as generate_tokens
 from dualhead_ext.data import ASSISTANT, HUMAN
 from dualhead_ext.data.collate import encode
-from dualhead_ext.data.rendering import messages_of, render, render_prompt
+from dualhead_ext.data.rendering import is_raw, messages_of, render, render_prompt
 from dualhead_ext.model.builtin_backbones import smollm2_path
 
 CHATML = (
@@ -283,3 +283,15 @@ def test_truncation_keeps_the_answers_beginning(style):
             for c in (whole, cut)
         ]
         assert answers[1] and answers[0][: len(answers[1])] == answers[1]
+
+
+def test_a_string_is_raw_where_a_template_would_have_rendered_messages():
+    plain = AutoTokenizer.from_pretrained(dh.backbone_path("embedded"))
+    plain.chat_template = None
+    chat = AutoTokenizer.from_pretrained(dh.backbone_path("embedded"))
+    chat.chat_template = CHATML
+    question, dialogue = "How are you?", f"{HUMAN}How are you?{ASSISTANT}"
+    assert is_raw(question, chat) and render_prompt(question, chat) == (question, False)
+    for prompt in (dialogue, [{"role": "user", "content": question}]):
+        assert not is_raw(prompt, chat) and render_prompt(prompt, chat)[1]
+    assert not is_raw(question, plain)
