@@ -10,12 +10,13 @@ from argparse import Namespace
 
 from .errors import UserError
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 EXAMPLES = """\
 examples:
   source <(dualhead completion bash)              for this shell; in ~/.bashrc for every one
   dualhead completion zsh > ~/.zfunc/_dualhead    a folder of $fpath
-  dualhead completion tcsh > ~/.dualhead.tcsh"""
+  dualhead completion fish > ~/.config/fish/completions/dualhead.fish
+  dualhead completion tcsh > ~/.dualhead.tcsh; source ~/.dualhead.tcsh"""
 # Arguments that take a path, whatever stands for them in the help.
 _PATHS = ("heads", "backbone", "data", "eval_data", "output", "out", "resume", "cache_hidden")
 _PATH_METAVARS = ("FILE", "DIR")

@@ -33,7 +33,7 @@ TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "pref_reduction": (str, (), "log-probabilities of a response: sum or mean"),
     "gamma": (float, (), "margin that the better response should win by"),
     "label_smoothing": (float, (), "assumed share of pairs with the wrong label"),
-    "logging_steps": (float, (), "steps between logs"),
+    "logging_steps": (float, (), "steps between logs, or their share of all steps if below 1"),
     "save_steps": (float, (), "steps between checkpoints"),
     "save_total_limit": (int, (), "checkpoints to keep"),
     "early_stopping_patience": (
@@ -68,7 +68,7 @@ _DEFAULTS: dict[str, Any] = {
     "pref_reduction": "sum",
     "gamma": 0.0,
     "label_smoothing": 0.0,
-    "logging_steps": 10,
+    "logging_steps": 0.025,
     "save_steps": 500,
     "seed": 42,
     "report_to": "none",

@@ -23,6 +23,8 @@ SOURCE_NAME = "gguf.json"  # in a converted folder: what it was asked for by
 # Part of a converted folder's name. Raise it when `_convert` changes what it writes.
 _CONVERSION = 1
 _MAGIC = b"GGUF"
+# What llama.cpp names the parts of a model: part and count.
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +43,32 @@ def on_hub(name: str) -> tuple[str, str] | None:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Refuse a path that is no GGUF file; reads its first bytes.
+    """Refuse a path that is no GGUF file, or one part of several; reads its first bytes.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is something else.
+        FileNotFoundError: there is none. ValueError: it is something else, or a part.
     """
+    _check_whole(os.fspath(path))
     if not os.path.isfile(path):
         raise FileNotFoundError(f"expected a GGUF file, got {os.fspath(path)}, which is none")
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC))
     if start != _MAGIC:
         raise ValueError(f"expected a GGUF file, got {os.fspath(path)}, which begins with {start}")
+
+
+def _check_whole(name: str) -> None:
+    """Refuse the name of a part of a model: transformers reads one file."""
+    part = _PART.search(name)
+    if part is not None and int(part[2]) > 1:
+        raise _not_whole(name, int(part[2]))
+
+
+def _not_whole(name: str | os.PathLike, count: int) -> ValueError:
+    return ValueError(
+        f"expected a whole GGUF file, got {os.fspath(name)}, one of {count} parts; merge them "
+        "first with llama.cpp's tool: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+    )
 
 
 def converted(name: str | os.PathLike, revision: str | None = None) -> Path:
@@ -61,12 +78,14 @@ def converted(name: str | os.PathLike, revision: str | None = None) -> Path:
     Args:
         name: a path, or "owner/repository/file.gguf" of the hub. revision: of the repository.
     Raises:
-        FileNotFoundError, ValueError: as :func:`check_file`; a damaged file, or a model that
-            transformers does not know. ImportError: gguf or accelerate is missing; says how to
-            install it. OSError: the cache folder cannot be written, the hub not be reached.
+        FileNotFoundError, ValueError: as :func:`check_file`; a damaged file, one that lacks
+            weights, or a model that transformers does not know. ImportError: gguf or accelerate
+            is missing; says how to install it. OSError: the cache folder cannot be written, the
+            hub not be reached.
     """
     path = name = os.path.expanduser(os.fspath(name))
     if (found := on_hub(name)) is not None:
+        _check_whole(name)
         from transformers.utils import cached_file
 
         path = cached_file(*found, revision=revision)
@@ -141,23 +160,41 @@ def _folder_ending(parent: Path, end: str) -> Path | None:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Write a GGUF file's model, tokenizer and configurations as Hugging Face has them."""
+    """Write a GGUF file's model, tokenizer and configurations as Hugging Face has them.
+
+    Raises:
+        ValueError: the file is damaged, one part of several, or lacks weights.
+    """
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     place = {"gguf_file": source.name, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, quantization_config=GgufConfig(dequantize=True), **place
+        fields = GGUFReader(source).fields
+        parts, splits = (
+            found.contents() if (found := fields.get(name)) is not None else None
+            for name in ("split.count", "tokenizer.ggml.pre")
+        )
+        if parts is not None and parts > 1:
+            raise _not_whole(source, parts)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            **place,
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **place)
-        splits = GGUFReader(source).fields.get("tokenizer.ggml.pre")
     except (ValueError, LookupError, RuntimeError, struct.error) as error:
         raise ValueError(f"{source} cannot be read as a language model ({error})") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
+        raise ValueError(
+            f"{source} cannot be read as a language model: it lacks {len(missing)} weights, "
+            f"{missing[0]} among them"
+        )
     # The GGUF's title, which is no name of the hub.
     vars(model.config).pop("_model_name_or_path", None)
     model.save_pretrained(folder)
-    if splits is not None and splits.contents() == "smollm":
+    if splits == "smollm":
         _split_as_smollm(tokenizer)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is not None:

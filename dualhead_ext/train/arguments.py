@@ -50,8 +50,8 @@ class DualHeadTrainingArguments(TrainingArguments):
     ``transformers.TrainingArguments``, and those below.
 
     ``preset`` names a complete recipe (:data:`dualhead_ext.train.presets.PRESETS`); arguments that
-    are given override it. Defaults that differ from transformers': cosine schedule, no filter for
-    NaN losses, ``data_seed`` = ``seed``.
+    are given override it. Defaults that differ from transformers': cosine schedule, a log for each
+    fortieth of the run, no filter for NaN losses, ``data_seed`` = ``seed``.
 
     Raises:
         ValueError, TypeError: an option out of range; something that is not supported (DeepSpeed,
@@ -77,7 +77,13 @@ class DualHeadTrainingArguments(TrainingArguments):
         "Rows (pairs, or ranked lists) per process and forward pass."
     )
     gradient_accumulation_steps: int | None = _of_preset("Forward passes per optimizer step.")
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logs."})
+    logging_steps: float = field(
+        default=0.025,
+        metadata={
+            "help": "Optimizer steps between logs, or below 1 a share of all steps. The default "
+            "is 20 to 40 logs a run."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace NaN losses by earlier ones in train_loss."}
     )

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.cli import commands
+from dualhead_ext.cli.completion import SHELLS
 from dualhead_ext.cli.options import OPTIONS
 from dualhead_ext.model.head_folder import WEIGHTS_NAME
 
@@ -85,30 +86,47 @@ COMPLETIONS = {  # words, the last one half typed -> some of what may follow
     ("train", "--preset", ""): {"default", "paper"},
     ("train", "--config", "ru"): {"run.yaml"},
     ("generate", "hea"): {"heads"},
-    ("completion", ""): {"bash", "zsh", "tcsh"},
+    ("completion", ""): {"bash", "zsh", "fish", "tcsh"},
 }
 
 
-def test_bash_completes(tmp_path, capsys, monkeypatch):
-    assert run("completion", "bash") == 0
+def _asking_bash(words):
+    line = " ".join(map(shlex.quote, ["dualhead", *words]))
+    return f"""
+source ./script
+COMP_WORDS=({line}) COMP_CWORD={len(words)}
+_shtab_dualhead
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+def _asking_fish(words):
+    # Each line it prints is a completion, a tab and what it means.
+    return f"source ./script; complete -C {shlex.quote(' '.join(['dualhead', *words]))}"
+
+
+@pytest.mark.parametrize(
+    ("shell", "asking"), [(["bash"], _asking_bash), (["fish", "--no-config"], _asking_fish)]
+)
+def test_a_shell_completes(shell, asking, tmp_path, capsys):
+    if shutil.which(shell[0]) is None:
+        pytest.skip(f"{shell[0]} is not installed")
+    assert run("completion", shell[0]) == 0
     (tmp_path / "script").write_text(capsys.readouterr().out)
     (tmp_path / "run.yaml").touch()
     (tmp_path / "heads").mkdir()
     for words, expected in COMPLETIONS.items():
-        line = ["dualhead", *words]
-        command = f"""
-source ./script
-COMP_WORDS=({" ".join(map(shlex.quote, line))}) COMP_CWORD={len(words)}
-_shtab_dualhead
-printf '%s\\n' "${{COMPREPLY[@]}}"
-"""
         done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
+            [*shell, "-c", asking(words)], cwd=tmp_path, capture_output=True, text=True, check=True
         )
-        assert expected <= {word.strip().rstrip("/") for word in done.stdout.split("\n")}, words
-    for shell in ("zsh", "tcsh"):
-        assert run("completion", shell) == 0
-        assert "preset" in capsys.readouterr().out
+        shown = {line.split("\t")[0].strip().rstrip("/") for line in done.stdout.split("\n")}
+        assert expected <= shown, words
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_each_shell_has_a_script(shell, capsys):
+    assert run("completion", shell) == 0
+    assert "preset" in capsys.readouterr().out
 
 
 def test_completion_names_its_extra(capsys, monkeypatch):

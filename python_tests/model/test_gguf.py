@@ -22,10 +22,14 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
 WORDS = ["<unk>", "<s>", "</s>", *map(chr, range(97, 123)), "\u0120", "[", "]", "th", "the"]
 
 
-def write_gguf(path):
-    """A llama of two layers with random weights and a byte-pair tokenizer."""
+def write_gguf(path, without=(), **options):
+    """A llama of two layers with random weights and a byte-pair tokenizer.
+
+    Args:
+        without: tensors that the file lacks. options: of the writer.
+    """
     width, layers, inner, heads = 32, 2, 48, 4
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", **options)
     writer.add_context_length(128)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
@@ -53,6 +57,8 @@ def write_gguf(path):
     tensors = {n: torch.randn(s, generator=generator) * 0.2 for n, s in shapes.items()}
     tensors["output_norm"] = torch.ones(width)
     for name, tensor in tensors.items():
+        if name in without:
+            continue
         if name == "blk.0.ffn_up":
             data = gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType.Q8_0)
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -228,6 +234,30 @@ def test_a_cut_file_is_one_sentence(file, tmp_path, capsys):
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("dualhead train: --backbone: ") and "cannot be read" in last
     assert not list(gguf_files.cache_folder().glob("cut*"))
+
+
+def test_a_part_is_refused_by_its_name_and_by_its_content(file, tmp_path, capsys):
+    write_gguf(tmp_path / "whole.gguf", split_max_tensors=8)
+    parts = sorted(tmp_path.glob("whole-*.gguf"))
+    assert len(parts) > 2
+    shutil.copy(parts[0], tmp_path / "renamed.gguf")
+    for name in (parts[0], parts[1], tmp_path / "renamed.gguf"):
+        assert run("train", "--backbone", name, "--output", tmp_path / "heads") == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert f"one of {len(parts)} parts; merge them first" in last
+    # Of the hub too, before it is asked.
+    with pytest.raises(ValueError, match=r"q/x-00001-of-00002\.gguf, one of 2 parts"):
+        dh.DualHeadForCausalLM.from_backbone("me/models/q/x-00001-of-00002.gguf")
+    alone = tmp_path / "tiny-00001-of-00001.gguf"  # a model in one part is whole
+    shutil.copy(file[0], alone)
+    assert backbone_path(alone) == backbone_path(file[0])
+
+
+def test_a_file_without_some_weights_is_refused(file, tmp_path):
+    write_gguf(tmp_path / "lacking.gguf", without=("blk.1.ffn_down", "blk.0.attn_k"))
+    with pytest.raises(ValueError, match=r"lacks 2 weights, model\.layers\.0\..*k_proj\.weight"):
+        dh.DualHeadForCausalLM.from_backbone(tmp_path / "lacking.gguf")
+    assert not list(gguf_files.cache_folder().glob("lacking*"))
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])

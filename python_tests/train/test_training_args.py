@@ -4,7 +4,7 @@
 import pytest
 from tiny_models import make_backbone, make_model
 from trainer_cases import arguments, pairs
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerState
 
 import dualhead_ext as dh
 from dualhead_ext.loss.terms import GATE_REGULARIZERS, LossOptions
@@ -16,6 +16,17 @@ def test_the_papers_preset_has_its_numbers(tmp_path):
     assert args.lr_scheduler_type == "cosine"
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
     assert args.loss_options == LossOptions() and args.beta_r == 0.1 and args.lambda_g == 0.01
+
+
+def test_a_run_of_any_length_logs_a_curve(tmp_path):
+    """Every step of a short run, and 20 to 40 times in a longer one."""
+    args = dh.DualHeadTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    for steps in (1, 12, 40, 41, 60, 219, 1000, 30001):
+        state = TrainerState()
+        state.compute_steps(args, steps)
+        logs = steps // state.logging_steps
+        assert logs == steps or 20 <= logs <= 40, (steps, logs)
+        assert logs == steps or steps > 40
 
 
 @pytest.mark.parametrize(
