@@ -9,7 +9,10 @@
   X(Tensor, "Tensor", lm_weight)               \
   X(MaybeTensor, "Tensor?", lm_bias)           \
   X(MaybeTensor, "Tensor?", lm_scale)          \
-  X(Tensor, "Tensor", reward_weight)           \
+  X(std::string, "str", reward_head)           \
+  X(MaybeTensor, "Tensor?", reward_weight)     \
+  X(MaybeTensor, "Tensor?", reward_down)       \
+  X(MaybeTensor, "Tensor?", reward_up)         \
   X(MaybeTensor, "Tensor?", reward_bias)       \
   X(MaybeTensor, "Tensor?", reward_scale)      \
   X(MaybeTensor, "Tensor?", objective_weights) \

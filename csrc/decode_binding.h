@@ -95,18 +95,27 @@ inline Quantization quantization_of(const Tensor& weight) {
   }
 }
 
+inline RewardHead reward_head_of(const std::string& name) {
+  if (name == "full") return RewardHead::kFull;
+  if (name == "embedding") return RewardHead::kEmbedding;
+  if (name == "lowrank") return RewardHead::kLowRank;
+  fail(kDecodeStep, "reward_head must be full, embedding or lowrank, got " + name);
+}
+
 // Quantised weights come with a scale per row, int4 with one per group; others with none.
 inline void check_scales(DecodeArguments& a, Quantization quantization, int64_t K, int64_t V,
                          int64_t d) {
   const std::pair<const char*, MaybeTensor*> scales[] = {{"lm_scale", &a.lm_scale},
                                                          {"reward_scale", &a.reward_scale}};
   const bool quantized = quantization != Quantization::kNone;
+  const bool corrects = reward_head_of(a.reward_head) != RewardHead::kFull;
   for (const auto& [name, scale] : scales) {
-    if (scale->has_value() == quantized) continue;
-    fail(kDecodeStep, std::string(name) + (quantized ? " must be given with quantised weights, "
-                                                       "got None"
-                                                     : " must be None unless the weights are "
-                                                       "quantised, got a tensor"));
+    const bool wanted = quantized && !(corrects && scale == &a.reward_scale);
+    if (scale->has_value() == wanted) continue;
+    fail(kDecodeStep, std::string(name) + (wanted ? " must be given with quantised weights, "
+                                                    "got None"
+                                                  : " must be None unless the weights are "
+                                                    "quantised, got a tensor"));
   }
   if (quantization == Quantization::kInt4) {
     check_small("lm_scale", a.lm_scale, a.hidden, ScalarType::Float, {V, d / kInt4Group});
@@ -118,6 +127,66 @@ inline void check_scales(DecodeArguments& a, Quantization quantization, int64_t 
   }
 }
 
+inline void check_given(const char* name, const MaybeTensor& tensor, bool wanted,
+                        const std::string& reward_head) {
+  if (tensor.has_value() == wanted) return;
+  fail(kDecodeStep, std::string(name) + (wanted ? " must be given" : " must be None") +
+                        " with reward_head " + reward_head + ", got " +
+                        (wanted ? "None" : "a tensor"));
+}
+
+// K matrices like the LM head's, stored as that is.
+inline int64_t check_full_head(DecodeArguments& a, ScalarType weight_dtype) {
+  check_given("reward_weight", a.reward_weight, true, a.reward_head);
+  check_given("reward_down", a.reward_down, false, a.reward_head);
+  check_given("reward_up", a.reward_up, false, a.reward_head);
+  const int64_t V = a.lm_weight.size(0);
+  check_device(kDecodeStep, "reward_weight", *a.reward_weight, a.hidden);
+  check_dtype(kDecodeStep, "reward_weight", *a.reward_weight, a.lm_weight.scalar_type());
+  check_shape(kDecodeStep, "reward_weight", *a.reward_weight, {"K", V, a.lm_weight.size(1)});
+  check_adjacent(kDecodeStep, "reward_weight", *a.reward_weight);
+  const int64_t K = a.reward_weight->size(0);
+  if (K < 1) {
+    fail(kDecodeStep,
+         "reward_weight must be (K, V, d) with K >= 1, got " + shape_text(*a.reward_weight));
+  }
+  check_small("reward_bias", a.reward_bias, a.hidden, weight_dtype, {K, V});
+  return K;
+}
+
+// K corrections of rank r, or of their bias alone.
+inline int64_t check_correction(DecodeArguments& a, RewardHead reward_head) {
+  check_given("reward_weight", a.reward_weight, false, a.reward_head);
+  check_given("reward_bias", a.reward_bias, true, a.reward_head);
+  const Tensor& like = a.hidden;
+  const ScalarType dtype = like.scalar_type();
+  const int64_t d = like.size(1);
+  const int64_t n = reward_head == RewardHead::kEmbedding ? d : a.lm_weight.size(0);
+  check_small("reward_bias", a.reward_bias, like, dtype, {"K", n});
+  const int64_t K = a.reward_bias->size(0);
+  if (K < 1) {
+    fail(kDecodeStep, "reward_bias must be (K, " + std::to_string(n) + ") with K >= 1, got " +
+                          shape_text(*a.reward_bias));
+  }
+  if (a.reward_down.has_value() != a.reward_up.has_value()) {
+    fail(kDecodeStep, a.reward_down ? "reward_up must be given with reward_down, got None"
+                                    : "reward_down must be given with reward_up, got None");
+  }
+  if (!a.reward_down.has_value()) return K;
+  check_small("reward_down", a.reward_down, like, dtype, {K, "r", d});
+  const int64_t r = a.reward_down->size(1);
+  if (r < 1) {
+    fail(kDecodeStep,
+         "reward_down must be (K, r, d) with r >= 1, got " + shape_text(*a.reward_down));
+  }
+  check_small("reward_up", a.reward_up, like, dtype, {K, n, r});
+  return K;
+}
+
+inline int64_t objectives(const DecodeArguments& a) {
+  return a.reward_weight.has_value() ? a.reward_weight->size(0) : a.reward_bias->size(0);
+}
+
 inline void check_heads(DecodeArguments& a) {
   const Tensor& like = a.hidden;
   const ScalarType stored = a.lm_weight.scalar_type();
@@ -125,6 +194,7 @@ inline void check_heads(DecodeArguments& a) {
   const ScalarType weight_dtype =
       quantization == Quantization::kNone ? stored : a.hidden.scalar_type();
   check_shape(kDecodeStep, "lm_weight", a.lm_weight, {"V", "d"});
+  const RewardHead reward_head = reward_head_of(a.reward_head);
   const int64_t V = a.lm_weight.size(0), columns = a.lm_weight.size(1);
   const int64_t d = quantization == Quantization::kInt4 ? 2 * columns : columns;
   if (quantization == Quantization::kInt4 && d % kInt4Group != 0) {
@@ -139,18 +209,11 @@ inline void check_heads(DecodeArguments& a) {
   check_dtype(kDecodeStep, "hidden", a.hidden, weight_dtype);
   check_device(kDecodeStep, "lm_weight", a.lm_weight, like);
   check_adjacent(kDecodeStep, "lm_weight", a.lm_weight);
-  check_device(kDecodeStep, "reward_weight", a.reward_weight, like);
-  check_dtype(kDecodeStep, "reward_weight", a.reward_weight, stored);
-  check_shape(kDecodeStep, "reward_weight", a.reward_weight, {"K", V, columns});
-  check_adjacent(kDecodeStep, "reward_weight", a.reward_weight);
-  const int64_t B = a.hidden.size(0), K = a.reward_weight.size(0);
-  if (K < 1) {
-    fail(kDecodeStep,
-         "reward_weight must be (K, V, d) with K >= 1, got " + shape_text(a.reward_weight));
-  }
+  const int64_t B = a.hidden.size(0);
+  const int64_t K = reward_head == RewardHead::kFull ? check_full_head(a, weight_dtype)
+                                                     : check_correction(a, reward_head);
   if (d > 1 && a.hidden.stride(1) != 1) a.hidden = torch::stable::contiguous(a.hidden);
   check_small("lm_bias", a.lm_bias, like, weight_dtype, {V});
-  check_small("reward_bias", a.reward_bias, like, weight_dtype, {K, V});
   check_small("objective_weights", a.objective_weights, like, ScalarType::Float, {B, K});
   check_scales(a, quantization, K, V, d);
 }
@@ -265,6 +328,7 @@ void fill(T*& field, const MaybeTensor& tensor) {
   field = pointer<T>(tensor);
 }
 
+inline void fill(RewardHead& field, const std::string& name) { field = reward_head_of(name); }
 inline void fill(bool& field, bool value) { field = value; }
 inline void fill(float& field, double value) { field = static_cast<float>(value); }
 
@@ -273,7 +337,7 @@ inline void fill_params(BoundDecode& bound) {
   DecodeParams& p = bound.params;
   p = DecodeParams{};
   p.B = a.hidden.size(0), p.d = a.hidden.size(1), p.V = a.lm_weight.size(0);
-  p.K = a.reward_weight.size(0);
+  p.K = objectives(a), p.r = a.reward_down.has_value() ? a.reward_down->size(1) : 0;
   p.dtype = kernel_dtype(a.hidden.scalar_type());
   p.quantization = quantization_of(a.lm_weight);
   if (a.cache_k.has_value()) {
@@ -284,8 +348,10 @@ inline void fill_params(BoundDecode& bound) {
   DUALHEAD_DECODE_PARAMS(DUALHEAD_FILL)
 #undef DUALHEAD_FILL
   p.hidden_stride = a.hidden.stride(0), p.lm_weight_stride = a.lm_weight.stride(0);
-  p.reward_weight_stride_k = a.reward_weight.stride(0);
-  p.reward_weight_stride = a.reward_weight.stride(1);
+  if (a.reward_weight.has_value()) {
+    p.reward_weight_stride_k = a.reward_weight->stride(0);
+    p.reward_weight_stride = a.reward_weight->stride(1);
+  }
   p.out_logits = pointer<float>(bound.logits);
   const auto& [logits, alpha, gate_logit, token, logprob, status, attention] = bound.result;
   p.out_alpha = pointer<float>(alpha), p.out_gate_logit = pointer<float>(gate_logit);

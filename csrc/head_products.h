@@ -34,8 +34,8 @@ inline void multiply_into(const Tensor& hidden, const Tensor& weight, const Tens
 inline void head_products(const DecodeArguments& arguments, const Tensor& lm,
                           const Tensor& reward) {
   multiply_into(arguments.hidden, arguments.lm_weight, lm);
-  for (int64_t k = 0; k < arguments.reward_weight.size(0); ++k) {
-    multiply_into(arguments.hidden, torch::stable::select(arguments.reward_weight, 0, k),
+  for (int64_t k = 0; k < arguments.reward_weight->size(0); ++k) {
+    multiply_into(arguments.hidden, torch::stable::select(*arguments.reward_weight, 0, k),
                   torch::stable::select(reward, 0, k));
   }
 }

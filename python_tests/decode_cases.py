@@ -32,12 +32,14 @@ def make_case(
     gate: str = "attention",
     bias: bool = False,
     objective_weights: bool = False,
+    reward_head: str = "full",
+    r: int = 3,
     controls: bool = False,
     sample: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Random arguments. gate: "attention", with caches filled to random lengths below S, or
-    "logit"."""
+    "logit". reward_head: a correction has rank r and always a bias."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
@@ -50,10 +52,19 @@ def make_case(
     case = {
         "hidden": normal(B, d),
         "lm_weight": normal(V, d, scale=3 * d**-0.5),
-        "reward_weight": normal(K, V, d, scale=3 * d**-0.5),
     }
+    if reward_head == "full":
+        case["reward_weight"] = normal(K, V, d, scale=3 * d**-0.5)
+    else:
+        n = d if reward_head == "embedding" else V
+        case |= {"reward_head": reward_head, "reward_bias": normal(K, n)}
+        if r:
+            case["reward_down"] = normal(K, r, d, scale=d**-0.5)
+            case["reward_up"] = normal(K, n, r, scale=r**-0.5)
     if bias:
-        case |= {"lm_bias": normal(V), "reward_bias": normal(K, V)}
+        case["lm_bias"] = normal(V)
+        if reward_head == "full":
+            case["reward_bias"] = normal(K, V)
     if objective_weights:
         case["objective_weights"] = normal(B, K, dtype=f32)
     if gate == "attention":
@@ -80,9 +91,9 @@ def make_case(
 
 
 def quantized(case: dict[str, Any], name: str) -> dict[str, Any]:
-    """The case with both heads in a format."""
+    """The case with its (V, d) heads in a format."""
     case = dict(case)
-    for head in ("lm", "reward"):
+    for head in ("lm", "reward") if "reward_weight" in case else ("lm",):
         q, scale = quantize(case[f"{head}_weight"], name)
         case |= {f"{head}_weight": q, f"{head}_scale": scale}
     return case
@@ -109,7 +120,7 @@ def run(step, case: dict[str, Any]) -> tuple[reference.DecodeOutput, dict[str, T
 def rows(case: dict[str, Any], keep: list[int]) -> dict[str, Any]:
     """The case of some of its requests."""
     shared = ("lm_weight", "lm_bias", "reward_weight", "reward_bias", "lm_scale", "reward_scale")
-    shared += ("q_weight", "k_weight", "u_weight", "gate_bias")
+    shared += ("reward_down", "reward_up", "q_weight", "k_weight", "u_weight", "gate_bias")
     return {
         name: value[keep] if isinstance(value, Tensor) and name not in shared else value
         for name, value in case.items()

@@ -20,6 +20,11 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Quantization : int32_t { kNone = 0, kInt8 = 1, kFp8 = 2, kInt4 = 3 };
 constexpr int64_t kInt4Group = 128;
 
+// What z_RM is. kFull: sum_k w_k (W_RM,k h + b_RM,k). The others correct z_LM, whose matrix they
+// share: z_RM = z_LM + sum_k w_k delta_k, kEmbedding: delta_k = W_LM (U_k D_k h + c_k); kLowRank:
+// delta_k = U_k D_k h + c_k.
+enum class RewardHead : int32_t { kFull = 0, kEmbedding = 1, kLowRank = 2 };
+
 // out.status, per row.
 enum Status : int32_t { kOk = 0, kNonFinite = 1, kCacheFull = 2 };
 
@@ -28,6 +33,8 @@ struct DecodeParams {
   int64_t B, d, V, K;
   int64_t H, d_k, S;  // 0 when the gate is not attention (gate_logit is given instead)
   DType dtype;        // of hidden, weights, biases and cache_k
+  RewardHead reward_head;
+  int64_t r;  // rank of a correction; 0: it is its bias alone
 
   // --- heads ---
   const void* hidden;              // (B, d)
@@ -35,11 +42,13 @@ struct DecodeParams {
   const void* lm_weight;           // (V, d)
   int64_t lm_weight_stride;        // between rows
   const void* lm_bias;             // (V,) or null
-  const void* reward_weight;       // (K, V, d)
+  const void* reward_weight;       // (K, V, d); null for a correction
   int64_t reward_weight_stride_k;  // between objectives
   int64_t reward_weight_stride;    // between rows
-  const void* reward_bias;         // (K, V) or null
-  Quantization quantization;       // of both heads; row strides are then in bytes
+  const void* reward_down;         // D (K, r, d), or null: full head, or rank 0
+  const void* reward_up;           // U (K, d, r) of kEmbedding, (K, V, r) of kLowRank; likewise
+  const void* reward_bias;         // (K, V) or null; c (K, d) of kEmbedding
+  Quantization quantization;       // of both (V, d) heads; row strides are then in bytes
   const float* lm_scale;           // (V,) or, int4, (V, d / 128); null for kNone
   const float* reward_scale;       // (K, V) or (K, V, d / 128); null for kNone
   const float* objective_weights;  // (B, K) or null: 1/K each

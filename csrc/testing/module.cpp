@@ -49,11 +49,20 @@ Quantization quantization_from(const std::string& name) {
   throw std::invalid_argument("format must be int8, fp8 or int4, got " + name);
 }
 
+RewardHead reward_head_from(const std::string& name) {
+  if (name == "full") return RewardHead::kFull;
+  if (name == "embedding") return RewardHead::kEmbedding;
+  if (name == "lowrank") return RewardHead::kLowRank;
+  throw std::invalid_argument("reward_head must be full, embedding or lowrank, got " + name);
+}
+
 // A pointer to the array of that name, or a number.
 template <typename T>
 void fill(T& field, const py::dict& arguments, const char* name) {
   if constexpr (std::is_pointer_v<T>) {
     field = pointer<std::remove_pointer_t<T>>(arguments, name);
+  } else if constexpr (std::is_same_v<T, RewardHead>) {
+    if (arguments.contains(name)) field = reward_head_from(arguments[name].cast<std::string>());
   } else {
     field = arguments[name].cast<T>();
   }

@@ -213,7 +213,8 @@ def _step_function(
     if impl is None and ops.kernel_for(hidden.device.type, hidden.dtype):
         impl = "kernel"
     if impl == "kernel":
-        return ops.decode_step if head.reward_head.kind == "full" else correction_step.decode_step
+        in_one_call = head.reward_head.kind == "full" or hidden.device.type == "cpu"
+        return ops.decode_step if in_one_call else correction_step.decode_step
     if impl is None and hidden.dtype != torch.float64:
         ops.warn_of_reference(hidden.device.type, hidden.dtype)
     return reference.decode_step

@@ -78,7 +78,10 @@ def decode_step(
     hidden: Tensor,
     lm_weight: Tensor,
     lm_bias: Tensor | None = None,
-    reward_weight: Tensor,
+    reward_head: str = "full",
+    reward_weight: Tensor | None = None,
+    reward_down: Tensor | None = None,
+    reward_up: Tensor | None = None,
     reward_bias: Tensor | None = None,
     objective_weights: Tensor | None = None,
     q_weight: Tensor | None = None,
@@ -117,8 +120,11 @@ def decode_step(
         l = sum_i sum_s softmax_s(q_i . k_{s,i} / sqrt(d_k)) u_{s,i} + gate_bias     (+ gate_offset)
         a = max(strength * (alpha or sigmoid(l)), 0)                with mix_probs at most 1;
             then 0 if a < s, 1 if |1 - a| < s
-        z = f((1 - a) z_LM + a z_RM),  z_RM = sum_k w_k z_RM,k      or, with mix_probs,
+        z = f((1 - a) z_LM + a z_RM)                                or, with mix_probs,
         z = log((1 - a) softmax(f(z_LM)) + a softmax(f(z_RM)))
+        z_RM = sum_k w_k (W_RM,k h + b_RM,k)                        reward_head "full"
+        z_RM = z_LM + sum_k w_k W_LM (U_k D_k h + c_k)              "embedding"
+        z_RM = z_LM + sum_k w_k (U_k D_k h + c_k)                   "lowrank"
         token = argmax z, or a draw from softmax(z / temperature) after top-k, top-p and min-p
 
     with ``f(z) = cap tanh(logit_scale z / cap)`` (``logit_softcap`` = cap; 0: no cap). Equals
@@ -132,7 +138,12 @@ def decode_step(
     Args:
         hidden: (B, d) W.
         lm_weight, lm_bias: (V, d) and (V,) W.
-        reward_weight, reward_bias: (K, V, d) and (K, V) W.
+        reward_head: "full"; on the CPU also "embedding" or "lowrank", corrections that read the LM
+            head's matrix once. The logits mix of "embedding" is W_LM (h + a (M h + c)); processors
+            that multiply bf16 numbers round the sum to it.
+        reward_weight, reward_bias: (K, V, d) and (K, V) W, of "full".
+        reward_down, reward_up, reward_bias: D (K, r, d), U (K, n, r) and c (K, n) W of a
+            correction, n = d for "embedding" and V for "lowrank". Rank 0 has neither D nor U.
         objective_weights: (B, K) fp32, w. Default: 1/K each.
         q_weight, k_weight: (g, d) W, g = H d_k; u_weight: (H, d) fp32, the folded value rows
             (``reference.fold_values``); gate_bias: (1,) fp32.
@@ -154,8 +165,8 @@ def decode_step(
         mix_probs: the mixture, see above. logit_scale, logit_softcap: f.
         return_logits, record_attention: whether those outputs are wanted.
         lm_scale, reward_scale: fp32, of quantised weights (:mod:`dualhead_ext.quantization`):
-            (V,) and (K, V), or (V, d/128) and (K, V, d/128). lm_weight and reward_weight are then
-            both int8, float8_e4m3fn, or uint8 (V, d/2): int4; W is the dtype of hidden.
+            (V,) and (K, V), or (V, d/128) and (K, V, d/128); a correction, which is not quantised,
+            has no reward_scale. lm_weight and reward_weight are then both int8, float8_e4m3fn, or uint8 (V, d/2): int4; W is the dtype of hidden.
 
     Returns:
         DecodeOutput: logits (B, V) (log-probabilities with mix_probs), alpha (B,), gate_logit (B,)
@@ -210,6 +221,7 @@ def _as_python_error(error: RuntimeError, arguments: dict) -> Exception:
 _EXPECTED: dict[str, tuple[str, Any]] = {
     "Tensor": ("a tensor", Tensor),
     "Optional[Tensor]": ("a tensor or None", (Tensor, type(None))),
+    "str": ("a string", str),
     "bool": ("a bool", bool),
     "float": ("a number", (int, float)),
 }

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import dualhead_ext as dh
-from dualhead_ext import reference
+from dualhead_ext import ops, reference
 from dualhead_ext.config import MIX_NAMES, DualHeadConfig
-from dualhead_ext.head import correction_step
 from dualhead_ext.head.dual_head import DualHead
 
 D, V = 24, 37
@@ -221,13 +220,13 @@ def test_the_compiled_step_is_the_reference(config, dtype, monkeypatch):
     with torch.no_grad():
         for parameter in head.reward_head.parameters():
             parameter.mul_(0.5)
-    original = correction_step.decode_step
+    original = ops.decode_step
 
     def spy(**arguments):
         calls.append(1)
         return original(**arguments)
 
-    monkeypatch.setattr(correction_step, "decode_step", spy)
+    monkeypatch.setattr(ops, "decode_step", spy)
     hidden = torch.randn(3, 6, D).to(dtype)
     mask = torch.ones(3, 5).long()
     mask[1, :2] = 0

@@ -24,13 +24,15 @@ SCALES = ("lm_scale", "reward_scale")  # of quantised weights: test_ops_quantize
 TENSORS = [a.name for a in SCHEMA if "Tensor" in str(a.type) and a.name not in SCALES]
 ATTENTION = ("q_weight", "k_weight", "u_weight", "gate_bias", "cache_k", "cache_u", "cache_valid",
              "cache_length")  # fmt: skip
+CORRECTION = ("reward_down", "reward_up")
 OPTIONS = ("mix_probs", "logit_scale", "logit_softcap", "return_logits", "record_attention")
 
 
-def full_case(seed: int, gate: str = "attention") -> dict:
-    """Every argument that can be given beside this gate."""
+def full_case(seed: int, gate: str = "attention", reward_head: str = "full") -> dict:
+    """Every argument that can be given beside this gate and reward head."""
     case = make_case(seed, B, d, V, K, torch.bfloat16, H=H, d_k=d_k, S=S, gate=gate, bias=True,
-                     objective_weights=True, controls=True, sample=True)  # fmt: skip
+                     objective_weights=True, reward_head=reward_head, controls=True,
+                     sample=True)  # fmt: skip
     case |= {name: torch.rand(B) for name in ("alpha", "temperature", "top_p", "min_p")}
     case["skip_threshold"] = torch.rand(B) / 2
     case["top_k"] = torch.arange(B, dtype=torch.int32)
@@ -40,7 +42,7 @@ def full_case(seed: int, gate: str = "attention") -> dict:
 
 
 def positional(case: dict, *options) -> tuple:
-    named = case | dict(zip(OPTIONS, options, strict=True))
+    named = {"reward_head": "full"} | case | dict(zip(OPTIONS, options, strict=True))
     return tuple(named.get(argument.name) for argument in SCHEMA)
 
 
@@ -71,7 +73,8 @@ OTHER_DTYPE = {
 @pytest.mark.parametrize("fault", ["dtype", "rank", "size", "device", "type", "missing"])
 def test_every_argument_is_checked(name, fault, seed):
     gate = "logit" if name == "gate_logit" else "attention"
-    case = full_case(seed, gate)
+    reward_head = "lowrank" if name in CORRECTION else "full"
+    case = full_case(seed, gate, reward_head)
     value = case[name]
     own = rf"^decode_step: {name} must "
     if fault == "dtype":
@@ -88,7 +91,7 @@ def test_every_argument_is_checked(name, fault, seed):
             shape = list(value.shape)
             shape[dim] += 1
             grown = torch.zeros(shape, dtype=value.dtype)
-            free = {"lm_weight", "reward_weight", "hidden", "cache_k"}
+            free = {"lm_weight", "reward_weight", "hidden", "cache_k", "reward_down"}
             pattern = r"^decode_step: \w+ must be \(.*\), got \(.*\)$" if name in free else own
             assert_refused(case, {name: grown}, ValueError, pattern)
     elif fault == "device":
@@ -97,10 +100,10 @@ def test_every_argument_is_checked(name, fault, seed):
         )
     elif fault == "type":
         assert_refused(case, {name: value.tolist()}, TypeError, own + "be a tensor.*, got list$")
-    elif name in ("hidden", "lm_weight", "reward_weight"):
+    elif name in ("hidden", "lm_weight"):
         assert_refused(case, {name: None}, TypeError, own + "be a tensor, got NoneType$")
-    elif name in ("seeds", "draws", "gate_logit", *ATTENTION):
-        pattern = r"^decode_step: \w+ must be given( with \w+)?, got None"
+    elif name in ("reward_weight", "seeds", "draws", "gate_logit", *ATTENTION, *CORRECTION):
+        pattern = r"^decode_step: \w+ must be given( with [\w ]+)?, got None"
         assert_refused(case, {name: None}, ValueError, pattern)
     else:  # truly optional
         got, _ = run(ops.decode_step, case | {name: None})
@@ -134,6 +137,32 @@ BAD = {
         {"gate_logit": torch.zeros(B)},
         "q_weight must be None beside gate_logit",
     ),
+    "another kind of reward head": (
+        {"reward_head": "diagonal"},
+        "reward_head must be full, embedding or lowrank, got diagonal",
+    ),
+    "a full head's weight beside a correction": (
+        {"reward_head": "embedding"},
+        "reward_weight must be None with reward_head embedding, got a tensor",
+    ),
+    "a correction's map beside a full head": (
+        {"reward_up": torch.zeros(K, V, 2, **bf16)},
+        "reward_up must be None with reward_head full, got a tensor",
+    ),
+    "a correction without bias": (
+        {"reward_head": "lowrank", "reward_weight": None, "reward_bias": None},
+        "reward_bias must be given with reward_head lowrank, got None",
+    ),
+    "a correction without objectives": (
+        {"reward_head": "lowrank", "reward_weight": None,
+         "reward_bias": torch.zeros(0, V, **bf16)},
+        r"reward_bias must be \(K, 40\) with K >= 1, got \(0, 40\)",
+    ),
+    "rank 0 by shape": (
+        {"reward_head": "lowrank", "reward_weight": None,
+         "reward_down": torch.zeros(K, 0, d, **bf16), "reward_up": torch.zeros(K, V, 0, **bf16)},
+        r"reward_down must be \(K, r, d\) with r >= 1, got \(2, 0, 16\)",
+    ),
     "negative cap": ({"logit_softcap": -1.0}, "logit_softcap must be finite and >= 0, got -1"),
     "infinite cap": ({"logit_softcap": float("inf")}, "logit_softcap must be finite"),
     "NaN cap": ({"logit_softcap": float("nan")}, "logit_softcap must be finite"),
@@ -155,7 +184,8 @@ def test_the_issues_own_example(seed):
 
 def test_options_are_checked(seed):
     case = full_case(seed)
-    for name, bad in (("mix_probs", "yes"), ("logit_scale", "1"), ("return_logits", None)):
+    options = {"mix_probs": "yes", "logit_scale": "1", "return_logits": None, "reward_head": None}
+    for name, bad in options.items():
         assert_refused(case, {name: bad}, TypeError, f"^decode_step: {name} must be a ")
 
 
@@ -210,6 +240,8 @@ def opcheck_cases() -> dict[str, tuple]:
         "fixed gate": make_case(5, 3, 7, 13, gate="logit", controls=True),
         "everything": full_case(6),
         "everything but attention": full_case(7, "logit"),
+        "embedding": full_case(14, reward_head="embedding"),
+        "lowrank": full_case(15, "logit", "lowrank"),
         "sampled": make_case(8, 4, 9, 33, sample=True),
         "strided hidden": make_case(9, 3, 15, 20) | {"hidden": wide[:, 3:18]},
         "column-major hidden": make_case(10, 3, 15, 20) | {"hidden": torch.randn(15, 3).T},
@@ -237,8 +269,8 @@ def test_opcheck(arguments):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("gate", ["attention", "logit"])
-def test_compiled_whole_equals_direct(backend, gate, seed):
+@pytest.mark.parametrize("gate, reward_head", [("attention", "full"), ("logit", "embedding")])
+def test_compiled_whole_equals_direct(backend, gate, reward_head, seed):
     """fullgraph, caches written, other work around it; new batch sizes recompile at most once."""
     torch._dynamo.reset()
     frames = []
@@ -253,7 +285,8 @@ def test_compiled_whole_equals_direct(backend, gate, seed):
 
     compiled = torch.compile(step, fullgraph=True, backend=counted)
     for batch in (2, 3, 5, 7, 4):
-        case = make_case(seed + batch, batch, 16, 40, 1, gate=gate, sample=True, S=5)
+        options = {"gate": gate, "reward_head": reward_head, "sample": True, "S": 5}
+        case = make_case(seed + batch, batch, 16, 40, 1, **options)
         case["cache_length" if gate == "attention" else "draws"].clamp_(max=3)
         ours = {k: v.clone() if k in STATE else v for k, v in case.items()}
         direct = {k: v.clone() if k in STATE else v for k, v in case.items()}

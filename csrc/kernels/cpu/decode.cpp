@@ -48,15 +48,19 @@ Step lay_out(const DecodeParams& p, Arena& arena) {
   Step s{};
   s.params = &p;
   const int64_t stats = p.B * units(p.V, kUnit);
+  s.hidden_rows = p.reward_head == RewardHead::kEmbedding && p.mix_probs ? 2 : 1;
+  const int64_t rows = p.B * s.hidden_rows;
   s.hidden_f32_stride = spread_stride<float>(p.d);
-  s.hidden_f32 = arena.take<float>(p.B * s.hidden_f32_stride);
+  s.hidden_f32 = arena.take<float>(rows * s.hidden_f32_stride);
   if (p.dtype != DType::kFloat32) {
     s.hidden_bf16_stride = spread_stride<BFloat16>(p.d);
-    s.hidden_bf16 = arena.take<BFloat16>(p.B * s.hidden_bf16_stride);
+    s.hidden_bf16 = arena.take<BFloat16>(rows * s.hidden_bf16_stride);
     if (p.quantization != Quantization::kNone) {
-      s.hidden_packed = arena.take<BFloat16>(p.B * s.hidden_bf16_stride);
+      s.hidden_packed = arena.take<BFloat16>(rows * s.hidden_bf16_stride);
     }
   }
+  s.inner_stride = units(p.K * p.r, 16) * 16;
+  s.inner = arena.take<float>(p.B * s.inner_stride);
   s.column = arena.take<int32_t>(p.B);
   s.q = arena.take<float>(p.B * p.H * p.d_k);
   s.head_context = arena.take<float>(p.B * p.H);
@@ -100,13 +104,13 @@ void share(ParallelFor parallel, const Step& step, void (*kernel)(const Step&, i
 void copy_hidden(const Step& s) {
   const DecodeParams& p = *s.params;
   for (int64_t b = 0; b < p.B; ++b) {
-    float* wide = s.hidden_f32 + b * s.hidden_f32_stride;
+    float* wide = s.hidden_f32 + b * s.hidden_rows * s.hidden_f32_stride;
     if (p.dtype == DType::kFloat32) {
       std::copy_n(static_cast<const float*>(p.hidden) + b * p.hidden_stride, p.d, wide);
       continue;
     }
     const BFloat16* row = static_cast<const BFloat16*>(p.hidden) + b * p.hidden_stride;
-    std::copy_n(row, p.d, s.hidden_bf16 + b * s.hidden_bf16_stride);
+    std::copy_n(row, p.d, s.hidden_bf16 + b * s.hidden_rows * s.hidden_bf16_stride);
     for (int64_t k = 0; k < p.d; ++k) wide[k] = to_float(row[k]);
   }
 }
@@ -120,11 +124,10 @@ void place_columns(const Step& s) {
   }
 }
 
-void run_attention_gate(const Step& s, const Kernels& kernels, ParallelFor parallel) {
+int64_t element_bytes(const DecodeParams& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
+
+void run_attention(const Step& s, const Kernels& kernels, ParallelFor parallel) {
   const DecodeParams& p = *s.params;
-  place_columns(s);
-  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
-  share(parallel, s, kernels.project, projection_units(p), kProjectionUnit * p.d * element);
   int64_t columns = 0;
   for (int64_t b = 0; b < p.B; ++b) {
     if (s.column[b] < 0) continue;
@@ -132,7 +135,7 @@ void run_attention_gate(const Step& s, const Kernels& kernels, ParallelFor paral
     p.cache_length[b] = s.column[b] + 1;
     columns += s.column[b] + 1;
   }
-  const int64_t bytes = columns / std::max<int64_t>(1, p.B) * p.d_k * element;
+  const int64_t bytes = columns / std::max<int64_t>(1, p.B) * p.d_k * element_bytes(p);
   share(parallel, s, kernels.attend, p.B * p.H, bytes);
 }
 
@@ -161,15 +164,29 @@ void finish_gate(const Step& s) {
   }
 }
 
+bool every_alpha_is(const DecodeParams& p, float alpha) {
+  return std::all_of(p.out_alpha, p.out_alpha + p.B, [=](float a) { return a == alpha; });
+}
+
 // A head that no row listens to is not read. A row that does not listen to it selects the other, so
-// it has the same bits where a neighbour does.
+// it has the same bits where a neighbour does. A correction needs the LM head's logits.
 void choose_matrices(Step& s) {
   const DecodeParams& p = *s.params;
-  const auto all = [&](float alpha) {
-    return std::all_of(p.out_alpha, p.out_alpha + p.B, [=](float a) { return a == alpha; });
-  };
-  s.first_matrix = all(1.0f) ? 1 : 0;
-  s.end_matrix = all(0.0f) ? 1 : 1 + p.K;
+  s.first_matrix = p.reward_head == RewardHead::kFull && every_alpha_is(p, 1.0f) ? 1 : 0;
+  const bool one = p.reward_head == RewardHead::kEmbedding || every_alpha_is(p, 0.0f);
+  s.end_matrix = one ? 1 : 1 + p.K;
+}
+
+// Of an embedding head: the hidden states that meet the LM head, from those that came.
+void move_hidden(Step& s, const Kernels& kernels, ParallelFor parallel) {
+  const DecodeParams& p = *s.params;
+  if (every_alpha_is(p, 0.0f)) {  // no row asks for a second one
+    s.hidden_f32_stride *= s.hidden_rows, s.hidden_bf16_stride *= s.hidden_rows;
+    s.hidden_rows = 1;
+    return;
+  }
+  const int64_t bytes = kProjectionUnit * (p.K * p.r * element_bytes(p) + p.B * 4);
+  share(parallel, s, kernels.move_hidden, units(p.d, kProjectionUnit), bytes);
 }
 
 int64_t head_row_bytes(const DecodeParams& p) {
@@ -180,8 +197,16 @@ int64_t head_row_bytes(const DecodeParams& p) {
     case Quantization::kInt4:
       return p.d / 2;
     default:
-      return p.d * (p.dtype == DType::kFloat32 ? 4 : 2);
+      return p.d * element_bytes(p);
   }
+}
+
+// Bytes of the matrices in use that a row of the vocabulary has.
+int64_t vocabulary_row_bytes(const Step& s) {
+  const DecodeParams& p = *s.params;
+  const int64_t head = head_row_bytes(p), objectives = s.end_matrix - 1;
+  const int64_t reward = p.reward_head == RewardHead::kFull ? head : p.r * element_bytes(p);
+  return (s.first_matrix == 0 ? head : 0) + objectives * reward;
 }
 
 // --- softmax sums and tokens ---------------------------------------------------------------------
@@ -273,14 +298,17 @@ void decode_step(const DecodeParams& params, const Kernels& kernels, void* works
   Arena arena(workspace);
   Step step = lay_out(params, arena);
   copy_hidden(step);
-  if (step.hidden_packed && kernels.pack_hidden) kernels.pack_hidden(step);
-  if (has_cache(params)) run_attention_gate(step, kernels, parallel);
+  if (has_cache(params)) place_columns(step);
+  share(parallel, step, kernels.project, projection_units(params),
+        kProjectionUnit * params.d * element_bytes(params));
+  if (has_cache(params)) run_attention(step, kernels, parallel);
   finish_gate(step);
   choose_matrices(step);
+  if (params.reward_head == RewardHead::kEmbedding) move_hidden(step, kernels, parallel);
+  if (step.hidden_packed && kernels.pack_hidden) kernels.pack_hidden(step);
 
   const int64_t vocabulary_units = units(params.V, kUnit);
-  share(parallel, step, kernels.vocabulary, vocabulary_units,
-        kUnit * head_row_bytes(params) * (step.end_matrix - step.first_matrix));
+  share(parallel, step, kernels.vocabulary, vocabulary_units, kUnit * vocabulary_row_bytes(step));
   if (params.mix_probs) {
     share(parallel, step, &normalise_rows, params.B, params.V * 4);
     share(parallel, step, kernels.mix_probabilities, vocabulary_units, params.B * kUnit * 8);

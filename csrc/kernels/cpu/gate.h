@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention gate of one step: projections of the new position, then attention over the cache.
-// Included inside a target region. alpha itself is made from the heads' contexts in decode.cpp.
+// The small products of one step, and the attention gate: projections of the new position, then
+// attention over the cache. Included inside a target region. alpha itself is made from the heads'
+// contexts in decode.cpp.
 
 // Storage of weights of dtype W, and the hidden states that meet them.
 template <class W, class X>
@@ -35,8 +36,9 @@ void project_keys_and_queries(const Step& s, int64_t row, int64_t end) {
   float out[kBatchBlock][4 * kMaxGroups];
   for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
     const int64_t batch = smaller(kBatchBlock, p.B - b0);
-    const X* x = Hidden<W, X>::data(s) + b0 * Hidden<W, X>::stride(s);
-    dot_rows<W, X>(rows, 1, rows[0] + 4 * p.d, x, Hidden<W, X>::stride(s), batch, p.d, out);
+    const int64_t stride = Hidden<W, X>::stride(s) * s.hidden_rows;
+    const X* x = Hidden<W, X>::data(s) + b0 * stride;
+    dot_rows<W, X>(rows, 1, rows[0] + 4 * p.d, x, stride, batch, p.d, out);
     for (int64_t b = b0; b < b0 + batch; ++b) {
       for (int64_t i = row; i < smaller(row + 4, end); ++i) {
         const float value = out[b - b0][i - row];
@@ -60,8 +62,9 @@ inline void project_values(const Step& s, int64_t row, int64_t end) {
   float out[kBatchBlock][4 * kMaxGroups];
   for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
     const int64_t batch = smaller(kBatchBlock, p.B - b0);
-    const float* x = s.hidden_f32 + b0 * s.hidden_f32_stride;
-    dot_rows<float, float>(rows, 1, rows[0] + 4 * p.d, x, s.hidden_f32_stride, batch, p.d, out);
+    const int64_t stride = s.hidden_f32_stride * s.hidden_rows;
+    const float* x = s.hidden_f32 + b0 * stride;
+    dot_rows<float, float>(rows, 1, rows[0] + 4 * p.d, x, stride, batch, p.d, out);
     for (int64_t b = b0; b < b0 + batch; ++b) {
       if (s.column[b] < 0) continue;
       for (int64_t h = row; h < smaller(row + 4, end); ++h) {
@@ -71,20 +74,43 @@ inline void project_values(const Step& s, int64_t row, int64_t end) {
   }
 }
 
+// Rows [row, row + 4) of D (K r of them) of a correction.
+template <class W>
+void project_inner(const Step& s, int64_t row, int64_t end) {
+  typedef typename OperandOf<W>::Type X;
+  const DecodeParams& p = *s.params;
+  const W* rows[4];
+  for (int64_t i = 0; i < 4; ++i) {
+    rows[i] = static_cast<const W*>(p.reward_down) + smaller(row + i, end - 1) * p.d;
+  }
+  const int64_t stride = Hidden<W, X>::stride(s) * s.hidden_rows;
+  float out[kBatchBlock][4 * kMaxGroups];
+  for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
+    const int64_t batch = smaller(kBatchBlock, p.B - b0);
+    const X* x = Hidden<W, X>::data(s) + b0 * stride;
+    dot_rows<W, X>(rows, 1, rows[0] + 4 * p.d, x, stride, batch, p.d, out);
+    for (int64_t b = b0; b < b0 + batch; ++b) {
+      for (int64_t i = row; i < smaller(row + 4, end); ++i) {
+        s.inner[b * s.inner_stride + i] = out[b - b0][i - row];
+      }
+    }
+  }
+}
+
 template <class W>
 void project_units(const Step& s, int64_t begin, int64_t end) {
   const DecodeParams& p = *s.params;
-  const int64_t key_rows = 2 * p.H * p.d_k, key_units = units(key_rows, kProjectionUnit);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const bool keys = unit < key_units;
-    const int64_t first = (keys ? unit : unit - key_units) * kProjectionUnit;
-    const int64_t last = smaller(first + kProjectionUnit, keys ? key_rows : p.H);
-    for (int64_t row = first; row < last; row += 4) {
-      if (keys) {
-        project_keys_and_queries<W>(s, row, last);
-      } else {
-        project_values(s, row, last);
-      }
+  const int64_t counts[3] = {2 * p.H * p.d_k, p.H, p.K * p.r};
+  void (*const parts[3])(const Step&, int64_t, int64_t) = {&project_keys_and_queries<W>,
+                                                           &project_values, &project_inner<W>};
+  int64_t unit = begin;
+  for (int64_t part = 0, past = 0; part < 3; ++part) {
+    const int64_t start = past;
+    past += units(counts[part], kProjectionUnit);
+    for (; unit < smaller(past, end); ++unit) {
+      const int64_t first = (unit - start) * kProjectionUnit;
+      const int64_t last = smaller(first + kProjectionUnit, counts[part]);
+      for (int64_t row = first; row < last; row += 4) parts[part](s, row, last);
     }
   }
 }

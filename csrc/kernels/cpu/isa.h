@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The choice among the kernels compiled for several instruction sets, and what each of them offers.
-// The algorithms (dot_tile.h, gate.h, vocabulary.h, loss_rows.h) are written once and compiled once
+// The algorithms (dot_tile.h, gate.h, correction.h, vocabulary.h, loss_rows.h) are written once and compiled once
 // per instruction set by the isa_*.cpp files; only simd_*.h there contain intrinsics.
 #pragma once
 
@@ -25,11 +25,16 @@ inline int64_t units(int64_t count, int64_t size) { return (count + size - 1) / 
 // One step in flight: the caller's params and what the phases hand to each other.
 struct Step {
   const DecodeParams* params;
-  // (B, d), rows apart: copies of hidden, widened, and as it is (bf16 only).
+  // (B, hidden_rows, d), rows apart: copies of hidden, widened, and as it is (bf16 only).
   float* hidden_f32;
   BFloat16* hidden_bf16;
   BFloat16* hidden_packed;  // in the order of packed_tile.h; bf16 with quantised heads only
-  int64_t hidden_f32_stride, hidden_bf16_stride;
+  int64_t hidden_f32_stride, hidden_bf16_stride;  // between rows
+  // A request's rows that meet the LM head: 1, or, for the probability mix of an embedding head,
+  // 2: h, and h + M h + c right after it.
+  int64_t hidden_rows;
+  float* inner;  // (B, K r), rows inner_stride apart: D h of a correction
+  int64_t inner_stride;
   int32_t* column;       // (B,): where the new position goes; -1 = the cache is full
   float* q;              // (B, g)
   float* head_context;   // (B, H): sum_s p_s u_s of each head
@@ -40,7 +45,8 @@ struct Step {
   float* unit_sum;       // (B, units): sum of exp(logit - unit_max)
   float* rm_unit_max;    // likewise for f(z_RM), probability mix only
   float* rm_unit_sum;
-  // Of the matrices 0 (LM head), 1, ... K (objectives): those that some row's alpha listens to.
+  // Of the matrices 0 (LM head), 1, ... K (objectives; U_k of a low-rank correction): those that
+  // some row's alpha listens to.
   int64_t first_matrix, end_matrix;
 };
 
@@ -50,9 +56,11 @@ struct Kernels {
   bool (*supported)();
   // hidden_packed of the whole batch; null where it is not used.
   void (*pack_hidden)(const Step&);
-  // Units of kProjectionUnit rows: W_Q (g), W_K (g), then U (H), for the whole batch. Writes q and
-  // the cache's new column.
+  // Units of kProjectionUnit rows: W_Q (g), W_K (g), then U (H) of the gate, then D (K r) of a
+  // correction, for the whole batch. Writes q, the cache's new column and inner.
   void (*project)(const Step&, int64_t begin, int64_t end);
+  // Units of kProjectionUnit inputs: an embedding head's change of hidden states.
+  void (*move_hidden)(const Step&, int64_t begin, int64_t end);
   // (row, head) pairs: attention over the cache into head_context and out_attention.
   void (*attend)(const Step&, int64_t begin, int64_t end);
   // Units of kUnit vocabulary rows, for the whole batch: both products, the mixture (or, for the
@@ -66,9 +74,10 @@ struct Kernels {
   void (*loss_rows_backward)(const LossRowsParams&, int64_t begin, int64_t end);
 };
 
-// Rows of the gate's projections, in units.
+// Rows of `project`, in units.
 inline int64_t projection_units(const DecodeParams& p) {
-  return units(2 * p.H * p.d_k, kProjectionUnit) + units(p.H, kProjectionUnit);
+  return units(2 * p.H * p.d_k, kProjectionUnit) + units(p.H, kProjectionUnit) +
+         units(p.K * p.r, kProjectionUnit);
 }
 
 // The kernels in use: the best that this machine runs, or those that DUALHEAD_FORCE_ISA or

@@ -12,6 +12,8 @@
 #include "dot_tile.h"
 // The line above comes first: the others use it.
 #include "gate.h"
+// The line above comes first: the others use it.
+#include "correction.h"
 #include "int4_tile.h"
 #include "loss_rows.h"
 #if DUALHEAD_NATIVE_BF16

@@ -34,7 +34,7 @@ inline void pack_hidden(const Step& s) {
   const DecodeParams& p = *s.params;
   int64_t from[128];
   for (int64_t i = 0; i < 128; ++i) from[i] = packed_from(p.quantization, i);
-  for (int64_t b = 0; b < p.B; ++b) {
+  for (int64_t b = 0; b < p.B * s.hidden_rows; ++b) {
     const BFloat16* row = s.hidden_bf16 + b * s.hidden_bf16_stride;
     BFloat16* to = s.hidden_packed + b * s.hidden_bf16_stride;
     for (int64_t k = 0; k < p.d; k += 128) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Both heads over the vocabulary, and their mixture, a unit of kUnit rows at a time. Each weight is
-// read from memory once per step (once per kBatchBlock requests from cache). Included inside a
-// target region.
+// read from memory once per step (once per kBatchBlock rows of hidden states from cache). Included
+// inside a target region.
 
 // Units whose rows of one matrix are read in a run when requests are few, before those of the next:
 // the longer a run of memory, the better. With 4 units instead of 1 one request took 0.86 to 0.92
@@ -9,20 +9,16 @@
 // 0.93, 0.95 and 0.96; with 32 nothing less. But 4 and 8 requests in fp32 took 1.03 and 1.06.
 constexpr int64_t kRun = 16;
 
-// A run's logits before the mixture, `rows` per request of a block; rows beyond the vocabulary hold
-// anything, those of a head that is not read some number.
+// A run's logits before the mixture, `rows` per row of hidden states in a block; rows beyond the
+// vocabulary hold anything, those of a head that is not read some number. rm: of a low-rank
+// correction, delta.
 struct RunLogits {
   float lm[kBatchBlock * kUnit];
   float rm[kBatchBlock * kUnit];
   int64_t rows;
 };
 static_assert(kFewRequests * kRun <= kBatchBlock, "runs of few requests fit");
-
-inline float bias_at(const void* bias, DType dtype, int64_t i) {
-  if (!bias) return 0.0f;
-  return dtype == DType::kFloat32 ? static_cast<const float*>(bias)[i]
-                                  : to_float(static_cast<const BFloat16*>(bias)[i]);
-}
+static_assert(kBatchBlock % 2 == 0, "both rows of a request are in one block");
 
 // Row v of matrix m (0: the LM head; m >= 1: objective m - 1), the last one where there is no row
 // v.
@@ -67,7 +63,8 @@ struct Place {
   int64_t m, v;
 };
 
-// `groups` groups of 4 rows for requests [b0, b0 + batch); `next`: the rows that follow.
+// `groups` groups of 4 rows for rows [b0, b0 + batch) of hidden states; `next`: the rows that
+// follow.
 template <class W, class X>
 void dot_groups(const Step& s, Place at, int64_t groups, Place next, int64_t b0, int64_t batch,
                 int64_t in_run, RunLogits& z) {
@@ -81,21 +78,33 @@ void dot_groups(const Step& s, Place at, int64_t groups, Place next, int64_t b0,
   dot_rows<W, X>(rows, groups, head_row<W>(p, next.m, next.v), x, stride, batch, p.d, out);
 
   const void* bias = m == 0 ? p.lm_bias : p.reward_bias;
-  const bool weighed = m > 0 && (p.K > 1 || p.objective_weights);
   for (int64_t r = 0; r < 4 * groups; ++r) {
     const float scale = ScaleOf<W>::at(p, m, v + r);
     const int64_t row = smaller(v + r, p.V - 1);
     const float bias_r = bias_at(bias, p.dtype, m == 0 ? row : (m - 1) * p.V + row);
     for (int64_t b = 0; b < batch; ++b) {
-      float* to = (m == 0 ? z.lm : z.rm) + b * z.rows + in_run + r;
       const float logit = out[b][r] * scale + bias_r;
-      if (!weighed) {
-        *to = logit;
-        continue;
+      const int64_t at = b * z.rows + in_run + r;
+      if (m == 0) {
+        z.lm[at] = logit;
+      } else {
+        add_objective(p, b0 + b, m - 1, logit, z.rm + at);
       }
-      const float weight = p.objective_weights ? p.objective_weights[(b0 + b) * p.K + m - 1]
-                                               : 1.0f / static_cast<float>(p.K);
-      *to = m == 1 ? weight * logit : *to + weight * logit;
+    }
+  }
+}
+
+// Objective k's delta of `count` vocabulary rows from v on, into z.rm.
+template <class W>
+void correct_logits(const Step& s, int64_t k, int64_t v, int64_t count, int64_t b0, int64_t batch,
+                    RunLogits& z) {
+  float out[kBatchBlock][4 * kMaxGroups];
+  for (int64_t first = 0, rows; first < count; first += rows) {
+    rows = smaller(4 * kMaxGroups, count - first);
+    correct_rows<W>(s, k, s.params->V, v + first, rows, b0, batch, out);
+    for (int64_t b = 0; b < batch; ++b) {
+      float* to = z.rm + b * z.rows + first;
+      for (int64_t i = 0; i < rows; ++i) add_objective(*s.params, b0 + b, k, out[b][i], to + i);
     }
   }
 }
@@ -116,14 +125,16 @@ inline void pad_unit(float* z, int64_t count) {
 inline void finish_mixture(const Step& s, int64_t unit, int64_t b, float* lm, const float* rm) {
   const DecodeParams& p = *s.params;
   const int64_t count = smaller(kUnit, p.V - unit * kUnit);
-  const float a = p.out_alpha[b];
+  // The mixture of an embedding head is in the hidden state that met the LM head.
+  const float a = p.reward_head == RewardHead::kEmbedding ? 0.0f : p.out_alpha[b];
+  const float kept = p.reward_head == RewardHead::kLowRank ? 1.0f : 1.0f - a;
   for (int64_t v = 0; v < kUnit; v += kLanes) {
     // Selected, not multiplied by 0: an infinity in the head that is switched off does not matter.
     F32 z = load(lm + v);
-    if (a == 1.0f) {
+    if (a == 1.0f && kept == 0.0f) {
       z = load(rm + v);
     } else if (a != 0.0f) {
-      z = fma(splat(a), load(rm + v), z * (1.0f - a));
+      z = fma(splat(a), load(rm + v), z * kept);
     }
     store(lm + v, postprocess(p, z));
   }
@@ -137,9 +148,12 @@ inline void finish_mixture(const Step& s, int64_t unit, int64_t b, float* lm, co
 inline void finish_apart(const Step& s, int64_t unit, int64_t b, float* lm, float* rm) {
   const DecodeParams& p = *s.params;
   const int64_t count = smaller(kUnit, p.V - unit * kUnit);
+  const bool corrects = p.reward_head == RewardHead::kLowRank;
   for (int64_t v = 0; v < kUnit; v += kLanes) {
-    store(lm + v, postprocess(p, load(lm + v)));
-    store(rm + v, postprocess(p, load(rm + v)));
+    const F32 z_lm = load(lm + v);
+    const F32 z_rm = corrects ? z_lm + load(rm + v) : load(rm + v);
+    store(lm + v, postprocess(p, z_lm));
+    store(rm + v, postprocess(p, z_rm));
   }
   pad_unit(lm, count);
   pad_unit(rm, count);
@@ -150,16 +164,17 @@ inline void finish_apart(const Step& s, int64_t unit, int64_t b, float* lm, floa
   softmax_sums(rm, s.rm_unit_max + at, s.rm_unit_sum + at);
 }
 
-// What becomes of one unit of a run, for requests [b0, b0 + batch).
+// What becomes of one unit of a run, for rows [b0, b0 + batch) of hidden states.
 inline void finish_unit(const Step& s, int64_t unit, int64_t b0, int64_t batch, RunLogits& z,
                         int64_t in_run) {
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < batch; b += s.hidden_rows) {
     float* lm = z.lm + b * z.rows + in_run;
-    float* rm = z.rm + b * z.rows + in_run;
+    float* rm = s.hidden_rows == 2 ? lm + z.rows : z.rm + b * z.rows + in_run;
+    const int64_t request = (b0 + b) / s.hidden_rows;
     if (s.params->mix_probs) {
-      finish_apart(s, unit, b0 + b, lm, rm);
+      finish_apart(s, unit, request, lm, rm);
     } else {
-      finish_mixture(s, unit, b0 + b, lm, rm);
+      finish_mixture(s, unit, request, lm, rm);
     }
   }
 }
@@ -167,20 +182,29 @@ inline void finish_unit(const Step& s, int64_t unit, int64_t b0, int64_t batch, 
 template <class W, class X = typename OperandOf<W>::Type>
 void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
   const DecodeParams& p = *s.params;
+  const bool corrects = p.reward_head == RewardHead::kLowRank;
+  const int64_t hidden_rows = p.B * s.hidden_rows, end_head = corrects ? 1 : s.end_matrix;
   RunLogits z = {};
   for (int64_t unit = begin, run; unit < end; unit += run) {
-    run = smaller(p.B <= kFewRequests ? kRun : 1, end - unit);
+    run = smaller(hidden_rows <= kFewRequests ? kRun : 1, end - unit);
     z.rows = run * kUnit;
     const int64_t first = unit * kUnit, last = smaller(first + z.rows, p.V);
-    for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
-      const int64_t batch = smaller(kBatchBlock, p.B - b0);
-      for (int64_t m = s.first_matrix; m < s.end_matrix; ++m) {
-        const bool more = m + 1 < s.end_matrix;
+    for (int64_t b0 = 0; b0 < hidden_rows; b0 += kBatchBlock) {
+      const int64_t batch = smaller(kBatchBlock, hidden_rows - b0);
+      for (int64_t m = s.first_matrix; m < end_head; ++m) {
+        const bool more = m + 1 < end_head;
         const Place after = more ? Place{m + 1, first} : Place{s.first_matrix, last};
         for (int64_t v = first, groups; v < last; v += 4 * groups) {
           groups = smaller(groups_at_once<Tile<W, X>, X>(batch, p.d), units(last - v, 4));
           const Place next = v + 4 * groups < last ? Place{m, v + 4 * groups} : after;
           dot_groups<W, X>(s, {m, v}, groups, next, b0, batch, v - first, z);
+        }
+      }
+      for (int64_t m = end_head; m < s.end_matrix; ++m) {
+        if (p.dtype == DType::kFloat32) {
+          correct_logits<float>(s, m - 1, first, last - first, b0, batch, z);
+        } else {
+          correct_logits<BFloat16>(s, m - 1, first, last - first, b0, batch, z);
         }
       }
       for (int64_t u = 0; u < run; ++u) finish_unit(s, unit + u, b0, batch, z, u * kUnit);
