@@ -154,13 +154,16 @@ BAD = {
         "reward_bias must be given with reward_head lowrank, got None",
     ),
     "a correction without objectives": (
-        {"reward_head": "lowrank", "reward_weight": None,
-         "reward_bias": torch.zeros(0, V, **bf16)},
+        {"reward_head": "lowrank", "reward_weight": None, "reward_bias": torch.zeros(0, V, **bf16)},
         r"reward_bias must be \(K, 40\) with K >= 1, got \(0, 40\)",
     ),
     "rank 0 by shape": (
-        {"reward_head": "lowrank", "reward_weight": None,
-         "reward_down": torch.zeros(K, 0, d, **bf16), "reward_up": torch.zeros(K, V, 0, **bf16)},
+        {
+            "reward_head": "lowrank",
+            "reward_weight": None,
+            "reward_down": torch.zeros(K, 0, d, **bf16),
+            "reward_up": torch.zeros(K, V, 0, **bf16),
+        },
         r"reward_down must be \(K, r, d\) with r >= 1, got \(2, 0, 16\)",
     ),
     "negative cap": ({"logit_softcap": -1.0}, "logit_softcap must be finite and >= 0, got -1"),

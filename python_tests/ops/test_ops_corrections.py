@@ -116,9 +116,7 @@ def test_a_quantised_lm_head_is_what_its_numbers_mean(isa, dtype, mix_probs, kin
     assert error <= rounding * truth.logits.abs().max()
 
 
-def test_alpha_0_is_the_plain_lm_head_whatever_the_correction_is(
-    isa, dtype, mix_probs, kind, seed
-):
+def test_alpha_0_is_the_plain_lm_head_whatever_the_correction_is(isa, dtype, mix_probs, kind, seed):
     """Bit for bit; alone, and beside a row that listens."""
     case = make_case(seed, 4, 40, 90, 1, dtype, gate="logit", mix_probs=mix_probs, **kind)
     full = make_case(seed, 4, 40, 90, 1, dtype, gate="logit", mix_probs=mix_probs)

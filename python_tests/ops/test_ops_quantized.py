@@ -172,7 +172,9 @@ def test_opcheck(name):
         "return_logits": True,
         "record_attention": False,
     }
-    arguments = [(case | options).get(argument.name) for argument in schema]
+    arguments = [
+        ({"reward_head": "full"} | case | options).get(argument.name) for argument in schema
+    ]
     utilities = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if name != "fp8":  # it multiplies its inputs, which torch cannot do in fp8
         utilities.append("test_schema")
