@@ -165,8 +165,9 @@ def decode_step(
         mix_probs: the mixture, see above. logit_scale, logit_softcap: f.
         return_logits, record_attention: whether those outputs are wanted.
         lm_scale, reward_scale: fp32, of quantised weights (:mod:`dualhead_ext.quantization`):
-            (V,) and (K, V), or (V, d/128) and (K, V, d/128); a correction, which is not quantised,
-            has no reward_scale. lm_weight and reward_weight are then both int8, float8_e4m3fn, or uint8 (V, d/2): int4; W is the dtype of hidden.
+            (V,) and (K, V), or (V, d/128) and (K, V, d/128). lm_weight and reward_weight are then
+            both int8, float8_e4m3fn, or uint8 (V, d/2): int4; W is the dtype of hidden. A
+            correction is not quantised and has no reward_scale.
 
     Returns:
         DecodeOutput: logits (B, V) (log-probabilities with mix_probs), alpha (B,), gate_logit (B,)
