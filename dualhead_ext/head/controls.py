@@ -28,7 +28,8 @@ class Limits(NamedTuple):
     """The range of a control that is one number per request.
 
     ``expected`` describes the range in error messages. ``help`` and ``metavar`` describe the
-    option of the command.
+    option of the command. ``neutral`` is the value that changes nothing, for a request that sets
+    none beside one that does; NaN where every value changes something.
     """
 
     lowest: float
@@ -38,6 +39,7 @@ class Limits(NamedTuple):
     metavar: str = "X"
     above: bool = False  # lowest itself is out of range
     infinite: bool = False  # inf is in range
+    neutral: float = math.nan
 
     def hold(self, number: float) -> bool:
         """Whether a number is in range."""
@@ -94,12 +96,14 @@ class Controls(_Fields):
     strength: Any = field(
         default=None,
         metadata=_limits(
-            0.0, math.inf, "a number >= 0", "factor of alpha; 0 is the backbone (default 1)", "S"
+            *(0.0, math.inf, "a number >= 0"),
+            *("factor of alpha; 0 is the backbone (default 1)", "S"),
+            neutral=1.0,
         ),
     )
     gate_offset: Any = field(
         default=None,
-        metadata=_limits(-math.inf, math.inf, "a number", "added to the gate's logit"),
+        metadata=_limits(-math.inf, math.inf, "a number", "added to the gate's logit", neutral=0.0),
     )
     alpha: Any = field(
         default=None,
@@ -111,6 +115,7 @@ class Controls(_Fields):
             *(0.0, math.inf, "a number >= 0 (inf is no cap)"),
             "limit of the KL divergence from the backbone at each token, in nats",
             infinite=True,
+            neutral=math.inf,
         ),
     )
     skip_threshold: Any = field(
@@ -119,6 +124,7 @@ class Controls(_Fields):
             *(0.0, 0.5, "a number in [0, 0.5]"),
             "treat alpha this close to 0 or 1 as 0 or 1; a head may then be skipped (default 0)",
             "A",
+            neutral=0.0,
         ),
     )
     objective_weights: Any = None

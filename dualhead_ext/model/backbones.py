@@ -46,13 +46,14 @@ def backbone_post_processing(config: Any) -> dict[str, float]:
 
 
 def refuse_packed(kwargs: dict[str, Any]) -> None:
-    """Raise NotImplementedError for packed or continuously batched input, naming it."""
+    """Raise NotImplementedError for packed input, also of a batching manager that is not the gated
+    model's own, naming it.
+    """
     for name in _PACKED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise NotImplementedError(
-                f"DualHeadForCausalLM: {name} belongs to packed or continuously batched input, "
-                f"which the gated head "
-                "does not support; pad the batch instead"
+                f"DualHeadForCausalLM: {name} belongs to packed input, which the gated head does "
+                "not decode; pad the batch, or use the model's own generate_batch"
             )
     positions = kwargs.get("position_ids")
     alone = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils.hub import PushToHubMixin
 
 from ..config import DualHeadConfig, head_fields
@@ -37,12 +38,14 @@ from .backbones import (
     refuse_packed,
 )
 from .builtin_backbones import backbone_path
+from .continuous_batching import GatedBatchingManager, batching_config, prompts_with_controls
 from .generate import alpha_of, new_valid, strength_of
 from .generation_options import Decoding
 from .head_folder import CONFIG_NAME, without_local_path
 from .hf_cache import StaticGateLayer
 from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
+from .paged_gate import PagedGate, paged_gate
 
 # What forward takes beyond the backbone's own arguments.
 _NEW_ARGUMENTS = (
@@ -306,6 +309,8 @@ class DualHeadForCausalLM(PushToHubMixin):
         new = {name: kwargs.pop(name, None) for name in _NEW_ARGUMENTS}
         if new["completion_mask"] is not None:
             return self._training_forward(new, kwargs)
+        if (pages := paged_gate(kwargs)) is not None:
+            return self._paged_forward(base_forward, pages, kwargs)
         refuse_packed(kwargs)
         mask = kwargs.get("attention_mask")
         if (
@@ -343,6 +348,18 @@ class DualHeadForCausalLM(PushToHubMixin):
         if call.raw is not None:
             decoding.compare(self.lm_head_module.after_f(call.raw), out.logits[:, -1:])
         return out
+
+    def _paged_forward(self, base_forward: Any, pages: PagedGate, kwargs: dict) -> Any:
+        """A batch of transformers' continuous batching: logits of the requests' last positions."""
+        kept = kwargs.get("logits_to_keep", 0)
+        call = Call(Controls(), paged=pages, batch=dict(kwargs), logits_to_keep=kept)
+        kwargs["attention_mask"] = pages.backbone_mask(kwargs["attention_mask"])
+        self.lm_head_module.begin(call)
+        try:
+            out = base_forward(self, **kwargs)
+        finally:
+            self.lm_head_module.end()
+        return self._without_backbones_f(out, call, kwargs)
 
     def _without_backbones_f(self, out: Any, call: Call, kwargs: dict) -> Any:
         """For the probability mix: the head's log-probabilities themselves, where the backbone has
@@ -392,6 +409,8 @@ class DualHeadForCausalLM(PushToHubMixin):
         if (kl := kwargs.pop("kl", None)) is not None:
             kwargs["strength"] = strength_of(self.dual_head_config.kl_curve, kl, kwargs)
         decoding = fused_loop.decoding_of(kwargs, batch, self.generation_config)
+        if decoding is not None and kwargs.get("cache_implementation") == "paged":
+            decoding.refuse('cache_implementation="paged"')
         kwargs |= {} if decoding is None else {"dualhead_decoding": decoding}
         where = (batch, self.dual_head_config.num_objectives, torch.float32, self.device)
         controls = Controls.take(kwargs).rows("generate", *where)
@@ -441,13 +460,41 @@ class DualHeadForCausalLM(PushToHubMixin):
         }
         return fused_loop.sample(self, super()._sample, input_ids, arguments, model_kwargs)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching packs requests into one sequence, across which the gate
-        would look.
+    def init_continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
+    ) -> GatedBatchingManager:
+        """As transformers', whose ``continuous_batching_context_manager`` calls it too; the
+        manager's ``add_request`` and ``add_requests`` take the controls of :meth:`generate`.
+
+        Raises:
+            NotImplementedError: a transformers before 5.23; CUDA graphs, compilation or
+                asynchronous batches.
         """
-        raise NotImplementedError(
-            "generate_batch: continuous batching is not supported by the gated head; use generate"
-        )
+        config = batching_config(continuous_batching_config)
+        manager = super().init_continuous_batching(generation_config, config, **kwargs)
+        return GatedBatchingManager.of(manager)
+
+    def generate_batch(
+        self, inputs: list[list[int]], *args: Any, **kwargs: Any
+    ) -> dict[str, GenerationOutput]:
+        """As transformers': prompts of any lengths in one continuous batch. The same text as
+        :meth:`generate` writes for each of them, up to the engines' rounding.
+
+        Args:
+            inputs: token ids of each prompt.
+            kwargs: controls as :meth:`generate` takes them, a number or one for each prompt; all
+                else is transformers'.
+        Raises:
+            TypeError, ValueError: controls. NotImplementedError: as
+                :meth:`init_continuous_batching`.
+        """
+        if (mask := kwargs.pop("attention_mask", None)) is not None and not bool(mask.all()):
+            raise ValueError(
+                "generate_batch: inputs must hold no padding, got an attention_mask with zeros; "
+                "prompts may have different lengths"
+            )
+        inputs = prompts_with_controls(self, "generate_batch", inputs, kwargs)
+        return super().generate_batch(inputs, *args, **kwargs)
 
     # --- training ---
 

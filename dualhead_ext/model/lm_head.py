@@ -24,6 +24,7 @@ from ..ops import DecodeOutput
 from ..ops.logits import postprocess
 from ..quantization.quantized_head import QuantizedStorage
 from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, columns_of, gate_layer
+from .paged_gate import PagedGate
 
 _FORWARD = "DualHeadForCausalLM.forward"
 
@@ -39,6 +40,8 @@ class Call:
     logits_to_keep: int | Tensor = 0
     sampling: Sampling | None = None  # rows; not None: a token is wanted, no logits
     keep_raw: bool = False  # note the head's own logits, to see what the backbone does to them
+    paged: PagedGate | None = None  # continuous batching, of these arguments of the model:
+    batch: dict[str, Any] | None = None
     # Filled in by the hook on the decoder:
     hidden: Tensor | None = None  # (B, T, d)
     layer: GateLayer | None = None
@@ -50,6 +53,7 @@ class Call:
     )  # mix="probs": kept from the backbone's f
     raw: Tensor | None = field(default=None, repr=False)  # (B, 1, V), with keep_raw
     step: DecodeOutput | None = None  # with sampling
+    gate_logit: Tensor | None = None  # (N, 1) with paged, of the requests' last positions
 
 
 def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -143,6 +147,10 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         if call is None:
             return
         call.hidden = output[0].to(self.weight.device)  # elsewhere with a device_map
+        if call.paged is not None:
+            with torch.no_grad():
+                call.gate_logit = call.paged.gate_logits(self, call.hidden, call.batch)
+            return
         batch, length = call.hidden.shape[:2]
         # What can be wrong of the controls is found before the gate's cache is written.
         call.controls = self.control_rows(_FORWARD, call.controls, call.hidden)
@@ -234,6 +242,11 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
                 f"lm_head.weight, which is {x.dtype} once quantised"
             )
         raw = self.config.mix == "logits" and not self.scaled_input
+        if call.paged is not None:
+            logits, alpha = self._mix_paged(x, call)
+            self.last_alpha = alpha
+            call.logits = None if raw or self.scaled_input else logits
+            return logits
         if self.scaled_input:
             same = x.shape[:2] == call.hidden.shape[:2] and x.dim() == 3
             x = keep_positions(call.hidden, 0 if same else call.logits_to_keep)
@@ -298,6 +311,23 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         post_process = self.config.mix != "logits" or self.scaled_input
         out = self.mixed(hidden, gate_logit, controls, post_process)
         return (out.logits[:, 0], out.alpha[:, 0]) if flat else (out.logits, out.alpha)
+
+    @torch.no_grad()
+    def _mix_paged(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """(logits (1, N, V), alpha (N, 1)) of the requests' last positions: x (1, N, d), or
+        (1, Q, d) from a backbone that does not slice; the logits of other positions are 0 then.
+        """
+        last = call.batch["logits_indices"].long()
+        sliced = isinstance(call.logits_to_keep, Tensor)
+        hidden = call.hidden if self.scaled_input else x
+        hidden = hidden[0, last] if self.scaled_input or not sliced else x[0]
+        post_process = self.config.mix != "logits" or self.scaled_input
+        controls = call.paged.rows_for(call.gate_logit)
+        out = self.mixed(hidden[:, None], call.gate_logit, controls, post_process)
+        logits = out.logits[:, 0]
+        if not sliced:
+            logits = logits.new_zeros(x.shape[1], logits.shape[1]).index_copy(0, last, logits)
+        return logits[None], out.alpha
 
     def _gate_logits(self, call: Call, keep: int | Tensor) -> Tensor:
         """Gate logits (B, N) at the kept positions of this call."""

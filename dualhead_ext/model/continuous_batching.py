@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' continuous batching of a gated model: controls per request, and a paged cache with
+room for the gate. See `paged_gate` for where its state lies.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+from ..head.controls import Controls
+from .generate import strength_of
+from .paged_gate import PagedGate
+
+OLDEST = "5.23.0"  # of transformers: older paged caches keep pages in another way
+
+
+class GatedBatchingManager(ContinuousBatchingManager):
+    """transformers' manager for a gated model: `add_request` and `add_requests` take the fields of
+    :class:`dualhead_ext.head.controls.Controls`, and ``kl``, as ``generate()`` does.
+    """
+
+    # transformers names its manager's class itself, so that a manager becomes one of these.
+    @classmethod
+    def of(cls, manager: ContinuousBatchingManager) -> GatedBatchingManager:
+        """The same manager, as one of this class."""
+        manager.__class__ = cls
+        # What a request may carry beyond its tokens; `add_request` has checked it.
+        manager.logit_processor.supported_keys |= dict.fromkeys(Controls.NAMES, object)
+        return manager
+
+    def add_request(self, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
+        """As transformers'; kwargs may hold controls, a number each (objective_weights: K).
+
+        Raises:
+            TypeError, ValueError: a control, before the request is queued.
+        """
+        if (own := getattr(input_ids, "controls", None)) is None:
+            own = controls_of_requests(self.model, "add_request", kwargs, 1)[0]
+        return super().add_request(input_ids, *args, **own, **kwargs)
+
+    def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
+        """As transformers'; kwargs may hold controls, a number or one for each request."""
+        return super().add_requests(
+            prompts_with_controls(self.model, "add_requests", inputs, kwargs), *args, **kwargs
+        )
+
+    def _create_batch_processor(self) -> Any:
+        head, model = self.model.lm_head_module, self.model
+        kept = getattr(self, "batch_processor", None)
+        if kept is not None:
+            if kept.cache.paged_gate.is_of(head):
+                return super()._create_batch_processor()
+            self.batch_processor = None  # its shared prefixes belong to older weights
+        pages = PagedGate(head, model.config.get_text_config(), model.dtype)
+        self.model = _ModelOfCache(model, pages.config)
+        try:
+            processor = super()._create_batch_processor()
+        finally:
+            self.model = model
+        processor.cache.paged_gate = pages
+        return processor
+
+    def _generation_step(self) -> None:
+        processor = self.batch_processor
+        requests = processor.inputs_and_outputs.requests_in_batch
+        given = [r.state.logit_processor_kwargs for r in requests if r.has_new_token]
+        processor.cache.paged_gate.controls = _rows(self.model, given)
+        super()._generation_step()
+
+
+class _ModelOfCache:
+    """A model as the paged cache is made for it: the gate's layers are among those of its config.
+    Another thread may look at it meanwhile, and finds the model.
+    """
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self._model, self.config = model, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _Prompt(list):
+    """Token ids with the controls of their request, which transformers hands on as they are."""
+
+    def __init__(self, ids: Any, controls: dict[str, Any]) -> None:
+        super().__init__(ids)
+        self.controls = controls
+
+
+def controls_of_requests(
+    model: Any, operator: str, kwargs: dict[str, Any], count: int
+) -> list[dict[str, Any]]:
+    """What each of ``count`` requests was given, as Python numbers; taken out of kwargs.
+
+    Raises:
+        TypeError, ValueError: naming the operator and the control.
+    """
+    config = model.dual_head_config
+    if (kl := kwargs.pop("kl", None)) is not None:
+        kwargs["strength"] = strength_of(config.kl_curve, kl, kwargs)
+    where = (count, config.num_objectives, torch.float64, torch.device("cpu"))
+    given = Controls.take(kwargs).rows(operator, *where).given()
+    return [{name: rows[i].tolist() for name, rows in given.items()} for i in range(count)]
+
+
+def prompts_with_controls(
+    model: Any, operator: str, inputs: list[list[int]], kwargs: dict[str, Any]
+) -> list[list[int]]:
+    """The prompts, each with its controls, which are taken out of kwargs."""
+    controls = controls_of_requests(model, operator, kwargs, len(inputs))
+    # One that has its controls already keeps them: generate_batch calls add_requests.
+    return [
+        ids if isinstance(ids, _Prompt) else _Prompt(ids, own)
+        for ids, own in zip(inputs, controls, strict=True)
+    ]
+
+
+def _rows(model: Any, given: list[dict[str, Any]]) -> Controls:
+    """Controls of requests as rows: those that any of them has, the neutral value elsewhere."""
+    count = model.dual_head_config.num_objectives
+    neutral = {name: limits.neutral for name, limits in Controls.LIMITS.items()}
+    neutral["objective_weights"] = [1.0 / count] * count
+    names = [name for name in Controls.NAMES if any(name in request for request in given)]
+    return Controls(
+        **{n: torch.tensor([request.get(n, neutral[n]) for request in given]) for n in names}
+    )
+
+
+def batching_config(config: Any) -> Any:
+    """The configuration of continuous batching as a gated model runs it.
+
+    Raises:
+        NotImplementedError: an older transformers; CUDA graphs, compilation or asynchronous
+            batches.
+    """
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise NotImplementedError(
+            f"continuous batching: the gated head needs transformers {OLDEST} or newer, got "
+            f"{transformers.__version__}; use generate"
+        )
+    config = transformers.ContinuousBatchingConfig() if config is None else copy.copy(config)
+    graphs = config.use_cuda_graph
+    asked = {
+        "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,
+        "use_async_batching": config.use_async_batching,
+        "varlen_compile_config": config.varlen_compile_config,
+        "decode_compile_config": config.decode_compile_config,
+        "default_compile_level": config.default_compile_level,
+    }
+    for name, value in asked.items():
+        if value:
+            raise NotImplementedError(
+                f"continuous batching: {name} is not supported by the gated head, whose controls "
+                "the host reads for each batch; leave it out"
+            )
+    config.use_cuda_graph = config.use_async_batching = False
+    config.max_blocks_per_request = 0  # the path by block tables keeps no state but the backbone's
+    return config

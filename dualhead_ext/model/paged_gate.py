@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate's state in the paged cache of continuous batching, where requests of different lengths
+lie one after the other in a single row.
+
+The state of a position is so many bytes: keys (H, d_k), then folded values (H,). They are kept as
+the keys and values of a few attention layers more, so that paging, prefix sharing, forks and
+offloading reach them as they reach the backbone's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..head.controls import Controls
+from ..head.mixture import mixing_weight
+from ..ops.logits import accumulator_dtype
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_types_of(config: Any) -> list[str]:
+    """The kind of attention of each of a backbone's layers."""
+    if (types := getattr(config, "layer_types", None)) is not None:
+        return list(types)
+    kind = _FULL if getattr(config, "sliding_window", None) is None else _SLIDING
+    return [kind] * config.num_hidden_layers
+
+
+class PagedGate:
+    """Where the gate's state lies in a paged cache, and the batch under way.
+
+    Attributes:
+        config: the backbone's configuration with the gate's layers after its own, by which
+            transformers makes the cache.
+        controls: of the requests that get a token in this batch, one row each. A request without a
+            control has its neutral value.
+    """
+
+    def __init__(self, head: Any, config: Any, cache_dtype: torch.dtype) -> None:
+        """config: the backbone's text configuration; cache_dtype: the paged cache's."""
+        from transformers.generation.continuous_batching.utils import (
+            find_head_dim,
+            find_num_key_value_heads,
+        )
+
+        self._probe = head.new_cache(1, 1)  # holds the weights that the state is made with
+        self._cache_dtype = cache_dtype
+        self._page = (find_num_key_value_heads(config), find_head_dim(config))
+        self._key_bytes = self._value_bytes = 0
+        if head.gate.has_state:
+            count, size = head.gate.num_heads, head.gate.head_dim
+            self._key_bytes = count * size * head.hidden_dtype.itemsize
+            self._value_bytes = count * accumulator_dtype(head.hidden_dtype).itemsize
+        self._layer_bytes = 2 * math.prod(self._page) * cache_dtype.itemsize
+        self._layer_count = math.ceil((self._key_bytes + self._value_bytes) / self._layer_bytes)
+        self._own_types = layer_types_of(config)
+        self.config = copy.deepcopy(config)
+        if self._layer_count:
+            self.config.num_hidden_layers += self._layer_count
+            self.config.layer_types = self._own_types + [_FULL] * self._layer_count
+        self.controls = Controls()
+
+    def is_of(self, head: Any) -> bool:
+        """Whether the head's weights are still those that the state in the cache is made with."""
+        return self._probe.weights.stamp == head.new_cache(1, 1).weights.stamp
+
+    def backbone_mask(self, mask: Any) -> Any:
+        """The mask for the backbone, which gets one mask where its layers are of one kind."""
+        return mask[self._own_types[0]] if self._one_mask(mask) else mask
+
+    def _one_mask(self, mask: Any) -> bool:
+        return isinstance(mask, dict) and len(set(self._own_types)) == 1
+
+    def gate_logits(self, head: Any, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Write the state of every position of hidden (1, Q, d); the gate's logits at
+        ``logits_indices`` (N,), (N, 1). batch: what transformers passes to the model.
+
+        Raises:
+            RuntimeError: the head's weights have changed since the cache was made.
+        """
+        head.check_cache("continuous batching", self._probe, 1)
+        last = batch["logits_indices"].long()
+        queries = hidden[0, last][:, None]
+        if not head.gate.has_state:
+            return head.gate(queries)
+        states = self._update(head, hidden, batch)
+        q_starts = batch["cu_seq_lens_q"].long()
+        k_starts = batch["cu_seq_lens_k"][_FULL].long()
+        request = torch.searchsorted(q_starts[1:], last, right=True).clamp(max=len(k_starts) - 2)
+        length = k_starts[request + 1] - k_starts[request]
+        columns = torch.arange(int(batch["max_length_k"][_FULL]), device=hidden.device)
+        index = (k_starts[request][:, None] + columns).clamp(max=len(states) - 1)
+        query_column = length - (q_starts[request + 1] - last)
+        k, u = self._unpack(head, states[index])
+        valid = columns < length[:, None]
+        return head.gate.attend(queries, query_column[:, None], k, u, valid)
+
+    def _update(self, head: Any, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Write hidden's state into the cache; that of all positions of all requests in this batch,
+        (S, bytes), one request after the other.
+        """
+        weights = self._probe.weights
+        k, u = head.gate.keys_and_values(hidden, weights.tensors["u_weight"], weights.projection)
+        parts = [k[0].transpose(0, 1).flatten(1), u[0].transpose(0, 1)]
+        parts = [part.contiguous().view(torch.uint8) for part in parts]
+        unused = self._layer_count * self._layer_bytes - self._key_bytes - self._value_bytes
+        parts.append(parts[0].new_zeros(len(parts[0]), unused))
+        pages = torch.cat(parts, 1).view(self._cache_dtype)
+        pages = pages.view(len(pages), self._layer_count, 2, *self._page).permute(1, 2, 3, 0, 4)
+        names = ("cu_seq_lens_k", "max_length_k", "read_index", "write_index", "block_table")
+        found = []
+        for layer, (keys, values) in enumerate(pages, start=len(self._own_types)):
+            arguments = {name: batch.get(name) for name in names}  # which update changes
+            both = batch["cache"].update(keys[None], values[None], layer, arguments)
+            found += [part[0].transpose(0, 1).flatten(1) for part in both]
+        return torch.cat(found, 1).view(torch.uint8)
+
+    def _unpack(self, head: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, S, bytes) -> k (N, H, S, d_k), u (N, H, S)."""
+        gate, end = head.gate, self._key_bytes + self._value_bytes
+        k = states[..., : self._key_bytes].contiguous().view(head.hidden_dtype)
+        u = states[..., self._key_bytes : end].contiguous()
+        u = u.view(accumulator_dtype(head.hidden_dtype)).transpose(1, 2)
+        return k.unflatten(-1, (gate.num_heads, gate.head_dim)).transpose(1, 2), u
+
+    def rows_for(self, gate_logit: Tensor) -> Controls:
+        """The batch's controls as rows for gate_logit (N, 1). transformers has a row for every
+        request in the batch; those without a token come last and are never read.
+        """
+        found = {}
+        for name, rows in self.controls.given().items():
+            padded = rows.new_zeros(len(gate_logit), *rows.shape[1:])
+            padded[: len(rows)] = rows
+            found[name] = padded.to(gate_logit.device)
+        if (alpha := found.get("alpha")) is not None:
+            offset = Controls(gate_offset=found.get("gate_offset"))
+            _, own = mixing_weight(gate_logit, offset)
+            found["alpha"] = torch.where(alpha.isnan(), own[:, 0].to(alpha.dtype), alpha)
+        return Controls(**found)
+
+
+def paged_gate(kwargs: dict[str, Any]) -> PagedGate | None:
+    """The gate's place in the paged cache among a forward's arguments, if there is one."""
+    return getattr(kwargs.get("cache"), "paged_gate", None)
