@@ -156,7 +156,7 @@ def test_uses_of_the_oracle_are_found():
     assert uses_of_the_oracle("head.decoding") == {"decode_step"}
     assert uses_of_the_oracle("ops") == {"DecodeOutput"}
     assert "decode_step" in uses_of_the_oracle("bench.contenders")
-    assert "dual_head_loss" in uses_of_the_oracle("bench.loss_contenders")
+    assert "row_sums" in uses_of_the_oracle("bench.eager_loss")
 
 
 def test_a_control_is_named_in_four_places():

@@ -4,7 +4,7 @@
 Contenders, over the same hidden states, whose every token is a response token:
 
 - ``dualhead``: :mod:`dualhead_ext.loss.chunked`.
-- ``eager``: :mod:`dualhead_ext.loss.reference`, the same objective in plain PyTorch.
+- ``eager``: :mod:`.eager_loss`, the same objective in plain PyTorch.
 - ``compile``: that under ``torch.compile``.
 - ``torch_chunked``: ``torch.nn.functional.linear_cross_entropy``, chunked, over
   ``[(1 - a) h; a h]`` and ``[W_LM; W_RM]``. It computes the language model term alone (no
@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..loss import chunked
-from ..loss import reference as reference_loss
 from ..loss.heads import Heads
 from ..loss.pairs import Pairing
 from ..loss.terms import LossOptions
 from ..model.packing import packed_rows
+from . import eager_loss
 from .cases import FORMATS
 from .loss_cases import LossCase
 
@@ -144,10 +144,10 @@ def whole_calls(batch: Batch, compile: bool) -> dict[str, Call]:
     """Those who compute the whole objective."""
     calls = {
         "dualhead": lambda: batch.objective_value(chunked.dual_head_loss),
-        "eager": lambda: batch.objective_value(reference_loss.dual_head_loss),
+        "eager": lambda: batch.objective_value(eager_loss.dual_head_loss),
     }
     if compile:
-        compiled = torch.compile(reference_loss.dual_head_loss)
+        compiled = torch.compile(eager_loss.dual_head_loss)
         calls["compile"] = lambda: batch.objective_value(compiled)
     return calls
 
@@ -165,7 +165,7 @@ def language_model_calls(batch: Batch) -> dict[str, Call]:
 def eager_language_model_term(batch: Batch) -> Tensor:
     """The same term in plain PyTorch, to compare them with."""
     alone = LossOptions(lambda_r=0.0, lambda_g=0.0)
-    return batch.objective_value(reference_loss.dual_head_loss, alone)
+    return batch.objective_value(eager_loss.dual_head_loss, alone)
 
 
 def _torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

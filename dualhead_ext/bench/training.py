@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..loss import chunked
-from ..loss import reference as reference_loss
 from ..measurement.timing import Contender, Ratio, Timing, alternate, clock_of, ratio
+from . import eager_loss
 from .memory import peak_of
 from .training_cases import TrainingCase
 
@@ -109,7 +109,7 @@ def run_case(
     from .training_steps import Training, check_agreement
 
     training = Training(case, device_type)
-    fused, eager = chunked.dual_head_loss, reference_loss.dual_head_loss
+    fused, eager = chunked.dual_head_loss, eager_loss.dual_head_loss
     ways = {
         "dualhead": (training.batch, fused),
         "eager": (training.batch, eager),

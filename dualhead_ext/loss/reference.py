@@ -10,19 +10,19 @@
     r(y) = sum_t log pi_r(y_t)               preference="log_prob"
     r(y) = sum_t a_t^kappa delta_t(y_t)      preference="token_reward", delta = z_RM - z_LM
 
-Response tokens alone reach the heads: prompts and padding are dropped before the products. R rows,
-P pairs of them (`loss_pairs`), N tokens.
+Written to be checked by eye. The products are of all response tokens at once; what follows them
+goes pair by pair and example by example. R rows, P pairs of them (`pairs`), N response tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..reference import accumulator_dtype, head_logits, postprocess, reward_logits
 from .heads import Heads
 from .pairs import Pairing, to_device
@@ -32,14 +32,11 @@ from .terms import (
     GATE_STATISTICS,
     LM_REDUCTIONS,
     PREFERENCE_REDUCTIONS,
-    SATURATION_LOGIT,
     TOTAL_NAMES,
     DualHeadLossOutput,
     LossCounts,
     LossOptions,
     at_least_one,
-    gate_entropy,
-    pair_loss,
 )
 
 
@@ -69,52 +66,38 @@ def objective_logits(heads: Heads, hidden: Tensor, k: int, z_lm: Tensor | None) 
     return (lm_logits(heads, hidden) if z_lm is None else z_lm) + correction(heads, hidden, k)
 
 
-def features(heads: Heads, hidden: Tensor, k: int) -> Tensor:
-    """What the correction's matrix with V rows is multiplied by, in fp32 or float64:
-    ``U_k D_k h + c_k`` (N, d) for "embedding", ``A_k h`` (N, r) for "lowrank".
+def correction(heads: Heads, hidden: Tensor, k: int) -> Tensor:
+    """delta_k (N, V) of a head that is a correction: ``W_LM (U_k D_k h + c_k)`` for "embedding",
+    ``U_k D_k h + c_k`` for "lowrank". Products run in fp32 or float64, the one with V rows in the
+    dtype of its weight.
     """
     dtype = accumulator_dtype(hidden.dtype)
-    inner = (
-        None if heads.reward_down is None else hidden.to(dtype) @ heads.reward_down[k].to(dtype).T
-    )
+    c_k, inner = heads.reward_bias[k].to(dtype), None
+    if heads.reward_down is not None:
+        inner = hidden.to(dtype) @ heads.reward_down[k].to(dtype).T
     if heads.reward_head == "lowrank":
-        return inner
-    bias = heads.reward_bias[k].to(dtype)
-    if inner is None:
-        return bias.expand(len(hidden), -1)
-    return inner @ heads.reward_up[k].to(dtype).T + bias
-
-
-def correction(heads: Heads, hidden: Tensor, k: int) -> Tensor:
-    """delta_k (N, V) of a head that is a correction: ``W_LM (U_k D_k h + c_k)`` or
-    ``B_k A_k h + b_k``.
-    """
-    inner = features(heads, hidden, k)
-    if heads.reward_head == "embedding":
-        return head_logits(inner.to(heads.lm_weight.dtype), heads.lm_weight, None)
-    delta = head_logits(inner.to(heads.reward_up.dtype), heads.reward_up[k], None)
-    return delta + heads.reward_bias[k].to(delta.dtype)
+        up = heads.reward_up[k]
+        return head_logits(inner.to(up.dtype), up, None) + c_k
+    change = c_k.expand(len(hidden), -1)
+    if inner is not None:
+        change = inner @ heads.reward_up[k].to(dtype).T + c_k
+    return head_logits(change.to(heads.lm_weight.dtype), heads.lm_weight, None)
 
 
 def token_rewards(heads: Heads, hidden: Tensor, labels: Tensor) -> Tensor:
-    """delta_k(y) = z_k[y] - z_LM[y], (K, N) in fp32 or float64, from the labels' rows alone."""
-    dtype = accumulator_dtype(hidden.dtype)
-    hidden, rows, found = hidden.to(dtype), F.embedding(labels, heads.lm_weight).to(dtype), []
-    for k in range(heads.num_objectives):
-        if heads.reward_head == "full":
-            value = ((F.embedding(labels, heads.reward_weight[k]).to(dtype) - rows) * hidden).sum(
-                -1
-            )
-            if heads.reward_bias is not None:
-                value = value + (heads.reward_bias[k] - heads.lm_bias).to(dtype)[labels]
-        elif heads.reward_head == "embedding":
-            value = (features(heads, hidden, k) * rows).sum(-1)
-        else:
-            up = F.embedding(labels, heads.reward_up[k]).to(dtype)
-            value = (up * features(heads, hidden, k)).sum(-1)
-            value = value + heads.reward_bias[k].to(dtype)[labels]
-        found.append(value)
-    return torch.stack(found)
+    """delta_k(y) = z_k[y] - z_LM[y], (K, N) in fp32 or float64."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return reference.token_rewards(
+            hidden,
+            labels,
+            heads.lm_weight,
+            heads.lm_bias,
+            reward_head=heads.reward_head,
+            reward_weight=heads.reward_weight,
+            reward_down=heads.reward_down,
+            reward_up=heads.reward_up,
+            reward_bias=heads.reward_bias,
+        )
 
 
 @dataclass
@@ -128,6 +111,15 @@ class Part:
 
     def __getitem__(self, index: Tensor) -> Part:
         return Part(*(x[index] for x in (self.rows, self.hidden, self.labels, self.gate_logit)))
+
+
+def entropy(gate_logit: Tensor) -> Tensor:
+    """``H(a)`` of ``a = sigmoid(l)``: a Bernoulli variable's cross-entropy with itself. Infinite
+    logits (a fixed a of 0 or 1) give 0 and no gradient.
+    """
+    logit = torch.where(torch.isinf(gate_logit), 0.0, gate_logit)
+    own = F.binary_cross_entropy_with_logits(logit, torch.sigmoid(logit), reduction="none")
+    return torch.where(torch.isinf(gate_logit), 0.0, own)
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -201,6 +193,22 @@ def dual_head_loss(
     documents. Differentiable with respect to hidden, gate_logit and the heads' weights. lengths:
     not needed here, counted from the mask.
     """
+    sums = row_sums(hidden, labels, mask, gate_logit, heads, options, pairing)
+    return objective(*sums, pairing, counts, options)
+
+
+def row_sums(
+    hidden: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    gate_logit: Tensor,
+    heads: Heads,
+    options: LossOptions,
+    pairing: Pairing,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sums over each row's response tokens: (``lm_nll``, ``entropy``, ``kl``, ``tokens`` and
+    `terms.GATE_STATISTICS`, (R,) each; r under each objective's head (R, K)).
+    """
     num_rows, length = mask.shape
     rows, columns = mask.bool().nonzero(as_tuple=True)
     kept = Part(
@@ -239,11 +247,11 @@ def dual_head_loss(
         dense = of_tokens.new_zeros(num_rows, length)
         return dense.index_put((rows, columns), of_tokens).sum(-1)
 
-    per_token = {"lm_nll": -lm_logps, "entropy": gate_entropy(kept.gate_logit), "kl": kl}
+    per_token = {"lm_nll": -lm_logps, "entropy": entropy(kept.gate_logit), "kl": kl}
     per_row = {name: sums(x) for name, x in (per_token | _of_alpha(kept.gate_logit)).items()}
     per_row["tokens"] = mask.bool().sum(-1)
     of_rewards = torch.stack([sums(of_objective) for of_objective in rewards], dim=-1)
-    return _objective(per_row, of_rewards, pairing, counts, options)
+    return per_row, of_rewards
 
 
 def _log_prob_rewards(
@@ -288,68 +296,75 @@ def _of_alpha(gate_logit: Tensor) -> dict[str, Tensor]:
     """`terms.GATE_STATISTICS` of each token: (N,) float64 each."""
     alpha = torch.sigmoid(gate_logit.double())
     found = {"alpha": alpha, "alpha_squared": alpha**2}
-    found["alpha_near_0"] = (gate_logit < -SATURATION_LOGIT).double()
-    found["alpha_near_1"] = (gate_logit > SATURATION_LOGIT).double()
-    bins = (alpha * ALPHA_BINS).floor().clamp(max=ALPHA_BINS - 1)
-    found |= {f"alpha_bin_{i}": (bins == i).double() for i in range(ALPHA_BINS)}
-    return {name: found[name] for name in GATE_STATISTICS}
+    found["alpha_near_0"] = alpha < 0.01
+    found["alpha_near_1"] = alpha > 0.99
+    for i in range(ALPHA_BINS):
+        below_end = alpha < (i + 1) / ALPHA_BINS if i + 1 < ALPHA_BINS else alpha <= 1
+        found[f"alpha_bin_{i}"] = (alpha >= i / ALPHA_BINS) & below_end
+    return {name: found[name].double() for name in GATE_STATISTICS}
 
 
-def _objective(
+_SIDES = ("chosen", "rejected")
+
+# What is kept of each pair, in the order of `objective`.
+_OF_PAIRS = (
+    "pairs",
+    "pair_loss",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_rewards",
+    "rejected_rewards",
+    "correct_pairs",
+    "saturated_pairs",
+)
+
+
+def objective(
     per_row: dict[str, Tensor],
     rewards: Tensor,
     pairing: Pairing,
     counts: LossCounts | None,
     options: LossOptions,
 ) -> DualHeadLossOutput:
-    """L from the sums of each row: per_row (R,) each, rewards (R, K)."""
+    """L from the sums of each row: per_row (R,) each, rewards (R, K). Pair by pair, example by
+    example.
+    """
     length = per_row["tokens"]
     counts = counts or LossCounts.of_lengths(length, pairing, options.lm_on_chosen)
-    better, worse, objective = pairing.tensors(length.device)
-    reduce = PREFERENCE_REDUCTIONS[options.pref_reduction]
-    r_better, r_worse = rewards[better, objective], rewards[worse, objective]
-    chosen = options.beta_r * reduce(r_better, length[better])
-    rejected = options.beta_r * reduce(r_worse, length[worse])
-    margin = chosen - rejected - options.gamma
-    # Two empty responses say nothing.
-    says_nothing = length[better] + length[worse] == 0
-    losses = torch.where(says_nothing, 0.0, pair_loss(margin, options.label_smoothing))
+    e, reduce = options.label_smoothing, PREFERENCE_REDUCTIONS[options.pref_reduction]
+    pair_rows = []
+    for better, worse, k in zip(pairing.better, pairing.worse, pairing.objective, strict=True):
+        r_better, r_worse = rewards[better, k], rewards[worse, k]
+        chosen = options.beta_r * reduce(r_better, length[better])
+        rejected = options.beta_r * reduce(r_worse, length[worse])
+        margin = chosen - rejected - options.gamma
+        pair_loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
+        # Two empty responses say nothing.
+        pair_loss = torch.where(length[better] + length[worse] == 0, 0.0, pair_loss)
+        p_right = torch.sigmoid(margin.detach().double())
+        saturated = (p_right < 0.01) | (p_right > 0.99)
+        flags = ((chosen > rejected).to(margin.dtype), saturated.to(margin.dtype))
+        values = (pair_loss, r_better, r_worse, chosen, rejected, *flags)
+        pair_rows.append(torch.stack((torch.ones_like(margin), *values)))
+    none = rewards.new_zeros(0, len(_OF_PAIRS))
+    of_pairs = torch.stack(pair_rows) if pair_rows else none
+    by_name = dict(zip(_OF_PAIRS, of_pairs.unbind(-1), strict=True))
 
     lm_loss = per_row["lm_nll"].sum() / at_least_one(LM_REDUCTIONS[options.lm_reduction](counts))
-    preference_loss = losses.sum() / at_least_one(counts.pairs)
-    entropy = per_row["entropy"].sum() / at_least_one(counts.tokens)
-    gate_loss = options.lambda_g * GATE_REGULARIZERS[options.gate_regularizer](entropy)
+    preference_loss = by_name["pair_loss"].sum() / at_least_one(counts.pairs)
+    mean_entropy = per_row["entropy"].sum() / at_least_one(counts.tokens)
+    gate_loss = options.lambda_g * GATE_REGULARIZERS[options.gate_regularizer](mean_entropy)
     kl_loss = options.kl_price * per_row["kl"].sum() / at_least_one(counts.tokens)
     loss = lm_loss + options.lambda_r * preference_loss + gate_loss + kl_loss
 
-    with torch.no_grad():
-        in_lm = to_device(pairing.in_lm(options.lm_on_chosen), length.device)
-        of_rows = per_row | {"sequences": in_lm, "lm_tokens": length * in_lm}
-        of_pairs = {
-            "pairs": torch.ones_like(losses),
-            "pair_loss": losses,
-            "chosen_logps": r_better,
-            "rejected_logps": r_worse,
-            "chosen_rewards": chosen,
-            "rejected_rewards": rejected,
-            "correct_pairs": chosen > rejected,
-            "saturated_pairs": margin.abs() > SATURATION_LOGIT,
-        }
-        totals = [
-            _per_example(of_pairs[name], pairing.pairs_of_examples)
-            if name in of_pairs
-            else _per_example(of_rows[name], pairing.examples)
-            for name in TOTAL_NAMES
-        ]
-    detached = (lm_loss, preference_loss, gate_loss, kl_loss, r_better, r_worse, chosen, rejected)
-    values: list[Any] = [*(x.detach() for x in detached), torch.stack(totals, -1)]
-    return DualHeadLossOutput(loss, *values)
-
-
-def _per_example(values: Tensor, members: list[list[int]]) -> Tensor:
-    """(E,) float64: the sum of values over each example's rows, or over its pairs."""
-    places = [e for e, of_example in enumerate(members) for _ in of_example]
-    order = [i for of_example in members for i in of_example]
-    example, source = (to_device(numbers, values.device) for numbers in (places, order))
-    sums = torch.zeros(len(members), dtype=torch.float64, device=values.device)
-    return sums.index_add(0, example, values[source].double())
+    in_lm = to_device(pairing.in_lm(options.lm_on_chosen), length.device)
+    per_row = per_row | {"sequences": in_lm, "lm_tokens": length * in_lm}
+    of_rows = torch.stack([values.detach().double() for values in per_row.values()], dim=-1)
+    totals = []
+    for rows, pairs in zip(pairing.examples, pairing.pairs_of_examples, strict=True):
+        sums = torch.cat((of_rows[rows].sum(0), of_pairs[pairs].detach().double().sum(0)))
+        named = dict(zip((*per_row, *_OF_PAIRS), sums, strict=True))
+        totals.append(torch.stack([named[name] for name in TOTAL_NAMES]))
+    compared = (by_name[f"{side}_{kind}"] for kind in ("logps", "rewards") for side in _SIDES)
+    detached = (lm_loss, preference_loss, gate_loss, kl_loss, *compared, torch.stack(totals))
+    return DualHeadLossOutput(loss, *(x.detach() for x in detached))

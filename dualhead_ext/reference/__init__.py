@@ -110,25 +110,17 @@ def mixing_weight(
     where that is below ``skip_threshold`` and 1 where it is nearer than that to 1, which is what
     may spare a head. All shapes broadcast.
     """
-    weight = (
-        torch.sigmoid(gate_logit)
-        if alpha is None
-        else alpha.to(gate_logit.dtype).expand_as(gate_logit)
-    )
+    dtype = gate_logit.dtype
+    a = torch.sigmoid(gate_logit) if alpha is None else alpha.to(dtype).expand_as(gate_logit)
     if strength is not None:
-        strength = strength.to(gate_logit.dtype)
-        highest = 1.0 if mix == "probs" else None
-        weight = torch.where(
-            strength == 0, torch.zeros_like(weight), (strength * weight).clamp(0.0, highest)
-        )
+        s = strength.to(dtype)
+        a = torch.where(s == 0, 0.0, torch.clamp(s * a, min=0.0))
+        a = torch.clamp(a, max=1.0) if mix == "probs" else a
     if skip_threshold is not None:
-        threshold = skip_threshold.to(gate_logit.dtype)
-        weight = torch.where(
-            weight < threshold,
-            torch.zeros_like(weight),
-            torch.where((1 - weight).abs() < threshold, torch.ones_like(weight), weight),
-        )
-    return weight
+        threshold = skip_threshold.to(dtype)
+        near_0, near_1 = a < threshold, torch.abs(1 - a) < threshold
+        a = torch.where(near_0, 0.0, torch.where(near_1, 1.0, a))
+    return a
 
 
 def postprocess(logits: Tensor, logit_scale: float = 1.0, logit_softcap: float = 0.0) -> Tensor:

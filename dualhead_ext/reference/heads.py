@@ -32,6 +32,17 @@ def head_logits(
     return logits.to(accumulator_dtype(logits.dtype))
 
 
+def weighted_sum(terms: list[Tensor], objective_weights: Tensor | None) -> Tensor:
+    """``sum_k w_k x_k``: K terms (B, ..., n), objective_weights (B, K), or None for 1/K each."""
+    if objective_weights is None:
+        return terms[0] if len(terms) == 1 else torch.stack(terms).mean(0)
+    total = torch.zeros_like(terms[0])
+    for k, term in enumerate(terms):
+        w_k = objective_weights[:, k].to(term.dtype)
+        total = total + w_k.view(-1, *(1,) * (term.dim() - 1)) * term
+    return total
+
+
 def reward_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -44,18 +55,11 @@ def reward_logits(
     hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by
     1/K; scale (K, V, ...): of quantised weights. Returns (B, ..., V).
     """
-    num_objectives = weight.shape[0]
-    total = None
-    for k in range(num_objectives):
-        scale_k = None if scale is None else scale[k]
-        logits = head_logits(hidden, weight[k], None if bias is None else bias[k], scale_k)
-        if objective_weights is not None:
-            share = objective_weights[:, k].to(logits.dtype)
-            logits = logits * share.view(-1, *(1,) * (logits.dim() - 1))
-        elif num_objectives > 1:
-            logits = logits / num_objectives
-        total = logits if total is None else total + logits
-    return total
+    terms = []
+    for k in range(weight.shape[0]):
+        b_k = None if bias is None else bias[k]
+        terms.append(head_logits(hidden, weight[k], b_k, None if scale is None else scale[k]))
+    return weighted_sum(terms, objective_weights)
 
 
 def correction(
@@ -71,19 +75,11 @@ def correction(
     hidden (B, ..., d), down (K, r, d) and up (K, n, r), both None for rank 0, bias (K, n),
     objective_weights (B, K); None weighs each by 1/K. Returns (B, ..., n) in fp32 or float64.
     """
-    dtype, num_objectives = accumulator_dtype(hidden.dtype), bias.shape[0]
-    total = None
-    for k in range(num_objectives):
-        value = bias[k].to(dtype).expand(*hidden.shape[:-1], -1)
-        if down is not None:
-            value = F.linear(F.linear(hidden, down[k]), up[k]).to(dtype) + value
-        if objective_weights is not None:
-            share = objective_weights[:, k].to(dtype)
-            value = value * share.view(-1, *(1,) * (value.dim() - 1))
-        elif num_objectives > 1:
-            value = value / num_objectives
-        total = value if total is None else total + value
-    return total
+    terms = []
+    for k in range(bias.shape[0]):
+        c_k = bias[k].to(accumulator_dtype(hidden.dtype)).expand(*hidden.shape[:-1], -1)
+        terms.append(c_k if down is None else c_k + F.linear(F.linear(hidden, down[k]), up[k]))
+    return weighted_sum(terms, objective_weights)
 
 
 def corrected_logits(
@@ -129,11 +125,8 @@ def token_rewards(
     reward_up: Tensor | None = None,
     reward_bias: Tensor | None = None,
 ) -> Tensor:
-    """``delta_k,t[y_t]``, the reward of each given token under each objective, without a product
-    with the vocabulary: only the rows of the tokens are read.
-
-    ``"full"``: (W_RM,k - W_LM)[y].h + (b_RM,k - b_LM)[y]; ``"embedding"``: W_LM[y].(M_k h + c_k);
-    ``"lowrank"``: B_k[y].(A_k h) + b_k[y]. It is what z_RM - z_LM holds at the label.
+    """``delta_k,t[y_t] = z_k,t[y_t] - z_LM,t[y_t]``, the reward of each given token under each
+    objective, from the logits of the whole vocabulary.
 
     Args:
         hidden: (..., d). labels: (...) int64. lm_weight, lm_bias: (V, d), (V,).
@@ -142,21 +135,18 @@ def token_rewards(
     Returns: (K, ...) in fp32 or float64.
     """
     dtype = accumulator_dtype(hidden.dtype)
-    rows, rewards = lm_weight[labels].to(dtype), []
+    h, lm_weight = hidden.to(dtype), lm_weight.to(dtype)
+    z_lm = head_logits(h, lm_weight, None if lm_bias is None else lm_bias.to(dtype))
     count = (reward_weight if reward_head == "full" else reward_bias).shape[0]
+    found = []
     for k in range(count):
+        down, up, bias = (
+            None if x is None else x[k, None].to(dtype)
+            for x in (reward_down, reward_up, reward_bias)
+        )
         if reward_head == "full":
-            value = ((reward_weight[k][labels].to(dtype) - rows) * hidden.to(dtype)).sum(-1)
-            if reward_bias is not None:
-                value = value + (reward_bias[k] - lm_bias).to(dtype)[labels]
-        elif reward_head == "embedding":
-            maps = (
-                (None, None) if reward_down is None else (reward_down[k, None], reward_up[k, None])
-            )
-            value = (rows * correction(hidden, *maps, reward_bias[k, None])).sum(-1)
+            z_k = reward_logits(h, reward_weight[k, None].to(dtype), bias, None)
         else:
-            inner = F.linear(hidden, reward_down[k]).to(dtype)
-            value = (reward_up[k][labels].to(dtype) * inner).sum(-1)
-            value = value + reward_bias[k].to(dtype)[labels]
-        rewards.append(value)
-    return torch.stack(rewards)
+            z_k = corrected_logits(h, z_lm, reward_head, down, up, bias, None, lm_weight)
+        found.append((z_k - z_lm).gather(-1, labels[..., None]).squeeze(-1))
+    return torch.stack(found)

@@ -46,20 +46,21 @@ def keep_mask(
     min_p * p_max. The first always stays. scaled (B, V): logits / temperature; top_k int32, top_p,
     min_p fp32 (B,), None or top_k <= 0, top_p >= 1, min_p <= 0 switch off. Returns bool (B, V).
     """
-    values, order = torch.sort(scaled.double(), dim=-1, descending=True, stable=True)
+    ranked, order = torch.sort(scaled.double(), dim=-1, descending=True, stable=True)
     rank = torch.arange(scaled.shape[-1], device=scaled.device).expand_as(order)
-    keep = torch.ones_like(rank, dtype=torch.bool)
+    everything = torch.ones_like(rank, dtype=torch.bool)
+    within_k = within_p = within_min = everything
     if top_k is not None:
-        keep = keep & ((rank < top_k[:, None]) | (top_k[:, None] <= 0))
+        within_k = (rank < top_k[:, None]) | (top_k[:, None] <= 0)
     if top_p is not None:
-        p = torch.softmax(values.masked_fill(~keep, -torch.inf), dim=-1)
-        above = torch.cumsum(p, dim=-1) - p
-        keep = keep & ((above < top_p[:, None].double()) | (top_p[:, None] >= 1))
+        p = torch.softmax(ranked.masked_fill(~within_k, -torch.inf), dim=-1)
+        mass_above = torch.cumsum(p, dim=-1) - p
+        within_p = (mass_above < top_p[:, None].double()) | (top_p[:, None] >= 1)
     if min_p is not None:
-        threshold = values[:, :1] + torch.log(min_p[:, None].double())
-        keep = keep & ((values >= threshold) | (min_p[:, None] <= 0))
-    keep = keep | (rank == 0)
-    return torch.zeros_like(keep).scatter(-1, order, keep)
+        relative = torch.exp(ranked - ranked[:, :1])  # p / p_max
+        within_min = (relative >= min_p[:, None].double()) | (min_p[:, None] <= 0)
+    kept = (within_k & within_p & within_min) | (rank == 0)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
 def sample_token(
@@ -76,14 +77,11 @@ def sample_token(
     lowest index. A row with temperature 0 takes the argmax. logits (B, V); all else (B,). Returns
     int64 (B,).
     """
-    greedy = torch.argmax(logits, dim=-1)
-    scaled = logits
-    if temperature is not None:
-        scaled = (
-            logits
-            / torch.where(temperature > 0, temperature, torch.ones_like(temperature))[:, None]
-        )
-    noise = -torch.log(-torch.log1p(-philox_uniform(seeds, draws, logits.shape[-1])))
-    keep = keep_mask(scaled, top_k, top_p, min_p)
-    token = torch.argmax((scaled + noise).masked_fill(~keep, -torch.inf), dim=-1)
-    return token if temperature is None else torch.where(temperature > 0, token, greedy)
+    if temperature is None:
+        temperature = torch.ones(logits.shape[0], device=logits.device)
+    greedy = ~(temperature > 0)[:, None]
+    x = logits / torch.where(greedy, 1.0, temperature[:, None])
+    waiting_time = -torch.log1p(-philox_uniform(seeds, draws, logits.shape[-1]))
+    race = x - torch.log(waiting_time)
+    race = torch.where(keep_mask(x, top_k, top_p, min_p), race, -torch.inf)
+    return torch.argmax(torch.where(greedy, logits, race), dim=-1)

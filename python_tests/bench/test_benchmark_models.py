@@ -10,6 +10,7 @@ from benchmark_cases import STEADY
 
 from dualhead_ext import DualHeadForCausalLM, ops, reference
 from dualhead_ext.bench import (
+    eager_loss,
     generation,
     memory,
     models,
@@ -19,7 +20,6 @@ from dualhead_ext.bench import (
     training_steps,
 )
 from dualhead_ext.loss import chunked
-from dualhead_ext.loss import reference as reference_loss
 from dualhead_ext.measurement.timing import Contender, Timing
 
 # --- backbones ------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def trained():
     with pytest.MonkeyPatch.context() as patch:
         backbone = spy("backbone", model.training_hidden_states)
         patch.setattr(model, "training_hidden_states", backbone)
-        for name, module in (("fused", chunked), ("eager", reference_loss)):
+        for name, module in (("fused", chunked), ("eager", eager_loss)):
             patch.setattr(module, "dual_head_loss", spy(name, module.dual_head_loss))
         result = training.run_case(training_cases.tiny_case(), seconds=0, min_rounds=3)
     return result, calls
