@@ -6,7 +6,6 @@ documentation. The schemas are in csrc/ops.cpp, the meaning in :mod:`dualhead_ex
 from __future__ import annotations
 
 import warnings
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -182,35 +181,48 @@ def decode_step(
         RuntimeError: an argument requires a gradient while gradients are recorded (the operator has
             no backward pass), or the library is missing. Nothing has been written.
     """
-    arguments = locals()  # by the schema's names
+    # In the schema's order. A tuple takes 3 us less of a step than a dict by name.
+    arguments = (
+        hidden, lm_weight, lm_bias, lm_scale,
+        reward_head, reward_weight, reward_down, reward_up, reward_bias, reward_scale,
+        objective_weights,
+        q_weight, k_weight, u_weight, gate_bias,
+        cache_k, cache_u, cache_valid, cache_length, new_valid,
+        gate_logit, gate_offset, strength, alpha, skip_threshold,
+        temperature, top_k, top_p, min_p,
+        seeds, draws,
+        mix_probs, logit_scale, logit_softcap, return_logits, record_attention,
+    )  # fmt: skip
     # The dispatcher would take anything truthy for a bool.
     if not type(mix_probs) is type(return_logits) is type(record_attention) is bool:
         raise _as_python_error(RuntimeError(), arguments)
     if torch.is_grad_enabled():
         _refuse_gradients(arguments)
     if torch.compiler.is_compiling():
-        return DecodeOutput(*_decode_step(**arguments))
+        return DecodeOutput(*_decode_step(*arguments))
     try:
-        return DecodeOutput(*_decode_step(*_in_order(arguments)))
+        return DecodeOutput(*_decode_step(*arguments))
     except RuntimeError as error:
         raise _as_python_error(error, arguments) from None
 
 
-def _refuse_gradients(arguments: dict) -> None:
-    if any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values()):
+def _refuse_gradients(arguments: tuple) -> None:
+    if any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
         raise RuntimeError(
             "decode_step: has no gradient, and an argument requires one; call it under "
             "torch.no_grad(), or use reference.decode_step"
         )
 
 
-def _as_python_error(error: RuntimeError, arguments: dict) -> Exception:
+def _as_python_error(error: RuntimeError, arguments: tuple) -> Exception:
     """The exception type that Python users expect; only RuntimeError crosses the stable ABI. Costs
     nothing until something is wrong, and leaves the text in one place, csrc/decode_binding.h."""
-    for schema in _decode_step._schema.arguments:
+    if _decode_step is _missing:
+        return error
+    for value, schema in zip(arguments, _decode_step._schema.arguments, strict=True):
         expected, types = _EXPECTED[str(schema.type)]
-        if not isinstance(arguments[schema.name], types):
-            got = type(arguments[schema.name]).__name__
+        if not isinstance(value, types):
+            got = type(value).__name__
             return TypeError(f"decode_step: {schema.name} must be {expected}, got {got}")
     text = str(error)
     if not text.startswith("decode_step: "):
@@ -234,13 +246,10 @@ def _missing(*arguments: Any, **named: Any) -> None:
 
 
 _decode_step: Any = _missing
-_in_order: Any = dict.values
 
 if library.problem("cpu") is None:
     _decode_step = torch.ops.dualhead.decode_step.default
     _ARGUMENTS = [argument.name for argument in _decode_step._schema.arguments]
-    # Faster than keywords, which the dispatcher takes too.
-    _in_order = itemgetter(*_ARGUMENTS)
 
     @torch.library.register_fake("dualhead::decode_step")
     def _decode_step_fake(*values):

@@ -46,6 +46,26 @@ def positional(case: dict, *options) -> tuple:
     return tuple(named.get(argument.name) for argument in SCHEMA)
 
 
+# --- the call -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["mix_probs", "return_logits", "record_attention"])
+def test_arguments_are_handed_over_in_the_schemas_order(monkeypatch, flag):
+    handed = []
+    monkeypatch.setattr(ops, "_decode_step", lambda *values: handed.extend(values) or [None] * 7)
+    flags = {"mix_probs", "return_logits", "record_attention"}
+    given = {a.name: a.name == flag if a.name in flags else a.name for a in SCHEMA}
+    ops.decode_step(**given)
+    assert handed == list(given.values())
+
+
+def test_a_missing_library_is_said(monkeypatch):
+    monkeypatch.setitem(ops.library._problems, "cpu", "the compiled library _C.so is missing")
+    monkeypatch.setattr(ops, "_decode_step", ops._missing)
+    with pytest.raises(RuntimeError, match=r"_C\.so is missing"):
+        ops.decode_step(hidden=torch.ones(1, 2), lm_weight=torch.ones(2, 2))
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
