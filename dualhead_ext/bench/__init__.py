@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: one timer; decode steps, the training loss, whole models, training; reports.
+"""The benchmarks: one timer; decode steps, the training loss, whole models, training, reward heads
+that are corrections; reports.
 
 ``dualhead bench`` and ``pytest --benchmark`` are two front ends of what is here. Importing this
 module imports neither torch nor transformers.
@@ -8,10 +9,11 @@ module imports neither torch nor transformers.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 
 # What there is to measure. Without a choice: decode, loss and models on the CPU; on a GPU decode
-# and loss.
-PARTS = ("decode", "loss", "models", "training")
+# and loss. Corrections are measured on the CPU alone.
+PARTS = ("decode", "loss", "models", "training", "corrections")
 
 # Of timing per case; the slowest cases take longer, since a median needs some rounds.
 SECONDS, QUICK_SECONDS = 1.0, 0.3
@@ -80,7 +82,7 @@ def main(arguments: Namespace) -> int:
     for option, given in (("--plot", arguments.plot), ("--plot-growth", arguments.plot_growth)):
         if given is not None:
             raise ValueError(f"{option} draws a results file: it needs --report FILE")
-    check_options(arguments.seconds, arguments.json, arguments.device)
+    check_options(arguments.seconds, arguments.json, arguments.device, arguments.part)
     from . import runner
 
     def emit(text: str) -> None:
@@ -90,7 +92,8 @@ def main(arguments: Namespace) -> int:
     if arguments.device == "cuda":
         found = runner.run_gpu(*run, arguments.json, parts=arguments.part)
     else:
-        found = runner.run(*run, *([] if arguments.part is None else [arguments.part]))
+        parts = [] if arguments.part is None else [arguments.part]
+        found = runner.run(*run, *parts, path=arguments.json)
     if arguments.json is not None:
         found.write(arguments.json)
     for failure in found.failures:
@@ -98,11 +101,14 @@ def main(arguments: Namespace) -> int:
     return 1 if found.failures else 0
 
 
-def check_options(seconds: float | None, json: str | None, device: str = "cpu") -> None:
+def check_options(
+    seconds: float | None, json: str | None, device: str = "cpu", parts: Sequence[str] | None = None
+) -> None:
     """Raise for options that could only fail after the benchmark has run.
 
     Raises:
-        ValueError: seconds negative or not finite, or a device that is not there.
+        ValueError: seconds negative or not finite, a device that is not there, or a part that does
+            not run on it.
         FileNotFoundError, IsADirectoryError: no results file could be written there.
     """
     from pathlib import Path
@@ -114,6 +120,8 @@ def check_options(seconds: float | None, json: str | None, device: str = "cpu") 
 
         if not torch.cuda.is_available():
             raise ValueError(f"device cuda: torch {torch.__version__} finds no CUDA device")
+        if "corrections" in (parts or ()):
+            raise ValueError("part corrections: measured on the CPU alone, got device cuda")
     if json is None:
         return
     if Path(json).is_dir():

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Llama:
-    """The shape of a random Llama; its weights are bf16, its embeddings not tied.
+    """The shape of a random Llama.
 
     Attributes:
-        hidden: d. layers, heads: numbers of them, each head with its own keys and values.
+        hidden: d. layers, heads: numbers of them.
         intermediate: width of the MLPs. vocabulary: V.
+        key_value_heads: keys and values that heads share; None: each has its own.
+        tied: whether the LM head is the embedding.
     """
 
     hidden: int
@@ -30,28 +32,35 @@ class Llama:
     heads: int
     intermediate: int
     vocabulary: int
+    key_value_heads: int | None = None
+    tied: bool = False
 
-    def build(self, device_type: str = "cpu") -> PreTrainedModel:
-        """Make it, drawn on the device and in bf16 from the start: no other copy ever exists."""
+    def build(
+        self, device_type: str = "cpu", dtype: torch.dtype = torch.bfloat16
+    ) -> PreTrainedModel:
+        """Make it, drawn on the device and in ``dtype`` from the start: no other copy ever
+        exists.
+        """
         from transformers import AutoModelForCausalLM, LlamaConfig
 
         config = LlamaConfig(
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
+            num_key_value_heads=self.key_value_heads or self.heads,
             intermediate_size=self.intermediate,
             vocab_size=self.vocabulary,
-            tie_word_embeddings=False,
+            tie_word_embeddings=self.tied,
         )
         torch.manual_seed(0)
         with torch.device(device_type):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 TINY = Llama(64, 2, 4, 128, 512)
 # 92 million parameters, 41 of them in its embeddings and its head.
 MEDIUM = Llama(640, 10, 10, 1792, 32000)
+SMOLLM2_135M = Llama(576, 30, 9, 1536, 49152, key_value_heads=3, tied=True)
 # Of TinyLlama's size and of Llama-2-7B's.
 LLAMA_1B = Llama(2048, 22, 32, 5632, 32000)
 LLAMA_7B = Llama(4096, 32, 32, 11008, 32000)

@@ -16,6 +16,7 @@ from . import tables
 
 if TYPE_CHECKING:
     from ..measurement.machine import ReadBandwidth
+    from .comparisons import Contest
     from .contenders import Operands
     from .decode import CaseResult, Effort
     from .generation import ModelResult
@@ -35,6 +36,7 @@ class Report:
         environment: :func:`dualhead_ext.measurement.machine.describe`.
         quick: whether it was the quick plan, whose figures nobody should quote.
         cases, loss, generate, training: rows, plain dicts.
+        corrections: rows of reward heads that are corrections, each with its goals.
         growth: the rows of :func:`.cases.growth_plan`, which have no required speed-up.
         copy_gb_per_s: how fast the device copies its own memory, where it was measured.
         failures: sentences; empty if all was as fast as required.
@@ -49,6 +51,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
     copy_gb_per_s: float | None = None
     growth: list[dict[str, Any]] = field(default_factory=list)
+    corrections: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, result: CaseResult, read: ReadBandwidth) -> str:
         """Take in the result of a case; returns the lines to print."""
@@ -80,6 +83,12 @@ class Report:
         self.failures += result.failures()
         return result.text()
 
+    def add_contest(self, contest: Contest) -> str:
+        """Take in what a correction costs; returns the lines to print."""
+        self.corrections += contest.rows()
+        self.failures += contest.failures()
+        return contest.text()
+
     def as_json(self) -> dict[str, Any]:
         """Everything, plain values."""
         gpu = {"copy_gb_per_s": self.copy_gb_per_s}
@@ -93,6 +102,7 @@ class Report:
             "generate": self.generate,
             **({"training": self.training} if self.training else {}),
             **({"growth": self.growth} if self.growth else {}),
+            **({"corrections": self.corrections} if self.corrections else {}),
             "failures": self.failures,
         }
 
@@ -195,6 +205,7 @@ def markdown(results: dict[str, Any]) -> str:
         ("loss", tables.loss_lines),
         ("generate", tables.model_lines),
         ("training", tables.training_lines),
+        ("corrections", tables.correction_lines),
     ):
         lines += ["", *table(results[key])] if results.get(key) else []
     return "\n".join([*lines, "", _footer(results), *_gpu_lines(results)]).lstrip("\n")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..bench import QUICK_SECONDS, SECONDS
@@ -11,6 +11,10 @@ from ..measurement import machine
 from . import (
     cases,
     contenders,
+    correction_files,
+    correction_losses,
+    correction_models,
+    correction_steps,
     decode,
     generation,
     loss,
@@ -19,6 +23,7 @@ from . import (
     training,
     training_cases,
 )
+from .comparisons import Contest
 
 # Calls per contender and case that a figure of a GPU is the median of, at least: of a decode step,
 # and of a whole model, which takes seconds.
@@ -30,12 +35,15 @@ def run(
     seconds: float | None,
     emit: Callable[[str], None],
     parts: Sequence[str] = ("decode", "loss", "models"),
+    path: str | None = None,
 ) -> report.Report:
     """Run the benchmarks of the CPU; ``emit`` gets text as it comes.
 
     Args:
         seconds: of timing per case, None for the default.
         parts: of :data:`~dualhead_ext.bench.PARTS`.
+        path: of the results file, which is written after each case of corrections: they take an
+            hour.
     """
     found = start(quick, emit)
     if "decode" in parts:
@@ -49,7 +57,23 @@ def run(
         run_model(model, found, seconds, emit)
     for case in training_cases.plan(quick) if "training" in parts else ():
         run_training(case, found, seconds, emit)
+    for contest in _corrections(quick, _seconds(found, seconds)) if "corrections" in parts else ():
+        emit(found.add_contest(contest))
+        if path is not None:
+            found.write(path)
     return found
+
+
+def _corrections(quick: bool, seconds: float) -> Iterator[Contest]:
+    """Reward heads that are corrections: files, decode steps, the training loss, whole models."""
+    yield correction_files.run_case(correction_files.TINY if quick else correction_files.SHAPE)
+    cold = machine.cold_bytes()
+    for step in correction_steps.plan(quick):
+        yield correction_steps.run_case(step, seconds=10 * seconds, cold_bytes=cold)
+    for batch in correction_losses.plan(quick):
+        yield correction_losses.run_case(batch, seconds=10 * seconds)
+    for model in correction_models.plan(quick):
+        yield from correction_models.run_case(model, seconds=2 * seconds)
 
 
 def run_gpu(

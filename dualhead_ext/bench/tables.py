@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .comparisons import setting, shown
+
 _SYMBOLS = {"reward": "W_RM", "lm": "W_LM", "hidden": "h"}
 
 
@@ -63,6 +65,30 @@ def training_lines(rows: list[dict[str, Any]]) -> list[str]:
         rate = f"{row['tokens_per_s_median']:.0f}"
         lines.append(_line(row["model"], row["format"], row["contender"], rate, held, extra))
     return lines
+
+
+def correction_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What each contender of the corrections takes, over what, and whether a goal is reached."""
+    lines = _head("measured", "contender", "takes", "over", "goal")
+    for row in rows:
+        values = {name: row[name] for name in _SETTING if name in row}
+        rank = f" r = {row['rank']}" if "rank" in row else ""
+        cells = [f"{row['measure']}, {setting(values)}", row["contender"] + rank, shown(row)]
+        over, goals = [], []
+        for found in row["comparisons"]:
+            if found["over"] is not None:
+                what = "" if found["what"] == "time" else f", {found['what']}"
+                spread = f" ({found['low']:.3f}..{found['high']:.3f})"
+                spread = spread if found["low"] != found["high"] else ""
+                over.append(f"{found['over']}{what}: {found['value']:.3f}{spread}")
+            if found["goal"] is not None:
+                goals.append(f"{found['goal']:.4g}: {found['outcome']}")
+        lines.append(_line(*cells, "; ".join(over), "; ".join(goals)))
+    return lines
+
+
+# What tells a row of the corrections from others, in this order.
+_SETTING = ("model", "d", "V", "format", "B", "T", "mix", "tokens", "new_tokens")
 
 
 def _head(*titles: str) -> list[str]:

@@ -239,7 +239,7 @@ def test_the_parts_of_a_command(parts, monkeypatch):
         seen.append(parts)
         return report.Report({})
 
-    def run(quick, seconds, emit, parts="the default"):
+    def run(quick, seconds, emit, parts="the default", path=None):
         seen.append(parts)
         return report.Report({})
 

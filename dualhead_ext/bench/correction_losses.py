@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loss of a reward head that is a correction, forward and backward, against the full
+head's: time, and memory beyond the gradients.
+
+- ``full``: a full head by log-probabilities with the language model term, as :mod:`.loss` has it.
+- ``embedding``, ``lowrank``: token rewards alone.
+- ``embedding, KL``, ``lowrank, KL``: the same with a price on the KL divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loss import chunked
+from ..loss import reference as reference_loss
+from ..loss.heads import Heads
+from ..loss.pairs import Pairing
+from ..loss.terms import LossOptions
+from ..measurement.timing import Contender, alternate
+from .comparisons import Comparison, Contest, times
+from .correction_steps import RANKS, correction
+from .loss_cases import LARGEST, LossCase
+from .loss_contenders import Batch
+from .memory import peak_bytes
+
+# Token rewards alone, as multiples of the full head's loss.
+TIME, MEMORY = 0.05, 0.1
+KL_PRICE = 0.1
+
+# By how much a loss and its gradients may differ from the reference's: as in `loss`.
+_TOLERANCE = {True: 5e-2, False: 1e-3}
+
+
+def plan(quick: bool = False) -> list[LossCase]:
+    """The cases to run."""
+    if quick:
+        return [LossCase(64, 1024, "fp32", tokens=128, pairs=2, compile=False)]
+    return [LossCase(*LARGEST, name, compile=False) for name in ("fp32", "bf16")]
+
+
+class CorrectionLoss:
+    """A correction in training on a batch of :class:`.loss_contenders.Batch`.
+
+    Attributes:
+        leaves: what a gradient is wanted of.
+    """
+
+    def __init__(self, batch: Batch, kind: str, kl_price: float) -> None:
+        self.batch = batch
+        self.options = LossOptions(
+            preference="token_reward", pref_gate=1, lm_on_chosen=False, kl_price=kl_price
+        )
+        made = correction(kind, batch.case.d, batch.case.V, torch.float32)
+        self.leaves: dict[str, Tensor] = {
+            name: x.requires_grad_() for name, x in made.items() if isinstance(x, Tensor)
+        } | {"gate_logit": batch.gate_logit}
+        fields = dict.fromkeys(("lm_bias", "reward_weight", "objective_weights"))
+        self.heads = Heads(lm_weight=batch.lm_weight, **fields | made)
+
+    def value(self, function: Callable[..., Any]) -> Tensor:
+        """The loss by one of the modules' ``dual_head_loss``."""
+        batch = self.batch
+        pairs = [(p, batch.case.pairs + p) for p in range(batch.case.pairs)]
+        pairing = Pairing(len(batch.mask), pairs, None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=batch.autocast):
+            return function(
+                batch.hidden, batch.labels, batch.mask, batch.gate_logit, self.heads, self.options,
+                pairing,
+            ).loss  # fmt: skip
+
+    def forget(self, copy: int = 0) -> None:
+        """Gradients are made anew in each call."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    def gradients(self, function: Callable[..., Any]) -> dict[str, Tensor]:
+        """The loss and its gradients by name."""
+        self.forget()
+        loss = self.value(function)
+        loss.backward()
+        found = {"loss": loss.detach()} | {n: x.grad for n, x in self.leaves.items()}
+        self.forget()
+        return found
+
+    def check(self, name: str) -> None:
+        """Raise RuntimeError unless the fused loss is the reference's."""
+        expected = self.gradients(reference_loss.dual_head_loss)
+        for what, got in self.gradients(chunked.dual_head_loss).items():
+            error = ((got - expected[what]).norm() / expected[what].norm()).item()
+            if not error <= _TOLERANCE[self.batch.autocast]:
+                raise RuntimeError(
+                    f"benchmark: {name} and the reference's loss differ by {error:.2g} in {what}"
+                )
+
+
+def run_case(case: LossCase, *, seconds: float, min_rounds: int = 5) -> Contest:
+    """Time all contenders of one case and measure their memory.
+
+    Raises:
+        RuntimeError: a contender computes something else than the reference.
+    """
+    batch = Batch(case)
+    contenders = {
+        "full": (lambda: batch.objective_value(chunked.dual_head_loss), batch.forget, batch.leaves)
+    }
+    for kind in RANKS:
+        for ending, price in (("", 0.0), (", KL", KL_PRICE)):
+            made = CorrectionLoss(batch, kind, price)
+            made.check(f"{kind}{ending}")
+            call = lambda made=made: made.value(chunked.dual_head_loss)  # noqa: E731
+            contenders[f"{kind}{ending}"] = call, made.forget, made.leaves
+    timed = [
+        Contender(name, lambda copy, call=call: call().backward(), forget)
+        for name, (call, forget, _) in contenders.items()
+    ]
+    extra = {
+        c.name: peak_bytes(c) - sum(x.nbytes for x in contenders[c.name][2].values()) for c in timed
+    }
+    timings = alternate(timed, seconds=seconds, min_rounds=min_rounds, warmup=1)
+    comparisons = {}
+    for name in [name for name in timings if name != "full"]:
+        has_goals = (case.d, case.V) == LARGEST and "KL" not in name
+        goals = (TIME, MEMORY) if has_goals else (None, None)
+        comparisons[name] = [
+            Comparison.of_times(timings[name], timings["full"], goals[0]),
+            Comparison.exact("memory", "full", extra[name] / extra["full"], goals[1]),
+        ]
+    setting = {"d": case.d, "V": case.V, "format": case.format, "tokens": case.tokens}
+    figures = {name: row | {"extra_bytes": extra[name]} for name, row in times(timings).items()}
+    for name, row in figures.items():
+        row |= {"rank": RANKS[kind]} if (kind := name.split(",")[0]) in RANKS else {}
+    return Contest("loss", setting, figures, comparisons)

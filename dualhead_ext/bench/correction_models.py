@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models by ``generate()``, greedy: the plain backbone against the same with a gated head.
+
+Over the very same weights of the backbone:
+
+- ``plain``: the backbone in transformers' own loop.
+- ``default``: the reward head and gate that ``from_backbone`` gives, at work (not at zero).
+- ``full``: a reward head that is a matrix of its own, and the attention gate.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..config import DEFAULT_HEAD
+from ..measurement.timing import Contender, alternate
+from . import models
+from .cases import FORMATS
+from .comparisons import Comparison, Contest, times
+
+# A gated model must reach this share of the plain one's tokens per second.
+SPEED = 0.99
+HEADS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "full": {"reward_head": "full", "gate": "attention"},
+}
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A random Llama, and how much of ``generate()`` is timed.
+
+    Attributes:
+        name: for tables. llama: its shape. format: of all weights.
+        batches: B of each contest, with how many tokens to generate.
+        min_rounds: at least so many calls of each contender.
+        goal: the most time that the default head should take, as a multiple of the plain model's.
+    """
+
+    name: str
+    llama: models.Llama
+    format: str
+    batches: tuple[tuple[int, int], ...]
+    min_rounds: int = 15
+    goal: float | None = 1 / SPEED
+
+
+def plan(quick: bool = False) -> list[ModelCase]:
+    """The cases to run. Larger batches generate fewer tokens: a processor without bf16 arithmetic
+    takes a minute for 32 tokens of 32 requests.
+    """
+    if quick:
+        return [ModelCase("tiny", models.TINY, "bf16", ((1, 4),), 2, goal=None)]
+    shapes = (
+        ("135M-shaped", models.SMOLLM2_135M, ("fp32", "bf16"), ((1, 32), (8, 32), (32, 16)), 15),
+        ("1B-shaped", models.LLAMA_1B, ("bf16",), ((1, 16), (8, 8), (32, 4)), 7),
+    )
+    return [
+        ModelCase(name, llama, format_, batches, rounds)
+        for name, llama, formats, batches, rounds in shapes
+        for format_ in formats
+    ]
+
+
+def gated(plain: Any, **fields: Any) -> Any:
+    """A twin of the model with a head whose correction, reward head and gate are at work."""
+    from ..model.causal_lm import DualHeadForCausalLM
+
+    model = DualHeadForCausalLM.from_backbone(models.twin(plain), **fields)
+    head = model.lm_head_module
+    with torch.no_grad():
+        for parameter in (*head.reward_head.parameters(), *head.gate.parameters()):
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def run_case(case: ModelCase, *, seconds: float) -> Iterator[Contest]:
+    """Time ``generate()`` for one batch size after the other.
+
+    Raises:
+        RuntimeError: there is no compiled kernel to time, or a contender stopped early.
+    """
+    if not ops.kernel_for("cpu", FORMATS[case.format]):
+        raise RuntimeError(f"benchmark: no compiled CPU kernel for {case.format} to time")
+    plain = case.llama.build(dtype=FORMATS[case.format]).eval()
+    plain.generation_config.eos_token_id = None
+    systems = {"plain": plain} | {name: gated(plain, **fields) for name, fields in HEADS.items()}
+    for batch, tokens in case.batches:
+        yield _contest(case, systems, batch, tokens, seconds)
+
+
+def _contest(
+    case: ModelCase, systems: dict[str, Any], batch: int, tokens: int, seconds: float
+) -> Contest:
+    prompt = torch.randint(0, case.llama.vocabulary, (batch, _PROMPT_TOKENS))
+
+    def contender(name: str) -> Contender:
+        def call(copy: int) -> None:
+            made = systems[name].generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+            )
+            if made.shape != (batch, _PROMPT_TOKENS + tokens):
+                raise RuntimeError(f"benchmark: {case.name} made {tuple(made.shape)} tokens")
+
+        # The timer has collection off: the last call's cache must not pile up meanwhile.
+        return Contender(name, call, lambda copy: gc.collect())
+
+    timings = alternate(
+        [contender(name) for name in systems],
+        seconds=seconds,
+        min_rounds=case.min_rounds,
+        warmup=1,
+    )
+    comparisons = {
+        name: [
+            Comparison.of_times(
+                timings[name], timings["plain"], case.goal if name == "default" else None
+            )
+        ]
+        for name in HEADS
+    }
+    figures = {
+        name: row | {"tokens_per_s_median": batch * tokens / row["us_median"] * 1e6}
+        for name, row in times(timings).items()
+    }
+    figures["default"] |= DEFAULT_HEAD
+    setting = {
+        "model": case.name,
+        "format": case.format,
+        "B": batch,
+        "prompt_tokens": _PROMPT_TOKENS,
+        "new_tokens": tokens,
+    }
+    return Contest("model", setting, figures, comparisons)
