@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,10 @@ def load_preference_data(
 
     Args:
         path_or_name: a file (JSON lines, a JSON array, CSV or Parquet, compressed or not), a folder
-            of the datasets library, ``"embedded"`` (the sample in this package), or the name of a
-            dataset on the hub. Folders, Parquet and the hub need the extra ``data``.
+            of the datasets library, ``"embedded"`` (the sample in this package), the name of a
+            dataset on the hub, or the URL of a file (``https://``, ``hf://``, ``s3://``, ``gs://``
+            and what else fsspec knows). Folders, Parquet, the hub and URLs need the extra ``data``;
+            ``s3://`` needs s3fs too, ``gs://`` gcsfs.
         split: of the embedded sample, a folder or a hub dataset; default "train". A file has none.
     Returns:
         the rows; ``.report`` says which rows were skipped, and why.
@@ -166,9 +168,8 @@ class _Row:
     others: dict[str, Any]
 
 
-def _collect(source: str, rows: Rows) -> PreferenceData:
-    report = DataReport(source, place=rows.place)
-    found: list[_Row] = []
+def _read(source: str, rows: Rows, report: DataReport) -> Iterator[_Row]:
+    """The rows that can be used as far as one row can tell; the report says what it skips."""
     layout: tuple[str, int] | None = None  # of the file, and the line that shows it
     for number, row in rows:
         try:
@@ -179,11 +180,19 @@ def _collect(source: str, rows: Rows) -> PreferenceData:
                     f"expected {layout[0]}, as {rows.place} {layout[1]} is, got {name}; "
                     "put pairs and ranked lists into files of their own"
                 )
-            found.append(_read_row(name, number, row))
+            report.unit = layout[0]
+            read = _read_row(name, number, row)
         except Unusable as reason:
             report.skip(str(reason), number)
         except ValueError as error:
             raise ValueError(f"{source}, {rows.place} {number}: {error}") from error
+        else:
+            yield read
+
+
+def _collect(source: str, rows: Rows) -> PreferenceData:
+    report = DataReport(source, place=rows.place)
+    found = list(_read(source, rows, report))
     _leave_out_repeated_prompts(found)
     kept = []
     for read in found:
@@ -191,12 +200,30 @@ def _collect(source: str, rows: Rows) -> PreferenceData:
             kept.append(_finish(read))
         except Unusable as reason:
             report.skip(str(reason), read.place)
-    report.kept, report.unit = len(kept), layout[0] if layout else PAIRS
+    report.kept = len(kept)
     if not kept:
         raise ValueError(f"load_preference_data: no usable row in {report}")
     if report.skipped:
         logger.warning("%s", report)
     return PreferenceData(kept, report)
+
+
+def usable_rows(
+    source: str, rows: Rows, report: DataReport
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of each usable row as it is read, for data that are not held in memory.
+    Responses of plain text that begin with their prompt keep it, since whether all rows have it so
+    is not known.
+    """
+    for read in _read(source, rows, report):
+        _leave_out_repeated_prompts([read], whole_texts=False)
+        try:
+            row = _finish(read)
+        except Unusable as reason:
+            report.skip(str(reason), read.place)
+        else:
+            report.kept += 1
+            yield read.place, row
 
 
 def _layout_of(row: dict[str, Any]) -> str:
@@ -264,9 +291,10 @@ def _ended(ended: Any, count: int) -> list[bool]:
     return ended
 
 
-def _leave_out_repeated_prompts(rows: list[_Row]) -> None:
+def _leave_out_repeated_prompts(rows: list[_Row], whole_texts: bool | None = None) -> None:
     """Responses that begin with their prompt lose it: of messages and of dialogues in each row, of
-    other text only if all rows of the data have it so, since an answer may begin as its question.
+    other text only if ``whole_texts``, by default whether all of these rows have it so, since an
+    answer may begin as its question.
     """
 
     def repeated(row: _Row) -> bool:
@@ -276,7 +304,8 @@ def _leave_out_repeated_prompts(rows: list[_Row]) -> None:
         return all(text[: len(prompt)] == prompt for text in row.responses)
 
     plain = [row for row in rows if isinstance(row.prompt, str) and not is_dialogue(row.prompt)]
-    whole_texts = all(map(repeated, plain))
+    if whole_texts is None:
+        whole_texts = all(map(repeated, plain))
     for row in rows:
         kind_is_sure = not isinstance(row.prompt, str) or is_dialogue(row.prompt)
         if row.prompt and repeated(row) and (kind_is_sure or whole_texts):

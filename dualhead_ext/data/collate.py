@@ -122,27 +122,15 @@ def tokenize_pairs(
     Raises:
         ValueError: a tokenizer without offsets (a slow one), max_length below 2, or no row is left.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            "tokenize_pairs: tokenizer must be a fast one: response masks need character offsets"
-        )
-    if max_length < 2:
-        raise ValueError(f"tokenize_pairs: max_length must be at least 2, got {max_length}")
+    check_tokenizer(tokenizer, max_length)
     report, coded_rows, texts, cut = DataReport(source, place="row"), [], 0, 0
     for number, row in enumerate(rows):
-        responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
-        ended = row.get("ended") or [True] * len(responses)
-        try:
-            coded = [
-                encode(row["prompt"], text, tokenizer, max_length, end)
-                for text, end in zip(responses, ended, strict=True)
-            ]
-        except _refusals() as error:
-            report.skip(" ".join(str(error).split()) or type(error).__name__, number)
+        coded = tokenize_row(number, row, tokenizer, max_length, report)
+        if coded is None:
             continue
         texts += len(coded)
         cut += sum(text["truncated"] for text in coded)
-        coded_rows.append(_coded_row(row, coded))
+        coded_rows.append(coded_row(row, coded))
     report.kept = len(coded_rows)
     if report.skipped:
         if not coded_rows:
@@ -155,6 +143,34 @@ def tokenize_pairs(
     return coded_rows
 
 
+def check_tokenizer(tokenizer: Any, max_length: int) -> None:
+    """Raise ValueError for a tokenizer without offsets, or max_length below 2."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "tokenize_pairs: tokenizer must be a fast one: response masks need character offsets"
+        )
+    if max_length < 2:
+        raise ValueError(f"tokenize_pairs: max_length must be at least 2, got {max_length}")
+
+
+def tokenize_row(
+    number: int, row: dict[str, Any], tokenizer: Any, max_length: int, report: DataReport
+) -> list[dict[str, Any]] | None:
+    """Each text of a row as :func:`encode` codes it; None, and a line of the report, where the chat
+    template or the tokenizer refuses one.
+    """
+    responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+    ended = row.get("ended") or [True] * len(responses)
+    try:
+        return [
+            encode(row["prompt"], text, tokenizer, max_length, end)
+            for text, end in zip(responses, ended, strict=True)
+        ]
+    except _refusals() as error:
+        report.skip(" ".join(str(error).split()) or type(error).__name__, number)
+        return None
+
+
 def _refusals() -> tuple[type[Exception], ...]:
     """What chat templates and tokenizers raise for a row."""
     kinds = (ValueError, TypeError, KeyError)
@@ -165,7 +181,8 @@ def _refusals() -> tuple[type[Exception], ...]:
     return (*kinds, TemplateError)
 
 
-def _coded_row(row: dict[str, Any], coded: list[dict[str, Any]]) -> dict[str, Any]:
+def coded_row(row: dict[str, Any], coded: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row as :func:`tokenize_pairs` returns it, of its texts as :func:`tokenize_row` does."""
     out: dict[str, Any] = {"objective": row.get("objective", 0)}
     for name in ("input_ids", "completion_mask"):
         parts = [text[name] for text in coded]

@@ -15,6 +15,7 @@ import io
 import json
 import lzma
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ _BYTE_ORDER_MARKS = {
     b"\xfe\xff": "utf-16",
 }
 _SUFFIXES = (".jsonl", ".json", ".gz", ".bz2", ".xz", ".csv", ".tsv", ".parquet")
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://")
+# How the datasets library reads a file of a URL, by its suffix.
+_READERS = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
 
 
 class Rows:
@@ -65,6 +76,10 @@ def rows_of(
         as :func:`dualhead_ext.data.load_preference_data`.
     """
     name = os.path.expanduser(os.fspath(source))
+    if _URL.match(name):
+        if split is not None:
+            raise ValueError(f"{function}: split must be None for a file, got {split!r}")
+        return Rows(_url_rows(function, name), "row")
     path = Path(name)
     if path.is_dir():
         return _folder_rows(function, path, split, default_split, configuration)
@@ -134,6 +149,30 @@ def _folder_rows(
     elif split is not None:
         raise ValueError(f"{function}: split must be None for {path}, one dataset, got {split!r}")
     return Rows(enumerate(data), "row")
+
+
+def _url_rows(function: str, url: str) -> Iterator[tuple[int, Row]]:
+    """The rows of a file of a URL, as the datasets library streams them."""
+    path = Path(url.partition("?")[0])
+    path = path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path
+    if path.suffix not in _READERS:
+        raise ValueError(
+            f"{function}: {url} must name a file that ends in {', '.join(_READERS)} (or .gz, .bz2, "
+            f".xz after it), got {path.suffix or 'no ending'!r}"
+        )
+    datasets = _library(function, f"{url} needs")
+    reader, options = _READERS[path.suffix]
+    try:
+        rows = datasets.load_dataset(
+            reader, data_files=url, split="train", streaming=True, **options
+        )
+        yield from enumerate(rows)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{function}: there is no file {url} ({error})") from error
+    except ImportError as error:
+        raise ImportError(f"{function}: {url} needs another package ({error})") from error
+    except Exception as error:  # of many kinds, according to the file system
+        raise ValueError(f"{function}: {url} cannot be read ({error})") from error
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from .checkpointing import CheckpointedTrainer
 from .hidden_cache import (
@@ -126,7 +127,7 @@ class CachingTrainer(CheckpointedTrainer):
 
     def _cache_name(self, dataset: Any, is_training: bool) -> str | None:
         """The folder of a dataset's hidden states; None: they are not cached."""
-        if self.args.cache_hidden is None:
+        if self.args.cache_hidden is None or isinstance(dataset, IterableDataset):
             return None
         if is_training:
             return "train" if dataset is self.train_dataset else None

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.stream import TokenizedStream
+
 # Rows of a dataset that its fingerprint reads, evenly chosen.
 _FINGERPRINT_ROWS = 256
 
@@ -62,12 +64,14 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def data_state(dataset: Sequence[dict[str, Any]], args: Any) -> dict[str, Any]:
+def data_state(dataset: Any, args: Any) -> dict[str, Any]:
     """What decides which examples come in which order: sizes, seeds, a hash of evenly chosen
-    rows. args: TrainingArguments.
+    rows, or of the first ones of a stream. args: TrainingArguments.
     """
+    streamed = isinstance(dataset, TokenizedStream)
+    dataset, examples = (dataset.first_rows, None) if streamed else (dataset, len(dataset))
     return {
-        "examples": len(dataset),
+        "examples": examples,
         "rows_sha256": _rows_hash(dataset),
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

@@ -6,7 +6,7 @@ GPU with an error that names nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,14 +25,14 @@ def learned_positions(model: Any) -> int | None:
     return None
 
 
-def check_limits(
-    name: str, rows: Sequence[dict[str, Any]], model: Any, max_length: int, pad_token_id: Any
-) -> None:
-    """Refuse tokenised rows that a model's embeddings do not hold.
+def row_check(
+    name: str, model: Any, max_length: int, pad_token_id: Any
+) -> Callable[[int, dict[str, Any]], None]:
+    """What refuses a tokenised row, by its number, that a model's embeddings do not hold.
 
     Raises:
-        ValueError: a token id or the padding's beyond the embedding, a text longer than the
-            learned positions; both numbers named.
+        ValueError: the padding's token id beyond the embedding; and, by what is returned, a token
+            id beyond it, a text longer than the learned positions; both numbers named.
     """
     size, positions = model.get_input_embeddings().num_embeddings, learned_positions(model)
     if isinstance(pad_token_id, int) and not 0 <= pad_token_id < size:
@@ -40,8 +40,9 @@ def check_limits(
             f"DualHeadTrainer: pad_token_id must be below {size}, the rows of the backbone's "
             f"embedding, got {pad_token_id}; resize the backbone or choose another pad token"
         )
-    for number in range(len(rows)):
-        for ids, _ in texts_of(rows[number]):
+
+    def check(number: int, row: dict[str, Any]) -> None:
+        for ids, _ in texts_of(row):
             low, high = min(ids, default=0), max(ids, default=0)
             if low < 0 or high >= size:
                 raise ValueError(
@@ -55,3 +56,14 @@ def check_limits(
                     f"positions that the backbone has learned, got {len(ids)} in row {number} "
                     f"(max_length={max_length})"
                 )
+
+    return check
+
+
+def check_limits(
+    name: str, rows: Sequence[dict[str, Any]], model: Any, max_length: int, pad_token_id: Any
+) -> None:
+    """Refuse tokenised rows that a model's embeddings do not hold, as :func:`row_check`."""
+    check = row_check(name, model, max_length, pad_token_id)
+    for number in range(len(rows)):
+        check(number, rows[number])

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback
 
 from ..data import preference_rows
 from ..data.collate import PreferenceCollator, is_tokenized, texts_of, tokenize_pairs
 from ..data.files import rows_in
+from ..data.stream import TokenizedStream
 from ..head.calibration import REQUESTS, calibrate
 from ..head.calibration import STATES as CALIBRATION_STATES
 from ..loss.pairs import Pairing
@@ -25,11 +27,11 @@ from ..model.causal_lm import DualHeadForCausalLM
 from ..model.packing import packed_rows
 from ..model.pretrained import untie_lm_head
 from .arguments import DualHeadTrainingArguments
-from .caching import CachingTrainer
-from .gate_probe import STATES, GateProbe
+from .gate_probe import ROWS, STATES, GateProbe
 from .hidden_cache import HiddenCollator
 from .state import agree_on
-from .token_limits import check_limits
+from .streaming import StreamingTrainer, first_rows
+from .token_limits import check_limits, row_check
 
 __all__ = ["DualHeadTrainer", "DualHeadTrainingArguments"]
 
@@ -88,7 +90,7 @@ def prepare_for_training(
             parameter.requires_grad_(True)
 
 
-class DualHeadTrainer(CachingTrainer):
+class DualHeadTrainer(StreamingTrainer):
     """Train reward heads and gate on preference pairs.
 
     The data are rows ``{"prompt", "chosen", "rejected"[, "objective"]}``, or ranked lists
@@ -117,7 +119,10 @@ class DualHeadTrainer(CachingTrainer):
         args: :class:`DualHeadTrainingArguments`.
         data_collator: default :class:`dualhead_ext.data.collate.PreferenceCollator`.
         train_dataset, eval_dataset: sequences of rows, a ``datasets.Dataset`` or a pandas DataFrame
-            in any layout that the loader knows; eval_dataset may be a dict of them.
+            in any layout that the loader knows; eval_dataset may be a dict of them. train_dataset
+            may also be an ``IterableDataset``, of torch or of the datasets library: it is tokenised
+            as it is read, each process has its rows (i modulo their number), it starts again when
+            it ends, and ``args.max_steps`` ends the run.
         processing_class: the tokenizer.
         others: other arguments of ``transformers.Trainer``.
     Raises:
@@ -166,6 +171,8 @@ class DualHeadTrainer(CachingTrainer):
         if args.cache_hidden is not None:
             data_collator = HiddenCollator(data_collator)
         self._tokenizer, self._max_length = processing_class, args.max_length
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = self._streamed("train_dataset", train_dataset, args)
         eval_dataset = self._held_out("eval_dataset", eval_dataset)
         self._warned_of_collapse, self._memory = False, {}
         super().__init__(
@@ -188,8 +195,10 @@ class DualHeadTrainer(CachingTrainer):
 
     def _tokenized(self, name: str, rows: Any) -> Any:
         """Rows as the collator takes them, checked; those that are tokenised stay as they are."""
-        if rows is None:
-            return None
+        if rows is None or isinstance(rows, TokenizedStream):
+            return rows
+        if isinstance(rows, IterableDataset):
+            return self._streamed(name, rows, None)
         found = rows_in(rows)
         if found is not None and len(rows) == 0:
             raise ValueError(f"DualHeadTrainer: {name} must hold at least one pair, got none")
@@ -205,11 +214,14 @@ class DualHeadTrainer(CachingTrainer):
 
     def _check_limits(self, name: str, rows: Any) -> None:
         """Refuse rows that the backbone's embeddings do not hold."""
+        model = self.accelerator.unwrap_model(self.model)
+        collator = getattr(self.data_collator, "collator", self.data_collator)
+        pad = getattr(collator, "pad_token_id", None)
         for part in rows.values() if isinstance(rows, dict) else [rows]:
-            if part is not None and rows_in(part) is not None:
-                model = self.accelerator.unwrap_model(self.model)
-                collator = getattr(self.data_collator, "collator", self.data_collator)
-                pad = getattr(collator, "pad_token_id", None)
+            if isinstance(part, TokenizedStream):
+                part.check = row_check(name, model, self._max_length, pad)
+                _ = part.first_rows  # what is wrong with them is said before anything is trained
+            elif part is not None and rows_in(part) is not None:
                 check_limits(name, part, model, self._max_length, pad)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -257,7 +269,7 @@ class DualHeadTrainer(CachingTrainer):
         held_out = self.eval_dataset
         rows = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
         if rows is None:
-            rows = self.train_dataset
+            rows = first_rows(self.train_dataset, REQUESTS)
             logger.warning(
                 "calibrate: no eval_dataset; the KL is measured on prompts that were trained on"
             )
@@ -402,7 +414,8 @@ class DualHeadTrainer(CachingTrainer):
         held_out = self.eval_dataset
         rows = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
         model = self.accelerator.unwrap_model(self.model)
-        return GateProbe(model, self.train_dataset if rows is None else rows, count)
+        rows = first_rows(self.train_dataset, ROWS) if rows is None else rows
+        return GateProbe(model, rows, count)
 
     @cached_property
     def _log_probe(self) -> GateProbe:
