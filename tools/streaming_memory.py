@@ -2,9 +2,10 @@
 """Resident memory of a training run on a stream of a million rows, beside the same run on few rows.
 
 ``python -m tools.streaming_memory --out FILE`` writes a Parquet file of 10^6 pairs to a temporary
-folder, trains for a few hundred steps on it with the datasets library's streaming, and notes the
-peak of the resident memory. The same steps over a file of 100 rows show what model and libraries
-take. Each run has a process of its own.
+folder, trains on it with the datasets library's streaming, and notes the peak of the resident
+memory. The run reads every row of the file, and trains on one in 10,000 of them, as one of so many
+processes would: so it is short. The same steps over a file of 100 rows show what model and
+libraries take. Each run has a process of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROWS, FEW, STEPS, BATCH = 1_000_000, 100, 100, 8
+ROWS, FEW, TRAINED, BATCH = 1_000_000, 100, 100, 8
 _WORDS = "the sea is calm and a good book keeps long nights short while rain falls on old roofs"
 
 
@@ -49,7 +50,7 @@ def write_rows(path: Path, count: int) -> None:
     writer.close()
 
 
-def peak_of_a_run(path: Path, steps: int) -> dict[str, float]:
+def peak_of_a_run(path: Path, shares: int) -> dict[str, float]:
     """Train on the stream in this process; its peak of resident memory, in GB, and the time."""
     import datasets
     from transformers import AutoTokenizer
@@ -63,13 +64,20 @@ def peak_of_a_run(path: Path, steps: int) -> dict[str, float]:
     ).shuffle(seed=0, buffer_size=1000)
     with tempfile.TemporaryDirectory() as folder:
         arguments = dh.DualHeadTrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=BATCH, save_strategy="no",
-            gradient_accumulation_steps=1, calibrate=False, use_cpu=True, disable_tqdm=True,
+            folder,
+            max_steps=-(-TRAINED // BATCH),
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=1,
+            calibrate=False,
+            save_strategy="no",
             report_to="none",
-        )  # fmt: skip
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         trainer = dh.DualHeadTrainer(
             model=model, args=arguments, train_dataset=stream, processing_class=tokenizer
         )
+        trainer.train_dataset.shares = shares
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -80,11 +88,11 @@ def peak_of_a_run(path: Path, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--shares", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(peak_of_a_run(options.run, options.steps)))
+        print(json.dumps(peak_of_a_run(options.run, options.shares)))
         return
     from dualhead_ext.measurement import machine
 
@@ -94,15 +102,15 @@ def main() -> None:
             path = Path(folder) / f"{rows}.parquet"
             write_rows(path, rows)
             command = [sys.executable, "-m", "tools.streaming_memory", "--run", str(path)]
-            command += ["--out", str(options.out), "--steps", str(options.steps)]
+            command += ["--out", str(options.out), "--shares", str(rows // TRAINED)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[str(rows)] = json.loads(done.stdout.splitlines()[-1])
             found[str(rows)]["file_gb"] = round(path.stat().st_size / 1e9, 3)
     result = {
         **machine.describe(),
-        "steps": options.steps,
+        "trained_rows": TRAINED,
         "rows_per_step": BATCH,
-        "rows": found,
+        "runs_by_rows_of_the_file": found,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 

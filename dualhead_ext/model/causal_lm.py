@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -57,6 +58,12 @@ _NOT_ADAPTED = (
     "which cannot be adapted: leave lm_head out of target_modules, target_parameters and "
     "modules_to_save (and, where it is tied to the embedding, the embedding too), or adapt the "
     "backbone and merge the adapter before attaching"
+)
+
+
+NO_SHARDS = (
+    "tensor parallelism leaves each process a part of the lm_head, and the heads need it whole; "
+    "load the backbone without tp_plan, over several devices with device_map"
 )
 
 
@@ -112,6 +119,8 @@ class DualHeadForCausalLM(PushToHubMixin):
         config = {name: value for name, value in options.items() if name in known}
         config = head_fields(config)
         loading = {name: value for name, value in options.items() if name not in known}
+        if loading.get("tp_plan") is not None:
+            raise NotImplementedError(f"from_backbone: tp_plan={loading['tp_plan']!r}: {NO_SHARDS}")
         if isinstance(backbone, (str, os.PathLike)):
             loading["dtype"] = loading.get("dtype") or "auto"
             gguf_file, revision = loading.pop("gguf_file", None), loading.get("revision")
@@ -157,6 +166,8 @@ class DualHeadForCausalLM(PushToHubMixin):
                 f"{operator}: {type(backbone).__name__} must have a linear lm_head, got "
                 f"{class_name(linear)}"
             )
+        if isinstance(linear.weight, DTensor):
+            raise NotImplementedError(f"{operator}: lm_head.weight is a DTensor: {NO_SHARDS}")
         read = {
             "hidden_size": linear.in_features,
             "vocab_size": linear.out_features,

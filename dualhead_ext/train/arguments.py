@@ -18,6 +18,7 @@ from ..loss.terms import (
     PREFERENCE_REDUCTIONS,
     LossOptions,
 )
+from .engines import refuse_engines
 from .hidden_cache import AS_COMPUTED, AUTO, STORAGE_DTYPES
 from .presets import PRESET_NAMES, PRESETS
 
@@ -182,6 +183,7 @@ class DualHeadTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        refuse_engines("DualHeadTrainingArguments", self)  # which transformers would set up
         if self.preset not in PRESETS:
             raise ValueError(
                 "DualHeadTrainingArguments: preset must be one of "
@@ -197,7 +199,6 @@ class DualHeadTrainingArguments(TrainingArguments):
         super().__post_init__()
         _ = self.loss_options
         for name, wanted, reason in (
-            ("deepspeed", None, "is not supported"),
             ("label_smoothing_factor", 0, "is transformers' own; use label_smoothing"),
             ("push_to_hub", False, "would push no heads; use model.push_to_hub after training"),
             ("bf16_full_eval", False, _FULL_EVAL.format("bf16")),
@@ -210,8 +211,6 @@ class DualHeadTrainingArguments(TrainingArguments):
                 "DualHeadTrainingArguments: ddp_static_graph=True is not supported: the heads of "
                 "the processes drift apart under it"
             )
-        if self.fsdp:
-            raise ValueError(f"DualHeadTrainingArguments: fsdp={self.fsdp!r} is not supported")
         if self.cache_hidden_dtype not in STORAGE_DTYPES:
             raise ValueError(
                 "DualHeadTrainingArguments: cache_hidden_dtype must be one of "

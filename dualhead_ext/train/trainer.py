@@ -27,6 +27,7 @@ from ..model.causal_lm import DualHeadForCausalLM
 from ..model.packing import packed_rows
 from ..model.pretrained import untie_lm_head
 from .arguments import DualHeadTrainingArguments
+from .engines import refuse_engines
 from .gate_probe import ROWS, STATES, GateProbe
 from .hidden_cache import HiddenCollator
 from .state import agree_on
@@ -128,7 +129,7 @@ class DualHeadTrainer(StreamingTrainer):
     Raises:
         TypeError: a model without gated head, other arguments, a dataset without length.
         ValueError: rows that need a tokenizer where none is given, an empty dataset, several
-            devices in one process.
+            devices in one process, DeepSpeed or FSDP.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class DualHeadTrainer(StreamingTrainer):
                 "DualHeadTrainer: early_stopping_patience needs an eval_dataset of held-out rows, "
                 "got None"
             )
+        refuse_engines("DualHeadTrainer", args)
         if model is not None:
             prepare_for_training(model, args.train_lm_head, args.untie)
             _check_objective(model, args)
@@ -184,6 +186,7 @@ class DualHeadTrainer(StreamingTrainer):
             processing_class=processing_class,
             **others,
         )
+        refuse_engines("DualHeadTrainer", args, self.accelerator)
         # The loss is divided by the counts of the whole accumulated batch, not per micro-batch.
         # Release 5.17 reads the first, later ones the second.
         self.model_accepts_loss_kwargs = True

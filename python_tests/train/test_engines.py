@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that shard a model are refused by what is really set, before anything is trained."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from tiny_models import make_backbone, make_model
+from torch import distributed, nn
+from trainer_cases import arguments, make_trainer
+
+import dualhead_ext as dh
+from dualhead_ext.train.engines import refuse_engines
+
+
+@pytest.mark.parametrize(
+    "options", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard"}]
+)
+def test_by_an_argument(tmp_path, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* cannot train heads.*torchrun"):
+        arguments(tmp_path, **options)
+    arguments(tmp_path)  # nothing of it stays in the environment
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_by_the_environment_that_accelerate_launch_sets(tmp_path, monkeypatch, name):
+    args = arguments(tmp_path)
+    monkeypatch.setenv(name, "true")
+    message = f"{name}=true, from accelerate launch.* cannot train heads"
+    with pytest.raises(ValueError, match=f"DualHeadTrainingArguments: .*{message}"):
+        arguments(tmp_path)
+    with pytest.raises(ValueError, match=f"DualHeadTrainer: .*{message}"):
+        dh.DualHeadTrainer(model=make_model("llama"), args=args, train_dataset=[])
+    monkeypatch.setenv(name, "false")
+    make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_by_the_state_of_accelerate(tmp_path, monkeypatch, engine):
+    """As on a GPU, where accelerate keeps the plugin; on a CPU it drops FSDP's."""
+    trainer = make_trainer(tmp_path)
+    state = SimpleNamespace(**{f"{engine}_plugin": object()})
+    found = SimpleNamespace(state=state, distributed_type=DistributedType(engine.upper()))
+    with pytest.raises(ValueError, match=f"accelerate's {engine}_plugin.* cannot train heads"):
+        refuse_engines("DualHeadTrainer", trainer.args, found)
+
+
+def test_data_parallel(tmp_path):
+    with pytest.raises(TypeError, match=r"must have a gated head .*got DataParallel"):
+        make_trainer(tmp_path, nn.DataParallel(make_model("llama")))
+
+
+def test_tensor_parallelism_is_refused_by_from_backbone(tmp_path):
+    backbone = make_backbone("llama")
+    backbone.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"tp_plan='auto': .* without tp_plan"):
+        dh.DualHeadForCausalLM.from_backbone(tmp_path, tp_plan="auto")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        shard = distributed.tensor.distribute_tensor(
+            backbone.lm_head.weight.data, mesh, [distributed.tensor.Shard(0)]
+        )
+        backbone.lm_head.weight = nn.Parameter(shard)
+        with pytest.raises(NotImplementedError, match=r"lm_head\.weight is a DTensor"):
+            dh.DualHeadForCausalLM.from_backbone(backbone)
+        assert type(backbone.lm_head) is torch.nn.Linear
+    finally:
+        distributed.destroy_process_group()
