@@ -56,9 +56,10 @@ def main(arguments: Namespace) -> None:
     report = _measure(arguments, model, tokenizer, rows, prompts, strengths, scorers)
     files = {pages.RESULTS: pages.to_json(report), pages.PAGE: pages.to_markdown(report).encode()}
     if report["plot"]:
-        from ..eval.heads.plot import sweep_png
+        from ..eval.heads.plot import sweep_figure
+        from ..measurement.figure import png
 
-        files[pages.PLOT] = sweep_png(report)
+        files[pages.PLOT] = png(sweep_figure(report))
     from ..files.atomic import replace_files
 
     out = Path(arguments.out)

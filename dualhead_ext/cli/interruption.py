@@ -29,19 +29,27 @@ class StopAfterStep(TrainerCallback):
     """Raises :class:`Stopped` behind the checkpoint that it has written after a Ctrl-C."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._listens = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Ctrl-C means so inside; the second one what it meant outside."""
+        """Ctrl-C means so inside; the second one, or one after the last step, what it meant
+        outside.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         self._before = signal.signal(signal.SIGINT, self._handle)
+        self._listens = True
         try:
             yield
         finally:
+            self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._listens:
             signal.signal(signal.SIGINT, self._before)
+            self._listens = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if not self._asked:
@@ -54,6 +62,9 @@ class StopAfterStep(TrainerCallback):
         if self._asked:
             control.should_save = control.should_training_stop = True
         return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_listening()  # calibration has no step to finish
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._asked:

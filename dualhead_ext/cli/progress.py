@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training shows while it runs: a line for each log, and a bar below them."""
+"""What training shows while it runs: a line for each log, a bar below them, and what comes next."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ _SHOWN = {
 }
 
 
+def only_ties(logs: dict[str, float], prefix: str = "") -> bool:
+    """Whether a log is of heads that have learnt to prefer nothing yet: every reward is zero, and
+    an accuracy says nothing.
+    """
+    return logs.get(f"{prefix}rewards/chosen") == logs.get(f"{prefix}rewards/rejected") == 0
+
+
 def log_line(logs: dict[str, float], step: int, max_steps: int) -> str:
     """For instance ``step 10/250  epoch 0.40  loss 0.693  pairs right 52.0%  alpha 0.500  KL ...``;
     of an evaluation "held out" in place of the step.
@@ -31,8 +38,13 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str:
     start = f"step {step:>{len(str(max_steps))}}/{max_steps}  epoch {logs.get('epoch', 0):<5.2f}"
     if prefix:
         start = "held out".ljust(len(start))
-    values = {prefix + name: form for name, form in _SHOWN.items()}
-    shown = [form.format(logs[name]) for name, form in values.items() if name in logs]
+    shown = [
+        f"{'pairs right':11} {'ties':7}"
+        if name == "rewards/accuracies" and only_ties(logs, prefix)
+        else form.format(logs[prefix + name])
+        for name, form in _SHOWN.items()
+        if prefix + name in logs
+    ]
     return "  ".join([start, *shown]).rstrip()
 
 
@@ -71,6 +83,8 @@ class ProgressBars(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
+        if args.calibrate and state.is_world_process_zero:
+            print("calibrating the strength: the model writes some replies", flush=True)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any

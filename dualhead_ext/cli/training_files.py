@@ -32,7 +32,8 @@ def write_plot(
     """
     if importlib.util.find_spec("matplotlib") is None:
         return " (no picture of the run: pip install 'dualhead_ext[plot]')"
-    from .training_plot import training_png
+    from ..measurement.figure import png
+    from .training_plot import training_figure
 
     losses = [row["loss"] for row in history if "loss" in row]
     if not losses:
@@ -41,8 +42,8 @@ def write_plot(
     if after.total:
         held_out = (before.accuracy, after.accuracy)
         finding = f"Held-out pairs right: {held_out[0]:.1%} before, {held_out[1]:.1%} after"
-    picture = training_png(history, f"{finding}, in {steps} steps", held_out, after.kl)
-    replace_files(Path(output), {PLOT_NAME: picture})
+    figure = training_figure(history, f"{finding}, in {steps} steps", held_out, after.kl)
+    replace_files(Path(output), {PLOT_NAME: png(figure)})
     return f", curves in {Path(output) / PLOT_NAME}"
 
 

@@ -3,31 +3,28 @@
 
 from __future__ import annotations
 
-import io
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from ..measurement.figure import GREY, PALETTE, bare, blank, headline, plain_log
+from .progress import only_ties
 
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "0.45"  # of Okabe and Ito: distinct to everybody
 # Name in a log -> title of its panel.
 _PANELS = {
     "loss": "loss",
-    "rewards/accuracies": "share of pairs right",
+    "rewards/accuracies": "share of pairs right (dashed: chance)",
     "gate/mean": "mean alpha",
-    "kl": "KL from the backbone, nats per token (log scale)",
+    "kl": "KL from the backbone, nats per token",
 }
 
 
-def training_png(
+def training_figure(
     history: Sequence[dict[str, Any]],
     finding: str,
     held_out: tuple[float, float] | None = None,
     kl: float | None = None,
-) -> bytes:
-    """A panel each for loss, accuracy, mean alpha and KL over the steps.
+) -> Any:
+    """A matplotlib ``Figure``: a panel each for loss, accuracy, mean alpha and KL over the steps.
 
     Args:
         history: the trainer's ``state.log_history``. finding: what it says, the title.
@@ -35,40 +32,34 @@ def training_png(
             heads.
     """
     logs = [row for row in history if "loss" in row]
+    last = logs[-1]["step"]
     names = [name for name in _PANELS if any(name in row for row in logs)]
-    figure = Figure(figsize=(8.0, 6.2), layout="constrained")
+    figure = blank(8.0, 6.2)
     for i, name in enumerate(names):
         axes = figure.add_subplot(2, 2, i + 1)
-        points = [(row["step"], row[name]) for row in logs if name in row]
-        if name == "kl":
-            axes.set_yscale("log", nonpositive="mask")
-        axes.plot(*zip(*points, strict=True), "o-", color=_BLUE, markersize=3, linewidth=1.3,
-                  label="training")  # fmt: skip
+        axes.set_title(_PANELS[name], fontsize=9)
         evaluated = [(r["step"], r[f"eval_{name}"]) for r in history if f"eval_{name}" in r]
-        _panel(axes, _PANELS[name])
+        label = "held out"
+        shown = [row for row in logs if name in row]
+        if name == "rewards/accuracies":
+            shown = [row for row in shown if not only_ties(row)]
+            axes.axhline(0.5, color=GREY, linestyle="--", linewidth=0.9)
+            if held_out is not None:
+                evaluated = [(0, held_out[0]), (last, held_out[1])]
+        if name == "kl":
+            plain_log(axes.yaxis)
+            if kl is not None:
+                evaluated, label = [(last, kl)], "the heads as saved"
+            shown = [row for row in shown if row[name] > 0]
         if name in ("rewards/accuracies", "gate/mean"):
             axes.set_ylim(-0.03, 1.03)
-        if name == "rewards/accuracies":
-            axes.axhline(0.5, color=_GREY, linestyle="--", linewidth=0.9)
-            if held_out is not None:
-                evaluated = [(0, held_out[0]), (points[-1][0], held_out[1])]
-        label = "held out"
-        if name == "kl" and kl is not None:
-            evaluated, label = [(points[-1][0], kl)], "the heads as saved"
+        steps, values = [row["step"] for row in shown], [row[name] for row in shown]
+        style = {"color": PALETTE[0], "markersize": 3, "linewidth": 1.3}
+        axes.plot(steps, values, "o-", **style, label="training")
         if evaluated:
-            axes.plot(*zip(*evaluated, strict=True), "s", color=_ORANGE, label=label)
+            axes.plot(*zip(*evaluated, strict=True), "s", color=PALETTE[1], label=label)
             axes.legend(fontsize=8, frameon=False)
-    figure.suptitle(textwrap.fill(finding, 76), fontsize=11, fontweight="bold")
-    figure.supxlabel("optimizer step", fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
-
-
-def _panel(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="y", color="0.9")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+        bare(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    headline(figure, finding, "Over optimizer steps.")
+    return figure

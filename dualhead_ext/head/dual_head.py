@@ -182,6 +182,8 @@ class GatedHead(nn.Module):
             return mixture.reward_logits(hidden, *reward, weights, self.reward_scale)
         change = self._correction(hidden, weights)
         if head.kind == "embedding":
+            if head.down is None and weights is None:  # W_LM c, of all positions
+                change = change[(slice(1),) * (change.dim() - 1)]
             change = self.lm_logits(change.to(hidden.dtype), bias=False)
         return z_lm + change
 

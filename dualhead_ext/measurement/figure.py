@@ -5,6 +5,7 @@ finding, no frame, names beside what they name. Needs matplotlib, the extra ``pl
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -90,3 +91,10 @@ def save(figure: Any, file: Any, **options: Any) -> None:
     """Write it without a date or a version inside: the same figures make the same file."""
     metadata = {"Software": None} if options.get("format", "png") == "png" else None
     figure.savefig(file, **{"dpi": _DOTS_PER_INCH, "metadata": metadata} | options)
+
+
+def png(figure: Any) -> bytes:
+    """It as the content of a PNG file, see :func:`save`."""
+    file = io.BytesIO()
+    save(figure, file, format="png")
+    return file.getvalue()

@@ -11,6 +11,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from legible import check_legible
 from safetensors.torch import load_file
 from terminal import Terminal
 
@@ -18,7 +19,9 @@ import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.cli import train_config, training_options, training_summary
 from dualhead_ext.cli.interruption import StopAfterStep
+from dualhead_ext.cli.progress import log_line
 from dualhead_ext.cli.train import _training_arguments, resuming_command
+from dualhead_ext.cli.training_plot import training_figure
 from dualhead_ext.eval.heads.sweep import Reply
 from dualhead_ext.eval.likelihood import Text
 
@@ -114,6 +117,7 @@ def test_the_end_says_what_came_of_it(resumed, place):
     kl = float(re.search(r"KL from the backbone +0 before, ([\d.]+) after", resumed)[1])
     assert 0.02 < kl < 0.5  # calibrated to 0.1
     assert resumed.count("    before: ") == resumed.count("    after:  ") == 3
+    assert resumed.index(f"{STEPS}/{STEPS}") < resumed.index("\ncalibrating the strength: ")
     assert "curves in heads/training.png" in resumed and "dualhead generate heads" in resumed
     assert (place / "heads" / "training.png").read_bytes().startswith(b"\x89PNG")
 
@@ -144,11 +148,60 @@ def test_a_second_ctrl_c_is_what_it_was_outside():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_after_the_last_step_ctrl_c_stops_at_once():
+    """Calibration has no step to finish."""
+    import os
+    import signal
+
+    stop = StopAfterStep()
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+        stop.on_train_end(None, None, None)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_the_command_that_goes_on():
     argv = ["train", "--output", "my heads", "--overwrite", "--resume", "old", "--epochs", "3"]
     assert resuming_command(argv) == "dualhead train --output 'my heads' --epochs 3 --resume"
     assert resuming_command(["train", "--resume"]) == "dualhead train --resume"
     assert resuming_command(["train", "--resume=x", "-q"]) == "dualhead train -q --resume"
+
+
+# --- the curves -----------------------------------------------------------------------------------
+
+
+def history(steps, tied=0):
+    """Logs of a run; the first ``tied`` of heads that prefer nothing yet."""
+    return [
+        {
+            "step": step,
+            "loss": 0.7 / step,
+            "rewards/accuracies": 0.0 if step <= tied else 1 - 0.4 / step,
+            "rewards/chosen": 0.0 if step <= tied else 0.1 * step,
+            "rewards/rejected": 0.0 if step <= tied else -0.1,
+            "gate/mean": 0.5,
+            "kl": 1e-4 * (step - 1) ** 2,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12, 40])
+def test_the_curves_are_legible_and_ties_are_no_accuracy(steps):
+    figure = training_figure(history(steps, tied=1), "Held-out pairs right: 98.1 % after", (0.5, 1))
+    check_legible(figure)
+    lines = {axes.get_title().split(" ")[0]: axes.get_lines() for axes in figure.axes}
+    assert len(lines["loss"][0].get_xdata()) == steps
+    assert [line.get_label() for line in lines["share"][1:]] == ["training", "held out"]
+    assert list(lines["share"][1].get_xdata()) == list(range(2, steps + 1))  # not the ties
+    assert list(lines["share"][2].get_xdata()) == [0, steps]
+
+
+def test_the_line_of_a_log_says_ties():
+    ties, learnt = history(2, tied=1)
+    assert "pairs right ties " in log_line(ties, 1, 2)
+    assert "pairs right 80.0% " in log_line(learnt, 2, 2)
+    assert log_line(ties, 1, 2).index("alpha") == log_line(learnt, 2, 2).index("alpha")
 
 
 # --- options in a file ----------------------------------------------------------------------------

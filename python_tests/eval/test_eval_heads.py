@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+from legible import check_legible
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.eval import likelihood, sampling
 from dualhead_ext.eval.heads.pairs import pair_figures
+from dualhead_ext.eval.heads.plot import sweep_figure
 from dualhead_ext.eval.heads.report import finding, to_markdown
 from dualhead_ext.eval.heads.sweep import sample_replies, sweep_figures
 from dualhead_ext.eval.metrics import longer_is_better
@@ -96,6 +98,7 @@ def test_eval_writes_json_a_page_and_a_picture(place, capsys, model, tokenizer, 
         assert word in page
     assert "![The sweep over strengths](sweep.png)" in page
     assert (place / "report" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    check_legible(sweep_figure(report))
     for name in ("eval.json", "eval.md", "sweep.png"):
         assert f"report/{name}" in printed
     assert "accuracy on 5 pairs" in printed and "the longer one" in printed

@@ -11,9 +11,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the extra plot is not installed")
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from legible import check_legible
 from matplotlib.colors import to_rgb
-from matplotlib.text import Text
 
 from dualhead_ext.eval.paper import plots
 from dualhead_ext.eval.paper.plan import MAIN
@@ -61,34 +60,6 @@ class MadeUp:
 
     def label(self, name):
         return SYSTEMS[name].label
-
-
-def drawn_texts(figure) -> list[tuple[str, object]]:
-    """Each text that is seen, with its box in pixels. (matplotlib keeps ticks outside an axis.)"""
-    FigureCanvasAgg(figure).draw()
-    hidden = {
-        tick.label1
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in axis.get_major_ticks() + axis.get_minor_ticks()
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    }
-    texts = [t for t in figure.findobj(Text) if t.get_visible() and t not in hidden]
-    boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text().strip()]
-    return [(text, box) for text, box in boxes if box.width and box.height]
-
-
-def check_legible(figure) -> None:
-    boxes = drawn_texts(figure)
-    assert len(boxes) > 5
-    page = figure.bbox
-    for text, box in boxes:
-        assert page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1, text
-        assert page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1, text
-        assert "10^" not in text and "times" not in text, text  # 3 x 10^0
-    for i, (text, box) in enumerate(boxes):
-        for other, its in boxes[i + 1 :]:
-            assert not box.padded(-1).overlaps(its.padded(-1)), (text, other)
 
 
 @pytest.mark.parametrize("name", plots.PLOTS)

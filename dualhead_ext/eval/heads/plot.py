@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from ...measurement.figure import GREY, PALETTE, bare, blank, error_bars, headline, save
+from ...measurement.figure import GREY, PALETTE, bare, blank, error_bars, headline
 from .report import finding, scorer_title
 
 _COLUMNS = 3
 
 
-def sweep_png(report: dict[str, Any]) -> bytes:
-    """A panel each for every scorer, KL, perplexity, alpha and words over strength, with 95 %
-    intervals; the backbone's value as a dashed line.
+def sweep_figure(report: dict[str, Any]) -> Any:
+    """A matplotlib ``Figure``: a panel each for every scorer, KL, perplexity, alpha and words over
+    strength, with 95 % intervals; the backbone's value as a dashed line.
     """
     sweep = report["sweep"]
     panels: list[tuple[str, list[Any]]] = [
@@ -39,9 +38,7 @@ def sweep_png(report: dict[str, Any]) -> bytes:
     headline(
         figure, finding(report), "Over strength. Dashed: 0, the backbone. Bars: 95 % intervals."
     )
-    file = io.BytesIO()
-    save(figure, file, format="png")
-    return file.getvalue()
+    return figure
 
 
 def _panel(
