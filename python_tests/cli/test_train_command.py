@@ -98,7 +98,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(stopped, place):
     assert any("gate/histogram/0.0-0.1" in row for row in state["log_history"])
     assert "histogram" not in shown and "{" not in shown
     line = re.search(rf"step +1/{STEPS} .*", shown)[0]
-    assert re.search(r"loss +[\d.]+ +pairs right +[\d.]+% +alpha 0\.500 +KL +[\d.e-]+$", line)
+    assert re.search(r"loss +[\d.]+ +pairs right +ties +alpha 0\.500 +KL +[\d.e-]+$", line)
     assert not (place / "heads" / "dualhead_config.json").exists()
 
 
