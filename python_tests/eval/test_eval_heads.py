@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dualhead eval HEADS`` as a user meets it; its figures against the slow ones of likelihood."""
 
+import html
 import importlib.util
 import json
 import subprocess
@@ -16,7 +17,7 @@ from dualhead_ext import cli
 from dualhead_ext.eval import likelihood, sampling
 from dualhead_ext.eval.heads.pairs import pair_figures
 from dualhead_ext.eval.heads.plot import sweep_figure
-from dualhead_ext.eval.heads.report import finding, to_markdown
+from dualhead_ext.eval.heads.report import _cell, finding, to_markdown
 from dualhead_ext.eval.heads.sweep import sample_replies, sweep_figures
 from dualhead_ext.eval.metrics import longer_is_better
 from dualhead_ext.eval.scorers import scorer
@@ -243,6 +244,13 @@ def test_a_models_text_is_no_markup(model, tokenizer, place):
     page = to_markdown(report)
     (line,) = [line for line in page.splitlines() if "img src" in line]
     assert line.count("|") == 4 and "&lt;img" in line and "![x](y)" not in line
+
+
+def test_what_stands_in_a_cell_reads_as_the_model_wrote_it():
+    text = "# a * b_c `d` [e](f) ~~g~~ | &amp; <b> \\ \"h\"\n* i #1"
+    cell = _cell(text)
+    assert not set("*_`[]~|\\") & set(cell.replace("<br>", ""))
+    assert html.unescape(cell.replace("<br>", "\n")) == text
 
 
 # --- mistakes -------------------------------------------------------------------------------------

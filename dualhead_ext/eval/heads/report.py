@@ -151,13 +151,14 @@ def _replies(report: dict[str, Any]) -> list[str]:
     return ["## Replies side by side", "", note, "", *_table(header, rows), ""]
 
 
+_NO_MARKUP = {ord(sign): f"&#{ord(sign)};" for sign in "\\`*_[]|#~"}
+
+
 def _cell(text: str) -> str:
     """Text of a model in a cell of a table: no markup of its own, line breaks kept."""
     lines = [" ".join(line.split()) for line in text.strip().splitlines()]
     safe = html.escape("\n".join(lines), quote=False)
-    for sign in "\\`*_[]|#":
-        safe = safe.replace(sign, f"&#{ord(sign)};")
-    return safe.replace("\n", "<br>") or "(empty)"
+    return safe.translate(_NO_MARKUP).replace("\n", "<br>") or "(empty)"
 
 
 def _made(report: dict[str, Any]) -> list[str]:
