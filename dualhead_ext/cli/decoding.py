@@ -63,7 +63,7 @@ def objective_tensor(option: str, weights: list[float], model: Any) -> Any:
     count = model.dual_head_config.num_objectives
     if len(weights) != count:
         raise UserError(
-            f"{option}: expected {count} numbers, one for each objective of the heads, got "
+            f"{option}: expected as many weights as the heads have objectives, {count}, got "
             f"{len(weights)}"
         )
     return torch.tensor(weights)

@@ -145,7 +145,7 @@ def _check_weights(arguments: Namespace, model: Any, rows: list[dict]) -> None:
     count, weights = model.dual_head_config.num_objectives, arguments.objective_weights
     if weights is not None and len(weights) != count:
         raise UserError(
-            f"--objective-weights: expected {count} numbers, one for each objective of the heads, "
+            f"--objective-weights: expected as many weights as the heads have objectives, {count}, "
             f"got {len(weights)}"
         )
     highest = max((row.get("objective", 0) for row in rows), default=0)

@@ -5,8 +5,10 @@ in a file, and what it says at the end."""
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
+import signal
 from dataclasses import fields
 
 import pytest
@@ -137,10 +139,15 @@ def test_the_card_says_how_well_they_rank(resumed, place):
     assert (place / "heads" / "README.md").read_text() == "mine\n"
 
 
-def test_a_second_ctrl_c_is_what_it_was_outside():
-    import os
-    import signal
+@pytest.fixture
+def interruptible():
+    """Python's own handling of Ctrl-C, which a shell's background job starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
+
+def test_a_second_ctrl_c_is_what_it_was_outside(interruptible):
     stop = StopAfterStep()
     with pytest.raises(KeyboardInterrupt), stop.listening():
         os.kill(os.getpid(), signal.SIGINT)
@@ -148,11 +155,8 @@ def test_a_second_ctrl_c_is_what_it_was_outside():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_after_the_last_step_ctrl_c_stops_at_once():
+def test_after_the_last_step_ctrl_c_stops_at_once(interruptible):
     """Calibration has no step to finish."""
-    import os
-    import signal
-
     stop = StopAfterStep()
     with pytest.raises(KeyboardInterrupt), stop.listening():
         stop.on_train_end(None, None, None)
