@@ -247,7 +247,7 @@ def test_a_models_text_is_no_markup(model, tokenizer, place):
 
 
 def test_what_stands_in_a_cell_reads_as_the_model_wrote_it():
-    text = "# a * b_c `d` [e](f) ~~g~~ | &amp; <b> \\ \"h\"\n* i #1"
+    text = '# a * b_c `d` [e](f) ~~g~~ | &amp; <b> \\ "h"\n* i #1'
     cell = _cell(text)
     assert not set("*_`[]~|\\") & set(cell.replace("<br>", ""))
     assert html.unescape(cell.replace("<br>", "\n")) == text
