@@ -20,9 +20,9 @@ _LFS = (".safetensors", ".bin")
 
 
 class Hub(ThreadingHTTPServer):
-    """Attributes: files: {(repository, path): content}. messages: of the commits. tokens: what requests
-    were authorised with. unknown: requests
-    that it has no answer to.
+    """Attributes:
+    files: {(repository, path): content}. messages: of the commits.
+    tokens: what requests were authorised with. unknown: requests that it has no answer to.
     """
 
     daemon_threads = True

@@ -121,7 +121,7 @@ MISTAKES = {
     "/strenght 2": "/strenght: no such command; did you mean /strength?",
     "/fly": "/fly: no such command; /help lists the commands",
     "/strength -1": "/strength: expected a number of at least 0, got '-1'",
-    "/objective 1": "/objective: expected 2 numbers",
+    "/objective 1": "/objective: expected as many weights as the heads have objectives, 2",
     "/objective a": "/objective: expected numbers separated by commas, got 'a'",
     "/alpha 3": "/alpha: expected on or off, got '3'",
     "/compare": "/compare: expected a message before it, got none",

@@ -150,7 +150,7 @@ MISTAKES = [
     (["generate", "{heads}", "hi", "--gate-offset", "nan"], "expected a number, got 'nan'"),
     (["generate", "{heads}", "hi", "--top-k", "x"], "expected a whole number of at least 0"),
     (["generate", "{heads}", "hi", "--objective-weights", "1,x"], "separated by commas"),
-    (["generate", "{heads}", "hi", "--objective-weights", "1,2"], "expected 1 numbers"),
+    (["generate", "{heads}", "hi", "--objective-weights", "1,2"], "have objectives, 1, got 2"),
     (["generate", "{heads}", "hi", "--max-new-tokens", "5000"], "a context of 1024"),
     (["generate", "{heads}", "  "], "prompt: expected some text"),
     (["generate", "{heads}", "hi", "--backbone-only", "--alpha", "1"], "no option of the gate"),

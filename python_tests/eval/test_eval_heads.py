@@ -294,7 +294,7 @@ def test_mistakes_that_only_the_heads_know(place, capsys):
     long = "word " * 1100
     (place / "long.txt").write_text(long)
     for argv, words in (
-        (["--objective-weights", "1,2"], "--objective-weights: expected 1 numbers"),
+        (["--objective-weights", "1,2"], "have objectives, 1, got 2"),
         (["--prompts", "long.txt"], "--prompts: expected prompts that leave room for 8 tokens"),
         (["--device", "cuda:99"], "--device: expected a device"),
     ):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads on a model hub: pushed by one program, loaded by another, through huggingface_hub itself."""
+"""Heads on a model hub: one program pushes them, another loads them, both by huggingface_hub."""
 
 from __future__ import annotations
 
