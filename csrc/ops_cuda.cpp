@@ -21,9 +21,6 @@ DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
   BoundDecode bound = bind_decode_step(std::move(arguments),
                                        {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   DecodeParams& params = bound.params;
-  if (params.reward_head != RewardHead::kFull) {
-    fail(kDecodeStep, "reward_head must be full on CUDA, got " + bound.arguments.reward_head);
-  }
   const Tensor& hidden = bound.arguments.hidden;
   const auto device = hidden.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

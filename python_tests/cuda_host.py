@@ -125,8 +125,8 @@ def check_appended(arguments, step, dtype, b):
     assert before.tobytes() == after.tobytes()
 
 
-def check_row(arguments, step, dtype, b):
-    """A row with a finite result, from gate to token."""
+def check_row(arguments, step, dtype, b, close=CLOSE):
+    """A row with a finite result, from gate to token. close: of the logits."""
     if "gate_logit" in arguments:
         gate_logit = float(arguments["gate_logit"][b])
     else:
@@ -141,7 +141,7 @@ def check_row(arguments, step, dtype, b):
     alpha = model.mixing_weight(arguments, b, gate_logit)
     np.testing.assert_allclose(step.alpha[b], alpha, rtol=1e-5, atol=1e-6)
     logits = model.row_logits(arguments, dtype, b, float(step.alpha[b]))
-    np.testing.assert_allclose(step.logits[b], logits, **CLOSE)
+    np.testing.assert_allclose(step.logits[b], logits, **close)
     assert step.status[b] == 0
     token = int(step.token[b])
     exact = log_softmax(step.logits[b].astype(np.float64))
@@ -158,6 +158,6 @@ def check_row(arguments, step, dtype, b):
         assert token == raced.argmax()
 
 
-def check_step(arguments, step, dtype):
+def check_step(arguments, step, dtype, close=CLOSE):
     for b in range(len(arguments["hidden"])):
-        check_row(arguments, step, dtype, b)
+        check_row(arguments, step, dtype, b, close)

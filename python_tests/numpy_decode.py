@@ -120,18 +120,36 @@ def head_weight(arguments, name, dtype):
     return (q * scale).reshape(*stored.shape[:-1], -1)
 
 
+def corrections(arguments, dtype, hidden):
+    """(K, V): each objective's delta."""
+    change = widen(arguments["reward_bias"], dtype)
+    if "reward_down" in arguments:
+        inner = widen(arguments["reward_down"], dtype) @ hidden
+        change = change + np.einsum("knr,kr->kn", widen(arguments["reward_up"], dtype), inner)
+    if arguments["reward_head"] == "lowrank":
+        return change
+    # The streaming path multiplies it in the dtype of hidden states.
+    return change @ head_weight(arguments, "lm", dtype).T
+
+
 def row_logits(arguments, dtype, b, alpha):
     """(V,): mixed logits, or log-probabilities with mix_probs."""
     hidden = widen(arguments["hidden"][b], dtype)
     lm = head_weight(arguments, "lm", dtype) @ hidden
     if "lm_bias" in arguments:
         lm = lm + widen(arguments["lm_bias"], dtype)
-    rewards = head_weight(arguments, "reward", dtype) @ hidden
-    if "reward_bias" in arguments:
-        rewards = rewards + widen(arguments["reward_bias"], dtype)
+    if "reward_weight" in arguments:
+        rewards = head_weight(arguments, "reward", dtype) @ hidden
+        if "reward_bias" in arguments:
+            rewards = rewards + widen(arguments["reward_bias"], dtype)
+    else:
+        rewards = lm + corrections(arguments, dtype, hidden)
     count = len(rewards)
     weights = arguments.get("objective_weights", np.full((b + 1, count), 1 / count))[b]
-    reward = weights.astype(np.float64) @ rewards
+    weights = weights.astype(np.float64)
+    reward = weights @ rewards
+    if "reward_weight" not in arguments:
+        reward = reward + (1 - weights.sum()) * lm  # z_LM once, whatever the weights add up to
     scale, cap = arguments["logit_scale"], arguments["logit_softcap"]
     if alpha == 0 or alpha == 1:
         z = post(reward if alpha else lm, scale, cap)
@@ -199,12 +217,27 @@ def random_cache(rng, dtype, batch, heads, head_size, capacity, lengths):
     }
 
 
+def random_reward_head(rng, dtype, K, V, d, reward_head, r, columns):
+    def normal(*shape, scale):
+        return narrow(rng.standard_normal(shape) * scale, dtype)
+
+    scale = 2.0 / math.sqrt(d)
+    if reward_head == "full":
+        return {"reward_weight": slack(normal(K, V, d, scale=scale), 2, columns=columns)}
+    n = d if reward_head == "embedding" else V
+    arguments = {"reward_head": reward_head, "reward_bias": normal(K, n, scale=0.5)}
+    if r:
+        arguments["reward_down"] = normal(K, r, d, scale=scale)
+        arguments["reward_up"] = normal(K, n, r, scale=0.5 / math.sqrt(r))
+    return arguments
+
+
 def random_arguments(
     rng, dtype, *, B=2, d=13, V=37, K=1, H=2, d_k=3, S=9, lengths=None, gate="attention",
-    bias=False, aligned=False
+    bias=False, aligned=False, reward_head="full", r=3
 ):  # fmt: skip
     """Arguments without controls or sampling; hidden and the heads are strided. aligned: rows start
-    at multiples of 16 bytes, which the streaming path needs."""
+    at multiples of 16 bytes, which the streaming path needs. r: rank of a correction."""
 
     def normal(*shape, scale=1.0):
         return narrow(rng.standard_normal(shape) * scale, dtype)
@@ -213,13 +246,15 @@ def random_arguments(
     arguments = {
         "hidden": slack(normal(B, d), columns=8 if aligned else 3),
         "lm_weight": slack(normal(V, d, scale=weight_scale), columns=16 if aligned else 5),
-        "reward_weight": slack(normal(K, V, d, scale=weight_scale), 2, columns=8 if aligned else 1),
+        **random_reward_head(rng, dtype, K, V, d, reward_head, r, 8 if aligned else 1),
         "mix_probs": False,
         "logit_scale": 1.0,
         "logit_softcap": 0.0,
     }
     if bias:
-        arguments |= {"lm_bias": normal(V), "reward_bias": normal(K, V)}
+        arguments["lm_bias"] = normal(V)
+        if reward_head == "full":
+            arguments["reward_bias"] = normal(K, V)
     if gate == "given":
         return arguments | {"gate_logit": rng.standard_normal(B).astype(np.float32)}
     if lengths is None:
@@ -240,11 +275,13 @@ def quantized(rng, arguments, name, apart=0):
     """The arguments with random heads in a format, their rows ``apart`` elements further from each
     other. Every number that a format has comes up."""
     V, d = arguments["lm_weight"].shape
-    K = len(arguments["reward_weight"])
+    shapes = {"lm": (V,)}
+    if "reward_weight" in arguments:
+        shapes["reward"] = (len(arguments["reward_weight"]), V)
     columns, groups = (d // 2, (d // 128,)) if name == "int4" else (d, ())
     size = {"int8": 73.0, "fp8": 180.0, "int4": 4.6}[name] * math.sqrt(d)
     heads = {"format": name}
-    for head, shape in (("lm", (V,)), ("reward", (K, V))):
+    for head, shape in shapes.items():
         stored = rng.integers(0, 256, (*shape, columns)).astype(np.uint8)
         if name == "int8":
             stored = stored.view(np.int8)

@@ -69,11 +69,13 @@ void fill(T& field, const py::dict& arguments, const char* name) {
 }
 
 DecodeParams params_from(const py::dict& a, DType dtype) {
-  const auto hidden = py::array(a["hidden"]), lm_weight = py::array(a["lm_weight"]),
-             reward_weight = py::array(a["reward_weight"]);
+  const auto hidden = py::array(a["hidden"]), lm_weight = py::array(a["lm_weight"]);
+  const bool full = a.contains("reward_weight");
+  const auto reward = py::array(full ? a["reward_weight"] : a["reward_bias"]);
   DecodeParams p{};
   p.B = hidden.shape(0), p.d = hidden.shape(1), p.V = lm_weight.shape(0);
-  p.K = reward_weight.shape(0);
+  p.K = reward.shape(0);
+  if (a.contains("reward_down")) p.r = py::array(a["reward_down"]).shape(1);
   p.dtype = dtype;
   if (a.contains("cache_k")) {
     const auto cache_k = py::array(a["cache_k"]);
@@ -85,8 +87,7 @@ DecodeParams params_from(const py::dict& a, DType dtype) {
   DUALHEAD_DECODE_PARAMS(DUALHEAD_FILL)
 #undef DUALHEAD_FILL
   p.hidden_stride = stride(hidden, 0), p.lm_weight_stride = stride(lm_weight, 0);
-  p.reward_weight_stride_k = stride(reward_weight, 0);
-  p.reward_weight_stride = stride(reward_weight, 1);
+  if (full) p.reward_weight_stride_k = stride(reward, 0), p.reward_weight_stride = stride(reward, 1);
   fill(p.lm_product, a, "lm_product"), fill(p.reward_product, a, "reward_product");
   fill(p.out_logits, a, "out_logits"), fill(p.out_alpha, a, "out_alpha");
   fill(p.out_gate_logit, a, "out_gate_logit"), fill(p.out_token, a, "out_token");

@@ -11,6 +11,7 @@
 //   project           rows x slice of d x tile   warp    hidden             partial sums
 //   attend            (b, h) x cache split       warp    those, cache       column, attention parts
 //   weigh             b                          warp    attention parts    alpha, cache length
+//   prepare_correction b x 32 inputs             warp    partial sums       change or inner
 //   heads             chunk of V x tile          block   hidden, alpha      logits, softmax parts
 //   (finish_products  b x chunk                  warp    products, alpha    the same)
 //   normalizers       b x head, mix_probs        block   softmax parts      two log-sum-exps
@@ -42,8 +43,8 @@ __device__ __forceinline__ bool in_fours(const DecodeParams& p) {
   const int64_t numbers = p.d | p.hidden_stride | p.lm_weight_stride | p.reward_weight_stride |
                           p.reward_weight_stride_k;
   return numbers % 4 == 0 && sixteen_divides(p.hidden) && sixteen_divides(p.lm_weight) &&
-         sixteen_divides(p.reward_weight) && sixteen_divides(p.q_weight) &&
-         sixteen_divides(p.k_weight) && sixteen_divides(p.u_weight);
+         sixteen_divides(p.reward_weight) && sixteen_divides(p.reward_down) &&
+         sixteen_divides(p.q_weight) && sixteen_divides(p.k_weight) && sixteen_divides(p.u_weight);
 }
 
 // kFloat32: fp32 weights and hidden states, which are what this path is for; else any, told apart
@@ -54,18 +55,21 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
                        const __grid_constant__ Workspace ws) {
   const DType dtype = kFloat32 ? DType::kFloat32 : p.dtype;
   const Quantization quantization = kFloat32 ? Quantization::kNone : p.quantization;
-  if (!p.gate_logit) {
+  if (projection_rows(p) > 0) {
     if (kFloat32 && in_fours(p)) {
       project_plain<true>(p, ws, whole_grid(), dtype);
     } else {
       project_plain<false>(p, ws, whole_grid(), dtype);
     }
     grid_barrier();  // all slices of the projections are complete
+  }
+  if (!p.gate_logit) {
     attend<8>(p, ws, whole_grid());
     grid_barrier();  // all attention parts are
   }
   weigh(p, ws, whole_grid(), false);
-  grid_barrier();  // alpha and status are
+  prepare_correction(p, ws, whole_grid(), dtype);
+  grid_barrier();  // alpha, status and what a correction is made of are
   if (p.out_attention) normalize_attention(p, ws, whole_grid());
   if (p.lm_product) {
     finish_products(p, ws, dtype);

@@ -32,7 +32,7 @@ __device__ __forceinline__ void append(const DecodeParams& p, const Workspace& w
     store_number(p.cache_k, dtype, at * p.d_k + j, projected(p, ws, b, g + h * p.d_k + j));
   }
   if (lane_index() == 0) {
-    p.cache_u[at] = projected(p, ws, b, 2 * g + h);
+    p.cache_u[at] = projected(p, ws, b, key_rows(p) + h);
     if (h == 0) p.cache_valid[b * p.S + column] = new_is_valid(p, b);
   }
   warp_barrier();  // every lane may read the column

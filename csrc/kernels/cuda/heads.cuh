@@ -6,6 +6,7 @@
 
 #include "../head_math.h"
 #include "../weight_format.h"
+#include "correction.cuh"
 #include "gate.cuh"
 #include "primitives.cuh"
 #include "workspace.h"
@@ -139,22 +140,39 @@ __device__ __forceinline__ float bias_of(const DecodeParams& p, DType dtype, int
   return bias.data ? bias(m == 0 ? v : (m - 1) * p.V + v) : 0.0f;
 }
 
-__device__ __forceinline__ float objective_weight(const DecodeParams& p, int64_t b, int64_t k) {
-  return p.objective_weights ? p.objective_weights[b * p.K + k] : 1.0f / static_cast<float>(p.K);
+// z_RM - z_LM of a correction for vocabulary row v and this lane's request among `count` from b0 on.
+// The whole warp calls; `row` is the LM head's.
+template <bool kFours>
+__device__ __forceinline__ float correction_of(const DecodeParams& p, const Workspace& ws,
+                                               const HeadRow& row, DType dtype, int64_t v,
+                                               int64_t b0, int count) {
+  if (p.reward_head == RewardHead::kEmbedding) {
+    const Numbers change = Numbers{ws.change, DType::kFloat32}.from(b0 * p.d);
+    float dots[kTile];
+    dot_tile<kFours>(row, change, p.d, p.d, count, dots);
+    return pick_own(dots) * row.scale;
+  }
+  float own = 0.0f;
+  for (int t = 0; t < count; ++t) {
+    const float delta = low_rank_delta(p, ws, dtype, v, b0 + t);
+    if (lane_index() == t) own = delta;
+  }
+  return own;
 }
 
 // z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
-// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none of these
-// rows needs is not read.
+// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order, or z_LM and its
+// correction. A head that none of these rows needs is not read.
 template <bool kFours>
-__device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
-                                               int count, Needs needs, DType dtype,
-                                               Quantization quantization, ChunkLogits* out) {
+__device__ __forceinline__ void chunk_products(const DecodeParams& p, const Workspace& ws,
+                                               int64_t v0, int64_t b0, int count, Needs needs,
+                                               DType dtype, Quantization quantization,
+                                               ChunkLogits* out) {
   const Numbers hidden = Numbers{p.hidden, dtype}.from(b0 * p.hidden_stride);
   for (int j = warp_in_block(); j < kChunk && v0 + j < p.V; j += warps_per_block()) {
     const int64_t v = v0 + j;
     float lm = 0.0f, reward = 0.0f;
-    for (int64_t m = 0; m <= p.K; ++m) {
+    for (int64_t m = 0; m <= (corrects(p) ? 0 : p.K); ++m) {
       if (!(m == 0 ? needs.lm : needs.reward)) continue;
       const HeadRow row(p, m, v, dtype, quantization);
       float dots[kTile];
@@ -166,6 +184,10 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
         continue;
       }
       reward = fmaf(objective_weight(p, b0 + lane_index(), m - 1), z, reward);
+    }
+    if (corrects(p) && needs.reward) {
+      const HeadRow row(p, 0, v, dtype, quantization);
+      reward = lm + correction_of<kFours>(p, ws, row, dtype, v, b0, count);
     }
     if (lane_index() < count) {
       out->lm[lane_index()][j] = lm;
@@ -207,7 +229,8 @@ __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws
       const Needs own = needs_of(p.out_alpha[b0 + t]);
       needs.lm |= own.lm, needs.reward |= own.reward;
     }
-    chunk_products<kFours>(p, v0, b0, count, needs, dtype, quantization, z);
+    needs.lm |= corrects(p) && needs.reward;
+    chunk_products<kFours>(p, ws, v0, b0, count, needs, dtype, quantization, z);
     block_barrier();  // the warps below read what other warps computed
     const int64_t v = v0 + lane_index();
     for (int t = warp_in_block(); t < count; t += warps_per_block()) {

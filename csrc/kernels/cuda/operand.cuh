@@ -131,15 +131,29 @@ __device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d
   }
 }
 
-// Rows of the whole batch to the workspace, a block per row: by its first kThreads threads, which
-// form `kGroup`. slot: one float per warp of them.
+// The rows that meet the LM head.
+struct HiddenRows {
+  Numbers numbers;
+  int64_t stride, count;
+
+  __device__ __forceinline__ HiddenRows(const DecodeParams& p, const Workspace& ws)
+      : numbers{ws.rows ? ws.rows : p.hidden, p.dtype},
+        stride(ws.rows ? p.d : p.hidden_stride),
+        count(product_rows(p)) {}
+
+  __device__ __forceinline__ Numbers row(int64_t i) const { return numbers.from(i * stride); }
+};
+
+// All of them to the workspace, a block per row: by its first kThreads threads, which form
+// `kGroup`. slot: one float per warp of them.
 template <int kGroup, int kThreads>
 __device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspace& ws,
                                            Format format, float* slot) {
   const int64_t row_bytes = 2 * round_up(p.d, run_inputs(format));
   const int terms = p.dtype == DType::kFloat32 ? 3 : 1;
-  for (int64_t b = blockIdx.x; b < p.B; b += gridDim.x) {
-    const Numbers row = Numbers{p.hidden, p.dtype}.from(b * p.hidden_stride);
+  const HiddenRows hidden(p, ws);
+  for (int64_t b = blockIdx.x; b < hidden.count; b += gridDim.x) {
+    const Numbers row = hidden.row(b);
     const float own = warp_max(largest_of(row, p.d, threadIdx.x, kThreads));
     if (lane_index() == 0) slot[warp_in_block()] = own;
     group_barrier<kGroup, kThreads>();  // every warp's is there
@@ -149,26 +163,28 @@ __device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspac
     if (threadIdx.x == 0) ws.operand_scale[b] = unit;
     unsigned char* to = reinterpret_cast<unsigned char*>(ws.operand) + b * row_bytes;
     write_operand(format, row, p.d, unit, terms, {to, kBlockBytes, 0}, row_bytes / 16,
-                  p.B * row_bytes, threadIdx.x, kThreads);
+                  hidden.count * row_bytes, threadIdx.x, kThreads);
     group_barrier<kGroup, kThreads>();  // every thread has read the slots
   }
 }
 
-// Rows of the whole batch to shared memory, in swizzled blocks, by the kConsumers warps that form
+// All of them to shared memory, in swizzled blocks, by the kConsumers warps that form
 // `kGroup`: as many warps to a row as there are for each. slot: one float per warp. Not inlined,
 // for the sake of the callers' registers.
 template <int kGroup>
-__device__ __noinline__ void prepare_resident(const DecodeParams& p, Format format, int terms,
-                                              unsigned char* to, int block_pitch, int sixteens,
-                                              float* scales, float* slot) {
+__device__ __noinline__ void prepare_resident(const DecodeParams& p, const Workspace& ws,
+                                              Format format, int terms, unsigned char* to,
+                                              int block_pitch, int sixteens, float* scales,
+                                              float* slot) {
+  const HiddenRows hidden(p, ws);
   int warps = kConsumers;
-  while (warps > 1 && warps * p.B > kConsumers) warps /= 2;
+  while (warps > 1 && warps * hidden.count > kConsumers) warps /= 2;
   const int thread = warp_in_block() % warps * kWarp + lane_index(), threads = warps * kWarp;
   const int64_t term_bytes = static_cast<int64_t>(sixteens / 8) * block_pitch;
   // Several warps to a row: one round, which all of them enter.
-  for (int b = warp_in_block() / warps; b < p.B || warps > 1; b += kConsumers / warps) {
-    const bool there = b < p.B;
-    const Numbers row = Numbers{p.hidden, p.dtype}.from((there ? b : 0) * p.hidden_stride);
+  for (int b = warp_in_block() / warps; b < hidden.count || warps > 1; b += kConsumers / warps) {
+    const bool there = b < hidden.count;
+    const Numbers row = hidden.row(there ? b : 0);
     float largest = warp_max(largest_of(row, there ? p.d : 0, thread, threads));
     if (warps > 1) {
       if (lane_index() == 0) slot[warp_in_block()] = largest;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gate's projections of the new position: g rows of W_Q, g of W_K, and the H folded ones, u.
+// The small products of the new position: g rows of W_Q, g of W_K and the H folded ones, u, of the
+// gate; K r rows of D of a correction.
 //
 // A row's inputs are cut into slices of kSlice, and each slice's sum goes to the workspace; who
 // needs the number adds them in order (projected()). So a slice of sixteen rows is a work item of
@@ -26,7 +27,7 @@ struct Team {
 
 __device__ __forceinline__ Team whole_grid() { return Team{warp_in_grid(), warps_in_grid()}; }
 
-// Projection `row` of batch row b: q's rows come first, then k's, then u's.
+// Projection `row` of batch row b: q's rows come first, then k's, a correction's and u's.
 __device__ __forceinline__ float projected(const DecodeParams& p, const Workspace& ws, int64_t b,
                                            int64_t row) {
   const int64_t rows = projection_rows(p), slices = ceil_div(p.d, kSlice);
@@ -45,18 +46,19 @@ __device__ __forceinline__ float projected(const DecodeParams& p, const Workspac
   return sum;
 }
 
-// Row `row` of W_Q and W_K, one below the other; the last one for those beyond.
+// Row `row` of W_Q, W_K and D, one below the other; the last one for those beyond.
 __device__ __forceinline__ const void* key_row(const DecodeParams& p, DType dtype, int64_t row) {
-  const int64_t g = p.H * p.d_k, last = row < 2 * g ? row : 2 * g - 1;
-  const void* matrix = last < g ? p.q_weight : p.k_weight;
-  return Numbers{matrix, dtype}.from((last < g ? last : last - g) * p.d).data;
+  const int64_t g = p.H * p.d_k, last = row < key_rows(p) ? row : key_rows(p) - 1;
+  const void* matrix = last < g ? p.q_weight : last < 2 * g ? p.k_weight : p.reward_down;
+  const int64_t first = last < g ? 0 : last < 2 * g ? g : 2 * g;
+  return Numbers{matrix, dtype}.from((last - first) * p.d).data;
 }
 
 // --- tensor cores: 16-bit weights and hidden states ----------------------------------------------
 
 constexpr int kTileRows = 16, kTileBatch = 32;  // of a work item
 
-// A slice of sixteen rows of W_Q and W_K for up to 8 kTiles batch rows. Lanes take sixteen bytes of
+// A slice of sixteen rows of W_Q, W_K and D for up to 8 kTiles batch rows. Lanes take sixteen bytes of
 // a row as they lie, of weights and hidden states alike (fragments.cuh): the sum of each element
 // goes through the inputs in one order, whatever kTiles is. kAhead: runs of 32 inputs that are
 // asked for together.
@@ -103,7 +105,7 @@ __device__ __forceinline__ void project_tile(const DecodeParams& p, const Worksp
       }
     }
   }
-  const int64_t rows = projection_rows(p), keys = 2 * p.H * p.d_k;
+  const int64_t rows = projection_rows(p), keys = key_rows(p);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -133,7 +135,7 @@ struct ProjectionTiles {
 
   __device__ __forceinline__ explicit ProjectionTiles(const DecodeParams& p)
       : slices(ceil_div(p.d, kSlice)),
-        tiles(ceil_div(2 * p.H * p.d_k, kTileRows)),
+        tiles(ceil_div(key_rows(p), kTileRows)),
         items(p.dtype == DType::kFloat32 ? 0 : tiles * slices * ceil_div(p.B, kTileBatch)) {}
 
   __device__ __forceinline__ void prefetch(const DecodeParams& p, int64_t item) const {
@@ -209,11 +211,11 @@ __device__ __forceinline__ void project_rows(const DecodeParams& p, const Worksp
   }
 }
 
-// Items: kFmaRows rows x slices x kFmaTile batch rows, of W_Q and W_K, or of u.
+// Items: kFmaRows rows x slices x kFmaTile batch rows, of W_Q, W_K and D, or of u.
 template <bool kFours, bool kFolded>
 __device__ __forceinline__ void project_by_rows(const DecodeParams& p, const Workspace& ws,
                                                 Team team, DType dtype) {
-  const int64_t keys = 2 * p.H * p.d_k, rows = kFolded ? p.H : keys;
+  const int64_t keys = key_rows(p), rows = kFolded ? p.H : keys;
   const int64_t slices = ceil_div(p.d, kSlice), groups = ceil_div(p.B, kFmaTile);
   const int64_t items = ceil_div(rows, kFmaRows) * slices * groups;
   for (int64_t item = team.first; item < items; item += team.stride) {
@@ -235,7 +237,7 @@ __device__ __forceinline__ void project_by_rows(const DecodeParams& p, const Wor
 
 // Asks for a warp's first weights; they depend on nothing, so this may be long before project().
 __device__ __forceinline__ void prefetch_projection(const DecodeParams& p, Team team) {
-  if (!p.gate_logit && p.dtype != DType::kFloat32) {
+  if (key_rows(p) > 0 && p.dtype != DType::kFloat32) {
     ProjectionTiles(p).prefetch(p, team.first);
   }
 }

@@ -26,7 +26,7 @@ constexpr int kBoxes = 5;  // sizes of boxes: 1, 2, 4, 8 and 16 units
 // lanes copy.
 struct StreamMaps {
   TensorMap lm[kBoxes];
-  TensorMap reward[kBoxes];  // a plane per objective
+  TensorMap reward[kBoxes];  // a plane per objective; of a correction, the LM head's second half
   TensorMap hidden;          // a batch tile; the operand's terms follow each other
 };
 
@@ -40,6 +40,8 @@ struct Stream {
   int weight_bytes = 0;                   // of a row
   int row_blocks = 0;                     // of a row of weights
   int chunks = 0, passes = 0;             // stages of a row; pairs of matrices
+  int64_t rows = 0;                       // of hidden states: product_rows()
+  int half = 0;  // of a correction: units from the first half of the vocabulary to the second; or 0
   int tile_units = 0;                     // units of a full tile
   const unsigned char* hidden = nullptr;  // the operand of the products: (terms, B, operand inputs)
   int64_t hidden_stride = 0, term_stride = 0;  // in bytes
@@ -123,10 +125,11 @@ struct Producer {
   }
 
   __device__ __forceinline__ bool reads(int matrix) const {
+    if (s.half) return true;  // the LM head, whatever alpha is
     return matrix <= s.p.K && (matrix == 0 ? needs.lm : needs.reward);
   }
 
-  __device__ __forceinline__ bool more() const { return b0 < s.p.B && unit < s.end; }
+  __device__ __forceinline__ bool more() const { return b0 < s.rows && unit < s.end; }
 
   __device__ __forceinline__ void advance() {
     slot.advance(s.plan.stages);
@@ -195,10 +198,11 @@ struct Producer {
   __device__ __forceinline__ const unsigned char* row_of(int m, int r) const {
     constexpr int kPerByte = kFormat == Format::kBFloat16 || kFormat == Format::kFloat16 ? 2 : 1;
     const DecodeParams& p = s.p;
-    const int64_t v = static_cast<int64_t>(unit) * kUnit + r;
+    const bool lm = m == 0 || s.half;
+    const int64_t v = static_cast<int64_t>(unit + m * s.half) * kUnit + r;
     if (v >= p.V || unit + r / kUnit >= s.end) return nullptr;
-    const void* matrix = m == 0 ? p.lm_weight : p.reward_weight;
-    const int64_t row = m == 0 ? v * p.lm_weight_stride
+    const void* matrix = lm ? p.lm_weight : p.reward_weight;
+    const int64_t row = lm ? v * p.lm_weight_stride
                                : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride;
     return static_cast<const unsigned char*>(matrix) + row * kPerByte +
            static_cast<int64_t>(chunk) * s.plan.blocks * kBlockBytes;
@@ -216,7 +220,7 @@ struct Producer {
       for (int term = 0; term < s.terms; ++term, to += s.plan.blocks * kSteps * block_bytes) {
         if constexpr (kBulk) {
           if (!elect_one()) continue;
-          const int row = static_cast<int>(term * s.p.B) + b0;
+          const int row = static_cast<int>(term * s.rows) + b0;
           for (int block = 0; block < blocks; ++block) {
             copy_box(to + block * block_bytes, &s.maps.hidden, first + block * kBlockBytes, row, 0,
                      full, policy);
@@ -225,7 +229,7 @@ struct Producer {
           const unsigned char* from =
               s.hidden + term * s.term_stride + b0 * s.hidden_stride + first;
           copy_by_lanes(to, rows, blocks, s.hidden_bytes - first, policy, [&](int r) {
-            return b0 + r < s.p.B ? from + r * s.hidden_stride : nullptr;
+            return b0 + r < s.rows ? from + r * s.hidden_stride : nullptr;
           });
         }
       }

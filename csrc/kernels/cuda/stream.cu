@@ -53,13 +53,23 @@ __device__ __noinline__ void gate_projections(const DecodeParams& p, const Works
   project_streamed(p, ws, gate_team());
 }
 
+// By all warps but the producer's.
+__device__ __noinline__ void correction(const DecodeParams& p, const Workspace& ws) {
+  constexpr int kWarps = kConsumers + kGateWarps;
+  const Team team{static_cast<int64_t>(blockIdx.x) * kWarps + warp_in_block(),
+                  static_cast<int64_t>(gridDim.x) * kWarps};
+  prepare_correction(p, ws, team, p.dtype);
+}
+
 __device__ __noinline__ void gate_attention(const DecodeParams& p, const Workspace& ws) {
   attend<16>(p, ws, gate_team());
 }
 
 // Whether the gate projects before the grid's barrier, while memory is still idle. That takes about
-// six thousand clocks for a batch of 16; larger ones would keep the weights waiting.
+// six thousand clocks for a batch of 16; larger ones would keep the weights waiting. What meets the
+// LM head depends on a correction's.
 __device__ __forceinline__ bool projects_early(const DecodeParams& p) {
+  if (corrects(p)) return projection_rows(p) > 0;
   return !p.gate_logit && p.B <= (p.dtype == DType::kFloat32 ? 2 : 16);
 }
 
@@ -98,7 +108,8 @@ __device__ __forceinline__ void consume_by_batch(const Stream& s) {
 template <Format kFormat>
 __device__ __forceinline__ Stream stream_of(const DecodeParams& p, const Workspace& ws,
                                             const StreamPlan& plan, const StreamMaps& maps) {
-  const int64_t units = ceil_div(p.V, kUnit), inputs = round_up(p.d, run_inputs(kFormat));
+  const int64_t all_units = ceil_div(p.V, kUnit), half = corrects(p) ? ceil_div(all_units, 2) : 0;
+  const int64_t units = half ? half : all_units, inputs = round_up(p.d, run_inputs(kFormat));
   const bool prepared = steps_of(kFormat) > 1;
   Stream s{p, ws, plan, maps};
   s.begin = static_cast<int>(units * blockIdx.x / gridDim.x);
@@ -106,11 +117,13 @@ __device__ __forceinline__ Stream stream_of(const DecodeParams& p, const Workspa
   s.weight_bytes = static_cast<int>(p.d * 2 / steps_of(kFormat));
   s.row_blocks = static_cast<int>(ceil_div(s.weight_bytes, kBlockBytes));
   s.chunks = static_cast<int>(ceil_div(s.row_blocks, plan.blocks));
-  s.passes = static_cast<int>((p.K + 2) / 2);
+  s.passes = half ? 1 : static_cast<int>((p.K + 2) / 2);
+  s.rows = product_rows(p), s.half = static_cast<int>(half);
   s.tile_units = kConsumers * units_per_warp(kFormat, plan.batch_tile / 8);
-  s.hidden = static_cast<const unsigned char*>(prepared ? ws.operand : p.hidden);
-  s.hidden_stride = 2 * (prepared ? inputs : p.hidden_stride);
-  s.term_stride = prepared ? p.B * s.hidden_stride : 0;
+  const HiddenRows rows(p, ws);
+  s.hidden = static_cast<const unsigned char*>(prepared ? ws.operand : rows.numbers.data);
+  s.hidden_stride = 2 * (prepared ? inputs : rows.stride);
+  s.term_stride = prepared ? s.rows * s.hidden_stride : 0;
   s.hidden_bytes = static_cast<int>(2 * (prepared ? inputs : p.d));
   s.terms = prepared && p.dtype == DType::kFloat32 ? 3 : 1;
   s.operand_scale = plan.resident ? resident_scales() : ws.operand_scale;
@@ -159,8 +172,14 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
     } else {
       prefetch_projection(p, gate_team());
     }
-  } else if (plan.resident) {
+  } else if (plan.resident && !corrects(p)) {
     load_resident<kFormat>(s);
+  }
+  if (corrects(p)) {
+    grid_barrier();  // all slices of the projections are complete
+    if (!producer) correction(p, ws);
+    grid_barrier();  // the rows that meet the LM head are
+    if (plan.resident && warp_in_block() < kConsumers) load_resident<kFormat>(s);
   }
   if constexpr (steps_of(kFormat) > 1) {
     if (!producer && !plan.resident) {
@@ -210,15 +229,25 @@ cudaError_t encode_maps(const DecodeParams& p, const Workspace& ws, const Stream
   const int64_t row_bytes = p.d * 2 / steps_of(kFormat);
   const int64_t stride = stored_bytes(p, p.lm_weight_stride);
   const Rows3 lm{p.lm_weight, row_bytes, p.V, stride, 1, p.V * stride};
-  const int64_t reward_stride = stored_bytes(p, p.reward_weight_stride);
-  // With one objective its stride may be anything.
-  const int64_t plane = p.K > 1 ? stored_bytes(p, p.reward_weight_stride_k) : p.V * reward_stride;
-  const Rows3 reward{p.reward_weight, row_bytes, p.V, reward_stride, p.K, plane};
+  Rows3 reward;
+  if (corrects(p)) {
+    // The second half of the vocabulary; of a vocabulary of one unit, a row that nobody looks at.
+    const int64_t first = ceil_div(ceil_div(p.V, kUnit), 2) * kUnit;
+    const int64_t rows = p.V > first ? p.V - first : 1;
+    const void* base = static_cast<const unsigned char*>(p.lm_weight) + (p.V - rows) * stride;
+    reward = Rows3{base, row_bytes, rows, stride, 1, p.V * stride};
+  } else {
+    const int64_t reward_stride = stored_bytes(p, p.reward_weight_stride);
+    // With one objective its stride may be anything.
+    const int64_t plane = p.K > 1 ? stored_bytes(p, p.reward_weight_stride_k) : p.V * reward_stride;
+    reward = Rows3{p.reward_weight, row_bytes, p.V, reward_stride, p.K, plane};
+  }
   const bool prepared = steps_of(kFormat) > 1;
   const int64_t hidden_bytes = 2 * (prepared ? operand_inputs(p) : p.d);
-  const int64_t hidden_rows = operand_terms(p) * p.B;
-  const int64_t hidden_stride = prepared ? hidden_bytes : 2 * p.hidden_stride;
-  const void* hidden_base = prepared ? static_cast<const void*>(ws.operand) : p.hidden;
+  const int64_t hidden_rows = operand_terms(p) * product_rows(p);
+  const int64_t own_stride = 2 * (ws.rows ? p.d : p.hidden_stride);
+  const int64_t hidden_stride = prepared ? hidden_bytes : own_stride;
+  const void* hidden_base = prepared ? ws.operand : ws.rows ? ws.rows : p.hidden;
   const Rows3 hidden{
       hidden_base, hidden_bytes, hidden_rows, hidden_stride, 1, hidden_rows * hidden_stride};
   const int tile_units = kConsumers * units_per_warp(kFormat, plan.batch_tile / 8);
@@ -241,8 +270,9 @@ cudaError_t launch(const DecodeParams& p, const Workspace& ws, const StreamPlan&
     const cudaError_t error = encode_maps<kFormat>(p, ws, plan, &maps);
     if (error != cudaSuccess) return error;
   }
-  return launch_cooperative(stream_kernel<kFormat, kBulk>, device, stream, blocks,
-                            ceil_div(p.V, kUnit), kStreamThreads, shared_bytes, p, ws, plan, maps);
+  const int64_t units = ceil_div(p.V, kUnit), useful = corrects(p) ? ceil_div(units, 2) : units;
+  return launch_cooperative(stream_kernel<kFormat, kBulk>, device, stream, blocks, useful,
+                            kStreamThreads, shared_bytes, p, ws, plan, maps);
 }
 
 template <bool kBulk>

@@ -61,7 +61,8 @@ __device__ __forceinline__ void finish_entry(const Stream& s, const Entry& entry
   const DecodeParams& p = s.p;
   const Workspace& ws = s.ws;
   const int64_t at = b * p.V + entry.v, slot = b * ceil_div(p.V, kUnit) + entry.unit;
-  const bool reports = lane_index() / 4 == 0 && b < p.B;  // the column's first entry
+  // The column's first entry; a second half may have a unit less than the first.
+  const bool reports = lane_index() / 4 == 0 && b < p.B && entry.unit < ceil_div(p.V, kUnit);
   if (p.mix_probs) {
     const float f_lm = real ? postprocess(p, lm) : -INFINITY;
     const float f_reward = real ? postprocess(p, reward) : -INFINITY;
@@ -78,6 +79,49 @@ __device__ __forceinline__ void finish_entry(const Stream& s, const Entry& entry
   const unsigned long long key =
       column_reduce(own, [](unsigned long long x, unsigned long long y) { return x > y ? x : y; });
   if (reports) ws.part[0][slot] = part, ws.best_key[slot] = key;
+}
+
+// The sums of one tile of a correction become logits: own[0] and own[1] are those of the two columns
+// of this lane's entry, own[2] and own[3] of the entry in the second half of the vocabulary. Under
+// an embedding head the columns are z_LM and delta of one request. Not inlined: a full head does
+// without.
+template <Format kFormat>
+__device__ __noinline__ void finish_correction(const Stream& s, int unit, int row0, float low0,
+                                               float low1, float high0, float high1) {
+  const DecodeParams& p = s.p;
+  const bool embeds = p.reward_head == RewardHead::kEmbedding;
+  const int first = row0 + lane_index() % 4;  // row_of_place(2 t); and four further
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    Entry entry;
+    entry.unit = unit + side * s.half;
+    entry.v = static_cast<int64_t>(entry.unit) * kUnit + row_of_place(lane_index() / 4);
+    entry.there = entry.v < p.V;
+    const float bias = entry.there ? bias_of(p, p.dtype, 0, entry.v) : 0.0f;
+    const float scale = entry.there ? row_scale<kFormat>(p, 0, entry.v) : 1.0f;
+    float sum[2] = {side == 0 ? low0 : high0, side == 0 ? low1 : high1};
+    if (steps_of(kFormat) > 1) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int row = first + 4 * column;
+        sum[column] *= scale * (row < s.rows ? s.operand_scale[row] : 1.0f);
+      }
+    }
+    if (embeds) {
+      const int64_t b = row0 / 2 + lane_index() % 4;
+      const float lm = sum[0] + bias;
+      finish_entry(s, entry, b, entry.there && b < p.B, lm, lm + sum[1]);
+      continue;
+    }
+    float delta[2] = {};
+    low_rank_deltas(p, s.ws, entry.v, row0, entry.there, delta);
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+      const int64_t b = first + 4 * column;
+      const float lm = sum[column] + bias;
+      finish_entry(s, entry, b, entry.there && b < p.B, lm, lm + delta[column]);
+    }
+  }
 }
 
 // A tile's sums become logits; or, where more objectives follow, sums over those so far, kept in
@@ -104,6 +148,11 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
     Entry entry;
     entry.unit = unit0 + warp_in_block() + i / kTiles * kConsumers;
     if (entry.unit >= s.end) return;  // the whole warp
+    if (s.half) {
+      const int row0 = b0 + 8 * (i % kTiles);
+      finish_correction<kFormat>(s, entry.unit, row0, own[0], own[1], own[2], own[3]);
+      continue;
+    }
     entry.v = static_cast<int64_t>(entry.unit) * kUnit + row_of_place(lane_index() / 4);
     entry.there = entry.v < p.V;
     const bool pair = entry.there && second;
@@ -150,14 +199,14 @@ __device__ __forceinline__ void load_resident(const Stream& s) {
   const int blocks = s.row_blocks * steps_of(kFormat), sixteens = 8 * blocks;
   if constexpr (steps_of(kFormat) == 1) {
 #pragma unroll 8
-    for (int i = threadIdx.x; i < p.B * sixteens; i += kConsumers * kWarp) {
+    for (int i = threadIdx.x; i < s.rows * sixteens; i += kConsumers * kWarp) {
       const int b = i / sixteens, j = i % sixteens;
       Words words = {};
       if (16 * j < s.hidden_bytes) words = load_words(s.hidden + b * s.hidden_stride + 16 * j);
       store_words(to + j / 8 * block_pitch + swizzled(b, j % 8), words);
     }
   } else {
-    prepare_resident<kConsumerGroup>(p, kFormat, s.terms, to, block_pitch, sixteens,
+    prepare_resident<kConsumerGroup>(p, s.ws, kFormat, s.terms, to, block_pitch, sixteens,
                                      resident_scales(), prepare_slots());
   }
 }
@@ -198,10 +247,11 @@ struct ScaleRows<Format::kInt4, kUnits> {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const int unit = unit0 + warp_in_block() + u * kConsumers;
-      const int64_t v = static_cast<int64_t>(unit) * kUnit + row_of_place(lane_index() / 4);
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int64_t m = 2 * pass + side;
+        const int64_t v = static_cast<int64_t>(unit + side * s.half) * kUnit +
+                          row_of_place(lane_index() / 4);
+        const int64_t m = s.half ? 0 : 2 * pass + side;
         const float* all = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * groups;
         const bool own = unit < s.end && v < p.V && m <= p.K;
         row[side][u] = own ? all + v * groups : nullptr;
@@ -281,7 +331,7 @@ __device__ void consume(const Stream& s) {
   Slot slot;
   bool weighed = false;
   int kept = 0;
-  for (int b0 = 0; b0 < s.p.B; b0 += s.plan.batch_tile) {
+  for (int b0 = 0; b0 < s.rows; b0 += s.plan.batch_tile) {
     for (int unit0 = s.begin; unit0 < s.end; unit0 += s.tile_units) {
       for (int pass = 0; pass < s.passes; ++pass) {
         float z[kUnits][kTiles][4] = {};
@@ -302,7 +352,7 @@ __device__ void consume(const Stream& s) {
           continue;
         }
         if (!weighed) {
-          const bool last = unit0 + s.tile_units >= s.end && b0 + s.plan.batch_tile >= s.p.B;
+          const bool last = unit0 + s.tile_units >= s.end && b0 + s.plan.batch_tile >= s.rows;
           weighed = alpha_is_there(s, last || kept + 1 >= s.plan.kept_tiles);
         }
         if (!weighed || kept > 0) products.store(kept++, z);

@@ -3,7 +3,8 @@
 // a block's shared memory holds.
 //
 // A unit is kUnit vocabulary entries: their rows of two matrices (LM head and first objective, then
-// objectives two at a time) are the 16 rows of one tensor core tile. A block has a run of units and
+// objectives two at a time; of a correction, the two halves of the vocabulary's rows of the LM
+// head) are the 16 rows of one tensor core tile. A block has a run of units and
 // takes them a tile at a time, units_per_warp() for each of its kConsumers warps; a tile's rows
 // come through a ring of stages, each with a few blocks of 128 bytes of every row. None of these
 // sizes shows in a result: each sum goes through the inputs in the one order that the format has.
@@ -31,6 +32,16 @@ constexpr int kMaxBatchTile = 64;  // batch rows that share one pass over the we
 
 DUALHEAD_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DUALHEAD_HD int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Whether the reward head corrects the LM head, whose matrix it shares.
+DUALHEAD_HD bool corrects(const DecodeParams& p) { return p.reward_head != RewardHead::kFull; }
+
+// Rows of hidden states that meet the LM head on this path. Of an embedding head each request has
+// two, h and M h + c: their products are z_LM and delta, and neither waits for alpha. Eight rows
+// are of four requests (row_of_request).
+DUALHEAD_HD int64_t product_rows(const DecodeParams& p) {
+  return p.reward_head == RewardHead::kEmbedding ? 8 * ceil_div(p.B, 4) : p.B;
+}
 
 enum class Format : int32_t { kBFloat16, kFloat16, kInt8, kFp8, kInt4 };
 
@@ -125,7 +136,7 @@ inline bool try_plan(const DecodeParams& p, int64_t shared_bytes, int64_t batch_
   const int64_t space = shared_bytes - kHeadBytes - kept;
   // Resident, every block reads them once; but not at the ring's expense.
   const bool resident =
-      p.B <= batch_tile && whole <= space / 2 && (space - whole) / weights >= least_stages;
+      product_rows(p) <= batch_tile && whole <= space / 2 && (space - whole) / weights >= least_stages;
   const int64_t stage = weights + (resident ? 0 : row * blocks * steps_of(format));
   const int64_t ring = kHeadBytes + (resident ? whole : 0);
   const int64_t fit = (shared_bytes - kept - ring) / stage;
@@ -159,14 +170,15 @@ inline bool streams(const DecodeParams& p) {
   // Eight hidden states are 16 bytes or 32.
   return row_bytes % 16 == 0 && weight_bits % 16 == 0 && p.d % 8 == 0 && p.hidden_stride % 8 == 0 &&
          sixteen_divides_all(
-             {p.hidden, p.lm_weight, p.reward_weight, p.q_weight, p.k_weight, p.u_weight});
+             {p.hidden, p.lm_weight, p.reward_weight, p.reward_down, p.q_weight, p.k_weight,
+              p.u_weight});
 }
 
 // Beyond one pass's rows a GEMM reads the weights once, the kernels once per pass. Quantised
 // weights have no GEMM but after widening: a byte read, two written and two read again for each,
-// which five passes over the byte itself do not exceed, at 320 rows.
+// which five passes over the byte itself do not exceed, at 320 rows. Corrections have none yet.
 inline bool wants_products(const DecodeParams& p) {
-  return p.B > kMaxBatchTile && p.quantization == Quantization::kNone;
+  return p.B > kMaxBatchTile && p.quantization == Quantization::kNone && !corrects(p);
 }
 
 // Room for the products of this many tiles, while alpha is not there yet. A tile of 8 batch rows is
@@ -182,7 +194,7 @@ constexpr int64_t kKeptTiles = 4;
 // must be under way, and at least 96 are.
 inline bool make_plan(const DecodeParams& p, int64_t shared_bytes, StreamPlan* plan) {
   int64_t most = 8;
-  while (most < kMaxBatchTile && most < p.B) most *= 2;
+  while (most < kMaxBatchTile && most < product_rows(p)) most *= 2;
   const auto fits = [&](int64_t batch_tile, int64_t kept, int64_t stages) {
     for (int64_t blocks : {2, 1}) {
       if (try_plan(p, shared_bytes, batch_tile, blocks, kept, stages, plan)) return true;

@@ -37,8 +37,11 @@ enum Counter {
   kCounters = 128
 };
 
-// Of one position: q, k and u.
-DUALHEAD_HD int64_t projection_rows(const DecodeParams& p) { return 2 * p.H * p.d_k + p.H; }
+// Of one position, in the dtype of hidden states: q, k, and D h of a correction, which comes last.
+DUALHEAD_HD int64_t key_rows(const DecodeParams& p) { return 2 * p.H * p.d_k + p.K * p.r; }
+DUALHEAD_HD int64_t inner_row(const DecodeParams& p) { return 2 * p.H * p.d_k; }
+// And u below them, in fp32.
+DUALHEAD_HD int64_t projection_rows(const DecodeParams& p) { return key_rows(p) + p.H; }
 
 // Uninitialised at launch; each field is written in one phase and read after a grid barrier, or by
 // whom a counter lets pass.
@@ -53,7 +56,10 @@ struct Workspace {
   float* normalizer[2];  // (B,): log-sum-exp of f(z_LM), f(z_RM), mix_probs only
   unsigned* counter;     // (kCounters,), streaming path only
   uint16_t* operand;     // (terms, B, operand_inputs): hidden states for quantised weights
-  float* operand_scale;  // (B,): what they are to be multiplied by
+  float* operand_scale;  // (B,): what they are to be multiplied by; both of product_rows()
+  void* rows;     // (product_rows, d), streaming path: h and M h + c of an embedding head
+  float* change;  // (B, d), plain path: M h + c
+  float* inner;   // (B, K r): w_k D_k h of a low-rank head
 };
 
 // Lays the fields out from `base` on; with base null, only counts. Returns the bytes in all.
@@ -79,8 +85,14 @@ inline size_t lay_out_workspace(const DecodeParams& p, void* base, Workspace* wo
   take(workspace->normalizer[0], p.B * probs);
   take(workspace->normalizer[1], p.B * probs);
   take(workspace->counter, stream ? kCounters : 0);
-  take(workspace->operand, prepared ? operand_terms(p) * p.B * operand_inputs(p) : 0);
-  take(workspace->operand_scale, prepared ? p.B : 0);
+  take(workspace->operand, prepared ? operand_terms(p) * product_rows(p) * operand_inputs(p) : 0);
+  take(workspace->operand_scale, prepared ? product_rows(p) : 0);
+  const bool embeds = p.reward_head == RewardHead::kEmbedding;
+  unsigned char* rows = nullptr;
+  take(rows, embeds && stream ? product_rows(p) * p.d * (p.dtype == DType::kFloat32 ? 4 : 2) : 0);
+  workspace->rows = rows;
+  take(workspace->change, embeds && !stream ? p.B * p.d : 0);
+  take(workspace->inner, p.reward_head == RewardHead::kLowRank ? p.B * p.K * p.r : 0);
   return used;
 }
 
