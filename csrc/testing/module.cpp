@@ -87,7 +87,8 @@ DecodeParams params_from(const py::dict& a, DType dtype) {
   DUALHEAD_DECODE_PARAMS(DUALHEAD_FILL)
 #undef DUALHEAD_FILL
   p.hidden_stride = stride(hidden, 0), p.lm_weight_stride = stride(lm_weight, 0);
-  if (full) p.reward_weight_stride_k = stride(reward, 0), p.reward_weight_stride = stride(reward, 1);
+  if (full)
+    p.reward_weight_stride_k = stride(reward, 0), p.reward_weight_stride = stride(reward, 1);
   fill(p.lm_product, a, "lm_product"), fill(p.reward_product, a, "reward_product");
   fill(p.out_logits, a, "out_logits"), fill(p.out_alpha, a, "out_alpha");
   fill(p.out_gate_logit, a, "out_gate_logit"), fill(p.out_token, a, "out_token");

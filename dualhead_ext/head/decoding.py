@@ -16,7 +16,6 @@ from .. import ops, reference
 from ..config import DualHeadConfig
 from ..ops.logits import accumulator_dtype
 from ..quantization import format_of
-from . import correction_step
 from .cache import DecodeWeights, GateCache, parameter_stamp
 from .controls import Controls, Sampling
 from .kl_cap import capped_alpha
@@ -213,8 +212,7 @@ def _step_function(
     if impl is None and ops.kernel_for(hidden.device.type, hidden.dtype):
         impl = "kernel"
     if impl == "kernel":
-        in_one_call = head.reward_head.kind == "full" or hidden.device.type == "cpu"
-        return ops.decode_step if in_one_call else correction_step.decode_step
+        return ops.decode_step
     if impl is None and hidden.dtype != torch.float64:
         ops.warn_of_reference(hidden.device.type, hidden.dtype)
     return reference.decode_step

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The choice among the kernels compiled for several instruction sets, and what each of them offers.
-// The algorithms (dot_tile.h, gate.h, correction.h, vocabulary.h, loss_rows.h) are written once and compiled once
-// per instruction set by the isa_*.cpp files; only simd_*.h there contain intrinsics.
+// The algorithms (dot_tile.h, gate.h, correction.h, vocabulary.h, loss_rows.h) are written once and
+// compiled once per instruction set by the isa_*.cpp files; only simd_*.h there contain intrinsics.
 #pragma once
 
 #include <cstdint>

@@ -140,8 +140,8 @@ __device__ __forceinline__ float bias_of(const DecodeParams& p, DType dtype, int
   return bias.data ? bias(m == 0 ? v : (m - 1) * p.V + v) : 0.0f;
 }
 
-// z_RM - z_LM of a correction for vocabulary row v and this lane's request among `count` from b0 on.
-// The whole warp calls; `row` is the LM head's.
+// z_RM - z_LM of a correction for vocabulary row v and this lane's request among `count` from b0
+// on. The whole warp calls; `row` is the LM head's.
 template <bool kFours>
 __device__ __forceinline__ float correction_of(const DecodeParams& p, const Workspace& ws,
                                                const HeadRow& row, DType dtype, int64_t v,

@@ -58,8 +58,8 @@ __device__ __forceinline__ const void* key_row(const DecodeParams& p, DType dtyp
 
 constexpr int kTileRows = 16, kTileBatch = 32;  // of a work item
 
-// A slice of sixteen rows of W_Q, W_K and D for up to 8 kTiles batch rows. Lanes take sixteen bytes of
-// a row as they lie, of weights and hidden states alike (fragments.cuh): the sum of each element
+// A slice of sixteen rows of W_Q, W_K and D for up to 8 kTiles batch rows. Lanes take sixteen bytes
+// of a row as they lie, of weights and hidden states alike (fragments.cuh): the sum of each element
 // goes through the inputs in one order, whatever kTiles is. kAhead: runs of 32 inputs that are
 // asked for together.
 template <bool kBrain, int kTiles, int kAhead>

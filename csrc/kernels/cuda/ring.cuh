@@ -36,11 +36,11 @@ struct Stream {
   const Workspace& ws;
   const StreamPlan& plan;
   const StreamMaps& maps;
-  int begin = 0, end = 0;                 // the block's units
-  int weight_bytes = 0;                   // of a row
-  int row_blocks = 0;                     // of a row of weights
-  int chunks = 0, passes = 0;             // stages of a row; pairs of matrices
-  int64_t rows = 0;                       // of hidden states: product_rows()
+  int begin = 0, end = 0;      // the block's units
+  int weight_bytes = 0;        // of a row
+  int row_blocks = 0;          // of a row of weights
+  int chunks = 0, passes = 0;  // stages of a row; pairs of matrices
+  int64_t rows = 0;            // of hidden states: product_rows()
   int half = 0;  // of a correction: units from the first half of the vocabulary to the second; or 0
   int tile_units = 0;                     // units of a full tile
   const unsigned char* hidden = nullptr;  // the operand of the products: (terms, B, operand inputs)
@@ -203,7 +203,7 @@ struct Producer {
     if (v >= p.V || unit + r / kUnit >= s.end) return nullptr;
     const void* matrix = lm ? p.lm_weight : p.reward_weight;
     const int64_t row = lm ? v * p.lm_weight_stride
-                               : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride;
+                           : (m - 1) * p.reward_weight_stride_k + v * p.reward_weight_stride;
     return static_cast<const unsigned char*>(matrix) + row * kPerByte +
            static_cast<int64_t>(chunk) * s.plan.blocks * kBlockBytes;
   }

@@ -81,10 +81,10 @@ __device__ __forceinline__ void finish_entry(const Stream& s, const Entry& entry
   if (reports) ws.part[0][slot] = part, ws.best_key[slot] = key;
 }
 
-// The sums of one tile of a correction become logits: own[0] and own[1] are those of the two columns
-// of this lane's entry, own[2] and own[3] of the entry in the second half of the vocabulary. Under
-// an embedding head the columns are z_LM and delta of one request. Not inlined: a full head does
-// without.
+// The sums of one tile of a correction become logits: own[0] and own[1] are those of the two
+// columns of this lane's entry, own[2] and own[3] of the entry in the second half of the
+// vocabulary. Under an embedding head the columns are z_LM and delta of one request. Not inlined: a
+// full head does without.
 template <Format kFormat>
 __device__ __noinline__ void finish_correction(const Stream& s, int unit, int row0, float low0,
                                                float low1, float high0, float high1) {
@@ -249,8 +249,8 @@ struct ScaleRows<Format::kInt4, kUnits> {
       const int unit = unit0 + warp_in_block() + u * kConsumers;
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int64_t v = static_cast<int64_t>(unit + side * s.half) * kUnit +
-                          row_of_place(lane_index() / 4);
+        const int64_t v =
+            static_cast<int64_t>(unit + side * s.half) * kUnit + row_of_place(lane_index() / 4);
         const int64_t m = s.half ? 0 : 2 * pass + side;
         const float* all = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * groups;
         const bool own = unit < s.end && v < p.V && m <= p.K;

@@ -135,8 +135,8 @@ inline bool try_plan(const DecodeParams& p, int64_t shared_bytes, int64_t batch_
   const int64_t kept = kept_tiles * kept_bytes(format, static_cast<int>(batch_tiles));
   const int64_t space = shared_bytes - kHeadBytes - kept;
   // Resident, every block reads them once; but not at the ring's expense.
-  const bool resident =
-      product_rows(p) <= batch_tile && whole <= space / 2 && (space - whole) / weights >= least_stages;
+  const bool resident = product_rows(p) <= batch_tile && whole <= space / 2 &&
+                        (space - whole) / weights >= least_stages;
   const int64_t stage = weights + (resident ? 0 : row * blocks * steps_of(format));
   const int64_t ring = kHeadBytes + (resident ? whole : 0);
   const int64_t fit = (shared_bytes - kept - ring) / stage;
@@ -169,9 +169,8 @@ inline bool streams(const DecodeParams& p) {
   const int64_t row_bytes = p.quantization == Quantization::kInt4 ? p.d / 2 : stored_bytes(p, p.d);
   // Eight hidden states are 16 bytes or 32.
   return row_bytes % 16 == 0 && weight_bits % 16 == 0 && p.d % 8 == 0 && p.hidden_stride % 8 == 0 &&
-         sixteen_divides_all(
-             {p.hidden, p.lm_weight, p.reward_weight, p.reward_down, p.q_weight, p.k_weight,
-              p.u_weight});
+         sixteen_divides_all({p.hidden, p.lm_weight, p.reward_weight, p.reward_down, p.q_weight,
+                              p.k_weight, p.u_weight});
 }
 
 // Beyond one pass's rows a GEMM reads the weights once, the kernels once per pass. Quantised

@@ -57,9 +57,9 @@ struct Workspace {
   unsigned* counter;     // (kCounters,), streaming path only
   uint16_t* operand;     // (terms, B, operand_inputs): hidden states for quantised weights
   float* operand_scale;  // (B,): what they are to be multiplied by; both of product_rows()
-  void* rows;     // (product_rows, d), streaming path: h and M h + c of an embedding head
-  float* change;  // (B, d), plain path: M h + c
-  float* inner;   // (B, K r): w_k D_k h of a low-rank head
+  void* rows;            // (product_rows, d), streaming path: h and M h + c of an embedding head
+  float* change;         // (B, d), plain path: M h + c
+  float* inner;          // (B, K r): w_k D_k h of a low-rank head
 };
 
 // Lays the fields out from `base` on; with base null, only counts. Returns the bytes in all.
