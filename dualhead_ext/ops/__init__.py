@@ -138,9 +138,9 @@ def decode_step(
         hidden: (B, d) W.
         lm_weight, lm_bias: (V, d) and (V,) W.
         reward_head: "full", or "embedding" or "lowrank", corrections that read the LM head's matrix
-            once. On the CPU the logits mix of "embedding" is W_LM (h + a (M h + c)); processors that
-            multiply bf16 numbers round the sum to it. Elsewhere M h + c meets W_LM in the dtype of
-            hidden beside h.
+            once. On the CPU the logits mix of "embedding" is W_LM (h + a (M h + c)), the sum
+            rounded where the processor multiplies bf16 numbers. Elsewhere M h + c meets W_LM in
+            the dtype of hidden, beside h.
         reward_weight, reward_bias: (K, V, d) and (K, V) W, of "full".
         reward_down, reward_up, reward_bias: D (K, r, d), U (K, n, r) and c (K, n) W of a
             correction, n = d for "embedding" and V for "lowrank". Rank 0 has neither D nor U.

@@ -111,6 +111,44 @@ def test_more_rows_than_one_pass_are_the_same_run_after_run(dtype, mix_probs, se
         assert_same_bits(left, state)
 
 
+CORRECTED_SIZES = [  # B, d, V, K, options
+    (1, 4096, 4001, 1, {"H": 8, "d_k": 48, "S": 300, "r": 16}),
+    (3, 33, 131, 2, {"bias": True, "r": 5}),
+    (9, 1152, 257, 1, {"gate": "logit", "controls": True, "r": 70}),
+    (33, 256, 70, 3, {"objective_weights": True, "r": 3}),
+    (70, 128, 65, 1, {"logit_softcap": 30.0, "r": 0}),
+]
+
+
+@pytest.mark.parametrize("reward_head", ["embedding", "lowrank"])
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+def test_corrections_are_close_to_float64_and_the_same_in_any_batch(
+    dtype, reward_head, format, mix_probs, seed
+):
+    for i, (B, d, V, K, options) in enumerate(CORRECTED_SIZES):
+        if format == "int4" and d % 128:
+            continue
+        case = make_case(seed + i, B, d, V, K, dtype, reward_head=reward_head,
+                         mix_probs=mix_probs, sample=True, **options)  # fmt: skip
+        case["alpha"] = torch.rand(B)  # log(1 - alpha) near 1 would show the gate's errors alone
+        case = there(quantized(case, format) if format else case)
+        got, state = run(ops.decode_step, case)
+        truth, _ = run(reference.decode_step, in_double(case))
+        eager, _ = run(reference.decode_step, case)
+        assert got.status.eq(0).all()
+        mine, other = (x.logits - truth.logits for x in (got, eager))
+        # M h + c meets the LM head in the dtype of hidden states.
+        rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
+        most = max(2 * other.square().mean().sqrt(), rounding * truth.logits.abs().max())
+        assert mine.square().mean().sqrt() <= most
+        again, left = run(ops.decode_step, case)
+        assert_same_bits(again, got)
+        assert_same_bits(left, state)
+        alone, _ = run(ops.decode_step, rows(case, [B - 1]))
+        assert_same_bits(alone, type(got)(*(x[[B - 1]] if x.numel() else x for x in got)))
+
+
 QUANTIZED_SIZES = [  # B, d, V, K, options; int4's groups divide d
     (1, 4096, 4001, 1, {"H": 8, "d_k": 48, "S": 300}),
     (3, 384, 131, 2, {"bias": True}),

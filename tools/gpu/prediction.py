@@ -8,6 +8,8 @@ A prediction, to be confirmed or corrected by a measurement, line by line.
 A step takes its start, then the longest of what runs side by side, then its end::
 
     start     launch, the block's set-up, and the first bytes from memory
+    correction  D h, then what meets the LM head, each behind a barrier of the grid; meanwhile the
+              first stages of weights arrive
     memory    bytes of weights, gate and cache at the chip's bandwidth
     producer  copies of the busiest block, at the stall cycles per copy of the machine code
     consumers its bytes at the rate of the loop of products: the stall cycles of a warp, or a
@@ -39,6 +41,10 @@ UNIT = 8  # vocabulary entries of a tile of the tensor cores
 # Round trips to L2 from the last product to the token: the barrier's signal and poll, the parts of
 # all blocks (their sums, then the winner's), then what is written.
 TOKEN_TRIPS, SAMPLED_TRIPS = 6, 8
+# Of a correction, before its first product: two loads from memory, and round trips of two barriers
+# and of the partial sums between them.
+CORRECTION_LOADS, CORRECTION_TRIPS = 2, 6
+UNDER_WAY = 64 << 10  # bytes that a block has asked for meanwhile
 BITS = {"bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4}
 GROUP = 128  # int4 weights that share an fp32 scale
 RESULT = ROOT / "benchmarks" / "results" / "predicted-h200.json"
@@ -58,6 +64,7 @@ GOALS = {
     "bf16-4096x32000-4": 130 * 1.02,
     "bf16-4096x32000-16": 130 * 1.04,
     "bf16-4096x32000-64": 130 * 1.10,
+    "embedding-4096x32000-1": 70,
 }
 
 
@@ -92,20 +99,34 @@ def kernel_of(report: dict[str, Any], format: str, bytes_per_copy: int) -> Kerne
     return Kernel(slowest["stall_cycles_per_copy"], bytes_per_copy, min(rates))
 
 
-def bytes_read(d: int, V: int, B: int, T: int, format: str) -> tuple[float, float]:
-    """(of both heads, of all) that a step must read."""
-    heads = 2 * V * d * BITS[format] / 8
-    heads += 2 * V * 4 * (d / GROUP if format == "int4" else 1 if BITS[format] == 8 else 0)
+def bytes_read(
+    d: int, V: int, B: int, T: int, format: str, reward_head: str = "full", r: int = 0
+) -> tuple[float, float]:
+    """(of the (V, d) heads, of all) that a step must read. r: rank of a correction."""
+    scales = V * 4 * (d / GROUP if format == "int4" else 1 if BITS[format] == 8 else 0)
+    heads = (V * d * BITS[format] / 8 + scales) * (2 if reward_head == "full" else 1)
+    changed = {"full": 0, "embedding": d, "lowrank": V}[reward_head]
+    maps = 2 * (r * d + changed * (r + 1)) if changed else 0
     gate = GATE_NUMBERS * d * 2 + B * T * COLUMN_BYTES
-    return heads, heads + gate
+    return heads, heads + maps + gate
 
 
 def predict(
-    kernel: Kernel, d: int, V: int, B: int, format: str, T: int = 256, sampled: bool = False
+    kernel: Kernel,
+    d: int,
+    V: int,
+    B: int,
+    format: str,
+    T: int = 256,
+    sampled: bool = False,
+    reward_head: str = "full",
+    r: int = 0,
 ) -> dict[str, float]:
     """Microseconds of a step, and of its terms."""
-    heads, all_bytes = bytes_read(d, V, B, T, format)
+    heads, all_bytes = bytes_read(d, V, B, T, format, reward_head, r)
     units = -(-V // UNIT)
+    if reward_head != "full":
+        units = -(-units // 2)  # of both halves of the vocabulary
     busiest = -(-units // BLOCKS) / units  # share of the heads that the busiest block has
     of_block = heads * busiest
     us = 1e6 / CLOCK
@@ -117,7 +138,10 @@ def predict(
         "token_us": (SAMPLED_TRIPS if sampled else TOKEN_TRIPS) * L2_US,
     }
     longest = max(terms[name] for name in ("memory_us", "producer_us", "consumers_us"))
-    total = terms["start_us"] + longest + terms["token_us"]
+    if reward_head != "full":
+        first = CORRECTION_LOADS * MEMORY_US + CORRECTION_TRIPS * L2_US
+        terms["correction_us"] = max(0.0, first - UNDER_WAY * BLOCKS / BANDWIDTH * 1e6)
+    total = terms["start_us"] + terms.get("correction_us", 0.0) + longest + terms["token_us"]
     return {"us": round(total, 1), **{name: round(value, 1) for name, value in terms.items()}}
 
 
@@ -145,7 +169,8 @@ def predictions(
     constants = {"bandwidth": BANDWIDTH, "clock": CLOCK, "memory_us": MEMORY_US, "l2_us": L2_US}
     rows = []
     for name, case in CASES.items():
-        found = predict(kernels[case.format], case.d, case.V, case.B, case.format)
+        kind = {"reward_head": case.reward_head, "r": case.r}
+        found = predict(kernels[case.format], case.d, case.V, case.B, case.format, **kind)
         goal = {"goal_us": round(GOALS[name], 1)} if name in GOALS else {}
         rows.append({"case": name, "predicted": True, **found, **goal})
     return {

@@ -9,7 +9,7 @@ error nothing in the same process works any more.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import worker
@@ -28,7 +28,7 @@ LOSS_TOLERANCE = 2e-3  # of the loss and of gradients, relative, in fp32
 @dataclass(frozen=True)
 class Case:
     """One path: batch, dtype of the hidden states, format of quantised heads, objectives, options
-    of the step ("filters": sampled with all filters)."""
+    of the step ("filters": sampled with all filters), kind of reward head."""
 
     B: int = 1
     dtype: str = "bfloat16"
@@ -37,6 +37,7 @@ class Case:
     d: int = 4096
     V: int = 32000
     options: dict[str, Any] = field(default_factory=dict)
+    reward_head: str = "full"
 
 
 CASES: dict[str, Case | None] = {
@@ -58,8 +59,20 @@ CASES: dict[str, Case | None] = {
     "bf16-66": Case(66),
     "fp32-1": Case(dtype="float32"),
     "odd-3": Case(3, d=77, V=1003),
+    "embedding-1": Case(reward_head="embedding"),
+    "embedding-9": Case(9, K=2, reward_head="embedding"),
+    "embedding-33": Case(33, reward_head="embedding"),
+    "embedding-probs-3": Case(3, reward_head="embedding", options={"mix_probs": True}),
+    "embedding-int8-1": Case(format="int8", reward_head="embedding"),
+    "embedding-int4-9": Case(9, format="int4", reward_head="embedding"),
+    "embedding-fp32-2": Case(2, dtype="float32", reward_head="embedding"),
+    "lowrank-1": Case(reward_head="lowrank"),
+    "lowrank-9": Case(9, K=2, reward_head="lowrank"),
+    "lowrank-66": Case(66, reward_head="lowrank"),
+    "lowrank-int8-1": Case(format="int8", reward_head="lowrank"),
     "loss": None,
 }
+RANKS = {"embedding": 16, "lowrank": 64}
 LOSS_SIZES = (8, 64, 1024, 32000)  # rows, length, d, V
 
 
@@ -72,7 +85,7 @@ def run_case(name: str, device: str, toy: bool) -> dict[str, Any]:
     if case is None:
         return _run_loss(device, (4, 6, 16, 67) if toy else LOSS_SIZES)
     if toy:
-        case = Case(case.B, case.dtype, case.format, case.K, min(case.d, 128), 257, case.options)
+        case = replace(case, d=min(case.d, 128), V=257)
     with torch.no_grad():
         return _run_step(case, device, 3 if toy else REPEATS)
 
@@ -93,7 +106,7 @@ def arguments_of(case: Case, device: str) -> dict[str, Any]:
     made = {
         "hidden": normal(B, d),
         "lm_weight": normal(V, d, scale=2 * d**-0.5),
-        "reward_weight": normal(case.K, V, d, scale=2 * d**-0.5),
+        **_reward_head(case, normal),
         "q_weight": normal(H * D_K, d, scale=d**-0.5),
         "k_weight": normal(H * D_K, d, scale=d**-0.5),
         "u_weight": normal(H, d, scale=d**-0.5, dtype=f32),
@@ -104,7 +117,7 @@ def arguments_of(case: Case, device: str) -> dict[str, Any]:
         "cache_length": (torch.rand(B, device=device) * (COLUMNS - 1)).int(),
     }
     if case.format is not None:
-        for head in ("lm", "reward"):
+        for head in ("lm", "reward") if case.reward_head == "full" else ("lm",):
             q, scale = quantize(made[f"{head}_weight"], case.format)
             made |= {f"{head}_weight": q, f"{head}_scale": scale}
     options = dict(case.options)
@@ -115,6 +128,19 @@ def arguments_of(case: Case, device: str) -> dict[str, Any]:
         made["seeds"] = torch.arange(B, device=device)
         made["draws"] = torch.zeros(B, dtype=torch.int64, device=device)
     return made | options
+
+
+def _reward_head(case: Case, normal: Any) -> dict[str, Any]:
+    K, d, V = case.K, case.d, case.V
+    if case.reward_head == "full":
+        return {"reward_weight": normal(K, V, d, scale=2 * d**-0.5)}
+    r, n = RANKS[case.reward_head], d if case.reward_head == "embedding" else V
+    return {
+        "reward_head": case.reward_head,
+        "reward_down": normal(K, r, d, scale=d**-0.5),
+        "reward_up": normal(K, n, r, scale=0.5 * r**-0.5),
+        "reward_bias": normal(K, n, scale=0.5),
+    }
 
 
 _STATE = ("cache_k", "cache_u", "cache_valid", "cache_length", "draws")  # what a step writes

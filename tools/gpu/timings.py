@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import worker
@@ -30,13 +30,16 @@ _GATE += ("cache_k", "cache_u", "cache_valid", "cache_length")
 
 @dataclass(frozen=True)
 class Case:
-    """A size, a format of the heads ("bf16": not quantised), a batch, and the ablations."""
+    """A size, a format of the heads ("bf16": not quantised), a batch, the ablations, and the reward
+    head: its kind, and the rank of a correction."""
 
     d: int
     V: int
     format: str = "bf16"
     B: int = 1
     ablations: tuple[str, ...] = ()
+    reward_head: str = "full"
+    r: int = 0
 
 
 CASES = {
@@ -52,6 +55,12 @@ CASES = {
     "int8-4096x128256-1": Case(4096, 128256, "int8"),
     "int4-4096x128256-1": Case(4096, 128256, "int4"),
     "fp8-4096x32000-1": Case(4096, 32000, "fp8"),
+    "embedding-4096x32000-1": Case(
+        4096, 32000, ablations=("gate_given",), reward_head="embedding", r=16
+    ),
+    "embedding-4096x32000-8": Case(4096, 32000, B=8, reward_head="embedding", r=16),
+    "embedding-int8-4096x32000-1": Case(4096, 32000, "int8", reward_head="embedding", r=16),
+    "lowrank-4096x32000-1": Case(4096, 32000, reward_head="lowrank", r=64),
 }
 FIVE = tuple(CASES)[:5]  # the goals' own cases
 
@@ -64,7 +73,7 @@ def run_case(name: str, device: str, toy: bool) -> dict[str, Any]:
 
     case = CASES[name]
     if toy:
-        case = Case(128, 200, case.format, min(case.B, 2), case.ablations)
+        case = replace(case, d=128, V=200, B=min(case.B, 2))
     with torch.no_grad():
         return _Timed(case, device, toy).run()
 
@@ -92,6 +101,8 @@ class _Timed:
         copies = operands.copies
         if case.format != "bf16":
             copies = operands.quantized(case.format, cold_bytes)
+        if case.reward_head != "full":
+            copies = [self._corrected(weights) for weights in copies]
         self.num_bytes = contenders.bytes_of(copies[0])
         self.num_bytes += contenders.cache_bytes(operands.group, bench_case)
         self.calls = 2 if toy else decode.calls_per_round(self.num_bytes)
@@ -100,12 +111,24 @@ class _Timed:
         )
         self.arguments = [weights | mine for weights, mine in zip(copies, own, strict=True)]
 
+    def _corrected(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """The weights with a correction in the place of the full reward head."""
+        import torch
+
+        d, V, r = self.case.d, self.case.V, self.case.r
+        n = d if self.case.reward_head == "embedding" else V
+        like = {"dtype": torch.bfloat16, "device": self.device}
+        shapes = {"reward_down": (1, r, d), "reward_up": (1, n, r), "reward_bias": (1, n)}
+        maps = {name: 0.01 * torch.randn(shape, **like) for name, shape in shapes.items()}
+        kept = {name: w for name, w in weights.items() if not name.startswith("reward")}
+        return kept | maps
+
     def run(self) -> dict[str, Any]:
         """First the step beside others, then the ablations, so that the former is safe."""
         worker.phase("contenders")
         plain = {"step": self._step({}), "copy": self._copy()}
         if self.case.format == "bf16":
-            plain |= self._gemms()
+            plain |= self._gemms() if self.case.reward_head == "full" else self._lm_head()
         bad = self._time(plain)
         if self.case.ablations:
             worker.phase("ablations")
@@ -128,7 +151,8 @@ class _Timed:
         """The operator with some arguments replaced; None: left out."""
         from dualhead_ext import ops
 
-        made = [arguments | changes for arguments in self.arguments]
+        kind = {"reward_head": self.case.reward_head}
+        made = [arguments | kind | changes for arguments in self.arguments]
         made = [{k: v for k, v in each.items() if v is not None} for each in made]
         return self._graph(lambda copy: ops.decode_step(**made[copy]))
 
@@ -160,15 +184,18 @@ class _Timed:
         return lambda copy: target.copy_(source)
 
     def _gemms(self) -> dict[str, Call]:
-        from dualhead_ext.bench.contenders import lm_head_step
         from dualhead_ext.bench.graphs import gemm_step
 
         arguments, stacked = self.arguments, self.stacked
         return {
             "one_gemm": self._graph(lambda copy: gemm_step(arguments[copy], stacked[copy])),
             "two_gemms_eager": lambda copy: gemm_step(arguments[copy]),
-            "lm_head": self._graph(lambda copy: lm_head_step(arguments[copy])),
-        }
+        } | self._lm_head()
+
+    def _lm_head(self) -> dict[str, Call]:
+        from dualhead_ext.bench.contenders import lm_head_step
+
+        return {"lm_head": self._graph(lambda copy: lm_head_step(self.arguments[copy]))}
 
     def _time(self, calls: dict[str, Call]) -> set[str]:
         """Say a row per contender; returns those whose last call has a status other than 0."""

@@ -71,9 +71,10 @@ __device__ __forceinline__ void weigh_inner(const DecodeParams& p, const Workspa
   }
 }
 
-// Beside alpha's phase or before the products, once D h is complete.
-__device__ __forceinline__ void prepare_correction(const DecodeParams& p, const Workspace& ws,
-                                                   Team team, DType dtype) {
+// Beside alpha's phase or before the products, once D h is complete. Not inlined: it has all
+// registers for its loads.
+static __device__ __noinline__ void prepare_correction(const DecodeParams& p, const Workspace& ws,
+                                                       Team team, DType dtype) {
   if (p.reward_head == RewardHead::kEmbedding) change_hidden(p, ws, team, dtype);
   if (p.reward_head == RewardHead::kLowRank) weigh_inner(p, ws, team);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode step, hidden state in, token out, in one cooperative launch, and its plain path: fp32
 // weights, and rows that do not lie at multiples of 16 bytes; and the step around products that
-// were computed before, by GEMMs. All else streams (stream.cu).
+// were computed before, by GEMMs. All else streams (stream.cuh).
 //
 // Phases with grid barriers between them; every phase strides over work items cut at constants
 // (workspace.h), so that a row's bits depend neither on the grid nor on its neighbours, and no
@@ -47,36 +47,46 @@ __device__ __forceinline__ bool in_fours(const DecodeParams& p) {
          sixteen_divides(p.q_weight) && sixteen_divides(p.k_weight) && sixteen_divides(p.u_weight);
 }
 
-// kFloat32: fp32 weights and hidden states, which are what this path is for; else any, told apart
-// at every number.
+// Neither is inlined, so that each has all registers for its loads.
 template <bool kFloat32>
+__device__ __noinline__ void projections(const DecodeParams& p, const Workspace& ws, DType dtype) {
+  if (kFloat32 && in_fours(p)) {
+    project_plain<true>(p, ws, whole_grid(), dtype);
+  } else {
+    project_plain<false>(p, ws, whole_grid(), dtype);
+  }
+}
+
+__device__ __noinline__ void attention(const DecodeParams& p, const Workspace& ws) {
+  attend<8>(p, ws, whole_grid());
+}
+
+// kFloat32: fp32 weights and hidden states, which are what this path is for; else any, told apart
+// at every number. kCorrects: the reward head is a correction.
+template <bool kFloat32, bool kCorrects>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     decode_step_kernel(const __grid_constant__ DecodeParams p,
                        const __grid_constant__ Workspace ws) {
   const DType dtype = kFloat32 ? DType::kFloat32 : p.dtype;
   const Quantization quantization = kFloat32 ? Quantization::kNone : p.quantization;
   if (projection_rows(p) > 0) {
-    if (kFloat32 && in_fours(p)) {
-      project_plain<true>(p, ws, whole_grid(), dtype);
-    } else {
-      project_plain<false>(p, ws, whole_grid(), dtype);
-    }
+    projections<kFloat32>(p, ws, dtype);
     grid_barrier();  // all slices of the projections are complete
   }
   if (!p.gate_logit) {
-    attend<8>(p, ws, whole_grid());
+    attention(p, ws);
     grid_barrier();  // all attention parts are
   }
   weigh(p, ws, whole_grid(), false);
-  prepare_correction(p, ws, whole_grid(), dtype);
+  if (kCorrects) prepare_correction(p, ws, whole_grid(), dtype);
   grid_barrier();  // alpha, status and what a correction is made of are
   if (p.out_attention) normalize_attention(p, ws, whole_grid());
   if (p.lm_product) {
     finish_products(p, ws, dtype);
   } else if (kFloat32 && in_fours(p)) {
-    heads<true>(p, ws, dtype, quantization);
+    heads<true, kCorrects>(p, ws, dtype, quantization);
   } else {
-    heads<false>(p, ws, dtype, quantization);
+    heads<false, kCorrects>(p, ws, dtype, quantization);
   }
   grid_barrier();  // logits and softmax parts are
   finish_step(p, ws);
@@ -94,12 +104,12 @@ int64_t useful_blocks(const DecodeParams& p, int threads) {
   return most > attend ? most : attend;
 }
 
-template <bool kFloat32>
+template <bool kFloat32, bool kCorrects>
 cudaError_t launch(const DecodeParams& p, const Workspace& ws, int device, cudaStream_t stream,
                    LaunchShape shape) {
   const int threads = shape.threads ? shape.threads : kMaxThreads;
   if (threads < kWarp || threads > kMaxThreads || threads % kWarp) return cudaErrorInvalidValue;
-  return launch_cooperative(decode_step_kernel<kFloat32>, device, stream, shape.blocks,
+  return launch_cooperative(decode_step_kernel<kFloat32, kCorrects>, device, stream, shape.blocks,
                             useful_blocks(p, threads), threads, kSharedBytes, p, ws);
 }
 
@@ -107,12 +117,16 @@ cudaError_t launch_path(const DecodeParams& p, const Workspace& ws, int device, 
                         LaunchShape shape) {
   if (streams(p)) {
     if (shape.threads) return cudaErrorInvalidValue;
-    return launch_stream(p, ws, device, stream, shape.blocks);
+    const auto launch = corrects(p) ? launch_stream_correction : launch_stream;
+    return launch(p, ws, device, stream, shape.blocks);
   }
-  if (p.dtype == DType::kFloat32 && p.quantization == Quantization::kNone) {
-    return launch<true>(p, ws, device, stream, shape);
+  const bool float32 = p.dtype == DType::kFloat32 && p.quantization == Quantization::kNone;
+  if (corrects(p)) {
+    return float32 ? launch<true, true>(p, ws, device, stream, shape)
+                   : launch<false, true>(p, ws, device, stream, shape);
   }
-  return launch<false>(p, ws, device, stream, shape);
+  return float32 ? launch<true, false>(p, ws, device, stream, shape)
+                 : launch<false, false>(p, ws, device, stream, shape);
 }
 
 }  // namespace

@@ -140,39 +140,18 @@ __device__ __forceinline__ float bias_of(const DecodeParams& p, DType dtype, int
   return bias.data ? bias(m == 0 ? v : (m - 1) * p.V + v) : 0.0f;
 }
 
-// z_RM - z_LM of a correction for vocabulary row v and this lane's request among `count` from b0
-// on. The whole warp calls; `row` is the LM head's.
-template <bool kFours>
-__device__ __forceinline__ float correction_of(const DecodeParams& p, const Workspace& ws,
-                                               const HeadRow& row, DType dtype, int64_t v,
-                                               int64_t b0, int count) {
-  if (p.reward_head == RewardHead::kEmbedding) {
-    const Numbers change = Numbers{ws.change, DType::kFloat32}.from(b0 * p.d);
-    float dots[kTile];
-    dot_tile<kFours>(row, change, p.d, p.d, count, dots);
-    return pick_own(dots) * row.scale;
-  }
-  float own = 0.0f;
-  for (int t = 0; t < count; ++t) {
-    const float delta = low_rank_delta(p, ws, dtype, v, b0 + t);
-    if (lane_index() == t) own = delta;
-  }
-  return own;
-}
-
 // z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
-// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order, or z_LM and its
-// correction. A head that none of these rows needs is not read.
-template <bool kFours>
-__device__ __forceinline__ void chunk_products(const DecodeParams& p, const Workspace& ws,
-                                               int64_t v0, int64_t b0, int count, Needs needs,
-                                               DType dtype, Quantization quantization,
-                                               ChunkLogits* out) {
+// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none
+// of these rows needs is not read. Of a correction, z_LM alone.
+template <bool kFours, bool kCorrects>
+__device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
+                                               int count, Needs needs, DType dtype,
+                                               Quantization quantization, ChunkLogits* out) {
   const Numbers hidden = Numbers{p.hidden, dtype}.from(b0 * p.hidden_stride);
   for (int j = warp_in_block(); j < kChunk && v0 + j < p.V; j += warps_per_block()) {
     const int64_t v = v0 + j;
     float lm = 0.0f, reward = 0.0f;
-    for (int64_t m = 0; m <= (corrects(p) ? 0 : p.K); ++m) {
+    for (int64_t m = 0; m <= (kCorrects ? 0 : p.K); ++m) {
       if (!(m == 0 ? needs.lm : needs.reward)) continue;
       const HeadRow row(p, m, v, dtype, quantization);
       float dots[kTile];
@@ -185,14 +164,34 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, const Work
       }
       reward = fmaf(objective_weight(p, b0 + lane_index(), m - 1), z, reward);
     }
-    if (corrects(p) && needs.reward) {
-      const HeadRow row(p, 0, v, dtype, quantization);
-      reward = lm + correction_of<kFours>(p, ws, row, dtype, v, b0, count);
-    }
     if (lane_index() < count) {
       out->lm[lane_index()][j] = lm;
       out->reward[lane_index()][j] = reward;
     }
+  }
+}
+
+// Of a correction, z_RM of the same rows: z_LM, which the same lanes have written, and delta.
+template <bool kFours>
+__device__ __forceinline__ void chunk_corrections(const DecodeParams& p, const Workspace& ws,
+                                                  int64_t v0, int64_t b0, int count, DType dtype,
+                                                  Quantization quantization, ChunkLogits* out) {
+  const bool embeds = p.reward_head == RewardHead::kEmbedding;
+  const Numbers change = Numbers{ws.change, DType::kFloat32}.from(b0 * p.d);
+  for (int j = warp_in_block(); j < kChunk && v0 + j < p.V; j += warps_per_block()) {
+    const HeadRow row(p, 0, v0 + j, dtype, quantization);
+    float delta = 0.0f;
+    if (embeds) {
+      float dots[kTile];
+      dot_tile<kFours>(row, change, p.d, p.d, count, dots);
+      delta = pick_own(dots) * row.scale;
+    }
+    for (int t = 0; t < count && !embeds; ++t) {
+      const float found = low_rank_delta(p, ws, dtype, v0 + j, b0 + t);
+      if (lane_index() == t) delta = found;
+    }
+    const int t = lane_index();
+    if (t < count) out->reward[t][j] = out->lm[t][j] + delta;
   }
 }
 
@@ -216,7 +215,7 @@ __device__ __forceinline__ void finish_chunk(const DecodeParams& p, const Worksp
 }
 
 // Phase 4: both products, and what becomes of them. A block per chunk and batch tile.
-template <bool kFours>
+template <bool kFours, bool kCorrects>
 __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype,
                                       Quantization quantization) {
   ChunkLogits* z = reinterpret_cast<ChunkLogits*>(shared_memory());
@@ -229,8 +228,11 @@ __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws
       const Needs own = needs_of(p.out_alpha[b0 + t]);
       needs.lm |= own.lm, needs.reward |= own.reward;
     }
-    needs.lm |= corrects(p) && needs.reward;
-    chunk_products<kFours>(p, ws, v0, b0, count, needs, dtype, quantization, z);
+    needs.lm |= kCorrects && needs.reward;
+    chunk_products<kFours, kCorrects>(p, v0, b0, count, needs, dtype, quantization, z);
+    if (kCorrects && needs.reward) {
+      chunk_corrections<kFours>(p, ws, v0, b0, count, dtype, quantization, z);
+    }
     block_barrier();  // the warps below read what other warps computed
     const int64_t v = v0 + lane_index();
     for (int t = warp_in_block(); t < count; t += warps_per_block()) {

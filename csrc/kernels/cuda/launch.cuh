@@ -78,9 +78,11 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters...), int device, cudaSt
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// The streaming path's launch (stream.cu).
+// The streaming path's launches (stream.cuh): of full reward heads, and of corrections.
 cudaError_t launch_stream(const DecodeParams& p, const Workspace& ws, int device,
                           cudaStream_t stream, int blocks);
+cudaError_t launch_stream_correction(const DecodeParams& p, const Workspace& ws, int device,
+                                     cudaStream_t stream, int blocks);
 
 }  // namespace cuda
 }  // namespace dualhead

@@ -31,23 +31,32 @@ struct StreamMaps {
 };
 
 // What a block has to do, and where its stages lie; the same numbers for all of its threads.
+// kCorrects: the reward head is a correction. Kernels of their own, so that neither kind of head
+// pays for the other's registers.
+template <bool kCorrects>
 struct Stream {
   const DecodeParams& p;
   const Workspace& ws;
   const StreamPlan& plan;
   const StreamMaps& maps;
-  int begin = 0, end = 0;      // the block's units
-  int weight_bytes = 0;        // of a row
-  int row_blocks = 0;          // of a row of weights
-  int chunks = 0, passes = 0;  // stages of a row; pairs of matrices
-  int64_t rows = 0;            // of hidden states: product_rows()
-  int half = 0;  // of a correction: units from the first half of the vocabulary to the second; or 0
+  int begin = 0, end = 0;                 // the block's units
+  int weight_bytes = 0;                   // of a row
+  int row_blocks = 0;                     // of a row of weights
+  int chunks = 0, passes = 0;             // stages of a row; pairs of matrices
   int tile_units = 0;                     // units of a full tile
   const unsigned char* hidden = nullptr;  // the operand of the products: (terms, B, operand inputs)
   int64_t hidden_stride = 0, term_stride = 0;  // in bytes
   int hidden_bytes = 0;                        // of a row
   int terms = 1;
   const float* operand_scale = nullptr;  // (B,): of the sums; quantised weights only
+
+  // Of hidden states.
+  __device__ __forceinline__ int rows() const {
+    return static_cast<int>(kCorrects ? product_rows(p) : p.B);
+  }
+
+  // Of a correction: units from the first half of the vocabulary to the second; else 0.
+  __device__ __forceinline__ int half() const { return kCorrects ? half_units(p) : 0; }
 
   // Bytes of one block of a tile's rows.
   __device__ __forceinline__ int block_bytes() const { return tile_units * kUnit * kBlockBytes; }
@@ -102,9 +111,9 @@ __device__ __forceinline__ void copy_by_lanes(unsigned char* to, int rows, int b
 
 // Walks through a block's stages in the order in which consumers take them: batch tiles, tiles of
 // units, passes over pairs of matrices, chunks of the inputs.
-template <Format kFormat, bool kBulk>
+template <Format kFormat, bool kBulk, bool kCorrects>
 struct Producer {
-  const Stream& s;
+  const Stream<kCorrects>& s;
   int b0 = 0, unit = s.begin, pass = 0, chunk = 0;
   Slot slot = {};
   Needs needs = {true, true};  // of the batch, as far as is known
@@ -125,11 +134,11 @@ struct Producer {
   }
 
   __device__ __forceinline__ bool reads(int matrix) const {
-    if (s.half) return true;  // the LM head, whatever alpha is
+    if (kCorrects) return true;  // the LM head, whatever alpha is
     return matrix <= s.p.K && (matrix == 0 ? needs.lm : needs.reward);
   }
 
-  __device__ __forceinline__ bool more() const { return b0 < s.rows && unit < s.end; }
+  __device__ __forceinline__ bool more() const { return b0 < s.rows() && unit < s.end; }
 
   __device__ __forceinline__ void advance() {
     slot.advance(s.plan.stages);
@@ -198,8 +207,8 @@ struct Producer {
   __device__ __forceinline__ const unsigned char* row_of(int m, int r) const {
     constexpr int kPerByte = kFormat == Format::kBFloat16 || kFormat == Format::kFloat16 ? 2 : 1;
     const DecodeParams& p = s.p;
-    const bool lm = m == 0 || s.half;
-    const int64_t v = static_cast<int64_t>(unit + m * s.half) * kUnit + r;
+    const bool lm = m == 0 || kCorrects;
+    const int64_t v = static_cast<int64_t>(unit + m * s.half()) * kUnit + r;
     if (v >= p.V || unit + r / kUnit >= s.end) return nullptr;
     const void* matrix = lm ? p.lm_weight : p.reward_weight;
     const int64_t row = lm ? v * p.lm_weight_stride
@@ -220,7 +229,7 @@ struct Producer {
       for (int term = 0; term < s.terms; ++term, to += s.plan.blocks * kSteps * block_bytes) {
         if constexpr (kBulk) {
           if (!elect_one()) continue;
-          const int row = static_cast<int>(term * s.rows) + b0;
+          const int row = static_cast<int>(term * s.rows()) + b0;
           for (int block = 0; block < blocks; ++block) {
             copy_box(to + block * block_bytes, &s.maps.hidden, first + block * kBlockBytes, row, 0,
                      full, policy);
@@ -229,7 +238,7 @@ struct Producer {
           const unsigned char* from =
               s.hidden + term * s.term_stride + b0 * s.hidden_stride + first;
           copy_by_lanes(to, rows, blocks, s.hidden_bytes - first, policy, [&](int r) {
-            return b0 + r < s.rows ? from + r * s.hidden_stride : nullptr;
+            return b0 + r < s.rows() ? from + r * s.hidden_stride : nullptr;
           });
         }
       }

@@ -56,13 +56,11 @@ __device__ __forceinline__ SoftmaxPart column_part(float z) {
 
 // Stores one entry's logits of batch row b, and with the other lanes of the column the unit's
 // summary. `real`: whether there is such an entry and row.
-__device__ __forceinline__ void finish_entry(const Stream& s, const Entry& entry, int64_t b,
-                                             bool real, float lm, float reward) {
-  const DecodeParams& p = s.p;
-  const Workspace& ws = s.ws;
+__device__ __forceinline__ void finish_entry(const DecodeParams& p, const Workspace& ws,
+                                             const Entry& entry, int64_t b, bool real, float lm,
+                                             float reward) {
   const int64_t at = b * p.V + entry.v, slot = b * ceil_div(p.V, kUnit) + entry.unit;
-  // The column's first entry; a second half may have a unit less than the first.
-  const bool reports = lane_index() / 4 == 0 && b < p.B && entry.unit < ceil_div(p.V, kUnit);
+  const bool reports = lane_index() / 4 == 0 && b < p.B;  // the column's first entry
   if (p.mix_probs) {
     const float f_lm = real ? postprocess(p, lm) : -INFINITY;
     const float f_reward = real ? postprocess(p, reward) : -INFINITY;
@@ -81,20 +79,21 @@ __device__ __forceinline__ void finish_entry(const Stream& s, const Entry& entry
   if (reports) ws.part[0][slot] = part, ws.best_key[slot] = key;
 }
 
-// The sums of one tile of a correction become logits: own[0] and own[1] are those of the two
-// columns of this lane's entry, own[2] and own[3] of the entry in the second half of the
-// vocabulary. Under an embedding head the columns are z_LM and delta of one request. Not inlined: a
-// full head does without.
+// The sums of one tile of a correction become logits: low's are those of the two columns of this
+// lane's entry, high's of the entry in the second half of the vocabulary. Under an embedding head
+// the columns are z_LM and delta of one request.
 template <Format kFormat>
-__device__ __noinline__ void finish_correction(const Stream& s, int unit, int row0, float low0,
-                                               float low1, float high0, float high1) {
-  const DecodeParams& p = s.p;
+__device__ __forceinline__ void finish_correction(const DecodeParams& p, const Workspace& ws,
+                                                  const float* operand_scale, int unit, int row0,
+                                                  float low0, float low1, float high0,
+                                                  float high1) {
   const bool embeds = p.reward_head == RewardHead::kEmbedding;
   const int first = row0 + lane_index() % 4;  // row_of_place(2 t); and four further
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
     Entry entry;
-    entry.unit = unit + side * s.half;
+    entry.unit = unit + side * half_units(p);
+    if (entry.unit >= ceil_div(p.V, kUnit)) return;  // the second half may have a unit less
     entry.v = static_cast<int64_t>(entry.unit) * kUnit + row_of_place(lane_index() / 4);
     entry.there = entry.v < p.V;
     const float bias = entry.there ? bias_of(p, p.dtype, 0, entry.v) : 0.0f;
@@ -104,30 +103,26 @@ __device__ __noinline__ void finish_correction(const Stream& s, int unit, int ro
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         const int row = first + 4 * column;
-        sum[column] *= scale * (row < s.rows ? s.operand_scale[row] : 1.0f);
+        sum[column] *= scale * (row < product_rows(p) ? operand_scale[row] : 1.0f);
       }
     }
-    if (embeds) {
-      const int64_t b = row0 / 2 + lane_index() % 4;
-      const float lm = sum[0] + bias;
-      finish_entry(s, entry, b, entry.there && b < p.B, lm, lm + sum[1]);
-      continue;
-    }
     float delta[2] = {};
-    low_rank_deltas(p, s.ws, entry.v, row0, entry.there, delta);
-#pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      const int64_t b = first + 4 * column;
-      const float lm = sum[column] + bias;
-      finish_entry(s, entry, b, entry.there && b < p.B, lm, lm + delta[column]);
+    if (!embeds) low_rank_deltas(p, ws, entry.v, row0, entry.there, delta);
+    // One place of code for both: an embedding head has one request, whose delta is the other sum.
+#pragma unroll 1
+    for (int column = 0; column < (embeds ? 1 : 2); ++column) {
+      const int64_t b = embeds ? row0 / 2 + lane_index() % 4 : first + 4 * column;
+      const float lm = (column == 0 ? sum[0] : sum[1]) + bias;
+      const float change = embeds ? sum[1] : column == 0 ? delta[0] : delta[1];
+      finish_entry(p, ws, entry, b, entry.there && b < p.B, lm, lm + change);
     }
   }
 }
 
 // A tile's sums become logits; or, where more objectives follow, sums over those so far, kept in
 // memory by the very lanes that read them in the next pass.
-template <Format kFormat, int kTiles, int kUnits>
-__device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, int pass,
+template <Format kFormat, int kTiles, int kUnits, bool kCorrects>
+__device__ __forceinline__ void finish_pass(const Stream<kCorrects>& s, int unit0, int b0, int pass,
                                             const float (&z)[kUnits][kTiles][4]) {
   const DecodeParams& p = s.p;
   const int64_t m = 2 * pass;  // and m + 1: the pass's matrices
@@ -148,9 +143,9 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
     Entry entry;
     entry.unit = unit0 + warp_in_block() + i / kTiles * kConsumers;
     if (entry.unit >= s.end) return;  // the whole warp
-    if (s.half) {
-      const int row0 = b0 + 8 * (i % kTiles);
-      finish_correction<kFormat>(s, entry.unit, row0, own[0], own[1], own[2], own[3]);
+    if constexpr (kCorrects) {
+      finish_correction<kFormat>(p, s.ws, s.operand_scale, entry.unit, b0 + 8 * (i % kTiles),
+                                 own[0], own[1], own[2], own[3]);
       continue;
     }
     entry.v = static_cast<int64_t>(entry.unit) * kUnit + row_of_place(lane_index() / 4);
@@ -179,7 +174,7 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
       }
       if (real && second) reward = add(reward, b, m, high);
       if (last) {
-        finish_entry(s, entry, b, real, lm, reward);
+        finish_entry(p, s.ws, entry, b, real, lm, reward);
       } else if (real) {
         p.out_logits[at] = lm, s.ws.reward_logits[at] = reward;
       }
@@ -191,15 +186,15 @@ __device__ __forceinline__ void finish_pass(const Stream& s, int unit0, int b0, 
 // grid's barrier shows them to each other: as they are, or
 // (quantised weights) prepared, a row by a warp, with scales below the ring. In blocks as the
 // ring's, zeros behind a row's end.
-template <Format kFormat>
-__device__ __forceinline__ void load_resident(const Stream& s) {
+template <Format kFormat, bool kCorrects>
+__device__ __forceinline__ void load_resident(const Stream<kCorrects>& s) {
   const DecodeParams& p = s.p;
   unsigned char* to = shared_memory() + s.plan.hidden_offset;
   const int block_pitch = s.plan.batch_tile * kBlockBytes;
   const int blocks = s.row_blocks * steps_of(kFormat), sixteens = 8 * blocks;
   if constexpr (steps_of(kFormat) == 1) {
 #pragma unroll 8
-    for (int i = threadIdx.x; i < s.rows * sixteens; i += kConsumers * kWarp) {
+    for (int i = threadIdx.x; i < s.rows() * sixteens; i += kConsumers * kWarp) {
       const int b = i / sixteens, j = i % sixteens;
       Words words = {};
       if (16 * j < s.hidden_bytes) words = load_words(s.hidden + b * s.hidden_stride + 16 * j);
@@ -211,8 +206,9 @@ __device__ __forceinline__ void load_resident(const Stream& s) {
   }
 }
 
-template <Format kFormat>
-__device__ __forceinline__ LaneView lane_view(const Stream& s, const Slot& slot, int chunk) {
+template <Format kFormat, bool kCorrects>
+__device__ __forceinline__ LaneView lane_view(const Stream<kCorrects>& s, const Slot& slot,
+                                              int chunk) {
   const StreamPlan& plan = s.plan;
   const unsigned char* stage = stage_of(plan, slot);
   const int blocks = plan.blocks * steps_of(kFormat);  // of hidden states
@@ -234,14 +230,16 @@ __device__ __forceinline__ LaneView lane_view(const Stream& s, const Slot& slot,
 // int4: where the scales of this lane's rows of a tile begin; null where there is no such row.
 template <Format kFormat, int kUnits>
 struct ScaleRows {
-  __device__ __forceinline__ ScaleRows(const Stream&, int, int) {}
+  template <bool kCorrects>
+  __device__ __forceinline__ ScaleRows(const Stream<kCorrects>&, int, int) {}
 };
 
 template <int kUnits>
 struct ScaleRows<Format::kInt4, kUnits> {
   const float* row[2][kUnits];
 
-  __device__ __forceinline__ ScaleRows(const Stream& s, int unit0, int pass) {
+  template <bool kCorrects>
+  __device__ __forceinline__ ScaleRows(const Stream<kCorrects>& s, int unit0, int pass) {
     const DecodeParams& p = s.p;
     const int64_t groups = p.d / kInt4Group;
 #pragma unroll
@@ -250,8 +248,8 @@ struct ScaleRows<Format::kInt4, kUnits> {
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int64_t v =
-            static_cast<int64_t>(unit + side * s.half) * kUnit + row_of_place(lane_index() / 4);
-        const int64_t m = s.half ? 0 : 2 * pass + side;
+            static_cast<int64_t>(unit + side * s.half()) * kUnit + row_of_place(lane_index() / 4);
+        const int64_t m = kCorrects ? 0 : 2 * pass + side;
         const float* all = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * groups;
         const bool own = unit < s.end && v < p.V && m <= p.K;
         row[side][u] = own ? all + v * groups : nullptr;
@@ -261,9 +259,10 @@ struct ScaleRows<Format::kInt4, kUnits> {
 };
 
 // From memory, as they are needed: a chunk's groups of a row are at most sixteen bytes.
-template <Format kFormat, int kUnits>
-__device__ __forceinline__ void load_scales(const Stream& s, const ScaleRows<kFormat, kUnits>& rows,
-                                            int chunk, GroupScales<kFormat, kUnits>* scales) {
+template <Format kFormat, int kUnits, bool kCorrects>
+__device__ __forceinline__ void load_scales(const Stream<kCorrects>& s,
+                                            const ScaleRows<kFormat, kUnits>& rows, int chunk,
+                                            GroupScales<kFormat, kUnits>* scales) {
   if constexpr (kFormat == Format::kInt4) {
     const int per_stage = 2 * s.plan.blocks, first = chunk * per_stage;
     const int left = static_cast<int>(s.p.d / kInt4Group) - first;
@@ -310,7 +309,8 @@ struct KeptProducts {
 };
 
 // Whether every row has its alpha; if `wait`, once it is so. The warp's lanes agree.
-__device__ __forceinline__ bool alpha_is_there(const Stream& s, bool wait) {
+template <bool kCorrects>
+__device__ __forceinline__ bool alpha_is_there(const Stream<kCorrects>& s, bool wait) {
   const unsigned* counter = s.ws.counter + kWeighedRows;
   const unsigned rows = static_cast<unsigned>(s.p.B);
   if (wait) {
@@ -324,14 +324,14 @@ __device__ __forceinline__ bool alpha_is_there(const Stream& s, bool wait) {
 
 // All of a block's stages, in the producer's order. Where alpha is not there when a tile ends, the
 // tile's products are kept, as long as there is room, and finished later.
-template <Format kFormat, int kTiles>
-__device__ void consume(const Stream& s) {
+template <Format kFormat, int kTiles, bool kCorrects>
+__device__ void consume(const Stream<kCorrects>& s) {
   constexpr int kUnits = units_per_warp(kFormat, kTiles);
   const KeptProducts<kTiles, kUnits> products{s.plan};
   Slot slot;
   bool weighed = false;
   int kept = 0;
-  for (int b0 = 0; b0 < s.rows; b0 += s.plan.batch_tile) {
+  for (int b0 = 0; b0 < s.rows(); b0 += s.plan.batch_tile) {
     for (int unit0 = s.begin; unit0 < s.end; unit0 += s.tile_units) {
       for (int pass = 0; pass < s.passes; ++pass) {
         float z[kUnits][kTiles][4] = {};
@@ -352,7 +352,7 @@ __device__ void consume(const Stream& s) {
           continue;
         }
         if (!weighed) {
-          const bool last = unit0 + s.tile_units >= s.end && b0 + s.plan.batch_tile >= s.rows;
+          const bool last = unit0 + s.tile_units >= s.end && b0 + s.plan.batch_tile >= s.rows();
           weighed = alpha_is_there(s, last || kept + 1 >= s.plan.kept_tiles);
         }
         if (!weighed || kept > 0) products.store(kept++, z);

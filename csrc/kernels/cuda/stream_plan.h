@@ -43,6 +43,11 @@ DUALHEAD_HD int64_t product_rows(const DecodeParams& p) {
   return p.reward_head == RewardHead::kEmbedding ? 8 * ceil_div(p.B, 4) : p.B;
 }
 
+// Of a correction: units of the vocabulary's first half; the second has as many or one less.
+DUALHEAD_HD int half_units(const DecodeParams& p) {
+  return corrects(p) ? static_cast<int>(ceil_div(ceil_div(p.V, kUnit), 2)) : 0;
+}
+
 enum class Format : int32_t { kBFloat16, kFloat16, kInt8, kFp8, kInt4 };
 
 inline Format format_of(const DecodeParams& p) {

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The streaming path of reward heads that are corrections.
+#include "stream.cuh"
+
+namespace dualhead {
+namespace cuda {
+
+cudaError_t launch_stream_correction(const DecodeParams& p, const Workspace& ws, int device,
+                                     cudaStream_t stream, int blocks) {
+  return launch_stream_of<true>(p, ws, device, stream, blocks);
+}
+
+}  // namespace cuda
+}  // namespace dualhead
