@@ -236,16 +236,16 @@ __device__ __forceinline__ void multiply_block(const LaneView& at, const unsigne
     multiply_groups<kTiles, kUnits>(at, hidden, block, part);
     scale(0, part[0]);
     scale(1, part[1]);
-    return;
-  }
+  } else {
 #pragma unroll kUnroll
-  for (int half = 0; half < 2; ++half) {
-    if constexpr (kFormat == Format::kInt4) {
-      float part[kUnits][kTiles][4] = {};
-      multiply_run<kFormat>(at, hidden, block, half, part);
-      scale(half, part);
-    } else {
-      multiply_run<kFormat>(at, hidden, block, half, z);
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (kFormat == Format::kInt4) {
+        float part[kUnits][kTiles][4] = {};
+        multiply_run<kFormat>(at, hidden, block, half, part);
+        scale(half, part);
+      } else {
+        multiply_run<kFormat>(at, hidden, block, half, z);
+      }
     }
   }
 }

@@ -47,7 +47,7 @@ __device__ __forceinline__ float largest_in(const void* row, int64_t d, int thre
   return largest;
 }
 
-__device__ __noinline__ float largest_of(Numbers row, int64_t d, int thread, int threads) {
+static __device__ __noinline__ float largest_of(Numbers row, int64_t d, int thread, int threads) {
   switch (row.dtype) {
     case DType::kFloat32:
       return largest_in<DType::kFloat32>(row.data, d, thread, threads);
@@ -115,9 +115,9 @@ __device__ __forceinline__ void write_eights(Format format, const void* data, in
 
 // Writes a thread's share of a row: `eights` of positions (fragments.cuh), `term_bytes` between
 // terms; zeros beyond d. Not inlined: one copy serves all formats.
-__device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d, float unit,
-                                           int terms, OperandPlace to, int64_t eights,
-                                           int64_t term_bytes, int thread, int threads) {
+static __device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d, float unit,
+                                                  int terms, OperandPlace to, int64_t eights,
+                                                  int64_t term_bytes, int thread, int threads) {
   switch (row.dtype) {
     case DType::kFloat32:
       return write_eights<DType::kFloat32>(format, row.data, d, unit, terms, to, eights, term_bytes,
@@ -134,12 +134,13 @@ __device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d
 // The rows that meet the LM head.
 struct HiddenRows {
   Numbers numbers;
-  int64_t stride, count;
+  int64_t stride;
+  int count;
 
   __device__ __forceinline__ HiddenRows(const DecodeParams& p, const Workspace& ws)
       : numbers{ws.rows ? ws.rows : p.hidden, p.dtype},
         stride(ws.rows ? p.d : p.hidden_stride),
-        count(product_rows(p)) {}
+        count(static_cast<int>(product_rows(p))) {}
 
   __device__ __forceinline__ Numbers row(int64_t i) const { return numbers.from(i * stride); }
 };
@@ -152,7 +153,7 @@ __device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspac
   const int64_t row_bytes = 2 * round_up(p.d, run_inputs(format));
   const int terms = p.dtype == DType::kFloat32 ? 3 : 1;
   const HiddenRows hidden(p, ws);
-  for (int64_t b = blockIdx.x; b < hidden.count; b += gridDim.x) {
+  for (int b = blockIdx.x; b < hidden.count; b += gridDim.x) {
     const Numbers row = hidden.row(b);
     const float own = warp_max(largest_of(row, p.d, threadIdx.x, kThreads));
     if (lane_index() == 0) slot[warp_in_block()] = own;
