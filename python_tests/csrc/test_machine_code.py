@@ -247,9 +247,10 @@ def of_these_sources():
         pytest.skip("the library that is built is of other sources than csrc/: make build")
 
 
+@pytest.mark.parametrize("corrects", [0, 1], ids=["full", "correction"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_streaming_kernels_keep_their_limits(library_report, of_these_sources, format):
-    one = library_report[f"stream_kernel<{format}, 1>"]
+def test_streaming_kernels_keep_their_limits(library_report, of_these_sources, format, corrects):
+    one = library_report[f"stream_kernel<{format}, 1, {corrects}>"]
     assert machine_code.violations(one) == []
     rate = prediction.kernel_of(one, format, 8192).consumer_bytes_per_clock
     assert rate >= prediction.least_consumer_rate(), "consumers are slower than memory"
@@ -257,11 +258,10 @@ def test_streaming_kernels_keep_their_limits(library_report, of_these_sources, f
 
 def test_the_report_has_every_hot_kernel(library_report):
     """With copies and products; a pattern that no longer matches would find none."""
-    for format in FORMATS:
-        one = library_report[f"stream_kernel<{format}, 1>"]
+    for name in (f"stream_kernel<{format}, 1, {kind}>" for format in FORMATS for kind in (0, 1)):
+        one = library_report[name]
         assert one["copy_loops"] and one["consumer_loops"] and one["global_loops"]
         assert {loop["kind"] for loop in one["copy_loops"]} <= set(machine_code.COPIES)
         assert 100 < one["registers"] <= 255
-    assert {"decode_step_kernel<0>", "loss_rows_kernel", "loss_rows_backward_kernel"} <= set(
-        library_report
-    )
+    others = {"decode_step_kernel<0, 0>", "loss_rows_kernel", "loss_rows_backward_kernel"}
+    assert others <= set(library_report)

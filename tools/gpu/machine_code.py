@@ -253,7 +253,7 @@ def violations(one: dict[str, Any]) -> list[str]:
 
 
 def short_name(mangled: str) -> str:
-    """ "stream_kernel<kInt4, 1>": readable, the same from build to build."""
+    """ "stream_kernel<int4, 1, 0>": readable, the same from build to build."""
     found = re.search(
         r"\d+(stream_kernel|decode_step_kernel|loss_rows\w*_kernel)(I.*?EE)?", mangled
     )

@@ -161,16 +161,20 @@ def predictions(
     from .timings import CASES
 
     kernels = {
-        format: kernel_of(reports[name], format, bytes_per_copy[format])
+        f"{format}, {kind}": kernel_of(
+            reports[f"stream_kernel<{format}, 1, {number}>"], format, bytes_per_copy[format]
+        )
         for format in BITS
-        for name in reports
-        if name.startswith(f"stream_kernel<{format}")
+        for number, kind in enumerate(("full", "correction"))
     }
     constants = {"bandwidth": BANDWIDTH, "clock": CLOCK, "memory_us": MEMORY_US, "l2_us": L2_US}
     rows = []
     for name, case in CASES.items():
         kind = {"reward_head": case.reward_head, "r": case.r}
-        found = predict(kernels[case.format], case.d, case.V, case.B, case.format, **kind)
+        kernel = "full" if case.reward_head == "full" else "correction"
+        found = predict(
+            kernels[f"{case.format}, {kernel}"], case.d, case.V, case.B, case.format, **kind
+        )
         goal = {"goal_us": round(GOALS[name], 1)} if name in GOALS else {}
         rows.append({"case": name, "predicted": True, **found, **goal})
     return {
