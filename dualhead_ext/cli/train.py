@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import DualHeadConfig
 from ..data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
 from ..files.atomic import BusyFolderError
-from ..files.checkpoint import SaveError
+from ..files.checkpoint import LostProcessError, SaveError
 from ..model.builtin_backbones import BUILTIN_BACKBONES, backbone_path
 from ..train.presets import head_of
 from .errors import UserError, argument, one_line
@@ -82,6 +82,8 @@ def _train(arguments: Namespace) -> int | None:
         return EXIT_INTERRUPTED
     except (BusyFolderError, SaveError) as error:
         raise UserError(f"--output: {one_line(error)}") from error
+    except LostProcessError as error:
+        raise UserError(one_line(error)) from error
     except (ValueError, OSError) as error:
         if str(error).startswith("calibrate: no scale"):
             raise UserError(
@@ -253,6 +255,8 @@ def _make_trainer(arguments: Namespace, rows: list[dict], held_out: list[dict]) 
 
 
 def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
+    import torch
+
     from ..train.trainer import DualHeadTrainingArguments
 
     given = {
@@ -266,7 +270,8 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
             given[name] = json.loads(text)
         except (ValueError, RecursionError):
             given[name] = text
-    if arguments.device == "cpu":
+    # Without an accelerator, accelerate joins torchrun's processes only where the CPU is asked for.
+    if arguments.device == "cpu" or not torch.accelerator.is_available():
         given["use_cpu"] = True
     ours = {"output_dir": arguments.output, "report_to": "none", "dataloader_pin_memory": False}
     ours |= {"preset": arguments.preset, "log_kl": True}

@@ -51,6 +51,10 @@ class SaveError(OSError):
     """A save that failed, in one sentence: what, why, and what is safe."""
 
 
+class LostProcessError(RuntimeError):
+    """Another process of a run has ended; says, in one sentence, what to go on from."""
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 

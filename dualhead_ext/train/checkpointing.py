@@ -20,13 +20,20 @@ from transformers.trainer_callback import ExportableState
 
 from ..files import checkpoint
 from ..files.atomic import locked
-from ..files.checkpoint import CheckpointError, SaveError
+from ..files.checkpoint import CheckpointError, LostProcessError, SaveError
 from ..files.state_file import load_state, save_state
 from ..model.fingerprint import check_fingerprint
 from ..model.head_files import load_head_state
 from ..model.head_folder import CONFIG_NAME, WEIGHTS_NAME, read_head_folder
 from .arguments import DualHeadTrainingArguments
-from .state import agree_on, check_data_state, data_state, random_state, set_random_state
+from .state import (
+    agree_on,
+    check_data_state,
+    data_state,
+    is_lost_process,
+    random_state,
+    set_random_state,
+)
 
 STATE_NAME = "trainer_state.json"  # transformers' own file
 OPTIMIZER_NAME = "optimizer.safetensors"  # optimizer, scheduler, gradient scaler
@@ -155,9 +162,10 @@ class CheckpointedTrainer(Trainer):
                 optimizer or number of processes than it was written with.
             CheckpointError: it is damaged.
             BusyFolderError: another run writes to ``args.output_dir``.
+            LostProcessError: another process of the run has ended.
         """
         self._train_totals = None
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held, self._saying_who_is_lost():
             with agree_on("taking the output folder"):
                 if self.args.should_save:
                     folder = Path(self.args.output_dir)
@@ -172,6 +180,19 @@ class CheckpointedTrainer(Trainer):
             if self.args.save_strategy != "no" and not self._saving_tried:
                 self.try_saving()
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _saying_who_is_lost(self) -> Iterator[None]:
+        """Turn what a collective says of a peer that is gone into a LostProcessError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.args.world_size == 1 or not is_lost_process(error):
+                raise
+            safe = _what_is_safe(Path(self.args.output_dir))
+            raise LostProcessError(
+                f"DualHeadTrainer: another process of this run has ended or does not answer; {safe}"
+            ) from error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As transformers'; a run that is resumed at its end is over. Its loop would take one more
@@ -272,16 +293,21 @@ def _check_optimizer(stored: dict[str, Any], current: dict[str, Any], where: str
         )
 
 
+def _what_is_safe(run_dir: Path) -> str:
+    """The checkpoint to go on from, in words."""
+    last = None
+    with contextlib.suppress(OSError, CheckpointError):
+        last = checkpoint.latest_checkpoint(run_dir)
+    if last is None:
+        return f"{run_dir} holds no whole checkpoint"
+    return f"{last} is whole, and resume_from_checkpoint=True goes on from it"
+
+
 @contextlib.contextmanager
 def _saying_what_is_safe(what: str, run_dir: Path) -> Iterator[None]:
     """Turn any failure to save into a SaveError that names the checkpoint to go on from."""
     try:
         yield
     except Exception as error:
-        last = None
-        with contextlib.suppress(OSError, CheckpointError):
-            last = checkpoint.latest_checkpoint(run_dir)
-        safe = f"{run_dir} holds no whole checkpoint"
-        if last is not None:
-            safe = f"{last} is whole, and resume_from_checkpoint=True goes on from it"
+        safe = _what_is_safe(run_dir)
         raise SaveError(f"DualHeadTrainer: {what} could not be saved ({error}); {safe}") from error

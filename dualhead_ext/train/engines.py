@@ -38,5 +38,17 @@ def refuse_engines(operator: str, args: Any, accelerator: Any = None) -> None:
         _refuse(operator, kind, "accelerate's state")
 
 
+def refuse_lone_processes(operator: str, accelerator: Any) -> None:
+    """Raise ValueError if this is one of several processes that accelerate has not joined: each
+    would train alone, and they would write to one folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{operator}: {started} processes were started, and each of them would train alone; "
+            "use_cpu=True joins them on a machine without an accelerator"
+        )
+
+
 def _refuse(operator: str, engine: str, asked_by: str) -> None:
     raise ValueError(f"{operator}: {engine} ({asked_by}) cannot train heads: {_WAY_OUT}")

@@ -22,6 +22,15 @@ from ..data.stream import TokenizedStream
 _FINGERPRINT_ROWS = 256
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a collective failed because a peer is gone or does not answer: gloo says so in a
+    RuntimeError of its own words.
+    """
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+
+
 @contextmanager
 def agree_on(action: str) -> Iterator[None]:
     """Wait for all processes at the end of the block; raise on each of them if it failed on any."""

@@ -27,7 +27,7 @@ from ..model.causal_lm import DualHeadForCausalLM
 from ..model.packing import packed_rows
 from ..model.pretrained import untie_lm_head
 from .arguments import DualHeadTrainingArguments
-from .engines import refuse_engines
+from .engines import refuse_engines, refuse_lone_processes
 from .gate_probe import ROWS, STATES, GateProbe
 from .hidden_cache import HiddenCollator
 from .state import agree_on
@@ -187,6 +187,7 @@ class DualHeadTrainer(StreamingTrainer):
             **others,
         )
         refuse_engines("DualHeadTrainer", args, self.accelerator)
+        refuse_lone_processes("DualHeadTrainer", self.accelerator)
         # The loss is divided by the counts of the whole accumulated batch, not per micro-batch.
         # Release 5.17 reads the first, later ones the second.
         self.model_accepts_loss_kwargs = True

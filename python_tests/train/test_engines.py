@@ -8,9 +8,11 @@ import torch
 from accelerate.utils import DistributedType
 from tiny_models import make_backbone, make_model
 from torch import distributed, nn
+from torchrun import run_in_two_processes
 from trainer_cases import arguments, make_trainer
 
 import dualhead_ext as dh
+from dualhead_ext.files.checkpoint import latest_checkpoint, verify
 from dualhead_ext.train.engines import refuse_engines
 
 
@@ -46,6 +48,16 @@ def test_by_the_state_of_accelerate(tmp_path, monkeypatch, engine):
         refuse_engines("DualHeadTrainer", trainer.args, found)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there, accelerate joins them")
+def test_processes_that_accelerate_has_not_joined(tmp_path, monkeypatch):
+    """torchrun on a machine without a GPU, without use_cpu: two runs in one folder, silently."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, and each of them would train"):
+        make_trainer(tmp_path, use_cpu=False)
+    monkeypatch.delenv("WORLD_SIZE")
+    make_trainer(tmp_path)
+
+
 def test_data_parallel(tmp_path):
     with pytest.raises(TypeError, match=r"must have a gated head .*got DataParallel"):
         make_trainer(tmp_path, nn.DataParallel(make_model("llama")))
@@ -68,3 +80,14 @@ def test_tensor_parallelism_is_refused_by_from_backbone(tmp_path):
         assert type(backbone.lm_head) is torch.nn.Linear
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_process_that_ends_leaves_one_sentence_and_a_folder_to_go_on_from(tmp_path):
+    run_in_two_processes("ddp_lost_process.py", tmp_path)
+    said = (tmp_path / "said.txt").read_text()
+    last = latest_checkpoint(tmp_path / "run")
+    assert last.name == "checkpoint-2" and verify(last)
+    assert said == (
+        "DualHeadTrainer: another process of this run has ended or does not answer; "
+        f"{last} is whole, and resume_from_checkpoint=True goes on from it"
+    )
