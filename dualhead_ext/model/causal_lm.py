@@ -40,7 +40,7 @@ from .backbones import (
 )
 from .builtin_backbones import backbone_path
 from .continuous_batching import GatedBatchingManager, batching_config, prompts_with_controls
-from .generate import alpha_of, new_valid, strength_of
+from .generate import alpha_of, check_prompt, new_valid, strength_of
 from .generation_options import Decoding
 from .head_folder import CONFIG_NAME, without_local_path
 from .hf_cache import StaticGateLayer
@@ -288,6 +288,21 @@ class DualHeadForCausalLM(PushToHubMixin):
         self.lm_head_module.quantize(format, calibration)
         return self
 
+    def dequantize(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', of a quantised backbone; heads that :meth:`quantize` has rounded have
+        no way back.
+
+        Raises:
+            ValueError: the heads are quantised, or nothing is.
+        """
+        if (format := self.lm_head_module.quantized) is not None:
+            raise ValueError(
+                f"dequantize: the heads are quantised ({format}) and keep no other weights; "
+                "detach(model, dequantize=True) gives the plain backbone, and heads that were "
+                "saved before load in full precision"
+            )
+        return super().dequantize(*args, **kwargs)
+
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
         """As the backbone's, but a quantised LM head, whose numbers are its own, is left alone."""
         quantized = self.lm_head_module.quantized is not None
@@ -410,12 +425,14 @@ class DualHeadForCausalLM(PushToHubMixin):
                 tokens): alpha at each position that chose a token, from one more pass over the
                 finished sequences.
         Raises:
-            ValueError, TypeError: controls. NotImplementedError: packed inputs.
+            ValueError, TypeError: controls; a prompt without tokens. NotImplementedError: packed
+                inputs.
         """
         refuse_packed(kwargs)
         given = (
             inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         )
+        check_prompt(given if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"])
         batch = 1 if given is None else given.shape[0]
         if (kl := kwargs.pop("kl", None)) is not None:
             kwargs["strength"] = strength_of(self.dual_head_config.kl_curve, kl, kwargs)

@@ -18,6 +18,19 @@ from ..head.controls import Controls
 logger = logging.getLogger(__name__)
 
 
+def check_prompt(prompt: Tensor | None) -> None:
+    """Refuse a prompt, ids (B, T) or embeddings (B, T, d), that holds nothing.
+
+    Raises:
+        ValueError: B or T is 0.
+    """
+    if prompt is not None and 0 in prompt.shape[:2]:
+        raise ValueError(
+            "generate: expected a prompt of at least one token, got input of shape "
+            f"{tuple(prompt.shape)}; begin with the tokenizer's beginning-of-sequence token"
+        )
+
+
 def new_valid(inputs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
     """Which of the new positions are real tokens (B, T), bool, of what transformers prepared for a
     forward; None where the mask in it says so.

@@ -349,3 +349,26 @@ def test_arguments_of_from_pretrained(tmp_path):
         dh.DualHeadForCausalLM.from_pretrained(
             tmp_path / "heads", backbone=make_backbone("llama"), attn_implementation="eager"
         )
+
+
+def test_a_prompt_without_tokens():
+    model = make_model("llama")
+    embeds = torch.zeros(1, 0, model.config.hidden_size)
+    for given in (
+        {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
+        {"inputs": torch.zeros(2, 0, dtype=torch.long)},
+        {"inputs_embeds": embeds},
+    ):
+        with pytest.raises(ValueError, match="generate: expected a prompt of at least one token"):
+            model.generate(**given, **GREEDY)
+    ids = torch.zeros(1, 0, dtype=torch.long)  # with embeddings transformers takes no ids
+    model.generate(input_ids=ids, inputs_embeds=torch.zeros(1, 2, embeds.shape[-1]), **GREEDY)
+
+
+def test_dequantize_names_the_call_that_is_meant():
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="need to first quantize"):  # transformers' own
+        model.dequantize()
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"quantised \(int8\).*detach\(model, dequantize=True\)"):
+        model.dequantize()
