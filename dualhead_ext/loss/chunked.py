@@ -36,6 +36,7 @@ from .terms import (
     gate_entropy,
     pair_loss,
 )
+from .token_rewards import refuse_second_derivative, token_rewards
 from .totals import RowSums, combine, gate_statistics
 
 # Logits of a chunk, in bytes: at V = 32000 and fp32 512 rows. Half of it is 15 % slower there (more
@@ -310,6 +311,9 @@ class Pass:
         for job, rows in held:
             self._logit_gradients(job, rows, of_rewards)
         for product in products:
+            if product.base and self.maps.lm.trains:
+                self.products.pass_to_base(product)
+        for product in products:
             if product.trains:
                 self.products.accumulate(product)
 
@@ -359,10 +363,7 @@ class _Carrier(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *unused: Any) -> tuple:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "dual_head_loss: has a first derivative only; create_graph=True is not supported"
-            )
+        refuse_second_derivative()
         # Scaled in place and let go of, so that autograd takes them for .grad without a copy. A
         # second pass over a retained graph makes them again.
         gradients, ctx.gradients = ctx.gradients, None
@@ -407,8 +408,7 @@ def dual_head_loss(
     rows, columns = torch.nonzero_static(mask.bool(), size=sum(lengths)).unbind(-1)
     if counts is None:
         counts = LossCounts.of_lengths(counted, pairing, options.lm_on_chosen)
-    picked, picked_gate = hidden[rows, columns], gate_logit[rows, columns]
-    picked_labels = labels[rows, columns].long()
+    picked_gate, picked_labels = gate_logit[rows, columns], labels[rows, columns].long()
 
     def sums(of_tokens: Tensor) -> Tensor:
         dense = of_tokens.new_zeros(mask.shape)
@@ -420,13 +420,15 @@ def dual_head_loss(
     # What autocast asks for is in `Products`; it must not touch anything else.
     with torch.autocast(hidden.device.type, enabled=False):
         if options.preference == "token_reward":
-            of_tokens = heads.token_rewards(picked, picked_labels)
+            of_tokens = token_rewards(hidden, (rows, columns), picked_labels, heads)
             if options.pref_gate:
                 of_tokens = of_tokens * torch.sigmoid(picked_gate)
             rewards = torch.stack([sums(of_objective) for of_objective in of_tokens], -1)
-        features = None if heads.reward_head == "full" else heads.features(picked)
     needs_logits = rewards is None or options.kl_price > 0.0
     if needs_logits or any(pairing.in_lm(options.lm_on_chosen)):
+        picked = hidden[rows, columns]
+        with torch.autocast(hidden.device.type, enabled=False):
+            features = None if heads.reward_head == "full" else heads.features(picked)
         inputs = _inputs(picked, picked_gate, heads, features)
 
         def run(wanted: dict[str, bool]) -> Pass:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.logits import accumulator_dtype
@@ -56,24 +54,3 @@ class Heads:
         if inner is None:
             return bias.expand(-1, hidden.shape[0], -1)
         return inner @ self.reward_up.to(dtype).mT + bias
-
-    def token_rewards(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """delta_k(y) = z_k[y] - z_LM[y], (K, N) in fp32 or float64, from the rows of the labels
-        alone.
-        """
-        dtype = accumulator_dtype(hidden.dtype)
-        hidden, rows = hidden.to(dtype), F.embedding(labels, self.lm_weight).to(dtype)
-        if self.reward_head == "embedding":
-            return (self.features(hidden) * rows).sum(-1)
-        found = []
-        for k in range(self.num_objectives):
-            bias = None if self.reward_bias is None else self.reward_bias[k].to(dtype)
-            if self.reward_head == "full":
-                own = F.embedding(labels, self.reward_weight[k]).to(dtype)
-                value = ((own - rows) * hidden).sum(-1)
-                bias = None if bias is None else bias - self.lm_bias.to(dtype)
-            else:
-                own = F.embedding(labels, self.reward_up[k]).to(dtype)
-                value = (own * (hidden @ self.reward_down[k].to(dtype).T)).sum(-1)
-            found.append(value if bias is None else value + bias[labels])
-        return torch.stack(found)

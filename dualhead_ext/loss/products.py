@@ -93,11 +93,15 @@ class Job:
 
 @dataclass
 class Product:
-    """z (n, V): the logits of tokens ``index`` (n,) as ``terms`` make them."""
+    """z (n, V): the logits of tokens ``index`` (n,), what ``terms`` make, added to ``base``.
+
+    base: parts of other products' z that together have n rows, made before this one; () for none.
+    """
 
     terms: Terms
     index: Tensor
     z: Tensor
+    base: tuple[Tensor, ...] = ()
 
     @property
     def trains(self) -> bool:
@@ -121,19 +125,23 @@ def lay_out(
     """The products that jobs need, jobs of the same terms together, and each job's (z_LM or None,
     z_RM) as views of the workspace (rows, V) that they fill.
     """
-    groups: dict[tuple[str, Terms], list[int]] = {}
+    groups: dict[tuple[str, Terms, bool], list[int]] = {}
     for i, job in enumerate(jobs):
         if job.lm is not None:
-            groups.setdefault(("lm", job.lm), []).append(i)
-        groups.setdefault(("reward", job.reward), []).append(i)
+            groups.setdefault(("lm", job.lm, False), []).append(i)
+        # A correction's z_RM is z_LM and its own terms: where z_LM is there, it is not made again.
+        on_lm = job.lm is not None and job.reward[: len(job.lm)] == job.lm
+        terms = job.reward[len(job.lm) :] if on_lm else job.reward
+        groups.setdefault(("reward", terms, on_lm), []).append(i)
     products: list[Any] = []
     views: dict[Any, Any] = {}
     start = 0
-    for (name, terms), members in groups.items():
+    for (name, terms, on_lm), members in groups.items():
         index = torch.cat([jobs[i].index for i in members])
         z = workspace[start : start + len(index)]
         start += len(index)
-        products.append(Product(terms, index, z))
+        base = tuple(views[i, "lm"] for i in members) if on_lm else ()
+        products.append(Product(terms, index, z, base))
         parts = z.split([len(jobs[i].index) for i in members])
         views |= {(i, name): part for i, part in zip(members, parts, strict=True)}
     return products, [(views.get((i, "lm")), views[i, "reward"]) for i in range(len(jobs))]
@@ -155,7 +163,9 @@ class Products:
 
     def compute(self, product: Product) -> None:
         """Fill product.z."""
-        for i, terms in enumerate(_by_weight(product.terms)):
+        if product.base:
+            torch.cat(product.base, out=product.z)
+        for i, terms in enumerate(_by_weight(product.terms), 1 if product.base else 0):
             weight = self._weight(terms[0][0].weight)
             hidden, share = self._hidden(terms, product.index, weight)
             for block, rows in self._blocks(weight):
@@ -169,6 +179,13 @@ class Products:
             for linear, of_linear in terms:
                 if linear.bias is not None:
                     product.z.add_(linear.bias.to(self.dtype), alpha=of_linear)
+
+    @staticmethod
+    def pass_to_base(product: Product) -> None:
+        """Add product.z, now the logits' gradient, to that of its base."""
+        parts = product.z.split([len(part) for part in product.base])
+        for part, dz in zip(product.base, parts, strict=True):
+            part.add_(dz)
 
     def accumulate(self, product: Product) -> None:
         """Add what product.z, now the logits' gradient, means for weights, biases, features."""

@@ -17,7 +17,7 @@ is exactly 0 selects the other head, and dl is 0. `f' = scale (1 - (f / cap)^2)`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from .. import ops
 from ..ops.logits import postprocess
 from .terms import LossOptions
 
-# Rows whose KL is computed together.
-KL_ROWS = 64
+# Rows whose KL is computed together, by several copies of them.
+KL_ROWS = 16
 
 
 @dataclass
@@ -98,7 +98,8 @@ def log_probabilities(
 
 def kl(rows: Rows) -> Tensor:
     """``KL(pi_mix || pi_LM)`` of each row in nats, (n,)."""
-    parts = _split(rows)
+    values = (rows.z_lm, rows.z_rm, rows.gate_logit)
+    parts = zip(*(x.split(KL_ROWS) for x in values), strict=True)
     return torch.cat([_kl(*part, rows.options) for part in parts])
 
 
@@ -139,7 +140,29 @@ def gradients_(
         mixed_grad, reward_grad, kl_grad: (n,), upstream; None where rows.reward is, or where the
             KL is not in the loss.
     """
-    of_kl = None if kl_grad is None else _kl_gradients(rows, kl_grad, lm)
+    if kl_grad is None:
+        return _log_probs_backward_(rows, mixed_grad, reward_grad, lm)
+    gates = []
+    # A few rows at a time: both gradients of a row need its logits.
+    for start in range(0, len(rows.labels), KL_ROWS):
+        part = _part(rows, slice(start, start + KL_ROWS))
+        upstream = [
+            None if x is None else x[start : start + KL_ROWS]
+            for x in (mixed_grad, reward_grad, kl_grad)
+        ]
+        z_lm, z_rm, gate = _kl_gradients(part, upstream[2], lm)
+        of_log_probs = _log_probs_backward_(part, upstream[0], upstream[1], lm)
+        part.z_rm += z_rm
+        if lm:
+            part.z_lm += z_lm
+        gates.append(gate if of_log_probs is None else gate + of_log_probs)
+    return torch.cat(gates)
+
+
+def _log_probs_backward_(
+    rows: Rows, mixed_grad: Tensor, reward_grad: Tensor | None, lm: bool
+) -> Tensor | None:
+    """As :func:`gradients_` without the KL."""
     gate = None
     if rows.mixed is not None or rows.reward is not None:
         gate = _log_prob_gradients_(rows, mixed_grad, reward_grad, lm=lm and rows.mixed is not None)
@@ -147,31 +170,32 @@ def gradients_(
         rows.z_rm.zero_()
     if lm and rows.mixed is None and rows.z_lm is not None:
         rows.z_lm.zero_()
-    if of_kl is None:
-        return gate
-    for z, grad in ((rows.z_lm, of_kl[0]), (rows.z_rm, of_kl[1])):
-        if grad is not None:
-            z += grad
-    return of_kl[2] if gate is None else gate + of_kl[2]
+    return gate
 
 
-def _split(rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(z_lm, z_rm, gate_logit) of a few rows at a time: the KL makes several copies of them."""
-    values = (rows.z_lm, rows.z_rm, rows.gate_logit)
-    return list(zip(*(x.split(KL_ROWS) for x in values), strict=True))
+def _part(rows: Rows, of: slice) -> Rows:
+    """Some of the rows, as views."""
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[of]
+
+    normalizers = rows.normalizers
+    return replace(
+        rows,
+        z_lm=cut(rows.z_lm), z_rm=rows.z_rm[of], gate_logit=rows.gate_logit[of],
+        labels=rows.labels[of], mixed=cut(rows.mixed), reward=cut(rows.reward),
+        normalizers=None if normalizers is None else normalizers[:, of].contiguous(),
+    )  # fmt: skip
 
 
 def _kl_gradients(rows: Rows, upstream: Tensor, lm: bool) -> tuple[Tensor | None, Tensor, Tensor]:
     """``sum upstream KL`` by z_lm (None unless ``lm``), z_rm (n, V) and gate_logit (n,), fresh."""
-    made: list[tuple[Tensor, ...]] = []
-    for part, of_part in zip(_split(rows), upstream.split(KL_ROWS), strict=True):
-        z_lm, z_rm, gate_logit = (x.detach() for x in part)
-        wanted = [z_rm.requires_grad_(), gate_logit.requires_grad_()]
-        wanted += [z_lm.requires_grad_()] if lm else []
-        with torch.enable_grad():
-            total = (_kl(z_lm, z_rm, gate_logit, rows.options) * of_part).sum()
-            made.append(torch.autograd.grad(total, wanted))
-    found = [torch.cat(parts) for parts in zip(*made, strict=True)]
+    z_lm, z_rm, gate_logit = (x.detach() for x in (rows.z_lm, rows.z_rm, rows.gate_logit))
+    wanted = [z_rm.requires_grad_(), gate_logit.requires_grad_()]
+    wanted += [z_lm.requires_grad_()] if lm else []
+    with torch.enable_grad():
+        total = (_kl(z_lm, z_rm, gate_logit, rows.options) * upstream).sum()
+        found = torch.autograd.grad(total, wanted)
     return (found[2] if lm else None), found[0], found[1]
 
 

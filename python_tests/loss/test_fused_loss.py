@@ -8,20 +8,23 @@ import random
 import pytest
 import torch
 from fused_loss_cases import WEIGHTS, loss_and_gradients, objectives, with_reference
-from loss_cases import DIFFERENTIABLE, OPTION_SETS, REWARD_HEADS, batch, ranked
+from loss_cases import DIFFERENTIABLE, OPTION_SETS, REWARD_HEADS, Products, batch, ranked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualhead_ext.functional import dual_head_loss
-from dualhead_ext.loss import chunked
+from dualhead_ext.loss import chunked, token_rewards
 from dualhead_ext.loss import products as loss_products
+from dualhead_ext.loss import rows as loss_rows
 
 EVERY_ENTRY = ("default", "mixed_probs", "post")
 
 
 @pytest.fixture(params=[1, 700, 64 << 20], ids=["1 B", "700 B", "64 MiB"])
 def workspace(request, monkeypatch):
-    """From one row of logits at a time, every pair too long, to everything in one chunk."""
+    """From one row of logits at a time, every pair too long, to everything in one chunk; and from
+    the reward of one token at a time."""
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", request.param)
+    monkeypatch.setitem(token_rewards.BLOCK_BYTES, "cpu", request.param)
     return request.param
 
 
@@ -90,6 +93,26 @@ def test_gradcheck(workspace, name, seed):
         return dual_head_loss(**(t | changed), num_pairs=2, **OPTION_SETS[name]).loss
 
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=name not in EVERY_ENTRY)
+
+
+@pytest.mark.parametrize("name", OPTION_SETS)
+@pytest.mark.parametrize("head", ["embedding", "embedding, rank 0", "lowrank"])
+def test_gradcheck_of_corrections(head, name, monkeypatch, seed):
+    """By every weight, the hidden states and the gate; chunks and blocks are small."""
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 700)
+    monkeypatch.setitem(token_rewards.BLOCK_BYTES, "cpu", 40)
+    monkeypatch.setattr(loss_rows, "KL_ROWS", 3)
+    t = batch(seed, rows=5, length=3, objectives=2, head=head)
+    names = [n for n in DIFFERENTIABLE if n in t]
+    leaves = [t[n].requires_grad_() for n in names]
+    which = {"num_pairs": 2, **objectives(seed, 2, 2)}
+
+    def loss(*values):
+        changed = dict(zip(names, values, strict=True))
+        return dual_head_loss(**(t | changed), **which, **OPTION_SETS[name]).loss
+
+    entry_by_entry = name in ("default", "token_reward_alone", "kl_post")
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=not entry_by_entry)
 
 
 @pytest.mark.parametrize("mix", ["logits", "probs"])
@@ -210,6 +233,32 @@ def test_three_products_where_the_lm_head_is_frozen(seed):
     with Watch() as watch, torch.no_grad():
         dual_head_loss(**t)
     assert watch.products == 2
+
+
+@pytest.mark.parametrize("name", ["token_reward_alone", "token_reward", "kl_post", "kl"])
+@pytest.mark.parametrize("head", ["embedding", "lowrank"])
+def test_products_with_the_vocabulary_of_a_correction(head, name, seed):
+    """Token rewards need none. Else z_LM is made once and the correction's part once: "lowrank"
+    has two gradients of that, by B and by A h, "embedding" one, by M h + c."""
+    t = batch(seed, rows=4, length=9, d=5, vocab=50, dtype=torch.float32, head=head)
+    wanted = ("reward_down", "reward_up", "reward_bias", "gate_logit")
+    with Products() as products:
+        loss_and_gradients(t, wanted, **OPTION_SETS[name])
+    forward = [shape[-1] == 50 for *_, shape in products.seen]
+    expected = (2, 1 if head == "embedding" else 2) if name != "token_reward_alone" else (0, 0)
+    assert (sum(forward), len(forward) - sum(forward)) == expected
+
+
+def test_token_rewards_hold_a_block_of_rows(monkeypatch, seed):
+    """Neither the hidden states nor the labels' rows of all tokens are there at once."""
+    t = batch(seed, rows=12, length=40, d=32, vocab=16, dtype=torch.float32, head="embedding")
+    count = int(t["mask"].sum())
+    monkeypatch.setitem(token_rewards.BLOCK_BYTES, "cpu", 4 * 4 * 32)
+    for name in ("reward_down", "reward_up", "reward_bias"):
+        t[name].requires_grad_()
+    with Watch() as watch:
+        dual_head_loss(**t, **OPTION_SETS["token_reward_alone"]).loss.backward()
+    assert t["reward_up"].grad.abs().sum() > 0 and watch.largest < count * 32 / 4
 
 
 def test_never_all_logits(monkeypatch, seed):

@@ -112,6 +112,28 @@ def test_weak_to_strong_corrects_the_strong_model(kind, mix):
 
 
 @pytest.mark.parametrize("kind", [("full", 1), *KINDS], ids=str)
+@pytest.mark.parametrize("family", ["llama-tied", "phi-bias", "gemma2-softcap"])
+def test_a_plain_model_decodes_as_the_gated_one_with_the_merged_head(kind, family):
+    """Of a fixed gate; a tied embedding stays as it is."""
+    model, batch = model_of(kind, family, gate="fixed", gate_alpha=0.3), prompts()
+    shares = [0.2, 0.8]
+    controls = {"strength": 1.7, "objective_weights": shares}
+    expected, logits = (
+        model.generate(**batch, **GREEDY, **controls),
+        model(**batch, **controls).logits,
+    )
+    plain = make_backbone(family)
+    embedding = plain.get_input_embeddings().weight.detach().clone()
+    assert (plain(**batch).logits - logits).abs().max() > 0.01
+    merged = model.lm_head_module.merge_fixed(objective_weights=shares, strength=1.7)
+    plain.config.tie_word_embeddings = False
+    plain.set_output_embeddings(merged)
+    torch.testing.assert_close(plain(**batch).logits, logits.to(merged.weight.dtype))
+    assert torch.equal(plain.generate(**batch, **GREEDY), expected)
+    assert torch.equal(plain.get_input_embeddings().weight, embedding)
+
+
+@pytest.mark.parametrize("kind", [("full", 1), *KINDS], ids=str)
 @pytest.mark.parametrize("family", ["llama-tied", "phi-bias"])
 def test_the_heads_follow_a_larger_vocabulary(kind, family):
     model, ids = model_of(kind, family), prompts()["input_ids"]
