@@ -28,7 +28,7 @@ from ..ops.logits import postprocess
 from .terms import LossOptions
 
 # Rows whose KL is computed together, by several copies of them.
-KL_ROWS = 16
+KL_ROWS = 64
 
 
 @dataclass
