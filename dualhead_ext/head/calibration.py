@@ -283,16 +283,16 @@ def decoded_kl(
     for row, (prompt, text) in enumerate(zip(prompts, whole, strict=True)):
         ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
         chosen[row, len(prompt) - 1 : len(text) - 1] = True
-    kls, rows = [], []
+    kls, of_kls = [], []
     for part in torch.arange(len(whole)).split(16):
         own, own_mask = ids[part].to(device), mask[part].to(device)
         hidden = model.training_hidden_states(input_ids=own, attention_mask=own_mask)
         gate_logit = head.gate(hidden, own_mask)
-        row, column = chosen[part].nonzero(as_tuple=True)
-        kl = mean_kl(head, hidden[row, column], gate_logit[row, column], strength[part][row])
-        kls.append(kl)
-        rows.append(part[row])
-    return torch.cat(kls), torch.cat(rows)
+        place, column = chosen[part].nonzero(as_tuple=True)
+        at = (place, column)
+        kls.append(mean_kl(head, hidden[at], gate_logit[at], strength[part][place]))
+        of_kls.append(part[place])
+    return torch.cat(kls), torch.cat(of_kls)
 
 
 def strength_of_kl(curve: list[list[float]] | None, kl: Any) -> Any:

@@ -119,7 +119,8 @@ def append_prompt(
         return head.gate(queries)
     weights = cache.weights
     u_weight = weights.tensors["u_weight"]
-    cache.append(*head.gate.keys_and_values(hidden, u_weight, weights.projection), valid)
+    k, u = head.gate.keys_and_values(hidden, u_weight, weights.projection)
+    cache.append(k, u, valid)
     filled = slice(0, cache.columns)
     return head.gate.attend(
         queries, columns, cache.k[:, :, filled], cache.u[:, :, filled], cache.valid[:, filled]

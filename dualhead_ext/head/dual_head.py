@@ -23,7 +23,12 @@ from .cache import GateCache
 from .controls import Controls, Sampling, refuse_others, takes
 from .conversion import Compressed, compressed_state, concatenate, reward_linear
 from .gate import GATES, Gate
-from .reward_head import QuantizedRewardHead, RewardHead, make_reward_head
+from .reward_head import (
+    CorrectionRewardHead,
+    QuantizedRewardHead,
+    RewardHead,
+    make_reward_head,
+)
 
 
 @dataclass
@@ -70,7 +75,7 @@ class GatedHead(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define lm_weight")
 
     @property
-    def lm_bias(self) -> Tensor | None:
+    def lm_bias(self) -> nn.Parameter | None:
         """b_LM, (V,), or None."""
         raise NotImplementedError(f"{type(self).__name__} must define lm_bias")
 
@@ -147,8 +152,9 @@ class GatedHead(nn.Module):
         gate_logit, a = mixture.mixing_weight(gate_logit, controls, config.mix)
         limit_alpha = decoding.alpha_limit(config, controls.max_kl)
         post = (config.logit_scale, config.logit_softcap) if post_process else (1.0, 0.0)
-        if self.reward_head.kind == "embedding" and config.mix == "logits" and limit_alpha is None:
-            moved = mixture.move_hidden(hidden, self._correction(hidden, weights), a)
+        head = self.reward_head
+        if head.kind == "embedding" and config.mix == "logits" and limit_alpha is None:
+            moved = mixture.move_hidden(hidden, self._correction(head, hidden, weights), a)
             return DualHeadOutput(postprocess(self.lm_logits(moved), *post), a, gate_logit)
         z_lm = self.lm_logits(hidden)
         z_rm = self.reward_logits(hidden, z_lm, weights)
@@ -159,16 +165,18 @@ class GatedHead(nn.Module):
 
     def lm_logits(self, hidden: Tensor, bias: bool = True) -> Tensor:
         """z_LM of (..., d), before f; ``bias=False`` leaves b_LM out."""
-        lm = (self.lm_weight, self.lm_bias if bias else None)
+        weight: Tensor = self.lm_weight
+        own_bias: Tensor | None = self.lm_bias if bias else None
         if self.lm_scale is None:
-            lm = self._cast(hidden, *lm)
-        return mixture.head_logits(hidden, *lm, self.lm_scale)
+            weight, own_bias = self._cast(hidden, weight, own_bias)
+        return mixture.head_logits(hidden, weight, own_bias, self.lm_scale)
 
-    def _correction(self, hidden: Tensor, weights: Tensor | None) -> Tensor:
+    def _correction(
+        self, head: CorrectionRewardHead, hidden: Tensor, weights: Tensor | None
+    ) -> Tensor:
         """:func:`.mixture.correction` by the reward head's own maps."""
-        head = self.reward_head
-        maps = [None if w is None else self._cast(hidden, w, None)[0] for w in head.maps]
-        return mixture.correction(hidden, *maps, head.bias, weights)
+        down, up = (None if w is None else self._cast(hidden, w, None)[0] for w in head.maps)
+        return mixture.correction(hidden, down, up, head.bias, weights)
 
     def reward_logits(self, hidden: Tensor, z_lm: Tensor, weights: Tensor | None) -> Tensor:
         """z_RM (B, ..., V) before f, of hidden (B, ..., d) at objective weights (B, K) or None.
@@ -176,11 +184,12 @@ class GatedHead(nn.Module):
         """
         head = self.reward_head
         if head.kind == "full":
-            reward = (head.weight, head.bias)
+            weight: Tensor = head.weight
+            bias: Tensor | None = head.bias
             if self.reward_scale is None:
-                reward = self._cast(hidden, *reward)
-            return mixture.reward_logits(hidden, *reward, weights, self.reward_scale)
-        change = self._correction(hidden, weights)
+                weight, bias = self._cast(hidden, weight, bias)
+            return mixture.reward_logits(hidden, weight, bias, weights, self.reward_scale)
+        change = self._correction(head, hidden, weights)
         if head.kind == "embedding":
             if head.down is None and weights is None:  # W_LM c, of all positions
                 change = change[(slice(1),) * (change.dim() - 1)]
@@ -410,9 +419,9 @@ class GatedHead(nn.Module):
         """
         check_format("quantize", format, self.config.hidden_size)
         self._refuse_quantized("quantize")
-        weight, full = self.lm_weight, self.reward_head.kind == "full"
-        reward = self.reward_head.weight if full else None
-        if "meta" in (weight.device.type, next(self.reward_head.parameters()).device.type):
+        weight, head = self.lm_weight, self.reward_head
+        reward = head.weight if head.kind == "full" else None
+        if "meta" in (weight.device.type, next(head.parameters()).device.type):
             raise RuntimeError("quantize: the heads' weights are not in memory (device meta)")
         dtype = weight.dtype
         plain = weight.dequantize() if is_torchao(weight) else weight
@@ -429,10 +438,10 @@ class GatedHead(nn.Module):
         if is_torchao(weight) and torch.equal(reward, plain.expand_as(reward)):
             # Still the LM head's copy: rounding the values anew would give other numbers.
             count = self.config.num_objectives
-            reward_numbers = tuple(n.expand(count, *n.shape).clone() for n in lm_numbers)
+            q, scale = (n.expand(count, *n.shape).clone() for n in lm_numbers)
         else:
-            reward_numbers = quantize_with(reward, format, factor)
-        self.hold_numbers(lm_numbers, reward_numbers, self.reward_head.bias, dtype)
+            q, scale = quantize_with(reward, format, factor)
+        self.hold_numbers(lm_numbers, (q, scale), self.reward_head.bias, dtype)
         return self
 
     def hold_numbers(
@@ -511,7 +520,8 @@ class GatedHead(nn.Module):
         rows = torch.eye(self.config.num_objectives, device=self.lm_weight.device)
         rows = rows.to(accumulator_dtype(self.lm_weight.dtype))
         weights, biases = zip(*(reward_linear(self, row) for row in rows), strict=True)
-        state, changes = {"weight": torch.stack(weights)}, {"reward_head": "full"}
+        state = {"weight": torch.stack(weights)}
+        changes: dict[str, Any] = {"reward_head": "full"}
         if biases[0] is not None:
             state, changes = state | {"bias": torch.stack(biases)}, changes | {"bias": True}
         return self._with_reward(state, **changes)
@@ -603,6 +613,8 @@ class DualHead(GatedHead):
     its copy.
     """
 
+    lm_head: nn.Linear | QuantizedHead
+
     def __init__(self, config: DualHeadConfig) -> None:
         super().__init__()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
@@ -615,7 +627,7 @@ class DualHead(GatedHead):
         return self.lm_head.weight
 
     @property
-    def lm_bias(self) -> Tensor | None:
+    def lm_bias(self) -> nn.Parameter | None:
         return self.lm_head.bias
 
     @property
@@ -669,7 +681,7 @@ class DualHead(GatedHead):
         if config.bias:
             bias = other.lm_bias
             zeros = other.lm_weight.new_zeros(config.vocab_size)
-            linear.bias = nn.Parameter(zeros, False) if bias is None else bias
+            linear.register_parameter("bias", nn.Parameter(zeros, False) if bias is None else bias)
         head = cls.__new__(cls)
         nn.Module.__init__(head)
         head.lm_head, head.config, head.gate = linear, config, other.gate

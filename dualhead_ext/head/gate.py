@@ -6,6 +6,7 @@ line in GATES.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -50,8 +51,10 @@ class Gate(nn.Module):
     """
 
     has_state = False
-    num_heads: int  # of a gate with state, as head_dim
+    num_heads: int  # of a gate with state, as the next three
     head_dim: int
+    keys_and_values: Callable[..., tuple[Tensor, Tensor]]
+    attend: Callable[..., Tensor]
     state_names: ClassVar[dict[str, str]] = {}  # parameter -> its name in a state dict
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

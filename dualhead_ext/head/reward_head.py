@@ -8,6 +8,7 @@ in `reference`.
 from __future__ import annotations
 
 import math
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .mixture import token_rewards
 class FullRewardHead(nn.Module):
     """``reward_head="full"``: K linear heads, weight (K, V, d), bias (K, V) or None."""
 
-    kind = "full"
+    kind: Literal["full"] = "full"
 
     def __init__(self, config: DualHeadConfig) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class FullRewardHead(nn.Module):
             new[:, :kept] = old[:, :kept]
             setattr(self, name, nn.Parameter(new, old.requires_grad))
 
-    def tensors(self) -> dict[str, Tensor | str | None]:
+    def tensors(self) -> dict[str, Any]:
         """The head as arguments of :func:`dualhead_ext.functional.dual_head_loss` and
         :func:`dualhead_ext.head.mixture.token_rewards`.
         """
@@ -64,8 +65,19 @@ class FullRewardHead(nn.Module):
 class QuantizedRewardHead(QuantizedHead):
     """A full reward head in a format of :mod:`dualhead_ext.quantization`."""
 
-    kind = "full"
-    tensors = FullRewardHead.tensors
+    kind: Literal["full"] = "full"
+
+    def tensors(self) -> dict[str, Any]:
+        """As :meth:`FullRewardHead.tensors`."""
+        return {"reward_weight": self.weight, "reward_bias": self.bias}
+
+    def start_from(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises RuntimeError: quantised heads do not start anew."""
+        raise RuntimeError("QuantizedRewardHead: quantised heads cannot start from an LM head")
+
+    def resize(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises RuntimeError: quantised heads keep their vocabulary."""
+        raise RuntimeError("QuantizedRewardHead: quantised heads cannot be resized")
 
 
 class _Maps(nn.Module):
@@ -85,10 +97,12 @@ class CorrectionRewardHead(nn.Module):
     ``up`` and bias at zero: delta = 0.
     """
 
+    kind: Literal["embedding", "lowrank"]
+
     def __init__(self, config: DualHeadConfig) -> None:
         super().__init__()
         k, r, d = config.num_objectives, config.reward_rank, config.hidden_size
-        self.kind = config.reward_head
+        self.kind = cast(Literal["embedding", "lowrank"], config.reward_head)
         n = d if self.kind == "embedding" else config.vocab_size
         self.down = self.up = None
         if r > 0:
@@ -119,7 +133,7 @@ class CorrectionRewardHead(nn.Module):
         """(D (K, r, d), U (K, n, r)); (None, None) of rank 0."""
         return (None, None) if self.down is None else (self.down.weight, self.up.weight)
 
-    def tensors(self) -> dict[str, Tensor | str | None]:
+    def tensors(self) -> dict[str, Any]:
         """As :meth:`FullRewardHead.tensors`; of rank 0, reward_down and reward_up are None."""
         down, up = self.maps
         return {
@@ -129,7 +143,11 @@ class CorrectionRewardHead(nn.Module):
             "reward_bias": self.bias,
         }
 
-    token_rewards = FullRewardHead.token_rewards
+    def token_rewards(
+        self, hidden: Tensor, labels: Tensor, lm_weight: Tensor, lm_bias: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`FullRewardHead.token_rewards`."""
+        return token_rewards(hidden, labels, lm_weight, lm_bias, **self.tensors())
 
 
 RewardHead = FullRewardHead | CorrectionRewardHead | QuantizedRewardHead

@@ -33,9 +33,10 @@ def extended_class(
 
     # generate() and Trainer inspect signatures: without the base's, GPT-2 silently loses its
     # position_ids.
-    @functools.wraps(base.forward)
-    def forward(self, *args, **kwargs):
+    def extended_forward(self, *args, **kwargs):
         return self._dual_head_forward(base.forward, names, args, kwargs)
+
+    forward: Any = functools.wraps(base.forward)(extended_forward)
 
     # accelerate's unwrap_model() follows it, and would put the backbone's forward in our place.
     del forward.__wrapped__
@@ -95,7 +96,7 @@ def _attach(
     head.train(linear.training)
     # post_init() makes what lacks this mark anew: it would put random numbers in the LM head.
     for module in head.modules():
-        module._is_hf_initialized = True
+        vars(module)["_is_hf_initialized"] = True
     with _without_accelerates_forward(model):
         replace_module(model, linear, head)
         if hasattr(linear, "_hf_hook"):
@@ -119,7 +120,8 @@ def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
     """
     if not hasattr(model, "lm_head_module"):
         raise TypeError(f"detach: model must have a gated head, got {type(model).__name__}")
-    head, weight = model.lm_head_module, model._plain_lm_weight()
+    gated: Any = model
+    head, weight = gated.lm_head_module, gated._plain_lm_weight()
     if weight is None:
         if not dequantize:
             raise RuntimeError(

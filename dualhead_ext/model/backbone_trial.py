@@ -53,10 +53,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    embeddings = model.get_input_embeddings()
-    device = embeddings.weight.device
+    embeddings: Any = model.get_input_embeddings()
+    weight: Tensor = embeddings.weight
+    device = weight.device
     device = torch.device("cpu") if device.type == "meta" else device  # offloaded: moved by hooks
-    count = embeddings.weight.shape[0]
+    count = weight.shape[0]
     # Neither the padding nor the special tokens at the vocabulary's beginning, where it has more.
     ids = torch.arange(_TOKENS, device=device) + max(0, min(5, count - _TOKENS))
     return (ids % count)[None]
@@ -109,7 +110,7 @@ def try_backbone(model: Any, expected: Tensor, operator: str) -> None:
         mask = torch.ones_like(ids)
         seen: list[tuple[Tensor | None, Tensor]] = []
 
-        def note(module: nn.Module, arguments: tuple) -> None:
+        def note(module: Any, arguments: tuple) -> None:
             call = module._calls.get(module._thread())
             seen.append((None if call is None else call.hidden, arguments[0]))
 
@@ -173,7 +174,7 @@ def _check_full_pass(
 def _check_cached_step(
     model: Any, head: Any, ids: Tensor, mask: Tensor, seen: list, operator: str
 ) -> None:
-    kinds = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
+    kinds: list[Any] = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
     names = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
     name = next((name for name in _CACHES if name in names), None)
     if name is None:

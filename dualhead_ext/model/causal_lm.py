@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,24 @@ NO_SHARDS = (
     "load the backbone without tp_plan, over several devices with device_map"
 )
 
+if TYPE_CHECKING:
 
-class DualHeadForCausalLM(PushToHubMixin):
+    class _Extension(PreTrainedModel):
+        """What every instance is as well: its class is made of this one and the backbone's, which
+        inherits transformers' generation."""
+
+        generation_config: Any
+        generate: Callable[..., Any]
+        _sample: Callable[..., Any]
+        _prepare_static_cache: Callable[..., Cache]
+        _previous_max_cache_length: int
+        init_continuous_batching: Callable[..., Any]
+        generate_batch: Callable[..., Any]
+else:
+    _Extension = PushToHubMixin
+
+
+class DualHeadForCausalLM(_Extension):
     """A Hugging Face causal language model with a gated, two-headed lm_head. Not made by its
     constructor: see :meth:`from_backbone` and :meth:`from_pretrained`.
 
@@ -186,12 +202,13 @@ class DualHeadForCausalLM(PushToHubMixin):
         if quantize is not None:
             check_format(operator, quantize, settings.hidden_size)
         check_lm_weight(operator, linear.weight, quantize)
-        extended = extended_class(DualHeadForCausalLM, type(backbone), _NEW_ARGUMENTS)
+        kind: Any = type(backbone)
+        extended = extended_class(DualHeadForCausalLM, kind, _NEW_ARGUMENTS)
         return attach(backbone, linear, settings, extended, operator, trial)
 
     # --- files ---
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the heads' options are here by name
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -238,7 +255,7 @@ class DualHeadForCausalLM(PushToHubMixin):
         return super()._upload_modified_files(working_dir, *arguments, **options)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # likewise, and the backbone
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         backbone: str | os.PathLike | PreTrainedModel | None = None,
@@ -566,7 +583,8 @@ class DualHeadForCausalLM(PushToHubMixin):
         """
         if not self.lm_head_module.packing_checked and inputs.get("attention_mask") is None:
             if packed_rows(inputs.get("position_ids")) is not None:
-                check_packing(self.get_decoder(), self.get_input_embeddings())
+                embeddings = self.get_input_embeddings()
+                check_packing(self.get_decoder(), embeddings)
                 self.lm_head_module.packing_checked = True
         dropped = ("labels", "past_key_values", "logits_to_keep", "return_dict", "use_cache")
         kwargs = {k: v for k, v in inputs.items() if k not in (*dropped, *_NEW_ARGUMENTS)}
@@ -614,7 +632,7 @@ class DualHeadForCausalLM(PushToHubMixin):
         """Its class is made when heads are attached: it is made again from the backbone's."""
         return _of_base, (type(self).__bases__[1],), self.__getstate__()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As the backbone's, and the reward heads follow: delta of a new token is zero, or what
         the LM head's new row makes of an "embedding" correction.
 
@@ -640,7 +658,7 @@ class DualHeadForCausalLM(PushToHubMixin):
         return embeddings
 
 
-def _of_base(base: type[PreTrainedModel]) -> DualHeadForCausalLM:
+def _of_base(base: Any) -> PreTrainedModel:
     """An empty model on the backbone class ``base``, to be filled by unpickling or copying."""
     extended = extended_class(DualHeadForCausalLM, base, _NEW_ARGUMENTS)
     return extended.__new__(extended)

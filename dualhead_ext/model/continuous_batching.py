@@ -6,7 +6,7 @@ room for the gate. See `paged_gate` for where its state lies.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -27,7 +27,7 @@ class GatedBatchingManager(ContinuousBatchingManager):
 
     # transformers names its manager's class itself, so that a manager becomes one of these.
     @classmethod
-    def of(cls, manager: ContinuousBatchingManager) -> GatedBatchingManager:
+    def of(cls, manager: Any) -> GatedBatchingManager:
         """The same manager, as one of this class."""
         manager.__class__ = cls
         # What a request may carry beyond its tokens; `add_request` has checked it.
@@ -42,7 +42,8 @@ class GatedBatchingManager(ContinuousBatchingManager):
         """
         if (own := getattr(input_ids, "controls", None)) is None:
             own = controls_of_requests(self.model, "add_request", kwargs, 1)[0]
-        return super().add_request(input_ids, *args, **own, **kwargs)
+        add: Any = super().add_request
+        return add(input_ids, *args, **own, **kwargs)
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
         """As transformers'; kwargs may hold controls, a number or one for each request."""
@@ -58,16 +59,16 @@ class GatedBatchingManager(ContinuousBatchingManager):
                 return super()._create_batch_processor()
             self.batch_processor = None  # its shared prefixes belong to older weights
         pages = PagedGate(head, model.config.get_text_config(), model.dtype)
-        self.model = _ModelOfCache(model, pages.config)
+        self.model = cast(Any, _ModelOfCache(model, pages.config))
         try:
-            processor = super()._create_batch_processor()
+            processor: Any = super()._create_batch_processor()
         finally:
             self.model = model
         processor.cache.paged_gate = pages
         return processor
 
     def _generation_step(self) -> None:
-        processor = self.batch_processor
+        processor: Any = self.batch_processor
         requests = processor.inputs_and_outputs.requests_in_batch
         given = [r.state.logit_processor_kwargs for r in requests if r.has_new_token]
         processor.cache.paged_gate.controls = _rows(self.model, given)
@@ -125,7 +126,7 @@ def prompts_with_controls(
 def _rows(model: Any, given: list[dict[str, Any]]) -> Controls:
     """Controls of requests as rows: those that any of them has, the neutral value elsewhere."""
     count = model.dual_head_config.num_objectives
-    neutral = {name: limits.neutral for name, limits in Controls.LIMITS.items()}
+    neutral: dict[str, Any] = {name: limits.neutral for name, limits in Controls.LIMITS.items()}
     neutral["objective_weights"] = [1.0 / count] * count
     names = [name for name in Controls.NAMES if any(name in request for request in given)]
     return Controls(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def _sampling(asked: Sampling, head: Any, cache: GateCache, filters: dict[str, f
     checked them.
     """
     dtype = accumulator_dtype(head.hidden_dtype)
-    rows = {
+    rows: dict[str, Any] = {
         name: cache.per_row(name, value, torch.int32 if name == "top_k" else dtype)
         for name, value in filters.items()
     }
@@ -252,12 +252,14 @@ def fused_sample(
     if found is not None:
         raise ValueError(f"fused_sample: the fused decoding loop is ruled out by {found}")
     loop = _Loop(model, decoding, stopping_criteria, generation_config, streamer)
-    filters = filters_of(logits_processor, generation_config.do_sample)
+    filters = cast(dict, filters_of(logits_processor, generation_config.do_sample))
     sequences, cache = loop.run(input_ids.to(loop.device), filters, model_kwargs)
     sequences = sequences.to(input_ids.device)
     if not generation_config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+    return GenerateDecoderOnlyOutput(
+        sequences=cast(torch.LongTensor, sequences), past_key_values=cache
+    )
 
 
 def sample(

@@ -15,6 +15,7 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 from ..files.atomic import replace_files, sha256_of, synchronise
 
@@ -54,7 +55,9 @@ def check_file(path: str | os.PathLike) -> None:
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC))
     if start != _MAGIC:
-        raise ValueError(f"expected a GGUF file, got {os.fspath(path)}, which begins with {start}")
+        raise ValueError(
+            f"expected a GGUF file, got {os.fspath(path)}, which begins with {start!r}"
+        )
 
 
 def _check_whole(name: str) -> None:
@@ -172,17 +175,18 @@ def _convert(source: Path, folder: Path) -> None:
     try:
         fields = GGUFReader(source).fields
         parts, splits = (
-            found.contents() if (found := fields.get(name)) is not None else None
+            None if (value := fields.get(name)) is None else value.contents()
             for name in ("split.count", "tokenizer.ggml.pre")
         )
         if parts is not None and parts > 1:
             raise _not_whole(source, parts)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             source.parent,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
             **place,
         )
+        model, loaded = found
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **place)
     except (ValueError, LookupError, RuntimeError, struct.error) as error:
         raise ValueError(f"{source} cannot be read as a language model ({error})") from error
@@ -192,7 +196,7 @@ def _convert(source: Path, folder: Path) -> None:
             f"{missing[0]} among them"
         )
     # The GGUF's title, which is no name of the hub.
-    vars(model.config).pop("_model_name_or_path", None)
+    model.config.__dict__.pop("_model_name_or_path", None)
     model.save_pretrained(folder)
     if splits == "smollm":
         _split_as_smollm(tokenizer)

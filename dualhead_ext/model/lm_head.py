@@ -100,7 +100,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         return self.weight
 
     @property
-    def lm_bias(self) -> Tensor | None:
+    def lm_bias(self) -> nn.Parameter | None:
         return self.bias
 
     @property

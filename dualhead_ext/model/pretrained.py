@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 def untie_lm_head(model: PreTrainedModel) -> None:
     """Give an LM head that shares its weight with the embedding a copy of its own, so that it can
     differ."""
-    head = model.get_output_embeddings()
-    if model.get_input_embeddings().weight is head.weight:
+    head: Any = model.get_output_embeddings()
+    if getattr(model.get_input_embeddings(), "weight", None) is head.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
@@ -101,7 +101,7 @@ def save_heads(
     if not save_full:
         write_pointer(folder)
     if save_full:
-        base = type(model).__bases__[1]
+        base: Any = type(model).__bases__[1]
         plain = model.state_dict() if state_dict is None else state_dict
         plain = {n: v for n, v in plain.items() if not _is_head(n)}
         if head.quantized is not None:

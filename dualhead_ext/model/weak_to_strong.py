@@ -122,7 +122,8 @@ class WeakToStrong(nn.Module):
             raise ValueError("WeakToStrong.generate: input_ids must be given, got none")
         controls = self._controls("WeakToStrong.generate", kwargs, given.shape[0])
         with self._guiding(controls):
-            return self.strong.generate(inputs, **kwargs)
+            strong: Any = self.strong
+            return strong.generate(inputs, **kwargs)
 
     def _controls(self, operator: str, kwargs: dict[str, Any], batch: int) -> Controls:
         """The controls among ``kwargs``, taken out of it, as rows."""
@@ -263,7 +264,8 @@ def _companion(cache: Cache | None, weak: PreTrainedModel, ids: Tensor) -> Cache
         raise NotImplementedError("WeakToStrong: static caches are not supported")
     companion = getattr(cache, "weak_cache", None)
     if companion is None:
-        companion = cache.weak_cache = DynamicCache(config=weak.config)
+        companion = DynamicCache(config=weak.config)
+        vars(cache)["weak_cache"] = companion  # beside the cache's own attributes
     before = cache.get_seq_length() - ids.shape[1]
     if companion.get_seq_length() != before:
         raise ValueError(

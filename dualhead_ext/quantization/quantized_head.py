@@ -20,7 +20,7 @@ class QuantizedStorage(nn.Module):
     moves move them.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     compute_dtype: torch.dtype
 
     def hold(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:

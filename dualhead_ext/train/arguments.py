@@ -31,7 +31,7 @@ _FULL_EVAL = "would leave the heads in half precision for the training after it;
 
 def _option(name: str, text: str, choices: Any = None) -> Any:
     """A field whose default is that of `LossOptions`."""
-    metadata = {"help": text}
+    metadata: dict[str, Any] = {"help": text}
     if choices is not None:
         metadata["choices"] = sorted(choices)
     return field(default=getattr(LossOptions, name), metadata=metadata)
@@ -39,7 +39,7 @@ def _option(name: str, text: str, choices: Any = None) -> Any:
 
 def _of_preset(text: str, choices: Any = None) -> Any:
     """A field whose value, where none is given, is that of the preset."""
-    metadata = {"help": f"{text} Default: the preset's."}
+    metadata: dict[str, Any] = {"help": f"{text} Default: the preset's."}
     if choices is not None:
         metadata["choices"] = sorted(choices)
     return field(default=None, metadata=metadata)

@@ -87,7 +87,8 @@ class CachingTrainer(CheckpointedTrainer):
             return super()._get_dataloader(dataset, *args, **kwargs)
         rows = CachedRows(dataset)
         loader = super()._get_dataloader(rows, *args, **kwargs)
-        collator = self.data_collator.collator
+        own: Any = self.data_collator
+        collator = own.collator
 
         def states_of(batch: list[int]) -> list[Tensor]:
             inputs = self._prepare_inputs(collator([dataset[index] for index in batch]))

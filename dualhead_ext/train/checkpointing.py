@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
@@ -144,7 +144,8 @@ class CheckpointedTrainer(Trainer):
         """Note the callbacks' state in ours, as transformers does before it saves."""
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                name, states = type(callback).__name__, self.state.stateful_callbacks
+                name = type(callback).__name__
+                states = cast(dict[str, Any], self.state.stateful_callbacks)
                 if isinstance(states[name], list):
                     states[name].append(callback.state())
                 else:
@@ -203,13 +204,12 @@ class CheckpointedTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _resumable(self, path: str | os.PathLike | bool) -> str:
+    def _resumable(self, asked: str | os.PathLike | Literal[True]) -> str:
         """The verified checkpoint to resume from, or an exception that says why there is none."""
         output_dir = self.args.output_dir
-        if path is True:
-            path = checkpoint.latest_checkpoint(output_dir)
-            if path is None:
-                raise ValueError(f"DualHeadTrainer.train: no whole checkpoint in {output_dir}")
+        path = checkpoint.latest_checkpoint(output_dir) if asked is True else Path(asked)
+        if path is None:
+            raise ValueError(f"DualHeadTrainer.train: no whole checkpoint in {output_dir}")
         names = checkpoint.verify(path)
         for name in (OPTIMIZER_NAME, PROGRESS_NAME, STATE_NAME):
             if name not in names:

@@ -75,7 +75,7 @@ def rows_identity(rows: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, 
         lengths.append(tuple(map(len, texts)))
         digest.update(f"{lengths[-1]}".encode())
         for tokens in texts:
-            digest.update(tokens.to(torch.int64).numpy())
+            digest.update(tokens.to(torch.int64).numpy().data)
     return digest.hexdigest()[:32], lengths
 
 

@@ -51,7 +51,8 @@ def agree_on(action: str) -> Iterator[None]:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, of this process and its device."""
-    kind, keys, *rest = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
+    kind, keys, *rest = of_numpy
     state = {
         "device": device.type,
         "python": random.getstate(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
@@ -86,9 +86,9 @@ def prepare_for_training(
             f"got {head.weight.dtype}; load the backbone with dtype=torch.float32"
         )
     head.lm_head_trained = True
-    for parameter in (head.weight, head.bias):
-        if parameter is not None:
-            parameter.requires_grad_(True)
+    head.weight.requires_grad_(True)
+    if head.bias is not None:
+        head.bias.requires_grad_(True)
 
 
 class DualHeadTrainer(StreamingTrainer):
@@ -251,7 +251,8 @@ class DualHeadTrainer(StreamingTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As transformers', and prepared for training."""
         model = super().call_model_init(trial)
-        prepare_for_training(model, self.args.train_lm_head, self.args.untie)
+        gated = cast(DualHeadForCausalLM, model)
+        prepare_for_training(gated, self.args.train_lm_head, self.args.untie)
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -292,7 +293,8 @@ class DualHeadTrainer(StreamingTrainer):
     def _calibrate(self, rows: Any) -> list[list[float]]:
         model = self.accelerator.unwrap_model(self.model)
         prompts: dict[tuple[int, ...], None] = {}
-        hidden, gate_logit = [], []
+        hidden: list[Tensor] = []
+        gate_logit: list[Tensor] = []
         for index in range(min(len(rows), REQUESTS)):
             for ids, mask in texts_of(rows[index]):
                 first = next((i for i, of_response in enumerate(mask) if of_response), 0)
@@ -347,16 +349,15 @@ class DualHeadTrainer(StreamingTrainer):
             counts = LossCounts.of_lengths(lengths, pairing, self.args.lm_on_chosen)
             total = counts if total is None else total + counts
         numbers = (total.sequences, total.lm_tokens, total.pairs, total.tokens)
-        as_counts = {"dtype": torch.float64, "device": device}
-        counts = torch.stack([torch.as_tensor(x, **as_counts) for x in numbers])
-        return batches, self.accelerator.reduce(counts, "sum")
+        sums = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in numbers]
+        return batches, self.accelerator.reduce(torch.stack(sums), "sum")
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a micro-batch [all chosen; all rejected], computed inside the (wrapped)
         model's forward. num_items_in_batch: from :meth:`get_batch_samples`.
@@ -366,7 +367,8 @@ class DualHeadTrainer(StreamingTrainer):
             self.accelerator.unwrap_model(model).eval()
         options = self.args.loss_arguments()
         if num_items_in_batch is not None:
-            options["counts"] = LossCounts(*num_items_in_batch.unbind())
+            counts = cast(Tensor, num_items_in_batch)  # ours: see get_batch_samples
+            options["counts"] = LossCounts(*counts.unbind())
         output = model(**inputs, loss_options=options)
         loss = output.loss
         if training:
@@ -393,9 +395,10 @@ class DualHeadTrainer(StreamingTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers', with the metrics over all pairs, each counted once."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        rows = output.predictions
-        rows = [torch.as_tensor(part) for part in (rows if isinstance(rows, list) else [rows])]
+        evaluate: Any = super().evaluation_loop
+        output = evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        parts = output.predictions if isinstance(output.predictions, list) else [output.predictions]
+        rows = [torch.as_tensor(part) for part in parts]
         metrics = metrics_of_totals(torch.cat(rows).sum(0), self.args.loss_options)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         return output
@@ -427,7 +430,8 @@ class DualHeadTrainer(StreamingTrainer):
 
     def _warn_of_collapse(self, logs: dict[str, float]) -> None:
         saturated = logs.get("gate/saturation", 0.0)
-        fixed = self.model.dual_head_config.gate == "fixed"
+        model: Any = self.model
+        fixed = model.dual_head_config.gate == "fixed"
         if saturated > COLLAPSED_SHARE and not fixed and not self._warned_of_collapse:
             self._warned_of_collapse = True
             logger.warning(
