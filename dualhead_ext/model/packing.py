@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Attention that leaks from one sequence into the next changes hidden states by their own size,
 # rounding in bf16 by a hundredth of it.
