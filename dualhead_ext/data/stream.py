@@ -62,15 +62,14 @@ class TokenizedStream(IterableDataset):
         first = next(own, None)
         if first is None:
             return
-        own = itertools.chain([first], own)
-        coded: Iterator[tuple[int, dict[str, Any]]] = own
+        coded: Iterator[tuple[int, dict[str, Any]]] = itertools.chain([first], own)
         if not is_tokenized(first[1]):
             if self.tokenizer is None:
                 raise ValueError(
                     f"{self.name} holds text, which needs processing_class, a tokenizer"
                 )
             check_tokenizer(self.tokenizer, self.max_length)
-            coded = self._coded(Rows(own, "row"), report)
+            coded = self._coded(Rows(coded, "row"), report)
         for number, row in coded:
             self.check(number, row)
             yield row

@@ -16,6 +16,9 @@ from .hidden_cache import AUTO
 class StreamingTrainer(CachingTrainer):
     """``IterableDataset`` of :class:`dualhead_ext.DualHeadTrainer`."""
 
+    _tokenizer: Any  # processing_class
+    _max_length: int | None
+
     def _streamed(self, name: str, rows: IterableDataset, args: Any) -> TokenizedStream:
         """A stream of rows as this process trains on them. Only train_dataset may be one.
 
