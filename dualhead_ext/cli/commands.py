@@ -63,7 +63,9 @@ def _text(value: Any) -> str:
 
 def _describe_heads(folder: str) -> dict[str, Any]:
     if not os.path.isdir(folder):
-        raise UserError(f"heads: expected a folder written by train, got {folder}, which is none")
+        raise UserError(
+            f"heads: expected a folder written by train, got {folder}, which is not one"
+        )
     with argument("heads"):
         quiet_transformers(EMBEDDED)
         from ..model.head_folder import WEIGHTS_NAME, read_config

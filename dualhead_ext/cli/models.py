@@ -26,7 +26,7 @@ def check_backbone(option: str, name: str) -> None:
         with argument(option):
             gguf_files.check_file(os.path.expanduser(name))
     else:
-        raise UserError(f"{option}: expected a folder or a GGUF file, got {name}, which is none")
+        raise UserError(f"{option}: expected a folder or a GGUF file, got {name}, which is not one")
 
 
 def check_heads(arguments: Namespace) -> None:
@@ -37,7 +37,7 @@ def check_heads(arguments: Namespace) -> None:
     """
     heads, backbone = arguments.heads, arguments.backbone
     if not os.path.isdir(heads) and (_looks_local(heads) or heads.count("/") != 1):
-        raise UserError(f"heads: expected a folder written by train, got {heads}, which is none")
+        raise UserError(f"heads: expected a folder written by train, got {heads}, which is not one")
     if backbone is not None:
         check_backbone("--backbone", backbone)
 

@@ -100,7 +100,7 @@ def kl(rows: Rows) -> Tensor:
     """``KL(pi_mix || pi_LM)`` of each row in nats, (n,)."""
     values = (rows.z_lm, rows.z_rm, rows.gate_logit)
     parts = zip(*(x.split(KL_ROWS) for x in values), strict=True)
-    return torch.cat([_kl(*part, rows.options) for part in parts])
+    return torch.cat([_kl(z_lm, z_rm, logit, rows.options) for z_lm, z_rm, logit in parts])
 
 
 def _kl(z_lm: Tensor, z_rm: Tensor, gate_logit: Tensor, options: LossOptions) -> Tensor:

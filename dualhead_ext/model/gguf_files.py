@@ -51,7 +51,7 @@ def check_file(path: str | os.PathLike) -> None:
     """
     _check_whole(os.fspath(path))
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"expected a GGUF file, got {os.fspath(path)}, which is none")
+        raise FileNotFoundError(f"expected a GGUF file, got {os.fspath(path)}, which is not one")
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC))
     if start != _MAGIC:

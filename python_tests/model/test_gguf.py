@@ -203,7 +203,7 @@ def test_the_command_line_takes_it(file, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "which is none"),
+        (None, "which is not one"),
         (b"PK\x03\x04 a zip", "expected a GGUF file, got"),
         (b"", "expected a GGUF file, got"),
     ],
