@@ -54,7 +54,7 @@ def quantized(heads: DualHead, name: str, calibration: str, states: torch.Tensor
     if calibration != "nearest":
         return copied.quantize(name, states if calibration == "states" else None)
     lm, reward = (quantize(w, name) for w in (heads.lm_weight, heads.reward_head.weight))
-    copied.hold_numbers(lm, reward, heads.reward_head.bias, heads.hidden_dtype)
+    copied.hold_quantized(lm, reward, heads.reward_head.bias, heads.hidden_dtype)
     return copied
 
 

@@ -17,7 +17,7 @@ from ..config import DualHeadConfig
 from ..ops.logits import accumulator_dtype, postprocess
 from ..quantization import calibration_factor, check_format, format_of, quantize_with, stand_ins
 from ..quantization.quantized_head import QuantizedHead
-from ..quantization.torchao_weights import check_lm_weight, is_torchao, numbers_of
+from ..quantization.torchao_weights import check_lm_weight, is_torchao, quantized_weights_of
 from . import decoding, mixture
 from .cache import GateCache
 from .controls import Controls, Sampling, refuse_others, takes
@@ -408,8 +408,8 @@ class GatedHead(nn.Module):
         Args:
             calibration: hidden states (..., d) like those that the heads will read, padding left
                 out: a few thousand make less error of the same format. Default: for int4 the LM
-                head's own rows, which point to where hidden states do; else none, and each number
-                is the nearest one.
+                head's own rows stand in for hidden states; for the other formats none, and each
+                weight is rounded to the nearest value.
         Returns: self.
         Raises:
             ValueError: an unknown format, int4 with hidden_size not a multiple of 128, calibration
@@ -429,22 +429,22 @@ class GatedHead(nn.Module):
             calibration = stand_ins(plain, format)
         factor = calibration_factor("quantize", calibration, plain)
         if is_torchao(weight):
-            lm_numbers = numbers_of("quantize", weight, format)
+            lm_quantized = quantized_weights_of("quantize", weight, format)
         else:
-            lm_numbers = quantize_with(weight, format, factor)
+            lm_quantized = quantize_with(weight, format, factor)
         if reward is None:
-            self._hold_lm(*lm_numbers, dtype)
+            self._hold_lm(*lm_quantized, dtype)
             return self
         if is_torchao(weight) and torch.equal(reward, plain.expand_as(reward)):
-            # Still the LM head's copy: rounding the values anew would give other numbers.
+            # Still a copy of the LM head: quantising it again would give other weights.
             count = self.config.num_objectives
-            q, scale = (n.expand(count, *n.shape).clone() for n in lm_numbers)
+            q, scale = (n.expand(count, *n.shape).clone() for n in lm_quantized)
         else:
             q, scale = quantize_with(reward, format, factor)
-        self.hold_numbers(lm_numbers, (q, scale), self.reward_head.bias, dtype)
+        self.hold_quantized(lm_quantized, (q, scale), self.reward_head.bias, dtype)
         return self
 
-    def hold_numbers(
+    def hold_quantized(
         self,
         lm: tuple[Tensor, Tensor],
         reward: tuple[Tensor, Tensor],
@@ -458,11 +458,11 @@ class GatedHead(nn.Module):
         self.reward_head = QuantizedRewardHead(*reward, reward_bias, dtype)
 
     def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """Take numbers of a format as the LM head, for hidden states of ``dtype``."""
+        """Hold quantised weights and scales as the LM head, for hidden states of ``dtype``."""
         raise NotImplementedError(f"{type(self).__name__} must define _hold_lm")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # Without this, copy_ would turn the one kind of numbers into the other without a word.
+        # Without this check, copy_ would silently convert one format into another.
         for name, own in self.state_dict(keep_vars=True).items():
             given = state_dict.get(prefix + name)
             if given is not None and format_of(given) != format_of(own):

@@ -114,7 +114,7 @@ def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
     that was not has lost its full precision.
 
     Args:
-        dequantize: what such an lm_head gets: its numbers' values (True), or an error.
+        dequantize: True gives such an lm_head the dequantised weights; False raises RuntimeError.
     Raises:
         TypeError: the model has no gated head. RuntimeError: see dequantize; nothing has changed.
     """
@@ -126,8 +126,8 @@ def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
         if not dequantize:
             raise RuntimeError(
                 f"detach: the LM head is quantised ({head.quantized}) and its full precision is "
-                "gone: load the backbone again, or pass dequantize=True for an lm_head with the "
-                "values of its numbers"
+                "gone: load the backbone again, or pass dequantize=True for an lm_head with "
+                "the dequantised weights"
             )
         weight = nn.Parameter(head.dequantized(), requires_grad=False)
     linear = nn.Linear(

@@ -65,7 +65,7 @@ def _tokens(model: PreTrainedModel) -> Tensor:
 
 def can_be_tried(model: PreTrainedModel, linear: nn.Linear) -> bool:
     """Whether there are weights to compute with: not so on the meta device, nor with torchao's
-    numbers, which are read only once they have been taken over.
+    weights, which are read only once they have been taken over.
     """
     if is_torchao(linear.weight):
         return False

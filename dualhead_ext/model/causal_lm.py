@@ -113,8 +113,8 @@ class DualHeadForCausalLM(_Extension):
                 Of a ``PeftModel`` the model inside is extended and returned; the wrapper goes on
                 working.
             quantize: "int8", "fp8" or "int4": the heads in this format at once, see
-                :meth:`quantize`. A torchao lm_head needs it: its numbers become both heads', bit
-                for bit (:mod:`dualhead_ext.quantization.torchao_weights`).
+                :meth:`quantize`. A torchao lm_head needs it: both heads take its quantised weights
+                bit for bit (:mod:`dualhead_ext.quantization.torchao_weights`).
             trial: whether to try six tokens on the backbone, plain and gated, in one pass and with
                 a cache (:mod:`dualhead_ext.model.backbone_trial`).
             options: fields of :class:`DualHeadConfig` but sizes, bias and post-processing, which
@@ -321,7 +321,7 @@ class DualHeadForCausalLM(_Extension):
         return super().dequantize(*args, **kwargs)
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
-        """As the backbone's, but a quantised LM head, whose numbers are its own, is left alone."""
+        """As the backbone's, but a quantised LM head, which is tied to nothing, is left alone."""
         quantized = self.lm_head_module.quantized is not None
         return super().tie_weights(missing_keys, recompute_mapping or quantized)
 

@@ -144,7 +144,7 @@ def load_head_state(
         if reward:
             bias = state.pop("reward_head.bias", None)
             bias = None if bias is None else bias.to(weight.device)
-            head.hold_numbers(lm, *reward, bias, weight.dtype)
+            head.hold_quantized(lm, *reward, bias, weight.dtype)
         else:
             head._hold_lm(*lm, weight.dtype)
     for name, value in state.items():

@@ -74,7 +74,7 @@ def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
     """A gated head that is an ``nn.Linear`` and owns the backbone's very Parameter as ``.weight``,
     so that tied embeddings, parallel plans and state-dict keys survive. Once quantised, ``.weight``
-    holds the numbers of the format and ``.weight_scale`` their scales; an embedding that shared the
+    holds the quantised weights and ``.weight_scale`` their scales; an embedding that shared the
     Parameter keeps it.
     """
 

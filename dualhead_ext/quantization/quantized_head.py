@@ -16,8 +16,8 @@ class QuantizedStorage(nn.Module):
     """Holds ``weight`` and ``weight_scale`` of :mod:`dualhead_ext.quantization` once
     :meth:`hold` gave it some; until then it is a module like any other.
 
-    Casts leave the numbers as they are and change ``compute_dtype``, that of the hidden states;
-    moves move them.
+    A cast changes ``compute_dtype``, the dtype of the hidden states, and leaves the quantised
+    weights as they are. A move to a device moves them.
     """
 
     weight: Tensor
@@ -35,7 +35,7 @@ class QuantizedStorage(nn.Module):
         return "weight_scale" in self._parameters
 
     def dequantized(self) -> Tensor:
-        """What the numbers mean, (..., V, d) in ``compute_dtype``."""
+        """The dequantised weights, (..., V, d) in ``compute_dtype``."""
         return dequantize(self.weight.detach(), self.weight_scale.detach()).to(self.compute_dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -44,7 +44,7 @@ class QuantizedStorage(nn.Module):
         numbers = self._parameters["weight"], self._parameters["weight_scale"]
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=numbers[0].device))
         # Seen as integers, which .half() and .to(dtype) leave alone; they would convert every
-        # floating-point tensor, fp8 numbers and scales too.
+        # floating-point tensor, fp8 weights and scales too.
         weight, scale = (
             fn(tensor.detach().view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
             for tensor in numbers

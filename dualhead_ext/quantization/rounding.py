@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a weight becomes numbers of a format with little error: which scale, and which of the two
-neighbours. Knows no format: a format gives its factors and its rounding.
+"""How weights are quantised with little error: the choice of the scale, and rounding up or down.
+Independent of the format, which gives its factors and its rounding.
 """
 
 from __future__ import annotations

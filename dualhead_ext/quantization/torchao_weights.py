@@ -44,7 +44,7 @@ def check_lm_weight(operator: str, weight: Tensor, quantize: str | None) -> None
         raise ValueError(
             f"{operator}: lm_head.weight is torchao's {type(weight).__name__}: both heads are in "
             "one format, so pass quantize= to DualHeadForCausalLM.from_backbone or from_pretrained "
-            f"to take its numbers over, or {_MAKE_PLAIN}"
+            f"to take its quantised weights over, or {_MAKE_PLAIN}"
         )
     elif found := _obstacle(weight, quantize):
         raise ValueError(_refusal(operator, weight, quantize, found))
@@ -55,16 +55,16 @@ _MAKE_PLAIN = "make it plain first: linear.weight = nn.Parameter(linear.weight.d
 
 def _refusal(operator: str, weight: Tensor, name: str, found: str) -> str:
     return (
-        f"{operator}: lm_head.weight is torchao's {type(weight).__name__}, whose numbers cannot be "
+        f"{operator}: lm_head.weight is torchao's {type(weight).__name__}, whose weights cannot be "
         f"taken over as {name}: {found}. To round them anew, {_MAKE_PLAIN}"
     )
 
 
-def numbers_of(operator: str, weight: Any, name: str) -> tuple[Tensor, Tensor]:
+def quantized_weights_of(operator: str, weight: Any, name: str) -> tuple[Tensor, Tensor]:
     """(q, scale fp32) in the format ``name`` of a torchao weight (V, d), bit for bit.
 
     Raises:
-        ValueError: its numbers are none of that format; says which of its properties stands
+        ValueError: its weights are not in that format; says which of its properties stands
             against it, and how to round anew.
     """
     if found := _obstacle(weight, name):
