@@ -110,7 +110,14 @@ def write_card(folder: Path, stored: dict[str, Any], training: Training | None =
         "from transformers import AutoTokenizer\n\n"
         f'model = dualhead_ext.DualHeadForCausalLM.from_pretrained("{folder.name}"{backbone})\n'
         f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})\n"
-        'inputs = tokenizer("How do I keep bread fresh?", return_tensors="pt")\n'
+        'text = "How do I keep bread fresh?"\n'
+        "chats = tokenizer.chat_template is not None\n"
+        "if chats:\n"
+        '    turns = [{"role": "user", "content": text}]\n'
+        "    text = tokenizer.apply_chat_template(\n"
+        "        turns, tokenize=False, add_generation_prompt=True\n"
+        "    )\n"
+        'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chats)\n'
         "print(tokenizer.decode(model.generate(**inputs, strength=1.0, max_new_tokens=40)[0]))\n"
         "```\n\n"
         f"{_MARK}\n"
