@@ -144,7 +144,7 @@ def table(rows: list[dict[str, Any]], attribute: str, target: float | None = Non
         if row["attribute"] == attribute and (target is None or row["kl_target"] in (None, target)):
             groups[name_of(row), row["kl_target"]].append(row)
     lines = [
-        "| system | KL, nats a token | gold score [95 %] | seeds | held-out score | perplexity | "
+        "| system | KL, nats per token | gold score [95 %] | seeds | held-out score | perplexity | "
         "words | trained parameters | training, s |",
         "|" + " --- |" * 9,
     ]

@@ -4,7 +4,7 @@
     python examples/own_gate.py --output own-gate
 
 The gate here is a small network with one hidden layer. A gate maps hidden states (..., d) to the
-logit of alpha (...). It holds its parameters itself, and `state_names` says what files call them.
+logit of alpha (...). It owns its parameters; `state_names` gives their names in files.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class NetworkGate(Gate):
         self.out_bias = nn.Parameter(torch.zeros(1))  # alpha starts at 1/2 everywhere
 
     def forward(self, hidden: torch.Tensor, attention_mask: object = None) -> torch.Tensor:
-        """hidden (..., d) -> (...), fp32: every position by itself, so the mask is not needed."""
+        """hidden (..., d) -> (...), fp32. Each position stands alone, so the mask is not needed."""
         units = torch.tanh(hidden.float() @ self.in_weight.float().T)
         return (units @ self.out_weight.float().T).squeeze(-1) + self.out_bias.float()
 

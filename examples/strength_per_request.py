@@ -4,7 +4,7 @@
     python examples/strength_per_request.py heads
 
 heads is a folder that `dualhead train` or examples/train_on_jsonl.py has written. Strength 0 gives
-the backbone's own text, bit for bit what it would be in a batch of its own.
+the backbone's own text. A request's text does not depend on the rest of the batch.
 """
 
 import argparse

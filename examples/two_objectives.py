@@ -4,7 +4,7 @@
     python examples/two_objectives.py --output two-heads
 
 Objective 0 prefers short answers, objective 1 answers with exclamation marks. Each pair names its
-objective; `objective_weights` mixes the two heads anew in each call of `generate()`.
+objective. Each call of `generate()` weights the two heads with its own `objective_weights`.
 """
 
 import argparse

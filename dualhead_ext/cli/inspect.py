@@ -39,7 +39,7 @@ def inspect(arguments: Namespace) -> None:
     show.print_tokens(to, tokens)
     show.print_legend(to, tokens)
     kl = sum(token.kl for token in runs[0].tokens) / len(tokens)
-    to.out(f"KL from the backbone: {kl:.4f} nats a token")
+    to.out(f"KL from the backbone: {kl:.4f} nats per token")
 
 
 def _tokens(arguments: Namespace, tokenizer: Any) -> tuple[list[int], int]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES += [ROOT / "benchmarks/results/README.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 WIDTH = 120
 # An address that a browser would fetch when it opens a page.
