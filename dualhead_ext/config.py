@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dual head is, in numbers: sizes, gate, mixture. Plain data; needs nothing but Python."""
+"""The configuration of a dual head: sizes, gate, mixture. Plain data; imports Python only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ GATE_NAMES = ["attention", "fixed", "linear"]  # `head.gate.register_gate` appen
 MIX_NAMES = ("logits", "probs")
 REWARD_HEAD_NAMES = ("full", "embedding", "lowrank")
 PREFERENCE_NAMES = ("log_prob", "token_reward")
-FORMAT_NAMES = ("int8", "fp8", "int4")  # of quantised heads: `quantization.FORMATS`
-MODEL_TYPE = "dualhead"  # of the config.json in a folder of heads
-# The head that the default recipe trains, and that a backbone gets where nothing else is asked for.
-# What won in docs/results.md.
+FORMAT_NAMES = ("int8", "fp8", "int4")  # formats of quantised heads: `quantization.FORMATS`
+MODEL_TYPE = "dualhead"  # in the config.json of a folder of heads
+# The head of the default preset and of `from_backbone`. docs/results.md says why.
 DEFAULT_HEAD: dict[str, Any] = {"reward_head": "embedding", "reward_rank": 0, "gate": "fixed"}
 
 
 def head_fields(given: dict[str, Any], defaults: dict[str, Any] = DEFAULT_HEAD) -> dict[str, Any]:
-    """Fields of :class:`DualHeadConfig`: what is given over defaults, whose rank belongs to their
-    own kind of reward head.
+    """Fields of :class:`DualHeadConfig`: ``given`` overrides ``defaults``. Another kind of reward
+    head also drops the default rank.
     """
     kept = dict(defaults)
     if given.get("reward_head", kept["reward_head"]) != kept["reward_head"]:
@@ -36,32 +35,34 @@ class DualHeadConfig:
     Args:
         hidden_size: d, the backbone's hidden size.
         vocab_size: V, rows of the LM head.
-        gate: ``"attention"`` (the model: causal multi-head attention over the hidden states),
-            ``"fixed"`` (alpha = ``gate_alpha`` everywhere) or ``"linear"`` (sigmoid(w.h + b), no
-            attention).
+        gate: ``"attention"`` (default: causal multi-head attention over the hidden states),
+            ``"fixed"`` (alpha = ``gate_alpha`` everywhere), ``"linear"`` (sigmoid(w.h + b), no
+            attention), or a name given to :func:`dualhead_ext.head.gate.register_gate`.
         gate_num_heads: H. Default 8.
         gate_head_dim: d_k. Default 48, so that g = H * d_k = 384: 4.87M gate parameters at d =
             4096.
-        gate_alpha: the constant of ``gate="fixed"``, in [0, 1]. Unused otherwise.
-        mix: ``"logits"``: z = (1-a) z_LM + a z_RM. ``"probs"``: pi = (1-a) softmax(z_LM) + a
-            softmax(z_RM).
-        num_objectives: K, the number of reward heads.
-        reward_head: ``"full"``: z_RM = W_RM h, a matrix of the LM head's size. Or a correction of
-            the LM head, z_RM = z_LM + delta: ``"embedding"``, delta = W_LM (U D h + c), or
-            ``"lowrank"``, delta = B A h + b.
-        reward_rank: r, the inner width of a correction. Default 16; 0 leaves c alone
-            (``"embedding"`` only). Unused by ``"full"``.
-        preference: the objective that the reward was trained with, a name of
-            `PREFERENCE_NAMES`. Says how to read the reward; decoding does not depend on it.
-        kl_curve: (strength, KL from the backbone in nats per token) as measured by calibration, in
-            rising order, or None.
-        bias: whether both heads carry a bias (read from the LM head by ``from_lm_head``).
+        gate_alpha: the constant of ``gate="fixed"``, in [0, 1]. Default 0.5. Unused otherwise.
+        mix: ``"logits"`` (default): z = (1-a) z_LM + a z_RM. ``"probs"``: pi = (1-a) softmax(z_LM)
+            + a softmax(z_RM).
+        num_objectives: K, the number of reward heads. Default 1.
+        reward_head: ``"full"`` (default): z_RM = W_RM h, a matrix of the LM head's size. Or a
+            correction of the LM head, z_RM = z_LM + delta: ``"embedding"``, delta = W_LM (U D h +
+            c), or ``"lowrank"``, delta = B A h + b.
+        reward_rank: r, the inner width of a correction. Default 16. With 0 (``"embedding"`` only)
+            delta is W_LM c. Unused by ``"full"``.
+        preference: the objective that the reward was trained with, a name in `PREFERENCE_NAMES`.
+            Default ``"log_prob"``. Evaluation reads it; decoding does not depend on it.
+        kl_curve: points (strength, KL from the backbone in nats per token) that calibration
+            measured, in rising order from (0, 0). Default None.
+        bias: whether both heads have a bias. Default False; ``from_lm_head`` reads it from the LM
+            head.
         logit_scale: first half of the backbone's post-processing f(z) = cap(logit_scale * z).
-        logit_softcap: second half, cap(z) = c tanh(z / c); 0 means no cap.
+            Default 1.
+        logit_softcap: second half, cap(z) = c tanh(z / c). Default 0: no cap.
 
     Raises:
-        ValueError: a value out of range, naming it and what was expected.
-        TypeError: a size that is not an integer.
+        ValueError: a value out of range, or not one of the names.
+        TypeError: a size that is not an int, a number of another type, or a bias that is no bool.
     """
 
     hidden_size: int
@@ -141,8 +142,8 @@ class DualHeadConfig:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: unknown or missing keys, naming them (a file of a newer format must not be
-                half read).
+            ValueError: unknown or missing keys; the message names them. Unknown keys are refused
+                because a file of a newer format must not be read in part.
         """
         names = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - names)
@@ -166,7 +167,9 @@ def is_finite(value: float) -> bool:
 
 
 def _is_curve(curve: Any) -> bool:
-    """Whether it is points [strength, KL] that rise from [0, 0]. A file may hold anything."""
+    """Whether ``curve`` is a list of points [strength, KL] that rise from [0, 0]. It may come from
+    a file, so it may be anything.
+    """
     if not isinstance(curve, list) or len(curve) < 2 or curve[0] != [0.0, 0.0]:
         return False
     for point in curve:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One head: the two linear layers, the gate, its cache, and a step of decoding."""
+"""The gated head: two linear layers, the gate and its cache, and the decode step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate's memory while decoding: keys and folded values of every past position, O(T (g + H))
-numbers.
+"""The gate's cache while decoding: keys and folded values of all past positions. Its size is
+O(T (g + H)).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .rows import dense
 class DecodeWeights:
     """The tensors that ``decode_step`` reads, as they were when the cache was made.
 
-    The very parameters where their dtype is the LM head's, casts of them otherwise (heads are
-    trained in fp32 beside a bf16 backbone), and the folded value rows. Shared, never copied, by
-    copies of a cache.
+    A parameter in the LM head's dtype is used itself; others are cast (heads are trained in fp32
+    beside a bf16 backbone). The folded value rows are computed. Copies of a cache share this
+    object.
     """
 
     def __init__(self, tensors: dict[str, Tensor | None], stamp: tuple) -> None:
         self.tensors = tensors
         self.stamp = stamp
         k_weight = tensors.get("k_weight")
-        self.projection: PromptProjection | None = None  # of prompts, where the device has one
+        self.projection: PromptProjection | None = None  # for prompts, if the device supports it
         if k_weight is not None and PromptProjection.applies(k_weight):
             self.projection = PromptProjection(k_weight, tensors["u_weight"])
 
@@ -35,8 +35,8 @@ class DecodeWeights:
 
 
 def parameter_stamp(parameters: list[Tensor]) -> tuple:
-    """Identifies the current values of parameters: changes with an update in place, a cast, a move
-    or a load.
+    """Identifies the current values of parameters: it changes with an in-place update, a cast, a
+    move or a load.
     """
     return tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters)
 
@@ -44,7 +44,7 @@ def parameter_stamp(parameters: list[Tensor]) -> tuple:
 def _without_padding(
     k: Tensor | None, u: Tensor | None, valid: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """0 in columns that are padding: weights of 0 do not hide NaN."""
+    """k and u with zeros in padding columns: an attention weight of 0 does not hide a NaN."""
     if k is None:
         return k, u
     padding = ~valid[:, None]
@@ -64,17 +64,17 @@ def _whole_number(method: str, name: str, value: Any) -> None:
 
 
 class GateCache:
-    """State of one batch of requests. Make it with ``head.new_cache``, fill it with ``prefill`` and
-    ``step``.
+    """The gate's state for one batch of requests. Make it with ``head.new_cache``; ``prefill`` and
+    ``step`` fill it.
 
     Attributes:
-        k: (B, H, S, d_k), keys, in the head's dtype. None, as ``u``, for a gate without attention.
-        u: (B, H, S) fp32 (float64 for float64), folded values.
+        k: (B, H, S, d_k), keys, in the head's dtype. None for a gate without attention.
+        u: (B, H, S), folded values, fp32 (float64 for float64). None for a gate without attention.
         valid: (B, S) bool, False for padding.
-        length: (B,) int32 on the device: columns filled, padding included. What kernels read.
-        seeds: (B,) int64 or None: drawn at the first sampled step.
+        length: (B,) int32 on the device: columns filled, padding included. Kernels read it.
+        seeds: (B,) int64, or None until the first sampled step.
         draws: (B,) int64: sampled steps so far.
-        weights: what the cache was filled with.
+        weights: the weights that the cache belongs to.
     """
 
     def __init__(
@@ -112,25 +112,25 @@ class GateCache:
 
     @property
     def max_length(self) -> int:
-        """S, the columns there is room for."""
+        """S, the number of columns that fit."""
         return self.valid.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the cache lives."""
+        """The device of the cache."""
         return self.valid.device
 
     @property
     def columns(self) -> int:
-        """Columns filled, as the host knows it. Synchronises once after steps that only the device
-        has counted (a compiled or graph-captured step).
+        """Columns filled, as an int on the host. After steps that only the device has counted
+        (compiled or graph-captured ones) the first read synchronises.
         """
         if self._columns is None:
             self._columns = int(self.length.max()) if self.batch_size else 0
         return self._columns
 
     def advanced_on_device(self) -> None:
-        """``length`` has grown without the host counting; see :attr:`columns`."""
+        """Note that ``length`` has grown on the device only; see :attr:`columns`."""
         self._columns = None
 
     def require_room(self, operator: str, count: int) -> None:
@@ -175,8 +175,8 @@ class GateCache:
         self._columns = start + count
 
     def append_on_device(self, k: Tensor | None, u: Tensor | None, valid: Tensor) -> None:
-        """:meth:`append` at the columns that ``length`` names, without asking the host: for
-        compiled code. There must be room.
+        """:meth:`append` at the columns in ``length``, without a synchronisation: for compiled
+        code. The caller makes sure that they fit.
         """
         k, u = _without_padding(k, u, valid)
         columns = self.length[:, None] + torch.arange(valid.shape[1], device=self.device)
@@ -190,11 +190,11 @@ class GateCache:
         self.advanced_on_device()
 
     def count_step(self) -> None:
-        """Host-side bookkeeping of one fused step, which has written its column itself."""
+        """Count a column on the host that a fused step has already written."""
         self._columns = self.columns + 1
 
     def reserve(self, max_length: int) -> None:
-        """Make room for at least ``max_length`` columns, keeping what is there.
+        """Make room for at least ``max_length`` columns; the columns in use are kept.
 
         Raises:
             TypeError: not an int.
@@ -214,8 +214,8 @@ class GateCache:
         """Keep, reorder or repeat rows: row b becomes the old row ``indices[b]`` (beam search).
 
         Raises:
-            TypeError, ValueError: not (N,) integers, or on the CPU one outside 0..B-1; the cache is
-                as it was.
+            TypeError: not a tensor. ValueError: not (N,) integers, or on the CPU an index outside
+                0..B-1. The cache stays as it was.
         """
         dense("GateCache.select", "indices", indices, self.device)
         if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
@@ -238,11 +238,11 @@ class GateCache:
         self._rows.clear()
 
     def repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times in a row. Copies draw from seeds of their own: equal seeds
-        would sample equal text.
+        """Repeat each row ``repeats`` times, copies side by side. Copies get different seeds, since
+        equal seeds would sample equal text.
 
         Raises:
-            TypeError, ValueError: not an int of at least 1; the cache is as it was.
+            TypeError, ValueError: not an int of at least 1. The cache stays as it was.
         """
         _whole_number("repeat_interleave", "repeats", repeats)
         if repeats < 1:
@@ -259,7 +259,7 @@ class GateCache:
         """Forget all but the first ``columns`` columns.
 
         Raises:
-            TypeError, ValueError: not an int of at least 0; the cache is as it was.
+            TypeError, ValueError: not an int of at least 0. The cache stays as it was.
         """
         _whole_number("crop", "columns", columns)
         if not 0 <= columns:
@@ -268,7 +268,7 @@ class GateCache:
         self._columns = min(self.columns, columns)
 
     def reset(self) -> None:
-        """Forget everything, keep the memory. The next sampled step draws new seeds."""
+        """Empty the cache and keep its memory. The next sampled step draws new seeds."""
         self.length.zero_()
         self.valid.zero_()
         self.draws.zero_()
@@ -276,14 +276,10 @@ class GateCache:
         self._columns = 0
 
     def per_row(self, name: str, value: float, dtype: torch.dtype) -> Tensor:
-        """A (B,) tensor of one Python number, made once per cache and value: steps are called in
-        tight loops.
-        """
+        """A (B,) tensor filled with ``value``, memoised because steps run in tight loops."""
         key = (name, value, dtype)
         if key not in self._rows:
-            if (
-                len(self._rows) >= 64
-            ):  # a caller that changes its temperature every step must not leak
+            if len(self._rows) >= 64:  # for a caller with another temperature at every step
                 self._rows.clear()
             self._rows[key] = torch.full((self.batch_size,), value, dtype=dtype, device=self.device)
         return self._rows[key]
@@ -292,10 +288,10 @@ class GateCache:
 def seeds_of(
     operator: str, cache: GateCache, seeds: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
-    """``seeds`` (B,) int64, or the cache's own, drawn from ``generator`` the first time.
+    """``seeds`` (B,) int64, or else the cache's, which are drawn from ``generator`` at first use.
 
     Raises:
-        TypeError, ValueError: of another type or shape.
+        TypeError: not an int64 tensor. ValueError: another shape.
     """
     if seeds is not None:
         if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward's scale in units that mean something: after calibration ``strength=1`` is a mean KL
-from the backbone of `TARGET_KL` nats per token, and the config holds the curve of strength against
-KL.
+"""Calibration of the strength. Afterwards ``strength=1`` is a mean KL from the backbone of
+`TARGET_KL` nats per token, and the config holds the curve of KL over strength.
 
-delta itself is scaled: the up map and bias of a reward head that is a correction, ``W_RM <- W_LM +
-s (W_RM - W_LM)`` of a full one. First on given hidden states, by bisection. They are of text that
-the gated model did not write, where the KL is another one: so the model then decodes, each request
-at a strength of its own, the KL of that text is measured, and a curve through it corrects the
+Calibration scales delta: up map and bias of a correction, ``W_RM <- W_LM + s (W_RM - W_LM)`` of a
+full reward head. A first scale is found by bisection on given hidden states. The gated model did
+not write their text, and the KL of its own text differs. So the model then decodes requests at
+several strengths, the KL of that text is measured, and a curve through the points corrects the
 scale.
 """
 
@@ -26,12 +25,12 @@ from .kl_cap import kl_from_backbone
 from .mixture import mixing_weight
 
 TARGET_KL = 0.1
-# Of the requests that are decoded: how many, their length, and their strengths in turn.
+# The decoded requests: their number, their length, and the strengths they take in turn.
 REQUESTS, NEW_TOKENS = 36, 24
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.6)
-# Hidden states for the first scale, and how often its interval is halved.
+# The number of hidden states for the first scale, and the most halvings of its interval.
 STATES, HALVINGS = 256, 24
-# The curve that is stored has these strengths.
+# The strengths of the stored curve.
 GRID = tuple(i / 4 for i in range(0, 11))
 
 logger = logging.getLogger(__name__)
@@ -54,17 +53,17 @@ def scale_reward(head: Any, factor: float) -> None:
 
 @torch.no_grad()
 def mean_kl(head: Any, hidden: Tensor, gate_logit: Tensor, strength: Any = 1.0) -> Tensor:
-    """``KL(pi_mix || pi_LM)`` in nats at each state: hidden (N, d), gate_logit (N,), strength a
-    number or (N,) -> (N,).
+    """``KL(pi_mix || pi_LM)`` in nats at each hidden state: hidden (N, d), gate_logit (N,),
+    strength a number or (N,) -> (N,).
     """
     states = _States(head, hidden, gate_logit)
     return states.kl(1.0, torch.as_tensor(strength, dtype=gate_logit.dtype).expand(len(hidden)))
 
 
 class _States:
-    """Some states' logits, computed once, for the KL at any scale of delta."""
+    """Hidden states, and the KL there at any scale of delta."""
 
-    ROWS = 64  # at a time: the KL makes several copies
+    ROWS = 64  # at a time, since the KL makes several copies of the logits
 
     def __init__(self, head: Any, hidden: Tensor, gate_logit: Tensor) -> None:
         config = head.config
@@ -74,7 +73,7 @@ class _States:
         self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def keep_logits(self) -> None:
-        """For several scales: of few states."""
+        """Compute the logits now and keep them: for several scales over few states."""
         self._kept = [self._logits(hidden) for hidden in self.hidden.split(self.ROWS)]
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +83,7 @@ class _States:
         return z_lm[:, 0], delta[:, 0]
 
     def kl(self, scale: float, strength: Tensor) -> Tensor:
-        """(N,) with ``scale`` times delta, at these strengths (N,)."""
+        """The KL (N,) with ``scale`` times delta, at strengths (N,)."""
         controls = Controls(strength=strength.to(self.gate_logit.device))
         _, alpha = mixing_weight(self.gate_logit, controls, self.mix)
         found = []
@@ -99,8 +98,8 @@ class _States:
         """The scale of delta at which the mean KL at strength 1 is ``target``.
 
         Raises:
-            ValueError: no scale reaches it: delta is 0, or alpha is too small in the probability
-                mix.
+            ValueError: no scale reaches the target, because delta is 0, or because alpha is too
+                small in the probability mix.
         """
         ones = torch.ones(len(self.hidden))
         low, high = 0.0, 1.0
@@ -108,8 +107,8 @@ class _States:
             low, high = high, 2 * high
             if high > 2.0**40:
                 raise ValueError(
-                    f"calibrate: no scale of the reward gives a mean KL of {target} nats: it is "
-                    "zero, or alpha is too small for it"
+                    f"calibrate: no scale of the reward gives a mean KL of {target} nats: the "
+                    "reward is zero, or alpha is too small"
                 )
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -131,18 +130,19 @@ def calibrate(
     target: float = TARGET_KL,
     seed: int = 0,
 ) -> list[list[float]]:
-    """Scale the reward of a gated model so that strength 1 is ``target`` nats per token of the text
-    that it decodes, and store the curve in its config.
+    """Scale the reward of a gated model so that at strength 1 the text that it decodes has a mean
+    KL of ``target`` nats per token from the backbone. Store the curve in its config.
 
     Args:
         model: a :class:`dualhead_ext.DualHeadForCausalLM`.
-        hidden, gate_logit: (N, d), (N,), states of responses that were held out.
-        prompts: token ids of held-out prompts, which are continued.
-        seed: of the tokens that are drawn; the program's own random numbers stay as they are.
+        hidden, gate_logit: (N, d), (N,), hidden states of held-out responses.
+        prompts: token ids of held-out prompts, which the model continues.
+        target: nats per token. Default `TARGET_KL`.
+        seed: seed of sampling. The global random state is restored afterwards. Default 0.
     Returns:
-        the curve, [strength, KL] from [0, 0] on.
+        the curve, points [strength, KL] from [0, 0] on.
     Raises:
-        ValueError: no prompt or state, or no scale that reaches the target.
+        ValueError: no prompt, no hidden state, or no scale that reaches the target.
     """
     if not len(hidden) or not len(prompts):
         raise ValueError(
@@ -152,13 +152,13 @@ def calibrate(
     head.config.kl_curve = None
     picked = torch.linspace(0, len(hidden) - 1, min(STATES, len(hidden))).long().unique()
     states = _States(head, hidden[picked], gate_logit[picked])
-    states.keep_logits()  # of the reward as it is: scales below are of it
+    states.keep_logits()  # of the reward as it is now; all scales below refer to it
     off_policy = states.scale_for(target)
     scale_reward(head, off_policy)
     curve = _decoded_curve(model, prompts, seed)
     decoded = curve(1.0)
     if head.config.mix == "logits":
-        # Here a scale of delta and a strength are the same.
+        # In the logits mix, scaling delta and changing the strength are the same.
         factor = _inverse(curve, target)
         scale_reward(head, factor)
         measured = [[s, curve(s * factor)] for s in GRID]
@@ -179,7 +179,7 @@ def calibrate(
 
 
 def _rising(points: list[list[float]]) -> list[list[float]]:
-    """The points up to the first that does not rise: in the probability mix alpha ends at 1."""
+    """The points before the first that does not rise. In the probability mix alpha is at most 1."""
     kept = [[0.0, 0.0]]
     for strength, kl in points[1:]:
         if not kl > kept[-1][1]:
@@ -202,12 +202,12 @@ def _inverse(curve: Callable[[float], float], target: float) -> float:
 def _decoded_curve(
     model: Any, prompts: Sequence[Sequence[int]], seed: int
 ) -> Callable[[float], float]:
-    """KL as a function of strength, through what is measured on sampled text: ``log KL`` is a
-    parabola in ``log s`` with at most the slope 2 that it has at s = 0 by the second order.
+    """KL as a function of strength s, fitted to measurements on sampled text: ``log KL`` is a
+    parabola in ``log s``. Below the measured strengths KL grows as s^2, as it does near s = 0.
     """
     count = max(REQUESTS, len(STRENGTHS))
     requests = [list(prompts[i % len(prompts)]) for i in range(count)]
-    # Every prompt is decoded at several strengths, where there are few.
+    # If there are few prompts, each is decoded at several strengths.
     shift = [(i + i // len(prompts)) % len(STRENGTHS) for i in range(count)]
     strength = torch.tensor([STRENGTHS[i] for i in shift])
     texts = sample(model, requests, strength, seed)
@@ -231,7 +231,7 @@ def _decoded_curve(
         x = math.log(s)
         if x >= first:
             return math.exp(level + slope * x + bend * x * x)
-        # Below what was measured the second order holds: KL goes with the square.
+        # Below the measured strengths: KL is proportional to s^2.
         return math.exp(level + slope * first + bend * first * first + 2 * (x - first))
 
     return curve
@@ -241,7 +241,7 @@ def _decoded_curve(
 def sample(
     model: Any, prompts: Sequence[Sequence[int]], strength: Tensor, seed: int
 ) -> list[list[int]]:
-    """Continuations of prompts, sampled at temperature 1 at these strengths (B,)."""
+    """Continuations of prompts, sampled at temperature 1 at strengths (B,)."""
     device = model.device
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -272,8 +272,8 @@ def sample(
 def decoded_kl(
     model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], strength: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The KL from the backbone at each token of continuations decoded at these strengths (B,): (kl
-    (N,), their rows (N,)).
+    """The KL from the backbone at each of the N tokens of continuations decoded at strengths (B,):
+    (KL (N,), row of each token (N,)).
     """
     head, device = model.lm_head_module, model.device
     whole = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
@@ -296,8 +296,9 @@ def decoded_kl(
 
 
 def strength_of_kl(curve: list[list[float]] | None, kl: Any) -> Any:
-    """The strength at which a calibrated model is ``kl`` nats per token from its backbone: a number
-    or a list of them. Between the curve's points the square root of KL goes with the strength.
+    """The strength at which a calibrated model has a mean KL of ``kl`` nats per token from its
+    backbone. kl: a number, or a list or tensor of numbers. Between the points of the curve, the
+    square root of KL is linear in the strength.
 
     Raises:
         ValueError: no curve, or a KL beyond its end. TypeError: not a number.
@@ -311,8 +312,8 @@ def strength_of_kl(curve: list[list[float]] | None, kl: Any) -> Any:
         raise TypeError(f"generate: kl must be a number of nats per token, got {kl!r}")
     if curve is None:
         raise ValueError(
-            "generate: kl needs heads with a curve of strength against KL: train them with "
-            "calibrate=True, or give a strength"
+            "generate: kl needs calibrated heads: train them with calibrate=True, or give strength "
+            "instead"
         )
     if not 0.0 <= kl <= curve[-1][1]:
         raise ValueError(

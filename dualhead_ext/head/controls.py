@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request may set: how the heads are mixed (:class:`Controls`) and how a token is chosen
+"""The settings of a request: how the heads are mixed (:class:`Controls`) and how a token is chosen
 (:class:`Sampling`).
 
-These two objects are what travels from ``generate()`` to the operator. The keyword arguments of the
-public methods, the options of the command and every check are made of their fields. Nothing heavy
-is imported here: ``dualhead generate --help`` reads the fields.
+These two objects are passed from ``generate()`` down to the operator. The keyword arguments of the
+public methods, the options of the command and all checks are derived from their fields. torch is
+not imported here, because ``dualhead generate --help`` reads the fields.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Limits(NamedTuple):
     """The range of a control that is one number per request.
 
     ``expected`` describes the range in error messages. ``help`` and ``metavar`` describe the
-    option of the command. ``neutral`` is the value that changes nothing, for a request that sets
-    none beside one that does; NaN where every value changes something.
+    option of the command. ``neutral`` is the value that changes nothing; requests that do not set
+    the control get it when others in the batch do. It is NaN if there is no such value.
     """
 
     lowest: float
@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     neutral: float = math.nan
 
     def hold(self, number: float) -> bool:
-        """Whether a number is in range."""
+        """Whether ``number`` is in range."""
         return self.lowest <= number <= self.highest and not (self.above and number == self.lowest)
 
 
@@ -63,7 +63,7 @@ class _Fields:
 
     @classmethod
     def take(cls, arguments: dict[str, Any]) -> Any:
-        """An instance made of its fields in ``arguments``, which are removed from it."""
+        """Remove the fields of this class from ``arguments`` and return an instance of them."""
         return cls(**{name: arguments.pop(name) for name in cls.NAMES if name in arguments})
 
     def given(self) -> dict[str, Any]:
@@ -80,16 +80,16 @@ class Controls(_Fields):
     """How the two heads are mixed, per request. None leaves a control out.
 
     Args:
-        strength: s >= 0 scales alpha, ``a <- s a``, in the probability mix at most 1; 0 gives z_LM
-            itself. A number or (B,).
-        gate_offset: added to the gate's logit. A number or (B,).
+        strength: s >= 0 scales alpha, ``a <- s a``; in the probability mix the result is at most 1.
+            0 gives z_LM itself. A number or (B,). Default 1.
+        gate_offset: added to the gate's logit. A number or (B,). Default 0.
         alpha: replaces the gate's value, in [0, 1]. A number or (B,).
         max_kl: lowers alpha until ``KL(pi_mix || pi_LM) <= max_kl`` nats at each token
-            (:func:`dualhead_ext.head.kl_cap.capped_alpha`); >= 0. A number or (B,). Eager PyTorch
-            then computes the step.
-        skip_threshold: alpha below it counts as 0, alpha nearer to 1 than it as 1, before
-            ``max_kl``; in [0, 0.5], default 0. A number or (B,). What it saves, and the bounds on
-            the error: docs/generation.md.
+            (:func:`dualhead_ext.head.kl_cap.capped_alpha`); >= 0. A number or (B,). With it, the
+            step is computed in eager PyTorch.
+        skip_threshold: s in [0, 0.5]: alpha < s counts as 0, and |1 - alpha| < s as 1. It is
+            applied after ``strength`` and before ``max_kl``. A number or (B,). Default 0.
+            docs/generation.md has the bounds on the error.
         objective_weights: (K,) or (B, K); default 1/K each.
     """
 
@@ -138,13 +138,14 @@ class Controls(_Fields):
         device: torch.device,
         fill: Fill | None = None,
     ) -> Controls:
-        """The same as tensors of ``dtype`` on ``device``: (B,) each, objective_weights (B, K).
+        """The same controls as tensors of ``dtype`` on ``device``: (B,) each, objective_weights
+        (B, K).
 
         Args:
-            fill: makes the tensor of a number; default ``torch.full``.
+            operator: named in error messages.
+            fill: makes a (B,) tensor from a number; default ``torch.full``.
         Raises:
-            TypeError, ValueError: naming the operator, the control, what was expected and what
-            came.
+            TypeError: a control of another type. ValueError: a shape or a number out of range.
         """
         found = self.given()
         if not found:
@@ -164,7 +165,9 @@ class Controls(_Fields):
         return Controls(**found)
 
     def repeat(self, repeats: int) -> Controls:
-        """Each row ``repeats`` times in a row: beams, and several samples of one prompt."""
+        """Each row ``repeats`` times, copies side by side: for beams, and for several samples of
+        one prompt.
+        """
         return Controls(**{n: x.repeat_interleave(repeats, 0) for n, x in self.given().items()})
 
     def select(self, index: Tensor) -> Controls:
@@ -172,7 +175,7 @@ class Controls(_Fields):
         return Controls(**{name: value[index] for name, value in self.given().items()})
 
     def operands(self) -> dict[str, Tensor]:
-        """Rows as arguments of the operator, which has all but ``max_kl``."""
+        """Rows as arguments of the operator. It has no ``max_kl``."""
         found = self.given()
         found.pop("max_kl", None)
         return found
@@ -183,12 +186,12 @@ class Sampling(_Fields):
     """How a token is chosen, per request.
 
     Args:
-        do_sample: False takes the argmax (ties: the lowest index).
-        temperature, top_k, top_p, min_p: numbers or (B,) tensors, applied in this order as Hugging
-            Face does. temperature 0 is greedy.
+        do_sample: False (default) takes the argmax; ties go to the lowest index.
+        temperature, top_k, top_p, min_p: numbers or (B,) tensors, applied in this order, as in
+            Hugging Face. Defaults 1, 0, 1, 0: no effect. temperature 0 is greedy.
         seeds: (B,) int64. Default: drawn from ``generator`` once per cache. Token n of a request
-            depends on its seed, n and its distribution alone, not on its place in a batch.
-        generator: default: torch's global one.
+            depends only on its seed, n and its distribution, not on its place in a batch.
+        generator: a torch.Generator. Default: torch's global one.
     """
 
     do_sample: bool = False
@@ -206,11 +209,11 @@ class Sampling(_Fields):
     FILTERS: ClassVar[dict[str, float]]  # filter -> the value that turns it off
 
     def rows(self, operator: str, cache: GateCache, dtype: torch.dtype) -> Sampling:
-        """The same with filters as (B,) tensors of ``dtype``, top_k int32, or None where they do
-        nothing.
+        """The same with filters as (B,) tensors of ``dtype`` (top_k int32), or None for filters
+        that are off.
 
         Raises:
-            TypeError, ValueError: as :meth:`Controls.rows`.
+            TypeError, ValueError: see :meth:`Controls.rows`.
         """
         if not isinstance(self.do_sample, bool):
             raise TypeError(f"{operator}: do_sample must be True or False, got {self.do_sample!r}")
@@ -233,8 +236,8 @@ class Sampling(_Fields):
         return Sampling(True, **found, seeds=self.seeds, generator=self.generator)
 
     def operands(self, operator: str, cache: GateCache) -> dict[str, Any]:
-        """Rows as arguments of the operator; seeds are drawn now where none are given and the cache
-        has none. Nothing for greedy decoding.
+        """Rows as arguments of the operator; none for greedy decoding. If neither the caller nor
+        the cache has seeds, they are drawn now.
 
         Raises:
             TypeError, ValueError: seeds of another type or shape.
@@ -256,8 +259,8 @@ GREEDY = Sampling()
 
 
 def takes(*kinds: type) -> Callable[[Callable], Callable]:
-    """Decorates a method with ``**arguments``: help() and editors see the fields of these classes
-    in its place.
+    """A decorator for methods with ``**arguments``: help() and editors see the fields of these
+    classes instead.
     """
 
     def decorate(method: Callable) -> Callable:
@@ -275,6 +278,6 @@ def takes(*kinds: type) -> Callable[[Callable], Callable]:
 
 
 def refuse_others(operator: str, arguments: dict[str, Any]) -> None:
-    """Raise TypeError for arguments that are left when all known ones are taken."""
+    """Raise TypeError if ``arguments``, from which all known ones are removed, is not empty."""
     if arguments:
         raise TypeError(f"{operator}: unknown arguments {', '.join(sorted(arguments))}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same heads in another form: full matrices, corrections, and what several add up to.
+"""Conversions of reward heads: to full matrices, to corrections, and to weighted sums.
 
-All in terms of ``delta_k = Delta_k h + beta_k = z_RM,k - z_LM``, Delta_k (V, d), beta_k (V,).
+They work on ``delta_k = Delta_k h + beta_k = z_RM,k - z_LM``, Delta_k (V, d), beta_k (V,).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def delta_of(head: Any, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def reward_linear(head: Any, shares: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(W, b) of ``z_RM = W h + b`` at objective weights (K,): sums of the K matrices of a full
-    head, the LM head and the weighted corrections otherwise.
+    """(W, b) of ``z_RM = W h + b`` at objective weights ``shares`` (K,): the weighted sum of the K
+    matrices of a full head, or the LM head plus the weighted corrections.
     """
     dtype = shares.dtype
     if head.reward_head.kind == "full":
@@ -46,7 +46,7 @@ def reward_linear(head: Any, shares: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def concatenate(reward: Any, shares: Tensor) -> dict[str, Tensor]:
-    """The state of one correction of rank K r that is ``sum_k w_k delta_k``; shares (K,)."""
+    """The state dict of one correction of rank K r for ``sum_k w_k delta_k``; shares w (K,)."""
     state = {"bias": (shares @ reward.bias.to(shares.dtype))[None]}
     down, up = reward.maps
     if down is not None:
@@ -57,8 +57,8 @@ def concatenate(reward: Any, shares: Tensor) -> dict[str, Tensor]:
 
 
 class Compressed(NamedTuple):
-    """Of :meth:`DualHead.compress`: the head, and per objective (K,) the share of delta that is
-    lost, ``sqrt(E |delta - delta'|^2 / E |delta|^2)``, norms over the vocabulary.
+    """The result of :meth:`DualHead.compress`: the head, and for each objective (K,) the share of
+    delta that is lost, ``sqrt(E |delta - delta'|^2 / E |delta|^2)``, norms over the vocabulary.
     """
 
     head: Any
@@ -66,8 +66,8 @@ class Compressed(NamedTuple):
 
 
 def _moments(hidden: Tensor | None, size: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, square root S of the covariance, its pseudo-inverse) of hidden states; 0, I, I
-    without any.
+    """(mean, square root S of the covariance, pseudo-inverse of S) of hidden states. Without hidden
+    states: 0, I, I.
     """
     one = torch.eye(size, dtype=torch.float64, device=device)
     if hidden is None:
@@ -86,9 +86,9 @@ def compress_delta(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The best correction of a rank for one objective, and its error as in :class:`Compressed`.
 
-    ``lm_weight`` given: "embedding", W_LM M with M = R^+ [Q^T Delta S]_r S^+, W_LM = Q R. None:
-    "lowrank", [Delta S]_r S^+. [.]_r is the truncated singular value decomposition and S the root
-    of the hidden states' covariance; the bias takes up the error at their mean.
+    With ``lm_weight``: "embedding", W_LM M with M = R^+ [Q^T Delta S]_r S^+, W_LM = Q R. Without:
+    "lowrank", [Delta S]_r S^+. [.]_r is the truncated singular value decomposition, S the root of
+    the hidden states' covariance. The bias absorbs the error at their mean.
     """
     mean, root, inverse = _moments(hidden, delta.shape[1], delta.device)
     moved, center = delta @ root, beta + delta @ mean
@@ -112,7 +112,7 @@ def compress_delta(
 def compressed_state(
     head: Any, kind: str, rank: int, hidden: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """(state of the reward head, errors (K,)); see :meth:`DualHead.compress`."""
+    """(state dict of the reward head, errors (K,)); see :meth:`DualHead.compress`."""
     states, errors = [], []
     weight = head.lm_weight.double() if kind == "embedding" else None
     for k in range(head.config.num_objectives):

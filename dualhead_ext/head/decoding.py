@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the methods of a gated head that decode are made of: their checks, the weights that a step
-reads, and the step itself. See `reference.decode_step` for what a step computes.
+"""Functions behind the decoding methods of a gated head: checks, the weights that a step reads, and
+the step. `reference.decode_step` defines what a step computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .rows import dense
 
 
 def is_at(device: Any, where: torch.device) -> bool:
-    """Whether ``device``, which may be anything, names this one."""
+    """Whether ``device``, which may be any object, names the device ``where``."""
     try:
         return torch.empty(0, device=device).device == where
     except (TypeError, ValueError, RuntimeError):
@@ -31,6 +31,7 @@ def is_at(device: Any, where: torch.device) -> bool:
 
 
 def check_hidden(head: Any, operator: str, hidden: Tensor, dim: int) -> None:
+    """Raise TypeError or ValueError unless hidden is (B, T, d) or (B, d), as the head reads it."""
     shape = f"(B, T, {head.config.hidden_size})" if dim == 3 else f"(B, {head.config.hidden_size})"
     if not isinstance(hidden, Tensor):
         raise TypeError(f"{operator}: hidden must be a tensor {shape}, got {type(hidden).__name__}")
@@ -50,6 +51,7 @@ def check_hidden(head: Any, operator: str, hidden: Tensor, dim: int) -> None:
 
 
 def check_mask(operator: str, mask: Tensor | None, hidden: Tensor, length: int) -> None:
+    """Raise TypeError or ValueError unless the mask is None or (B, ``length``)."""
     if mask is None:
         return
     dense(operator, "attention_mask", mask, hidden.device)
@@ -59,11 +61,11 @@ def check_mask(operator: str, mask: Tensor | None, hidden: Tensor, length: int) 
 
 
 def decode_weights(head: Any) -> DecodeWeights:
-    """The weights that a decode step of ``head`` reads, at their present values."""
+    """The weights that a decode step of ``head`` reads, at their current values."""
     dtype = head.hidden_dtype
 
     def plain(value: Any) -> Any:
-        """``value`` in the dtype of hidden states; quantised weights keep theirs."""
+        """``value`` in the dtype of hidden states; quantised weights keep their dtype."""
         if not isinstance(value, Tensor):
             return value
         return value.detach() if format_of(value) else value.detach().to(dtype)
@@ -84,7 +86,7 @@ def decode_weights(head: Any) -> DecodeWeights:
 
 
 def stamp(head: Any) -> tuple:
-    """Identifies the present weights of ``head``."""
+    """Identifies the current values of the weights of ``head``."""
     return parameter_stamp(
         [
             head.lm_weight,
@@ -96,8 +98,8 @@ def stamp(head: Any) -> tuple:
 
 
 def prompt_positions(valid: Tensor, count: int) -> Tensor:
-    """The last ``count`` positions (B, N) up to each row's last real one, of valid (B, T); 0: all.
-    A row with fewer repeats its first.
+    """The last ``count`` positions (B, N) of each row of ``valid`` (B, T), up to the last real one;
+    0: all positions. A row with fewer repeats its first.
     """
     batch, length = valid.shape
     positions = torch.arange(length, device=valid.device)
@@ -111,8 +113,8 @@ def prompt_positions(valid: Tensor, count: int) -> Tensor:
 def append_prompt(
     head: Any, hidden: Tensor, cache: GateCache, valid: Tensor, queries: Tensor, columns: Tensor
 ) -> Tensor:
-    """Write (B, T, d) into the cache and return the gate logits (B, N) of queries (B, N, d) at
-    ``columns`` (B, N).
+    """Write hidden (B, T, d) into the cache and return the gate logits (B, N) of queries (B, N, d)
+    at ``columns`` (B, N).
     """
     if not head.gate.has_state:
         cache.append(None, None, valid)
@@ -130,8 +132,8 @@ def append_prompt(
 def alpha_limit(
     config: DualHeadConfig, max_kl: Tensor | None
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """(z_LM, z_RM, alpha) -> alpha within max_kl (B,); None without a cap. The backbone's f counts
-    even where it is left to the backbone.
+    """A function (z_LM, z_RM, alpha) -> alpha within max_kl (B,); None without a cap. It includes
+    the backbone's f even if the backbone applies f itself.
     """
     if max_kl is None:
         return None
@@ -158,14 +160,13 @@ def run_step(
     record_attention: bool = False,
     impl: str | None = None,
 ) -> tuple[ops.DecodeOutput, Tensor | None]:
-    """(what the operator returns, the attention rows if recorded) of one step, over a checked cache
-    with room and rows of controls and sampling.
+    """One decode step: (the operator's output, the attention rows if recorded). The caller has
+    checked the cache, which has room, and controls and sampling are rows.
 
     Args:
         new_valid: (B,), False for new positions that are padding.
-        post_process: False leaves out the backbone's own f (logits mix only), for a backbone that
-            applies it itself.
-        impl: "kernel" or "reference"; default: the kernel where there is one. For tests.
+        post_process: False omits f, for a backbone that applies its f itself (logits mix only).
+        impl: for tests, "kernel" or "reference". Default: the kernel if one applies.
     """
     arguments = cache.weights.tensors | controls.operands()
     attends = head.gate.has_state
@@ -180,7 +181,7 @@ def run_step(
     else:
         arguments["gate_logit"] = head.gate(hidden)
     function = _step_function(head, hidden, controls.max_kl, impl)
-    # Last of all: where seeds are drawn, nothing is left to refuse.
+    # This comes last: seeds must not be drawn for a call that is refused.
     arguments |= sampling.operands(operator, cache)
     out = function(
         hidden=hidden,
@@ -204,8 +205,8 @@ def run_step(
 def _step_function(
     head: Any, hidden: Tensor, max_kl: Tensor | None, impl: str | None
 ) -> Callable[..., ops.DecodeOutput]:
-    """The compiled kernel where one applies; otherwise the reference, with one warning where that
-    is a surprise.
+    """The compiled kernel if one applies, otherwise the reference. Unless the caller expects the
+    reference (float64, ``max_kl``), one warning says so.
     """
     limit = alpha_limit(head.config, max_kl)
     if limit is not None:
@@ -220,7 +221,7 @@ def _step_function(
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: the host's count of columns then says nothing about
+    """Whether a CUDA graph is being captured. The host's count of columns is then meaningless for
     the replays.
     """
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dual head: two linear heads and a gate on the hidden states of a backbone.
 
-`GatedHead` is all of it except where the LM head's weight lives: `DualHead` here owns an
-`nn.Linear`, `model.lm_head.DualHeadLMHead` is the backbone's own lm_head.
+`GatedHead` is the base class. Its two subclasses differ in where the LM head's weight lives:
+`DualHead` here owns an `nn.Linear`; `model.lm_head.DualHeadLMHead` is the backbone's own lm_head.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .reward_head import (
 
 @dataclass
 class DualHeadOutput:
-    """Of a full pass or a prefill: logits (B, T, V); alpha and gate_logit (B, T); fp32 (float64 for
-    float64).
+    """The result of a full pass or a prefill: logits (B, T, V), alpha and gate_logit (B, T), in
+    fp32 (float64 for float64).
     """
 
     logits: Tensor
@@ -44,7 +44,7 @@ class DualHeadOutput:
 
 @dataclass
 class StepOutput:
-    """Of one decode step; see :meth:`GatedHead.step`."""
+    """The result of one decode step; see :meth:`GatedHead.step`."""
 
     logits: Tensor | None
     alpha: Tensor
@@ -56,8 +56,8 @@ class StepOutput:
 
 
 class GatedHead(nn.Module):
-    """Gate, reward head and their mixture; decoding; and the simpler heads that equal this one in
-    special cases. Subclasses give `lm_weight` and what belongs to it.
+    """Gate, reward head and mixture, for whole sequences and for decoding; and conversions to other
+    forms of head. Subclasses provide the LM head: `lm_weight`, `lm_bias`, `lm_scale`.
     """
 
     config: DualHeadConfig
@@ -81,7 +81,7 @@ class GatedHead(nn.Module):
 
     @property
     def lm_scale(self) -> Tensor | None:
-        """The quantised LM head's scales; None while it is not quantised."""
+        """The quantised LM head's scales; None if it is not quantised."""
         return None
 
     @property
@@ -96,7 +96,7 @@ class GatedHead(nn.Module):
 
     @property
     def hidden_dtype(self) -> torch.dtype:
-        """The dtype of hidden states: the LM head's, or what it was before it was quantised."""
+        """The dtype of hidden states: the LM head's dtype before any quantisation."""
         return self.lm_weight.dtype
 
     # --- whole sequences ---
@@ -105,16 +105,18 @@ class GatedHead(nn.Module):
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, **arguments: Any
     ) -> DualHeadOutput:
-        """Logits of every position: ``z_t = (1-a_t) z_LM,t + a_t z_RM,t`` and their like for
-        ``mix="probs"``.
+        """Logits of every position: ``z_t = (1-a_t) z_LM,t + a_t z_RM,t``; with ``mix="probs"`` the
+        log-probabilities ``log((1-a_t) softmax(z_LM,t) + a_t softmax(z_RM,t))``.
 
-        Differentiable and causal. Source: the paper, Methodology.
+        Differentiable and causal. Source: the paper, Methodology and Analysis.
 
         Args:
             hidden: (B, T, d), in the LM head's dtype.
             attention_mask: (B, T), nonzero = real token; left, right or ragged padding. Default:
-                all real.
+                no padding.
             arguments: the fields of :class:`dualhead_ext.head.controls.Controls`.
+        Returns:
+            logits (B, T, V), alpha and gate_logit (B, T), in fp32 (float64 for float64).
         Raises:
             ValueError: wrong shapes or values. TypeError: wrong dtypes, or an unknown argument.
         """
@@ -129,10 +131,11 @@ class GatedHead(nn.Module):
     def control_rows(
         self, operator: str, controls: Controls, hidden: Tensor, cache: GateCache | None = None
     ) -> Controls:
-        """Controls as one row for each of hidden (B, ..., d). cache: keeps those of numbers.
+        """Controls as one row for each request of hidden (B, ..., d). cache: reuses the tensors
+        that it has made of numbers.
 
         Raises:
-            TypeError, ValueError: as :meth:`Controls.rows`.
+            TypeError, ValueError: see :meth:`Controls.rows`.
         """
         fill = None if cache is None or torch.compiler.is_compiling() else cache.per_row
         dtype = accumulator_dtype(hidden.dtype)
@@ -142,11 +145,10 @@ class GatedHead(nn.Module):
     def mixed(
         self, hidden: Tensor, gate_logit: Tensor, controls: Controls, post_process: bool = True
     ) -> DualHeadOutput:
-        """Both heads and their mixture at positions whose gate logits are known: hidden (B, N, d),
-        gate_logit (B, N), rows of controls.
+        """Both heads and their mixture from given gate logits: hidden (B, N, d), gate_logit (B, N),
+        controls as rows.
 
-        ``post_process=False`` leaves out the backbone's own f, for a backbone that applies it
-        itself (logits mix only).
+        ``post_process=False`` omits f, for a backbone that applies its f itself (logits mix only).
         """
         config, weights = self.config, controls.objective_weights
         gate_logit, a = mixture.mixing_weight(gate_logit, controls, config.mix)
@@ -164,7 +166,7 @@ class GatedHead(nn.Module):
         return DualHeadOutput(logits, a, gate_logit)
 
     def lm_logits(self, hidden: Tensor, bias: bool = True) -> Tensor:
-        """z_LM of (..., d), before f; ``bias=False`` leaves b_LM out."""
+        """z_LM (..., V) of hidden (..., d), before f; ``bias=False`` omits b_LM."""
         weight: Tensor = self.lm_weight
         own_bias: Tensor | None = self.lm_bias if bias else None
         if self.lm_scale is None:
@@ -174,13 +176,13 @@ class GatedHead(nn.Module):
     def _correction(
         self, head: CorrectionRewardHead, hidden: Tensor, weights: Tensor | None
     ) -> Tensor:
-        """:func:`.mixture.correction` by the reward head's own maps."""
+        """:func:`.mixture.correction` with the maps of this reward head."""
         down, up = (None if w is None else self._cast(hidden, w, None)[0] for w in head.maps)
         return mixture.correction(hidden, down, up, head.bias, weights)
 
     def reward_logits(self, hidden: Tensor, z_lm: Tensor, weights: Tensor | None) -> Tensor:
-        """z_RM (B, ..., V) before f, of hidden (B, ..., d) at objective weights (B, K) or None.
-        ``z_lm`` is what a reward head that is a correction is added to.
+        """z_RM (B, ..., V) before f, from hidden (B, ..., d) and objective weights (B, K) or None.
+        A correction is added to ``z_lm``.
         """
         head = self.reward_head
         if head.kind == "full":
@@ -191,15 +193,15 @@ class GatedHead(nn.Module):
             return mixture.reward_logits(hidden, weight, bias, weights, self.reward_scale)
         change = self._correction(head, hidden, weights)
         if head.kind == "embedding":
-            if head.down is None and weights is None:  # W_LM c, of all positions
+            if head.down is None and weights is None:  # W_LM c, the same at all positions
                 change = change[(slice(1),) * (change.dim() - 1)]
             change = self.lm_logits(change.to(hidden.dtype), bias=False)
         return z_lm + change
 
     @staticmethod
     def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights in the dtype of ``hidden`` (heads train in fp32 beside a bf16 backbone); autocast
-        does this itself.
+        """The weights cast to the dtype of ``hidden``: heads train in fp32 beside a bf16 backbone.
+        Under autocast they are returned as they are.
         """
         if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
             return weight, bias
@@ -218,14 +220,16 @@ class GatedHead(nn.Module):
         """An empty cache for ``batch_size`` requests of at most ``max_length`` positions, padding
         included.
 
-        Folds the gate's value path once (``u_{s,i} = (W_V,i^T c_i).h_s``, ``c = W_O^T w_g``). The
-        cache is bound to the weights it is made with: after an update, cast, move or load,
-        `prefill` and `step` refuse it.
+        The gate's value path is folded once, here (``u_{s,i} = (W_V,i^T c_i).h_s``,
+        ``c = W_O^T w_g``). The cache belongs to the head's current weights: after an update, cast,
+        move or load, `prefill` and `step` refuse it.
 
         Args:
-            dtype, device: of the keys; must be the head's, which is the default.
+            batch_size, max_length: at least 1.
+            dtype, device: of the keys. Default: the head's; others are refused.
         Raises:
-            ValueError, TypeError: sizes below 1, or another dtype or device than the head's.
+            ValueError: a size below 1, or another dtype or device than the head's.
+            TypeError: a size that is not an int.
         """
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if isinstance(value, bool) or not isinstance(value, int):
@@ -254,8 +258,11 @@ class GatedHead(nn.Module):
         )
 
     def check_cache(self, operator: str, cache: GateCache, batch_size: int) -> None:
-        """Raise unless ``cache`` was made by this head with its present weights, for this many
-        rows.
+        """Raise unless this head made ``cache`` with its current weights, for ``batch_size`` rows.
+
+        Raises:
+            TypeError: not a GateCache. ValueError: another number of rows.
+            RuntimeError: the weights have changed.
         """
         if not isinstance(cache, GateCache):
             raise TypeError(
@@ -268,7 +275,8 @@ class GatedHead(nn.Module):
         if cache.weights.stamp != decoding.stamp(self):
             raise RuntimeError(
                 f"{operator}: the head's weights have changed since the cache was made "
-                "(an update, cast, move or load); its keys belong to the old ones. Make a new cache"
+                "(an update, cast, move or load). Its keys belong to the old weights: make a new "
+                "cache"
             )
 
     @torch.no_grad()
@@ -284,18 +292,19 @@ class GatedHead(nn.Module):
         """Read a prompt, or the next chunk of one, into the cache.
 
         Args:
-            hidden: (B, T, d). Any chunking gives the same cache, but for the rounding of products
-                of other sizes (fp32 keys differ by about 1e-6 of their size).
-            attention_mask: (B, columns + T), over what the cache holds and the new positions, as in
-                Hugging Face.
-            logits_to_keep: N, positions to return logits for, counted back from each row's last
-                real one; 0 means all T in their order. A row with fewer than N positions repeats
-                its first.
+            hidden: (B, T, d). Chunks of any size give the same cache up to rounding (fp32 keys
+                differ by about 1e-6 of their size).
+            attention_mask: (B, columns + T): the columns of the cache, then the new positions, as
+                in Hugging Face. Default: no padding.
+            logits_to_keep: N, the number of positions to return logits for, counted back from each
+                row's last real position. Default 1; 0 means all T in order. A row with fewer than N
+                positions repeats its first.
             arguments: the fields of :class:`dualhead_ext.head.controls.Controls`.
         Returns: logits (B, N, V), alpha and gate_logit (B, N).
         Raises:
-            ValueError: shapes, no room (the cache is left as it was). RuntimeError: the head's
-                weights have changed.
+            ValueError: a wrong shape or value, or the cache is full. TypeError: a wrong dtype or
+                type, or an unknown argument. RuntimeError: the head's weights have changed. The
+                cache stays as it was.
         """
         operator = "DualHead.prefill"
         controls = Controls.take(arguments)
@@ -312,7 +321,7 @@ class GatedHead(nn.Module):
                 f"{operator}: logits_to_keep must be in 0..{length}, got {logits_to_keep}"
             )
         cache.require_room(operator, length)
-        # Everything that can fail on a caller's argument comes before the cache is written.
+        # Check every argument before the cache is written.
         rows = self.control_rows(operator, controls, hidden)
 
         if attention_mask is None:
@@ -336,23 +345,25 @@ class GatedHead(nn.Module):
         impl: str | None = None,
         **arguments: Any,
     ) -> StepOutput:
-        """One new position per row: append, attend, both products, mix, and a token, in one
-        operator call.
+        """Decode one position per row in one operator call: append to the cache, attend, compute
+        both heads, mix, and choose a token.
 
         Args:
             hidden: (B, d), in the LM head's dtype.
             cache: from :meth:`new_cache`; grows by one column.
-            return_logits: whether out.logits is wanted; record_attention: whether the attention
-                rows are.
+            return_logits: whether to return logits. Default True.
+            record_attention: whether to return the attention rows. Default False.
             impl: for tests; see :func:`dualhead_ext.head.decoding.run_step`.
             arguments: the fields of :class:`dualhead_ext.head.controls.Controls` and of
                 :class:`dualhead_ext.head.controls.Sampling`.
         Returns:
-            logits (B, V) or None; alpha, gate_logit, logprob (B,), of the mixture at temperature 1
-                before filters; token (B,) int64; status (B,) int32: 0 fine, 1 the row is not finite
-                (token 0), 2 its cache is full (nothing written); attention (B, H, T) or None.
+            logits (B, V) or None; alpha and gate_logit (B,); token (B,) int64; logprob (B,), the
+                token's log-probability under the mixture at temperature 1 before filters; status
+                (B,) int32: 0 success, 1 the row is not finite (token 0), 2 its cache is full
+                (nothing written); attention (B, H, T) or None.
         Raises:
-            ValueError, TypeError: arguments. RuntimeError: the head's weights have changed since
+            ValueError: a wrong shape or value, or the cache is full. TypeError: a wrong dtype or
+                type, or an unknown argument. RuntimeError: the head's weights have changed since
                 the cache was made.
         """
         operator = "DualHead.step"
@@ -381,13 +392,15 @@ class GatedHead(nn.Module):
     def _refuse_quantized(self, operator: str) -> None:
         if self.lm_scale is not None:
             raise RuntimeError(
-                f"{operator}: the heads are quantised ({self.quantized}); it needs full precision, "
-                "which is there before quantize"
+                f"{operator}: the heads are quantised ({self.quantized}); it needs full precision: "
+                f"call {operator} before quantize"
             )
 
     @torch.no_grad()
     def _start_as(self, linear: nn.Linear) -> None:
-        """Reward head, as its copy, and gate in the dtype and on the device of an LM head."""
+        """Initialise the reward head from an LM head, and move reward head and gate to its dtype
+        and device.
+        """
         weight = linear.weight
         self.reward_head.to(device=weight.device, dtype=weight.dtype)
         self.gate.to(device=weight.device, dtype=weight.dtype)
@@ -397,25 +410,24 @@ class GatedHead(nn.Module):
 
     @torch.no_grad()
     def quantize(self, format: str, calibration: Tensor | None = None) -> GatedHead:
-        """Both heads in ``format``, "int8", "fp8" or "int4" (:mod:`dualhead_ext.quantization`), in
-        place; the gate stays, and so does a reward head that is a correction. Full precision is
-        gone: quantise a copy to keep it. A weight that is shared with a backbone is replaced here
-        and stays as it is there.
+        """Quantise both heads in place. The gate keeps its precision, and so does a reward head
+        that is a correction. The full-precision weights are discarded: to keep them, quantise a
+        copy. A backbone that shares the LM head's weight keeps its own.
 
-        state_dict then has lm_head.weight_scale and, of a full reward head,
+        state_dict then also has lm_head.weight_scale and, for a full reward head,
         reward_head.weight_scale.
 
         Args:
-            calibration: hidden states (..., d) like those that the heads will read, padding left
-                out: a few thousand make less error of the same format. Default: for int4 the LM
-                head's own rows stand in for hidden states; for the other formats none, and each
-                weight is rounded to the nearest value.
+            format: "int8", "fp8" or "int4" (:mod:`dualhead_ext.quantization`).
+            calibration: hidden states (..., d) like those that the heads will read, without
+                padding. A few thousand reduce the rounding error. Default: for int4 the rows of the
+                LM head are used; in other formats each weight is rounded to the nearest value.
         Returns: self.
         Raises:
             ValueError: an unknown format, int4 with hidden_size not a multiple of 128, calibration
                 of another shape or not finite. TypeError: calibration that is not a floating-point
-                tensor. RuntimeError: quantised already, or the weights are not in memory. Nothing
-                has changed then.
+                tensor. RuntimeError: the heads are quantised already, or the weights are not in
+                memory. The head stays as it was.
         """
         check_format("quantize", format, self.config.hidden_size)
         self._refuse_quantized("quantize")
@@ -436,7 +448,7 @@ class GatedHead(nn.Module):
             self._hold_lm(*lm_quantized, dtype)
             return self
         if is_torchao(weight) and torch.equal(reward, plain.expand_as(reward)):
-            # Still a copy of the LM head: quantising it again would give other weights.
+            # It is still a copy of the LM head; quantising it again would give other weights.
             count = self.config.num_objectives
             q, scale = (n.expand(count, *n.shape).clone() for n in lm_quantized)
         else:
@@ -451,14 +463,14 @@ class GatedHead(nn.Module):
         reward_bias: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        """Take (weight, weight_scale) of one format as LM head and as full reward heads, for
-        hidden states of ``dtype``.
+        """Use quantised (weight, weight_scale) of one format as LM head and as full reward head,
+        for hidden states of ``dtype``.
         """
         self._hold_lm(*lm, dtype)
         self.reward_head = QuantizedRewardHead(*reward, reward_bias, dtype)
 
     def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """Hold quantised weights and scales as the LM head, for hidden states of ``dtype``."""
+        """Use quantised weights and scales as the LM head, for hidden states of ``dtype``."""
         raise NotImplementedError(f"{type(self).__name__} must define _hold_lm")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -469,17 +481,21 @@ class GatedHead(nn.Module):
                 there, here = (format_of(t) or "full precision" for t in (given, own))
                 raise RuntimeError(
                     f"load_state_dict: {prefix}{name} is in {there}, the head in {here}; "
-                    "a state fits a head of its own format: see quantize"
+                    "both must have the same format: see quantize"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def merge_objectives(self, weights: Tensor | list[float]) -> DualHead:
-        """A K = 1 head with the weighted sum of the K as its reward head, sharing LM head and gate
-        with this one: ``sum_k w_k W_RM,k`` of a full head, one of rank K r of a correction.
+        """A K = 1 head whose reward head is the weighted sum of the K: ``sum_k w_k W_RM,k``, or for
+        a correction one of rank K r. It shares LM head and gate with this head, and decodes as
+        ``objective_weights=weights`` does, at the cost of one reward head.
 
-        weights: (K,). Decodes as ``objective_weights=weights`` does, at the cost of one reward
-        head.
+        Args:
+            weights: (K,).
+        Raises:
+            ValueError, TypeError: weights of another shape or type, or not finite.
+            RuntimeError: the heads are quantised.
         """
         self._refuse_quantized("merge_objectives")
         shares = self._shares("merge_objectives", weights)
@@ -503,8 +519,8 @@ class GatedHead(nn.Module):
         return rows.objective_weights[0]
 
     def _with_reward(self, state: dict[str, Tensor], **changes: Any) -> DualHead:
-        """A head with this one's LM head and gate, and a reward head of this state; changes: of
-        the config.
+        """A head with the same LM head and gate, and a reward head loaded from ``state``. changes:
+        fields of the config.
         """
         head = DualHead._sharing(self, DualHeadConfig(**{**self.config.to_dict(), **changes}))
         head.reward_head.load_state_dict(state)
@@ -513,8 +529,11 @@ class GatedHead(nn.Module):
     @torch.no_grad()
     def expand(self) -> DualHead:
         """The same head with ``reward_head="full"``: W_RM,k h + b_RM,k = z_LM + delta_k. It shares
-        LM head and gate with this one, has a bias (of zeros in the LM head, if that had none), and
-        says the same for objective weights that add up to 1.
+        LM head and gate with this head. It has a bias; an LM head without one gets zeros. Its
+        logits are the same if the objective weights add up to 1.
+
+        Raises:
+            RuntimeError: the heads are quantised.
         """
         self._refuse_quantized("expand")
         rows = torch.eye(self.config.num_objectives, device=self.lm_weight.device)
@@ -529,13 +548,14 @@ class GatedHead(nn.Module):
     @torch.no_grad()
     def compress(self, kind: str, rank: int, hidden: Tensor | None = None) -> Compressed:
         """The nearest correction of a kind and rank, by truncated singular value decomposition of
-        each W_RM,k - W_LM; LM head and gate are shared with this head.
+        each W_RM,k - W_LM. It shares LM head and gate with this head.
 
         Args:
-            kind: "embedding" (delta is first fitted by W_LM) or "lowrank". rank: of each
-                objective; 0 for "embedding" alone.
-            hidden: hidden states (..., d) like those that the head will read: the error is least
-                over them, and the bias takes up its mean. Default: every direction counts alike.
+            kind: "embedding" (delta is projected onto the columns of W_LM first) or "lowrank".
+            rank: of each objective; 0 for "embedding" only.
+            hidden: hidden states (..., d) like those that the head will read. The error over them
+                is minimised, and its mean goes into the bias. Default: all directions of the hidden
+                space weigh the same.
         Returns:
             (head, error (K,)): sqrt(E |delta - delta'|^2 / E |delta|^2), norms over the vocabulary.
         Raises:
@@ -558,7 +578,7 @@ class GatedHead(nn.Module):
         if hidden is not None and not torch.isfinite(hidden).all():
             raise ValueError("compress: hidden must be finite, got NaN or infinite numbers")
         state, error = compressed_state(self, kind, rank, hidden)
-        # What is lost changes the KL divergence: a curve of it must be measured anew.
+        # The lost part changes the KL divergence, so the curve must be measured again.
         changes = {"reward_head": kind, "reward_rank": rank, "kl_curve": None}
         return Compressed(self._with_reward(state, **changes), error)
 
@@ -569,16 +589,19 @@ class GatedHead(nn.Module):
         objective_weights: Tensor | None = None,
         strength: float = 1.0,
     ) -> nn.Linear:
-        """The plain linear head ``(1-a) W_LM + a W_RM`` that a fixed alpha amounts to under the
-        logits mix (exact in real arithmetic), at no decoding cost. Its logits are those before the
-        backbone's post-processing. Of a correction, which has a bias, it has a bias:
-        ``W_LM (I + a M)``, a W_LM c, or ``W_LM + a B A``, a b.
+        """The plain linear head ``(1-a) W_LM + a W_RM``, which equals a fixed alpha under the
+        logits mix (exactly, in real arithmetic) and costs nothing extra when decoding. Its logits
+        are those before the backbone's post-processing. For a correction it has a bias:
+        ``W_LM (I + a M)`` with a W_LM c, or ``W_LM + a B A`` with a b.
 
         Args:
             alpha: in [0, 1]; default ``config.gate_alpha`` of a fixed gate.
-            strength: multiplies alpha.
+            objective_weights: (K,); default 1/K each.
+            strength: multiplies alpha. Default 1.
         Raises:
-            ValueError: the probability mix (not linear), or no alpha for a gate that is not fixed.
+            ValueError: the probability mix (not linear), no alpha for a gate that is not fixed, or
+                a value out of range.
+            RuntimeError: the heads are quantised.
         """
         self._refuse_quantized("merge_fixed")
         if self.config.mix != "logits":
@@ -604,13 +627,16 @@ class GatedHead(nn.Module):
 
 
 class DualHead(GatedHead):
-    """A dual head of its own: ``out = DualHead(config)(hidden)``.
+    """A dual head of its own, without a model: ``out = DualHead(config)(hidden)``.
 
-    state_dict: lm_head.weight (V, d), lm_head.bias?, reward_head.weight (K, V, d),
-    reward_head.bias? (K, V), the weight_scale of both if quantised, and the gate's
-    gate.{q,k,v}_proj.weight (g, d), gate.o_proj.weight (g, g), gate.out.weight (1, g),
-    gate.out.bias (1,). The LM head is frozen (``requires_grad=False``); the reward head starts as
-    its copy.
+    The LM head is frozen (``requires_grad=False``). A full reward head starts as its copy; a
+    correction starts at zero.
+
+    state_dict: lm_head.weight (V, d), lm_head.bias? (V,), the reward head
+    (reward_head.weight (K, V, d) and reward_head.bias? (K, V) for "full"; see
+    :class:`dualhead_ext.head.reward_head.CorrectionRewardHead` for corrections), the weight_scale
+    of quantised heads, and the attention gate's gate.{q,k,v}_proj.weight (g, d),
+    gate.o_proj.weight (g, g), gate.out.weight (1, g), gate.out.bias (1,).
     """
 
     lm_head: nn.Linear | QuantizedHead
@@ -643,13 +669,14 @@ class DualHead(GatedHead):
 
     @classmethod
     def from_lm_head(cls, lm_head: nn.Linear, **config: Any) -> DualHead:
-        """A dual head around a backbone's ``nn.Linear`` (V, d): the very same module, shared and
-        frozen, not copied.
+        """A dual head around a backbone's ``nn.Linear`` (V, d), which is shared and frozen, not
+        copied.
 
-        config: fields of :class:`DualHeadConfig`; sizes and bias are read from the linear layer.
-
+        Args:
+            lm_head: weight (V, d), with or without a bias.
+            config: fields of :class:`DualHeadConfig`; sizes and bias are read from ``lm_head``.
         Raises:
-            TypeError: not an nn.Linear. ValueError: sizes in ``config`` that contradict it.
+            TypeError: not an nn.Linear. ValueError: ``config`` contradicts ``lm_head``.
         """
         if not isinstance(lm_head, nn.Linear):
             raise TypeError(
@@ -675,7 +702,7 @@ class DualHead(GatedHead):
 
     @classmethod
     def _sharing(cls, other: GatedHead, config: DualHeadConfig) -> DualHead:
-        """A head with ``other``'s LM head and gate and a fresh reward head."""
+        """A head with the LM head and the gate of ``other``, and a new reward head."""
         linear = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias, device="meta")
         linear.weight = other.lm_weight
         if config.bias:

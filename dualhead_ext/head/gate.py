@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gates: modules that turn hidden states into the logit of alpha. A new gate is one class and a
-line in GATES.
+"""The gates: modules that map hidden states to the logit of alpha. A new gate is a class and an
+entry in GATES.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..config import GATE_NAMES, DualHeadConfig
 from ..ops.logits import accumulator_dtype
 from .prompt_projection import PromptProjection
 
-# Queries attended to at once in `attend`: bounds its score matrix to B * H * 256 * S numbers.
+# Queries per block in `attend`: limits its score matrix to (B, H, 256, S).
 _QUERY_BLOCK = 256
 
 
 def linear(hidden: Tensor, weight: Tensor) -> Tensor:
-    """``hidden @ weight.T`` with the weight cast to the dtype of ``hidden``: trained weights are
-    kept in fp32 beside a backbone in bf16. Autocast, where enabled, does this itself.
+    """``hidden @ weight.T`` with the weight cast to the dtype of ``hidden``, since trained weights
+    are fp32 beside a bf16 backbone. Under autocast nothing is cast here.
     """
     if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
         return F.linear(hidden, weight)
@@ -31,27 +31,29 @@ def linear(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over the last dimension where ``visible``; a row that sees nothing is all zero, never
-    NaN.
+    """Softmax over the last dimension where ``visible``. A row without visible entries is all zero,
+    never NaN.
     """
     weights = scores.masked_fill(~visible, -torch.inf)
     seen = visible.any(-1, keepdim=True)
-    # Rows that see nothing get finite scores first: softmax of a row of -inf is NaN, also in
-    # backward.
+    # Such rows get finite scores first: the softmax of a row of -inf is NaN, also in backward.
     return torch.softmax(weights.masked_fill(~seen, 0.0), dim=-1).masked_fill(~visible, 0.0)
 
 
 class Gate(nn.Module):
-    """A gate's parameters, which belong to the gate itself and not to ``nn.Linear`` children.
+    """The base class of gates. A gate owns its parameters itself, without ``nn.Linear`` children.
 
     Tools that replace linear layers (PEFT's default target names and "all-linear", torchao) would
-    take children named q_proj to o_proj for the backbone's: training would go through the
-    replacement, decoding would read the plain weights. In a state dict every parameter has the
-    name that files use, ``gate.q_proj.weight`` for ``gate.q_weight``.
+    mistake children named q_proj to o_proj for the backbone's. Training would then use the
+    replacement, and decoding the plain weights. In a state dict each parameter has its name in
+    files: ``gate.q_proj.weight`` for ``gate.q_weight``.
+
+    ``forward(hidden, attention_mask=None)`` maps hidden states (..., d) to the logit of alpha
+    (...), fp32 or float64. A gate with ``has_state`` keeps a cache while decoding.
     """
 
     has_state = False
-    num_heads: int  # of a gate with state, as the next three
+    num_heads: int  # for gates with state, like the next three
     head_dim: int
     keys_and_values: Callable[..., tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
@@ -84,10 +86,10 @@ class Gate(nn.Module):
 
 
 class AttentionGate(Gate):
-    """The context-aware gate: ``logit_t = w_g.W_O Concat_i
-    softmax_{s<=t}(q_{t,i}.k_{s,i}/sqrt(d_k)) v_{s,i} + b_g``.
+    """The paper's gate: ``logit_t = w_g.W_O Concat_i softmax_{s<=t}(q_{t,i}.k_{s,i}/sqrt(d_k))
+    v_{s,i} + b_g``.
 
-    Causal; 3 d g + g^2 + g + 1 parameters. Starts at w_g = 0, b_g = 0: alpha = 1/2 everywhere.
+    Causal, with 3 d g + g^2 + g + 1 parameters. It starts at w_g = 0, b_g = 0: alpha = 1/2.
     """
 
     has_state = True
@@ -119,8 +121,8 @@ class AttentionGate(Gate):
         )  # (B, H, T, d_k)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Gate logits of a whole sequence: hidden (B, T, d), attention_mask (B, T) -> (B, T) fp32
-        (float64 for float64). A position that sees no real token, itself included, gets b_g.
+        """Gate logits of whole sequences: hidden (B, T, d), attention_mask (B, T) -> (B, T) fp32
+        (float64 for float64). A position with no real token up to and including itself gets b_g.
         """
         q, k, v = (
             self._split(linear(hidden, weight))
@@ -133,17 +135,17 @@ class AttentionGate(Gate):
             causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
             valid = attention_mask.bool()[:, None, :]  # (B, 1, T)
             visible = causal & valid[:, :, None]  # (B, 1, T, T)
-            # Weights of 0 do not hide the NaN that some backbones leave where a row sees nothing.
+            # An attention weight of 0 does not hide the NaN that some backbones leave at padding.
             k, v = (x.masked_fill(~valid[..., None], 0.0) for x in (k, v))
             seen = visible.any(-1, keepdim=True)
-            # Attention over nothing is NaN in some backends, backward too: let such rows see all,
-            # then drop them.
+            # Attention over nothing is NaN in some backends, also in backward. So such rows attend
+            # to everything, and the result is dropped.
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~seen)
             context = context.masked_fill(~seen, 0.0)
         context = linear(context.transpose(1, 2).flatten(2), self.o_weight)
         accumulate = accumulator_dtype(context.dtype)
-        # w_g.a_t in the accumulator's dtype: a rounded logit would move alpha by more than the
-        # products do.
+        # w_g.a_t in the accumulator's dtype: rounding the logit would change alpha more than the
+        # rounding of the products does.
         with torch.autocast(hidden.device.type, enabled=False):
             logit = F.linear(
                 context.to(accumulate), self.out_weight.to(accumulate), self.out_bias.to(accumulate)
@@ -151,9 +153,8 @@ class AttentionGate(Gate):
         return logit.squeeze(-1)
 
     def folded_values(self) -> Tensor:
-        """The folded value rows U (H, d), fp32 or float64: with c = W_O^T w_g,
-        ``U_i = W_V,i^T c_i``, so that ``u_{s,i} = U_i.h_s`` is all that the gate needs of a past
-        position's value.
+        """The folded value rows U (H, d), fp32 or float64: ``U_i = W_V,i^T c_i``, c = W_O^T w_g.
+        Of the value at a past position the gate needs only ``u_{s,i} = U_i.h_s``.
         """
         dtype = accumulator_dtype(self.v_weight.dtype)
         o, v, out = (w.detach().to(dtype) for w in (self.o_weight, self.v_weight, self.out_weight))
@@ -163,8 +164,8 @@ class AttentionGate(Gate):
     def keys_and_values(
         self, hidden: Tensor, u_weight: Tensor, projection: PromptProjection | None
     ) -> tuple[Tensor, Tensor]:
-        """What the cache keeps of hidden (B, T, d): k (B, H, T, d_k) in its dtype, u (B, H, T) fp32
-        or float64. projection: what makes both at once, where there is one.
+        """Keys and folded values of hidden (B, T, d) for the cache: k (B, H, T, d_k) in its dtype,
+        u (B, H, T) fp32 or float64. projection: computes both in one GEMM, if the device has it.
         """
         if projection is not None:
             k, u = projection(hidden)
@@ -176,10 +177,8 @@ class AttentionGate(Gate):
     def attend(
         self, hidden: Tensor, columns: Tensor, k: Tensor, u: Tensor, valid: Tensor
     ) -> Tensor:
-        """Gate logits of chosen positions over a cache.
-
-        hidden (B, N, d) with their cache columns (B, N); k (B, H, S, d_k), u (B, H, S), valid (B,
-        S) -> (B, N).
+        """Gate logits (B, N) of some positions over a cache: hidden (B, N, d) at cache columns
+        (B, N); k (B, H, S, d_k), u (B, H, S), valid (B, S).
         """
         accumulate = accumulator_dtype(hidden.dtype)
         keys, index = k.to(accumulate).transpose(-1, -2), torch.arange(k.shape[2], device=k.device)
@@ -195,7 +194,7 @@ class AttentionGate(Gate):
 
 
 class LinearGate(Gate):
-    """The control without attention: ``logit_t = w.h_t + b``; d + 1 parameters, zero at first."""
+    """A gate without attention: ``logit_t = w.h_t + b``; d + 1 parameters, which start at zero."""
 
     state_names: ClassVar[dict[str, str]] = {"out_weight": "out.weight", "out_bias": "out.bias"}
 
@@ -205,10 +204,10 @@ class LinearGate(Gate):
         self.out_bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """hidden (..., d) -> (...) fp32 or float64. The mask has nothing to hide from it."""
+        """hidden (..., d) -> (...), fp32 or float64. The mask is not needed."""
         accumulate = accumulator_dtype(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            # Not F.linear, which adds up in another order for another number of rows.
+            # Not F.linear: its order of summation depends on the number of rows.
             products = hidden.to(accumulate) * self.out_weight[0].to(accumulate)
             return products.sum(-1) + self.out_bias.to(accumulate)
 
@@ -223,7 +222,7 @@ class FixedGate(Gate):
         self.alpha = config.gate_alpha
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """hidden (..., d) -> (...) fp32 or float64, constant."""
+        """hidden (..., d) -> (...), fp32 or float64, constant."""
         dtype = accumulator_dtype(hidden.dtype)
         alpha = torch.full(hidden.shape[:-1], self.alpha, dtype=dtype, device=hidden.device)
         return torch.logit(alpha)
@@ -237,11 +236,11 @@ GATES: dict[str, type[Gate]] = {
 
 
 def register_gate(name: str, gate: type[Gate]) -> None:
-    """Make a gate of your own known as ``DualHeadConfig(gate=name)``.
+    """Register a gate of your own, so that ``DualHeadConfig(gate=name)`` finds it.
 
     Its ``__init__`` takes the config; its ``forward`` maps hidden states (..., d) to the logit of
-    alpha (...), fp32 or float64. Its ``state_names`` say what each parameter is called in files.
-    Register it again in each process that loads heads with this gate, before they are loaded.
+    alpha (...), fp32 or float64. Its ``state_names`` map each parameter to its name in files.
+    Each process must register the gate before it loads heads with it.
 
     Raises:
         TypeError: gate is not a class derived from `Gate`.
@@ -250,7 +249,7 @@ def register_gate(name: str, gate: type[Gate]) -> None:
     if not (isinstance(gate, type) and issubclass(gate, Gate)):
         raise TypeError(f"register_gate: gate must be a class derived from Gate, got {gate!r}")
     if GATES.get(name, gate) is not gate:
-        raise ValueError(f"register_gate: name must be new, got {name!r}, which is a gate already")
+        raise ValueError(f"register_gate: name must be new, got {name!r}, which is taken")
     if name not in GATES:
         GATES[name] = gate
         GATE_NAMES.append(name)

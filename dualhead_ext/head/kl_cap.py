@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cap on how far the mixture may go from the backbone at each token: ``max_kl``, in nats."""
+"""``max_kl``: a cap on the KL divergence from the backbone at each token, in nats."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from ..ops.logits import postprocess
 from .mixture import mix_logits
 
-# Halvings of [0, alpha]: alpha is found to 2e-10, of which fp32 keeps 6e-8.
+# Halvings of [0, alpha]: alpha is exact to 2e-10; fp32 resolves 6e-8.
 _HALVINGS = 32
-# Rows (positions) at a time: fp64 copies of their logits are made.
+# Rows (positions) at a time, since their logits are copied to float64.
 _ROWS = 256
 
 
@@ -23,7 +23,7 @@ def kl_from_backbone(
     logit_scale: float = 1.0,
     logit_softcap: float = 0.0,
 ) -> Tensor:
-    """``KL(pi_mix || pi_LM) = sum_v pi_mix(v) (log pi_mix(v) - log pi_LM(v))``, nats, in float64.
+    """``KL(pi_mix || pi_LM) = sum_v pi_mix(v) (log pi_mix(v) - log pi_LM(v))`` in nats, float64.
 
     z_lm, z_rm (..., V) before the backbone's f; alpha (...). Returns (...).
     """
@@ -35,7 +35,7 @@ def kl_from_backbone(
 
 
 def _kl(logits: Tensor, q: Tensor) -> Tensor:
-    """Of ``softmax(logits)`` from the distribution with log-probabilities ``q``."""
+    """KL of ``softmax(logits)`` from the distribution with log-probabilities ``q``."""
     p = torch.log_softmax(logits, -1)
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
@@ -49,20 +49,20 @@ def capped_alpha(
     logit_scale: float = 1.0,
     logit_softcap: float = 0.0,
 ) -> Tensor:
-    """The largest ``a <= alpha`` whose mixture stays within ``max_kl``, by bisection in float64:
-    ``KL(pi_a || pi_LM) <= max_kl``. An alpha that does is returned as it is; max_kl 0 gives 0.
+    """The largest ``a <= alpha`` with ``KL(pi_a || pi_LM) <= max_kl``, by bisection in float64. An
+    alpha within the cap is returned unchanged; max_kl 0 gives 0.
 
-    The KL grows with a, so that the largest is well defined: in the probability mix it is convex in
-    a with its minimum, 0, at a = 0; in the logits mix pi_a is a path in an exponential family and
-    ``d KL / d a = a Var_{pi_a}(z_RM - z_LM) >= 0``. With a soft cap the latter need not hold: the
-    result then still keeps within max_kl, but a greater a may do so too.
+    The KL grows with a, so there is a largest one. In the probability mix the KL is convex in a,
+    with its minimum 0 at a = 0. In the logits mix pi_a is a path in an exponential family, and
+    ``d KL / d a = a Var_{pi_a}(z_RM - z_LM) >= 0``. With a soft cap this need not hold: the result
+    is still within max_kl, but a larger a may be too.
 
     Args:
         z_lm, z_rm: (B, ..., V), before the backbone's f.
         alpha: (B, ...). A row that is not finite keeps its alpha.
         max_kl: (B,), >= 0; inf is no cap, NaN gives NaN.
     Returns:
-        as alpha; where the cap binds, without a gradient.
+        (B, ...) in the dtype of alpha, without a gradient where the cap applies.
     """
     cap = max_kl.view(-1, *(1,) * (alpha.dim() - 1)).expand_as(alpha).double()
     post = (mix, logit_scale, logit_softcap)
@@ -76,10 +76,10 @@ def capped_alpha(
 
 
 def _bisect(z_lm: Tensor, z_rm: Tensor, alpha: Tensor, cap: Tensor, *post) -> Tensor:
-    """(n,) float64, NaN where alpha may stay: of n rows, those that the cap binds are halved."""
+    """The capped alpha of n rows, (n,) float64; NaN where alpha is within the cap already."""
     found = torch.full_like(alpha, torch.nan, dtype=torch.float64)
     binds = kl_from_backbone(z_lm, z_rm, alpha, *post) > cap
-    if not torch.compiler.is_compiling():  # their number would be a shape
+    if not torch.compiler.is_compiling():  # compiled code would depend on their number
         if not bool(binds.any()):
             return found
         z_lm, z_rm, alpha, cap = (x[binds] for x in (z_lm, z_rm, alpha, cap))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two heads, alpha and their mixture in PyTorch: whole sequences, and what a step leaves to it.
+"""The two heads, alpha and the mixture in PyTorch, for whole sequences and for prompts.
 
-The formulas are those of :mod:`dualhead_ext.reference`, which is written apart from this so that
-one can check the other. Dimensions: B batch, d hidden, V vocabulary, K objectives.
+The formulas are those of :mod:`dualhead_ext.reference`. That module shares no code with this one,
+so each can check the other. Dimensions: B batch, d hidden, V vocabulary, K objectives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def head_logits(
 ) -> Tensor:
     """``W h + b``: hidden (..., d), weight (V, d), bias (V,) -> (..., V) in fp32 or float64.
 
-    With ``scale`` the weight is quantised: W is what it means, and products are fp32 too.
+    With ``scale`` the weight is quantised: W is its dequantised value, and products are fp32.
     """
     if scale is not None:
         dtype = accumulator_dtype(hidden.dtype)
@@ -40,8 +40,8 @@ def reward_logits(
 ) -> Tensor:
     """``z_RM = sum_k w_k (W_RM,k h + b_k)``.
 
-    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by
-    1/K; scale (K, V, ...): of quantised weights. Returns (B, ..., V).
+    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K), where None means
+    1/K each; scale (K, V, ...) of quantised weights. Returns (B, ..., V).
     """
     num_objectives = weight.shape[0]
     total = None
@@ -64,11 +64,11 @@ def correction(
     bias: Tensor,
     objective_weights: Tensor | None = None,
 ) -> Tensor:
-    """``sum_k w_k (U_k D_k h + c_k)``: for ``reward_head="embedding"`` what is added to the hidden
+    """``sum_k w_k (U_k D_k h + c_k)``: for ``reward_head="embedding"`` the change of the hidden
     state (n = d), for ``"lowrank"`` delta itself (n = V).
 
     hidden (B, ..., d), down (K, r, d) and up (K, n, r), both None for rank 0, bias (K, n),
-    objective_weights (B, K); None weighs each by 1/K. Returns (B, ..., n) in fp32 or float64.
+    objective_weights (B, K), where None means 1/K each. Returns (B, ..., n) in fp32 or float64.
     """
     dtype, num_objectives = accumulator_dtype(hidden.dtype), bias.shape[0]
     total = None
@@ -86,9 +86,9 @@ def correction(
 
 
 def move_hidden(hidden: Tensor, change: Tensor, alpha: Tensor) -> Tensor:
-    """``h + a (M h + c)`` in the dtype of ``hidden``: with it, the logits mix of an "embedding"
-    head is one product, ``z = W_LM (h + a (M h + c)) + b_LM``. alpha 0 gives h itself, whatever
-    the change is. hidden, change (..., d), alpha (...).
+    """``h + a (M h + c)`` in the dtype of ``hidden``. The logits mix of an "embedding" head is then
+    one product, ``z = W_LM (h + a (M h + c)) + b_LM``. alpha 0 gives h itself, even if the change
+    is not finite. hidden, change (..., d), alpha (...).
     """
     a = alpha.unsqueeze(-1).to(change.dtype)
     moved = (hidden.to(change.dtype) + a * change).to(hidden.dtype)
@@ -107,15 +107,16 @@ def token_rewards(
     reward_up: Tensor | None = None,
     reward_bias: Tensor | None = None,
 ) -> Tensor:
-    """``delta_k,t[y_t]``, the reward of each given token under each objective, without a product
-    with the vocabulary: only the rows of the tokens are read.
+    """``delta_k,t[y_t]``, the entry of z_RM - z_LM at each label y_t, under each objective. Only
+    the rows of these tokens are read; there is no product with the vocabulary.
 
     ``"full"``: (W_RM,k - W_LM)[y].h + (b_RM,k - b_LM)[y]; ``"embedding"``: W_LM[y].(M_k h + c_k);
-    ``"lowrank"``: B_k[y].(A_k h) + b_k[y]. It is what z_RM - z_LM holds at the label.
+    ``"lowrank"``: B_k[y].(A_k h) + b_k[y].
 
     Args:
         hidden: (..., d). labels: (...) int64. lm_weight, lm_bias: (V, d), (V,).
-        reward_weight: (K, V, d), "full" alone. reward_down, reward_up: as :func:`correction`.
+        reward_weight: (K, V, d), "full" only. reward_down, reward_up: down and up of
+            :func:`correction`.
         reward_bias: (K, n), or None for "full".
     Returns: (K, ...) in fp32 or float64.
     """
@@ -143,10 +144,13 @@ def token_rewards(
 def mixing_weight(
     gate_logit: Tensor, controls: Controls, mix: str = "logits"
 ) -> tuple[Tensor, Tensor]:
-    """(the gate's logit, alpha) under a caller's controls, in this order: ``gate_offset`` added;
-    ``sigmoid(gate_logit)``, or ``alpha`` where given; then times ``strength``, at least 0, and in
-    the probability mix at most 1, with strength 0 giving 0 whatever alpha is (NaN too); then 0
-    where that is below ``skip_threshold`` and 1 where it is nearer than that to 1.
+    """(gate logit, alpha) under the controls, applied in this order:
+
+    1. ``gate_offset`` is added to the logit.
+    2. alpha is ``sigmoid(gate_logit)``, or the control ``alpha`` if given.
+    3. alpha is multiplied by ``strength`` and clamped to at least 0, in the probability mix also to
+       at most 1. Strength 0 gives 0, even if alpha is NaN.
+    4. alpha < ``skip_threshold`` becomes 0, and |1 - alpha| < ``skip_threshold`` becomes 1.
 
     gate_logit: (B, ...) fp32 or float64. controls: rows (B,).
     """
@@ -184,8 +188,8 @@ def mix_logits(
     """The mixture of both heads: z_lm, z_rm (..., V) and alpha (...) -> (..., V).
 
     ``mix="logits"``: ``f((1-a) z_LM + a z_RM)`` (paper, Methodology). ``mix="probs"``: the log of
-    ``(1-a) softmax(f(z_LM)) + a softmax(f(z_RM))`` (paper, Analysis). a = 0 and a = 1 select, so
-    that an infinite or NaN value of the head that is switched off does not matter.
+    ``(1-a) softmax(f(z_LM)) + a softmax(f(z_RM))`` (paper, Analysis). a = 0 and a = 1 select one
+    head, so infinite or NaN values of the other head have no effect.
     """
     a = alpha.unsqueeze(-1)
     if mix == "logits":

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt's keys and folded values from one GEMM, where the device has GEMMs of 16-bit operands
-that leave fp32 (CUDA)."""
+"""Keys and folded values of a prompt from one GEMM, on devices whose GEMMs of 16-bit operands
+return fp32 (CUDA)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-TERMS = 3  # of 8 (bfloat16) or 11 (float16) bits: all 24 of an fp32 number
+TERMS = 3  # of 8 (bfloat16) or 11 (float16) bits each: enough for the 24 bits of an fp32 number
 
 
 class PromptProjection:
-    """``[W_K; U]`` as one matrix, (g + 3H, d) in the dtype of W_K (g, d): each folded row of
-    U (H, d), fp32, is the sum of three, so that nothing of it is rounded, and hidden states need no
-    fp32 copy.
+    """``[W_K; U]`` as one matrix, (g + 3H, d) in the dtype of W_K (g, d). Each fp32 row of U (H, d)
+    is split into three 16-bit rows, so it is not rounded, and hidden states need no fp32 copy.
 
-    float16 reaches down to 2^-24 only, so its rows are scaled by a power of two that brings their
-    largest number to [2^14, 2^15): what is lost is below 2^-39 of that number.
+    The smallest float16 number is 2^-24. So float16 rows are scaled by a power of two that brings
+    their largest entry into [2^14, 2^15); the loss is below 2^-39 of that entry.
     """
 
     def __init__(self, k_weight: Tensor, u_weight: Tensor) -> None:
@@ -34,7 +33,7 @@ class PromptProjection:
 
     @staticmethod
     def applies(k_weight: Tensor) -> bool:
-        """Whether the device and dtype have such a GEMM."""
+        """Whether such a GEMM exists for this device and dtype."""
         return k_weight.is_cuda and k_weight.dtype in (torch.float16, torch.bfloat16)
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

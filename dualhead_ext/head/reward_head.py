@@ -31,15 +31,15 @@ class FullRewardHead(nn.Module):
 
     @torch.no_grad()
     def start_from(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Start every objective at the LM head: weight (V, d), bias (V,). A copy, never tied."""
+        """Copy the LM head into every objective: weight (V, d), bias (V,). Never tied."""
         self.weight.copy_(weight.expand_as(self.weight))
         if self.bias is not None:
             self.bias.copy_(bias.expand_as(self.bias))
 
     @torch.no_grad()
     def resize(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Follow an LM head of another vocabulary, weight (V', d) and bias (V',): objectives keep
-        their first rows, and new ones start at the LM head's.
+        """Resize to the vocabulary of an LM head, weight (V', d), bias (V',). Old rows are kept;
+        new rows are copied from the LM head.
         """
         kept = min(self.weight.shape[1], len(weight))
         rows = {"weight": weight} | ({} if self.bias is None else {"bias": bias})
@@ -50,7 +50,7 @@ class FullRewardHead(nn.Module):
             setattr(self, name, nn.Parameter(new, old.requires_grad))
 
     def tensors(self) -> dict[str, Any]:
-        """The head as arguments of :func:`dualhead_ext.functional.dual_head_loss` and
+        """The head as keyword arguments of :func:`dualhead_ext.functional.dual_head_loss` and
         :func:`dualhead_ext.head.mixture.token_rewards`.
         """
         return {"reward_weight": self.weight, "reward_bias": self.bias}
@@ -58,7 +58,7 @@ class FullRewardHead(nn.Module):
     def token_rewards(
         self, hidden: Tensor, labels: Tensor, lm_weight: Tensor, lm_bias: Tensor | None = None
     ) -> Tensor:
-        """delta of given tokens, (K, ...): :func:`dualhead_ext.head.mixture.token_rewards`."""
+        """delta at the labels, (K, ...): :func:`dualhead_ext.head.mixture.token_rewards`."""
         return token_rewards(hidden, labels, lm_weight, lm_bias, **self.tensors())
 
 
@@ -72,7 +72,7 @@ class QuantizedRewardHead(QuantizedHead):
         return {"reward_weight": self.weight, "reward_bias": self.bias}
 
     def start_from(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Raises RuntimeError: quantised heads do not start anew."""
+        """Raises RuntimeError: quantised heads cannot be initialised."""
         raise RuntimeError("QuantizedRewardHead: quantised heads cannot start from an LM head")
 
     def resize(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -107,17 +107,17 @@ class CorrectionRewardHead(nn.Module):
         self.down = self.up = None
         if r > 0:
             self.down, self.up = _Maps(k, r, d), _Maps(k, n, r)
-            # As LoRA starts its A.
+            # As LoRA initialises its A.
             nn.init.uniform_(self.down.weight, -1 / math.sqrt(d), 1 / math.sqrt(d))
         self.bias = nn.Parameter(torch.zeros(k, n))
 
     def start_from(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Nothing to copy: a correction starts at zero."""
+        """Does nothing: a correction starts at zero."""
 
     @torch.no_grad()
     def resize(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Follow an LM head of another vocabulary, weight (V', d): delta of new tokens is what
-        W_LM makes it ("embedding"), or starts at zero ("lowrank").
+        """Resize to the vocabulary of an LM head, weight (V', d). delta of new tokens follows from
+        W_LM ("embedding"), or starts at zero ("lowrank").
         """
         if self.kind == "embedding":
             return
@@ -130,11 +130,11 @@ class CorrectionRewardHead(nn.Module):
 
     @property
     def maps(self) -> tuple[Tensor | None, Tensor | None]:
-        """(D (K, r, d), U (K, n, r)); (None, None) of rank 0."""
+        """(D (K, r, d), U (K, n, r)); (None, None) for rank 0."""
         return (None, None) if self.down is None else (self.down.weight, self.up.weight)
 
     def tensors(self) -> dict[str, Any]:
-        """As :meth:`FullRewardHead.tensors`; of rank 0, reward_down and reward_up are None."""
+        """As :meth:`FullRewardHead.tensors`; for rank 0, reward_down and reward_up are None."""
         down, up = self.maps
         return {
             "reward_head": self.kind,
@@ -154,5 +154,5 @@ RewardHead = FullRewardHead | CorrectionRewardHead | QuantizedRewardHead
 
 
 def make_reward_head(config: DualHeadConfig) -> RewardHead:
-    """The reward head that ``config.reward_head`` names, as it starts."""
+    """A new reward head of the kind ``config.reward_head``, at its initial values."""
     return FullRewardHead(config) if config.reward_head == "full" else CorrectionRewardHead(config)

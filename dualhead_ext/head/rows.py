@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callers pass per request (numbers, lists, tensors) as the (B,) tensors that the operators
-take, or an error. `controls` says what is in range.
+"""Conversion of what callers pass per request (numbers, lists, tensors) to the (B,) tensors that
+the operators take, with checks. `controls` defines the ranges.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 def dense(operator: str, name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    """``value``, if it is a tensor whose numbers can be read.
+    """Return ``value`` if it is a dense tensor with data.
 
     Args:
-        device: where it will be needed; a meta tensor, which has no numbers, may only be needed on
-            the meta device. Default: not looked at.
+        device: where the tensor is needed. A meta tensor, which has no data, is accepted for the
+            meta device only. Default: not checked.
     Raises:
         TypeError: not a tensor, or a sparse one. ValueError: on the meta device.
     """
@@ -44,15 +44,15 @@ def per_row(
 ) -> Tensor | None:
     """``value`` as a (B,) tensor of ``dtype`` on ``device``; None stays None.
 
-    A number applies to every row; a list or tensor gives each row its own. Tensors on a device are
-    not looked into: that would synchronise.
+    A number applies to every row; a list or tensor has one number per row. The numbers in a tensor
+    are not checked, since that would synchronise with its device.
 
     Args:
         limits: a :class:`dualhead_ext.head.controls.Limits`.
-        fill: makes the tensor of a number (a cache's memo); default ``torch.full``.
+        fill: makes a (B,) tensor from a number (memoised by a cache); default ``torch.full``.
     Raises:
-        TypeError: not a number, list or tensor. ValueError: out of range, not finite, or of another
-            length than B.
+        TypeError: not a number, list or tensor. ValueError: out of range, not finite, or a length
+            other than B.
     """
     if value is None:
         return None
@@ -77,7 +77,7 @@ def per_row(
             raise TypeError(
                 f"{operator}: {name} must be {expected}, or one per row, got {number!r}"
             )
-        # An integer may be too large for any float, which isfinite() would raise for.
+        # isfinite() raises for an integer that is too large for a float.
         if isinstance(number, int) or math.isfinite(number):
             wrong = abs(number) > largest or (dtype == torch.int32 and number != int(number))
         else:
@@ -106,7 +106,7 @@ def objective_rows(
     """Objective weights as (B, K) from (K,) or (B, K); None stays None (1/K each).
 
     Raises:
-        ValueError: another shape, naming K and B, or a number that is not finite.
+        TypeError: not numbers. ValueError: another shape, or a number that is not finite.
     """
     if value is None:
         return None

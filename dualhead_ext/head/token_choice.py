@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a token from logits that no operator has computed: those of a prompt, and of
-mixtures that eager PyTorch makes. Draws what the operator would draw.
+"""Token selection from logits that were computed in eager PyTorch: those of a prompt, and those of
+some mixtures. It draws the same tokens as the operator.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The operator's status of a row.
+# Values of the operator's status of a row.
 STATUS_NON_FINITE, STATUS_CACHE_FULL = 1, 2
 
 _PHILOX_ROUNDS = 10
@@ -16,7 +16,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
-    """One uniform number in (0, 1) per row and vocabulary entry, a pure function of (seed, draw,
+    """A uniform number in (0, 1) for each row and vocabulary entry: a pure function of (seed, draw,
     index).
 
     Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (v div 4, 0, draw low, draw
@@ -30,7 +30,7 @@ def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
     c2, c3 = low(draws)[:, None].expand_as(c0), high(draws)[:, None].expand_as(c0)
     k0, k1 = low(seeds)[:, None], high(seeds)[:, None]
     for _ in range(_PHILOX_ROUNDS):
-        # int64 products wrap, which leaves both 32-bit halves right.
+        # int64 products wrap, but both 32-bit halves stay correct.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0)
         k0, k1 = low(k0 + 0x9E3779B9), low(k1 + 0xBB67AE85)
@@ -41,13 +41,17 @@ def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
 def keep_mask(
     scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
 ) -> Tensor | None:
-    """Which tokens the filters leave (B, V) bool, None: all. In float64; sorts only where a filter
-    needs ranks.
+    """The tokens that pass the filters, (B, V) bool; None if all do. Computed in float64, and
+    sorted only for top-k and top-p.
+
+    The filters apply in the order of the arguments, as in Hugging Face. Among equal values at a cut
+    the lowest indices are kept. The most probable token always passes.
 
     Args:
-        scaled: (B, V), logits / temperature. top_k: (B,) int32, <= 0 is off. top_p, min_p: (B,),
-            >= 1 and <= 0 are off. They apply in this order, as Hugging Face's do. Equal values at a
-            cut keep the lowest indices; the first always stays.
+        scaled: (B, V), logits / temperature.
+        top_k: (B,) int32; <= 0 is off.
+        top_p: (B,); >= 1 is off.
+        min_p: (B,); <= 0 is off.
     """
     keep, values = None, scaled.double()
     if top_k is not None or top_p is not None:
@@ -62,7 +66,7 @@ def keep_mask(
             keep = keep & ((above < top_p[:, None].double()) | (top_p[:, None] >= 1))
         keep = torch.zeros_like(keep).scatter(-1, order, keep | (rank == 0))
     if min_p is not None:
-        # The likeliest is in what the others leave, so that the order does not matter.
+        # The most probable token passes the other filters, so the order does not matter.
         threshold = values.amax(-1, keepdim=True) + torch.log(min_p[:, None].double())
         likely = (values >= threshold) | (min_p[:, None] <= 0)
         keep = likely if keep is None else keep & likely
@@ -78,10 +82,11 @@ def sample_token(
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
 ) -> Tensor:
-    """A token per row from softmax(logits / temperature) after the filters: the exponential race
-    ``argmax_v x_v - log E_v``, ``E_v = -log(1 - uniform_v)``, exact for any filter; ties go to the
-    lowest index. A row with temperature 0 takes the argmax. logits (B, V); all else (B,). Returns
-    int64 (B,).
+    """Sample a token per row from softmax(logits / temperature) after the filters, by the
+    exponential race ``argmax_v x_v - log E_v``, ``E_v = -log(1 - uniform_v)``. It is exact for any
+    filter; ties go to the lowest index. A row with temperature 0 takes the argmax.
+
+    logits (B, V); all others (B,). Returns (B,) int64.
     """
     greedy = torch.argmax(logits, dim=-1)
     scaled = logits
@@ -101,10 +106,11 @@ def sample_token(
 def choose_token(
     logits: Tensor, draw: dict[str, Tensor | None], failed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(token (B,) int64, its log-probability, whether the row failed) of logits (B, V), as a step
-    chooses: a row that is not finite fails and takes token 0, logprob NaN.
+    """Choose tokens from logits (B, V) as a decode step does: (token (B,) int64, its
+    log-probability (B,), whether the row failed (B,)). A row that is not finite fails: token 0,
+    log-probability NaN.
 
-    draw: arguments of :func:`sample_token`; no seeds: greedy. ``draws`` is the caller's to count.
+    draw: arguments of :func:`sample_token`; without seeds greedy. The caller advances ``draws``.
     failed: (B,), rows known to be not finite.
     """
     lse = torch.logsumexp(logits, dim=-1)
