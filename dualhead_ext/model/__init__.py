@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backbone of transformers with the gated head in the place of its lm_head."""
+"""A transformers backbone whose lm_head is the gated head."""

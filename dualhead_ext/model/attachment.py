@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting a gated head into a backbone, and taking it out again."""
+"""Attaching a gated head to a backbone, and detaching it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ from .lm_head import DualHeadLMHead
 def extended_class(
     extension: type, base: type[PreTrainedModel], arguments: tuple[str, ...]
 ) -> type[PreTrainedModel]:
-    """The class ``base`` with the methods of ``extension`` before its own, and ``arguments`` added
-    to its forward. It keeps the name: pipelines and saved configs go by it, and ``isinstance``
-    holds both ways.
+    """A class that derives from ``extension`` and ``base``, with ``arguments`` added to its
+    forward. It has the name of ``base``, by which pipelines and saved configs find it.
     """
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())
     names = tuple(p.name for p in parameters[1:] if p.kind is not p.VAR_KEYWORD)
 
-    # generate() and Trainer inspect signatures: without the base's, GPT-2 silently loses its
-    # position_ids.
+    # generate() and Trainer inspect the signature. Without that of the base, GPT-2 would silently
+    # lose its position_ids.
     def extended_forward(self, *args, **kwargs):
         return self._dual_head_forward(base.forward, names, args, kwargs)
 
     forward: Any = functools.wraps(base.forward)(extended_forward)
 
-    # accelerate's unwrap_model() follows it, and would put the backbone's forward in our place.
+    # accelerate's unwrap_model() follows __wrapped__ and would restore the backbone's forward.
     del forward.__wrapped__
     added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in arguments]
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
@@ -60,12 +59,11 @@ def attach(
     operator: str,
     trial: bool,
 ) -> Any:
-    """``model``, now of the class ``extended``, with a gated head in the place of ``linear``.
+    """Replace ``linear`` by a gated head, and give ``model`` the class ``extended``.
 
     Raises:
-        NotImplementedError: it was tried (:mod:`dualhead_ext.model.backbone_trial`) and cannot
-        carry the
-            head, or its LM head is not in memory. The model is as it was then.
+        NotImplementedError: the trial (:mod:`dualhead_ext.model.backbone_trial`) failed, or the LM
+            head is not in memory. The model stays as it was.
     """
     if linear.weight.device.type == "meta" and hasattr(linear, "_hf_hook"):
         raise NotImplementedError(
@@ -94,7 +92,7 @@ def _attach(
     model.requires_grad_(False)
     head = DualHeadLMHead(linear, config)
     head.train(linear.training)
-    # post_init() makes what lacks this mark anew: it would put random numbers in the LM head.
+    # post_init() initialises modules without this mark: the LM head would become random.
     for module in head.modules():
         vars(module)["_is_hf_initialized"] = True
     with _without_accelerates_forward(model):
@@ -108,15 +106,19 @@ def _attach(
 
 
 def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
-    """The plain backbone back, in place: its class, its lm_head, nothing left behind.
+    """Restore the plain backbone in place: its class and its lm_head.
 
-    A quantised LM head that was tied to the embedding becomes the embedding's weight again. One
-    that was not has lost its full precision.
+    If the LM head is quantised and was tied to the embedding, it becomes the embedding's weight
+    again. If it was not tied, its full-precision weights are gone.
 
     Args:
-        dequantize: True gives such an lm_head the dequantised weights; False raises RuntimeError.
+        model: a model with a gated head.
+        dequantize: in that case, True gives the lm_head the dequantised weights; False (default)
+            raises RuntimeError.
+    Returns: the same object.
     Raises:
-        TypeError: the model has no gated head. RuntimeError: see dequantize; nothing has changed.
+        TypeError: the model has no gated head. RuntimeError: see dequantize; the model stays as it
+            was.
     """
     if not hasattr(model, "lm_head_module"):
         raise TypeError(f"detach: model must have a gated head, got {type(model).__name__}")
@@ -138,7 +140,7 @@ def detach(model: PreTrainedModel, dequantize: bool = False) -> PreTrainedModel:
         linear.bias = head.bias
     linear.train(head.training)
     if not hasattr(model, "_hf_hook"):
-        # accelerate's mixed precision, and its unwrapping, keep the gated forward in the instance.
+        # accelerate's mixed precision and unwrapping store the gated forward in the instance.
         for name in ("forward", "_original_forward"):
             model.__dict__.pop(name, None)
     _take_out(model, linear)
@@ -157,8 +159,8 @@ def _take_out(model: Any, linear: nn.Linear) -> None:
 
 @contextmanager
 def _without_accelerates_forward(model: nn.Module) -> Iterator[None]:
-    """accelerate's hook of a dispatched model keeps the class's forward in the instance, where it
-    would hide the one of another class: taken off, and put on again around the new one.
+    """accelerate's hook of a dispatched model stores the class's forward in the instance, where it
+    would hide the forward of a new class. So the hook is removed, and added again afterwards.
     """
     hook = getattr(model, "_hf_hook", None)
     if hook is None:

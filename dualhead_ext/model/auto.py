@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of heads as transformers' Auto classes meet it: ``AutoModelForCausalLM``,
-``AutoTokenizer`` and ``pipeline`` take it as they take any model's.
+"""Support of transformers' Auto classes: ``AutoModelForCausalLM``, ``AutoTokenizer`` and
+``pipeline`` load a folder of heads like any model's.
 
-A registration runs inside somebody's import of transformers (:mod:`.registration`): it imports the
-module of one Auto class, and nothing of this package that may be half imported then.
+A registration runs while transformers is being imported (:mod:`.registration`). So it imports only
+the module of one Auto class, and no module of this package that may be half imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DualHeadPointer(PreTrainedConfig):
 
 
 class _Model:
-    """What ``AutoModelForCausalLM`` calls for such a folder."""
+    """The class that ``AutoModelForCausalLM`` calls for such a folder."""
 
     config_class = DualHeadPointer
 
@@ -35,7 +35,9 @@ class _Model:
 
 
 class _Tokenizer:
-    """What ``AutoTokenizer`` calls: the tokenizer of the folder, or of the backbone it names."""
+    """The class that ``AutoTokenizer`` calls: loads the tokenizer of the backbone that the folder
+    names.
+    """
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *arguments: Any, **options: Any):
@@ -52,21 +54,23 @@ class _Tokenizer:
 
 
 def register_config() -> None:
-    """Make ``AutoConfig`` know folders of heads. A second call changes nothing, here and below."""
+    """Register folders of heads with ``AutoConfig``. It is safe to call it, and the functions
+    below, more than once.
+    """
     from transformers.models.auto.configuration_auto import AutoConfig
 
     AutoConfig.register(MODEL_TYPE, DualHeadPointer, exist_ok=True)
 
 
 def register_model() -> None:
-    """The same for ``AutoModelForCausalLM``."""
+    """Register with ``AutoModelForCausalLM``."""
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     AutoModelForCausalLM.register(DualHeadPointer, _Model, exist_ok=True)
 
 
 def register_tokenizer() -> None:
-    """The same for ``AutoTokenizer``."""
+    """Register with ``AutoTokenizer``."""
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     AutoTokenizer.register(DualHeadPointer, tokenizer_class=_Tokenizer, exist_ok=True)

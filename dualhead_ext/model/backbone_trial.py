@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trial of a backbone when heads are attached: six tokens in one pass, and again with a cache.
 
-The heads rely on how the backbone calls its lm_head: with the decoder's last hidden states, once
-in a forward, with past positions in a transformers Cache. A backbone that does otherwise would give
-wrong text without a word.
+The heads rely on how the backbone calls its lm_head: once per forward, with the decoder's last
+hidden states, and with past positions in a transformers Cache. Any other backbone would silently
+write wrong text.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..ops.logits import postprocess
 from ..quantization.torchao_weights import is_torchao
 from .hf_cache import gate_layer
 
-# Rounding in bf16 moves logits by a hundredth of their size, another input by their own size.
+# Relative: bf16 rounding changes logits by about 1 %, another input by about 100 %.
 _TOLERANCE = 0.05
 _TOKENS = 6
-_CACHES = ("past_key_values", "cache_params")  # what forwards call their cache
+_CACHES = ("past_key_values", "cache_params")  # names of a forward's cache argument
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return True
     a, b = a.float(), b.float()
-    # Logits of -inf are equal to themselves. A broken backbone's NaN says nothing about the heads:
+    # Equal infinities count as equal. So do NaNs: a broken backbone is not the heads' fault, and
     # training and decoding report it.
     same = (a == b) | (a.isnan() & b.isnan())
     apart = torch.where(same, 0.0, a - b)
@@ -41,7 +41,7 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradients; every module as it was afterwards."""
+    """No dropout, no gradients; restores the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -58,14 +58,14 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     device = weight.device
     device = torch.device("cpu") if device.type == "meta" else device  # offloaded: moved by hooks
     count = weight.shape[0]
-    # Neither the padding nor the special tokens at the vocabulary's beginning, where it has more.
+    # Skip the padding and special tokens at the beginning of the vocabulary, if it is large enough.
     ids = torch.arange(_TOKENS, device=device) + max(0, min(5, count - _TOKENS))
     return (ids % count)[None]
 
 
 def can_be_tried(model: PreTrainedModel, linear: nn.Linear) -> bool:
-    """Whether there are weights to compute with: not so on the meta device, nor with torchao's
-    weights, which are read only once they have been taken over.
+    """Whether the model can compute: not on the meta device, and not with torchao weights in its
+    lm_head, which can be read only after attaching.
     """
     if is_torchao(linear.weight):
         return False
@@ -74,10 +74,10 @@ def can_be_tried(model: PreTrainedModel, linear: nn.Linear) -> bool:
 
 
 def plain_logits(model: PreTrainedModel, operator: str) -> Tensor:
-    """(1, 6, V) of the backbone as it is.
+    """Logits (1, 6, V) of the plain backbone.
 
     Raises:
-        NotImplementedError: it cannot read six tokens.
+        NotImplementedError: its forward fails on six tokens.
     """
     with _evaluating(model):
         ids = _tokens(model)
@@ -97,12 +97,11 @@ def _refused(model: nn.Module, operator: str, reason: str) -> NotImplementedErro
 
 
 def try_backbone(model: Any, expected: Tensor, operator: str) -> None:
-    """Compare a model to which heads have just been attached with its backbone's logits
-    ``expected`` (1, 6, V), and a cached step with a full pass. Notes in the head what it finds:
-    ``scaled_input`` and ``knows_f``.
+    """Compare a model with newly attached heads with its backbone's logits ``expected`` (1, 6, V),
+    and a cached step with a full pass. Sets ``scaled_input`` and ``knows_f`` of the head.
 
     Raises:
-        NotImplementedError: the head would not compute what it should; says why.
+        NotImplementedError: the results differ; the message says why.
     """
     head = model.lm_head_module
     with _evaluating(model):
@@ -162,7 +161,7 @@ def _check_full_pass(
             model,
             operator,
             "it changes its logits in a way that its config does not say (logit_scale, "
-            'logit_softcap), which mix="probs" must know; mix="logits" need not, when decoding',
+            'logit_softcap), which mix="probs" must know; decoding with mix="logits" works',
         )
     seen.clear()
     logits = model(input_ids=ids, attention_mask=mask, strength=0.0).logits
@@ -179,7 +178,7 @@ def _check_cached_step(
     name = next((name for name in _CACHES if name in names), None)
     if name is None:
         raise _refused(
-            model, operator, "its forward takes no cache, in which the gate keeps its past"
+            model, operator, "its forward takes no cache, which the gate needs for past positions"
         )
     full = model(input_ids=ids, attention_mask=mask).logits[:, -1]
     given = {}
@@ -194,12 +193,12 @@ def _check_cached_step(
         raise _refused(
             model,
             operator,
-            f"it keeps its past in {type(cache).__name__}, not in a transformers Cache that the "
-            "gate could share",
+            f"it keeps past positions in {type(cache).__name__}, not in a transformers Cache that "
+            "the gate can share",
         )
     step = model(input_ids=ids[:, past:], attention_mask=mask, use_cache=True, **{name: cache})
     if layer.gate_cache.columns != _TOKENS:
-        raise _refused(model, operator, "a cached step does not reach the gate's cache")
+        raise _refused(model, operator, "a cached step does not write to the gate's cache")
     if _differ(step.logits[:, -1], full):
         raise _refused(
             model, operator, "a step with a cache gives other logits than one pass over all tokens"

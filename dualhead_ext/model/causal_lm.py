@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DualHeadForCausalLM`: any Hugging Face causal language model with the gated head in the place of
-its lm_head.
+"""`DualHeadForCausalLM`: any Hugging Face causal language model with the gated head as its lm_head.
 
-The model is extended in place: it stays an instance of its own class, and its own forward runs. See
-`lm_head` for how the gate sees every hidden state, and `hf_cache` for where its state lives.
+The model is extended in place: it stays an instance of its own class, and its own forward runs.
+`lm_head` describes how the gate reads every hidden state, and `hf_cache` where its state is kept.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
 from .paged_gate import PagedGate, paged_gate
 
-# What forward takes beyond the backbone's own arguments.
+# Arguments of forward that the backbone's own forward does not have.
 _NEW_ARGUMENTS = (
     *(*Controls.NAMES, "dualhead_valid", "dualhead_decoding"),
     *("completion_mask", "objective", "pairs", "loss_options", "hidden_states"),
@@ -56,21 +55,21 @@ _NEW_ARGUMENTS = (
 
 _NOT_ADAPTED = (
     "which cannot be adapted: leave lm_head out of target_modules, target_parameters and "
-    "modules_to_save (and, where it is tied to the embedding, the embedding too), or adapt the "
-    "backbone and merge the adapter before attaching"
+    "modules_to_save (and the embedding too, if lm_head is tied to it), or adapt the backbone and "
+    "merge the adapter before attaching the heads"
 )
 
 
 NO_SHARDS = (
-    "tensor parallelism leaves each process a part of the lm_head, and the heads need it whole; "
+    "tensor parallelism leaves each process a part of the lm_head, but the heads need all of it; "
     "load the backbone without tp_plan, over several devices with device_map"
 )
 
 if TYPE_CHECKING:
 
     class _Extension(PreTrainedModel):
-        """What every instance is as well: its class is made of this one and the backbone's, which
-        inherits transformers' generation."""
+        """For type checkers: the class of every instance derives from this one and from the
+        backbone's, which inherits transformers' generation."""
 
         generation_config: Any
         generate: Callable[..., Any]
@@ -84,12 +83,11 @@ else:
 
 
 class DualHeadForCausalLM(_Extension):
-    """A Hugging Face causal language model with a gated, two-headed lm_head. Not made by its
-    constructor: see :meth:`from_backbone` and :meth:`from_pretrained`.
+    """A Hugging Face causal language model whose lm_head is a gated head. Make one with
+    :meth:`from_backbone` or :meth:`from_pretrained`, not with the constructor.
 
-    ``model.lm_head`` is the gated head (:class:`dualhead_ext.model.lm_head.DualHeadLMHead`):
-    ``.weight``
-    is the backbone's own parameter, ``.reward_head`` and ``.gate`` are trained. Everything else is
+    ``model.lm_head`` is a :class:`dualhead_ext.model.lm_head.DualHeadLMHead`. Its ``.weight`` is
+    the backbone's own parameter; its ``.reward_head`` and ``.gate`` are trained. Everything else is
     the backbone's.
     """
 
@@ -102,32 +100,31 @@ class DualHeadForCausalLM(_Extension):
         trial: bool = True,
         **options: Any,
     ) -> DualHeadForCausalLM:
-        """Extend a causal language model in place with a reward head that changes nothing yet and a
-        gate (alpha = 1/2).
+        """Extend a causal language model in place with a gated head. Until it is trained, the
+        reward head changes nothing, and alpha is 1/2.
 
         Args:
-            backbone: a model, or a path, hub name or built-in backbone ("embedded", "smollm2") for
-                ``AutoModelForCausalLM.from_pretrained``; or a GGUF file, also of a hub repository
-                ("owner/repository/file.gguf"), which is dequantised to float32 once and kept
-                (:mod:`dualhead_ext.model.gguf_files`).
-                Of a ``PeftModel`` the model inside is extended and returned; the wrapper goes on
-                working.
-            quantize: "int8", "fp8" or "int4": the heads in this format at once, see
-                :meth:`quantize`. A torchao lm_head needs it: both heads take its quantised weights
-                bit for bit (:mod:`dualhead_ext.quantization.torchao_weights`).
-            trial: whether to try six tokens on the backbone, plain and gated, in one pass and with
-                a cache (:mod:`dualhead_ext.model.backbone_trial`).
-            options: fields of :class:`DualHeadConfig` but sizes, bias and post-processing, which
-                are read from the backbone; by default those of the default recipe
-                (:data:`dualhead_ext.config.DEFAULT_HEAD`). For a path or name, all others go to its
-                ``from_pretrained``: device_map, revision, attn_implementation, gguf_file, ...;
-                dtype is "auto", as the files are, by default.
+            backbone: a model; or a path, hub name or built-in backbone ("embedded", "smollm2") for
+                ``AutoModelForCausalLM.from_pretrained``; or a GGUF file, also in a hub repository
+                ("owner/repository/file.gguf"), which is dequantised to float32 once and cached
+                (:mod:`dualhead_ext.model.gguf_files`). For a ``PeftModel``, the model inside is
+                extended and returned; the wrapper keeps working.
+            quantize: "int8", "fp8" or "int4": quantise the heads at once, see :meth:`quantize`. It
+                is required if torchao has quantised the lm_head: both heads then take its
+                quantised weights bit for bit (:mod:`dualhead_ext.quantization.torchao_weights`).
+            trial: whether to run six tokens through the plain and the gated backbone, in one pass
+                and with a cache (:mod:`dualhead_ext.model.backbone_trial`). Default True.
+            options: fields of :class:`DualHeadConfig` except sizes, bias and post-processing, which
+                are read from the backbone. Defaults: :data:`dualhead_ext.config.DEFAULT_HEAD`. For
+                a path or name, all other options are passed to its ``from_pretrained`` (device_map,
+                revision, attn_implementation, gguf_file, ...); dtype defaults to "auto".
         Raises:
-            TypeError: not a causal language model, an unknown option, or an lm_head that something
-                else than torchao has quantised or adapted. ValueError: it has a gated head already;
-                quantize is no format, or not that of a torchao lm_head. NotImplementedError: it
-                calls its lm_head in a way that the gated head cannot serve; says how. The backbone
-                is as it was then.
+            TypeError: not a causal language model, an unknown option, or an lm_head that is
+                adapted, or quantised by anything but torchao.
+            ValueError: the backbone has a gated head already; quantize is not a format, or not the
+                format of a torchao lm_head.
+            NotImplementedError: the gated head cannot serve this backbone; the message says why.
+                The backbone stays as it was.
         """
         if quantize is not None:
             check_format("from_backbone", quantize)
@@ -144,9 +141,8 @@ class DualHeadForCausalLM(_Extension):
             backbone = AutoModelForCausalLM.from_pretrained(path, **loading)
         elif loading:
             raise TypeError(
-                f"from_backbone: unknown arguments {', '.join(sorted(loading))}; what "
-                "from_pretrained takes (dtype, device_map, ...) is for a path or hub name, not for "
-                "a model"
+                f"from_backbone: unknown arguments {', '.join(sorted(loading))}; arguments of "
+                "from_pretrained (dtype, device_map, ...) need a path or hub name, not a model"
             )
         backbone = inside_peft(backbone)
         if not isinstance(backbone, PreTrainedModel):
@@ -168,8 +164,8 @@ class DualHeadForCausalLM(_Extension):
         quantize: str | None,
         trial: bool = True,
     ) -> DualHeadForCausalLM:
-        """Attach heads in full precision; ``quantize`` is the format that they will have, if any.
-        What can be wrong is found before the backbone is touched.
+        """Attach heads in full precision. ``quantize`` is the format that they will have later, if
+        any. All checks come before the backbone is changed.
         """
         if isinstance(backbone, DualHeadForCausalLM):
             raise ValueError(
@@ -219,28 +215,31 @@ class DualHeadForCausalLM(_Extension):
         save_full: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the heads alone: ``dualhead_config.json`` and ``dualhead_model.safetensors``. A
-        crash leaves the old pair or the new one. An adapter on the backbone is not in them: a
-        warning says so. Beside them, unless the folder has such files: ``config.json``, by which
-        transformers' Auto classes know the folder, and ``README.md``, a model card.
+        """Write the heads alone: ``dualhead_config.json`` and ``dualhead_model.safetensors``. After
+        a crash the folder holds the old pair or the new one. Unless the folder has them,
+        ``config.json`` for transformers' Auto classes and the model card ``README.md`` are written
+        too. Adapters on the backbone are not saved; a warning says so.
 
         Args:
-            is_main_process: False writes nothing, as on the other processes of a distributed run.
-            state_dict: the model's, to take the heads from instead of its present state, as FSDP
-                and DeepSpeed gather it.
-            save_function: taken for the callers that pass one; the files are always safetensors.
-            push_to_hub: also upload them, as ``PreTrainedModel.save_pretrained`` does: ``repo_id``
-                (default: the folder's name), ``token``, ``private``, ``commit_message``,
-                ``create_pr``, ``revision``. The hint of where a local backbone is goes from the
-                configuration then.
-            save_full: also write the backbone, as its own ``save_pretrained(**kwargs)`` does, so
-                that the folder can be given as its own backbone.
+            save_directory: the folder; created if missing.
+            is_main_process: False writes nothing; for the other processes of a distributed run.
+            state_dict: a state dict of the model to take the heads from. Default: its current
+                state.
+            save_function: accepted but not used; the files are always safetensors.
+            push_to_hub: also upload the files, as ``PreTrainedModel.save_pretrained`` does, with
+                ``repo_id`` (default: the folder's name), ``token``, ``private``,
+                ``commit_message``, ``create_pr``, ``revision``. The path of a local backbone is
+                then removed from the configuration.
+            save_full: also write the backbone with its own ``save_pretrained(**kwargs)``. The
+                folder is then its own backbone.
             kwargs: other arguments of the backbone's ``save_pretrained``.
         Raises:
-            TypeError: an unknown argument. ValueError: the heads hold NaN or infinite numbers, or
-                are not those of the configuration, state_dict lacks them; nothing is written.
-                RuntimeError: save_full, and the LM head is quantised and was not tied to the
-                embedding: its full precision is gone. OSError: the disk; the old files stay.
+            TypeError: an unknown argument.
+            ValueError: the heads hold NaN or infinite numbers, or do not match the configuration,
+                or state_dict lacks them. Nothing is written.
+            RuntimeError: save_full, but the LM head is quantised and was not tied to the embedding,
+                so its full-precision weights are gone.
+            OSError: the disk; the old files stay.
         """
         pretrained.save_heads(
             self, save_directory, is_main_process, state_dict, push_to_hub, token, save_full, kwargs
@@ -249,13 +248,13 @@ class DualHeadForCausalLM(_Extension):
     def _upload_modified_files(
         self, working_dir: str | os.PathLike, *arguments: Any, **options: Any
     ) -> Any:
-        """As transformers', which every upload goes through; a path of this machine stays here."""
+        """Remove the local path of the backbone, then upload as transformers does."""
         if (Path(working_dir) / CONFIG_NAME).is_file():
             without_local_path(Path(working_dir))
         return super()._upload_modified_files(working_dir, *arguments, **options)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # likewise, and the backbone
+    def from_pretrained(  # type: ignore[override]  # the heads' options and the backbone by name
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         backbone: str | os.PathLike | PreTrainedModel | None = None,
@@ -266,25 +265,27 @@ class DualHeadForCausalLM(_Extension):
         trial: bool = True,
         **options: Any,
     ) -> Any:
-        """Restore heads, bit for bit, on their backbone.
+        """Load heads, bit for bit, onto their backbone. The model is returned in eval mode.
 
         Args:
             pretrained_model_name_or_path: a folder or hub name that :meth:`save_pretrained` wrote.
             backbone: a model, path, GGUF file, hub name or built-in backbone
-                (``dualhead_ext.backbone_path``) instead of the one that the file names, or that is
-                where it was when they were saved.
-            dtype, device_map: for loading the backbone; the heads follow it. revision: of the
-                heads' repository.
-            quantize: "int8", "fp8" or "int4": full-precision heads, once restored, in this
-                format; see :meth:`dualhead_ext.DualHeadForCausalLM.quantize`. Of a file that holds
-                quantised heads, their format or None.
-            trial: as :meth:`dualhead_ext.DualHeadForCausalLM.from_backbone`; options: what else the
-                backbone's ``from_pretrained`` takes (attn_implementation, gguf_file, ...).
+                (``dualhead_ext.backbone_path``). Default: the backbone that the file names, or the
+                local folder that it came from, if that is still there.
+            dtype, device_map: for loading the backbone; the heads follow it. dtype defaults to
+                "auto".
+            revision: of the heads' repository.
+            quantize: "int8", "fp8" or "int4": quantise full-precision heads after loading; see
+                :meth:`dualhead_ext.DualHeadForCausalLM.quantize`. If the file holds quantised
+                heads: their format or None.
+            trial: see :meth:`dualhead_ext.DualHeadForCausalLM.from_backbone`.
+            options: other arguments of the backbone's ``from_pretrained`` (attn_implementation,
+                gguf_file, ...).
         Raises:
-            FileNotFoundError: no such folder or file. ValueError: a damaged or foreign file, a
-                newer format, another vocabulary or hidden size than the backbone's, another
-                backbone, quantize is no format or not that of the file. The backbone is as it was
-                then.
+            FileNotFoundError: no such folder or file.
+            ValueError: a damaged or foreign file, a newer format, another vocabulary or hidden size
+                than the backbone's, another backbone, or quantize is not a format or not that of
+                the file. The backbone stays as it was.
         """
         return pretrained.load_heads(
             cls, pretrained_model_name_or_path, backbone, dtype, device_map, revision, quantize,
@@ -294,23 +295,27 @@ class DualHeadForCausalLM(_Extension):
     # --- quantised heads ---
 
     def quantize(self, format: str, calibration: Tensor | None = None) -> DualHeadForCausalLM:
-        """Both heads in ``format``, "int8", "fp8" or "int4", in place: ``model.lm_head.quantize``,
-        which says what is raised. The backbone stays, and so does an embedding that shared its
-        weight with the LM head. Quantised heads do not train. Returns self.
+        """Quantise both heads in place. The backbone is not changed, nor is an embedding that
+        shared its weight with the LM head. Quantised heads cannot be trained.
 
         Args:
-            calibration: hidden states (..., d) as the heads read them, padding left out, for
-                example ``model.get_decoder()(ids).last_hidden_state``.
+            format: "int8", "fp8" or "int4".
+            calibration: hidden states (..., d) as the heads read them, without padding, for example
+                ``model.get_decoder()(ids).last_hidden_state``. Default: see
+                :meth:`dualhead_ext.DualHead.quantize`.
+        Returns: self.
+        Raises:
+            see :meth:`dualhead_ext.DualHead.quantize`.
         """
         self.lm_head_module.quantize(format, calibration)
         return self
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', of a quantised backbone; heads that :meth:`quantize` has rounded have
-        no way back.
+        """Dequantise a quantised backbone, as transformers does. Heads that :meth:`quantize` has
+        rounded cannot be restored.
 
         Raises:
-            ValueError: the heads are quantised, or nothing is.
+            ValueError: the heads are quantised, or the backbone is not.
         """
         if (format := self.lm_head_module.quantized) is not None:
             raise ValueError(
@@ -321,7 +326,7 @@ class DualHeadForCausalLM(_Extension):
         return super().dequantize(*args, **kwargs)
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
-        """As the backbone's, but a quantised LM head, which is tied to nothing, is left alone."""
+        """As the backbone's, but a quantised LM head is left alone: it is not tied to anything."""
         quantized = self.lm_head_module.quantized is not None
         return super().tie_weights(missing_keys, recompute_mapping or quantized)
 
@@ -333,8 +338,8 @@ class DualHeadForCausalLM(_Extension):
         return keys
 
     def _plain_lm_weight(self) -> Tensor | None:
-        """The LM head's weight in full precision: of a quantised one that of an embedding it
-        shared, or None.
+        """The LM head's weight in full precision. For a quantised head, the weight of the embedding
+        that it was tied to, or None.
         """
         head = self.lm_head_module
         if head.quantized is None:
@@ -393,7 +398,7 @@ class DualHeadForCausalLM(_Extension):
         return out
 
     def _paged_forward(self, base_forward: Any, pages: PagedGate, kwargs: dict) -> Any:
-        """A batch of transformers' continuous batching: logits of the requests' last positions."""
+        """Forward of a continuous batch: logits at the last position of each request."""
         kept = kwargs.get("logits_to_keep", 0)
         call = Call(Controls(), paged=pages, batch=dict(kwargs), logits_to_keep=kept)
         kwargs["attention_mask"] = pages.backbone_mask(kwargs["attention_mask"])
@@ -405,8 +410,8 @@ class DualHeadForCausalLM(_Extension):
         return self._without_backbones_f(out, call, kwargs)
 
     def _without_backbones_f(self, out: Any, call: Call, kwargs: dict) -> Any:
-        """For the probability mix: the head's log-probabilities themselves, where the backbone has
-        put its f on top.
+        """For the probability mix: replace the logits, to which the backbone has applied its f, by
+        the head's own log-probabilities.
         """
         config = self.dual_head_config
         if call.logits is None or (config.logit_scale == 1.0 and config.logit_softcap == 0.0):
@@ -425,25 +430,26 @@ class DualHeadForCausalLM(_Extension):
     def generate(
         self, inputs: Tensor | None = None, *args: Any, output_gate: bool = False, **kwargs: Any
     ) -> Any:
-        """Hugging Face's own ``generate``, every option of it, and per request:
+        """Hugging Face's own ``generate`` with all its options, and these:
 
         Args:
-            kwargs: the fields of :class:`dualhead_ext.head.controls.Controls`, a number or one for
-                each request; all else is Hugging Face's.
-            kl: likewise, instead of a strength: nats per token that the text is to be away from the
-                backbone, by the curve that calibration measured at uniform objective weights.
-            fused: whether tokens are chosen by the fused step, without logits (see
-                :mod:`dualhead_ext.model.fused_loop`). None: where the options allow it; False:
-                never;
-                True: always, or ValueError naming the option that is in the way.
-            seeds: (B,) int64, of sampled requests; generator: draws them where they are not given
-                (default: torch's global one). For the fused loop alone.
-            output_gate: with ``return_dict_in_generate=True``, adds ``out.gate_alpha`` (B, new
-                tokens): alpha at each position that chose a token, from one more pass over the
-                finished sequences.
+            kwargs: the fields of :class:`dualhead_ext.head.controls.Controls`, each one number for
+                all requests or one per request; all others are Hugging Face's.
+            kl: instead of a strength, the mean KL from the backbone in nats per token, one number
+                or one per request. The strength is read from the calibration curve, which was
+                measured at uniform objective weights.
+            fused: whether the fused step chooses the tokens, without logits (see
+                :mod:`dualhead_ext.model.fused_loop`). None (default): if the options allow it;
+                False: never; True: always, or a ValueError that names the option that prevents it.
+            seeds: (B,) int64, the seeds of sampled requests. Default: drawn from ``generator``.
+                Needs the fused loop.
+            generator: a torch.Generator. Default: torch's global one. Needs the fused loop.
+            output_gate: with ``return_dict_in_generate=True``, add ``out.gate_alpha`` (B, new
+                tokens): alpha at each position where a token was chosen, from another pass over
+                the finished sequences. Default False.
         Raises:
-            ValueError, TypeError: controls; a prompt without tokens. NotImplementedError: packed
-                inputs.
+            ValueError, TypeError: a wrong control, or a prompt without tokens.
+            NotImplementedError: packed inputs.
         """
         refuse_packed(kwargs)
         given = (
@@ -470,7 +476,7 @@ class DualHeadForCausalLM(_Extension):
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, **kwargs
     ):
-        """As the backbone's, and which of the new positions are real tokens."""
+        """As the backbone's; also marks which new positions are real tokens."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -481,7 +487,7 @@ class DualHeadForCausalLM(_Extension):
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
         cache = super()._prepare_static_cache(*args, **kwargs)
         bound = inspect.signature(super()._prepare_static_cache).bind(*args, **kwargs).arguments
-        # Sliding layers report their window as their length: the gate needs the whole of it.
+        # Sliding layers report their window as their length; the gate needs the full length.
         head, length = self.lm_head_module, self._previous_max_cache_length
         cache.layers.append(StaticGateLayer(head.new_cache(bound["batch_size"], length)))
         return cache
@@ -508,12 +514,12 @@ class DualHeadForCausalLM(_Extension):
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
     ) -> GatedBatchingManager:
-        """As transformers', whose ``continuous_batching_context_manager`` calls it too; the
-        manager's ``add_request`` and ``add_requests`` take the controls of :meth:`generate`.
+        """As transformers', but ``add_request`` and ``add_requests`` of the manager also take the
+        controls of :meth:`generate`. ``continuous_batching_context_manager`` calls this method.
 
         Raises:
-            NotImplementedError: a transformers before 5.23; CUDA graphs, compilation or
-                asynchronous batches.
+            NotImplementedError: transformers before 5.23; CUDA graphs, compilation or asynchronous
+                batches.
         """
         config = batching_config(continuous_batching_config)
         manager = super().init_continuous_batching(generation_config, config, **kwargs)
@@ -522,16 +528,16 @@ class DualHeadForCausalLM(_Extension):
     def generate_batch(
         self, inputs: list[list[int]], *args: Any, **kwargs: Any
     ) -> dict[str, GenerationOutput]:
-        """As transformers': prompts of any lengths in one continuous batch. The same text as
-        :meth:`generate` writes for each of them, up to the engines' rounding.
+        """Decode prompts of any lengths in one continuous batch, as transformers does. Each request
+        gets the text that :meth:`generate` writes for it, up to the rounding of the two engines.
 
         Args:
             inputs: token ids of each prompt.
-            kwargs: controls as :meth:`generate` takes them, a number or one for each prompt; all
-                else is transformers'.
+            kwargs: the controls of :meth:`generate`, each one number for all prompts or one per
+                prompt; all others are transformers'.
         Raises:
-            TypeError, ValueError: controls. NotImplementedError: as
-                :meth:`init_continuous_batching`.
+            TypeError, ValueError: a wrong control, or padding.
+            NotImplementedError: see :meth:`init_continuous_batching`.
         """
         if (mask := kwargs.pop("attention_mask", None)) is not None and not bool(mask.all()):
             raise ValueError(
@@ -544,8 +550,9 @@ class DualHeadForCausalLM(_Extension):
     # --- training ---
 
     def _training_forward(self, new: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        """The objective, computed inside the model's forward so that DDP's and FSDP's hooks fire:
-        of padded rows, or of a packed one. With ``hidden_states`` the backbone does not run.
+        """The training objective of padded rows or of a packed row. It is computed inside the
+        model's forward, so that the hooks of DDP and FSDP fire. With ``hidden_states`` the backbone
+        does not run.
         """
         input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if input_ids is None:
@@ -578,8 +585,8 @@ class DualHeadForCausalLM(_Extension):
         )
 
     def training_hidden_states(self, **inputs: Any) -> Tensor:
-        """What the heads read in training: the decoder's last hidden states of a batch (input_ids,
-        attention_mask, ...), (2P, T, d), or (1, N, d) of a packed one.
+        """The hidden states that the heads read in training: the decoder's last ones, (2P, T, d),
+        or (1, N, d) for a packed batch. inputs: a batch (input_ids, attention_mask, ...).
         """
         if not self.lm_head_module.packing_checked and inputs.get("attention_mask") is None:
             if packed_rows(inputs.get("position_ids")) is not None:
@@ -591,29 +598,29 @@ class DualHeadForCausalLM(_Extension):
         return self.get_decoder()(**kwargs, use_cache=False)[0]
 
     def get_decoder(self) -> nn.Module:
-        """What gives the hidden states that the head reads."""
+        """The module whose last hidden states the head reads."""
         return decoder_of(self, super().get_decoder())
 
     @property
     def lm_head_module(self) -> DualHeadLMHead:
-        """The gated head, whatever attribute the backbone keeps its lm_head under.
+        """The gated head, under whatever name the backbone keeps its lm_head.
 
         Raises:
-            NotImplementedError: an adapter has taken its place.
+            NotImplementedError: an adapter has replaced the head, its gate or its reward head.
         """
         head = self.get_output_embeddings()
         if not isinstance(head, DualHeadLMHead):
             raise NotImplementedError(
-                f"DualHeadForCausalLM: {class_name(head)} stands in the place of the gated "
-                f"lm_head, {_NOT_ADAPTED}"
+                f"DualHeadForCausalLM: {class_name(head)} has replaced the gated lm_head, "
+                f"{_NOT_ADAPTED}"
             )
         if not torch.compiler.is_compiling():
             for name in ("reward_head", "gate"):
                 part = getattr(head, name)
                 if class_name(part).startswith("peft "):
                     raise NotImplementedError(
-                        f"DualHeadForCausalLM: {class_name(part)} stands in the place of "
-                        f"lm_head.{name}, {_NOT_ADAPTED}"
+                        f"DualHeadForCausalLM: {class_name(part)} has replaced lm_head.{name}, "
+                        f"{_NOT_ADAPTED}"
                     )
         return head
 
@@ -623,18 +630,20 @@ class DualHeadForCausalLM(_Extension):
         return self.lm_head_module.config
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As the backbone's; refuses a forward that would pass the gated head by."""
+        """As the backbone's, but a forward that would bypass the gated head is refused."""
         if name == "forward":
             refuse_bypass(value)
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        """Its class is made when heads are attached: it is made again from the backbone's."""
+        """The extended class is created at run time, so unpickling derives it from the backbone's
+        class again.
+        """
         return _of_base, (type(self).__bases__[1],), self.__getstate__()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As the backbone's, and the reward heads follow: delta of a new token is zero, or what
-        the LM head's new row makes of an "embedding" correction.
+        """Resize the embedding as the backbone does, and the reward heads with it. delta of a new
+        token is zero; for an "embedding" correction it follows from the LM head's new row.
 
         Raises:
             RuntimeError: the heads are quantised.
@@ -645,7 +654,7 @@ class DualHeadForCausalLM(_Extension):
         plain = detach(self)
         try:
             embeddings = plain.resize_token_embeddings(*args, **kwargs)
-        finally:  # also of a refusal: the heads belong here
+        finally:  # the heads go back even after an error
             linear = plain.get_output_embeddings()
             config = replace(old.config, vocab_size=linear.out_features)
             attach(plain, linear, config, extended, "resize_token_embeddings", trial=False)
@@ -659,6 +668,6 @@ class DualHeadForCausalLM(_Extension):
 
 
 def _of_base(base: Any) -> PreTrainedModel:
-    """An empty model on the backbone class ``base``, to be filled by unpickling or copying."""
+    """An empty model on the backbone class ``base``, for unpickling and copying."""
     extended = extended_class(DualHeadForCausalLM, base, _NEW_ARGUMENTS)
     return extended.__new__(extended)

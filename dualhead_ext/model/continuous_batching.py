@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' continuous batching of a gated model: controls per request, and a paged cache with
-room for the gate. See `paged_gate` for where its state lies.
+"""transformers' continuous batching of a gated model: controls per request, and a paged cache that
+also holds the gate's state (`paged_gate`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..head.controls import Controls
 from .generate import strength_of
 from .paged_gate import PagedGate
 
-OLDEST = "5.23.0"  # of transformers: older paged caches keep pages in another way
+OLDEST = "5.23.0"  # transformers; older paged caches have another layout
 
 
 class GatedBatchingManager(ContinuousBatchingManager):
@@ -25,20 +25,20 @@ class GatedBatchingManager(ContinuousBatchingManager):
     :class:`dualhead_ext.head.controls.Controls`, and ``kl``, as ``generate()`` does.
     """
 
-    # transformers names its manager's class itself, so that a manager becomes one of these.
+    # transformers constructs the manager itself, so its class is changed afterwards.
     @classmethod
     def of(cls, manager: Any) -> GatedBatchingManager:
-        """The same manager, as one of this class."""
+        """Change the class of transformers' manager to this one."""
         manager.__class__ = cls
-        # What a request may carry beyond its tokens; `add_request` has checked it.
+        # Further arguments that a request may have; `add_request` has checked them.
         manager.logit_processor.supported_keys |= dict.fromkeys(Controls.NAMES, object)
         return manager
 
     def add_request(self, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
-        """As transformers'; kwargs may hold controls, a number each (objective_weights: K).
+        """As transformers'; kwargs may hold controls, one number each (objective_weights: K).
 
         Raises:
-            TypeError, ValueError: a control, before the request is queued.
+            TypeError, ValueError: a wrong control. The request is not queued.
         """
         if (own := getattr(input_ids, "controls", None)) is None:
             own = controls_of_requests(self.model, "add_request", kwargs, 1)[0]
@@ -46,7 +46,7 @@ class GatedBatchingManager(ContinuousBatchingManager):
         return add(input_ids, *args, **own, **kwargs)
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
-        """As transformers'; kwargs may hold controls, a number or one for each request."""
+        """As transformers'; kwargs may hold controls, one number or one per request."""
         return super().add_requests(
             prompts_with_controls(self.model, "add_requests", inputs, kwargs), *args, **kwargs
         )
@@ -57,7 +57,7 @@ class GatedBatchingManager(ContinuousBatchingManager):
         if kept is not None:
             if kept.cache.paged_gate.is_of(head):
                 return super()._create_batch_processor()
-            self.batch_processor = None  # its shared prefixes belong to older weights
+            self.batch_processor = None  # its shared prefixes were computed with older weights
         pages = PagedGate(head, model.config.get_text_config(), model.dtype)
         self.model = cast(Any, _ModelOfCache(model, pages.config))
         try:
@@ -76,8 +76,8 @@ class GatedBatchingManager(ContinuousBatchingManager):
 
 
 class _ModelOfCache:
-    """A model as the paged cache is made for it: the gate's layers are among those of its config.
-    Another thread may look at it meanwhile, and finds the model.
+    """The model with a config that includes the gate's layers, for creating the paged cache. All
+    other attributes are the model's, since another thread may read them meanwhile.
     """
 
     def __init__(self, model: Any, config: Any) -> None:
@@ -88,7 +88,7 @@ class _ModelOfCache:
 
 
 class _Prompt(list):
-    """Token ids with the controls of their request, which transformers hands on as they are."""
+    """Token ids with the controls of their request. transformers passes the object on unchanged."""
 
     def __init__(self, ids: Any, controls: dict[str, Any]) -> None:
         super().__init__(ids)
@@ -98,10 +98,11 @@ class _Prompt(list):
 def controls_of_requests(
     model: Any, operator: str, kwargs: dict[str, Any], count: int
 ) -> list[dict[str, Any]]:
-    """What each of ``count`` requests was given, as Python numbers; taken out of kwargs.
+    """Remove the controls from kwargs and return those of each of ``count`` requests, as Python
+    numbers.
 
     Raises:
-        TypeError, ValueError: naming the operator and the control.
+        TypeError, ValueError: a wrong control.
     """
     config = model.dual_head_config
     if (kl := kwargs.pop("kl", None)) is not None:
@@ -114,9 +115,9 @@ def controls_of_requests(
 def prompts_with_controls(
     model: Any, operator: str, inputs: list[list[int]], kwargs: dict[str, Any]
 ) -> list[list[int]]:
-    """The prompts, each with its controls, which are taken out of kwargs."""
+    """The prompts, each with its controls, which are removed from kwargs."""
     controls = controls_of_requests(model, operator, kwargs, len(inputs))
-    # One that has its controls already keeps them: generate_batch calls add_requests.
+    # Prompts that already have controls keep them: generate_batch calls add_requests.
     return [
         ids if isinstance(ids, _Prompt) else _Prompt(ids, own)
         for ids, own in zip(inputs, controls, strict=True)
@@ -124,7 +125,9 @@ def prompts_with_controls(
 
 
 def _rows(model: Any, given: list[dict[str, Any]]) -> Controls:
-    """Controls of requests as rows: those that any of them has, the neutral value elsewhere."""
+    """Controls of requests as rows. A control that only some requests have is neutral for the
+    others.
+    """
     count = model.dual_head_config.num_objectives
     neutral: dict[str, Any] = {name: limits.neutral for name, limits in Controls.LIMITS.items()}
     neutral["objective_weights"] = [1.0 / count] * count
@@ -135,10 +138,10 @@ def _rows(model: Any, given: list[dict[str, Any]]) -> Controls:
 
 
 def batching_config(config: Any) -> Any:
-    """The configuration of continuous batching as a gated model runs it.
+    """The configuration of continuous batching, adjusted for a gated model.
 
     Raises:
-        NotImplementedError: an older transformers; CUDA graphs, compilation or asynchronous
+        NotImplementedError: transformers is too old; CUDA graphs, compilation or asynchronous
             batches.
     """
     if Version(transformers.__version__) < Version(OLDEST):
@@ -162,5 +165,5 @@ def batching_config(config: Any) -> Any:
                 "the host reads for each batch; leave it out"
             )
     config.use_cuda_graph = config.use_async_batching = False
-    config.max_blocks_per_request = 0  # the path by block tables keeps no state but the backbone's
+    config.max_blocks_per_request = 0  # decoding by block tables would not keep the gate's state
     return config

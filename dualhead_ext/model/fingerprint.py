@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells backbones apart: a few values of a few parameters, small enough for a JSON file."""
+"""Fingerprints of backbones: a few values of a few parameters, small enough for a JSON file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from transformers import PreTrainedModel
 
 from ..quantization.torchao_weights import is_torchao
 
-# Parameters and values per parameter in a fingerprint: a few kilobytes of JSON that no other
-# backbone shares.
+# The most parameters in a fingerprint, and the values of each: a few kilobytes of JSON.
 _PARAMETERS, VALUES = 32, 4
-# Values agree between float32, bfloat16 and float16 copies of one backbone to half an ulp of
-# bfloat16, 2^-8.
+# float32, bfloat16 and float16 copies of one backbone agree to half an ulp of bfloat16, 2^-8.
 _TOLERANCE = 2.0**-7
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """The architecture, and a few values of evenly chosen parameters of a gated model's backbone.
+    """The architecture and a few values of evenly spaced parameters of a gated model's backbone.
 
-    The heads are left out, an LM head that is trained or quantised with them, and adapters.
+    The heads and adapters are left out, and so is an LM head that is trained or quantised.
     """
     head = model.get_output_embeddings()
     left_out = {id(p) for n, p in head.named_parameters() if "." in n or head.owns_lm_head}
@@ -40,8 +38,8 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _backbone_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """named_parameters as they are without adapters: PEFT's layers hold the module that they
-    replace as ``base_layer``, beside their own parameters.
+    """The named parameters without those of adapters. PEFT's layers hold the module that they
+    replace as ``base_layer``, besides their own parameters.
     """
     layers = [f"{n}." for n, m in model.named_modules() if hasattr(m, "base_layer")]
     for name, parameter in model.named_parameters():
@@ -55,14 +53,14 @@ def _comparable(parameter: Tensor) -> bool:
 
 
 def _few_values(parameter: Tensor, version: int = 2) -> list[float]:
-    """Evenly chosen values, the first and the last among them. version: of the file's format."""
+    """Evenly spaced values, including the first and the last. version: of the file format."""
     count = parameter.numel()
-    if version == 1:  # float32, so not every index is the floor of the exact one
+    if version == 1:  # computed in float32, so some indices are rounded differently
         indices = torch.linspace(0, count - 1, VALUES).long().clamp(max=count - 1).tolist()
     else:
         indices = [i * (count - 1) // (VALUES - 1) for i in range(VALUES)]
     places = [_unravel(index, parameter.shape) for index in indices]
-    # Not through flatten(), which copies a parameter that is not contiguous.
+    # Not with flatten(), which would copy a parameter that is not contiguous.
     return torch.stack([parameter.detach()[place] for place in places]).float().tolist()
 
 
@@ -77,8 +75,8 @@ def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
 def check_fingerprint(
     model: PreTrainedModel, stored: dict[str, Any], where: str, version: int = 2
 ) -> None:
-    """Raise ValueError unless ``model`` is the backbone that ``stored`` describes, in any floating
-    dtype. version: of the format of the file that holds it.
+    """Raise ValueError unless ``model`` is the backbone that ``stored`` describes, in any
+    floating-point dtype. version: of the file format.
     """
     if model.config.model_type != stored["model_type"]:
         raise ValueError(

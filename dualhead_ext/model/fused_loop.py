@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused decoding loop of ``generate()``: hidden state in, token out, nothing of size V between.
+"""The fused decoding loop of ``generate()``: the decode step maps hidden states to tokens and
+returns no logits.
 
-transformers' own loop asks the model for logits, copies them, runs processors over them and takes
-an argmax or a sample. Where no processor is left to run but the filters that the fused step knows,
-the loop here lets the step choose the token itself. It stands in the place of ``_sample``, which
-is what ``generate()`` calls for greedy search and sampling after it has resolved every option, and
-which is the signature of a ``custom_generate`` callable: so :func:`fused_sample` can be passed as
-one too.
+transformers' own loop takes logits from the model, copies them, runs processors over them and
+takes an argmax or a sample. If the only processors are filters that the fused step has too, the
+loop here lets the step choose the token. It replaces ``_sample``, which ``generate()`` calls for
+greedy search and sampling after it has resolved every option. ``custom_generate`` callables have
+the same signature, so :func:`fused_sample` can be passed as one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .hf_cache import gate_layer
 
 FP32 = torch.float32
 
-# Options that ask for another loop altogether.
+# Options that need another loop.
 _OTHER_LOOPS = (
     *("num_beams", "num_beam_groups", "constraints", "force_words_ids", "penalty_alpha"),
     *("dola_layers", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"),
@@ -38,14 +38,14 @@ _OTHER_LOOPS = (
 
 
 def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decoding | None:
-    """Take ``fused``, ``seeds`` and ``generator`` out of the arguments of ``generate()``. None
-    where an option asks for another loop altogether.
+    """Remove ``fused``, ``seeds`` and ``generator`` from the arguments of ``generate()``. None if
+    an option needs another loop.
 
     Args:
-        batch_size: of the prompts. config: the model's generation config.
+        batch_size: number of prompts. config: the model's generation config.
     Raises:
-        TypeError, ValueError: of another type or shape, or together with an option that asks for
-            another loop.
+        TypeError, ValueError: a wrong type or shape, or an option that needs another loop although
+            the fused one is required.
     """
     fused, seeds = kwargs.pop("fused", None), kwargs.pop("seeds", None)
     if fused is not None and not isinstance(fused, bool):
@@ -60,7 +60,7 @@ def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decodin
     asked = Sampling(seeds=seeds, generator=kwargs.pop("generator", None))
     decoding = Decoding(fused, asked, keep_cache=given)
     if kwargs.get("custom_generate") is fused_sample:
-        # transformers would hand a custom loop neither the streamer nor the tokenizer.
+        # transformers would pass neither the streamer nor the tokenizer to a custom loop.
         del kwargs["custom_generate"]
         decoding.fused = True
     config = kwargs.get("generation_config") or config
@@ -73,11 +73,11 @@ def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decodin
 
 
 def _seeds(asked: Sampling, cache: GateCache) -> Tensor:
-    """(B,) seeds of this call's draws. Copies of a request (num_return_sequences) draw from seeds
-    of their own: equal seeds would sample equal text.
+    """The seeds (B,) of this call. Copies of a request (num_return_sequences) get different seeds,
+    since equal seeds would sample equal text.
     """
     if asked.seeds is None:
-        cache.seeds = None  # this call's own, not those of an earlier turn
+        cache.seeds = None  # drop those of an earlier call
         return seeds_of("generate", cache, None, asked.generator)
     copies = cache.batch_size // asked.seeds.shape[0]
     numbers = torch.arange(copies, device=asked.seeds.device).repeat(len(asked.seeds))
@@ -86,9 +86,7 @@ def _seeds(asked: Sampling, cache: GateCache) -> Tensor:
 
 
 def _sampling(asked: Sampling, head: Any, cache: GateCache, filters: dict[str, float]) -> Sampling:
-    """Rows of what the step needs to sample. The filters' values are transformers' own, which has
-    checked them.
-    """
+    """Filters and seeds as rows for the step. transformers has checked the filters' values."""
     dtype = accumulator_dtype(head.hidden_dtype)
     rows: dict[str, Any] = {
         name: cache.per_row(name, value, torch.int32 if name == "top_k" else dtype)
@@ -98,8 +96,8 @@ def _sampling(asked: Sampling, head: Any, cache: GateCache, filters: dict[str, f
 
 
 def token_of_logits(logits: Tensor, sampling: Sampling, cache: GateCache) -> tuple[Tensor, Tensor]:
-    """(token, status) of (B, V) logits, chosen as the step chooses: the prompt's, where there is
-    no step.
+    """(token, status) from logits (B, V), as the step would choose. Used for a prompt, which has no
+    step.
     """
     token, _, failed = choose_token(logits, sampling.operands("generate", cache))
     if sampling.do_sample:
@@ -108,12 +106,11 @@ def token_of_logits(logits: Tensor, sampling: Sampling, cache: GateCache) -> tup
 
 
 class _Finished:
-    """Tells the host that every row is finished, without making it wait for the device.
+    """Tells the host whether all rows are finished, without waiting for the device at each token.
 
-    Reading a flag of this step would stall the host until the device has caught up, once per token.
-    With ``late`` the flag is copied to pinned memory behind the step and read one step later, when
-    the next one is queued: one step too many at the end, which the loop takes back. Not ``late``,
-    it is read at once, which costs nothing on the CPU.
+    With ``late``, the flag of a step is copied to pinned memory after it and read one step later,
+    when the next step is queued. So one step too many runs at the end, and the loop drops its
+    tokens. Without ``late`` the flag is read at once, which costs nothing on the CPU.
     """
 
     def __init__(self, device: torch.device, late: bool) -> None:
@@ -139,15 +136,15 @@ def _warn_of_status(status: Tensor) -> None:
     rows = status.nonzero().flatten().tolist()
     if rows:
         warnings.warn(
-            f"generate: the numbers of rows {rows} became infinite or NaN; their text from there "
-            "on means nothing",
+            f"generate: rows {rows} became infinite or NaN; their text is meaningless from there "
+            "on",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 class _Loop:
-    """One run of the fused loop, with what it keeps from token to token."""
+    """One run of the fused loop, and its state between tokens."""
 
     def __init__(
         self, model: Any, decoding: Decoding, criteria: Any, config: Any, streamer: Any
@@ -158,15 +155,15 @@ class _Loop:
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         pad = config._pad_token_tensor if ends else None
         if ends and pad is None:
-            raise ValueError("generate: pad_token_id must be given where rows can end, got None")
+            raise ValueError("generate: pad_token_id must be given if rows can end, got None")
         self.pad = None if pad is None else pad.to(self.device)
         kept = decoding.keep_cache or config.return_dict_in_generate
         late = self.device.type == "cuda" and streamer is None and not kept
         self.finished = _Finished(self.device, late)
-        self.status = torch.zeros((), dtype=torch.int32, device=self.device)  # worst of each row
+        self.status = torch.zeros((), dtype=torch.int32, device=self.device)  # maximum per row
 
     def begin(self, input_ids: Tensor, filters: dict[str, float], model_kwargs: dict) -> Any:
-        """Read the prompt; what the step needs to sample is known from then on."""
+        """Run the prompt and prepare the arguments that the step needs to sample."""
         self.decoding.begun = True
         model_kwargs["dualhead_decoding"] = self.decoding
         out = self.model._prefill(input_ids, self.config, model_kwargs)
@@ -181,18 +178,18 @@ class _Loop:
             self.sampling = _sampling(self.decoding.asked, head, self.cache, filters)
         if self.decoding.knows_f:
             self.decoding.sampling = self.sampling
-        else:  # the backbone has the last word on logits, from which each token is chosen here
+        else:  # the backbone changes the logits, so each token is chosen from its logits here
             del model_kwargs["dualhead_decoding"]
         return out
 
     def take_token(self, out: Any, input_ids: Tensor, unfinished: Tensor) -> tuple[Tensor, Tensor]:
-        """``input_ids`` with the new token, and which rows go on."""
+        """(``input_ids`` with the new token, which rows are unfinished)."""
         if out.logits.is_floating_point():
             logits = out.logits[:, -1].to(self.device, torch.promote_types(out.logits.dtype, FP32))
             token, status = token_of_logits(logits, self.sampling, self.cache)
         else:
             token, status = out.logits.to(self.device).unbind(1)
-        # New tensors, nothing kept of ``out``: under CUDA graphs the next replay overwrites it.
+        # Make new tensors: under CUDA graphs the next replay overwrites ``out``.
         self.status = torch.maximum(self.status, status)
         token = token if self.pad is None else torch.where(unfinished, token, self.pad)
         input_ids = torch.cat((input_ids, token[:, None]), dim=-1)
@@ -203,7 +200,7 @@ class _Loop:
     def run(
         self, input_ids: Tensor, filters: dict[str, float], model_kwargs: dict[str, Any]
     ) -> tuple[Tensor, Cache]:
-        """(sequences, the cache), from a prompt."""
+        """(sequences, cache) from a prompt."""
         model, limit = self.model, self.criteria.max_length
         forward = model.__call__
         if model._valid_auto_compile_criteria(model_kwargs, self.config):
@@ -241,16 +238,16 @@ def fused_sample(
     dualhead_decoding: Decoding | None = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    """Greedy search or sampling, a token per fused step. Arguments and results are those of
-    transformers' ``_sample``; the first token is chosen from the prompt's logits.
+    """Greedy search or sampling, one fused step per token. Arguments and results are those of
+    transformers' ``_sample``. The first token is chosen from the prompt's logits.
 
     Raises:
-        ValueError: an option that the loop cannot honour; see :func:`obstacle`.
+        ValueError: an option that the loop does not support; see :func:`obstacle`.
     """
     decoding = dualhead_decoding or Decoding(fused=True)
     found = obstacle(generation_config, logits_processor, synced_gpus, model_kwargs)
     if found is not None:
-        raise ValueError(f"fused_sample: the fused decoding loop is ruled out by {found}")
+        raise ValueError(f"fused_sample: the fused decoding loop does not support {found}")
     loop = _Loop(model, decoding, stopping_criteria, generation_config, streamer)
     filters = cast(dict, filters_of(logits_processor, generation_config.do_sample))
     sequences, cache = loop.run(input_ids.to(loop.device), filters, model_kwargs)
@@ -269,11 +266,11 @@ def sample(
     arguments: dict[str, Any],
     model_kwargs: dict[str, Any],
 ) -> Any:
-    """The fused loop where every option allows it, transformers' own otherwise. arguments: those of
+    """The fused loop if all options allow it, otherwise transformers' own. arguments: those of
     transformers' ``_sample``.
 
     Raises:
-        ValueError: something that only the fused loop can honour was asked of the other.
+        ValueError: an argument needs the fused loop, but an option rules it out.
     """
     decoding = model_kwargs.pop("dualhead_decoding", None) or Decoding()
     config, processors = arguments["generation_config"], arguments["logits_processor"]

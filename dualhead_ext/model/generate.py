@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `generate()` of a gated model does before and after transformers' own: the strength of a KL,
-which new positions are real tokens, and alpha of each token that was chosen.
+"""What `generate()` of a gated model adds to transformers': the strength for a KL, a mask of new
+positions, and alpha of each chosen token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_prompt(prompt: Tensor | None) -> None:
-    """Refuse a prompt, ids (B, T) or embeddings (B, T, d), that holds nothing.
+    """Refuse an empty prompt: ids (B, T) or embeddings (B, T, d).
 
     Raises:
         ValueError: B or T is 0.
@@ -32,35 +32,40 @@ def check_prompt(prompt: Tensor | None) -> None:
 
 
 def new_valid(inputs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
-    """Which of the new positions are real tokens (B, T), bool, of what transformers prepared for a
-    forward; None where the mask in it says so.
+    """Which of the new positions are real tokens, (B, T) bool; None if the mask in ``inputs`` says
+    it already. inputs: what transformers prepared for a forward.
 
-    attention_mask: (B, columns), as it was before: a static cache's mask is 4-D by then.
+    attention_mask: (B, columns), as it was before the preparation, which makes it 4-D for a static
+    cache.
     """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     new = embeds if ids is None else ids
     if attention_mask is not None and attention_mask.dim() == 2:
-        # Cloned, as transformers does with ids: a slice's stride would grow with the mask and
-        # recompile each step.
+        # Cloned, as transformers does with ids: the stride of a slice would grow with the mask, and
+        # each step would be recompiled.
         valid = attention_mask[:, -new.shape[1] :].bool()
         return valid.clone(memory_format=torch.contiguous_format)
     if attention_mask is None and inputs.get("attention_mask") is not None:
-        # It drops a mask of ones, and makes a static cache's own without it.
+        # transformers drops a mask of ones, and builds the mask of a static cache without it.
         return torch.ones(new.shape[:2], dtype=torch.bool, device=new.device)
     return None
 
 
 def strength_of(curve: list[list[float]] | None, kl: Any, kwargs: dict[str, Any]) -> Any:
-    """The strength that ``kl`` asks for, among other arguments of ``generate()``."""
+    """The strength for ``kl``. kwargs: the other arguments of ``generate()``.
+
+    Raises:
+        ValueError, TypeError: strength is given too, or see :func:`.strength_of_kl`.
+    """
     if kwargs.get("strength") is not None:
-        raise ValueError("generate: kl and strength are two ways to say one thing; give one")
+        raise ValueError("generate: kl and strength exclude each other; give one of them")
     weights = kwargs.get("objective_weights")
     if weights is not None:
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if not torch.allclose(weights, torch.full_like(weights, 1 / weights.shape[-1])):
             logger.warning(
-                "generate: kl: the curve was measured at uniform objective weights; at others "
-                "the KL will differ from what was asked"
+                "generate: kl: the curve was measured at uniform objective weights; at other "
+                "weights the KL will differ"
             )
     return strength_of_kl(curve, kl)
 
@@ -69,7 +74,7 @@ def strength_of(curve: list[list[float]] | None, kl: Any, kwargs: dict[str, Any]
 def alpha_of(
     model: Any, sequences: Tensor, prompt: Tensor | None, kwargs: dict, controls: Controls
 ) -> Tensor:
-    """alpha at every position that chose a token of ``sequences``: (B, new tokens)."""
+    """alpha at each position where a token of ``sequences`` was chosen: (B, new tokens)."""
     repeats = 1 if prompt is None else sequences.shape[0] // prompt.shape[0]
     repeated = controls.repeat(repeats).given()
     mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")

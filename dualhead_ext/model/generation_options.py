@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calls of ``generate()`` the fused decoding loop can take, and what it is told of them."""
+"""Which calls of ``generate()`` the fused decoding loop supports, and their options."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ from transformers.generation.logits_process import (
 
 from ..head.controls import GREEDY, Sampling
 
-# Processor -> the filter of the step, which is also its attribute, in the order in which the step
-# applies them.
+# Processor -> the step's filter, in the order in which the step applies them. A processor's
+# attribute has the same name.
 _FILTERS = {
     TemperatureLogitsWarper: "temperature",
     TopKLogitsWarper: "top_k",
     TopPLogitsWarper: "top_p",
     MinPLogitsWarper: "min_p",
 }
-# Options that ask for what the fused loop does not make.
+# Options that ask for outputs which the fused loop does not compute.
 _NEEDS_LOGITS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 @dataclass
 class Decoding:
-    """How one call of ``generate()`` decodes; passed to the model's forward, which notes what it
-    finds there.
+    """How one call of ``generate()`` decodes. It is passed to the model's forward, which sets
+    ``knows_f``.
 
     Attributes:
-        fused: True forces the fused loop, False forbids it, None leaves it to the options.
-        asked: the seeds (B,) of the requests, and the generator that draws them where there are
-            none.
-        keep_cache: the caller's own cache, which must not see a step too many.
-        sampling: once the loop has begun, the rows by which the step chooses a token.
-        knows_f: whether what the backbone did to the prompt's logits is what the step does.
-        begun: whether the fused loop has it; in any other loop a demand for it is an error.
+        fused: True requires the fused loop, False forbids it, None leaves it to the options.
+        asked: the seeds (B,) of the requests, or the generator that draws them.
+        keep_cache: whether the cache is the caller's, so that no step too many may run.
+        sampling: filters and seeds as rows, once the loop has begun.
+        knows_f: whether the backbone's f on the prompt's logits equals the step's f.
+        begun: whether the fused loop runs. Other loops raise if the fused loop is required.
     """
 
     fused: bool | None = None
@@ -54,21 +53,21 @@ class Decoding:
 
     @property
     def demand(self) -> str | None:
-        """The argument of ``generate()`` that only the fused loop can honour, if one was given."""
+        """The first given argument of ``generate()`` that needs the fused loop, or None."""
         asked = self.asked
         named = {"fused=True": self.fused, "seeds": asked.seeds, "generator": asked.generator}
         given = (name for name, value in named.items() if value is not None and value is not False)
         return next(given, None)
 
     def compare(self, expected: Tensor, logits: Tensor) -> None:
-        """Note whether the backbone's ``logits`` are those that the step would choose from."""
+        """Note in ``knows_f`` whether the backbone's ``logits`` equal those of the step."""
         same = expected.shape == logits.shape and torch.allclose(
             expected, logits.to(expected), rtol=1e-4, atol=1e-4, equal_nan=True
         )
         self.knows_f = same and self.knows_f is not False
 
     def refuse(self, obstacle: str) -> None:
-        """Raise ValueError if the fused loop was asked for but ``obstacle`` is in the way."""
+        """Raise ValueError if the fused loop is required, since ``obstacle`` rules it out."""
         if self.demand is not None:
             raise ValueError(
                 f"generate: {self.demand} needs the fused decoding loop, which {obstacle} rules out"
@@ -76,8 +75,8 @@ class Decoding:
 
 
 def filters_of(processors: list, do_sample: bool) -> dict[str, float] | str:
-    """Arguments of the step that do what these logits processors do, or the name of one that the
-    step cannot stand in for.
+    """The step's filters that are equivalent to these logits processors, or the name of a processor
+    that has no equivalent.
     """
     order, found = list(_FILTERS), {}
     last = -1
@@ -96,8 +95,8 @@ def filters_of(processors: list, do_sample: bool) -> dict[str, float] | str:
 def obstacle(
     config: Any, processors: list, synced_gpus: bool, model_kwargs: dict[str, Any]
 ) -> str | None:
-    """What of a call of ``generate()``, greedy or sampled, the fused loop cannot do; None if it can
-    do all of it.
+    """What prevents the fused loop in a greedy or sampled call of ``generate()``; None if nothing
+    does.
     """
     for name in _NEEDS_LOGITS:
         if getattr(config, name, None):
@@ -109,6 +108,6 @@ def obstacle(
     if not config.use_cache:
         return "use_cache=False"
     if not isinstance(model_kwargs.get("past_key_values"), Cache):
-        return "a cache that is no transformers Cache"
+        return "a cache that is not a transformers Cache"
     filters = filters_of(processors, config.do_sample)
     return filters if isinstance(filters, str) else None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones that come as one GGUF file. transformers reads it, once: what it reads is kept as
-safetensors in a cache folder, where every later load is fast.
+"""Backbones in one GGUF file. At first use transformers reads the file, and the model is stored as
+safetensors in a cache folder; later loads read that folder, which is fast.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any
 from ..files.atomic import replace_files, sha256_of, synchronise
 
 SUFFIX = ".gguf"
-SOURCE_NAME = "gguf.json"  # in a converted folder: what it was asked for by
-# Part of a converted folder's name. Raise it when `_convert` changes what it writes.
+SOURCE_NAME = "gguf.json"  # in a converted folder: the name under which it was requested last
+# Part of a converted folder's name. Increase it when `_convert` changes what it writes.
 _CONVERSION = 1
 _MAGIC = b"GGUF"
-# What llama.cpp names the parts of a model: part and count.
+# llama.cpp's names of the parts of a model: part and count.
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 logger = logging.getLogger(__name__)
 
 
 def is_gguf(name: str | os.PathLike) -> bool:
-    """Whether a backbone's name is that of a GGUF file: of a path, or "owner/repository/file"."""
+    """Whether a backbone's name, a path or "owner/repository/file", is that of a GGUF file."""
     return os.fspath(name).lower().endswith(SUFFIX)
 
 
 def on_hub(name: str) -> tuple[str, str] | None:
-    """("owner/repository", file) of the name of a GGUF file that is not a path, or None."""
+    """("owner/repository", file) if a GGUF file's name is not a path, else None."""
     parts = name.split("/")
     if not is_gguf(name) or len(parts) < 3 or parts[0] in ("", ".", "..", "~"):
         return None
@@ -44,10 +44,10 @@ def on_hub(name: str) -> tuple[str, str] | None:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Refuse a path that is no GGUF file, or one part of several; reads its first bytes.
+    """Check that a path is a whole GGUF file, by its name and its first bytes.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is something else, or a part.
+        FileNotFoundError: no such file. ValueError: not a GGUF file, or one part of several.
     """
     _check_whole(os.fspath(path))
     if not os.path.isfile(path):
@@ -61,7 +61,7 @@ def check_file(path: str | os.PathLike) -> None:
 
 
 def _check_whole(name: str) -> None:
-    """Refuse the name of a part of a model: transformers reads one file."""
+    """Refuse the name of one part of a model: transformers reads a single file."""
     part = _PART.search(name)
     if part is not None and int(part[2]) > 1:
         raise _not_whole(name, int(part[2]))
@@ -75,16 +75,17 @@ def _not_whole(name: str | os.PathLike, count: int) -> ValueError:
 
 
 def converted(name: str | os.PathLike, revision: str | None = None) -> Path:
-    """The folder of a GGUF file's model: float32 safetensors, tokenizer with the file's chat
-    template, configurations. Made on first use, below :func:`cache_folder`; four bytes a parameter.
+    """The folder of a GGUF file's model: float32 safetensors, the tokenizer with the file's chat
+    template, and configurations. It is created at first use in :func:`cache_folder`, and takes four
+    bytes per parameter.
 
     Args:
-        name: a path, or "owner/repository/file.gguf" of the hub. revision: of the repository.
+        name: a path, or "owner/repository/file.gguf" on the hub. revision: of the repository.
     Raises:
-        FileNotFoundError, ValueError: as :func:`check_file`; a damaged file, one that lacks
-            weights, or a model that transformers does not know. ImportError: gguf or accelerate
-            is missing; says how to install it. OSError: the cache folder cannot be written, the
-            hub not be reached.
+        FileNotFoundError, ValueError: see :func:`check_file`.
+        ValueError: a damaged file, one that lacks weights, or a model unknown to transformers.
+        ImportError: gguf or accelerate is missing; the message says how to install it.
+        OSError: the cache folder cannot be written, or the hub cannot be reached.
     """
     path = name = os.path.expanduser(os.fspath(name))
     if (found := on_hub(name)) is not None:
@@ -101,8 +102,8 @@ def converted(name: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def convert_once(source: Path, title: str) -> Path:
-    """As :func:`converted`, of a file that is there. title: how a new folder's name begins; one
-    that holds the same file under another title is as good.
+    """:func:`converted` for an existing file. title: the beginning of a new folder's name. A folder
+    with the same file and another title is used too.
     """
     end = f"-{sha256_of(source)[:16]}-{_CONVERSION}"
     parent = cache_folder()
@@ -117,7 +118,7 @@ def convert_once(source: Path, title: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f"{title}{end}"
     staging = folder.with_name(f".{folder.name}.staging")
-    # One process converts, others wait. A crash leaves the staging folder to the next one.
+    # One process converts, others wait. After a crash the next process removes the staging folder.
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
@@ -139,7 +140,7 @@ def convert_once(source: Path, title: str) -> Path:
 
 
 def source_of(folder: str | os.PathLike) -> str | None:
-    """What :func:`converted` was last asked for to give this folder, a path in full; or None."""
+    """The name or absolute path for which :func:`converted` last returned this folder, or None."""
     folder = Path(os.path.realpath(folder))
     if folder.parent != cache_folder().resolve() or not (folder / SOURCE_NAME).is_file():
         return None
@@ -148,7 +149,7 @@ def source_of(folder: str | os.PathLike) -> str | None:
 
 def _note_source(folder: Path, name: str) -> None:
     if source_of(folder) != name:
-        with contextlib.suppress(OSError):  # a cache that others made need not be writable
+        with contextlib.suppress(OSError):  # another user's cache may be read-only
             replace_files(folder, {SOURCE_NAME: json.dumps(name).encode() + b"\n"})
 
 
@@ -163,7 +164,7 @@ def _folder_ending(parent: Path, end: str) -> Path | None:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Write a GGUF file's model, tokenizer and configurations as Hugging Face has them.
+    """Write a GGUF file's model, tokenizer and configurations in Hugging Face's formats.
 
     Raises:
         ValueError: the file is damaged, one part of several, or lacks weights.
@@ -190,12 +191,12 @@ def _convert(source: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **place)
     except (ValueError, LookupError, RuntimeError, struct.error) as error:
         raise ValueError(f"{source} cannot be read as a language model ({error})") from error
-    if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
+    if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them randomly
         raise ValueError(
             f"{source} cannot be read as a language model: it lacks {len(missing)} weights, "
             f"{missing[0]} among them"
         )
-    # The GGUF's title, which is no name of the hub.
+    # The GGUF's title is not a hub name.
     model.config.__dict__.pop("_model_name_or_path", None)
     model.save_pretrained(folder)
     if splits == "smollm":
@@ -207,8 +208,8 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def _split_as_smollm(tokenizer) -> None:
-    """Each digit on its own, then as GPT-2: the file says it by a name that transformers does not
-    read.
+    """Split digits one by one, then as GPT-2 does. The file names this pre-tokenizer, but
+    transformers does not read the name.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 

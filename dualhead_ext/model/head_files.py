@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of a gated head as files hold them: which, of what shape and kind, and back."""
+"""The tensors of a gated head in files: their names, shapes and dtypes; loading and checking."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from ..config import DualHeadConfig
 from ..head.dual_head import DualHead
 from ..quantization import FORMATS, format_of, storage_shapes
 
-_PIECE = 2**24  # numbers that are checked at a time
+_PIECE = 2**24  # elements checked at a time
 
 
 def head_state(head: Any, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of a gated head that files hold, by the names that files use: gate.*,
-    reward_head.*, and lm_head.* where it is not the backbone's own (trained or quantised).
+    """The tensors of a gated head for a file, by their names there: gate.*, reward_head.*, and
+    lm_head.* if it is trained or quantised.
 
     Args:
-        given: a state of the head, by the names of its ``state_dict``, to take instead of the
-            present one.
+        given: a state dict of the head to use instead of the current one.
     Raises:
-        ValueError: ``given`` lacks one of them, naming it.
+        ValueError: ``given`` lacks a tensor; the message names it.
     """
     own = head.state_dict()
     names = {name: name for name in own if "." in name}
@@ -38,7 +37,7 @@ def head_state(head: Any, given: dict[str, Tensor] | None = None) -> dict[str, T
 
 
 def shown(names: list[str]) -> str:
-    """The first few names."""
+    """The first five names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(name[:80] for name in names[:5]) + more
 
@@ -46,9 +45,9 @@ def shown(names: list[str]) -> str:
 def check_head_state(
     config: DualHeadConfig, state: dict[str, Tensor], quantized: str | None, where: str
 ) -> None:
-    """Raise ValueError unless a file's tensors are those of a head of ``config`` in the format
-    ``quantized`` (None: full precision): every name is there, no other, each of its shape and kind,
-    all numbers finite.
+    """Raise ValueError unless ``state`` is exactly the state of a head of ``config`` in the format
+    ``quantized`` (None: full precision): the names, shapes and dtypes are right, and all values are
+    finite.
     """
     try:
         with torch.device("meta"):
@@ -92,19 +91,19 @@ def _check_kind(name: str, value: Tensor, quantized: str | None, where: str) -> 
 
 
 def _all_finite(value: Tensor) -> bool:
-    if value.dtype == torch.float8_e4m3fn:  # has NaN and no infinity, and torch no isfinite of it
+    if value.dtype == torch.float8_e4m3fn:  # has NaN but no infinity; torch has no isfinite for it
         return not any(((x & 0x7F) == 0x7F).any() for x in _pieces(value.view(torch.uint8)))
     return not value.is_floating_point() or all(_is_finite(x) for x in _pieces(value))
 
 
 def _is_finite(piece: Tensor) -> bool:
-    """A sum tells at a tenth of the cost: it is finite only where all are, unless it overflows."""
+    """A finite sum proves it at a tenth of the cost. If the sum overflows, all are checked."""
     total = piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32))
     return bool(torch.isfinite(total)) or bool(torch.isfinite(piece).all())
 
 
 def _pieces(value: Tensor) -> Iterator[Tensor]:
-    """Views of a tensor that cover it, none so large that a mask of it would matter."""
+    """Views that cover a tensor, each small enough that a mask of it takes little memory."""
     if value.numel() <= _PIECE or value.dim() == 0:
         yield value
     elif value.shape[0] == 1:
@@ -115,7 +114,7 @@ def _pieces(value: Tensor) -> Iterator[Tensor]:
 
 
 def _quantized_heads(config: DualHeadConfig) -> tuple[str, ...]:
-    """The heads that `quantize` turns into a format: a correction stays as it is."""
+    """The heads that `quantize` quantises; a correction is not."""
     return ("lm_head", "reward_head") if config.reward_head == "full" else ("lm_head",)
 
 
@@ -123,17 +122,17 @@ def _quantized_heads(config: DualHeadConfig) -> tuple[str, ...]:
 def load_head_state(
     head: Any, state: dict[str, Tensor], where: str, quantized: str | None = None
 ) -> None:
-    """Tensors of a file into a gated head that is not quantised, bit for bit.
+    """Load a file's tensors into a gated head that is not quantised, bit for bit.
 
     Raises:
-        ValueError: as :func:`check_head_state`; the head is left as it was.
+        ValueError: see :func:`check_head_state`; the head stays as it was.
     """
     check_head_state(head.config, state, quantized, where)
     own = head.state_dict(keep_vars=True) | {"lm_head.weight": head.lm_weight}
     own["lm_head.bias"] = head.lm_bias
     if quantized is not None:
         state, weight = dict(state), head.lm_weight
-        # Copies: the file's tensors are mapped from it, and would change with it.
+        # Copies, since the tensors are memory-mapped and would change with the file.
         lm, *reward = (
             [
                 state.pop(f"{part}.{name}").to(weight.device, copy=True)

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that holds a gated head: two files that belong together, checked against each other.
+"""The folder of a gated head: two files that are checked against each other.
 
 ``dualhead_config.json`` holds
 
-- ``format_version``: 2. Version 1 had no hashes and no other reward head than ``"full"``.
+- ``format_version``: 2. Version 1 had no hashes, and ``"full"`` was the only reward head.
 - ``dual_head``: the fields of :class:`DualHeadConfig`.
-- ``quantized``: a name of :data:`dualhead_ext.config.FORMAT_NAMES`, or null.
-- ``backbone``: ``name_or_path``, of the hub or a built-in's, ``revision``, ``fingerprint``; and, of
-  one that was a folder or a GGUF file, its ``local_path``, a hint that holds on the machine where
-  the heads were saved. What is found by it must have the fingerprint, as any backbone.
-- ``weights_sha256``: of the other file.
-- ``sha256``: of this file's own contents without this key, as JSON with sorted keys and no blanks.
+- ``quantized``: a name in :data:`dualhead_ext.config.FORMAT_NAMES`, or null.
+- ``backbone``: ``name_or_path`` (a hub name or a built-in backbone), ``revision`` and
+  ``fingerprint``. For a local folder or GGUF file also its ``local_path``, which is valid on the
+  machine where the heads were saved only. The backbone found there must have the fingerprint too.
+- ``weights_sha256``: the hash of the other file.
+- ``sha256``: the hash of this file's contents without this key, as JSON with sorted keys and
+  without spaces.
 
 ``dualhead_model.safetensors`` holds gate.*, reward_head.*, and lm_head.* only if it was trained or
-quantised, with their weight_scale if so.
+quantised; quantised weights have a weight_scale.
 
-No pickle, nothing executed; of the folder's own files, no path followed out of it.
+Reading involves no pickle, executes nothing, and follows no path of the folder's files out of it.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ FORMAT_VERSION = 2
 CONFIG_NAME = "dualhead_config.json"
 WEIGHTS_NAME = "dualhead_model.safetensors"
 
-# What version 1 meant by fields that it did not have, whatever their defaults are now.
+# The values in version 1 of fields that it did not have. Today's defaults may differ.
 _VERSION_1 = {"reward_head": "full", "preference": "log_prob", "kl_curve": None}
 _HASHES = ("weights_sha256", "sha256")
 _KEYS = {"format_version", "dual_head", "quantized", "backbone", *_HASHES}
-# A configuration's fingerprint takes a few kilobytes, the header of a few dozen tensors too.
+# A configuration with its fingerprint takes a few kilobytes, and so does a header.
 _MAX_CONFIG_BYTES, _MAX_HEADER_BYTES = 2**20, 2**16
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,12 @@ logger = logging.getLogger(__name__)
 
 
 def write_head_folder(folder: Path, stored: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Write both files. A crash leaves the old pair or the new one; what earlier crashes left goes.
+    """Write both files. After a crash the folder holds the old pair or the new one. Leftovers of
+    earlier crashes are removed.
 
     Args:
         stored: dual_head (:class:`DualHeadConfig`), quantized, backbone.
-        state: tensors on the CPU, contiguous, no two of them sharing memory.
+        state: contiguous tensors on the CPU that do not share memory.
     Raises:
         OSError: the disk; the old pair stays.
     """
@@ -79,10 +81,10 @@ def write_head_folder(folder: Path, stored: dict[str, Any], state: dict[str, Ten
 
 
 def without_local_path(folder: Path) -> None:
-    """Take the hint of where the backbone was out of a folder's configuration.
+    """Remove the local path of the backbone from a folder's configuration.
 
     Raises:
-        as :func:`read_config`; OSError: the disk.
+        see :func:`read_config`; OSError: the disk.
     """
     stored = read_config(folder)
     if stored["backbone"]["local_path"] is None:
@@ -109,12 +111,12 @@ def _own_sha256(stored: dict[str, Any]) -> str:
 def read_head_folder(
     folder: str | os.PathLike, revision: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(what :func:`read_config` returns, the tensors) of a local folder or a hub repository, after
-    a check of their hashes. The tensors are mapped from the file: copy what is to outlive it.
+    """(the result of :func:`read_config`, the tensors) of a local folder or a hub repository. Their
+    hashes are checked. The tensors are memory-mapped: copy those that must outlive the file.
 
     Raises:
-        FileNotFoundError: no such folder or file. ValueError: a damaged or foreign file, a newer
-            format; names the file.
+        FileNotFoundError: no such folder or file. ValueError: a damaged or foreign file, or a newer
+            format; the message names the file.
     """
     folder = os.fspath(folder)
     path = _file_of(folder, WEIGHTS_NAME, revision)
@@ -122,8 +124,8 @@ def read_head_folder(
     stored = read_config(folder, revision)
     if stored.get("weights_sha256") is None:
         logger.warning(
-            "%s was saved without hashes, so damage to its files cannot be seen; saved again, it "
-            "gets them",
+            "%s was saved without hashes, so damage to its files cannot be detected; save it again "
+            "to add them",
             folder,
         )
     else:
@@ -143,8 +145,8 @@ def read_head_folder(
 
 
 def _unfinished_config(folder: str, weights_sha256: str) -> dict[str, Any] | None:
-    """The configuration that belongs to the weights of a save that was killed between its two
-    files.
+    """If the last save was killed between its two files: the configuration that belongs to the new
+    weights. Otherwise None.
     """
     if not os.path.isdir(folder):
         return None
@@ -154,7 +156,9 @@ def _unfinished_config(folder: str, weights_sha256: str) -> dict[str, Any] | Non
         except ValueError:
             continue
         if stored.get("weights_sha256") == weights_sha256:
-            logger.warning("%s: the last save was interrupted; it is read from %s", folder, path)
+            logger.warning(
+                "%s: the last save was interrupted; reading its configuration from %s", folder, path
+            )
             return stored
     return None
 
@@ -164,13 +168,15 @@ def read_config(folder: str | os.PathLike, revision: str | None = None) -> dict[
     :class:`DualHeadConfig`.
 
     Raises:
-        as :func:`read_head_folder`.
+        see :func:`read_head_folder`.
     """
     return _parse(_file_of(os.fspath(folder), CONFIG_NAME, revision))
 
 
 def _file_of(folder: str, name: str, revision: str | None) -> Path:
-    """A file of a local folder or a hub repository; only a regular file right inside the folder."""
+    """The path of a file in a local folder or a hub repository. It must be a regular file directly
+    in the folder.
+    """
     if not os.path.isdir(folder):
         if os.path.exists(folder) or folder.startswith((".", "/", "~")):
             raise FileNotFoundError(f"from_pretrained: {folder} is not a folder of heads")
@@ -200,8 +206,8 @@ def _parse(path: Path) -> dict[str, Any]:
             )
         if "sha256" in stored and stored["sha256"] != _own_sha256(stored):
             raise ValueError(
-                "it was changed after it was saved: its own SHA-256 differs; after a change by "
-                'hand, remove the key "sha256"'
+                "it was changed after it was saved: its SHA-256 differs; if you edited it, "
+                'remove the key "sha256"'
             )
         if unknown := sorted(set(stored) - _KEYS):
             raise ValueError(f"unknown keys {shown(unknown)}")
@@ -230,7 +236,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _json_of(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; no duplicate keys, no NaN."""
+    """The object in a JSON file. Duplicate keys and NaN are refused."""
     if (size := path.stat().st_size) > _MAX_CONFIG_BYTES:
         raise ValueError(f"it has {size} bytes, at most {_MAX_CONFIG_BYTES} are expected")
 
@@ -277,7 +283,7 @@ def _check_backbone(backbone: Any) -> None:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a safetensors file whose header could not be a head's, before it is parsed."""
+    """Refuse a safetensors file whose header is too long or cut off, before it is parsed."""
     with open(path, "rb") as file:
         start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else None

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate's state as one more layer of a Hugging Face Cache, so that beams, cropping, repetition
-and reuse over several turns reach it: kept beside the Cache it would silently go wrong under beam
-search.
+"""The gate's state as an extra layer of a Hugging Face Cache. Beam search, cropping, repetition and
+reuse over several turns act on all layers of a Cache, so they include the gate's state.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..head.cache import GateCache
 
-# Columns that a growing layer starts with; it doubles, so that appending costs O(1) per token.
+# The initial columns of a growing layer. It doubles, so appending costs O(1) per token.
 FIRST_CAPACITY = 64
 
 
 class GateLayer(CacheLayerMixin):
-    """Holds the very :class:`GateCache` that the head decodes with. Grows as needed."""
+    """Holds the :class:`GateCache` with which the head decodes. Grows as needed."""
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
-    supports_early_init = False  # its shapes are the head's, not the backbone's
+    supports_early_init = False  # the head determines its shapes, not the backbone
 
     def __init__(self, gate_cache: GateCache) -> None:
         super().__init__()
@@ -36,10 +35,10 @@ class GateLayer(CacheLayerMixin):
             self.gate_cache.reserve(max(needed, 2 * self.gate_cache.max_length))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the cache inside is made by the head."""
+        """Does nothing: the head makes the cache inside."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Refused: only the gated head writes here."""
+        """Raises RuntimeError: only the gated head writes here."""
         raise RuntimeError(
             "GateLayer.update: the gate's layer is filled by the gated lm_head alone"
         )
@@ -49,7 +48,7 @@ class GateLayer(CacheLayerMixin):
         return self.gate_cache.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns after ``query_length`` more, offset 0)."""
+        """(number of columns after ``query_length`` more, offset 0)."""
         return self.gate_cache.columns + query_length, 0
 
     def get_max_length(self) -> int:
@@ -57,13 +56,13 @@ class GateLayer(CacheLayerMixin):
         return -1
 
     def offload(self) -> None:
-        """Stays where it is: it is a hundredth of the backbone's cache."""
+        """Does nothing: this layer is a hundredth of the backbone's cache."""
 
     def prefetch(self) -> None:
         """See :meth:`offload`."""
 
     def reset(self) -> None:
-        """Forget everything, keep the memory."""
+        """Empty the layer and keep its memory."""
         self.gate_cache.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -92,8 +91,8 @@ class GateLayer(CacheLayerMixin):
 
 
 class StaticGateLayer(GateLayer):
-    """Of fixed size, for compiled decoding: the device counts its columns, its tensors stay where
-    they are.
+    """A layer of fixed size for compiled decoding: the device counts its columns, and its tensors
+    keep their addresses.
     """
 
     is_compileable = True
@@ -101,15 +100,14 @@ class StaticGateLayer(GateLayer):
     def __init__(self, gate_cache: GateCache) -> None:
         super().__init__(gate_cache)
         if not torch.compiler.is_compiling():
-            # As StaticLayer does: without it, a CUDA graph is skipped because its inputs are
-            # mutated.
+            # As in StaticLayer. Otherwise CUDA graphs are skipped because their inputs are mutated.
             for name in ("k", "u", "valid", "length", "draws"):
                 tensor = getattr(gate_cache, name)
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
 
     def make_room(self, count: int) -> None:
-        """Raise ValueError unless there is room."""
+        """Raise ValueError unless ``count`` more columns fit."""
         self.gate_cache.require_room("generate", count)
 
     def get_max_length(self) -> int:
@@ -118,14 +116,14 @@ class StaticGateLayer(GateLayer):
 
 
 def gate_layer(cache: Cache) -> GateLayer | None:
-    """The gate's layer of a Cache, if it has one. It is the last."""
+    """The gate's layer of a Cache, or None. It is the last layer."""
     last = cache.layers[-1] if cache.layers else None
     return last if isinstance(last, GateLayer) else None
 
 
 def columns_of(cache: Cache) -> int:
-    """Columns that a backbone's cache holds; 0 where it cannot say: recurrent layers alone (Mamba)
-    count none.
+    """The number of columns in a backbone's cache; 0 if it does not count them (Mamba has recurrent
+    layers only).
     """
     if not any(hasattr(layer, "get_seq_length") for layer in cache.layers):
         return 0

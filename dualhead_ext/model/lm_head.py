@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gated head in the place of a backbone's lm_head.
+"""The gated head as a backbone's lm_head.
 
-The backbone's own forward stays: decoder, slice, lm_head, post-processing. A hook on the decoder
-sees every hidden state (the gate must, though generate() asks for the last position's logits alone)
-and writes the cache; the head itself then gets the sliced hidden states and mixes.
+The backbone's own forward stays: decoder, slice, lm_head, post-processing. The gate needs every
+hidden state, but generate() asks for the logits of the last position only. So a hook on the decoder
+reads all hidden states and writes the cache. The head then gets the sliced hidden states and mixes.
 """
 
 from __future__ import annotations
@@ -31,35 +31,33 @@ _FORWARD = "DualHeadForCausalLM.forward"
 
 @dataclass
 class Call:
-    """What one forward of the model passes to its lm_head."""
+    """The arguments that one forward of the model passes to its lm_head."""
 
-    controls: Controls  # as given; as rows once the hook on the decoder knows B
+    controls: Controls  # as given; converted to rows once the decoder's hook knows B
     attention_mask: Tensor | None = None  # (B, columns + T)
-    new_valid: Tensor | None = None  # (B, T): where given, instead of the mask's last columns
+    new_valid: Tensor | None = None  # (B, T); replaces the mask's last columns if given
     cache: Cache | None = None
     logits_to_keep: int | Tensor = 0
-    sampling: Sampling | None = None  # rows; not None: a token is wanted, no logits
-    keep_raw: bool = False  # note the head's own logits, to see what the backbone does to them
-    paged: PagedGate | None = None  # continuous batching, of these arguments of the model:
-    batch: dict[str, Any] | None = None
-    # Filled in by the hook on the decoder:
+    sampling: Sampling | None = None  # rows; if given, choose a token and return no logits
+    keep_raw: bool = False  # keep the head's own logits, to compare the backbone's with them
+    paged: PagedGate | None = None  # for continuous batching
+    batch: dict[str, Any] | None = None  # the model's arguments, with paged
+    # Set by the hook on the decoder and by the head:
     hidden: Tensor | None = None  # (B, T, d)
     layer: GateLayer | None = None
     past: int | Tensor = 0  # columns before this call
-    fused: bool = False  # one new position per row, left to the fused step
-    from_scratch: bool = False  # the whole sequence, to be differentiated
-    logits: Tensor | None = field(
-        default=None, repr=False
-    )  # mix="probs": kept from the backbone's f
+    fused: bool = False  # one new position per row: use the fused step
+    from_scratch: bool = False  # whole sequences with gradients
+    logits: Tensor | None = field(default=None, repr=False)  # mix="probs": before the backbone's f
     raw: Tensor | None = field(default=None, repr=False)  # (B, 1, V), with keep_raw
     step: DecodeOutput | None = None  # with sampling
-    gate_logit: Tensor | None = None  # (N, 1) with paged, of the requests' last positions
+    gate_logit: Tensor | None = None  # (N, 1), with paged: at the requests' last positions
 
 
 def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """(B, T, ...) at the kept positions: an int counts from the end (0: all); positions (N,) or (B,
-    N); a mask (B, T) of bool, which flattens to (N, ...). As transformers slices hidden states
-    before an lm_head.
+    """Select positions of (B, T, ...), as transformers slices hidden states before an lm_head.
+    ``logits_to_keep``: an int counts from the end (0: all); positions (N,) or (B, N); or a bool
+    mask (B, T), which flattens the result to (N, ...).
     """
     if isinstance(logits_to_keep, int):
         return values[:, -logits_to_keep:] if logits_to_keep else values
@@ -72,10 +70,10 @@ def keep_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
-    """A gated head that is an ``nn.Linear`` and owns the backbone's very Parameter as ``.weight``,
-    so that tied embeddings, parallel plans and state-dict keys survive. Once quantised, ``.weight``
-    holds the quantised weights and ``.weight_scale`` their scales; an embedding that shared the
-    Parameter keeps it.
+    """A gated head that is an ``nn.Linear`` whose ``.weight`` is the backbone's own Parameter, so
+    that tied embeddings and state-dict keys keep working. Once quantised, ``.weight`` holds the
+    quantised weights and ``.weight_scale`` their scales; an embedding that shared the Parameter
+    keeps it.
     """
 
     def __init__(self, linear: nn.Linear, config: DualHeadConfig) -> None:
@@ -85,14 +83,14 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         self.register_parameter("bias", linear.bias)
         self._add_gate_and_reward_head(config)
         self._start_as(linear)
-        self.lm_head_trained = False  # its own weights go to files too
-        self.impl: str | None = None  # of the step: see head.decoding.run_step
+        self.lm_head_trained = False  # if True, files hold its weights too
+        self.impl: str | None = None  # for the step, see head.decoding.run_step
         self.packing_checked = False  # see packing.check_packing
-        # What backbone_trial finds: whether the backbone scales hidden states where others scale
-        # logits, and whether its f is the one that its config says (None: not tried).
+        # Results of backbone_trial: whether the backbone scales hidden states instead of logits,
+        # and whether its f is the one in its config (None: not tried).
         self.scaled_input = False
         self.knows_f: bool | None = None
-        self.last_alpha: Tensor | None = None  # (B, N) of the latest call, for streaming inspection
+        self.last_alpha: Tensor | None = None  # (B, N), of the latest call
         self._calls: dict[int, Call] = {}
 
     @property
@@ -113,49 +111,48 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
 
     @property
     def owns_lm_head(self) -> bool:
-        """Whether the LM head is no longer the backbone's own, and goes to the heads' files."""
+        """Whether the LM head differs from the backbone's, so that the heads' files hold it."""
         return self.lm_head_trained or self.weight.requires_grad or self.lm_scale is not None
 
     def _hold_lm(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         self.hold(weight, scale, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the forwards that are under way."""
+        """For copies and pickles: leaves out the forwards in progress."""
         return self.__dict__ | {"_calls": {}}
 
     # --- one forward of the model ---
 
     @staticmethod
     def _thread() -> int:
-        # Two threads may generate with one model; inside a compiled region there is only one.
+        # Several threads may generate with one model. A compiled region has one thread only.
         return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
     def begin(self, call: Call) -> None:
-        """A forward of the model starts."""
+        """Note the start of a forward of the model."""
         self._calls[self._thread()] = call
 
     def end(self) -> None:
-        """It is over, also by an exception."""
+        """Note the end of a forward, also after an exception."""
         self._calls.pop(self._thread(), None)
 
     def on_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Forward hook of the decoder: note the hidden states, and write keys and folded values of
-        every position into the cache's gate layer. Called without a forward in flight (embeddings
-        alone) it does nothing.
+        """Forward hook of the decoder: keep the hidden states, and write keys and folded values of
+        every position into the cache's gate layer. Outside a forward of the model it does nothing.
         """
         call = self._calls.get(self._thread())
         if call is None:
             return
-        call.hidden = output[0].to(self.weight.device)  # elsewhere with a device_map
+        call.hidden = output[0].to(self.weight.device)  # a device_map may separate them
         if call.paged is not None:
             with torch.no_grad():
                 call.gate_logit = call.paged.gate_logits(self, call.hidden, call.batch)
             return
         batch, length = call.hidden.shape[:2]
-        # What can be wrong of the controls is found before the gate's cache is written.
+        # Check the controls before the gate's cache is written.
         call.controls = self.control_rows(_FORWARD, call.controls, call.hidden)
         if call.attention_mask is not None:
-            # PEFT puts virtual tokens before a prompt after it was asked which tokens are real.
+            # PEFT adds virtual tokens before the prompt after new_valid was computed.
             if call.new_valid is None or call.new_valid.shape[1] != length:
                 call.new_valid = call.attention_mask[:, -length:].bool()
         cache = call.cache
@@ -168,7 +165,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         if not torch.compiler.is_compiling():
             self.check_cache(_FORWARD, gate_cache, batch)
             call.layer.make_room(length)
-            # Beyond a cached prompt there is nothing to differentiate: its keys are detached.
+            # After a cached prompt there are no gradients: its keys are detached.
             call.from_scratch = gate_cache.columns == 0 and self._wants_gradients(call.hidden)
         # One new position per row: the fused step appends, attends and mixes at once.
         call.fused = length == 1 and not call.from_scratch
@@ -223,18 +220,17 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixed logits at the positions that the backbone kept: x (B, N, d) or (N, d) -> (B, N, V)
-        or (N, V), fp32. For the logits mix these are the values before the backbone's own f, which
-        it applies next.
+        or (N, V), fp32. For the logits mix these are the values before f, which the backbone
+        applies next.
 
         Raises:
-            RuntimeError: called outside of the model's forward: the gate needs the whole sequence.
+            RuntimeError: called outside the model's forward; the gate needs the whole sequence.
         """
         call = self._calls.get(self._thread())
         if call is None or call.hidden is None:
             raise RuntimeError(
                 "DualHeadLMHead: the gated lm_head needs the decoder's hidden states; call the "
-                "model, or "
-                "dualhead_ext.detach(model) for the plain backbone"
+                "model, or dualhead_ext.detach(model) for the plain backbone"
             )
         if self.lm_scale is not None and x.dtype == self.weight.dtype:
             raise NotImplementedError(
@@ -280,7 +276,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         return out
 
     def _choose_token(self, x: Tensor, call: Call) -> Tensor:
-        """Let the step choose, into ``call.step``, and give the backbone no logits (B, 1, 0)."""
+        """Let the step choose a token, into ``call.step``. Returns empty logits (B, 1, 0)."""
         if not call.fused:
             raise RuntimeError(
                 "DualHeadLMHead: a token can be chosen for one new position per row with a cache, "
@@ -291,14 +287,14 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         return x.new_empty(*x.shape[:-1], 0)
 
     def after_f(self, raw: Tensor) -> Tensor:
-        """What the backbone makes of the head's logits, as far as its config says."""
+        """The head's logits after the backbone's f, as its config describes it."""
         if self.config.mix == "probs" or self.scaled_input:
             return raw
         return postprocess(raw, self.config.logit_scale, self.config.logit_softcap)
 
     def _mix_kept(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         batch, length = call.hidden.shape[:2]
-        flat = x.dim() == 2  # a mask of positions: every one is a row of its own
+        flat = x.dim() == 2  # selected by a mask: each position is a row of its own
         keep = 0 if x.shape[:2] == call.hidden.shape[:2] and not flat else call.logits_to_keep
         gate_logit = keep_positions(
             self._gate_logits(call, 0 if flat else keep), keep if flat else 0
@@ -314,8 +310,8 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
 
     @torch.no_grad()
     def _mix_paged(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """(logits (1, N, V), alpha (N, 1)) of the requests' last positions: x (1, N, d), or
-        (1, Q, d) from a backbone that does not slice; the logits of other positions are 0 then.
+        """(logits (1, N, V), alpha (N, 1)) at the requests' last positions, from x (1, N, d). A
+        backbone that does not slice gives x (1, Q, d) and gets logits (1, Q, V), 0 elsewhere.
         """
         last = call.batch["logits_indices"].long()
         sliced = isinstance(call.logits_to_keep, Tensor)
@@ -363,10 +359,10 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         objective: Tensor | None,
         options: dict[str, Any],
     ) -> Any:
-        """The objective on a batch [all chosen; all rejected]; see
+        """The training objective of a batch [all chosen; all rejected]; see
         :func:`dualhead_ext.functional.dual_head_loss`.
 
-        hidden (2P, T, d), input_ids and masks (2P, T); position t predicts token t + 1.
+        hidden (2P, T, d), input_ids and masks (2P, T). Position t predicts token t + 1.
 
         Raises:
             RuntimeError: the heads are quantised.
@@ -388,8 +384,8 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         )
 
 
-# How many tokens and chunks there are only the batch knows, and the products are the vendor's:
-# nothing in it for a compiler, which compiles the backbone and the gate around it.
+# Not compiled: the numbers of tokens and chunks depend on the batch, and the products are library
+# calls. Backbone and gate around it are compiled.
 @torch.compiler.disable
 def _dual_head_loss(*args: Any, **kwargs: Any) -> Any:
     from ..functional import dual_head_loss
@@ -398,15 +394,15 @@ def _dual_head_loss(*args: Any, **kwargs: Any) -> Any:
 
 
 def _static_length(cache: Cache) -> int:
-    """The columns of a static cache that a caller has made. A sliding layer knows its window
-    alone.
+    """The columns of a static cache that a caller has made. Sliding layers, which know only their
+    window, are skipped.
     """
     lengths = [
         layer.get_max_length() for layer in cache.layers if not getattr(layer, "is_sliding", False)
     ]
     if not lengths or max(lengths) < 0:
         raise ValueError(
-            "DualHeadForCausalLM: past_key_values is a static cache of sliding layers alone, which "
-            'does not say how long it is; use generate(cache_implementation="static")'
+            "DualHeadForCausalLM: past_key_values is a static cache of sliding layers only, so its "
+            'length is unknown; use generate(cache_implementation="static")'
         )
     return max(lengths)

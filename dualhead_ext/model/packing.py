@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed (padding-free) batches in training: sequences one after the other in a single row, told
-apart by ``position_ids`` that start again at 0.
+"""Packed (padding-free) batches in training: all sequences lie in a single row, and each starts at
+``position_ids`` 0.
 
-The backbone, whose pass is nearly all of the work, sees no padding; the gate and the loss get rows
-again, since the loss drops what is not a response token before its products anyway.
+The backbone, which does nearly all of the work, processes no padding. The gate and the loss get
+separate rows again; the loss drops everything but response tokens before its products anyway.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Attention that leaks from one sequence into the next changes hidden states by their own size,
-# rounding in bf16 by a hundredth of it.
+# Relative: attention across sequences changes hidden states by about 100 %, bf16 rounding by 1 %.
 _LEAK = 0.05
 
 
 @dataclass
 class Rows:
-    """Where the R sequences of a packed row lie.
+    """The positions of the R sequences in a packed row.
 
     Attributes:
-        index: (R, T) the packed column of each position; for padding any.
-        valid: (R, T) bool, false for padding on the right.
+        index: (R, T), the packed column of each position; arbitrary for padding.
+        valid: (R, T) bool, False for padding on the right.
     """
 
     index: Tensor
@@ -38,11 +37,11 @@ class Rows:
 
 
 def packed_rows(position_ids: Tensor | None) -> Rows | None:
-    """The sequences of position_ids (1, N) that start again at 0; None where nothing is packed.
+    """The sequences of packed position_ids (1, N); None if nothing is packed.
 
     Raises:
-        NotImplementedError: several rows with packed sequences. ValueError: positions that do not
-            count up from 0 in each sequence.
+        NotImplementedError: packed sequences in more than one row. ValueError: positions that do
+            not count up from 0 in each sequence.
     """
     if position_ids is None or not (position_ids.diff(dim=-1) < 0).any():
         return None
@@ -67,10 +66,10 @@ def packed_rows(position_ids: Tensor | None) -> Rows | None:
 
 @torch.no_grad()
 def check_packing(decoder: Callable[..., tuple], embeddings: Any) -> None:
-    """Try the backbone on two short sequences, packed and alone.
+    """Run the backbone on two short sequences, packed and alone.
 
     Raises:
-        NotImplementedError: its hidden states differ, i.e. its layers look across sequences.
+        NotImplementedError: the hidden states differ, so its layers attend across sequences.
     """
     ids = torch.arange(12, device=embeddings.weight.device)[None] % embeddings.num_embeddings
     parts = ids[:, :5], ids[:, 5:]

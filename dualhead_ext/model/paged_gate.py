@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate's state in the paged cache of continuous batching, where requests of different lengths
-lie one after the other in a single row.
+"""The gate's state in the paged cache of continuous batching, where the requests of a batch are
+concatenated in a single row.
 
-The state of a position is so many bytes: keys (H, d_k), then folded values (H,). They are kept as
-the keys and values of a few attention layers more, so that paging, prefix sharing, forks and
-offloading reach them as they reach the backbone's own.
+The state of a position is a string of bytes: keys (H, d_k), then folded values (H,). It is stored
+as the keys and values of a few extra attention layers. So paging, prefix sharing, forks and
+offloading treat it like the backbone's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def layer_types_of(config: Any) -> list[str]:
-    """The kind of attention of each of a backbone's layers."""
+    """The kind of attention of each layer of a backbone."""
     if (types := getattr(config, "layer_types", None)) is not None:
         return list(types)
     kind = _FULL if getattr(config, "sliding_window", None) is None else _SLIDING
@@ -32,13 +32,13 @@ def layer_types_of(config: Any) -> list[str]:
 
 
 class PagedGate:
-    """Where the gate's state lies in a paged cache, and the batch under way.
+    """The layout of the gate's state in a paged cache, and the controls of the current batch.
 
     Attributes:
-        config: the backbone's configuration with the gate's layers after its own, by which
-            transformers makes the cache.
-        controls: of the requests that get a token in this batch, one row each. A request without a
-            control has its neutral value.
+        config: the backbone's configuration with the gate's layers appended. transformers creates
+            the cache from it.
+        controls: one row for each request that gets a token in this batch. Requests without a
+            control have its neutral value.
     """
 
     def __init__(self, head: Any, config: Any, cache_dtype: torch.dtype) -> None:
@@ -48,7 +48,7 @@ class PagedGate:
             find_num_key_value_heads,
         )
 
-        self._probe = head.new_cache(1, 1)  # holds the weights that the state is made with
+        self._probe = head.new_cache(1, 1)  # holds the weights that compute the state
         self._cache_dtype = cache_dtype
         self._page = (find_num_key_value_heads(config), find_head_dim(config))
         self._key_bytes = self._value_bytes = 0
@@ -66,19 +66,19 @@ class PagedGate:
         self.controls = Controls()
 
     def is_of(self, head: Any) -> bool:
-        """Whether the head's weights are still those that the state in the cache is made with."""
+        """Whether the state in the cache was computed with the head's current weights."""
         return self._probe.weights.stamp == head.new_cache(1, 1).weights.stamp
 
     def backbone_mask(self, mask: Any) -> Any:
-        """The mask for the backbone, which gets one mask where its layers are of one kind."""
+        """The mask for the backbone: a single one if all its layers are of one kind."""
         return mask[self._own_types[0]] if self._one_mask(mask) else mask
 
     def _one_mask(self, mask: Any) -> bool:
         return isinstance(mask, dict) and len(set(self._own_types)) == 1
 
     def gate_logits(self, head: Any, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Write the state of every position of hidden (1, Q, d); the gate's logits at
-        ``logits_indices`` (N,), (N, 1). batch: what transformers passes to the model.
+        """Write the state of every position of hidden (1, Q, d) into the cache, and return the gate
+        logits (N, 1) at ``logits_indices`` (N,). batch: the model's arguments from transformers.
 
         Raises:
             RuntimeError: the head's weights have changed since the cache was made.
@@ -101,8 +101,8 @@ class PagedGate:
         return head.gate.attend(queries, query_column[:, None], k, u, valid)
 
     def _update(self, head: Any, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Write hidden's state into the cache; that of all positions of all requests in this batch,
-        (S, bytes), one request after the other.
+        """Write the state of hidden into the cache, and return the state of all positions of all
+        requests in this batch, (S, bytes), concatenated by request.
         """
         weights = self._probe.weights
         k, u = head.gate.keys_and_values(hidden, weights.tensors["u_weight"], weights.projection)
@@ -115,7 +115,7 @@ class PagedGate:
         names = ("cu_seq_lens_k", "max_length_k", "read_index", "write_index", "block_table")
         found = []
         for layer, (keys, values) in enumerate(pages, start=len(self._own_types)):
-            arguments = {name: batch.get(name) for name in names}  # which update changes
+            arguments = {name: batch.get(name) for name in names}  # a copy: update changes it
             both = batch["cache"].update(keys[None], values[None], layer, arguments)
             found += [part[0].transpose(0, 1).flatten(1) for part in both]
         return torch.cat(found, 1).view(torch.uint8)
@@ -130,7 +130,7 @@ class PagedGate:
 
     def rows_for(self, gate_logit: Tensor) -> Controls:
         """The batch's controls as rows for gate_logit (N, 1). transformers has a row for every
-        request in the batch; those without a token come last and are never read.
+        request in the batch; those that get no token come last and are never read.
         """
         found = {}
         for name, rows in self.controls.given().items():
@@ -145,5 +145,5 @@ class PagedGate:
 
 
 def paged_gate(kwargs: dict[str, Any]) -> PagedGate | None:
-    """The gate's place in the paged cache among a forward's arguments, if there is one."""
+    """The gate's layout of the paged cache in a forward's arguments, or None."""
     return getattr(kwargs.get("cache"), "paged_gate", None)

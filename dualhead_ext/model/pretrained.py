@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving and loading of a dual-head model: the heads alone, and the name of the backbone they
-belong to. What the files hold and how they are checked: `head_folder`, `head_files`, `fingerprint`.
+"""Saving and loading of a dual-head model: the heads, and the name of their backbone. The files and
+their checks are in `head_folder`, `head_files` and `fingerprint`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .head_files import check_head_state, head_state, load_head_state
 from .head_folder import read_head_folder, write_head_folder
 from .sharing import write_card, write_pointer
 
-# Of the backbone's own save_pretrained: of no use for the two files of the heads.
+# Arguments of the backbone's own save_pretrained that do not apply to the heads' files.
 _BACKBONE_ONLY = (
     "max_shard_size",
     "variant",
@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)
 
 
 def untie_lm_head(model: PreTrainedModel) -> None:
-    """Give an LM head that shares its weight with the embedding a copy of its own, so that it can
-    differ."""
+    """If the LM head shares its weight with the embedding, give it a copy, so that they can
+    differ.
+    """
     head: Any = model.get_output_embeddings()
     if getattr(model.get_input_embeddings(), "weight", None) is head.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
@@ -121,7 +122,7 @@ def _upload(
     private: bool | None = None,
     **options: Any,
 ) -> None:
-    """The files of a folder that are newer than ``before`` to the hub."""
+    """Upload the files of a folder that are newer than ``before`` to the hub."""
     from huggingface_hub import create_repo
 
     repo = create_repo(repo_id or folder.name, private=private, token=token, exist_ok=True)
@@ -134,8 +135,8 @@ def _warn_of_adapters(model: Any) -> None:
         names = sorted({a for m in layers for a in getattr(m, "active_adapters", ())})
         logger.warning(
             "save_pretrained: the backbone has adapters (%s), which the heads' files do not "
-            "hold. Save them with their own library, for example "
-            "peft.get_peft_model_state_dict, and put them back before the heads are used",
+            "contain. Save them with their own library, for example with "
+            "peft.get_peft_model_state_dict, and restore them before you use the heads",
             ", ".join(names) or "none of them active",
         )
 
@@ -161,7 +162,7 @@ def load_heads(
         if quantized not in (None, quantize):
             raise ValueError(
                 f"{where} holds heads in {quantized}, which cannot become {quantize}: quantise "
-                "the heads in full precision that they were made from"
+                "the full-precision heads instead"
             )
     check_head_state(config, state, quantized, where)
     if backbone is None:
@@ -189,7 +190,7 @@ def load_heads(
 
 
 def _portable_name(name: str | None) -> str | None:
-    """What another machine knows the backbone by: a built-in's or a hub name, or None."""
+    """The backbone's name on any machine, a built-in's or a hub name; or None."""
     if not name:
         return None
     if os.path.isdir(name):  # a path of this machine means nothing on another
@@ -198,7 +199,7 @@ def _portable_name(name: str | None) -> str | None:
 
 
 def _local_path(name: str | None) -> str | None:
-    """The full path of a backbone that this machine alone knows, or None."""
+    """The absolute path of a backbone without a portable name, or None."""
     if not name or not os.path.isdir(name) or _portable_name(name) is not None:
         return None
     return source_of(name) or os.path.abspath(name)
@@ -220,8 +221,11 @@ def _is_hub_name(name: str) -> bool:
 
 
 def named_backbone(folder: str, source: dict[str, Any]) -> str:
-    """The built-in backbone or hub name that a folder of heads names, or the path where its
-    backbone was, if there is one still. source: ``backbone`` of its configuration.
+    """The backbone of a folder of heads: a built-in's or hub name, or a local path that still
+    exists. source: ``backbone`` of the folder's configuration.
+
+    Raises:
+        ValueError: there is none, or the name is ambiguous.
     """
     name, local = source["name_or_path"], source["local_path"]
     if name is None and local is not None and _is_backbone(local):
@@ -239,14 +243,14 @@ def named_backbone(folder: str, source: dict[str, Any]) -> str:
         )
     if os.path.exists(name):
         raise ValueError(
-            f"from_pretrained: {folder} names the backbone {name!r} of the hub, and the working "
-            "directory holds something of that name; pass backbone= to say which one is meant"
+            f"from_pretrained: {folder} names the backbone {name!r} of the hub, but the working "
+            "directory has a file or folder of this name; pass backbone= to choose one"
         )
     return name
 
 
 def _is_backbone(path: str) -> bool:
-    """Whether a full path is that of a model's folder or a GGUF file."""
+    """Whether an absolute path is a model's folder or a GGUF file."""
     if not os.path.isabs(path):
         return False
     return os.path.isfile(path if is_gguf(path) else os.path.join(path, "config.json"))
@@ -265,8 +269,8 @@ def _load_backbone(
     if isinstance(backbone, PreTrainedModel):
         if options:
             raise TypeError(
-                f"from_pretrained: unknown arguments {', '.join(sorted(options))}; what a "
-                "backbone's from_pretrained takes is for a path or hub name, not for a model"
+                f"from_pretrained: unknown arguments {', '.join(sorted(options))}; arguments of a "
+                "backbone's from_pretrained need a path or hub name, not a model"
             )
         return backbone
     return AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers with transformers' Auto classes once there are some. Importing the package needs torch
-alone, so whichever of the two is imported later brings them together. Each Auto class has a module
-of its own, which a program may import without the others.
+"""Registration with transformers' Auto classes. Importing this package must not import
+transformers, so the registration happens when the later of the two is imported. Each Auto class has
+its own module, which a program may import without the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REGISTRATIONS = {
 
 
 def register_when_there() -> None:
-    """Now, with the Auto classes that are imported already; with the others after their import."""
+    """Register now with the Auto classes that are imported, and with others after their import."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
@@ -37,7 +37,7 @@ def _register(name: str) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the awaited modules as Python does, with a loader that registers behind them."""
+    """Finds the modules of the Auto classes, with a loader that registers after the import."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in _REGISTRATIONS:
@@ -49,7 +49,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, and then the registration."""
+    """Runs the module's own loader, then the registration."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder of heads holds for others: the ``config.json`` by which transformers' Auto classes
-know it (:mod:`.auto`), and a model card.
+"""Files of a folder of heads for other tools: ``config.json``, by which transformers' Auto classes
+recognise it (:mod:`.auto`), and a model card.
 
-``config.json`` says ``"model_type": "dualhead"`` and nothing else: ``dualhead_config.json`` stays
-the authority.
+``config.json`` holds ``"model_type": "dualhead"`` and points to ``dualhead_config.json``, which
+holds the configuration.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ def write_pointer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Training:
-    """What a card says of a training run.
+    """A training run, as the model card describes it.
 
     Attributes:
-        data: where the rows are from; rows: how many of what, for instance "412 pairs"; steps: of
-            the optimizer.
-        kl, alpha: of the mixture at strength 1, nats per token from the backbone, and its mean
-            weight.
-        accuracy: share of pairs that the reward head ranks right, and its 95 % interval.
-        longer: that share of the rule "the longer one". measured_on: which pairs, in words.
+        data: the source of the rows.
+        rows: their number and kind, for instance "412 pairs".
+        steps: optimizer steps.
+        kl: mean KL of the mixture at strength 1 from the backbone, in nats per token.
+        alpha: mean alpha at strength 1.
+        accuracy: (share of pairs that the reward head ranks right, low, high), the 95 % interval.
+        longer: the same share for the rule "the longer one".
+        measured_on: which pairs, in words.
     """
 
     data: str
@@ -61,7 +63,7 @@ class Training:
 
 
 def describe_training(folder: Path, training: Training) -> None:
-    """Write the card of a folder of heads again, with their training.
+    """Write the model card of a folder of heads again, with the training run.
 
     Raises:
         OSError: the disk. ValueError: the folder's configuration is damaged.
@@ -70,10 +72,10 @@ def describe_training(folder: Path, training: Training) -> None:
 
 
 def write_card(folder: Path, stored: dict[str, Any], training: Training | None = None) -> None:
-    """``README.md``, what a hub shows of the heads; one that is somebody's own stays.
+    """Write the model card ``README.md``, unless the folder has one that a person wrote.
 
     Args:
-        stored: as :func:`.head_folder.write_head_folder` takes it.
+        stored: as for :func:`.head_folder.write_head_folder`.
     Raises:
         OSError: the disk.
     """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weak to strong: heads and gate trained on a small backbone guide a large frozen one that has the
-same tokenizer.
+"""Weak to strong: heads and gate that were trained on a small backbone guide a large frozen one
+with the same tokenizer.
 
-Two models and two caches, eager. The weak model runs beside each forward of the strong one, on the
-same tokens; its cache's layers are also layers of the strong one's Cache, so that beams, cropping
-and several turns reach both.
+It runs two models with two caches in eager PyTorch. At each forward of the strong model the weak
+model runs on the same tokens. The layers of its cache are also layers of the strong model's Cache,
+so beam search, cropping and several turns act on both.
 """
 
 from __future__ import annotations
@@ -32,21 +32,20 @@ class WeakToStrong(nn.Module):
     """A strong model guided by a weak one's reward head and gate:
     ``z_t = (1-a_t) z_LM,t^strong + a_t z_RM,t^weak``, a_t from the weak model's gate.
 
-    With the weak model's ``mix="probs"``, ``(1-a_t) softmax(z_LM^strong) + a_t
-    softmax(z_RM^weak)``. A weak reward head that is a correction corrects the strong model: its
-    delta, made with the weak LM head, takes the place of ``z_RM^weak - z_LM^strong``.
-    The strong model's own post-processing f comes after the logits mix; in the probability mix each
-    side has its own. Neither model is changed, and each can be used by itself between calls (not
-    during one).
+    If the weak model has ``mix="probs"``: ``(1-a_t) softmax(z_LM^strong) + a_t
+    softmax(z_RM^weak)``. If its reward head is a correction, its delta, computed with the weak LM
+    head, replaces ``z_RM^weak - z_LM^strong``. The strong model's f follows the logits mix; in the
+    probability mix each side has its own f. Neither model is changed, and each can be used alone
+    between calls, but not during one.
 
     Args:
         strong: a plain causal language model.
         weak: a model with a gated head over the same vocabulary.
-        strong_tokenizer, weak_tokenizer: if both are given, they must give every token the same
-            number; the vocabularies' sizes are compared anyway.
+        strong_tokenizer, weak_tokenizer: if both are given, every token must have the same id in
+            both. The sizes of the vocabularies are always compared.
     Raises:
-        TypeError: strong has a gated head, or weak has none. ValueError: other vocabularies, or
-            other devices.
+        TypeError: strong has a gated head, or weak has none. ValueError: different vocabularies, or
+            different devices.
     """
 
     def __init__(
@@ -76,12 +75,12 @@ class WeakToStrong(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The strong model's."""
+        """The strong model's configuration."""
         return self.strong.config
 
     @property
     def device(self) -> torch.device:
-        """Of both."""
+        """The device of both models."""
         return self.strong.device
 
     @torch.no_grad()
@@ -95,10 +94,13 @@ class WeakToStrong(nn.Module):
     ) -> Any:
         """The strong model's output with mixed logits (B, N, V), fp32.
 
-        kwargs: the controls of :meth:`generate`, and the strong model's own arguments.
+        Args:
+            input_ids: (B, T).
+            attention_mask, position_ids, past_key_values: as the strong model takes them.
+            kwargs: the controls of :meth:`generate`, and the strong model's other arguments.
         Raises:
-            NotImplementedError: labels, embeddings in place of tokens, a static cache, a mask of
-                more than two dimensions. ValueError: a cache that the weak model has not seen.
+            NotImplementedError: labels, embeddings instead of tokens, a static cache, or a mask of
+                more than two dimensions. ValueError: a cache that the weak model has not filled.
         """
         controls = self._controls("WeakToStrong.forward", kwargs, input_ids.shape[0])
         named = {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -107,15 +109,15 @@ class WeakToStrong(nn.Module):
             return self.strong(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """The strong model's own ``generate``, and per request:
+        """The strong model's own ``generate``, with controls per request.
 
         Args:
-            inputs: (B, T), or ``input_ids``; left-padded with ``attention_mask``.
-            kwargs: the fields of :class:`dualhead_ext.head.controls.Controls`, a number or one for
-                each request. ``max_kl`` is of the mixture from the strong model's distribution.
-                All else is the strong model's.
+            inputs: (B, T), or pass ``input_ids``; left-padded with ``attention_mask``.
+            kwargs: the fields of :class:`dualhead_ext.head.controls.Controls`, one number or one
+                per request, and all arguments of the strong model's ``generate``. ``max_kl``
+                limits the KL from the strong model's distribution.
         Raises:
-            as :meth:`forward`; ValueError: no input_ids.
+            see :meth:`forward`; ValueError: no input_ids.
         """
         given = kwargs.get("input_ids") if inputs is None else inputs
         if given is None:
@@ -126,13 +128,13 @@ class WeakToStrong(nn.Module):
             return strong.generate(inputs, **kwargs)
 
     def _controls(self, operator: str, kwargs: dict[str, Any], batch: int) -> Controls:
-        """The controls among ``kwargs``, taken out of it, as rows."""
+        """Remove the controls from ``kwargs`` and return them as rows."""
         count = self.weak.dual_head_config.num_objectives
         return Controls.take(kwargs).rows(operator, batch, count, torch.float32, self.device)
 
     @contextmanager
     def _guiding(self, controls: Controls) -> Iterator[None]:
-        """While it lasts, the strong model's logits are mixed ones."""
+        """Within this context, the strong model returns mixed logits."""
         raw: list[Tensor] = []  # z_LM, before the strong model's f
 
         def note(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -157,14 +159,14 @@ class WeakToStrong(nn.Module):
     ) -> Tensor:
         ids = kwargs["input_ids"]
         given = controls.given()
-        if given:  # beams and several samples of a prompt stand side by side
+        if given:  # the beams or samples of a prompt are adjacent rows
             controls = controls.repeat(ids.shape[0] // len(next(iter(given.values()))))
         max_kl, rows = controls.max_kl, replace(controls, max_kl=None)
         cache = getattr(output, "past_key_values", None)
         z_lm = z_lm.to(accumulator_dtype(z_lm.dtype))
         z_rm, alpha = self._weak_forward(_checked(kwargs), cache, rows, z_lm)
         config, post = self.weak.dual_head_config, self._post
-        if config.mix == "probs":  # each side has its own f; a correction is of the strong side
+        if config.mix == "probs":  # each side has its own f; a correction belongs to the strong one
             own = (config.logit_scale, config.logit_softcap)
             z_lm = postprocess(z_lm, *post)
             z_rm = postprocess(z_rm, *(own if config.reward_head == "full" else post))
@@ -181,10 +183,10 @@ class WeakToStrong(nn.Module):
         controls: Controls,
         z_lm: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """z_RM (B, N, V) before any f, and alpha (B, N), where the strong model gave logits, which
-        are ``z_lm``: what the weak model's reward head is added to if it is a correction.
+        """(z_RM (B, N, V) before any f, alpha (B, N)) at the positions of the strong model's logits
+        ``z_lm``. A weak reward head that is a correction is added to ``z_lm``.
         """
-        kept: list[Tensor] = []  # the hidden states that the weak lm_head gets
+        kept: list[Tensor] = []  # the inputs of the weak lm_head
 
         def note(module: nn.Module, args: tuple, output: Tensor) -> None:
             kept[:] = args
@@ -224,13 +226,13 @@ def _check_vocabularies(
     )
     if other:
         raise ValueError(
-            f"WeakToStrong: weak_tokenizer must give every token strong_tokenizer's number, got "
+            f"WeakToStrong: weak_tokenizer must give every token the id of strong_tokenizer, got "
             f"{len(other)} others, such as {other[0]!r}"
         )
 
 
 def _checked(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the weak model gets of the strong one's arguments."""
+    """The arguments of the strong model that the weak model gets too."""
     if kwargs.get("input_ids") is None or kwargs.get("labels") is not None:
         raise NotImplementedError(
             "WeakToStrong: input_ids alone are supported, neither embeddings nor labels"
@@ -248,7 +250,7 @@ def _checked(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_positions(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positions count real tokens, as generate() counts them; None leaves them to the model."""
+    """Add position_ids that count real tokens, as generate() does, if there is a mask."""
     mask = kwargs["attention_mask"]
     if mask is None or "position_ids" not in inspect.signature(model.forward).parameters:
         return kwargs
@@ -257,7 +259,7 @@ def _with_positions(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _companion(cache: Cache | None, weak: PreTrainedModel, ids: Tensor) -> Cache | None:
-    """The weak model's cache that goes with the strong one's, which holds ``ids`` already."""
+    """The weak model's cache beside the strong model's, which already holds ``ids``."""
     if cache is None:
         return None
     if cache.is_compileable:
@@ -269,15 +271,15 @@ def _companion(cache: Cache | None, weak: PreTrainedModel, ids: Tensor) -> Cache
     before = cache.get_seq_length() - ids.shape[1]
     if companion.get_seq_length() != before:
         raise ValueError(
-            f"WeakToStrong: past_key_values must hold what the weak model has seen, "
-            f"{companion.get_seq_length()} positions, got {before}"
+            f"WeakToStrong: past_key_values must hold the {companion.get_seq_length()} positions "
+            f"that the weak model has seen, got {before}"
         )
     return companion
 
 
 def _join(cache: Cache | None, companion: Cache | None) -> None:
-    """Make the weak cache's layers layers of the strong one's too: reordering and cropping go
-    through a Cache's layers.
+    """Add the weak cache's layers to the strong one, because reordering and cropping act on a
+    Cache's layers.
     """
     if cache is not None and cache.layers[-1] is not companion.layers[-1]:
         cache.layers.extend(companion.layers)

@@ -238,7 +238,7 @@ def test_rows_that_end_need_a_pad():
     model, batch = make_model("llama"), prompts()
     ends = [EosTokenCriteria(eos_token_id=5)]
     model.generation_config.pad_token_id = None
-    with pytest.raises(ValueError, match="pad_token_id must be given where rows can end, got None"):
+    with pytest.raises(ValueError, match="pad_token_id must be given if rows can end, got None"):
         model.generate(**batch, **GREEDY, stopping_criteria=ends)
     assert_same(model, batch, **GREEDY, stopping_criteria=ends, pad_token_id=0)
 

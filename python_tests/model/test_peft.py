@@ -60,7 +60,7 @@ def test_targets_leave_the_heads_alone(targets, gate, tmp_path):
 )
 def test_an_adapter_in_the_heads_place_is_named(options, tmp_path):
     model, batch = make_model("llama-tied"), prompts()
-    match = "peft .* stands in the place of the gated lm_head"
+    match = "peft .* has replaced the gated lm_head"
     with pytest.raises(NotImplementedError, match=match):
         adapted(model, **options)(**batch)
     with pytest.raises(NotImplementedError, match=match):
@@ -82,7 +82,7 @@ def test_trainable_tokens_of_an_untied_embedding():
 def test_an_adapter_of_one_of_the_heads_parameters_is_named(name, tmp_path):
     model, batch = make_model("llama"), prompts()
     wrapped = adapted(model, target_modules=[], target_parameters=[name])
-    match = "peft ParamWrapper stands in the place of lm_head."
+    match = "peft ParamWrapper has replaced lm_head."
     with pytest.raises(NotImplementedError, match=match):
         wrapped(**batch)
     with pytest.raises(NotImplementedError, match=match):
