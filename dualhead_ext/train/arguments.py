@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DualHeadTrainingArguments`: transformers' TrainingArguments with the paper's defaults and the
-options of the objective.
+"""`DualHeadTrainingArguments`: transformers' TrainingArguments with presets and the options of the
+objective.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .engines import refuse_engines
 from .hidden_cache import AS_COMPUTED, AUTO, STORAGE_DTYPES
 from .presets import PRESET_NAMES, PRESETS
 
-# Options of the objective that the model knows and the arguments don't repeat.
+# Options of the objective that come from the model, not from the arguments.
 _OF_THE_MODEL = ("mix", "logit_scale", "logit_softcap")
 
 
-_FULL_EVAL = "would leave the heads in half precision for the training after it; use {}=True"
+_FULL_EVAL = "would leave the heads in half precision for further training; use {}=True"
 
 
 def _option(name: str, text: str, choices: Any = None) -> Any:
-    """A field whose default is that of `LossOptions`."""
+    """A field with the default of `LossOptions`."""
     metadata: dict[str, Any] = {"help": text}
     if choices is not None:
         metadata["choices"] = sorted(choices)
@@ -38,7 +38,7 @@ def _option(name: str, text: str, choices: Any = None) -> Any:
 
 
 def _of_preset(text: str, choices: Any = None) -> Any:
-    """A field whose value, where none is given, is that of the preset."""
+    """A field that takes the preset's value if it is not given."""
     metadata: dict[str, Any] = {"help": f"{text} Default: the preset's."}
     if choices is not None:
         metadata["choices"] = sorted(choices)
@@ -47,16 +47,16 @@ def _of_preset(text: str, choices: Any = None) -> Any:
 
 @dataclass
 class DualHeadTrainingArguments(TrainingArguments):
-    """Arguments of :class:`dualhead_ext.DualHeadTrainer`: every one of
+    """Arguments of :class:`dualhead_ext.DualHeadTrainer`: all of
     ``transformers.TrainingArguments``, and those below.
 
     ``preset`` names a complete recipe (:data:`dualhead_ext.train.presets.PRESETS`); arguments that
-    are given override it. Defaults that differ from transformers': cosine schedule, a log for each
-    fortieth of the run, no filter for NaN losses, ``data_seed`` = ``seed``.
+    you give override it. These defaults differ from transformers': a cosine schedule, 20 to 40 logs
+    per run (each step of a short run), no filter for NaN losses, ``data_seed`` = ``seed``.
 
     Raises:
-        ValueError, TypeError: an option out of range; something that is not supported (DeepSpeed,
-            FSDP, ``torch.nn.DataParallel``, pushing checkpoints).
+        ValueError, TypeError: an option out of range, or one that is not supported (DeepSpeed,
+            FSDP, pushing checkpoints).
     """
 
     lr_scheduler_type: str = field(
@@ -81,8 +81,8 @@ class DualHeadTrainingArguments(TrainingArguments):
     logging_steps: float = field(
         default=0.025,
         metadata={
-            "help": "Optimizer steps between logs, or below 1 a share of all steps. The default "
-            "is 20 to 40 logs a run."
+            "help": "Optimizer steps between logs, or their share of all steps if below 1. The "
+            "default gives 20 to 40 logs per run."
         },
     )
     logging_nan_inf_filter: bool = field(
@@ -96,8 +96,8 @@ class DualHeadTrainingArguments(TrainingArguments):
     )
 
     preference: str | None = _of_preset(
-        "token_reward: a response's reward is the sum of its tokens' delta; log_prob: the paper's, "
-        "the sum of log-probabilities under the reward head.",
+        "token_reward: a response's reward is the sum of its tokens' delta; log_prob: it is the "
+        "sum of log-probabilities under the reward head, as in the paper.",
         PREFERENCE_NAMES,
     )
     pref_gate: int | None = _of_preset(
@@ -144,34 +144,34 @@ class DualHeadTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Evaluate after each epoch, stop when the held-out preference loss has not "
-            "fallen for this many, and keep the best heads."
+            "fallen for this many epochs, and keep the best heads."
         },
     )
     log_kl: bool = field(
         default=False,
         metadata={
-            "help": "Log the KL of the mixture from the backbone too, on a few held-out states, "
-            "where kl_price does not have it computed anyway."
+            "help": "Also log the KL of the mixture from the backbone on a few held-out states. "
+            "With kl_price the KL is logged anyway."
         },
     )
     train_lm_head: bool = field(default=False, metadata={"help": "Train the LM head too."})
     untie: bool = field(
         default=False,
-        metadata={"help": "Give the LM head a weight of its own if it shares the embedding's."},
+        metadata={"help": "Give an LM head that is tied to the embedding its own weight."},
     )
     max_length: int = field(
         default=512, metadata={"help": "Tokens per text; longer prompts lose their beginning."}
     )
     padding_free: bool = field(
         default=False,
-        metadata={"help": "Train on packed batches: the backbone computes nothing for padding."},
+        metadata={"help": "Train on packed batches, without padding in the backbone."},
     )
     cache_hidden: str | None = field(
         default=AUTO,
         metadata={
-            "help": "Where to keep the backbone's hidden states, so that it runs once over the "
-            "rows: auto (in memory, if they are read again and take at most a quarter of what is "
-            "free), memory, a folder (for later runs too), or none."
+            "help": "Where to cache the backbone's hidden states, so that it runs only once over "
+            "the rows: auto (in memory, if they are read again and take at most a quarter of the "
+            "free memory), memory, a folder (for later runs too), or none."
         },
     )
     cache_hidden_dtype: str = field(
@@ -238,12 +238,12 @@ class DualHeadTrainingArguments(TrainingArguments):
 
     @property
     def loss_options(self) -> LossOptions:
-        """The objective's options; those of the model at their defaults."""
+        """The options of the objective; those that come from the model have their defaults."""
         names = [f.name for f in fields(LossOptions) if f.name not in _OF_THE_MODEL]
         return LossOptions(**{name: getattr(self, name) for name in names})
 
     def loss_arguments(self) -> dict[str, Any]:
-        """The same as keyword arguments of ``dual_head_loss``, without the model's own."""
+        """The same as keyword arguments of ``dual_head_loss``, without those of the model."""
         options = {f.name: getattr(self.loss_options, f.name) for f in fields(LossOptions)}
         options = {name: value for name, value in options.items() if name not in _OF_THE_MODEL}
         return options | {"objective_weights": self.objective_weights}

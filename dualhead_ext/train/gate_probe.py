@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few responses' hidden states, kept, so that a run can say how far the mixture is from the
-backbone: the objective itself computes no KL unless that has a price.
+"""A probe of the mixture's KL from the backbone, on hidden states of a few responses. The objective
+itself computes the KL only with ``kl_price``.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor
 from ..data.collate import texts_of
 from ..head.calibration import mean_kl
 
-# States that are enough for a line of a log, and rows that are read for them at most.
+# The number of hidden states, and the most rows that are read to get them.
 STATES, ROWS = 64, 16
 
 
 class GateProbe:
-    """The mixture at strength 1 in the first ``count`` states that predict tokens of responses.
+    """Measures the mixture at strength 1 on the first ``count`` hidden states that predict tokens
+    of responses.
 
     Args:
         model: a :class:`dualhead_ext.DualHeadForCausalLM`.
-        rows: tokenised rows, as the trainer's datasets hold them.
+        rows: tokenised rows of one of the trainer's datasets.
     """
 
     def __init__(self, model: Any, rows: Any, count: int = STATES) -> None:
@@ -33,7 +34,7 @@ class GateProbe:
 
     @torch.no_grad()
     def __call__(self) -> tuple[float, float]:
-        """(KL in nats per token, mean alpha), with the heads as they are now."""
+        """(KL in nats per token, mean alpha) with the current heads."""
         head = self._model.lm_head_module
         hidden, gate_logit = [], []
         for states, predicts in self._texts:
@@ -48,8 +49,8 @@ class GateProbe:
 def response_states(
     model: Any, texts: Iterable[tuple[list[int], list[int]]], count: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each text (ids, mask), until there are ``count`` states: all its hidden states (1, T, d),
-    and the positions that predict a token of the response.
+    """For each text (ids, mask): all its hidden states (1, T, d), and the positions that predict a
+    token of the response. Ends after ``count`` positions.
     """
     for ids, mask in texts:
         if count <= 0:

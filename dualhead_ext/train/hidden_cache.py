@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states of a frozen backbone, computed once, read from disk in later epochs and runs.
+"""Hidden states of a frozen backbone, computed once and read from disk in later epochs and runs.
 
-    DIR/train/index.json        what it is of, shapes, sizes: written last, in one step
+    DIR/train/index.json        identity, shapes, sizes; written last, atomically
     DIR/train/hidden-1f2e3d4c-0-00000.safetensors
                                 hidden (tokens, d), rows (n,); named by build, process, number
     DIR/train/.lock             held while a cache is being built
 
-Of each row a shard holds the states of its texts one after the other, without padding: of a pair
-the chosen text's, then the rejected one's; of a ranked list those of its responses. A folder is a
-cache if its index is there and everything agrees with it: the identity of what is asked for
-(backbone, rows, tokenisation, collation, precision), each file's size and shape, each row once.
-Otherwise it is built anew, and one sentence says why. The states of a shard are checked against
-its SHA-256 when the first row of it is read: reading all of them at each start would cost what the
-cache saves.
+For each row a shard holds the hidden states of its texts, concatenated without padding: the chosen
+text of a pair, then the rejected one; the responses of a ranked list. A folder is a valid cache if
+its index agrees with the request (backbone, rows, tokenisation, collation, precision), with the
+size and shape of each file, and holds each row once. Otherwise it is rebuilt, and one sentence says
+why. A shard is checked against its SHA-256 when its first row is read, since reading all shards at
+each start would cost the time that the cache saves.
 """
 
 from __future__ import annotations
@@ -34,27 +33,27 @@ from ..files.foreign import brief
 
 FORMAT, FORMAT_VERSION = "dualhead-hidden-states", 2
 INDEX_NAME = "index.json"
-# Values of ``cache_hidden`` that are not folders: in memory, and in memory if that pays.
+# Values of ``cache_hidden`` that are not folders. "auto" is in memory if that pays.
 IN_MEMORY, AUTO = "memory", "auto"
 AS_COMPUTED = "auto"
-# Storage: as the heads receive the states, so that nothing changes, or half of float32's size.
+# Storage dtype: as the heads read the states, or bfloat16, which halves the size of float32.
 STORAGE_DTYPES = (AS_COMPUTED, "bfloat16")
 
 SHARD_NAME = re.compile(r"hidden-[0-9a-f]{8}-\d{1,6}-\d{5,9}\.safetensors")
-# Of a backbone's configuration: no influence on its hidden states.
+# Keys of a backbone's configuration that do not affect its hidden states.
 _LEFT_OUT = ("transformers_version", "_name_or_path", "use_cache")
 
 
 class UnusableCacheError(ValueError):
-    """A folder that is no whole cache of what is asked for. Says why."""
+    """A folder is not a complete cache of the requested hidden states. The message says why."""
 
 
-# --- what a cache is of ---------------------------------------------------------------------------
+# --- identity -------------------------------------------------------------------------------------
 
 
 def backbone_identity(model: Any) -> str:
-    """A hash of all that decides hidden states: architecture, configuration, every parameter and
-    buffer of the decoder (as in training_hidden_states).
+    """A hash of everything that determines hidden states: architecture, configuration, all
+    parameters and buffers of the decoder.
     """
     decoder, config = model.get_decoder(), model.config
     known = {k: v for k, v in config.to_diff_dict().items() if k not in _LEFT_OUT}
@@ -68,7 +67,7 @@ def backbone_identity(model: Any) -> str:
 
 
 def rows_identity(rows: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, ...]]]:
-    """(a hash of every row's tokens, for each row the numbers of tokens in its texts)."""
+    """(a hash of all tokens, the number of tokens in each text of each row)."""
     digest, lengths = hashlib.sha256(), []
     for index in range(len(rows)):
         texts = [torch.tensor(tokens) for tokens, _ in texts_of(rows[index])]
@@ -80,7 +79,7 @@ def rows_identity(rows: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, 
 
 
 def collator_identity(collator: Any) -> str:
-    """Its class and plain options, as ``PreferenceCollator(pad_token_id=0, ...)``."""
+    """The collator's class and plain options: ``PreferenceCollator(pad_token_id=0, ...)``."""
     plain = (bool, int, float, str, type(None))
     options = getattr(collator, "__dict__", {}).items()
     shown = ", ".join(f"{k}={v!r}" for k, v in sorted(options) if isinstance(v, plain))
@@ -93,13 +92,15 @@ def split_rows(
     lengths: list[tuple[int, ...]],
     ranked: bool = False,
 ) -> list[Tensor]:
-    """Of the hidden states of a collator's batch, padded (R, T, d) or packed (1, N, d) without a
-    mask, for each row of data those of its tokens (tokens of all its texts, d). ranked: whether
-    they are ranked lists, which decides their order
-    (:func:`dualhead_ext.data.collate.batch_order`).
+    """Split the hidden states of a collator's batch by rows of data: (tokens of all texts, d) each.
 
+    Args:
+        hidden: padded (R, T, d), or packed (1, N, d) without a mask.
+        lengths: tokens in each text of each row.
+        ranked: whether the rows are ranked lists, which determines the order of the texts
+            (:func:`dualhead_ext.data.collate.batch_order`).
     Raises:
-        ValueError: the batch has another number of tokens than ``lengths`` say.
+        ValueError: the batch has another number of tokens than ``lengths``.
     """
     states = hidden.flatten(0, 1) if attention_mask is None else hidden[attention_mask.bool()]
     order = batch_order(ranked, [len(row) for row in lengths])
@@ -120,14 +121,15 @@ def split_rows(
 
 
 class HiddenCache:
-    """A whole cache, memory-mapped: ``cache[i]`` gives the states of row i.
+    """A complete, memory-mapped cache: ``cache[i]`` gives the hidden states of row i.
 
     Args:
         folder: of the cache.
-        identity: what it has to be of. lengths: tokens in each text of each row.
+        identity: the required identity.
+        lengths: tokens in each text of each row.
     Raises:
-        UnusableCacheError: it is no whole cache of that, and why; when a row is read: the contents
-            of its shard have changed.
+        UnusableCacheError: the folder is not a complete cache with this identity; or, when a row is
+            read, its shard has changed.
         OSError: it cannot be read.
     """
 
@@ -172,20 +174,20 @@ class HiddenCache:
             start += sum(self._lengths[row])
         shape, dtype = [start, index["hidden_size"]], getattr(torch, index["dtype"])
         if not (shape == entry["shape"] == list(hidden.shape) and hidden.dtype == dtype):
-            raise UnusableCacheError(f"{path.name} has another shape or dtype than its index says")
+            raise UnusableCacheError(f"{path.name} has another shape or dtype than in the index")
 
     def __getitem__(self, row: int) -> tuple[Tensor, ...]:
-        """The states of each text (tokens, d) of a row, as stored."""
+        """The hidden states (tokens, d) of each text of a row, in the stored dtype."""
         (shard, start), sizes = self._where[row], self._lengths[row]
         return shard.states()[start : start + sum(sizes)].split(sizes)
 
     def __reduce__(self) -> tuple:
-        """For worker processes that are spawned: they map the files themselves."""
+        """For spawned worker processes, which map the files themselves."""
         return HiddenCache, self._made_from
 
 
 class _Shard:
-    """The states of one file, which are compared with its hash once, when they are first read."""
+    """The hidden states of one file. The file's hash is checked once, at the first read."""
 
     def __init__(self, path: Path, sha256: str, hidden: Tensor) -> None:
         self._path, self._sha256, self._hidden = path, sha256, hidden
@@ -197,7 +199,7 @@ class _Shard:
             if _sha256(self._path) != self._sha256:
                 raise UnusableCacheError(
                     f"{self._path}: has changed since it was written (its SHA-256 does not match); "
-                    f"remove {self._path.parent} to have its hidden states computed again"
+                    f"remove {self._path.parent} to compute the hidden states again"
                 )
             self._checked = True
         return self._hidden
@@ -227,7 +229,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _is_whole(index: dict[str, Any]) -> bool:
-    """Whether everything that is read of an index is there; a shard's name stays in its folder."""
+    """Whether an index has all keys with the right types, and no shard's name leads out of its
+    folder.
+    """
     kinds = {"identity": dict, "hidden_size": int, "shards": list}
     if not all(isinstance(index.get(name), kind) for name, kind in kinds.items()):
         return False
@@ -247,8 +251,8 @@ class MemoryCache:
 
     Args:
         lengths: tokens in each text of each row.
-        batches: rows to compute together; rows in none come on top.
-        states_of: rows of a batch -> for each the states (tokens of all its texts, d).
+        batches: rows to compute together; rows in no batch are added at the end.
+        states_of: maps the rows of a batch to the hidden states (tokens of all texts, d) of each.
         dtype: one of `STORAGE_DTYPES`. progress: show a bar.
     """
 
@@ -274,12 +278,12 @@ class MemoryCache:
                     self._states[row] = states.to("cpu", stored)
 
     def __getitem__(self, row: int) -> tuple[Tensor, ...]:
-        """The states of each text (tokens, d) of a row, as stored."""
+        """The hidden states (tokens, d) of each text of a row, in the stored dtype."""
         return self._states[row].split(self._lengths[row])
 
 
 class CachedRows(torch.utils.data.Dataset):
-    """Rows of a dataset, each with its states under ``hidden_states`` once ``cache`` is set."""
+    """Rows of a dataset with their hidden states under ``hidden_states``. Set ``cache`` first."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
@@ -294,8 +298,8 @@ class CachedRows(torch.utils.data.Dataset):
 
 
 class HiddenCollator:
-    """A collator whose batches also have ``hidden_states`` (R, T, d), zero at padding, or packed
-    (1, N, d), if the rows have them.
+    """A collator that adds ``hidden_states`` to its batches if the rows have them: (R, T, d) with
+    zeros at padding, or packed (1, N, d).
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building a :mod:`dualhead_ext.train.hidden_cache`: shards first, the index last, by all
-processes.
+"""Building a :mod:`dualhead_ext.train.hidden_cache`: all processes write shards, then the main one
+writes the index.
 
-Nothing is taken for a cache until its index is there, and a build begins by removing the old one.
-Each build names its files anew, so that whoever still reads the old ones never meets new ones.
+A folder without an index is not a cache, and a build begins by removing the old index. Each build
+gives its files new names, so a process that still reads an old cache never sees new files.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from .hidden_cache import (
 )
 from .state import agree_on
 
-SHARD_BYTES = 256 * 2**20  # of the states that a process holds before it writes them
-# At most: a shard's header and the index's entry for it; a row's number.
+SHARD_BYTES = 256 * 2**20  # a process writes a shard when its hidden states reach this size
+# Upper bounds: a shard's header plus its entry in the index; a row's number.
 _SHARD_OVERHEAD, _ROW_OVERHEAD = 1024, 8
 
-# What a killed write_durably leaves.
+# A temporary file that a killed write_durably leaves behind.
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
 
 logger = logging.getLogger(__name__)
@@ -56,17 +56,17 @@ def open_or_build(
     dtype: str = AS_COMPUTED,
     progress: bool = True,
 ) -> HiddenCache:
-    """The cache in a folder; where it is none of what is asked for, built first. Collective: each
-    process computes its own batches, the main one writes the index when all have finished.
+    """The cache in a folder; it is built first if necessary. Collective: each process computes its
+    own batches, and the main one writes the index when all have finished.
 
     Args:
-        folder, identity, lengths: of :class:`HiddenCache`.
-        batches: rows of the batches of this process; those in none come on top.
-        states_of: rows of a batch -> for each the states (tokens of its texts, d).
+        folder, identity, lengths: see :class:`HiddenCache`.
+        batches: rows of the batches of this process; rows in no batch are added at the end.
+        states_of: maps the rows of a batch to the hidden states (tokens of all texts, d) of each.
         dtype: one of `STORAGE_DTYPES`. progress: show a bar.
     Raises:
-        OSError: too little room on the disk (nothing has been written), or it failed on the way
-            (what was written is removed).
+        OSError: too little room on the disk (nothing is written), or writing failed (written files
+            are removed).
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, gather_object
@@ -93,8 +93,8 @@ def open_or_build(
 
 
 def _shares(batches: list[list[list[int]]], count: int) -> list[list[tuple[list[int], list[int]]]]:
-    """For each process its batches, and which of a batch's rows it stores: each row is stored once,
-    from the first batch that has it. Rows in no batch (dropped from the first epoch) come last.
+    """For each process its batches and the rows of each batch that it stores. Each row is stored
+    once, from the first batch that has it. Rows in no batch (dropped in the first epoch) come last.
     """
     left, shares = set(range(count)), []
     for own in batches:
@@ -124,19 +124,19 @@ class _Build:
     ) -> None:
         self.folder, self.identity, self.lengths = folder, identity, lengths
         self.states_of, self._wanted = states_of, dtype
-        self.token: str | None = None  # in the names of its files; None: nothing to build
-        self.entries: list[dict[str, Any]] = []  # of the shards that this process has written
-        self._rows: list[int] = []  # of the next shard, their states and the size of those
-        self._pending: list[Tensor] = []
-        self._bytes = 0
+        self.token: str | None = None  # part of the file names; None: nothing to build
+        self.entries: list[dict[str, Any]] = []  # index entries of this process's shards
+        self._rows: list[int] = []  # rows of the next shard
+        self._pending: list[Tensor] = []  # their hidden states
+        self._bytes = 0  # the size of those
         self._process = 0
         self._computed: torch.dtype | None = None
 
     # --- before ---
 
     def prepare(self, first: list[int], held: contextlib.ExitStack) -> None:
-        """Find out whether there is anything to do; if so check the room, take the lock (until
-        ``held`` closes), announce the build and remove the old files.
+        """If the cache must be built: check the free room, take the lock (until ``held`` closes),
+        announce the build and remove the old files.
         """
         if self._problem() is None:
             return
@@ -169,7 +169,7 @@ class _Build:
     def _check_room(self, size: int) -> None:
         existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.is_dir())
         room = shutil.disk_usage(existing).free
-        room += sum(path.stat().st_size for path in self._files())  # they make way
+        room += sum(path.stat().st_size for path in self._files())  # these will be removed
         if size > room:
             raise OSError(
                 f"{self.folder}: the hidden states need {_shown(size)}, the disk has "
@@ -177,7 +177,7 @@ class _Build:
             )
 
     def _files(self) -> list[Path]:
-        """The cache's own files, the index first; nothing else in the folder is ever touched."""
+        """The cache's own files, the index first. Other files in the folder are never touched."""
         if not self.folder.is_dir():
             return []
         names = [n for n in sorted(os.listdir(self.folder)) if _is_ours(_TEMPORARY.sub(r"\1", n))]
@@ -187,14 +187,14 @@ class _Build:
         for path in files:
             path.unlink(missing_ok=True)
             if path.name == INDEX_NAME:
-                _synchronise(self.folder)  # from now on, the rest is no cache
+                _synchronise(self.folder)  # from now on, the folder is not a cache
 
     # --- shards ---
 
     def write_shards(
         self, share: list[tuple[list[int], list[int]]], process: int, progress: bool
     ) -> None:
-        """The states of this process's share: (rows of a batch, those of them to store)."""
+        """Compute and write this process's share: (rows of a batch, rows of it to store)."""
         self._process = process
         share = [(batch, kept) for batch, kept in share if kept]
         for batch, kept in tqdm(share, "caching hidden states", disable=not progress):
@@ -226,7 +226,7 @@ class _Build:
             "computed_dtype": str(self._computed).removeprefix("torch."),
             "dtype": str(hidden.dtype).removeprefix("torch."),
         }
-        self.entries.append(entry)  # before it is there, so that it is removed whatever happens
+        self.entries.append(entry)  # before writing, so that a failed write is removed too
         write_durably(self.folder / name, data)
         self._rows, self._pending, self._bytes = [], [], 0
 
@@ -236,7 +236,7 @@ class _Build:
     # --- after ---
 
     def write_index(self, entries: list[dict[str, Any]]) -> None:
-        """What makes a cache of the shards of all processes."""
+        """Write the index of the shards of all processes, which completes the cache."""
         _synchronise(self.folder)
         index = {
             "format": FORMAT,
@@ -253,7 +253,7 @@ class _Build:
 
     @contextlib.contextmanager
     def or_remove(self) -> Iterator[None]:
-        """Remove what this process has written if the block raises."""
+        """Remove the files of this process if the block raises."""
         try:
             yield
         except BaseException:
@@ -267,7 +267,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _synchronise(folder: Path) -> None:
-    """See a folder's entries onto the disk."""
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -276,7 +276,7 @@ def _synchronise(folder: Path) -> None:
 
 
 def _shown(size: float) -> str:
-    """Bytes for people: 1.5 GB."""
+    """A size in bytes as text: 1.5 GB."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size /= 1000

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named recipes: what a head is and how it is trained. Plain data; needs nothing but Python."""
+"""Presets: the reward head and its training options, by name. Plain data; imports Python only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from ..config import DEFAULT_HEAD, head_fields
 
-# name -> "head": fields of DualHeadConfig, "training": of DualHeadTrainingArguments. Whatever is
-# given beside a preset stands over it.
+# name -> {"head": fields of DualHeadConfig, "training": fields of DualHeadTrainingArguments}.
+# Options that are given override the preset.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # A reward of each token in the LM head's own space, its strength measured afterwards. Small
-    # heads on cached hidden states: large steps, many times through the data.
+    # Token rewards in the span of the LM head, calibrated afterwards. Small heads on cached hidden
+    # states: a large learning rate and many epochs.
     "default": {
         "head": DEFAULT_HEAD,
         "training": {
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "calibrate": True,
         },
     },
-    # The paper's head and objective, as printed but for the regulariser's sign.
+    # The paper's head and objective, as printed except for the regulariser's sign.
     "paper": {
         "head": {"reward_head": "full", "gate": "attention"},
         "training": {
@@ -50,5 +50,5 @@ PRESET_NAMES = tuple(PRESETS)
 
 
 def head_of(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `DualHeadConfig` of a preset, under what is given."""
+    """The `DualHeadConfig` fields of a preset, overridden by ``given``."""
     return head_fields(given, PRESETS[preset]["head"])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a resumed run needs beside weights and optimizer to go on with the same numbers: random
-number generators, and proof that the data and their order are the same; and how processes agree.
+"""State for exact resumption besides weights and optimizer: random number generators, and a check
+that data and order are the same. Also: agreement between processes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..data.stream import TokenizedStream
 
-# Rows of a dataset that its fingerprint reads, evenly chosen.
+# The number of evenly spaced rows in a dataset's fingerprint.
 _FINGERPRINT_ROWS = 256
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether a collective failed because a peer is gone or does not answer: gloo says so in a
-    RuntimeError of its own words.
+    """Whether a collective failed because another process is gone or does not answer. gloo raises a
+    plain RuntimeError for it.
     """
     if isinstance(error, torch.distributed.DistError):
         return True
@@ -33,7 +33,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 @contextmanager
 def agree_on(action: str) -> Iterator[None]:
-    """Wait for all processes at the end of the block; raise on each of them if it failed on any."""
+    """Wait for all processes at the end of the block. If the block failed on any, raise on all."""
     from accelerate.utils import gather_object
 
     problem = None
@@ -50,7 +50,8 @@ def agree_on(action: str) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, of this process and its device."""
+    """The states of the generators of Python, NumPy and torch in this process, and of its device.
+    """
     of_numpy: Any = np.random.get_state()
     kind, keys, *rest = of_numpy
     state = {
@@ -75,8 +76,8 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def data_state(dataset: Any, args: Any) -> dict[str, Any]:
-    """What decides which examples come in which order: sizes, seeds, a hash of evenly chosen
-    rows, or of the first ones of a stream. args: TrainingArguments.
+    """Everything that determines the order of examples: sizes, seeds, and a hash of evenly spaced
+    rows, or of the first rows of a stream. args: TrainingArguments.
     """
     streamed = isinstance(dataset, TokenizedStream)
     dataset, examples = (dataset.first_rows, None) if streamed else (dataset, len(dataset))
@@ -94,7 +95,7 @@ def data_state(dataset: Any, args: Any) -> dict[str, Any]:
 
 
 def check_data_state(stored: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless a run would go on with the very examples that come next."""
+    """Raise ValueError unless a resumed run would continue with the right next examples."""
     differing = [
         f"{name} was {stored.get(name)!r}, is {value!r}"
         for name, value in current.items()
@@ -103,7 +104,7 @@ def check_data_state(stored: dict[str, Any], current: dict[str, Any], where: str
     if differing:
         raise ValueError(
             f"{where}: cannot be resumed with the same data in the same order: "
-            f"{'; '.join(differing)}. ignore_data_skip=True goes on regardless"
+            f"{'; '.join(differing)}. ignore_data_skip=True resumes anyway"
         )
 
 

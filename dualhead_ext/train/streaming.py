@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Trainer on data that are not held in memory: an ``IterableDataset``, tokenised on the fly."""
+"""A Trainer for data that are not in memory: an ``IterableDataset``, tokenised on the fly."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .hidden_cache import AUTO
 
 
 class StreamingTrainer(CachingTrainer):
-    """``IterableDataset`` of :class:`dualhead_ext.DualHeadTrainer`."""
+    """The support of ``IterableDataset`` in :class:`dualhead_ext.DualHeadTrainer`."""
 
     _tokenizer: Any  # processing_class
     _max_length: int | None
 
     def _streamed(self, name: str, rows: IterableDataset, args: Any) -> TokenizedStream:
-        """A stream of rows as this process trains on them. Only train_dataset may be one.
+        """The part of a stream that this process trains on. Only train_dataset may be a stream.
 
         Raises:
-            ValueError: an option that a stream cannot serve; says what to do.
+            ValueError: an option that a stream does not support; the message says what to do.
         """
         if name != "train_dataset":
             raise ValueError(
-                f"DualHeadTrainer: {name} must have a length, got a stream; take a part of it, as "
-                "list(stream.take(500)) does"
+                f"DualHeadTrainer: {name} must have a length, got a stream; take a part of it, for "
+                "example list(stream.take(500))"
             )
         if args.max_steps <= 0:
             raise ValueError(
@@ -50,7 +50,7 @@ class StreamingTrainer(CachingTrainer):
         return TokenizedStream(f"DualHeadTrainer: {name}", rows, tokenizer, length, *shares)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; of a stream, which is split by process already."""
+        """As transformers'; but a stream is already split by process."""
         if not isinstance(dataset, TokenizedStream):
             return super()._get_dataloader(dataset, *args, **kwargs)
         loader = DataLoader(
@@ -70,5 +70,5 @@ class StreamingTrainer(CachingTrainer):
 
 
 def first_rows(rows: Any, count: int) -> Any:
-    """Rows that have a length as they are; the first ``count`` of a stream."""
+    """``rows`` if they have a length; the first ``count`` rows of a stream."""
     return rows.first(count) if isinstance(rows, TokenizedStream) else rows

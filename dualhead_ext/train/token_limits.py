@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backbone's embeddings can take, checked before training: beyond them it would crash, on a
-GPU with an error that names nothing.
+"""Checks before training that token ids and positions are within the backbone's embeddings.
+Otherwise training would crash, on a GPU with an error that does not name the cause.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import nn
 
 from ..data.collate import texts_of
 
-# Learned positions of GPT-2 and its kind, OPT, BERT-like decoders.
+# Names of learned position embeddings: GPT-2 and its relatives, OPT, BERT-like decoders.
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 
 
 def learned_positions(model: Any) -> int | None:
-    """How many positions a model has learned; None where they are computed (rotary, ALiBi)."""
+    """The number of learned positions; None if positions are computed (rotary, ALiBi)."""
     for name, module in model.get_decoder().named_modules():
         if isinstance(module, nn.Embedding) and _POSITIONS.search(name):
             return module.num_embeddings - int(getattr(module, "offset", 0))
@@ -28,11 +28,11 @@ def learned_positions(model: Any) -> int | None:
 def row_check(
     name: str, model: Any, max_length: int, pad_token_id: Any
 ) -> Callable[[int, dict[str, Any]], None]:
-    """What refuses a tokenised row, by its number, that a model's embeddings do not hold.
+    """A function (row number, tokenised row) that raises ValueError for a token id outside the
+    embedding, or a text longer than the learned positions.
 
     Raises:
-        ValueError: the padding's token id beyond the embedding; and, by what is returned, a token
-            id beyond it, a text longer than the learned positions; both numbers named.
+        ValueError: pad_token_id is outside the embedding.
     """
     size, positions = model.get_input_embeddings().num_embeddings, learned_positions(model)
     if isinstance(pad_token_id, int) and not 0 <= pad_token_id < size:
@@ -47,8 +47,8 @@ def row_check(
             if low < 0 or high >= size:
                 raise ValueError(
                     f"DualHeadTrainer: {name}: token ids must be below {size}, the rows of the "
-                    f"backbone's embedding, got {low if low < 0 else high} in row {number}; is it "
-                    "the backbone's own tokenizer?"
+                    f"backbone's embedding, got {low if low < 0 else high} in row {number}; is "
+                    "this the backbone's tokenizer?"
                 )
             if positions is not None and len(ids) > positions:
                 raise ValueError(
@@ -63,7 +63,7 @@ def row_check(
 def check_limits(
     name: str, rows: Sequence[dict[str, Any]], model: Any, max_length: int, pad_token_id: Any
 ) -> None:
-    """Refuse tokenised rows that a model's embeddings do not hold, as :func:`row_check`."""
+    """Check all rows with :func:`row_check`."""
     check = row_check(name, model, max_length, pad_token_id)
     for number in range(len(rows)):
         check(number, rows[number])
