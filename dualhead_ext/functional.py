@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training objective as a function: checks its arguments, then computes `loss.chunked`, which
-means what `loss.reference` says.
+"""The training objective as a function. It checks its arguments and calls `loss.chunked`, which
+`loss.reference` defines.
 """
 
 from __future__ import annotations
@@ -60,70 +60,70 @@ def dual_head_loss(
 ) -> DualHeadLossOutput:
     """``L = L_LM + lambda_R L_pref + L_gate + L_KL`` of a batch of pairs, without N x V logits.
 
-    ``L_LM = -E_{(x,y)} sum_t log P(y_t)`` of the mixture over the chosen responses and the rows in
-    no pair; ``L_pref = -E log sigmoid(beta_r (r(y+) - r(y-)) - gamma)``; ``L_gate = -lambda_G
-    E_t[H(a_t)]`` and ``L_KL = kl_price E_t[KL(pi_mix || pi_LM)]`` over all response tokens.
+    ``L_LM = -E_{(x,y)} sum_t log P(y_t)`` of the mixture, over the chosen responses and the rows in
+    no pair. ``L_pref = -E log sigmoid(beta_r (r(y+) - r(y-)) - gamma)``. ``L_gate = -lambda_G
+    E_t[H(a_t)]`` and ``L_KL = kl_price E_t[KL(pi_mix || pi_LM)]``, over all response tokens.
 
-    ``preference="log_prob"``, the paper's: ``r(y) = sum_t log pi_r(y_t)`` with ``pi_r =
+    ``preference="log_prob"`` (the paper's): ``r(y) = sum_t log pi_r(y_t)`` with ``pi_r =
     softmax(f(z_RM))``. ``"token_reward"``: ``r(y) = sum_t a_t^kappa delta_t(y_t)`` with ``delta =
-    z_RM - z_LM`` before f and kappa = pref_gate; then only the rows of the tokens that occur are
-    read, and there is no product with the vocabulary unless L_LM or L_KL needs one.
+    z_RM - z_LM`` before f and kappa = pref_gate. This reads only the rows of the tokens that occur;
+    there is no product with the vocabulary unless L_LM or L_KL needs one.
 
     Source: the paper, Training; `docs/paper.md` lists the departures. Products run in the dtype of
     each weight (autocast applies); log-softmax and everything after it in fp32 (float64 for
     float64).
 
-    A token outside ``mask`` has no effect, whatever is stored there. An empty response has r = 0
-    and no gradient. A pair of two empty responses counts 0 in L_pref. A batch without a response
-    token has loss 0 and zero gradients.
+    Tokens outside ``mask`` have no effect. An empty response has r = 0 and no gradient. A pair of
+    two empty responses adds 0 to L_pref. A batch without response tokens has loss 0 and zero
+    gradients.
 
-    Rows that pairs link go through the products together, as many as fit into a bounded workspace,
-    and their gradients are computed at once. So the logits' memory does not grow with N. Nothing is
-    computed twice, except for a group of linked rows that is too long for the workspace. There is
-    a first derivative only.
+    Rows that are linked by pairs go through the products together, as many as fit into a bounded
+    workspace, and their gradients are computed at the same time. So the memory for logits does not
+    grow with N. Only a group of linked rows that is too long for the workspace is computed twice.
+    There is no second derivative.
 
-    On CUDA the loss waits for the device once, to count the tokens. It does not wait if ``lengths``
-    gives the counts and pairs, objective and objective_weights are on the CPU; wrong labels are
-    then found by an assertion on the device.
+    On CUDA the loss synchronises once, to count the tokens. It does not synchronise if ``lengths``
+    is given and pairs, objective and objective_weights are on the CPU; wrong labels then fail a
+    device assertion.
 
     Args:
-        hidden: (R, T, d), the backbone's final hidden states; by default R = 2P rows [all chosen;
-            all rejected], then rows for L_LM alone.
+        hidden: (R, T, d), the backbone's final hidden states. By default R = 2P rows [all chosen;
+            all rejected]; further rows are for L_LM alone.
         labels: (R, T) int64 or int32, the token that position t predicts, i.e. the input shifted
-            by one; in [0, V) where ``mask`` is set, anything elsewhere.
-        mask: (R, T) bool (or nonzero = set): the label is a response token.
-        gate_logit: (R, T) fp32 (float64 for float64), a = sigmoid(gate_logit); a fixed a of 0 or 1
+            by one. In [0, V) where ``mask`` is set, arbitrary elsewhere.
+        mask: (R, T) bool or integer; nonzero: the label is a response token.
+        gate_logit: (R, T) fp32 (float64 for float64), a = sigmoid(gate_logit). A fixed a of 0 or 1
             is -inf or +inf: entropy 0, no gradient.
         lm_weight, lm_bias: (V, d), (V,).
-        reward_head: "full", "embedding" or "lowrank" (`DualHeadConfig`).
-        reward_weight, reward_bias: of "full": (V, d) or (K, V, d); (V,) or (K, V).
-        reward_down, reward_up, reward_bias: of the others: D (K, r, d), U (K, n, r) and c (K, n),
-            delta_k = W_LM (U_k D_k h + c_k), n = d, for "embedding", U_k D_k h + c_k, n = V, for
-            "lowrank". "embedding" may leave out down and up: rank 0.
+        reward_head: "full" (default), "embedding" or "lowrank" (`DualHeadConfig`).
+        reward_weight, reward_bias: for "full", (V, d) or (K, V, d) and (V,) or (K, V).
+        reward_down, reward_up, reward_bias: for the others, D (K, r, d), U (K, n, r) and c (K, n).
+            "embedding": delta_k = W_LM (U_k D_k h + c_k), n = d; without down and up its rank is 0.
+            "lowrank": delta_k = U_k D_k h + c_k, n = V.
         mix ... logit_softcap: see :class:`dualhead_ext.loss.terms.LossOptions`.
         num_pairs: P of the default pairs. Default: R / 2.
-        pairs: (P, 2) int64, rows of (better, worse), in place of the default pairs. A row may be in
-            several pairs, as in a ranked list. L_LM then reads the rows that are the worse one of
-            no pair. On the device of hidden or on the CPU.
-        objective: (P,) int64, the head that L_pref of each pair trains. Default: 0. On the device
-            of hidden or on the CPU, like objective_weights.
-        objective_weights: (K,), weights of the heads in L_LM's mixture. Default: 1/K each.
-        counts: what the means divide by, if this batch is a part of a larger one (accumulation,
+        pairs: (P, 2) int64, rows of (better, worse), instead of the default pairs. A row may be in
+            several pairs, as in a ranked list. L_LM then covers the rows that are not the worse one
+            of any pair. On the device of hidden or on the CPU.
+        objective: (P,) int64, the reward head that L_pref of each pair trains. Default: 0. On the
+            device of hidden or on the CPU, like objective_weights.
+        objective_weights: (K,), weights of the reward heads in the mixture. Default: 1/K each.
+        counts: the divisors of the means, if this batch is a part of a larger one (accumulation,
             several processes). Default: this batch's own counts.
         lengths: (R,), response tokens of each row, ``mask.sum(-1)``: a sequence of int, or a tensor
             on the CPU. Default: counted.
-        impl: internal, for tests and benchmarks: what computes the checked arguments. Default:
-            :func:`dualhead_ext.loss.chunked.dual_head_loss`.
+        impl: internal, for tests and benchmarks: the function that computes the loss of checked
+            arguments. Default: :func:`dualhead_ext.loss.chunked.dual_head_loss`.
     Returns:
         :class:`dualhead_ext.loss.terms.DualHeadLossOutput`; ``out.loss`` is differentiable with
         respect to hidden, gate_logit and all weights.
     Raises:
         TypeError: an argument that is not a tensor, a wrong dtype, or float64 mixed with another.
         ValueError: shapes that disagree, an empty batch, values out of range, labels outside [0, V)
-            where the mask is set, lengths that are not the mask's, tensors on different devices, or
-            a gate_logit that requires a gradient and would get none
+            where the mask is set, lengths that differ from the mask's, tensors on different
+            devices, or a gate_logit that requires a gradient but would get none
             (`LossOptions.teaches_gate`). On CUDA with lengths given, wrong labels and lengths
-            are a device assertion instead.
+            fail a device assertion instead.
     """
     options = LossOptions(
         mix=mix,
@@ -259,8 +259,8 @@ def _check_heads(hidden: Tensor, heads: Heads) -> None:
             raise TypeError(f"{_NAME}: {name} must be of a floating dtype, got {value.dtype}")
         if (value.dtype == torch.float64) != (hidden.dtype == torch.float64):
             raise TypeError(
-                f"{_NAME}: {name} must be float64 exactly where hidden is, got {value.dtype} "
-                f"beside {hidden.dtype}"
+                f"{_NAME}: {name} must be float64 if and only if hidden is, got {value.dtype} "
+                f"and {hidden.dtype}"
             )
     biased = [("lm", heads.lm_weight, heads.lm_bias)]
     if kind == "full":
@@ -284,7 +284,7 @@ def _checked_num_pairs(
     if pairs is not None:
         _check_tensor("pairs", pairs)
         if num_pairs is not None:
-            raise ValueError(f"{_NAME}: num_pairs must be None where pairs are given")
+            raise ValueError(f"{_NAME}: num_pairs must be None if pairs are given")
         if pairs.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{_NAME}: pairs must be int64, got {pairs.dtype}")
         device = pairs.device if pairs.device.type == "cpu" else device
@@ -294,7 +294,7 @@ def _checked_num_pairs(
         if num_rows % 2:
             raise ValueError(
                 f"{_NAME}: hidden must have an even number of rows [all chosen; all rejected] "
-                f"where num_pairs is not given, got {num_rows}"
+                f"if num_pairs is not given, got {num_rows}"
             )
         return num_rows // 2
     if isinstance(num_pairs, bool) or not isinstance(num_pairs, int):
@@ -308,7 +308,7 @@ def _checked_num_pairs(
 
 
 def _checked_pairs(pairs: Tensor, num_rows: int) -> list[tuple[int, int]]:
-    """pairs, on the CPU, as numbers."""
+    """Check pairs on the CPU, and return them as ints."""
     for better, worse in (found := [(b, w) for b, w in pairs.tolist()]):
         if not (0 <= better < num_rows and 0 <= worse < num_rows) or better == worse:
             raise ValueError(
@@ -365,7 +365,7 @@ def _checked_lengths(lengths: Any, num_rows: int) -> list[int] | None:
     return list(lengths)
 
 
-# --- what the host must know ---------------------------------------------------------------------
+# --- values that the host needs ------------------------------------------------------------------
 
 
 def _on_host(
@@ -375,8 +375,8 @@ def _on_host(
     lengths: list[int] | None,
     others: list[Tensor | None],
 ) -> tuple[list[int], list[Tensor | None]]:
-    """(lengths, others) on the CPU, once the labels are checked: by the host, or, where it would
-    wait for CUDA for nothing else, by the device.
+    """Check labels and lengths, and return (lengths, others) on the CPU. If lengths are given, the
+    check runs on the CUDA device, so the host need not wait for it.
     """
     outside = mask.bool() & ((labels < 0) | (labels >= vocab_size))
     counted, wrong = mask.bool().sum(-1), outside.any()
@@ -403,7 +403,7 @@ def _on_host(
 
 
 def _copied(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """On the CPU, by one transfer of all that are not yet there."""
+    """The tensors on the CPU, with a single transfer for all that are on a device."""
     there = [x for x in tensors if x is not None and chunked.on_device(x)]
     if not there:
         return tensors

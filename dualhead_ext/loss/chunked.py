@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objective without N x V logits: `reference.dual_head_loss` a chunk of tokens at a time.
+"""The objective without N x V logits: `reference.dual_head_loss`, one chunk of tokens at a time.
 
-The sums of a pair and with them its coefficient are known as soon as its own tokens are through the
-products. So a chunk holds whole pairs: products into a workspace, log-probabilities, sums, the
-preference coefficient, then dz in place of the logits, dW and d(gate logit). Nothing is computed
-twice, but for a pair too long for the workspace. Gradients are made in forward and scaled in
-backward. Response tokens are gathered first; z_LM is computed only where the mixture is wanted.
+The gradient of a pair's loss needs only the sums over that pair's own tokens. So a chunk holds
+whole pairs: products into a workspace, log-probabilities, sums, the preference coefficient, then
+the logits' gradients in place, dW and d(gate logit). Only a pair that is too long for the workspace
+is computed twice. Gradients are computed in forward and scaled in backward. Response tokens are
+gathered first; z_LM is computed only if the mixture needs it.
 
-What decides over sizes and chunks (lengths, objectives, their weights) lies on the host, so that
+Everything that determines sizes and chunks (lengths, objectives, their weights) is on the host, so
 nothing here waits for a device.
 """
 
@@ -39,11 +39,12 @@ from .terms import (
 from .token_rewards import refuse_second_derivative, token_rewards
 from .totals import RowSums, combine, gate_statistics
 
-# Logits of a chunk, in bytes: at V = 32000 and fp32 512 rows. Half of it is 15 % slower there (more
-# passes over dW), twice as much gains nothing.
+# Bytes of a chunk's logits: 512 rows at V = 32000 in fp32. Half of it is 15 % slower (more passes
+# over dW); twice as much gains nothing.
 WORKSPACE_BYTES = 64 << 20
 
-# (the mixture's logits or one objective's, whose rewards, in L_LM) -> rows of the batch.
+# (whether the mixture's logits are needed, the objective whose rewards are, whether in L_LM) ->
+# rows of the batch.
 Plan = dict[tuple[bool, "int | None", bool], list[int]]
 # Jobs with their rows, and the products that they share.
 Computed = tuple[list[tuple[Job, loss_rows.Rows]], list[Product]]
@@ -55,13 +56,13 @@ def on_device(x: Tensor) -> bool:
 
 
 class Maps:
-    """The linear maps that logits are made of, and the gradients of what they hold.
+    """The linear maps that compute logits, and the gradients of their inputs.
 
     Args:
-        inputs: `_INPUTS` by name, detached. reward_features: (K, N, m), what the correction's
-            matrix is multiplied by; None for a full head, which multiplies the hidden states.
-        heads: which kind they are and how the objectives are weighed.
-        wanted: whether the gradient of each input is.
+        inputs: `_INPUTS` by name, detached. reward_features: (K, N, m), the features of a
+            correction; None for a full head, which reads the hidden states.
+        heads: their kind, and the weights of the objectives.
+        wanted: whether the gradient of each input is needed.
     """
 
     def __init__(
@@ -85,11 +86,11 @@ class Maps:
         ]
         self._base: Terms = ((self.lm, 1.0),) if corrects else ()
         self.mixture = self._base + tuple(zip(self.objectives, heads.shares(), strict=True))
-        # The mixture's z_RM is that of the only objective.
+        # Whether the mixture's z_RM is that of the only objective.
         self.one = self.mixture == self.objective(0) and len(self.objectives) == 1
 
     def objective(self, k: int) -> Terms:
-        """What makes z_k."""
+        """The terms of z_k."""
         return (*self._base, (self.objectives[k], 1.0))
 
     def _linear(
@@ -100,7 +101,7 @@ class Maps:
         features: str,
         k: int | None = None,
     ) -> Linear:
-        """Of inputs with a first dimension K the k-th."""
+        """A linear map over these inputs; of those with a first dimension K, the k-th part."""
 
         def part(name: str, of: dict[str, Tensor | None]) -> Tensor | None:
             x = of.get(name)
@@ -111,8 +112,8 @@ class Maps:
 
 
 class Pass:
-    """One pass over a batch: :meth:`run` fills the sums of rows and, if wanted, the gradients.
-    known_lengths: lengths, as the host knows them. impl: see `rows.log_probabilities`.
+    """One pass over a batch: :meth:`run` computes the sums of rows and, if wanted, the gradients.
+    known_lengths: the lengths, on the host. impl: see `rows.log_probabilities`.
     """
 
     def __init__(
@@ -142,18 +143,18 @@ class Pass:
         self._in_lm = pairing.in_lm(options.lm_on_chosen)
         self._compares = options.preference == "log_prob"
         vocab = maps.lm.weight.shape[0]
-        # Two rows at least: a token's z_LM and z_RM. At most that for each of a token's jobs, the
-        # mixture's and one for each objective.
+        # At least two rows: a token's z_LM and z_RM. At most two rows for each job of a token: the
+        # mixture and each objective.
         self._budget = max(2, WORKSPACE_BYTES // (vocab * self.lm_nll.element_size()))
         rows = min(self._budget, 2 * (1 + len(maps.objectives)) * len(tokens.rows))
         self._workspace = torch.empty(rows, vocab, dtype=maps.dtype, device=device)
         self._lm_count = at_least_one(LM_REDUCTIONS[options.lm_reduction](counts))
 
-    # --- what the chunks are ---
+    # --- chunks ---
 
     def _plan(self, rows: list[int], pairs: list[int]) -> Plan:
-        """What these rows, whose pairs these are, are needed for."""
-        of_pairs: dict[int, set[int]] = {}  # the rows that a head's rewards are wanted of
+        """The plan of these rows and their pairs."""
+        of_pairs: dict[int, set[int]] = {}  # objective -> rows whose rewards are needed
         if self._compares:
             pairing = self.pairing
             for pair in pairs:
@@ -163,7 +164,7 @@ class Pass:
         for row in rows:
             objectives = [k for k, compared in of_pairs.items() if row in compared]
             if self._in_lm[row] or self.options.kl_price > 0.0:
-                # One product for both terms where they read the same logits.
+                # One product for both terms if they read the same logits.
                 k = objectives.pop() if self.maps.one and objectives else None
                 plan.setdefault((True, k, self._in_lm[row]), []).append(row)
             for k in objectives:
@@ -193,7 +194,7 @@ class Pass:
         return [job for job in made if len(job.index)]
 
     def _tokens_of(self, rows: list[int]) -> Tensor:
-        """(n,), of these rows in their order."""
+        """The indices (n,) of the tokens of these rows, in order."""
         spans: list[list[int]] = []
         for row in rows:
             start, end = self._starts[row], self._starts[row + 1]
@@ -205,7 +206,7 @@ class Pass:
         return torch.cat([torch.arange(*span, device=device) for span in spans])
 
     def _chunks(self) -> Iterator[tuple[list[Job], list[int]]]:
-        """(jobs, their pairs): examples until the workspace is full, one at least."""
+        """(jobs, their pairs) of as many examples as fit into the workspace, at least one."""
         examples, of_example = self.pairing.examples, self.pairing.pairs_of_examples
         first = 0
         while first < len(examples):
@@ -223,21 +224,21 @@ class Pass:
             first = last
 
     def _pieces(self, job: Job) -> Iterator[Job]:
-        """The job in parts that fit into the workspace alone."""
+        """Parts of a job that each fit into the workspace."""
         size = max(1, self._budget // (1 if job.lm is None else 2))
         for index in job.index.split(size):
             yield replace(job, index=index)
 
-    # --- the work ---
+    # --- computation ---
 
     def run(self) -> None:
-        """All chunks."""
+        """Compute all chunks."""
         for jobs, pairs in self._chunks():
             if sum(job.rows for job in jobs) <= self._budget:
                 computed = self._log_probabilities(jobs)
                 self._gradients(computed, self._pair_coefficients(pairs))
                 continue
-            # Too long for the workspace: once for the sums, once more for the gradients.
+            # Too long for the workspace: one pass for the sums, another for the gradients.
             pieces = [piece for job in jobs for piece in self._pieces(job)]
             for piece in pieces:
                 self._log_probabilities([piece])
@@ -278,14 +279,14 @@ class Pass:
             self.kl += self._row_sums(job.index, loss_rows.kl(rows))
 
     def _row_sums(self, index: Tensor, of_tokens: Tensor) -> Tensor:
-        """(R,), in one order: index_add_ has none on CUDA."""
+        """Sums (R,) in a fixed order, which index_add_ does not have on CUDA."""
         of_row = self.tokens.rows[index]
         column = index - (self.lengths.cumsum(0) - self.lengths)[of_row]
         dense = of_tokens.new_zeros(len(self.lengths), self._longest)
         return dense.index_put_((of_row, column), of_tokens).sum(-1)
 
     def _pair_coefficients(self, pairs: list[int]) -> Tensor:
-        """dL / d rewards (R, K), those of these pairs filled in."""
+        """dL / d rewards (R, K) from these pairs; 0 elsewhere."""
         out = torch.zeros_like(self.rewards)
         if not pairs or not self.needs_gradients or not self._compares:
             return out
@@ -318,7 +319,7 @@ class Pass:
                 self.products.accumulate(product)
 
     def _logit_gradients(self, job: Job, rows: loss_rows.Rows, of_rewards: Tensor) -> None:
-        """In the logits' place, and the gate's."""
+        """Replace a job's logits by their gradients, and add to the gate's gradient."""
         mixed = torch.zeros_like(rows.gate_logit)
         pair = None
         if job.objective is not None:
@@ -329,14 +330,14 @@ class Pass:
             mixed, pair = mixed + pair, None
         of_kl = None
         if job.in_kl:
-            # Divided in the loss's own precision: the count may be of another.
+            # Divided in the precision of the loss: the count may have another dtype.
             of_kl = torch.full_like(mixed, self.options.kl_price) / at_least_one(self.counts.tokens)
         gate = loss_rows.gradients_(rows, mixed, pair, of_kl, lm=self.maps.lm.trains)
         if gate is not None and self.gate_grad is not None:
             self.gate_grad.index_add_(0, job.index, gate.to(self.gate_grad.dtype))
 
 
-# What the logits are made of, as inputs of one autograd function. reward_features: see `Maps`.
+# The inputs of the logits, as inputs of one autograd function. reward_features: see `Maps`.
 _INPUTS = (
     "hidden",
     "gate_logit",
@@ -349,7 +350,7 @@ _INPUTS = (
 
 
 class _Carrier(torch.autograd.Function):
-    """A zero whose gradient is that of all terms with logits."""
+    """Returns a zero whose gradient is that of all terms that need logits."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[[dict[str, bool]], Pass], *inputs: Tensor | None) -> tuple:
@@ -364,11 +365,11 @@ class _Carrier(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *unused: Any) -> tuple:
         refuse_second_derivative()
-        # Scaled in place and let go of, so that autograd takes them for .grad without a copy. A
-        # second pass over a retained graph makes them again.
+        # Scaled in place and released, so that autograd uses them as .grad without a copy. A second
+        # backward over a retained graph computes them again.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _ = ctx.saved_tensors  # raises if the graph was freed or an input changed since
+            _ = ctx.saved_tensors  # raises if the graph was freed or an input has changed
             gradients = _gradients_of(ctx.run(ctx.wanted))
         if on_device(scale) or scale != 1.0:
             for gradient in gradients:
@@ -381,7 +382,7 @@ class _Carrier(torch.autograd.Function):
 
 
 def _gradients_of(result: Pass) -> list[Tensor | None]:
-    """One for each of `_INPUTS`, None where it is not wanted."""
+    """The gradient of each of `_INPUTS`; None if it is not needed."""
     grads = result.maps.grads | {"gate_logit": result.gate_grad}
     return [grads[name] for name in _INPUTS]
 
@@ -398,8 +399,8 @@ def dual_head_loss(
     lengths: list[int] | None = None,
     impl: str | None = None,
 ) -> DualHeadLossOutput:
-    """As :func:`dualhead_ext.loss.reference.dual_head_loss`, over checked arguments. Waits for a
-    device only if lengths are not given, or heads.objective_weights lie there. impl: of
+    """As :func:`dualhead_ext.loss.reference.dual_head_loss`, over checked arguments. It waits for a
+    device only if lengths are not given or heads.objective_weights are there. impl: see
     :func:`dualhead_ext.loss.rows.log_probabilities`.
     """
     counted = mask.bool().sum(-1)
@@ -417,7 +418,7 @@ def dual_head_loss(
     rewards = carrier = None
     zero = torch.zeros(len(lengths), dtype=accumulator_dtype(hidden.dtype), device=hidden.device)
     lm_nll = kl = zero
-    # What autocast asks for is in `Products`; it must not touch anything else.
+    # `Products` applies autocast itself; nothing else may be cast.
     with torch.autocast(hidden.device.type, enabled=False):
         if options.preference == "token_reward":
             of_tokens = token_rewards(hidden, (rows, columns), picked_labels, heads)
@@ -459,7 +460,7 @@ def _inputs(
 ) -> dict[str, Tensor | None]:
     """`_INPUTS` by name."""
     weights = {"full": heads.reward_weight, "lowrank": heads.reward_up, "embedding": None}
-    # The bias of "embedding" is in its features already.
+    # The features of "embedding" already include its bias.
     bias = None if heads.reward_head == "embedding" else heads.reward_bias
     values = (
         hidden, gate_logit, heads.lm_weight, heads.lm_bias, weights[heads.reward_head], bias,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both heads' weights as the training loss reads them."""
+"""The weights of both heads, as the training loss reads them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..ops.logits import accumulator_dtype
 
 @dataclass
 class Heads:
-    """Both heads' weights, and the objectives' weights (K,) or None for 1/K each.
+    """The weights of both heads, and the objectives' weights (K,), or None for 1/K each.
 
-    lm_weight (V, d), lm_bias (V,). Of ``reward_head="full"``: reward_weight (K, V, d), reward_bias
-    (K, V) or None. Of a correction: reward_down (K, r, d) and reward_up (K, n, r), both None for
+    lm_weight (V, d), lm_bias (V,). For ``reward_head="full"``: reward_weight (K, V, d), reward_bias
+    (K, V) or None. For a correction: reward_down (K, r, d) and reward_up (K, n, r), both None for
     rank 0, and reward_bias (K, n); n = d for "embedding", V for "lowrank".
     """
 
@@ -35,13 +35,13 @@ class Heads:
         return first.shape[0]
 
     def shares(self) -> list[float]:
-        """The K weights of the mixture's reward."""
+        """The weights of the K reward heads in the mixture."""
         if self.objective_weights is None:
             return [1.0 / self.num_objectives] * self.num_objectives
         return self.objective_weights.tolist()
 
     def features(self, hidden: Tensor) -> Tensor:
-        """What the correction's matrix with V rows is multiplied by, in fp32 or float64:
+        """The features that a correction multiplies by its matrix with V rows, in fp32 or float64:
         ``U_k D_k h + c_k`` (K, N, d) for "embedding", ``A_k h`` (K, N, r) for "lowrank".
         """
         dtype = accumulator_dtype(hidden.dtype)

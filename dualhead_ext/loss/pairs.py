@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of a training batch are compared with which, known to the host."""
+"""The pairs of rows in a training batch, kept on the host."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class Pairing:
-    """The P pairs of a batch of R rows, and what follows from them.
+    """The P pairs of a batch of R rows.
 
     Args:
         num_rows: R.
-        pairs: (better row, worse row) of each pair. A row may be in many, as the responses of a
-            ranked list are. Default: [all chosen; all rejected], (p, R/2 + p).
-        objective: the reward head that each pair acts on. Default 0.
+        pairs: (better row, worse row) of each pair. A row may be in several pairs, as in a ranked
+            list. Default: [all chosen; all rejected], (p, R/2 + p).
+        objective: the reward head that each pair trains. Default 0.
 
     Attributes:
-        better, worse, objective: of each pair.
-        examples: the rows of each example. Rows that are linked by pairs are one example, a row in
-            no pair is one of its own; examples come in the order of their first rows.
+        better, worse, objective: for each pair, its rows and its reward head.
+        examples: the rows of each example. Rows that are linked by pairs form one example; a row in
+            no pair is an example of its own. Examples are in the order of their first rows.
         pairs_of_examples: the pairs of each example.
     """
 
@@ -47,8 +47,8 @@ class Pairing:
         return len(self.better)
 
     def in_lm(self, lm_on_chosen: bool) -> list[bool]:
-        """Whether each row is of the language model term: those in no pair; with ``lm_on_chosen``
-        also those that are better in some pair and worse in none.
+        """Whether each row is in the language-model term: rows in no pair, and with
+        ``lm_on_chosen`` also rows that are never the worse one.
         """
         better, worse = set(self.better), set(self.worse)
         return [
@@ -58,8 +58,8 @@ class Pairing:
     def tensors(
         self, device: torch.device, pairs: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """better, worse, objective of some pairs (default all), (P,) int64 on a device, which is
-        not waited for.
+        """better, worse and objective of some pairs (default all), (P,) int64 on a device, copied
+        without a synchronisation.
         """
         chosen = range(len(self)) if pairs is None else pairs
         better, worse, objective = (
@@ -70,7 +70,7 @@ class Pairing:
 
 
 def to_device(numbers: Sequence[int | bool], device: torch.device) -> Tensor:
-    """A tensor of numbers that the host knows, without waiting for the device."""
+    """A tensor of numbers from the host, copied without a synchronisation."""
     dtype = torch.bool if numbers and isinstance(numbers[0], bool) else torch.int64
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused loss's matrix products: some tokens' logits, and what their gradients mean for weights,
-biases and hidden states.
+"""The matrix products of the fused loss: logits of some tokens, and the gradients of weights, biases
+and hidden states.
 
-Logits are sums of linear maps (`Linear`): z_LM of one, z_RM of one for each objective; of a reward
-head that is a correction, of z_LM's and one for each objective's delta.
+Logits are sums of linear maps (`Linear`). z_LM is one map. z_RM has one map for each objective; for
+a correction, it is z_LM's map plus one for each objective's delta.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ops import library
 
-# Vocabulary rows that are cast at a time, of a weight or of narrow logits.
+# Vocabulary rows of a weight, or of narrow logits, that are cast at a time.
 VOCABULARY_BLOCK = 2048
 
 
@@ -34,11 +34,12 @@ class Tokens:
 
 @dataclass(eq=False)
 class Linear:
-    """One matrix with V rows and what it is multiplied by, ``W x + b``, and where the gradients go
-    (fp32 or float64), None where they are not wanted.
+    """A linear map with V rows, ``W x + b``, its features x, and its gradients (fp32 or float64;
+    None if not needed).
 
     Attributes:
-        weight, weight_grad: (V, m). bias, bias_grad: (V,), bias None if there is none.
+        weight, weight_grad: (V, m).
+        bias, bias_grad: (V,); bias is None if there is none.
         features, features_grad: (N, m).
     """
 
@@ -51,25 +52,26 @@ class Linear:
 
     @property
     def trains(self) -> bool:
-        """Whether any gradient is wanted."""
+        """Whether any gradient is needed."""
         return any(x is not None for x in (self.weight_grad, self.bias_grad, self.features_grad))
 
 
-# Logits are a sum of these with these shares.
+# Logits as a weighted sum: (map, weight) of each term.
 Terms = tuple[tuple[Linear, float], ...]
 
 
 @dataclass
 class Job:
-    """Some tokens and what is wanted of their logits.
+    """Some tokens, and what their logits are needed for.
 
     Attributes:
-        index: (n,) which tokens.
-        lm: makes z_LM; None where nothing is mixed. reward: makes z_RM.
-        in_lm: their log-probabilities go into the language model term.
-        objective: those go into the rewards of this head; None: into none.
-        pairs_mixed: the rewards take the mixture's.
-        in_kl: their KL is priced.
+        index: (n,), the tokens.
+        lm: the terms of z_LM; None if nothing is mixed.
+        reward: the terms of z_RM.
+        in_lm: whether their log-probabilities are in the language-model term.
+        objective: the reward head whose rewards they are part of, or None.
+        pairs_mixed: whether rewards are log-probabilities of the mixture.
+        in_kl: whether their KL is in the loss.
     """
 
     index: Tensor
@@ -82,20 +84,20 @@ class Job:
 
     @property
     def needs_mixed(self) -> bool:
-        """Whether the mixture's log-probabilities are wanted."""
+        """Whether the mixture's log-probabilities are needed."""
         return self.in_lm or (self.objective is not None and self.pairs_mixed)
 
     @property
     def rows(self) -> int:
-        """Rows of logits that it needs."""
+        """The number of rows of logits: n, or 2 n with z_LM."""
         return len(self.index) * (1 if self.lm is None else 2)
 
 
 @dataclass
 class Product:
-    """z (n, V): the logits of tokens ``index`` (n,), what ``terms`` make, added to ``base``.
+    """z (n, V), the logits of tokens ``index`` (n,): the sum of ``terms``, added to ``base``.
 
-    base: parts of other products' z that together have n rows, made before this one; () for none.
+    base: parts of the z of earlier products that together have n rows; () for none.
     """
 
     terms: Terms
@@ -105,7 +107,7 @@ class Product:
 
     @property
     def trains(self) -> bool:
-        """Whether z's gradient has anywhere to go."""
+        """Whether any map needs z's gradient."""
         return any(linear.trains for linear, _ in self.terms)
 
 
@@ -115,21 +117,21 @@ def narrow_pays(device: str, dtype: torch.dtype) -> bool:
     if device != "cpu":
         return True
     if dtype != torch.bfloat16:
-        return False  # fp16: no CPU of today, but for AMX-FP16's few
+        return False  # fp16: few CPUs have AMX-FP16
     return library.problem("cpu") is not None or torch.ops.dualhead.cpu_bf16_pays()
 
 
 def lay_out(
     jobs: Sequence[Job], workspace: Tensor
 ) -> tuple[list[Product], list[tuple[Tensor | None, Tensor]]]:
-    """The products that jobs need, jobs of the same terms together, and each job's (z_LM or None,
-    z_RM) as views of the workspace (rows, V) that they fill.
+    """(products, views): the products that jobs need, with jobs of the same terms in one product;
+    and for each job (z_LM or None, z_RM) as views of the workspace (rows, V).
     """
     groups: dict[tuple[str, Terms, bool], list[int]] = {}
     for i, job in enumerate(jobs):
         if job.lm is not None:
             groups.setdefault(("lm", job.lm, False), []).append(i)
-        # A correction's z_RM is z_LM and its own terms: where z_LM is there, it is not made again.
+        # A correction's z_RM is z_LM plus its own terms; a z_LM that exists is used again.
         on_lm = job.lm is not None and job.reward[: len(job.lm)] == job.lm
         terms = job.reward[len(job.lm) :] if on_lm else job.reward
         groups.setdefault(("reward", terms, on_lm), []).append(i)
@@ -148,10 +150,10 @@ def lay_out(
 
 
 class Products:
-    """Products into fp32 (float64), and their gradients, summed there.
+    """Products and their gradients, accumulated in fp32 (float64).
 
-    A product's operands have the weight's dtype or autocast's where that is faster
-    (`narrow_pays`), and are widened otherwise, a block of vocabulary rows at a time.
+    Operands have the weight's dtype or autocast's if that is faster (`narrow_pays`). Otherwise they
+    are cast to fp32, one block of vocabulary rows at a time.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -162,7 +164,7 @@ class Products:
         self._block: Tensor | None = None
 
     def compute(self, product: Product) -> None:
-        """Fill product.z."""
+        """Compute product.z."""
         if product.base:
             torch.cat(product.base, out=product.z)
         for i, terms in enumerate(_by_weight(product.terms), 1 if product.base else 0):
@@ -182,13 +184,15 @@ class Products:
 
     @staticmethod
     def pass_to_base(product: Product) -> None:
-        """Add product.z, now the logits' gradient, to that of its base."""
+        """Add product.z, which now holds the logits' gradient, to the gradient of its base."""
         parts = product.z.split([len(part) for part in product.base])
         for part, dz in zip(product.base, parts, strict=True):
             part.add_(dz)
 
     def accumulate(self, product: Product) -> None:
-        """Add what product.z, now the logits' gradient, means for weights, biases, features."""
+        """Add the gradients of weights, biases and features. product.z now holds the logits'
+        gradient.
+        """
         dz = product.z
         for terms in _by_weight(product.terms):
             if not any(linear.trains for linear, _ in terms):
@@ -226,15 +230,13 @@ class Products:
         return out
 
     def _weight(self, weight: Tensor) -> Tensor:
-        """(V, m), in autocast's dtype where that pays: one copy for the whole loss."""
+        """The weight (V, m), in autocast's dtype if that is faster: one copy for the whole loss."""
         narrow = self._autocast
         if narrow is None or weight.dtype in (narrow, torch.float64):
             return weight
         if not narrow_pays(weight.device.type, narrow):
             return weight
-        if (
-            id(weight) not in self._casts
-        ):  # the weight is kept with it, so that its id stays its own
+        if id(weight) not in self._casts:  # keeps the weight, so that no other gets its id
             self._casts[id(weight)] = weight, weight.to(narrow)
         return self._casts[id(weight)][1]
 
@@ -242,8 +244,8 @@ class Products:
         return weight.dtype != self.dtype and not narrow_pays(weight.device.type, weight.dtype)
 
     def _hidden(self, terms: Terms, index: Tensor, weight: Tensor) -> tuple[Tensor, float]:
-        """(n, m) in the product's dtype, and its share: what several terms multiply one matrix by
-        is added up first.
+        """(features (n, m) in the product's dtype, their weight). The features of several terms
+        with one matrix are summed first.
         """
         dtype = self.dtype if self._is_widened(weight) else weight.dtype
         if len(terms) == 1:
@@ -255,7 +257,7 @@ class Products:
         return total.to(dtype), 1.0
 
     def _blocks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(vocabulary rows, those of the weight in the product's dtype)."""
+        """(slice, rows of the weight in the product's dtype) for blocks of vocabulary rows."""
         if weight.dtype == self.dtype:
             yield slice(0, len(weight)), weight
             return
@@ -268,7 +270,7 @@ class Products:
 
 
 def _by_weight(terms: Terms) -> list[Terms]:
-    """The terms, those of one matrix together."""
+    """The terms, grouped by matrix."""
     groups: dict[int, list[tuple[Linear, float]]] = {}
     for linear, share in terms:
         groups.setdefault(id(linear.weight), []).append((linear, share))
@@ -281,7 +283,7 @@ def _slices(size: int) -> Iterator[slice]:
 
 
 def _widened(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` of narrow operands: in ``dtype`` where the GEMM can write that, else in theirs."""
+    """``a @ b`` of narrow operands: in ``dtype`` if the GEMM can write it, else in their dtype."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
     return a @ b

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training objective in plain PyTorch: the meaning of `functional.dual_head_loss`.
+"""The training objective in plain PyTorch: the definition of `functional.dual_head_loss`.
 
     L_LM   = -E_{(x,y)} sum_t log P(y_t | x, y_<t)                     P the mixture
     L_pref = -E log sigmoid(beta_r (r(y+) - r(y-)) - gamma)
@@ -10,8 +10,8 @@
     r(y) = sum_t log pi_r(y_t)               preference="log_prob"
     r(y) = sum_t a_t^kappa delta_t(y_t)      preference="token_reward", delta = z_RM - z_LM
 
-Written to be checked by eye. The products are of all response tokens at once; what follows them
-goes pair by pair and example by example. R rows, P pairs of them (`pairs`), N response tokens.
+Written to be checked by reading. The products are computed for all response tokens at once; then
+the code goes pair by pair and example by example. R rows, P pairs (`pairs`), N response tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def lm_logits(heads: Heads, hidden: Tensor) -> Tensor:
 
 
 def mixture_logits(heads: Heads, hidden: Tensor, z_lm: Tensor) -> Tensor:
-    """z_RM (N, V) of the mixture: sum_k w_k z_k, or z_LM + sum_k w_k delta_k."""
+    """z_RM (N, V) of the mixture: sum_k w_k z_k, or z_LM + sum_k w_k delta_k for a correction."""
     if heads.reward_head == "full":
         hidden = hidden.to(heads.reward_weight.dtype)
         weights = heads.objective_weights
@@ -58,7 +58,7 @@ def mixture_logits(heads: Heads, hidden: Tensor, z_lm: Tensor) -> Tensor:
 
 
 def objective_logits(heads: Heads, hidden: Tensor, k: int, z_lm: Tensor | None) -> Tensor:
-    """z_k (N, V), the logits of one objective's head. z_lm: where they are known."""
+    """z_k (N, V), the logits of one objective's head. z_lm: z_LM if known."""
     if heads.reward_head == "full":
         bias = None if heads.reward_bias is None else heads.reward_bias[k]
         hidden = hidden.to(heads.reward_weight.dtype)
@@ -67,9 +67,9 @@ def objective_logits(heads: Heads, hidden: Tensor, k: int, z_lm: Tensor | None) 
 
 
 def correction(heads: Heads, hidden: Tensor, k: int) -> Tensor:
-    """delta_k (N, V) of a head that is a correction: ``W_LM (U_k D_k h + c_k)`` for "embedding",
-    ``U_k D_k h + c_k`` for "lowrank". Products run in fp32 or float64, the one with V rows in the
-    dtype of its weight.
+    """delta_k (N, V) of a correction: ``W_LM (U_k D_k h + c_k)`` for "embedding", ``U_k D_k h +
+    c_k`` for "lowrank". Products run in fp32 or float64; the one with V rows runs in the dtype of
+    its weight.
     """
     dtype = accumulator_dtype(hidden.dtype)
     c_k, inner = heads.reward_bias[k].to(dtype), None
@@ -133,8 +133,8 @@ def mixed_log_probs(
     """``log P(y)`` of the mixture: z_lm, z_rm (N, V), gate_logit l, labels (N,) -> (N,).
 
     logits: ``log softmax(f(sigmoid(-l) z_LM + sigmoid(l) z_RM))_y``. probs: ``logaddexp(logsigmoid
-    (-l) + log softmax(f(z_LM))_y, logsigmoid(l) + log softmax(f(z_RM))_y)``. Both keep what a
-    saturated alpha would round away; where a share is exactly 0 the other head is selected.
+    (-l) + log softmax(f(z_LM))_y, logsigmoid(l) + log softmax(f(z_RM))_y)``. Both are exact for a
+    saturated alpha. A share of exactly 0 selects the other head.
     """
     post = (options.logit_scale, options.logit_softcap)
     lm_share, rm_share = torch.sigmoid(-gate_logit), torch.sigmoid(gate_logit)
@@ -162,12 +162,12 @@ def mixed_kl(z_lm: Tensor, z_rm: Tensor, gate_logit: Tensor, options: LossOption
         mixed = torch.log_softmax(postprocess(mixed, *post), -1)
     else:
         rm = torch.log_softmax(postprocess(z_rm, *post), -1)
-        # An infinite logit selects below; it is kept out of the graph.
+        # An infinite logit is handled by the selection below, and kept out of the graph.
         logit = gate_logit.masked_fill(torch.isinf(gate_logit), 0.0)[:, None]
         mixed = torch.logaddexp(F.logsigmoid(-logit) + lm, F.logsigmoid(logit) + rm)
         mixed = torch.where(rm_only, rm, mixed)
     mixed = torch.where(lm_only, lm, mixed)
-    # A token of probability 0 adds nothing, and log 0 - log 0 must not make it NaN.
+    # A token of probability 0 adds nothing; log 0 - log 0 would be NaN.
     absent = mixed == -torch.inf
     ratio = (mixed - lm).masked_fill(absent, 0.0)
     return (mixed.exp() * ratio).sum(-1)
@@ -189,9 +189,9 @@ def dual_head_loss(
     counts: LossCounts | None = None,
     lengths: list[int] | None = None,
 ) -> DualHeadLossOutput:
-    """The objective over checked arguments, which :func:`dualhead_ext.functional.dual_head_loss`
-    documents. Differentiable with respect to hidden, gate_logit and the heads' weights. lengths:
-    not needed here, counted from the mask.
+    """The objective over checked arguments; :func:`dualhead_ext.functional.dual_head_loss`
+    documents them. Differentiable with respect to hidden, gate_logit and the heads' weights.
+    lengths: not used; they are counted from the mask.
     """
     sums = row_sums(hidden, labels, mask, gate_logit, heads, options, pairing)
     return objective(*sums, pairing, counts, options)
@@ -265,9 +265,9 @@ def _log_prob_rewards(
     options: LossOptions,
     pairing: Pairing,
 ) -> Tensor:
-    """rewards (K, N) with the log-probabilities of a part's tokens, where a pair needs them: under
-    pi_r of its objective, or under that objective's mixture. What the part has computed already
-    (z_lm, z_rm of the mixture, lm its log-probabilities) is used again.
+    """rewards (K, N) with the log-probabilities of a part's tokens filled in where a pair needs
+    them: under pi_r of the pair's objective, or under that objective's mixture. Results that exist
+    already (z_lm, z_rm of the mixture, lm its log-probabilities) are used again.
     """
     one = heads.num_objectives == 1 and heads.objective_weights is None
     for k in range(heads.num_objectives):
@@ -306,7 +306,7 @@ def _of_alpha(gate_logit: Tensor) -> dict[str, Tensor]:
 
 _SIDES = ("chosen", "rejected")
 
-# What is kept of each pair, in the order of `objective`.
+# The values of each pair, in the order of `objective`.
 _OF_PAIRS = (
     "pairs",
     "pair_loss",
@@ -326,8 +326,8 @@ def objective(
     counts: LossCounts | None,
     options: LossOptions,
 ) -> DualHeadLossOutput:
-    """L from the sums of each row: per_row (R,) each, rewards (R, K). Pair by pair, example by
-    example.
+    """L from the sums of each row: per_row (R,) each, rewards (R, K). It goes pair by pair and
+    example by example.
     """
     length = per_row["tokens"]
     counts = counts or LossCounts.of_lengths(length, pairing, options.lm_on_chosen)
@@ -339,7 +339,7 @@ def objective(
         rejected = options.beta_r * reduce(r_worse, length[worse])
         margin = chosen - rejected - options.gamma
         pair_loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
-        # Two empty responses say nothing.
+        # Two empty responses carry no information.
         pair_loss = torch.where(length[better] + length[worse] == 0, 0.0, pair_loss)
         p_right = torch.sigmoid(margin.detach().double())
         saturated = (p_right < 0.01) | (p_right > 0.99)

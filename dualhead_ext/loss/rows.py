@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The elementwise middle of the fused loss: from a chunk's logits to log-probabilities, and back to
-the gradients of the logits, in their place.
+"""The part of the fused loss between its products: a chunk's logits to log-probabilities, and back
+to the gradients of the logits, in place.
 
-With s = sigmoid(l), z = (1 - s) z_LM + s z_RM, p = softmax(f(z)) and an upstream gradient c for
-log p_y (onehot - p is its derivative by f):
+With s = sigmoid(l), z = (1 - s) z_LM + s z_RM, p = softmax(f(z)) and an upstream gradient c of
+log p_y (whose derivative with respect to f is onehot - p):
 
     logits   dz = c (onehot - p) f'(z)     dz_LM = (1 - s) dz     dz_RM = s dz
              dl = s (1 - s) sum_v dz_v (z_RM,v - z_LM,v)
@@ -11,8 +11,8 @@ log p_y (onehot - p is its derivative by f):
              dz_LM = c (1 - q) (onehot - p_LM) f'(z_LM)     dz_RM = c q (onehot - p_RM) f'(z_RM)
              dl = c (q - s) = c s (p_RM,y / P_y - 1) = c (1 - s) (1 - p_LM,y / P_y)
 
-The reward head's own log-probability adds ``c_r (onehot - p_RM) f'(z_RM)`` to dz_RM. A share that
-is exactly 0 selects the other head, and dl is 0. `f' = scale (1 - (f / cap)^2)`.
+The reward head's own log-probability adds ``c_r (onehot - p_RM) f'(z_RM)`` to dz_RM. A share of
+exactly 0 selects the other head, and dl is 0. `f' = scale (1 - (f / cap)^2)`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .. import ops
 from ..ops.logits import postprocess
 from .terms import LossOptions
 
-# Rows whose KL is computed together, by several copies of them.
+# Rows whose KL is computed together, since it makes several copies of them.
 KL_ROWS = 64
 
 
 @dataclass
 class Rows:
-    """What :func:`log_probabilities` found, for :func:`gradients_`.
+    """The result of :func:`log_probabilities`, for :func:`gradients_`.
 
     Attributes:
-        z_lm, z_rm: (n, V), overwritten by their gradients; z_lm None where nothing is mixed.
+        z_lm, z_rm: (n, V), later overwritten by their gradients; z_lm is None if nothing is mixed.
         gate_logit, labels: (n,).
-        mixed, reward: (n,) log-probabilities of the labels, None where not asked for.
-        normalizers: (2, n), the kernel's log-sum-exps; None where PyTorch's operators did it: other
-            devices and float64.
+        mixed, reward: (n,) log-probabilities of the labels; None if not requested.
+        normalizers: (2, n), the kernel's log-sum-exps; None without a kernel (other devices,
+            float64).
     """
 
     z_lm: Tensor | None
@@ -64,13 +64,13 @@ def log_probabilities(
     reward: bool,
     impl: str | None = None,
 ) -> Rows:
-    """``log P_y`` of the mixture and ``log softmax(f(z_RM))_y``, as asked for.
+    """``log P_y`` of the mixture if ``mixed``, and ``log softmax(f(z_RM))_y`` if ``reward``.
 
     Args:
         z_lm, z_rm: (n, V) fp32 or float64; kept for :func:`gradients_`.
-        gate_logit: (n,) in their dtype; labels: (n,) int64.
-        options: its mix, logit_scale and logit_softcap.
-        impl: "kernel" or "torch"; default: the kernel where there is one. For tests.
+        gate_logit: (n,) in the same dtype. labels: (n,) int64.
+        options: mix, logit_scale and logit_softcap are used.
+        impl: for tests, "kernel" or "torch". Default: the kernel if there is one.
     """
     rows = Rows(z_lm, z_rm, gate_logit, labels, options, None, None, None)
     if not (mixed or reward):
@@ -92,7 +92,7 @@ def log_probabilities(
         lm = _log_prob(_post(z_lm, options), labels)
         both = torch.logaddexp(F.logsigmoid(-gate_logit) + lm, F.logsigmoid(gate_logit) + of_reward)
         rows.mixed = torch.where(lm_only, lm, torch.where(rm_only, of_reward, both))
-        rows.mixed = rows.mixed.clamp(max=0.0)  # a probability of 1 may round to a little more
+        rows.mixed = rows.mixed.clamp(max=0.0)  # rounding may give a probability above 1
     return rows
 
 
@@ -104,7 +104,7 @@ def kl(rows: Rows) -> Tensor:
 
 
 def _kl(z_lm: Tensor, z_rm: Tensor, gate_logit: Tensor, options: LossOptions) -> Tensor:
-    """The same, differentiable; 0 where alpha is exactly 0."""
+    """:func:`kl` of given tensors, differentiable; 0 where alpha is exactly 0."""
     _, lm_only, rm_only = (x[:, None] for x in _shares(gate_logit))
     lm = torch.log_softmax(_post(z_lm, options), -1)
     if options.mix == "logits":
@@ -113,12 +113,12 @@ def _kl(z_lm: Tensor, z_rm: Tensor, gate_logit: Tensor, options: LossOptions) ->
         mixed = torch.log_softmax(_post(mixed, options), -1)
     else:
         rm = torch.log_softmax(_post(z_rm, options), -1)
-        # An infinite logit selects below; it is kept out of the graph.
+        # An infinite logit is handled by the selection below, and kept out of the graph.
         logit = gate_logit.masked_fill(torch.isinf(gate_logit), 0.0)[:, None]
         mixed = torch.logaddexp(F.logsigmoid(-logit) + lm, F.logsigmoid(logit) + rm)
         mixed = torch.where(rm_only, rm, mixed)
     mixed = torch.where(lm_only, lm, mixed)
-    # A token of probability 0 adds nothing, and log 0 - log 0 must not make it NaN.
+    # A token of probability 0 adds nothing; log 0 - log 0 would be NaN.
     ratio = (mixed - lm).masked_fill(mixed == -torch.inf, 0.0)
     return (mixed.exp() * ratio).sum(-1)
 
@@ -132,18 +132,18 @@ def gradients_(
     lm: bool,
 ) -> Tensor | None:
     """Overwrite z_rm, and z_lm if ``lm``, by the gradients of ``sum mixed_grad log P_y +
-    reward_grad log p_RM,y + kl_grad KL``; returns that of gate_logit (n,), None where nothing is
-    mixed.
+    reward_grad log p_RM,y + kl_grad KL``. Returns the gradient of gate_logit (n,), or None if
+    nothing is mixed.
 
     Args:
-        rows: from :func:`log_probabilities`; used up.
-        mixed_grad, reward_grad, kl_grad: (n,), upstream; None where rows.reward is, or where the
-            KL is not in the loss.
+        rows: from :func:`log_probabilities`; it cannot be used again.
+        mixed_grad, reward_grad, kl_grad: (n,), upstream gradients. reward_grad is None if
+            rows.reward is; kl_grad is None if the KL is not in the loss.
     """
     if kl_grad is None:
         return _log_probs_backward_(rows, mixed_grad, reward_grad, lm)
     gates = []
-    # A few rows at a time: both gradients of a row need its logits.
+    # A few rows at a time, since both gradients of a row need its logits.
     for start in range(0, len(rows.labels), KL_ROWS):
         part = _part(rows, slice(start, start + KL_ROWS))
         upstream = [
@@ -162,7 +162,7 @@ def gradients_(
 def _log_probs_backward_(
     rows: Rows, mixed_grad: Tensor, reward_grad: Tensor | None, lm: bool
 ) -> Tensor | None:
-    """As :func:`gradients_` without the KL."""
+    """:func:`gradients_` without the KL."""
     gate = None
     if rows.mixed is not None or rows.reward is not None:
         gate = _log_prob_gradients_(rows, mixed_grad, reward_grad, lm=lm and rows.mixed is not None)
@@ -189,7 +189,9 @@ def _part(rows: Rows, of: slice) -> Rows:
 
 
 def _kl_gradients(rows: Rows, upstream: Tensor, lm: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """``sum upstream KL`` by z_lm (None unless ``lm``), z_rm (n, V) and gate_logit (n,), fresh."""
+    """The gradients of ``sum upstream KL`` with respect to z_lm (None unless ``lm``), z_rm (n, V)
+    and gate_logit (n,), in new tensors.
+    """
     z_lm, z_rm, gate_logit = (x.detach() for x in (rows.z_lm, rows.z_rm, rows.gate_logit))
     wanted = [z_rm.requires_grad_(), gate_logit.requires_grad_()]
     wanted += [z_lm.requires_grad_()] if lm else []
@@ -202,7 +204,7 @@ def _kl_gradients(rows: Rows, upstream: Tensor, lm: bool) -> tuple[Tensor | None
 def _log_prob_gradients_(
     rows: Rows, mixed_grad: Tensor, reward_grad: Tensor | None, *, lm: bool
 ) -> Tensor | None:
-    """Those of the log-probabilities, in the logits' place; the gate's returned."""
+    """Overwrite the logits by the gradients of the log-probabilities; return the gate's gradient."""
     if rows.normalizers is not None:
         mixes = rows.mixed is not None
         gate = ops.loss_rows_backward_(
@@ -216,7 +218,7 @@ def _log_prob_gradients_(
         return None
     share, lm_only, rm_only = _shares(rows.gate_logit)
     if rows.options.mix == "probs":
-        # Of the two ways to the same numbers the one that a saturated share does not cancel in.
+        # Of two equivalent formulas, the one without cancellation for a saturated share.
         in_lm, in_rm = (
             torch.exp(_log_prob(_post(z, rows.options), rows.labels) - rows.mixed)
             for z in (rows.z_lm, rows.z_rm)
@@ -248,7 +250,7 @@ def _kernel_options(options: LossOptions) -> tuple[bool, float, float]:
 
 
 def _shares(gate_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, where s is exactly 0, where 1 - s is)."""
+    """(s, whether s is exactly 0, whether 1 - s is exactly 0)."""
     share = torch.sigmoid(gate_logit)
     return share, share == 0, torch.sigmoid(-gate_logit) == 0
 
@@ -268,7 +270,7 @@ def _log_prob(y: Tensor, labels: Tensor) -> Tensor:
 
 
 def _through(z: Tensor, upstream: Tensor, rows: Rows) -> Tensor:
-    """``upstream (onehot - softmax(f(z))) f'(z)``, (n, V), fresh."""
+    """``upstream (onehot - softmax(f(z))) f'(z)``, (n, V), in a new tensor."""
     options = rows.options
     y = _post(z, options)
     out = torch.softmax(y, -1).neg_()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The terms of the training objective, one short function each, and the options that choose them.
 
-A new regulariser or reduction is a function and a line in its dict; `LossOptions` states every
-option and default once. `totals` puts the terms together. P pairs, N response tokens.
+A new regulariser or reduction is a function and an entry in its dict; `LossOptions` states each
+option and default once. `totals` combines the terms. P pairs, N response tokens.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SATURATION_LOGIT = math.log(99.0)
 
 
 def gate_entropy(gate_logit: Tensor) -> Tensor:
-    """``H(a) = -a log a - (1-a) log(1-a)`` of ``a = sigmoid(l)``, from the logit: ``-a logsigmoid
-    (l) - (1-a) logsigmoid(-l)``, never the log of a saturated a. ``dH/dl = -l a (1-a)``. Infinite
-    logits (a fixed a of 0 or 1) give 0 and no gradient. Any shape.
+    """``H(a) = -a log a - (1-a) log(1-a)`` of ``a = sigmoid(l)``, for any shape. It is computed
+    from the logit, ``-a logsigmoid(l) - (1-a) logsigmoid(-l)``, so a saturated a is exact.
+    ``dH/dl = -l a (1-a)``. Infinite logits (a fixed a of 0 or 1) give 0 and no gradient.
     """
     fixed = torch.isinf(gate_logit)
     logit = gate_logit.masked_fill(fixed, 0.0)  # inf * 0 is kept out of the graph
@@ -38,19 +38,19 @@ def gate_entropy(gate_logit: Tensor) -> Tensor:
 
 
 def maximize_entropy(entropy: Tensor) -> Tensor:
-    """``-E_t[H(a_t)]``: lowest at a = 1/2, as the paper's text asks."""
+    """``-E_t[H(a_t)]``: lowest at a = 1/2, as the paper's text intends."""
     return -entropy
 
 
 def minimize_entropy(entropy: Tensor) -> Tensor:
-    """``-E_t[a log a + (1-a) log(1-a)] = +E_t[H(a_t)]``: the paper's formula as printed, lowest at
-    a = 0 and a = 1: it collapses the gate.
+    """``-E_t[a log a + (1-a) log(1-a)] = +E_t[H(a_t)]``: the paper's formula as printed. It is
+    lowest at a = 0 and a = 1, so it collapses the gate.
     """
     return entropy
 
 
 def ignore_entropy(entropy: Tensor) -> Tensor:
-    """0: the ablation. Still a function of the gate: DDP waits for every parameter's gradient."""
+    """0, for the ablation. It depends on the gate, since DDP waits for all gradients."""
     return 0.0 * entropy
 
 
@@ -61,11 +61,11 @@ GATE_REGULARIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": ignore_entropy,
 }
 
-# --- the language model term ---------------------------------------------------------------------
+# --- the language-model term ---------------------------------------------------------------------
 
 
 def per_sequence(counts: LossCounts) -> Any:
-    """``-E_{(x,y)} sum_t log P(y_t)``: sums over tokens, mean over sequences, as printed."""
+    """``-E_{(x,y)} sum_t log P(y_t)``: sum over tokens, mean over sequences, as printed."""
     return counts.sequences
 
 
@@ -74,7 +74,7 @@ def per_token(counts: LossCounts) -> Any:
     return counts.lm_tokens
 
 
-# name: LossCounts -> what the summed term is divided by
+# name: LossCounts -> the divisor of the summed term
 LM_REDUCTIONS: dict[str, Callable[[LossCounts], Any]] = {"sum": per_sequence, "mean": per_token}
 
 # --- the preference term -------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def sum_log_probs(logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 def mean_log_probs(logps: Tensor, lengths: Tensor) -> Tensor:
-    """``(1/|y|) sum_t log pi_r(y_t)``, as SimPO: no reward for length. 0 for an empty response."""
+    """``(1/|y|) sum_t log pi_r(y_t)``, as in SimPO: independent of length. 0 if empty."""
     return logps / lengths.clamp(min=1).to(logps.dtype)
 
 
@@ -96,7 +96,7 @@ PREFERENCE_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": mean_log_probs,
 }
 
-# Whose log-probabilities "log_prob" compares: pi_r = softmax(f(z_RM)), or the mixture.
+# The distribution that "log_prob" compares: pi_r = softmax(f(z_RM)), or the mixture.
 PREFERENCE_DISTRIBUTIONS = ("reward", "mixed")
 
 
@@ -113,39 +113,40 @@ def pair_loss(margin: Tensor, label_smoothing: float) -> Tensor:
 # --- options, counts, output ---------------------------------------------------------------------
 
 
-# Why an objective is refused in which nothing but the entropy would depend on alpha.
+# The error for an objective in which at most the entropy depends on alpha.
 UNTAUGHT_GATE = (
-    "the gate would learn nothing: with preference='token_reward' and pref_gate=0 it needs "
-    "pref_gate=1, a kl_price, the language model term (lm_on_chosen=True) or gate='fixed'"
+    "the gate would learn nothing: with preference='token_reward' and pref_gate=0 no term but the "
+    "entropy depends on it; use pref_gate=1, a kl_price, lm_on_chosen=True or gate='fixed'"
 )
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Everything about the objective that is not a tensor.
+    """The options of the objective. Defaults are the paper's where it gives a value.
 
     Args:
-        mix: ``"logits"`` or ``"probs"``, how the two heads are mixed.
-        beta_r: factor of the preference margin. The paper gives no value.
-        lambda_r: weight of the preference term.
-        lambda_g: weight of the gate's term.
-        kl_price: eta, the KL penalty: ``eta E_t[KL(pi_mix || pi_LM)]`` is added to the loss.
-        preference: what a response's reward is. ``"log_prob"``, the paper's: ``r(y) = sum_t log
-            pi_r(y_t)``. ``"token_reward"``: ``r(y) = sum_t alpha_t^kappa delta_t(y_t)``, delta =
-            z_RM - z_LM, which needs no product with the vocabulary.
-        pref_gate: kappa of ``"token_reward"``, 0 or 1; with 1 the gate sees both responses.
-        gate_regularizer: a name of `GATE_REGULARIZERS`.
-        lm_reduction: a name of `LM_REDUCTIONS`.
-        pref_on: of ``"log_prob"``. ``"reward"``: the preference term compares pi_r.
-            ``"mixed"``: the mixed distribution, so that the gate sees the rejected side too.
-        pref_reduction: a name of `PREFERENCE_REDUCTIONS`.
-        gamma: target margin, subtracted from the scaled margin.
-        label_smoothing: assumed share of pairs with the wrong label, in [0, 0.5).
-        lm_on_chosen: whether the language-model term trains on the chosen responses.
-        logit_scale, logit_softcap: the backbone's own f(z) = cap(scale z); cap 0 = none.
+        mix: how the two heads are mixed, ``"logits"`` (default) or ``"probs"``.
+        beta_r: factor of the preference margin. Default 0.1; the paper gives no value.
+        lambda_r: weight of the preference term. Default 1.
+        lambda_g: weight of the gate's term. Default 0.01.
+        kl_price: eta, the weight of the KL penalty ``eta E_t[KL(pi_mix || pi_LM)]``. Default 0.
+        preference: the reward of a response. ``"log_prob"`` (default, the paper's): ``r(y) = sum_t
+            log pi_r(y_t)``. ``"token_reward"``: ``r(y) = sum_t alpha_t^kappa delta_t(y_t)``, delta
+            = z_RM - z_LM, which needs no product with the vocabulary.
+        pref_gate: kappa of ``"token_reward"``, 0 (default) or 1. With 1 the gate learns from both
+            responses.
+        gate_regularizer: a name in `GATE_REGULARIZERS`. Default ``"entropy"``.
+        lm_reduction: a name in `LM_REDUCTIONS`. Default ``"sum"``.
+        pref_on: the distribution that ``"log_prob"`` compares: pi_r (``"reward"``, default) or the
+            mixture (``"mixed"``), with which the gate learns from the rejected response too.
+        pref_reduction: a name in `PREFERENCE_REDUCTIONS`. Default ``"sum"``.
+        gamma: target margin, subtracted from the scaled margin. Default 0.
+        label_smoothing: assumed share of pairs with the wrong label, in [0, 0.5). Default 0.
+        lm_on_chosen: whether the language-model term trains on the chosen responses. Default True.
+        logit_scale, logit_softcap: the backbone's f(z) = cap(scale z). Defaults 1 and 0 (no cap).
 
     Raises:
-        ValueError, TypeError: a value out of range or of the wrong type, naming it.
+        ValueError, TypeError: a value out of range or of the wrong type; the message names it.
     """
 
     mix: str = "logits"
@@ -183,7 +184,7 @@ class LossOptions:
                 )
         if self.preference == "token_reward" and self.pref_on != "reward":
             raise ValueError(
-                "dual_head_loss: pref_on must be 'reward' where preference is 'token_reward', "
+                "dual_head_loss: pref_on must be 'reward' if preference is 'token_reward', "
                 f"got {self.pref_on!r}"
             )
         self._check_number("beta_r", "a number > 0", lambda x: x > 0)
@@ -197,8 +198,8 @@ class LossOptions:
             )
 
     def teaches_gate(self, has_lm: bool) -> bool:
-        """Whether token rewards leave a term, other than the entropy, that depends on alpha;
-        ``"log_prob"`` is not asked. has_lm: the batch has rows of the language model term.
+        """Whether a term other than the entropy depends on alpha. Always True for ``"log_prob"``.
+        has_lm: whether the batch has rows in the language-model term.
         """
         taught = self.pref_gate == 1 or has_lm or self.kl_price > 0.0
         return self.preference == "log_prob" or taught
@@ -213,14 +214,15 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class LossCounts:
-    """What the means of the objective divide by; numbers or 0-d tensors. They add up, so that the
-    losses of the parts of a batch, each divided by the counts of the whole, do so too.
+    """The divisors of the objective's means, as numbers or 0-d tensors. Counts of the parts of a
+    batch add up to those of the whole; so do the losses of the parts, if each is divided by the
+    counts of the whole.
 
     Args:
-        sequences: rows of the language model term, empty responses included.
+        sequences: rows in the language-model term, empty responses included.
         lm_tokens: their response tokens.
         pairs: P.
-        tokens: all response tokens, for the gate's term.
+        tokens: all response tokens, for the terms of the gate and the KL.
     """
 
     sequences: Any
@@ -232,8 +234,8 @@ class LossCounts:
     def of_lengths(
         cls, lengths: Tensor, pairing: Pairing | None = None, lm_on_chosen: bool = True
     ) -> LossCounts:
-        """The counts of a batch whose rows hold ``lengths`` (R,) response tokens, on their device
-        and without waiting for it. pairing: default [all chosen; all rejected].
+        """The counts of a batch whose rows have ``lengths`` (R,) response tokens, computed on their
+        device without a synchronisation. pairing: default [all chosen; all rejected].
         """
         pairing = Pairing(len(lengths)) if pairing is None else pairing
         in_lm = pairing.in_lm(lm_on_chosen)
@@ -250,15 +252,15 @@ class LossCounts:
 
 
 def at_least_one(count: Any) -> Any:
-    """What a mean divides by, 1 for one over nothing: a number, or a 0-d tensor on any device."""
+    """``max(count, 1)``, the divisor of a mean: a number, or a 0-d tensor on any device."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-# How many bins of equal width the logged histogram of alpha has.
+# The number of equal bins in the logged histogram of alpha.
 ALPHA_BINS = 10
 
-# What is kept of every token's alpha (`totals.gate_statistics`): moments, whether it is
-# within 1 % of 0 or of 1, and which bin it is in.
+# Statistics of each token's alpha (`totals.gate_statistics`): moments, whether it is within 1 % of
+# 0 or of 1, and its bin.
 GATE_STATISTICS = (
     "alpha",
     "alpha_squared",
@@ -289,19 +291,19 @@ TOTAL_NAMES = (
 
 @dataclass
 class DualHeadLossOutput:
-    """What `functional.dual_head_loss` returns; all fp32 (float64 for float64) unless noted.
+    """The result of `functional.dual_head_loss`, fp32 (float64 for float64) unless noted.
 
     Args:
         loss: 0-d, differentiable: ``lm_loss + lambda_R preference_loss + gate_loss + kl_loss``.
-        lm_loss, preference_loss, gate_loss, kl_loss: 0-d, detached; gate_loss includes lambda_G,
-            kl_loss the price.
+        lm_loss, preference_loss, gate_loss, kl_loss: 0-d, detached. gate_loss includes lambda_G,
+            kl_loss includes kl_price.
         chosen_logps, rejected_logps: (P,), detached, r of the better and the worse response:
             ``sum_t log pi(y_t)`` of the distribution that the preference term compares, or the sum
             of token rewards.
-        chosen_rewards, rejected_rewards: (P,), detached, beta_r times the (reduced) r: their
-            difference less gamma is the margin.
-        totals: (E, len(TOTAL_NAMES)) float64, detached, a row for each example (`Pairing.example`):
-            counts and sums, which add up over examples, batches and processes;
+        chosen_rewards, rejected_rewards: (P,), detached, beta_r times the (reduced) r. Their
+            difference minus gamma is the margin.
+        totals: (E, len(TOTAL_NAMES)) float64, detached: counts and sums, one row for each example
+            (`Pairing.examples`). They add up over examples, batches and processes;
             `metrics_of_totals` turns their sum into means.
     """
 
@@ -318,15 +320,18 @@ class DualHeadLossOutput:
 
 
 def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
-    """Means for a log, in the names that TRL users know, from `DualHeadLossOutput.totals` summed
-    over examples: (len(TOTAL_NAMES),).
+    """Means for a log, named as in TRL, from the sum of `DualHeadLossOutput.totals` over examples,
+    (len(TOTAL_NAMES),).
 
-    ``loss, lm_loss, preference_loss, gate_loss``; with a price ``kl_loss`` and ``kl`` (nats per
-    token); ``rewards/chosen|rejected|accuracies|margins``,
-    ``logps/chosen|rejected``, ``preference/saturation`` (share of pairs whose sigmoid is within 1 %
-    of 0 or 1); ``gate/mean|std|entropy``, ``gate/below_0.01|above_0.99|saturation`` (shares of the
-    tokens; their sum), ``gate/histogram/0.0-0.1`` and so on (shares, of alpha in [0.0, 0.1), the
-    last with 1). Groups that counted nothing are left out.
+    - ``loss, lm_loss, preference_loss, gate_loss``; with a kl_price also ``kl_loss`` and ``kl``
+      (nats per token);
+    - ``rewards/chosen|rejected|accuracies|margins``, ``logps/chosen|rejected``;
+    - ``preference/saturation``: share of pairs whose sigmoid is within 1 % of 0 or 1;
+    - ``gate/mean|std|entropy``; ``gate/below_0.01|above_0.99``: shares of the tokens;
+      ``gate/saturation``: their sum;
+    - ``gate/histogram/0.0-0.1`` to ``0.9-1.0``: shares of the tokens in ten bins.
+
+    Groups without pairs or tokens are left out.
     """
     t = dict(zip(TOTAL_NAMES, totals.tolist(), strict=True))
     counts = LossCounts(t["sequences"], t["lm_tokens"], t["pairs"], t["tokens"])

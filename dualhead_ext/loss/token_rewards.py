@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rewards of given tokens, ``delta_k(y) = z_k[y] - z_LM[y]``, from the labels' rows of the
-weights, a block of tokens at a time.
+"""Token rewards, ``delta_k(y) = z_k[y] - z_LM[y]``, from the rows of the weights at the labels, one
+block of tokens at a time.
 
 ``delta_k(y) = (W_RM,k[y] - W_LM[y]) . h``, ``W_LM[y] . (U_k D_k h + c_k)`` or
-``B_k[y] . (A_k h) + b_k[y]``. Rows are gathered and hidden states widened for one block alone, in
-the backward pass again: what all tokens need at once is their rewards.
+``B_k[y] . (A_k h) + b_k[y]``. Rows are gathered and hidden states cast for one block at a time, and
+again in the backward pass. So only the rewards take memory for all tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from ..ops.logits import accumulator_dtype
 from .heads import Heads
 
-# Of a block's hidden states in fp32. On a GPU more: each block is a few dozen launches.
+# Bytes of a block's hidden states in fp32. More on a GPU, where a block is dozens of launches.
 BLOCK_BYTES = {"cpu": 1 << 19}
 _BLOCK_BYTES_ELSEWHERE = 32 << 20
 
-# Of each kind, what a label picks a row of (and along which dimension), and what it does not.
+# For each kind of head: the weights with a row per label (and its dimension), and the others.
 _ROWS = {
     "full": {"lm_weight": 0, "lm_bias": 0, "reward_weight": 1, "reward_bias": 1},
     "embedding": {"lm_weight": 0},
@@ -37,8 +37,8 @@ _WHOLE: dict[str, tuple[str, ...]] = {
 def token_rewards(
     hidden: Tensor, places: tuple[Tensor, Tensor], labels: Tensor, heads: Heads
 ) -> Tensor:
-    """(K, N) in fp32 or float64: hidden (R, T, d), the tokens' places in it (N,) each, labels (N,).
-    No product with the vocabulary, and once differentiable.
+    """The rewards (K, N) in fp32 or float64: hidden (R, T, d), the tokens' (rows, columns) in it,
+    (N,) each, labels (N,). No product with the vocabulary; has a first derivative only.
     """
     names = [*_ROWS[heads.reward_head], *_WHOLE[heads.reward_head]]
     if heads.reward_bias is None:
@@ -48,7 +48,7 @@ def token_rewards(
 
 
 def refuse_second_derivative() -> None:
-    """Raise where a backward pass of the loss would itself be differentiated."""
+    """Raise RuntimeError if the backward pass of the loss would itself be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "dual_head_loss: has a first derivative only; create_graph=True is not supported"
@@ -93,7 +93,7 @@ class _Rewards(torch.autograd.Function):
             held = {n: x.detach().requires_grad_(n in wanted) for n, x in held.items()}
             with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
                 found = _rewards(ctx.kind, held["hidden"], held)
-                # Of rank 0, hidden states do not matter.
+                # With rank 0, the result does not depend on the hidden states.
                 leaves = [held[name] for name in wanted]
                 grads = torch.autograd.grad(found, leaves, upstream[:, block], allow_unused=True)
             for name, grad in zip(wanted, grads, strict=True):
@@ -103,7 +103,7 @@ class _Rewards(torch.autograd.Function):
                 if name == "hidden":
                     total[places] = grad
                 elif name in along:
-                    # A token may occur more than once; on CUDA this sums in one order, as
+                    # A token may occur more than once. On CUDA this sums in a fixed order;
                     # index_add_ does not.
                     first = torch.arange(len(total), device=total.device)[:, None]
                     index = (of_block,) if along[name] == 0 else (first, of_block[None])
@@ -121,13 +121,13 @@ def _blocks(labels: Tensor, hidden: Tensor) -> list[slice]:
 
 
 def _picked(kind: str, named: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-    """Of what has a row for each token those of the labels, the rest whole."""
+    """The rows of the labels from weights that have one row per token; other weights whole."""
     along = _ROWS[kind]
     return {n: x.index_select(along[n], labels) if n in along else x for n, x in named.items()}
 
 
 def _rewards(kind: str, hidden: Tensor, picked: dict[str, Tensor]) -> Tensor:
-    """(K, n), of hidden (n, d) and what :func:`_picked` gives."""
+    """Rewards (K, n) of hidden (n, d) and the result of :func:`_picked`."""
     dtype = accumulator_dtype(hidden.dtype)
     x = {name: value.to(dtype) for name, value in picked.items() if name != "hidden"}
     hidden = hidden.to(dtype)

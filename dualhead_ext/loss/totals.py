@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the sums over each row's response tokens to the terms of the objective, and to what is
-logged of them.
-"""
+"""The terms of the objective, and the logged totals, from sums over each row's response tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ from .terms import (
 
 @dataclass
 class RowSums:
-    """Sums over each row's response tokens: (R,), rewards (R, K): r under each objective's head,
-    0 where no pair asks for it.
+    """Sums over each row's response tokens, (R,) each. rewards (R, K): r under each objective's
+    head, 0 if no pair needs it.
     """
 
     lm_nll: Tensor
@@ -45,7 +43,7 @@ class RowSums:
 def gate_statistics(gate_logit: Tensor) -> dict[str, Tensor]:
     """`terms.GATE_STATISTICS` of each token: (N,) float64 each."""
     alpha = torch.sigmoid(gate_logit.double())
-    # Kept as numbers, not indices: a NaN is then in no bin.
+    # Floats, not indices, so that a NaN falls into no bin.
     place = (alpha * ALPHA_BINS).floor().clamp(max=ALPHA_BINS - 1)
     ends = (gate_logit < -SATURATION_LOGIT, gate_logit > SATURATION_LOGIT)
     bins = (place == i for i in range(ALPHA_BINS))
@@ -70,7 +68,7 @@ def combine(
     lengths = [sums.length[rows] for rows in (better, worse)]
     chosen, rejected = (options.beta_r * reduce(x, n) for x, n in zip(logps, lengths, strict=True))
     margin = chosen - rejected - options.gamma
-    # Two empty responses say nothing: without this their constant loss would be reported.
+    # Two empty responses carry no information; their constant loss must not be reported.
     losses = pair_loss(margin, options.label_smoothing)
     losses = losses.masked_fill(lengths[0] + lengths[1] == 0, 0.0)
 

@@ -50,8 +50,7 @@ def agree_on(action: str) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the generators of Python, NumPy and torch in this process, and of its device.
-    """
+    """The states of this process's generators (Python, NumPy, torch) and of its device's."""
     of_numpy: Any = np.random.get_state()
     kind, keys, *rest = of_numpy
     state = {
