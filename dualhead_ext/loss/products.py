@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix products of the fused loss: logits of some tokens, and the gradients of weights, biases
-and hidden states.
+"""The matrix products of the fused loss: logits of some tokens, and the gradients of weights,
+biases and hidden states.
 
 Logits are sums of linear maps (`Linear`). z_LM is one map. z_RM has one map for each objective; for
 a correction, it is z_LM's map plus one for each objective's delta.

@@ -204,7 +204,7 @@ def _kl_gradients(rows: Rows, upstream: Tensor, lm: bool) -> tuple[Tensor | None
 def _log_prob_gradients_(
     rows: Rows, mixed_grad: Tensor, reward_grad: Tensor | None, *, lm: bool
 ) -> Tensor | None:
-    """Overwrite the logits by the gradients of the log-probabilities; return the gate's gradient."""
+    """Overwrite the logits by the gradients of the log-probabilities; return the gate's."""
     if rows.normalizers is not None:
         mixes = rows.mixed is not None
         gate = ops.loss_rows_backward_(
