@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preferences from files and the hub: pairs with prompt, chosen, rejected, or ranked lists with
-prompt, responses, scores, whatever layout they come in.
+"""Preference data from files and the hub: pairs with prompt, chosen, rejected, or ranked lists with
+prompt, responses, scores.
 
-Understood are TRL's preference format (strings, or lists of messages; with or without a prompt
+Supported are TRL's preference format (strings or lists of messages, with or without a prompt
 column), HH-RLHF's (two whole dialogues), and ranked lists: several responses to one prompt, each
-with a score. A row that cannot be used is skipped and reported with its line; a file that cannot be
-read is an exception that names the line.
+with a score. A row that cannot be used is skipped and reported with its line. A file that cannot be
+read raises an exception that names the line.
 """
 
 from __future__ import annotations
@@ -47,25 +47,26 @@ __all__ = [
     "score_pairs",
 ]
 
-# The sample of HH-RLHF harmless-base inside this package, and the model trained to go with it.
+# The name of the sample of HH-RLHF harmless-base in this package, and of the model trained on it.
 EMBEDDED = "embedded"
 _SPLITS = ("train", "test")
-# The two layouts of a file, as they are called in messages.
+# The names of the two layouts in messages.
 PAIRS, RANKED = "pairs", "ranked lists"
 
 logger = logging.getLogger(__name__)
 
 
 def embedded_backbone_path() -> Path:
-    """The folder of the small Llama-shaped model that comes with this package; its recipe is beside
-    it.
-    """
+    """The folder of the small Llama model that comes with this package, with its recipe."""
     return Path(__file__).parent / "backbone"
 
 
 def embedded_pairs_path(split: str = "train") -> Path:
-    """The sample of HH-RLHF harmless-base pairs (MIT) that comes with this package; split "train"
-    or "test".
+    """The file of the sample of HH-RLHF harmless-base pairs (MIT) in this package. split: "train"
+    (default) or "test".
+
+    Raises:
+        ValueError: another split.
     """
     if split not in _SPLITS:
         raise ValueError(
@@ -76,8 +77,14 @@ def embedded_pairs_path(split: str = "train") -> Path:
 
 @dataclass
 class DataReport:
-    """What became of a file's rows (``unit`` names them): how many are kept, and the lines (or
-    rows, as ``place`` says) skipped for each reason.
+    """How many rows were kept, and which were skipped for which reason.
+
+    Attributes:
+        source: the name of the data.
+        kept: the number of rows kept.
+        skipped: the numbers of the skipped rows, by reason.
+        unit: what the rows are: "pairs" or "ranked lists".
+        place: what the numbers count: "line" or "row".
     """
 
     source: str
@@ -99,10 +106,10 @@ class DataReport:
 
 
 class PreferenceData(list):
-    """Rows ``{"prompt", "chosen", "rejected"[, "objective"][, "subset"]}``, or ``{"prompt",
-    "responses", "scores"[, "ended"][, ...]}``: texts are strings or lists of messages, scores
-    floats; ``ended`` is false for a response that was cut off before its end. ``report`` says what
-    was skipped.
+    """A list of rows ``{"prompt", "chosen", "rejected"[, "objective"][, "subset"]}``, or
+    ``{"prompt", "responses", "scores"[, "ended"][, "objective"][, "subset"]}``. Texts are strings
+    or lists of messages, scores are floats; ``ended`` is False for a response that was cut off.
+    ``report`` (:class:`DataReport`) says which rows were skipped.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], report: DataReport) -> None:
@@ -119,16 +126,16 @@ def load_preference_data(
         path_or_name: a file (JSON lines, a JSON array, CSV or Parquet, compressed or not), a folder
             of the datasets library, ``"embedded"`` (the sample in this package), the name of a
             dataset on the hub, or the URL of a file (``https://``, ``hf://``, ``s3://``, ``gs://``
-            and what else fsspec knows). Folders, Parquet, the hub and URLs need the extra ``data``;
-            ``s3://`` needs s3fs too, ``gs://`` gcsfs.
-        split: of the embedded sample, a folder or a hub dataset; default "train". A file has none.
+            and other protocols of fsspec). Folders, Parquet, the hub and URLs need the extra
+            ``data``; ``s3://`` also needs s3fs, ``gs://`` gcsfs.
+        split: of the embedded sample, a folder or a hub dataset. Default "train". Files have none.
     Returns:
         the rows; ``.report`` says which rows were skipped, and why.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a broken line (naming it), wrong columns, pairs and ranked lists in one file, no
-            usable row, a split for a file.
-        ImportError: a package is missing, naming the extra.
+        ValueError: a broken line, wrong columns, pairs and ranked lists in one file, no usable row,
+            or a split for a file.
+        ImportError: a package is missing; the message names the extra.
     """
     name = os.fspath(path_or_name)
     if name == EMBEDDED:
@@ -137,15 +144,14 @@ def load_preference_data(
 
 
 def preference_rows(data: Any, source: str = "preference_rows") -> PreferenceData:
-    """As :func:`load_preference_data`, for data in memory: a sequence of dicts, a
-    ``datasets.Dataset`` or a pandas DataFrame.
+    """:func:`load_preference_data` for data in memory.
 
     Args:
-        data: the rows.
+        data: a sequence of dicts, a ``datasets.Dataset`` or a pandas DataFrame.
         source: the name of the data in errors and in the report.
     Raises:
-        TypeError: something else.
-        ValueError: as :func:`load_preference_data`.
+        TypeError: another type of data.
+        ValueError: see :func:`load_preference_data`.
     """
     if isinstance(data, dict):
         raise TypeError(
@@ -160,7 +166,7 @@ def preference_rows(data: Any, source: str = "preference_rows") -> PreferenceDat
 
 @dataclass
 class _Row:
-    """A row on its way: a prompt, if it has one, and its responses; what stands beside them."""
+    """A row while it is read: its number, its prompt (or None), its responses, other columns."""
 
     place: int
     prompt: Text | None
@@ -169,8 +175,8 @@ class _Row:
 
 
 def _read(source: str, rows: Rows, report: DataReport) -> Iterator[_Row]:
-    """The rows that can be used as far as one row can tell; the report says what it skips."""
-    layout: tuple[str, int] | None = None  # of the file, and the line that shows it
+    """The rows that are usable when looked at one by one. Others go into the report."""
+    layout: tuple[str, int] | None = None  # the file's layout, and the line that shows it
     for number, row in rows:
         try:
             name = _layout_of(row)
@@ -178,7 +184,7 @@ def _read(source: str, rows: Rows, report: DataReport) -> Iterator[_Row]:
             if name != layout[0]:
                 raise ValueError(
                     f"expected {layout[0]}, as {rows.place} {layout[1]} is, got {name}; "
-                    "put pairs and ranked lists into files of their own"
+                    "put pairs and ranked lists into separate files"
                 )
             report.unit = layout[0]
             read = _read_row(name, number, row)
@@ -211,9 +217,8 @@ def _collect(source: str, rows: Rows) -> PreferenceData:
 def usable_rows(
     source: str, rows: Rows, report: DataReport
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) of each usable row as it is read, for data that are not held in memory.
-    Responses of plain text that begin with their prompt keep it, since whether all rows have it so
-    is not known.
+    """(number, row) of each usable row as it is read, for data that are not in memory. Plain-text
+    responses that begin with their prompt keep it: whether all rows do so is not known.
     """
     for read in _read(source, rows, report):
         _leave_out_repeated_prompts([read], whole_texts=False)
@@ -227,7 +232,7 @@ def usable_rows(
 
 
 def _layout_of(row: dict[str, Any]) -> str:
-    """`PAIRS` or `RANKED`, by the columns that are there and not null."""
+    """`PAIRS` or `RANKED`, by the columns that exist and are not null."""
     columns = {PAIRS: ("chosen", "rejected"), RANKED: ("responses", "scores")}
     there = [layout for layout, names in columns.items() if all(name in row for name in names)]
     filled = {
@@ -252,7 +257,7 @@ def _layout_of(row: dict[str, Any]) -> str:
 
 
 def _read_row(layout: str, number: int, row: dict[str, Any]) -> _Row:
-    """The texts of a row, each a string or a list of messages, all of one kind."""
+    """The texts of a row, all strings or all lists of messages."""
     others = _labels_of(row)
     if layout == PAIRS:
         responses = [row["chosen"], row["rejected"]]
@@ -292,9 +297,9 @@ def _ended(ended: Any, count: int) -> list[bool]:
 
 
 def _leave_out_repeated_prompts(rows: list[_Row], whole_texts: bool | None = None) -> None:
-    """Responses that begin with their prompt lose it: of messages and of dialogues in each row, of
-    other text only if ``whole_texts``, by default whether all of these rows have it so, since an
-    answer may begin as its question.
+    """Remove the prompt from responses that begin with it. Messages and dialogues are handled row
+    by row. Other text is changed only if ``whole_texts`` (default: whether all such rows begin with
+    their prompts), since an answer may begin like its question.
     """
 
     def repeated(row: _Row) -> bool:
@@ -313,7 +318,11 @@ def _leave_out_repeated_prompts(rows: list[_Row], whole_texts: bool | None = Non
 
 
 def _finish(row: _Row) -> dict[str, Any]:
-    """The row as it is used, or why it is not."""
+    """The finished row.
+
+    Raises:
+        Unusable: the row must be skipped.
+    """
     prompt, responses, scores = row.prompt, row.responses, row.others.get("scores")
     if prompt is None:
         split: Any = split_texts if isinstance(responses[0], str) else split_messages
@@ -347,9 +356,9 @@ def _labels_of(row: dict[str, Any]) -> dict[str, Any]:
     """The columns that rows of both layouts may have."""
     labels = {}
     objective = row.get("objective")
-    if isinstance(objective, str) and objective.isdecimal():  # of a CSV file
+    if isinstance(objective, str) and objective.isdecimal():  # from a CSV file
         objective = int(objective)
-    if isinstance(objective, float) and objective.is_integer():  # of a column with null cells
+    if isinstance(objective, float) and objective.is_integer():  # from a column with nulls
         objective = int(objective)
     if objective is not None:
         if isinstance(objective, bool) or not isinstance(objective, int) or objective < 0:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From preference pairs to batches of tokens: one tokenisation of the whole text, response masks by
-offsets, padding.
-"""
+"""Preference rows to batches of tokens: tokenisation, response masks by offsets, padding."""
 
 from __future__ import annotations
 
@@ -23,21 +21,21 @@ logger = logging.getLogger(__name__)
 def encode(
     prompt: Any, response: Any, tokenizer: Any, max_length: int, ended: bool = True
 ) -> dict[str, Any]:
-    """A prompt and its response, strings or messages, as tokens: ``input_ids``,
-    ``completion_mask`` and whether it was ``truncated``.
+    """Tokenise a prompt and its response, strings or messages: ``input_ids``, ``completion_mask``
+    and ``truncated``.
 
-    The whole text (:func:`dualhead_ext.data.rendering.render`) is tokenised at once, so that there
-    is no
-    seam; a token belongs to the response if any character that the assistant says is in it. Behind
-    a chat template the prompt's tokens are those that decoding begins with. The response ends with
-    the template's end of turn, or else with EOS, and learns it, unless it was cut off before it
-    ``ended``. BOS stands once at the start if the
-    tokenizer adds it; where a chat template wrote the text, that decides. Too long: the prompt
-    loses tokens from its left, then the response from its right.
+    - The whole text (:func:`dualhead_ext.data.rendering.render`) is tokenised at once. A token
+      belongs to the response if it contains a character that the assistant says. With a chat
+      template the prompt's tokens are those with which decoding begins.
+    - The response ends with the template's end of turn, or else with EOS, which is trained too,
+      unless the response was cut off (``ended`` is False).
+    - BOS is added at the start if the tokenizer adds it; a chat template decides this itself.
+    - If the text is longer than ``max_length``, the prompt is cut from the left, then the response
+      from the right.
 
     Raises:
-        ValueError, TypeError, jinja2.TemplateError: what the chat template or the tokenizer
-            refuses.
+        ValueError, TypeError, jinja2.TemplateError: the chat template or the tokenizer refuses the
+            text.
     """
     rendered, eos = render(prompt, response, tokenizer), tokenizer.eos_token_id
     ids, offsets = _tokens(rendered, tokenizer)
@@ -47,7 +45,7 @@ def encode(
     mask = _mask(offsets, spans)
     if response and 1 not in mask:
         raise ValueError("the assistant says nothing in the response")
-    while mask and response and not mask[-1]:  # a last turn of somebody else
+    while mask and response and not mask[-1]:  # a last turn that is not the assistant's
         ids.pop()
         mask.pop()
     if ended and eos is not None and not rendered.closed and (not ids or ids[-1] != eos):
@@ -69,8 +67,8 @@ def encode(
 
 
 def _tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """(ids, offsets) of a text. Where the last characters of a chat template's prompt and the first
-    ones of the answer would share a token, both are tokenised apart, as decoding does.
+    """(ids, offsets) of a text. If the end of a chat template's prompt and the beginning of the
+    answer would share a token, they are tokenised separately, as in decoding.
     """
 
     def coded(text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -86,12 +84,12 @@ def _tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[tuple[i
         return ids, offsets
     rest, rest_offsets = coded(rendered.text[seam:])
     if tokenizer.decode(rest, skip_special_tokens=False) != rendered.text[seam:]:
-        return ids, offsets  # a tokenizer that changes the beginning of a text
+        return ids, offsets  # the tokenizer changes the beginning of a text
     return prompt + rest, prompt_offsets + [(a + seam, b + seam) for a, b in rest_offsets]
 
 
 def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token with a character in one of the spans, which are in order."""
+    """1 for each token with a character in one of the spans, which are sorted."""
     mask, current = [], 0
     for start, end in offsets:
         while current < len(spans) and spans[current][1] <= start:
@@ -112,15 +110,16 @@ def tokenize_pairs(
     max_length: int = 512,
     source: str = "tokenize_pairs",
 ) -> list[dict[str, Any]]:
-    """Preference rows as tokens. Of a pair: ``chosen_input_ids``, ``chosen_completion_mask``, the
-    same for rejected. Of a ranked list: ``response_input_ids`` and ``response_completion_mask``,
-    one entry for each response, and ``scores``. Of both: ``objective`` (default 0).
+    """Tokenise preference rows. A pair gives ``chosen_input_ids``, ``chosen_completion_mask`` and
+    the same for rejected. A ranked list gives ``response_input_ids`` and
+    ``response_completion_mask``, one entry for each response, and ``scores``. Both have
+    ``objective`` (default 0).
 
-    The log says how many texts were cut to ``max_length``, and which rows (from 0) were skipped,
-    since the chat template or the tokenizer refuses them. source: what it calls the rows.
+    The log says how many texts were cut to ``max_length``, and which rows (from 0) were skipped
+    because the chat template or the tokenizer refuses them. source: the name of the rows there.
 
     Raises:
-        ValueError: a tokenizer without offsets (a slow one), max_length below 2, or no row is left.
+        ValueError: a tokenizer without offsets (a slow one), max_length below 2, or no usable row.
     """
     check_tokenizer(tokenizer, max_length)
     report, coded_rows, texts, cut = DataReport(source, place="row"), [], 0, 0
@@ -156,8 +155,8 @@ def check_tokenizer(tokenizer: Any, max_length: int) -> None:
 def tokenize_row(
     number: int, row: dict[str, Any], tokenizer: Any, max_length: int, report: DataReport
 ) -> list[dict[str, Any]] | None:
-    """Each text of a row as :func:`encode` codes it; None, and a line of the report, where the chat
-    template or the tokenizer refuses one.
+    """:func:`encode` for each text of a row. None if the chat template or the tokenizer refuses a
+    text; the report says so.
     """
     responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
     ended = row.get("ended") or [True] * len(responses)
@@ -172,7 +171,7 @@ def tokenize_row(
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What chat templates and tokenizers raise for a row."""
+    """The exceptions with which chat templates and tokenizers refuse a row."""
     kinds = (ValueError, TypeError, KeyError)
     try:
         from jinja2 import TemplateError
@@ -182,7 +181,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def coded_row(row: dict[str, Any], coded: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row as :func:`tokenize_pairs` returns it, of its texts as :func:`tokenize_row` does."""
+    """A row as :func:`tokenize_pairs` returns it, from the result of :func:`tokenize_row`."""
     out: dict[str, Any] = {"objective": row.get("objective", 0)}
     for name in ("input_ids", "completion_mask"):
         parts = [text[name] for text in coded]
@@ -196,13 +195,13 @@ def coded_row(row: dict[str, Any], coded: list[dict[str, Any]]) -> dict[str, Any
 
 
 def is_tokenized(row: dict[str, Any]) -> bool:
-    """Whether a row holds tokens: ours (:func:`tokenize_pairs`) or TRL's."""
+    """Whether a row is tokenised, by :func:`tokenize_pairs` or by TRL."""
     return any(name in row for name in ("chosen_input_ids", "chosen_ids", "response_input_ids"))
 
 
 def texts_of(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """(token ids, completion mask) of each text of a tokenised row: of the chosen and the rejected
-    one, or of the responses of a ranked list.
+    """(token ids, completion mask) of each text of a tokenised row: chosen and rejected, or the
+    responses of a ranked list.
     """
     if "response_input_ids" in row:
         masks = row["response_completion_mask"]
@@ -217,8 +216,8 @@ def texts_of(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 def batch_order(ranked: bool, counts: Sequence[int]) -> list[tuple[int, int]]:
-    """(row, text) of each sequence of a batch whose rows have ``counts`` texts: all chosen, then
-    all rejected; of ranked lists one list after the other.
+    """(row, text) of each sequence in a batch whose rows have ``counts`` texts: all chosen, then
+    all rejected; ranked lists one after the other.
     """
     if ranked:
         return [(row, text) for row, count in enumerate(counts) for text in range(count)]
@@ -226,7 +225,7 @@ def batch_order(ranked: bool, counts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 class PreferenceCollator:
-    """Batches as TRL's: ``[all chosen; all rejected]``, right-padded.
+    """Makes batches like TRL's: ``[all chosen; all rejected]``, right-padded.
 
     >>> chosen = {"chosen_input_ids": [1, 5, 6], "chosen_completion_mask": [0, 0, 1]}
     >>> rejected = {"rejected_input_ids": [1, 5], "rejected_completion_mask": [0, 1]}
@@ -234,12 +233,11 @@ class PreferenceCollator:
     >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
     ([[1, 5, 6], [1, 5, 0]], [[0, 0, 1], [0, 1, 0]])
 
-    Also takes TRL's columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. Returns input_ids,
-    attention_mask, completion_mask (R, T) int64, R = 2P, and objective (P,) int64.
+    It also accepts TRL's columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids``. It returns
+    input_ids, attention_mask, completion_mask (R, T) int64, R = 2P, and objective (P,) int64.
 
-    Of ranked lists, R is the number of their responses, one list after the other, and ``pairs``
-    (P, 2) int64 has the batch's rows of the better and the worse response of every two with
-    different scores.
+    For ranked lists, R is the number of all responses, one list after the other. ``pairs`` (P, 2)
+    int64 holds (better row, worse row) for every two responses with different scores.
 
     >>> texts = {"response_input_ids": [[1, 5], [1, 6], [1, 7]]}
     >>> masks = {"response_completion_mask": [[0, 1]] * 3}
@@ -247,12 +245,12 @@ class PreferenceCollator:
     >>> PreferenceCollator(pad_token_id=0)([row])["pairs"].tolist()
     [[1, 0], [1, 2]]
 
-    ``padding_free=True``: the R sequences one after the other: input_ids, completion_mask and
-    position_ids, which start again at 0 in each, (1, N), and objective (P,).
+    With ``padding_free=True`` the R sequences are concatenated: input_ids, completion_mask and
+    position_ids (1, N), which start at 0 in each sequence, and objective (P,).
 
     Raises:
         ValueError: pairs and ranked lists in one batch; scores that are not one finite number for
-            each response, or all equal.
+            each response, or are all equal.
     """
 
     def __init__(

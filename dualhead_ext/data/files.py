@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of data from what people have: JSON lines, a JSON array, CSV, Parquet, compressed or not,
-with any byte order mark; folders of the datasets library; data in memory; the hub.
+"""Rows of data from JSON lines, a JSON array, CSV or Parquet, compressed or not, with any byte
+order mark; from folders of the datasets library, data in memory, and the hub.
 
-What a file is, its first bytes say; its name only tells CSV from JSON.
+The first bytes of a file determine its type; the name only distinguishes CSV from JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BYTE_ORDER_MARKS = {
 _SUFFIXES = (".jsonl", ".json", ".gz", ".bz2", ".xz", ".csv", ".tsv", ".parquet")
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")
-# How the datasets library reads a file of a URL, by its suffix.
+# Suffix of a URL -> (reader of the datasets library, its options).
 _READERS = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
@@ -48,8 +48,8 @@ _READERS = {
 
 
 class Rows:
-    """(number, row) of a source, in order; ``place`` is what a number counts: "line", from 1, or
-    "row", from 0.
+    """(number, row) of a source, in order. ``place`` says what the numbers count: "line" from 1, or
+    "row" from 0.
     """
 
     def __init__(self, rows: Iterable[tuple[int, Row]], place: str) -> None:
@@ -66,14 +66,14 @@ def rows_of(
     default_split: str,
     configuration: str | None = None,
 ) -> Rows:
-    """The rows of a file, a folder of the datasets library (``save_to_disk``, a clone of a dataset
-    from the hub), or a dataset on the hub.
+    """The rows of a file, a URL, a folder of the datasets library (``save_to_disk``, or a clone of
+    a hub dataset), or a hub dataset.
 
     Args:
-        function: whose name errors begin with.
+        function: the name with which errors begin.
         split, configuration: of a folder or hub dataset; a file has no split.
     Raises:
-        as :func:`dualhead_ext.data.load_preference_data`.
+        see :func:`dualhead_ext.data.load_preference_data`.
     """
     name = os.path.expanduser(os.fspath(source))
     if _URL.match(name):
@@ -89,7 +89,7 @@ def rows_of(
         return read_file(path, function)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{function}: there is no file {name}")
-    datasets = _library(function, f"{name!r} is no file, and hub datasets need")
+    datasets = _library(function, f"{name!r} is not a file, and hub datasets need")
     chosen = () if configuration is None else (configuration,)
     return Rows(
         enumerate(datasets.load_dataset(name, *chosen, split=split or default_split)), "row"
@@ -97,7 +97,7 @@ def rows_of(
 
 
 def rows_in(data: Any) -> Rows | None:
-    """The rows of data in memory: a sequence of dicts, a datasets.Dataset, a pandas DataFrame.
+    """The rows of data in memory: a sequence of dicts, a datasets.Dataset or a pandas DataFrame;
     None for anything else.
     """
     if hasattr(data, "to_dict") and hasattr(data, "iloc"):
@@ -112,7 +112,7 @@ def rows_in(data: Any) -> Rows | None:
 
 
 def _plain(value: Any) -> Any:
-    """An array of a cell as a list, and what is in it."""
+    """The value of a cell, with arrays (also nested ones) as lists."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return [_plain(entry) for entry in value] if isinstance(value, list) else value
 
@@ -136,7 +136,7 @@ def _folder_rows(
         else:
             chosen = () if configuration is None else (configuration,)
             data = datasets.load_dataset(str(path), *chosen)
-    except Exception as error:  # of many kinds, according to the files inside
+    except Exception as error:  # its type depends on the files inside
         raise ValueError(f"{function}: {path} cannot be read as a dataset ({error})") from error
     if isinstance(data, dict):
         alone = next(iter(data)) if len(data) == 1 else default_split
@@ -152,7 +152,7 @@ def _folder_rows(
 
 
 def _url_rows(function: str, url: str) -> Iterator[tuple[int, Row]]:
-    """The rows of a file of a URL, as the datasets library streams them."""
+    """The rows of the file at a URL, as the datasets library streams them."""
     path = Path(url.partition("?")[0])
     path = path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path
     if path.suffix not in _READERS:
@@ -171,7 +171,7 @@ def _url_rows(function: str, url: str) -> Iterator[tuple[int, Row]]:
         raise FileNotFoundError(f"{function}: there is no file {url} ({error})") from error
     except ImportError as error:
         raise ImportError(f"{function}: {url} needs another package ({error})") from error
-    except Exception as error:  # of many kinds, according to the file system
+    except Exception as error:  # its type depends on the file system
         raise ValueError(f"{function}: {url} cannot be read ({error})") from error
 
 
@@ -184,12 +184,13 @@ def read_jsonl(path: str | os.PathLike) -> Rows:
 
 
 def read_file(path: str | os.PathLike, function: str = "read_file") -> Rows:
-    """The rows of a file: JSON lines (empty ones are passed over), a JSON array, CSV with a header,
+    """The rows of a file: JSON lines (empty lines are skipped), a JSON array, CSV with a header, or
     Parquet.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: naming the line that is not a JSON object, or where a file breaks off.
+        ValueError: a line is not a JSON object, or the file is truncated; the message names the
+            line.
         ImportError: Parquet without pyarrow.
     """
     path = Path(path).expanduser()
@@ -213,7 +214,7 @@ def read_file(path: str | os.PathLike, function: str = "read_file") -> Rows:
 
 
 def _opener(path: Path) -> tuple[Any, bytes]:
-    """(what opens the file, its first unpacked bytes), whatever it is called."""
+    """(function that opens the file, its first uncompressed bytes), regardless of its name."""
     with open(path, "rb") as file:
         start = file.read(256)
     opener: Any
@@ -223,7 +224,7 @@ def _opener(path: Path) -> tuple[Any, bytes]:
                 with opener(path, "rb") as file:
                     return opener, file.read(256)
             except (OSError, EOFError, lzma.LZMAError):
-                return opener, b""  # broken: said by line when it is read
+                return opener, b""  # broken: reading it will name the line
     return open, start
 
 
@@ -246,7 +247,7 @@ def _json_lines(path: Path, opener: Any, encoding: str) -> Iterator[tuple[int, R
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         except (OSError, EOFError, lzma.LZMAError) as error:
-            raise ValueError(f"{path}, after line {number}: cannot be read on ({error})") from error
+            raise ValueError(f"{path}, after line {number}: cannot be read ({error})") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, after line {number}: {_not_text(error)}") from error
         except (ValueError, RecursionError) as error:
@@ -303,7 +304,7 @@ def _csv_rows(path: Path, opener: Any, encoding: str) -> Iterator[tuple[int, Row
         header = text.readline()
         text.seek(0)
         delimiter = max(",;\t", key=header.count)
-        limit = csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than its default
+        limit = csv.field_size_limit(2**31 - 1)  # a dialogue may be longer than the default
         try:
             reader = csv.DictReader(text, delimiter=delimiter, strict=True)
             rows = []
@@ -324,8 +325,8 @@ def _csv_rows(path: Path, opener: Any, encoding: str) -> Iterator[tuple[int, Row
 
 
 def _cell(text: str) -> Any:
-    """An empty cell is null; a list (messages, scores) stands there as JSON or as Python shows it;
-    other text stays as it is.
+    """The value of a CSV cell. Empty means null; a list (messages, scores) may be written as JSON
+    or as Python prints it; other text stays as it is.
     """
     if not text.strip():
         return None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations as text, and which of it the assistant says: the one layout of training and of
-decoding.
+"""Conversations as text, and the spans that the assistant says. Training and decoding use the same
+layout.
 
-Messages go through the tokenizer's chat template if it has one, else into HH-RLHF's layout. So do
-strings in HH-RLHF's layout where there is a chat template. Other strings stay as they are.
+Messages go through the tokenizer's chat template if it has one, otherwise into HH-RLHF's layout.
+With a chat template, strings in HH-RLHF's layout go through it too. Other strings are unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .texts import ASSISTANT, HUMAN, is_dialogue
 
 _MARKER = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 _ROLE_OF = {HUMAN: "user", ASSISTANT: "assistant"}
-# What HH-RLHF's layout puts before a turn.
+# The marker before a turn in HH-RLHF's layout.
 _MARKER_OF = {"assistant": ASSISTANT, "system": ""}
 
 Message = dict[str, Any]
@@ -29,13 +29,14 @@ class Rendered:
     """A prompt and its response as one text.
 
     Args:
-        text: of both.
+        text: the whole text.
         spans: (start, end) of the characters that the assistant says, in order: its turns in the
             response, each with the template's end of turn.
-        prompt_end: where the prompt ends as a chat template renders it for decoding; None: no
+        prompt_end: the end of the prompt as a chat template renders it for decoding; None if no
             template wrote the text.
-        closed: it ends with the template's end of turn: no further end token belongs there.
-        closing: characters of the end of turn in the last span.
+        closed: whether the text ends with the template's end of turn, so that no further end token
+            is needed.
+        closing: the number of characters of the end of turn in the last span.
     """
 
     text: str
@@ -51,18 +52,18 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def is_raw(prompt: str | list[Message], tokenizer: Any) -> bool:
-    """Whether a prompt is trained on as it stands although the tokenizer has a chat template: a
-    string that is no dialogue in HH-RLHF's layout.
+    """Whether a prompt is used as it is although the tokenizer has a chat template: a string that
+    is not a dialogue in HH-RLHF's layout.
     """
     return isinstance(prompt, str) and has_chat_template(tokenizer) and not is_dialogue(prompt)
 
 
 def render_prompt(prompt: str | list[Message], tokenizer: Any) -> tuple[str, bool]:
-    """(the text that a response follows, whether a chat template wrote it). A prompt that ends in
-    an assistant's turn is to be continued.
+    """(the text before a response, whether a chat template wrote it). If the prompt ends with an
+    assistant's turn, the response continues that turn.
 
     Raises:
-        ValueError, TypeError, jinja2.TemplateError: what the chat template refuses.
+        ValueError, TypeError, jinja2.TemplateError: the chat template refuses the prompt.
     """
     if isinstance(prompt, str):
         if not (has_chat_template(tokenizer) and is_dialogue(prompt)):
@@ -79,11 +80,11 @@ def render_prompt(prompt: str | list[Message], tokenizer: Any) -> tuple[str, boo
 
 
 def render(prompt: str | list[Message], response: str | list[Message], tokenizer: Any) -> Rendered:
-    """A prompt with its response; both strings, or both lists of messages.
+    """Render a prompt with its response, both strings or both lists of messages.
 
     Raises:
-        ValueError, TypeError, jinja2.TemplateError: what the chat template refuses, or a template
-            that renders a prompt differently once a response follows.
+        ValueError, TypeError, jinja2.TemplateError: the chat template refuses the messages, or
+            renders the prompt differently if a response follows.
     """
     if isinstance(prompt, str):
         response = cast(str, response)
@@ -103,8 +104,8 @@ def render(prompt: str | list[Message], response: str | list[Message], tokenizer
 
 
 def dialogue_spans(response: str) -> list[Span]:
-    """The parts of a response in a dialogue that the assistant says: all of it, but for role
-    markers and human turns that a few responses of HH-RLHF hold.
+    """The spans of a dialogue's response that the assistant says: all of it except role markers and
+    human turns, which a few responses of HH-RLHF contain.
     """
     spans, start, speaking = [], 0, True
     for match in _MARKER.finditer(response):
@@ -117,9 +118,9 @@ def dialogue_spans(response: str) -> list[Span]:
 
 
 def messages_of(dialogue: str) -> list[Message]:
-    """The turns of a dialogue in HH-RLHF's layout. Text before the first is the system's; turns of
-    one role in a row become one, since chat templates want roles to alternate; an open assistant
-    turn at the end is left out.
+    """The turns of a dialogue in HH-RLHF's layout. Text before the first turn is the system
+    message. Consecutive turns of one role are joined, since chat templates expect alternating
+    roles. An open assistant turn at the end is left out.
     """
     head, *parts = _MARKER.split(f"\n\n{dialogue.lstrip()}")
     turns = [("system", head.strip())] if head.strip() else []
@@ -165,8 +166,8 @@ def _apply(tokenizer: Any, messages: list[Message], add_generation_prompt: bool 
 
 
 def _through_template(prompt: list[Message], response: list[Message], tokenizer: Any) -> Rendered:
-    """Where the turns are is known from a second rendering, in which a placeholder stands for the
-    content of each message of the response: the text between two placeholders is the template's.
+    """Find the turns by a second rendering, in which a placeholder replaces the content of each
+    message of the response. The text between two placeholders comes from the template.
     """
     messages = [*prompt, *response]
     whole = _apply(tokenizer, messages)
@@ -180,11 +181,11 @@ def _through_template(prompt: list[Message], response: list[Message], tokenizer:
         return _rendered(whole, [span], start, closing, final)
     spans: list[Span] = []
     for number, text in enumerate(between):
-        # The template's text before message placed[number], or after the last one.
+        # text: the template's text before message placed[number], or after the last message.
         where = pieces[number - 1][1] if number else 0
         end_of = (placed[number - 1] + 1) if number else len(prompt)
         upto = placed[number] if number < len(placed) else len(messages)
-        for message in messages[end_of:upto]:  # whose calls are in this text
+        for message in messages[end_of:upto]:  # their tool calls are in this text
             spans.append(_calls(message, whole, where, where + len(text), start, opening, closing))
         if number == len(placed) or messages[placed[number]]["role"] != "assistant":
             continue
@@ -205,8 +206,8 @@ def _rendered(whole: str, spans: list[Span], start: int, closing: str, final: bo
 
 
 def _opening(prompt: list[Message], whole: str, tokenizer: Any) -> tuple[str, int]:
-    """(what the template puts before an answer, where the prompt ends). The first is empty for a
-    template that does not know ``add_generation_prompt``.
+    """(the template's text before an answer, the end of the prompt). The text is empty if the
+    template ignores ``add_generation_prompt``.
     """
     bare = _apply(tokenizer, prompt)
     asked = _apply(tokenizer, prompt, add_generation_prompt=True)
@@ -218,8 +219,8 @@ def _opening(prompt: list[Message], whole: str, tokenizer: Any) -> tuple[str, in
 
 
 def _closing(tokenizer: Any) -> tuple[str, bool]:
-    """(what the template puts after an answer, whether it ends in a special token). Cut after that
-    token: what follows belongs to no turn.
+    """(the template's text after an answer, whether it ends with a special token). The text is cut
+    after that token; what follows belongs to no turn.
     """
     asks, says = "placeholder of a question", "placeholder of an answer"
     messages = [{"role": "user", "content": asks}, {"role": "assistant", "content": says}]
@@ -233,9 +234,8 @@ def _closing(tokenizer: Any) -> tuple[str, bool]:
 
 
 def turn_ends(tokenizer: Any) -> tuple[set[int], tuple[str, ...]]:
-    """(tokens, texts) with which a model's turn is over: the template's end of turn, the special
-    token that begins the next turn, and HH-RLHF's markers of a turn. End-of-sequence tokens are
-    the model's to know.
+    """(tokens, texts) that end a model's turn: the template's end of turn, the special token that
+    begins the next turn, and HH-RLHF's role markers. End-of-sequence tokens are not included.
     """
     if not has_chat_template(tokenizer):
         return set(), (HUMAN, ASSISTANT)
@@ -252,7 +252,7 @@ def turn_ends(tokenizer: Any) -> tuple[set[int], tuple[str, ...]]:
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
-    """The ids of a tokenizer's special tokens, the template's own among them."""
+    """The ids of a tokenizer's special tokens, including those of its chat template."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
@@ -279,8 +279,8 @@ def _template_text(
 
 
 def _positions(whole: str, between: list[str], contents: Sequence[str]) -> list[Span] | None:
-    """(start, end) of each content in the whole text, stripped where the template does that; None
-    where the template treats contents in another way.
+    """(start, end) of each content in the whole text, also if the template strips contents; None if
+    it changes them in another way.
     """
     if not whole.startswith(between[0]):
         return None
@@ -297,8 +297,8 @@ def _positions(whole: str, between: list[str], contents: Sequence[str]) -> list[
 
 
 def _one_turn(whole: str, start: int, response: list[Message], closing: str, tail: str) -> Span:
-    """Of a template that changes contents (takes reasoning out of them, for example): all that
-    follows the prompt, if that is one turn.
+    """The span after the prompt, for a template that changes contents (for example, removes
+    reasoning). It must be a single turn.
     """
     if len(response) != 1 or not whole.endswith(tail):
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of data that are not held in memory, tokenised as they are read."""
+"""Rows of data that are not in memory, tokenised as they are read."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .files import Rows
 
 logger = logging.getLogger(__name__)
 
-# Rows by which a stream is known again.
+# The rows by which a resumed run recognises a stream.
 _FIRST_ROWS = 16
 
 
 class TokenizedStream(IterableDataset):
-    """The rows of an ``IterableDataset`` as tokens, without end: pass after pass over it, with
-    ``set_epoch`` before each where it has one. Row i goes to process i modulo their number, and
-    each process tokenises its own.
+    """An endless stream of tokenised rows: it passes over an ``IterableDataset`` again and again,
+    and calls its ``set_epoch``, if it has one, before each pass. Row i belongs to process i modulo
+    ``shares``; each process tokenises its own rows.
 
     Args:
-        name: what errors and the log call it.
-        rows: rows of text, as :func:`dualhead_ext.data.preference_rows` takes them, or of tokens.
-        tokenizer, max_length: as :func:`dualhead_ext.data.collate.tokenize_pairs`.
-        share, shares: this process, and how many there are.
+        name: the name of the data in errors and in the log.
+        rows: rows of text, as :func:`dualhead_ext.data.preference_rows` takes them, or tokenised.
+        tokenizer, max_length: see :func:`dualhead_ext.data.collate.tokenize_pairs`.
+        share, shares: the index of this process, and the number of processes.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class TokenizedStream(IterableDataset):
                 yield number, coded_row(row, texts)
 
     def first(self, count: int) -> list[dict[str, Any]]:
-        """The first ``count`` rows of this process, of as many passes as they take."""
+        """The first ``count`` rows of this process, from several passes if necessary."""
         return list(itertools.islice(self, count))
 
     @cached_property
     def first_rows(self) -> list[dict[str, Any]]:
-        """By which a resumed run knows the stream again; read once."""
+        """The rows by which a resumed run recognises the stream; read once."""
         return self.first(_FIRST_ROWS)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of a row of preference data: strings or messages, where the prompt of two whole texts
-ends, and what cannot be used.
+"""The texts of a row of preference data: conversion, and the split of whole texts into prompt and
+responses.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ Text = str | list[dict[str, Any]]
 
 
 class Unusable(Exception):
-    """A row to skip, and why."""
+    """A row must be skipped. The message says why."""
 
 
 def text_of(value: Any) -> Text:
-    """A string as it is, or messages without null fields, their parts of text joined.
+    """A string as it is; or messages without null fields, with their text parts joined.
 
     Raises:
-        ValueError: something else.
+        ValueError: another type. Unusable: a message has a part that is not text.
     """
     if isinstance(value, str):
         return value
@@ -64,15 +64,15 @@ def is_empty(response: Text) -> bool:
 
 
 def is_dialogue(prompt: str) -> bool:
-    """Whether a prompt is a dialogue in HH-RLHF's layout, up to its open assistant turn. Only there
-    are role markers turns; in other text they are quotes.
+    """Whether a prompt is a dialogue in HH-RLHF's layout that ends with an open assistant turn.
+    Only there do role markers begin turns; in other text they are quotations.
     """
     return HUMAN in f"\n\n{prompt.lstrip()}" and prompt.rstrip().endswith(ASSISTANT)
 
 
 def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Two whole texts: dialogues of HH-RLHF, or others, whose prompt is what both begin with, up to
-    a space.
+    """(prompt, chosen, rejected) of two whole texts: HH-RLHF's dialogues, or other texts, whose
+    prompt is their common beginning up to a space.
     """
     if HUMAN in f"\n\n{chosen.lstrip()}":
         return split_dialogues(chosen, rejected)
@@ -85,10 +85,10 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """HH-RLHF: the prompt is the longest common prefix, cut after its last assistant marker.
+    """For HH-RLHF: the prompt is the longest common prefix, cut after its last assistant marker.
 
-    Cutting each text at its own last marker would give two prompts where a response holds a
-    further turn.
+    Cutting each text at its own last marker would give two different prompts if a response contains
+    another turn.
     """
     same = shared_length(chosen, rejected)
     end = chosen.rfind(ASSISTANT, 0, same)
@@ -99,12 +99,12 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def shared_length(a: Any, b: Any) -> int:
-    """How many characters or messages both begin with."""
+    """The number of characters or messages in the common beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def split_messages(chosen: list, rejected: list) -> tuple[list, list, list]:
-    """TRL's implicit prompt: the messages that both begin with, up to a question."""
+    """TRL's implicit prompt: the common first messages, up to the last by a user."""
     end = shared_length(chosen, rejected)
     while end > 0 and chosen[end - 1]["role"] == "assistant":
         end -= 1
@@ -114,7 +114,9 @@ def split_messages(chosen: list, rejected: list) -> tuple[list, list, list]:
 
 
 def prompt_of_messages(prompt: str, responses: list[list]) -> list:
-    """A prompt as messages: those that the responses all begin with if they repeat it."""
+    """A string prompt as messages. If all responses begin with messages that contain it, those
+    messages are the prompt.
+    """
     shared = []
     for messages in zip(*responses, strict=False):
         if messages[0]["role"] == "assistant" or any(m != messages[0] for m in messages):

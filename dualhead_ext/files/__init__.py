@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written to disk so that a kill or a full disk leaves the old state whole."""
+"""Writing to disk so that a crash or a full disk leaves the old state intact."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a crash leaves the old state or the new one, and one run at a time."""
+"""Atomic writes of files, and locks of folders."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 class BusyFolderError(ValueError):
-    """A folder that another run is writing to."""
+    """Another run is writing to the folder."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = ".lock", wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder, a file in it; the system lets go when the process ends. A file
-    system without locks is named in the log.
+    """Hold the lock of a folder, which is a file in it. The system releases it when the process
+    ends. On a file system without locks, a warning is logged.
 
     Raises:
-        BusyFolderError: another holds it, and ``wait`` is False.
+        BusyFolderError: another process holds it, and ``wait`` is False.
     """
     with open(folder / name, "wb") as file:
         try:
@@ -46,20 +46,17 @@ def locked(folder: Path, name: str = ".lock", wait: bool = True) -> Iterator[Non
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one step: a crash leaves the old file or the new one, never a
-    part.
-    """
+    """Replace ``path`` by ``data`` atomically: after a crash it is the old file or the new one."""
     replace_files(path.parent, {path.name: data})
 
 
 def replace_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Replace several files of a folder, in this order. All of them are whole on the disk under
-    temporary names before the first takes its place: after a crash in between, the ones that have
-    not taken theirs are among the :func:`leftovers`. Leftovers of these files go at the end, when
-    nothing needs them any more.
+    """Replace several files of a folder, in this order. All are written completely under temporary
+    names before the first one is renamed. After a crash between two renames, the files that were
+    not renamed are among the :func:`leftovers`. Leftovers of these files are removed at the end.
 
     Raises:
-        OSError: the disk. If the first file has not taken its place, nothing has changed.
+        OSError: the disk. If it happens before the first rename, nothing has changed.
     """
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     waiting = list(files)
@@ -75,7 +72,7 @@ def replace_files(folder: Path, files: dict[str, bytes]) -> None:
         for path, _ in leftovers(folder, files):
             path.unlink(missing_ok=True)
     except BaseException:
-        if len(waiting) == len(files):  # otherwise the rest is still needed
+        if len(waiting) == len(files):  # otherwise the remaining ones are still needed
             for path in temporary.values():
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
@@ -84,7 +81,7 @@ def replace_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def leftovers(folder: Path, names: Iterable[str]) -> list[tuple[Path, str]]:
-    """(path, name) of the temporary files that killed processes left of files of these names."""
+    """(path, name) of temporary files with these names that killed processes have left."""
     names, found = set(names), []
     for entry in sorted(os.listdir(folder)):
         match = _TEMPORARY.fullmatch(entry)
@@ -106,8 +103,8 @@ def _is_another_process(number: int) -> bool:
 
 
 def synchronise(path: Path) -> None:
-    """Wait until a file's contents, or a folder's entries, are on the disk: only then does a rename
-    outlive a power failure.
+    """Wait until a file's contents, or a folder's entries, are on the disk. Only then does a rename
+    survive a power failure.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -117,7 +114,7 @@ def synchronise(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, read piece by piece."""
+    """The SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**20):

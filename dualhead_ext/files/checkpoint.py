@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint folders that a crash cannot leave half written and that damage cannot pass off as
-whole.
+"""Checkpoint folders. A crash cannot leave one half written, and damage is detected.
 
-A checkpoint is built in a hidden sibling, every file is synchronised to disk, a manifest with each
-file's size and SHA-256 is written last, and one rename makes it visible. Reading starts with
-`verify`. Files are only ever opened as regular files right below the folder; nothing is unpickled.
+A checkpoint is built in a hidden folder beside it. Every file is flushed to disk, a manifest with
+each file's size and SHA-256 is written last, and one rename makes the checkpoint visible. Reading
+begins with `verify`. Only regular files inside the folder are opened; nothing is unpickled.
 
-    checkpoint-50/               whole: manifest.json and the files that it lists, no other
-    .checkpoint-60.staging/      being written, or left by a crash: removed by the next save
-    .checkpoint-40.deleting/     the same while being removed
-    .checkpoint-50.replaced/     a checkpoint while another takes its place: put back, or removed
+    checkpoint-50/               complete: manifest.json and exactly the files that it lists
+    .checkpoint-60.staging/      being written, or left by a crash; the next save removes it
+    .checkpoint-40.deleting/     being removed, or left by a crash; the next save removes it
+    .checkpoint-50.replaced/     the old checkpoint while a new one replaces it; put back or removed
 """
 
 from __future__ import annotations
@@ -42,24 +41,24 @@ _CHUNK_BYTES = 2**20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete, foreign or of a newer format. Says which file, and
-    why.
+    """A checkpoint is damaged, incomplete, foreign or of a newer format. The message says which
+    file, and why.
     """
 
 
 class SaveError(OSError):
-    """A save that failed, in one sentence: what, why, and what is safe."""
+    """A save failed. The message says what, why, and which checkpoint is intact."""
 
 
 class LostProcessError(RuntimeError):
-    """Another process of a run has ended; says, in one sentence, what to go on from."""
+    """Another process of the run has ended. The message names the checkpoint to resume from."""
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 def begin(directory: str | os.PathLike, step: int) -> Path:
-    """An empty staging folder for ``checkpoint-{step}``; first removes what crashes have left.
+    """Remove leftovers of crashes, and return an empty staging folder for ``checkpoint-{step}``.
 
     Raises:
         ValueError: a negative step.
@@ -76,13 +75,14 @@ def begin(directory: str | os.PathLike, step: int) -> Path:
 
 
 def commit(staging: Path, required: tuple[str, ...] = ()) -> Path:
-    """Turn a filled staging folder into the checkpoint that it stands for, in one step: whenever a
-    crash comes, there is the old state or the new one. Returns the checkpoint's path.
+    """Turn a filled staging folder into its checkpoint, atomically: a crash leaves the old state or
+    the new one. Returns the checkpoint's path.
 
     Args:
-        required: names of files that a whole checkpoint has.
+        required: names of files that the checkpoint must have.
     Raises:
-        CheckpointError: one of them is missing, or something in the folder is not a regular file.
+        CheckpointError: a required file is missing, or the folder holds something that is not a
+            regular file.
         OSError: the disk.
     """
     match = cast(re.Match, _TEMPORARY.fullmatch(staging.name))  # `begin` gave it its name
@@ -111,7 +111,7 @@ def commit(staging: Path, required: tuple[str, ...] = ()) -> Path:
 
 
 def discard(staging: Path) -> None:
-    """Remove a staging folder after a failure; what cannot be removed is left to the next save."""
+    """Remove a staging folder after a failure. The next save removes what cannot be removed now."""
     with contextlib.suppress(OSError):
         _remove(staging)
 
@@ -120,8 +120,9 @@ def discard(staging: Path) -> None:
 def staged(
     directory: str | os.PathLike, step: int, required: tuple[str, ...] = ()
 ) -> Iterator[Path]:
-    """``with staged(directory, step) as folder``: write files into it, ``required`` ones among
-    them; on leaving it becomes ``checkpoint-{step}``, or vanishes if the block raised.
+    """``with staged(directory, step) as folder``: write files, including the ``required`` ones,
+    into the folder. At the end it becomes ``checkpoint-{step}``; if the block raises, it is
+    removed.
     """
     staging = begin(directory, step)
     try:
@@ -133,8 +134,8 @@ def staged(
 
 
 def clean(directory: str | os.PathLike) -> None:
-    """Finish what a crash interrupted: put a replaced checkpoint back where nothing took its place,
-    remove other temporary folders.
+    """Finish what a crash interrupted: restore a replaced checkpoint if its replacement is missing,
+    and remove other temporary folders.
     """
     for entry in sorted(os.scandir(os.fspath(directory)), key=lambda e: e.name):
         match = _TEMPORARY.fullmatch(entry.name)
@@ -151,13 +152,13 @@ def clean(directory: str | os.PathLike) -> None:
 def rotate(
     directory: str | os.PathLike, limit: int, keep: tuple[str | os.PathLike, ...] = ()
 ) -> None:
-    """Remove the oldest checkpoints until ``limit`` are left, never one of ``keep`` nor the newest
-    one, which is verified in full before anything goes. Folders that are no whole checkpoint of
-    ours neither count nor go.
+    """Remove the oldest checkpoints until ``limit`` are left, except those in ``keep`` and the
+    newest one, which is fully verified first. Folders that are not complete checkpoints are neither
+    counted nor removed.
 
     Raises:
-        ValueError: limit < 1.
-        CheckpointError: the newest one is damaged (nothing is removed).
+        ValueError: limit is not an int of at least 1.
+        CheckpointError: the newest checkpoint is damaged. Nothing is removed.
     """
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ValueError(f"checkpoint.rotate: limit must be an int >= 1, got {limit!r}")
@@ -185,8 +186,8 @@ def rotate(
 
 
 def latest_checkpoint(directory: str | os.PathLike) -> Path | None:
-    """The highest-numbered whole checkpoint, verified in full; None if there is none. A warning
-    names each one that is passed over, and why.
+    """The highest-numbered complete checkpoint, fully verified; None if there is none. A warning
+    names each one that is skipped, and why.
     """
     if not os.path.isdir(directory):
         return None
@@ -208,11 +209,11 @@ def verify(path: str | os.PathLike, contents: bool = True) -> list[str]:
     """Check a checkpoint against its manifest. Returns the names of its files.
 
     Args:
-        contents: also hash every file; otherwise names and sizes alone.
+        contents: whether to check the hash of every file, not only names and sizes.
     Raises:
-        CheckpointError: not a folder, no or a damaged manifest, another format or a newer version,
-            a file missing, cut, changed, not listed, or not a regular file, a name that points
-            elsewhere.
+        CheckpointError: not a folder; the manifest is missing, damaged, of another format or a
+            newer version; a file is missing, truncated, changed, not listed, not a regular file, or
+            outside the folder.
     """
     try:
         return _verify(Path(path), contents)
@@ -243,7 +244,7 @@ def _verify(path: Path, contents: bool) -> list[str]:
 
 
 def _numbered(directory: str | os.PathLike) -> list[Path]:
-    """Folders named checkpoint-N, by N; symbolic links are not followed."""
+    """Folders named checkpoint-N, sorted by N; symbolic links are not followed."""
     found = []
     for entry in os.scandir(os.fspath(directory)):
         match = _FOLDER.fullmatch(entry.name)
@@ -262,7 +263,7 @@ def _manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """name -> {size, sha256}, every field of it checked."""
+    """The manifest's files, name -> {size, sha256}, with all fields checked."""
     path = folder / MANIFEST_NAME
     try:
         with _open_regular(path) as file:
@@ -292,11 +293,11 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         _check_name(path, name)
         if not isinstance(entry, dict) or type(entry.get("size")) is not int or entry["size"] < 0:
             raise CheckpointError(f"{path}: {brief(repr(name))} has no valid size")
-    # There is one spelling of a manifest: any other byte, its own hash included, shows here.
+    # A manifest has exactly one spelling, so any changed byte, also in its hash, is detected here.
     if data != _manifest_bytes(files):
         raise CheckpointError(f"{path}: has changed: its own SHA-256 does not match")
     if any(set(entry) != {"size", "sha256"} for entry in files.values()):
-        raise CheckpointError(f"{path}: must have size and sha256 of each file alone")
+        raise CheckpointError(f"{path}: must have only size and sha256 of each file")
     return files
 
 
@@ -312,7 +313,7 @@ def _no_constant(name: str) -> None:
 
 
 def _check_name(manifest: Path, name: str) -> None:
-    """A relative path that stays in its folder, in its one spelling."""
+    """Raise CheckpointError unless ``name`` is a normalised relative path inside the folder."""
     parts = name.split("/")
     bad = any(part in ("", ".", "..") for part in parts)
     bad = bad or "\\" in name or "\0" in name or ":" in name or name == MANIFEST_NAME
@@ -328,10 +329,10 @@ def _check_name(manifest: Path, name: str) -> None:
 
 
 def _files_below(folder: Path) -> list[tuple[str, Path]]:
-    """Every file below a folder by its relative name.
+    """(relative name, path) of every file below a folder.
 
     Raises:
-        CheckpointError: a symbolic link, pipe, socket or device among them.
+        CheckpointError: there is a symbolic link, pipe, socket or device.
     """
     found, pending = [], [folder]
     while pending:
@@ -348,7 +349,7 @@ def _files_below(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _open_regular(path: Path) -> Any:
-    """Open for reading, refusing links and whatever could block or is no file."""
+    """Open for reading, but refuse links and everything that is not a regular file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -362,7 +363,7 @@ def _open_regular(path: Path) -> Any:
 
 
 def _digest(path: Path, synchronise: bool = False) -> tuple[int, str]:
-    """Size and SHA-256 of a file; ``synchronise`` also sees it onto the disk."""
+    """Size and SHA-256 of a file; ``synchronise`` also flushes it to the disk."""
     digest, size = hashlib.sha256(), 0
     with _open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -374,7 +375,7 @@ def _digest(path: Path, synchronise: bool = False) -> tuple[int, str]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder of ours, or whatever else has taken its hidden name."""
+    """Remove a temporary folder, or whatever else has its name."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

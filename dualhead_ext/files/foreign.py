@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What messages quote of files that anybody may have written."""
+"""Quotations in messages from files that may come from anybody."""
 
 from __future__ import annotations
 
 
 def brief(value: object, most: int = 300) -> str:
-    """``str(value)``, its middle left out where it has more than ``most`` characters."""
+    """``str(value)``, without its middle if it has more than ``most`` characters."""
     text = str(value)
     if len(text) <= most:
         return text

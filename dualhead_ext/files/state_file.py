@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nested state (optimizer, scheduler, random numbers) in one safetensors file, without pickle.
 
-The tensors are the file's tensors; the nesting is JSON in its metadata, with a tag for what JSON
-does not tell apart: ``{"dict": [[key, value], ...]}``, ``{"list": [...]}``, ``{"tuple": [...]}``,
-``{"tensor": name}``, ``{"float": "nan" | "inf" | "-inf"}``. Other floats keep all their bits.
+The tensors are the file's tensors. The nesting is JSON in its metadata, with tags for types that
+JSON does not have: ``{"dict": [[key, value], ...]}``, ``{"list": [...]}``, ``{"tuple": [...]}``,
+``{"tensor": name}``, ``{"float": "nan" | "inf" | "-inf"}``. Finite floats keep all their bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def save_state(path: str | os.PathLike, state: Any) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, strings, bools and None.
 
     Raises:
-        TypeError: anything else, naming where it is.
+        TypeError: any other type; the message says where it is.
         OSError: the disk.
     """
     from safetensors import SafetensorError

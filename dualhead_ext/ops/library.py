@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading of the compiled libraries, once, when `dualhead_ext.ops` is imported.
 
-`_C.so` defines every operator and the CPU kernels; `_C_cuda.so` adds the CUDA kernels and can be
-loaded by a CUDA torch only. A library that is missing or does not load is not an error by itself:
-`problem` says in one sentence what is wrong, `require` raises it where the operator is needed.
+`_C.so` defines all operators and the CPU kernels; `_C_cuda.so` adds the CUDA kernels and needs a
+CUDA build of torch. A library that is missing or does not load is not an error by itself: `problem`
+says in one sentence what is wrong, and `require` raises it when the operator is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _problems: dict[str, str | None] = {}
 
 
 def build_record() -> dict[str, Any]:
-    """What the build wrote down beside the libraries; empty for a tree that was never built."""
+    """The record that the build wrote beside the libraries; empty if nothing was built."""
     path = _FOLDER / "_build_info.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -37,9 +37,9 @@ def _built_for() -> str:
 
 
 def _load(kind: str) -> str | None:
-    """Loads a library; returns what is wrong, or None."""
+    """Load a library. Returns what is wrong, or None."""
     path = _FOLDER / _FILES[kind]
-    # Not torch.cuda.is_available(): that would ask the driver, and a later fork could not use CUDA.
+    # Not torch.cuda.is_available(), which initialises the driver: a later fork could not use CUDA.
     if kind == "cuda" and torch.version.cuda is None:
         return f"the CUDA kernels need a CUDA build of torch; this is torch {torch.__version__}"
     if kind == "cuda" and _problems["cpu"] is not None:
@@ -54,7 +54,7 @@ def _load(kind: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())  # torch wraps the loader's words
+        reason = " ".join(str(error.__cause__ or error).split())  # torch wraps the loader's error
         return (
             f"the compiled library {path.name}, {_built_for()}, does not load in this torch "
             f"{torch.__version__} ({reason}); {_REBUILD}"
@@ -63,7 +63,7 @@ def _load(kind: str) -> str | None:
 
 
 def problem(kind: str) -> str | None:
-    """Why the kernels of a device type are not there, as one sentence; None when they are.
+    """Why the kernels of a device type are missing, as one sentence; None if they are loaded.
 
     kind: "cpu" (operators and CPU kernels) or "cuda".
     """
@@ -71,7 +71,7 @@ def problem(kind: str) -> str | None:
 
 
 def require(kind: str = "cpu") -> None:
-    """Raises RuntimeError with the sentence of `problem`, if there is one."""
+    """Raise RuntimeError with the sentence of `problem`, if there is one."""
     sentence = _problems[kind]
     if sentence is not None:
         raise RuntimeError(f"dualhead_ext: {sentence}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight-only formats of the two heads: one registry, and what each means in plain PyTorch.
+"""Weight-only formats of the two heads: one registry, and their definition in plain PyTorch.
 
 All are symmetric: ``W[v, i] = s[v] q[v, i]`` (int4: one s per group of 128 inputs). Leading
 dimensions, such as the reward head's K, pass through. Tensors in memory and in files
@@ -11,14 +11,14 @@ dimensions, such as the reward head's K, pass through. Tensors in memory and in 
 | fp8    | (..., V, d) e4m3fn  | (..., V)           | the best of 16 in [m / 448, 2m / 448)    |
 | int4   | (..., V, d/2) uint8 | (..., V, d/128)    | the best of 24 of 0.65 to 1.05 times ±m / 8 |
 
-"Best" is the least squared error of the row or group, and the first of equals. fp8 has the same
+"Best" is the least squared error of the row or group; ties go to the first. fp8 has the same
 relative steps in every octave, so only the position of a row's maximum within its octave matters.
-int4's s may be negative: int4 has -8 but not +8, and the sign chooses the end of a group that gets
-the extra value.
+int4's s may be negative: int4 has -8 but not +8, and the sign decides which end of a group gets the
+extra value.
 
 An int4 value q in -8..7 is stored as q + 8. Byte 64 j + i of a row holds input 128 j + i in its low
-half and input 128 j + 64 + i in its high half, so a run of bytes unpacks into two runs of inputs.
-d must be a multiple of 128: a padded row would be read and multiplied for nothing.
+half and input 128 j + 64 + i in its high half, so consecutive bytes unpack into two runs of inputs.
+d must be a multiple of 128; padding would be read and multiplied in vain.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class WeightFormat:
     """One format. Rows of a weight are (R, G, d/G), with one scale (R, G, 1) per group."""
 
     dtype: torch.dtype  # of the storage
-    group: int | None  # inputs that share a scale; None: all of a row
-    largest: float  # m / largest is the scale that factors multiply
+    group: int | None  # inputs that share a scale; None: the whole row
+    largest: float  # the factors multiply the scale m / largest
     factors: tuple[float, ...]
-    round: Callable[[Tensor], Tensor]  # W / s -> the nearest number of the format, fp32
-    pack: Callable[[Tensor], Tensor] | None = None  # numbers (..., d) fp32 -> storage
-    unpack: Callable[[Tensor], Tensor] | None = None  # storage -> numbers (..., d), integers
-    coarse: bool = False  # rounds so much that a head is calibrated even without hidden states
+    round: Callable[[Tensor], Tensor]  # W / s -> the nearest value of the format, fp32
+    pack: Callable[[Tensor], Tensor] | None = None  # values (..., d) fp32 -> storage
+    unpack: Callable[[Tensor], Tensor] | None = None  # storage -> integer values (..., d)
+    coarse: bool = False  # rounds so coarsely that a head is calibrated even without hidden states
 
     def scale_of(self, groups: Tensor) -> Tensor:
-        """(R, G, d/G) -> (R, G, 1)."""
+        """The scales (R, G, 1) of groups (R, G, d/G)."""
         return best_scale(groups, self.largest, self.factors, self.round)
 
 
@@ -64,11 +64,11 @@ def _round_int4(x: Tensor) -> Tensor:
 
 
 def _round_fp8(x: Tensor) -> Tensor:
-    """To the nearest e4m3fn number, ties to even. As ``x.to(float8_e4m3fn)`` does, whose loop on
-    the CPU takes fifty times as long.
+    """Round to the nearest e4m3fn value, ties to even, as ``x.to(float8_e4m3fn)`` does; but that
+    takes fifty times as long on the CPU.
     """
     x = x.clamp(-_FP8_MAX, _FP8_MAX)
-    # Three bits after the leading one; below 2^-6, steps of 2^-9.
+    # Three bits after the leading one; steps of 2^-9 below 2^-6.
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
     step = power.mul_(0.125).clamp_(min=2.0**-9)
     return x.div_(step).round_().mul_(step)
@@ -104,7 +104,7 @@ _BY_DTYPE = {weight_format.dtype: name for name, weight_format in FORMATS.items(
 
 
 def check_format(operator: str, name: Any, hidden_size: int | None = None) -> None:
-    """Raise ValueError unless ``name`` is one of FORMATS, and can hold rows of ``hidden_size``."""
+    """Raise ValueError unless ``name`` is in FORMATS and supports rows of ``hidden_size``."""
     if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"{operator}: format must be one of {', '.join(FORMATS)}, got {name!r}")
     group = FORMATS[name].group
@@ -116,14 +116,14 @@ def check_format(operator: str, name: Any, hidden_size: int | None = None) -> No
 
 
 def format_of(weight: Tensor) -> str | None:
-    """The format whose storage ``weight`` has; None for plain floating-point weights."""
+    """The name of the format of ``weight``; None for plain floating-point weights."""
     return _BY_DTYPE.get(weight.dtype)
 
 
 def storage_shapes(
     name: str, shape: tuple[int, ...] | torch.Size
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of (weight, weight_scale) in a format, of a head (..., V, d)."""
+    """The shapes of (weight, weight_scale) in a format, for a head (..., V, d)."""
     *rows, d = shape
     group = FORMATS[name].group
     if group is None:
@@ -135,14 +135,14 @@ def quantize(weight: Tensor, name: str, calibration: Tensor | None = None) -> tu
     """Quantise a weight (..., V, d): returns (quantised weights, fp32 scales) in the layout that
     `FORMATS` defines.
 
-    Integers cannot hold a NaN, so a NaN makes the scale, and with it the whole row, NaN.
+    Integers cannot hold a NaN, so a NaN makes the scale NaN, and with it the whole row.
 
     Args:
         weight: (..., V, d), floating point.
         name: ``"int8"``, ``"fp8"`` or ``"int4"``.
         calibration: hidden states (..., d), floating point, like those that the weight will
             multiply. The rounding error of one input's weights is then compensated in the inputs
-            that are not rounded yet, by their correlation in these hidden states
+            that are not rounded yet, according to their correlation in these hidden states
             (:func:`dualhead_ext.quantization.rounding.round_with_feedback`, GPTQ's method). The
             scales stay the same. Default: round each weight to the nearest value.
     Raises:
@@ -168,8 +168,8 @@ def _check_weight(operator: str, weight: Any) -> None:
 
 @torch.no_grad()
 def calibration_factor(operator: str, calibration: Tensor | None, weight: Tensor) -> Tensor | None:
-    """What :func:`quantize_with` needs of hidden states (..., d), for any number of weights
-    (..., d) on the device of ``weight``; None for None.
+    """The argument ``factor`` of :func:`quantize_with`, from hidden states (..., d). It serves all
+    weights (..., d) on the device of ``weight``. None for None.
     """
     if calibration is None:
         return None
@@ -189,17 +189,17 @@ def calibration_factor(operator: str, calibration: Tensor | None, weight: Tensor
     return feedback_factor(calibration.to(weight.device).reshape(-1, d))
 
 
-# Rows that say enough about where the others point, even of d = 8192.
+# Enough rows to estimate the directions of all rows, even at d = 8192.
 _STAND_INS = 2**15
 
 
 @torch.no_grad()
 def stand_ins(weight: Tensor, name: str) -> Tensor | None:
-    """What calibrates the heads where no hidden states are given: of a coarse format (int4) the
-    rows of the LM head (V, d) itself, every n-th so that at most 32768 are left; else None.
+    """Calibration data if no hidden states are given: for a coarse format (int4) the rows of the LM
+    head (V, d), every n-th so that at most 32768 are used; otherwise None.
 
-    Hidden states point to where the rows of likely tokens do, so errors matter most in the
-    directions that rows have in common. Measured in docs/quantization.md.
+    Hidden states point in the direction of the rows of likely tokens, so errors matter most in
+    directions that many rows share. docs/quantization.md has measurements.
     """
     if not FORMATS[name].coarse:
         return None
@@ -210,7 +210,7 @@ def stand_ins(weight: Tensor, name: str) -> Tensor | None:
 
 @torch.no_grad()
 def quantize_with(weight: Tensor, name: str, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """:func:`quantize`, with what :func:`calibration_factor` made of the hidden states."""
+    """:func:`quantize` with a factor from :func:`calibration_factor`."""
     if not weight.is_floating_point() or format_of(weight) is not None:
         raise TypeError(f"quantize: weight must be plain floating point, got {weight.dtype}")
     parts = [
@@ -225,27 +225,27 @@ def quantize_with(weight: Tensor, name: str, factor: Tensor | None) -> tuple[Ten
 def _quantize_rows(
     rows: Tensor, weight_format: WeightFormat, factor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(R, d) fp32 -> storage, scale (R, G)."""
+    """(quantised weights, scale (R, G)) of rows (R, d) fp32."""
     groups = rows.unflatten(-1, (-1, weight_format.group or rows.shape[-1]))
     scale = weight_format.scale_of(groups)
     if factor is None:
         numbers = weight_format.round(groups / scale).flatten(-2)
     else:
         numbers = round_with_feedback(rows, scale.squeeze(-1), factor, weight_format.round)
-    numbers = torch.nan_to_num(numbers)  # the scale says that the row is not finite
+    numbers = torch.nan_to_num(numbers)  # a row that is not finite has a NaN scale
     if weight_format.pack is not None:
         return weight_format.pack(numbers), scale.squeeze(-1)
     return numbers.to(weight_format.dtype), scale.squeeze(-1)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of quantised weights: (..., V, d) in ``dtype``. The format follows from the dtype
-    of ``weight``.
+    """The values of quantised weights: (..., V, d) in ``dtype`` (default float32). The dtype of
+    ``weight`` determines the format.
 
     Raises:
-        TypeError: ``weight`` has no quantised format's dtype, ``scale`` is not fp32, or ``dtype``
-            no floating point.
-        ValueError: shapes that do not go together.
+        TypeError: ``weight`` is not quantised, ``scale`` is not float32 or float64, or ``dtype`` is
+            not a floating-point dtype.
+        ValueError: shapes that contradict each other.
     """
     _check_weight("dequantize", weight)
     name = format_of(weight)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that hold quantised weights: casts and moves, and what they refuse."""
+"""Modules that hold quantised weights: casts, moves, and refused operations."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from ..quantization import dequantize
 
 
 class QuantizedStorage(nn.Module):
-    """Holds ``weight`` and ``weight_scale`` of :mod:`dualhead_ext.quantization` once
-    :meth:`hold` gave it some; until then it is a module like any other.
+    """Holds ``weight`` and ``weight_scale`` of :mod:`dualhead_ext.quantization` after a call of
+    :meth:`hold`; before that it is an ordinary module.
 
-    A cast changes ``compute_dtype``, the dtype of the hidden states, and leaves the quantised
-    weights as they are. A move to a device moves them.
+    A cast changes ``compute_dtype``, the dtype of the hidden states, but not the quantised weights.
+    A move to a device moves them.
     """
 
     weight: Tensor
     compute_dtype: torch.dtype
 
     def hold(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """Take the place of the present weight: a parameter that is shared stays as it is
-        elsewhere.
-        """
+        """Replace the current weight. Another module that shares it keeps it."""
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.compute_dtype = dtype
@@ -43,8 +41,8 @@ class QuantizedStorage(nn.Module):
             return super()._apply(fn, recurse)
         numbers = self._parameters["weight"], self._parameters["weight_scale"]
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=numbers[0].device))
-        # Seen as integers, which .half() and .to(dtype) leave alone; they would convert every
-        # floating-point tensor, fp8 weights and scales too.
+        # Viewed as integers, which .half() and .to(dtype) do not convert. They would convert all
+        # floating-point tensors, including fp8 weights and scales.
         weight, scale = (
             fn(tensor.detach().view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
             for tensor in numbers
@@ -57,15 +55,15 @@ class QuantizedStorage(nn.Module):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Raises RuntimeError for True once quantised: quantised heads do not train."""
+        """Raises RuntimeError for True if quantised: quantised heads cannot be trained."""
         if requires_grad and self._holds():
             raise RuntimeError(f"{type(self).__name__}: quantised heads cannot be trained")
         return super().requires_grad_(requires_grad)
 
 
 class QuantizedHead(QuantizedStorage):
-    """One or K linear heads in a format: weight and weight_scale, bias in the hidden states'
-    dtype. Nothing in it trains.
+    """One or K quantised linear heads: weight, weight_scale, and a bias in the dtype of the hidden
+    states. It cannot be trained.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How weights are quantised with little error: the choice of the scale, and rounding up or down.
-Independent of the format, which gives its factors and its rounding.
+"""Quantisation with little error: the choice of the scale, and rounding with error feedback. It is
+independent of the format, which provides its factors and its rounding.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Added to the second moment's diagonal, as a share of its mean: GPTQ's own value. Without it, a
-# direction that no calibration state had would be free to err in.
+# Added to the diagonal of the second moment, as a share of its mean: GPTQ's own value. Without it,
+# errors in a direction that no calibration state has would be unlimited.
 _DAMPING = 0.01
-# Inputs whose feedback is added one by one; what lies beyond them gets it in one product.
+# Inputs whose feedback is added one by one; the inputs after a block get it in one product.
 _BLOCK = 128
-# Values of a weight that are worked on at once: a few copies of them fit a core's cache, or, with
-# feedback, are large enough a product.
+# Elements processed at once: a few copies of them fit into a core's cache, or, with feedback, make
+# the products large enough.
 _AT_ONCE, _AT_ONCE_WITH_FEEDBACK = 2**18, 2**25
 
 
 def rows_at_a_time(d: int, factor: Tensor | None) -> int:
-    """Rows of d inputs that are worth working on together."""
+    """The number of rows of d inputs to process together."""
     return max(1, (_AT_ONCE if factor is None else _AT_ONCE_WITH_FEEDBACK) // d)
 
 
@@ -31,12 +31,12 @@ def best_scale(
     factors: tuple[float, ...],
     nearest: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The scale (R, G, 1) of each group (R, G, n), fp32: max |W| / largest times that factor which
-    leaves the least ``sum (s nearest(W / s) - W)^2``, the first of equals. 1 for a group of zeros;
-    NaN or infinite for a group that is.
+    """The scale (R, G, 1) of each group (R, G, n), fp32: max |W| / largest times the factor with
+    the least ``sum (s nearest(W / s) - W)^2``; ties go to the first. 1 for a group of zeros; NaN or
+    infinite for a group that is not finite.
     """
     base = groups.abs().amax(-1, keepdim=True) / largest
-    # Below the smallest normal number a quotient by the scale would overflow.
+    # Division by a scale below the smallest normal number would overflow.
     tiny = torch.finfo(torch.float32).tiny / min(abs(factor) for factor in factors)
     base = torch.where(base < tiny, torch.ones_like(base), base)
     if len(factors) == 1:
@@ -54,11 +54,11 @@ def best_scale(
 
 
 def feedback_factor(hidden: Tensor) -> Tensor:
-    """U (d, d) fp32, upper triangular, of hidden states (N, d): H^-1 = U^T U for their second
-    moment H = mean h h^T, its diagonal raised by a hundredth of its mean.
+    """U (d, d) fp32, upper triangular, from hidden states (N, d): H^-1 = U^T U, where H is their
+    second moment mean h h^T with 1 % of its mean diagonal added to the diagonal.
 
-    Row i of U says how the best correction of the inputs after i goes with an error in input i.
-    In float64: H is as ill-conditioned as hidden states are alike.
+    Row i of U gives the best correction of the inputs after i for an error in input i. Computed in
+    float64, since similar hidden states make H ill-conditioned.
     """
     d = hidden.shape[-1]
     second = torch.zeros(d, d, dtype=torch.float64, device=hidden.device)
@@ -72,15 +72,15 @@ def feedback_factor(hidden: Tensor) -> Tensor:
 def round_with_feedback(
     rows: Tensor, scale: Tensor, factor: Tensor, nearest: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Numbers q (R, d) for rows (R, d) fp32 and scale (R, G), with little
-    ``E |(W - s q) h|^2`` rather than ``|W - s q|^2``.
+    """Values q (R, d) for rows (R, d) fp32 and scale (R, G) that keep ``E |(W - s q) h|^2`` small,
+    not ``|W - s q|^2``.
 
-    Input after input is rounded to the nearest number; its error e then moves the inputs after it
-    by ``-e U[i, j] / U[i, i]``, which is the least-squares compensation under the second moment
-    that ``factor`` was made from (Frantar et al. 2023, GPTQ, with scales that are fixed before).
+    The inputs are rounded to the nearest value one after the other. The error e of input i then
+    moves each later input j by ``-e U[i, j] / U[i, i]``, the least-squares compensation under the
+    second moment of ``factor`` (Frantar et al. 2023, GPTQ, with scales that are fixed before).
     """
     d = rows.shape[1]
-    inputs = rows.T.contiguous()  # an input is then a run of memory
+    inputs = rows.T.contiguous()  # so that each input is contiguous
     scales = scale.T.contiguous()
     numbers = torch.empty_like(inputs)
     for start in range(0, d, _BLOCK):

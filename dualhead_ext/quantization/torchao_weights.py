@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of a linear layer that torchao has quantised, as those of one of our formats.
+"""Conversion of a linear layer that torchao has quantised to one of our formats.
 
-torchao's weight is a tensor subclass in an ``nn.Linear``. Where it is symmetric, weight-only and
-has our granularity, its integers and scales are ours in another layout and are taken over as they
-are: of ``Int8WeightOnlyConfig`` and ``Float8WeightOnlyConfig`` with a scale per row (their
-default), and of ``IntxWeightOnlyConfig`` with int8 per row or with int4 and ``PerGroup(128)``.
-``Int4WeightOnlyConfig`` is not symmetric. torchao itself is not imported: whoever made such a
-weight has it.
+torchao's weight is a tensor subclass in an ``nn.Linear``. If it is symmetric, weight-only and has
+our granularity, its integers and scales are used unchanged, in our layout:
+``Int8WeightOnlyConfig``, ``Float8WeightOnlyConfig`` with one scale per row, and
+``IntxWeightOnlyConfig`` with int8 per row or int4 and ``PerGroup(128)``. ``Int4WeightOnlyConfig``
+is not symmetric. torchao is not imported here: a program with such a weight has imported it.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ def is_torchao(weight: Tensor) -> bool:
 
 
 def check_lm_weight(operator: str, weight: Tensor, quantize: str | None) -> None:
-    """Raise unless an LM head's weight is plain floating point, or torchao's in the format
-    ``quantize``.
+    """Raise unless an LM head's weight is plain floating point, or quantised by torchao in the
+    format ``quantize``.
 
     Raises:
         TypeError: quantised by something else.
-        ValueError: torchao's, and ``quantize`` is None or another format.
+        ValueError: quantised by torchao, but ``quantize`` is None or another format.
     """
     if not is_torchao(weight):
         if not weight.is_floating_point() or format_of(weight) is not None:
@@ -56,7 +55,7 @@ _MAKE_PLAIN = "make it plain first: linear.weight = nn.Parameter(linear.weight.d
 def _refusal(operator: str, weight: Tensor, name: str, found: str) -> str:
     return (
         f"{operator}: lm_head.weight is torchao's {type(weight).__name__}, whose weights cannot be "
-        f"taken over as {name}: {found}. To round them anew, {_MAKE_PLAIN}"
+        f"taken over as {name}: {found}. To round them again, {_MAKE_PLAIN}"
     )
 
 
@@ -64,8 +63,8 @@ def quantized_weights_of(operator: str, weight: Any, name: str) -> tuple[Tensor,
     """(q, scale fp32) in the format ``name`` of a torchao weight (V, d), bit for bit.
 
     Raises:
-        ValueError: its weights are not in that format; says which of its properties stands
-            against it, and how to round anew.
+        ValueError: its weights are not in that format; the message says why, and how to round them
+            again.
     """
     if found := _obstacle(weight, name):
         raise ValueError(_refusal(operator, weight, name, found))
@@ -81,7 +80,7 @@ def _obstacle(weight: Any, name: str) -> str | None:
     """Why ``weight`` is not of the format ``name``; None if it is."""
     if type(weight).__name__ not in _WEIGHTS:
         return f"expected one of {', '.join(_WEIGHTS)}"
-    # fp8 and int8 say what they are by their storage, intx beside it.
+    # The storage dtype identifies fp8 and int8; intx has an attribute for it.
     stored = getattr(weight, "target_dtype", weight.qdata.dtype)
     expected = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int4}[name]  # type: ignore[attr-defined]
     if stored != expected:

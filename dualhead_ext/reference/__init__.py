@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dual head in plain PyTorch: what the kernels mean, what runs where none applies, what
-benchmarks compare with.
+"""The dual head in plain PyTorch. It defines what the kernels compute, runs if no kernel applies,
+and is the baseline of the benchmarks.
 
 Written to be read beside the paper, in its order: the gate, the two heads, their mixture, the
-choice of a token, one decode step. Any floating dtype; products run in the dtype of the weights,
-everything after them in fp32 (float64 for float64). Dimensions: B batch, T tokens, d hidden, V
-vocabulary, K objectives, H gate heads, d_k their size, g = H d_k, S cache columns.
+choice of a token, one decode step. It takes any floating-point dtype. Products run in the dtype of
+the weights, everything after them in fp32 (float64 for float64). Dimensions: B batch, T tokens, d
+hidden, V vocabulary, K objectives, H gate heads, d_k their size, g = H d_k, S cache columns.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def attention_gate_logit(
     num_heads: int,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """The context-aware gate, as printed (paper, Methodology) and causal.
+    """The attention gate, as printed in the paper (Methodology), but causal.
 
     ``a_t = W_O Concat_i softmax_{s<=t}(q_{t,i}.k_{s,i} / sqrt(d_k)) v_{s,i}``; ``logit_t = w_g.a_t
     + b_g``.
@@ -51,8 +51,8 @@ def attention_gate_logit(
     Args:
         hidden: (B, T, d). q_weight, k_weight, v_weight: (g, d). o_weight: (g, g). out_weight: (1,
             g). out_bias: (1,).
-        attention_mask: (B, T), nonzero = real token. A position that sees no real token gets
-            ``b_g``.
+        attention_mask: (B, T), nonzero = real token. A position with no real token up to and
+            including itself gets ``b_g``.
     Returns: (B, T), fp32 or float64; alpha is its sigmoid.
     """
     batch, length, _ = hidden.shape
@@ -74,21 +74,20 @@ def attention_gate_logit(
 
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over the last dimension where ``visible``; a row that sees nothing is all zero, never
-    NaN.
+    """Softmax over the last dimension where ``visible``. A row without visible entries is all zero,
+    never NaN.
     """
     weights = scores.masked_fill(~visible, -torch.inf)
     seen = visible.any(-1, keepdim=True)
-    # Rows that see nothing get finite scores first: softmax of a row of -inf is NaN, also in
-    # backward.
+    # Such rows get finite scores first: the softmax of a row of -inf is NaN, also in backward.
     return torch.softmax(weights.masked_fill(~seen, 0.0), dim=-1).masked_fill(~visible, 0.0)
 
 
 def fold_values(v_weight: Tensor, o_weight: Tensor, out_weight: Tensor, num_heads: int) -> Tensor:
-    """Folded value rows U: with c = W_O^T w_g, ``U_i = W_V,i^T c_i``, so that ``u_{s,i} = U_i.h_s``
-    is all the gate needs of a past position's value: ``logit_t = sum_i sum_s p_{t,i,s} u_{s,i} +
-    b_g`` (exact in real arithmetic). v_weight (g, d), o_weight (g, g), out_weight (1, g) -> (H, d),
-    fp32 or float64.
+    """The folded value rows U: ``U_i = W_V,i^T c_i`` with c = W_O^T w_g. Of a past position's value
+    the gate needs only ``u_{s,i} = U_i.h_s``: ``logit_t = sum_i sum_s p_{t,i,s} u_{s,i} + b_g``
+    (exact in real arithmetic). v_weight (g, d), o_weight (g, g), out_weight (1, g) -> (H, d), fp32
+    or float64.
     """
     accumulate = accumulator_dtype(v_weight.dtype)
     c = out_weight.to(accumulate) @ o_weight.to(accumulate)  # (1, g)
@@ -104,11 +103,15 @@ def mixing_weight(
     skip_threshold: Tensor | None = None,
     mix: str = "logits",
 ) -> Tensor:
-    """alpha from the gate's logit and the caller's controls, in this order:
-    ``sigmoid(gate_logit)``, or ``alpha`` where given; then times ``strength``, at least 0, and in
-    the probability mix at most 1, with strength 0 giving 0 whatever alpha is (NaN too); then 0
-    where that is below ``skip_threshold`` and 1 where it is nearer than that to 1, which is what
-    may spare a head. All shapes broadcast.
+    """alpha from the gate's logit and the controls, applied in this order:
+
+    1. alpha is ``sigmoid(gate_logit)``, or the control ``alpha`` if given.
+    2. alpha is multiplied by ``strength`` and clamped to at least 0, in the probability mix also to
+       at most 1. Strength 0 gives 0, even if alpha is NaN.
+    3. alpha < ``skip_threshold`` becomes 0, and |1 - alpha| < ``skip_threshold`` becomes 1, so that
+       the unused head need not be read.
+
+    All shapes broadcast.
     """
     dtype = gate_logit.dtype
     a = torch.sigmoid(gate_logit) if alpha is None else alpha.to(dtype).expand_as(gate_logit)
@@ -124,9 +127,7 @@ def mixing_weight(
 
 
 def postprocess(logits: Tensor, logit_scale: float = 1.0, logit_softcap: float = 0.0) -> Tensor:
-    """The backbone's own f: ``cap(logit_scale * z)``, ``cap(z) = c tanh(z / c)``; c = 0 means no
-    cap.
-    """
+    """The backbone's f(z) = ``cap(logit_scale * z)``, ``cap(z) = c tanh(z / c)``; c = 0: no cap."""
     if logit_scale != 1.0:
         logits = logits * logit_scale
     if logit_softcap > 0.0:
@@ -145,8 +146,8 @@ def mix_logits(
     """The mixture of both heads: z_lm, z_rm (..., V) and alpha (...) -> (..., V).
 
     ``mix="logits"``: ``f((1-a) z_LM + a z_RM)`` (paper, Methodology). ``mix="probs"``: the log of
-    ``(1-a) softmax(f(z_LM)) + a softmax(f(z_RM))`` (paper, Analysis). a = 0 and a = 1 select, so
-    that an infinite or NaN value of the head that is switched off does not matter.
+    ``(1-a) softmax(f(z_LM)) + a softmax(f(z_RM))`` (paper, Analysis). a = 0 and a = 1 select one
+    head, so infinite or NaN values of the other head have no effect.
     """
     a = alpha.unsqueeze(-1)
     if mix == "logits":
@@ -164,7 +165,7 @@ def mix_logits(
 
 
 class DecodeOutput(NamedTuple):
-    """What one step returns; shapes in :func:`decode_step`."""
+    """The result of one step; :func:`dualhead_ext.ops.decode_step` has the shapes."""
 
     logits: Tensor
     alpha: Tensor
@@ -186,11 +187,11 @@ def append_and_attend(
     cache_length: Tensor,
     new_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the new position's key and folded value, then attend over the cache. Rows that are full
-    stay untouched.
+    """Write the new position's key and folded value, then attend over the cache. Rows whose cache
+    is full are not changed.
 
-    Returns (gate logit without b_g (B,), attention rows (B, H, S), full (B,) bool). Reads lengths
-    on the device: no synchronisation.
+    Returns (gate logit without b_g (B,), attention rows (B, H, S), full (B,) bool). Lengths are
+    read on the device, without a synchronisation.
     """
     batch, heads, capacity, head_dim = cache_k.shape
     accumulate = accumulator_dtype(hidden.dtype)
@@ -214,7 +215,7 @@ def append_and_attend(
     filled = torch.arange(capacity, device=hidden.device) < cache_length[:, None]
     visible = (filled & cache_valid & ~full[:, None])[:, None, :].expand_as(scores)
     weights = masked_softmax(scores, visible)
-    # Unfilled columns hold anything, NaN too; 0 * NaN must not reach the sum.
+    # Unfilled columns may hold NaN, and 0 * NaN must not reach the sum.
     values = cache_u.to(accumulate).masked_fill(~visible, 0.0)
     return (weights * values).sum((1, 2)), weights, full
 
@@ -259,13 +260,12 @@ def decode_step(
     reward_down: Tensor | None = None,
     reward_up: Tensor | None = None,
 ) -> DecodeOutput:
-    """One decode step, hidden state in, token out; the meaning of the operator
+    """One decode step, from hidden states to tokens: the definition of the operator
     ``dualhead::decode_step``.
 
-    Arguments and results are those of :func:`dualhead_ext.ops.decode_step`, which documents them,
-    but for ``limit_alpha``: of (z_LM, z_RM, alpha), the alpha to mix with (:mod:`.kl_cap`), and
-    for ``reward_head``, ``reward_down`` and ``reward_up``: of a correction, which has no
-    reward_weight (:func:`corrected_logits`).
+    :func:`dualhead_ext.ops.decode_step` documents the arguments and results. One argument is added:
+    ``limit_alpha`` maps (z_LM, z_RM, alpha) to the alpha to mix with
+    (:mod:`dualhead_ext.head.kl_cap`).
     """
     batch = hidden.shape[0]
     accumulate = accumulator_dtype(hidden.dtype)
@@ -317,8 +317,8 @@ def chosen(
     draw: dict[str, Tensor | None],
     return_logits: bool = True,
 ) -> DecodeOutput:
-    """The end of a step: a token of mixed logits (B, V) at alpha ``weight`` (B,), and its status.
-    full (B,) bool: rows whose cache is full. draw: seeds, draws and filters.
+    """The end of a step: choose tokens from mixed logits (B, V), and set the status. weight (B,):
+    alpha. full (B,) bool: rows whose cache is full. draw: seeds, draws and filters.
     """
     seeds, draws = draw["seeds"], draw["draws"]
     nan = torch.full_like(weight, torch.nan)

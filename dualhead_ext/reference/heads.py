@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LM head and the reward heads in plain PyTorch; part of :mod:`dualhead_ext.reference`, which
-has its dimensions.
+"""The LM head and the reward heads in plain PyTorch; a part of :mod:`dualhead_ext.reference`, which
+defines the dimensions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..quantization import dequantize
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, alpha and log-probabilities: float64 for float64, fp32 for all else."""
+    """The dtype of logits, alpha and log-probabilities: float64 for float64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -22,7 +22,7 @@ def head_logits(
 ) -> Tensor:
     """``W h + b``: hidden (..., d), weight (V, d), bias (V,) -> (..., V) in fp32 or float64.
 
-    With ``scale`` the weight is quantised: W is what it means, and products are fp32 too.
+    With ``scale`` the weight is quantised: W is its dequantised value, and products are fp32.
     """
     if scale is not None:
         dtype = accumulator_dtype(hidden.dtype)
@@ -52,8 +52,8 @@ def reward_logits(
 ) -> Tensor:
     """``z_RM = sum_k w_k (W_RM,k h + b_k)``.
 
-    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K); None weighs each by
-    1/K; scale (K, V, ...): of quantised weights. Returns (B, ..., V).
+    hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K), where None means
+    1/K each; scale (K, V, ...) of quantised weights. Returns (B, ..., V).
     """
     terms = []
     for k in range(weight.shape[0]):
@@ -69,11 +69,11 @@ def correction(
     bias: Tensor,
     objective_weights: Tensor | None = None,
 ) -> Tensor:
-    """``sum_k w_k (U_k D_k h + c_k)``: for ``reward_head="embedding"`` what is added to the hidden
+    """``sum_k w_k (U_k D_k h + c_k)``: for ``reward_head="embedding"`` the change of the hidden
     state (n = d), for ``"lowrank"`` delta itself (n = V).
 
     hidden (B, ..., d), down (K, r, d) and up (K, n, r), both None for rank 0, bias (K, n),
-    objective_weights (B, K); None weighs each by 1/K. Returns (B, ..., n) in fp32 or float64.
+    objective_weights (B, K), where None means 1/K each. Returns (B, ..., n) in fp32 or float64.
     """
     terms = []
     for k in range(bias.shape[0]):
@@ -93,9 +93,9 @@ def corrected_logits(
     lm_weight: Tensor,
     lm_scale: Tensor | None = None,
 ) -> Tensor:
-    """``z_RM = z_LM + delta`` of a reward head that is a correction: ``"embedding"``, delta =
-    W_LM (M h + c), or ``"lowrank"``, delta = B A h + b. Shapes: :func:`correction`, z_lm (B, ...,
-    V). Returns as z_lm.
+    """``z_RM = z_LM + delta`` of a correction: delta = W_LM (M h + c) for ``"embedding"``, B A h +
+    b for ``"lowrank"``. z_lm (B, ..., V); other shapes as in :func:`correction`. Returns
+    (B, ..., V).
     """
     change = correction(hidden, down, up, bias, objective_weights)
     if reward_head == "embedding":
@@ -104,9 +104,9 @@ def corrected_logits(
 
 
 def move_hidden(hidden: Tensor, change: Tensor, alpha: Tensor) -> Tensor:
-    """``h + a (M h + c)`` in the dtype of ``hidden``: with it, the logits mix of an "embedding"
-    head is one product, ``z = W_LM (h + a (M h + c)) + b_LM``. alpha 0 gives h itself, whatever
-    the change is. hidden, change (..., d), alpha (...).
+    """``h + a (M h + c)`` in the dtype of ``hidden``. The logits mix of an "embedding" head is then
+    one product, ``z = W_LM (h + a (M h + c)) + b_LM``. alpha 0 gives h itself, even if the change
+    is not finite. hidden, change (..., d), alpha (...).
     """
     a = alpha.unsqueeze(-1).to(change.dtype)
     moved = (hidden.to(change.dtype) + a * change).to(hidden.dtype)
@@ -125,12 +125,13 @@ def token_rewards(
     reward_up: Tensor | None = None,
     reward_bias: Tensor | None = None,
 ) -> Tensor:
-    """``delta_k,t[y_t] = z_k,t[y_t] - z_LM,t[y_t]``, the reward of each given token under each
-    objective, from the logits of the whole vocabulary.
+    """``delta_k,t[y_t] = z_k,t[y_t] - z_LM,t[y_t]`` at each label y_t, under each objective, from
+    the logits of the whole vocabulary.
 
     Args:
         hidden: (..., d). labels: (...) int64. lm_weight, lm_bias: (V, d), (V,).
-        reward_weight: (K, V, d), "full" alone. reward_down, reward_up: as :func:`correction`.
+        reward_weight: (K, V, d), "full" only. reward_down, reward_up: down and up of
+            :func:`correction`.
         reward_bias: (K, n), or None for "full".
     Returns: (K, ...) in fp32 or float64.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a token in plain PyTorch: noise, filters, and the race between what they leave; a
-part of `reference`.
+"""Token selection in plain PyTorch: noise, filters, and the race between the tokens that pass them;
+a part of `reference`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
-    """One uniform number in (0, 1) per row and vocabulary entry, a pure function of (seed, draw,
+    """A uniform number in (0, 1) for each row and vocabulary entry: a pure function of (seed, draw,
     index).
 
     Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (v div 4, 0, draw low, draw
@@ -27,7 +27,7 @@ def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
     c2, c3 = low(draws)[:, None].expand_as(c0), high(draws)[:, None].expand_as(c0)
     k0, k1 = low(seeds)[:, None], high(seeds)[:, None]
     for _ in range(_PHILOX_ROUNDS):
-        # int64 products wrap, which leaves both 32-bit halves right.
+        # int64 products wrap, but both 32-bit halves stay correct.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0)
         k0, k1 = low(k0 + 0x9E3779B9), low(k1 + 0xBB67AE85)
@@ -38,13 +38,15 @@ def philox_uniform(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
 def keep_mask(
     scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
 ) -> Tensor:
-    """Which tokens the filters leave: top-k, then top-p on the renormalised rest, then min-p
+    """The tokens that pass the filters: top-k, then top-p on the renormalised rest, then min-p
     (Hugging Face's order).
 
-    Tokens rank by (value descending, index ascending), so equal values at a cut keep the lowest
-    indices. top-p keeps a token iff the mass ranked above it is < top_p; min-p keeps it iff p >=
-    min_p * p_max. The first always stays. scaled (B, V): logits / temperature; top_k int32, top_p,
-    min_p fp32 (B,), None or top_k <= 0, top_p >= 1, min_p <= 0 switch off. Returns bool (B, V).
+    Tokens are ranked by (value descending, index ascending), so among equal values at a cut the
+    lowest indices are kept. top-p keeps a token if the probability ranked above it is < top_p;
+    min-p keeps it if p >= min_p * p_max. The most probable token always passes.
+
+    scaled (B, V): logits / temperature; top_k int32, top_p, min_p fp32 (B,). None, top_k <= 0,
+    top_p >= 1 and min_p <= 0 are off. Returns bool (B, V).
     """
     ranked, order = torch.sort(scaled.double(), dim=-1, descending=True, stable=True)
     rank = torch.arange(scaled.shape[-1], device=scaled.device).expand_as(order)
@@ -72,10 +74,11 @@ def sample_token(
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
 ) -> Tensor:
-    """A token per row from softmax(logits / temperature) after the filters: the exponential race
-    ``argmax_v x_v - log E_v``, ``E_v = -log(1 - uniform_v)``, exact for any filter; ties go to the
-    lowest index. A row with temperature 0 takes the argmax. logits (B, V); all else (B,). Returns
-    int64 (B,).
+    """Sample a token per row from softmax(logits / temperature) after the filters, by the
+    exponential race ``argmax_v x_v - log E_v``, ``E_v = -log(1 - uniform_v)``. It is exact for any
+    filter; ties go to the lowest index. A row with temperature 0 takes the argmax.
+
+    logits (B, V); all others (B,). Returns (B,) int64.
     """
     if temperature is None:
         temperature = torch.ones(logits.shape[0], device=logits.device)

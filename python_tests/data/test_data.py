@@ -136,7 +136,7 @@ def test_broken_files_are_refused_by_line(content, error, message, tmp_path):
 def test_a_compressed_file_that_breaks_off(tmp_path):
     whole = embedded_pairs_path().read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"after line \d+: cannot be read on"):
+    with pytest.raises(ValueError, match=r"after line \d+: cannot be read"):
         load_preference_data(tmp_path / "a.jsonl.gz")
     (tmp_path / "b.jsonl.gz").write_bytes(b"plain text")
     with pytest.raises(ValueError, match="line 1: not JSON"):
