@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import DualHeadConfig
 from ..measurement.timing import Contender, Timing, alternate
+from ..model.hf_cache import cache_of
 
 COUNTED = "parameters, buffers and caches, counted"
 CUDA_PEAK = "peak of CUDA's allocator"
@@ -179,7 +180,7 @@ class Watched:
         fed = kwargs["inputs_embeds"][..., 0] if ids is None else ids
         self.forwards += 1
         self.positions += fed.numel()
-        self._caches[id(module)] = cache_bytes(getattr(output, "past_key_values", None))
+        self._caches[id(module)] = cache_bytes(cache_of(output))
         self.cache_bytes = max(self.cache_bytes, sum(self._caches.values()))
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from ..model.hf_cache import GENERATION_CACHE
+
 
 class _Follower:
     """A second model's cache, fed with what generate() has appended since the last call."""
@@ -45,7 +47,7 @@ class _Follower:
             input_ids=fed,
             attention_mask=self._attention(mask, new.shape[1], k) if k else mask,
             position_ids=positions,
-            past_key_values=self._cache,
+            **{GENERATION_CACHE: self._cache},
             use_cache=True,
             **options,
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..model.hf_cache import GENERATION_CACHE
 from .sampling import RowNoise, encode_prompts, row_seed
 
 # Noise of more bytes than this is drawn again by each rollout.
@@ -137,7 +138,7 @@ def decode_step(model: nn.Module, ids: Tensor, mask: Tensor, cache: DynamicCache
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
+        **{GENERATION_CACHE: cache},
         use_cache=True,
     )[0]
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from ..data import HUMAN
 from ..data.rendering import render_prompt
+from ..model.hf_cache import GENERATION_CACHE
 
 Message = dict[str, str]
 
@@ -95,7 +96,7 @@ def prefill(model: nn.Module, ids: Tensor, mask: Tensor) -> DynamicCache:
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=positions,
-            past_key_values=cache,
+            **{GENERATION_CACHE: cache},
             use_cache=True,
             **few,
         )
@@ -129,7 +130,7 @@ def sample(
     out = model.generate(
         input_ids=ids.repeat_interleave(n, 0),
         attention_mask=mask.repeat_interleave(n, 0),
-        past_key_values=cache,
+        **{GENERATION_CACHE: cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         logits_processor=LogitsProcessorList([RowNoise(seeds, temperature, model.device)]),

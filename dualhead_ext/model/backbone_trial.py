@@ -8,7 +8,6 @@ write wrong text.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +19,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..ops.logits import postprocess
 from ..quantization.torchao_weights import is_torchao
-from .hf_cache import gate_layer
+from .hf_cache import cache_argument, cache_of, gate_layer
 
 # Relative: bf16 rounding changes logits by about 1 %, another input by about 100 %.
 _TOLERANCE = 0.05
 _TOKENS = 6
-_CACHES = ("past_key_values", "cache_params")  # names of a forward's cache argument
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -173,9 +171,7 @@ def _check_full_pass(
 def _check_cached_step(
     model: Any, head: Any, ids: Tensor, mask: Tensor, seen: list, operator: str
 ) -> None:
-    kinds: list[Any] = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
-    names = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
-    name = next((name for name in _CACHES if name in names), None)
+    name = cache_argument(model)
     if name is None:
         raise _refused(
             model, operator, "its forward takes no cache, which the gate needs for past positions"
@@ -186,7 +182,7 @@ def _check_cached_step(
         given = {name: DynamicCache(config=model.config)}  # as generate() does
     past = _TOKENS - 1
     out = model(input_ids=ids[:, :past], attention_mask=mask[:, :past], use_cache=True, **given)
-    cache = getattr(out, name, None)
+    cache = cache_of(out)
     cache = given.get(name) if cache is None else cache
     layer = gate_layer(cache) if isinstance(cache, Cache) else None
     if layer is None or layer.gate_cache.columns != past:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
+
+from .hf_cache import cache_in
 
 # Arguments of serving engines and of packed (padding-free) batches. The gate would attend across
 # their sequences and silently choose wrong tokens.
@@ -18,7 +21,6 @@ _PACKED_ARGUMENTS = (
     "cu_seq_lens_k",
     "max_length_q",
     "seq_idx",
-    "cache",
 )
 
 
@@ -47,14 +49,16 @@ def refuse_packed(kwargs: dict[str, Any]) -> None:
     """Raise NotImplementedError for packed input, also from a batching manager that is not the
     gated model's own.
     """
-    for name in _PACKED_ARGUMENTS:
-        if kwargs.get(name) is not None:
+    for name in (*_PACKED_ARGUMENTS, "cache"):
+        given = kwargs.get(name)
+        # Since transformers 5.24 any cache comes by that name, and not only a batching manager's.
+        if given is not None and not isinstance(given, Cache):
             raise NotImplementedError(
                 f"DualHeadForCausalLM: {name} belongs to packed input, which the gated head does "
                 "not decode; pad the batch, or use the model's own generate_batch"
             )
     positions = kwargs.get("position_ids")
-    alone = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+    alone = kwargs.get("attention_mask") is None and cache_in(kwargs) is None
     if (
         positions is not None
         and alone

@@ -42,7 +42,7 @@ from .continuous_batching import GatedBatchingManager, batching_config, prompts_
 from .generate import alpha_of, check_prompt, new_valid, strength_of
 from .generation_options import Decoding
 from .head_folder import CONFIG_NAME, without_local_path
-from .hf_cache import StaticGateLayer
+from .hf_cache import CACHE_NAMES, StaticGateLayer, cache_in
 from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
 from .paged_gate import PagedGate, paged_gate
@@ -379,7 +379,7 @@ class DualHeadForCausalLM(_Extension):
             Controls.take(new),
             attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             new_valid=new["dualhead_valid"],
-            cache=kwargs.get("past_key_values", kwargs.get("cache_params")),
+            cache=cache_in(kwargs),
             logits_to_keep=kwargs.get("logits_to_keep", 0),
             sampling=None if decoding is None else decoding.sampling,
             keep_raw=begun and not torch.compiler.is_compiling(),
@@ -593,7 +593,7 @@ class DualHeadForCausalLM(_Extension):
                 embeddings = self.get_input_embeddings()
                 check_packing(self.get_decoder(), embeddings)
                 self.lm_head_module.packing_checked = True
-        dropped = ("labels", "past_key_values", "logits_to_keep", "return_dict", "use_cache")
+        dropped = ("labels", *CACHE_NAMES, "logits_to_keep", "return_dict", "use_cache")
         kwargs = {k: v for k, v in inputs.items() if k not in (*dropped, *_NEW_ARGUMENTS)}
         return self.get_decoder()(**kwargs, use_cache=False)[0]
 

@@ -25,7 +25,7 @@ from ..head.controls import GREEDY, Sampling
 from ..head.token_choice import STATUS_NON_FINITE, choose_token
 from ..ops.logits import accumulator_dtype
 from .generation_options import Decoding, filters_of, obstacle
-from .hf_cache import gate_layer
+from .hf_cache import GENERATION_CACHE, cache_in, cache_of, gate_layer
 
 FP32 = torch.float32
 
@@ -56,7 +56,7 @@ def decoding_of(kwargs: dict[str, Any], batch_size: int, config: Any) -> Decodin
             raise TypeError(f"generate: seeds must be an int64 tensor, got {got}")
         if seeds.shape != (batch_size,):
             raise ValueError(f"generate: seeds must be ({batch_size},), got {tuple(seeds.shape)}")
-    given = kwargs.get("past_key_values") is not None
+    given = cache_in(kwargs) is not None
     asked = Sampling(seeds=seeds, generator=kwargs.pop("generator", None))
     decoding = Decoding(fused, asked, keep_cache=given)
     if kwargs.get("custom_generate") is fused_sample:
@@ -167,8 +167,8 @@ class _Loop:
         self.decoding.begun = True
         model_kwargs["dualhead_decoding"] = self.decoding
         out = self.model._prefill(input_ids, self.config, model_kwargs)
-        cache = getattr(out, "past_key_values", None)  # RecurrentGemma does not return it
-        cache = model_kwargs["past_key_values"] if cache is None else cache
+        cache = cache_of(out)  # RecurrentGemma does not return it
+        cache = cache_in(model_kwargs) if cache is None else cache
         self.cache = gate_layer(cache).gate_cache
         head = self.model.lm_head_module
         if not self.decoding.knows_f:
@@ -223,7 +223,7 @@ class _Loop:
         if done and self.finished.late:
             input_ids = input_ids[:, :-1]
         _warn_of_status(self.status)
-        return input_ids, model_kwargs["past_key_values"]
+        return input_ids, cache_in(model_kwargs)
 
 
 @torch.no_grad()
@@ -254,9 +254,8 @@ def fused_sample(
     sequences = sequences.to(input_ids.device)
     if not generation_config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(
-        sequences=cast(torch.LongTensor, sequences), past_key_values=cache
-    )
+    kept: dict[str, Any] = {GENERATION_CACHE: cache}
+    return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences), **kept)
 
 
 def sample(

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..head.controls import GREEDY, Sampling
+from .hf_cache import cache_in
 
 # Processor -> the step's filter, in the order in which the step applies them. A processor's
 # attribute has the same name.
@@ -107,7 +108,7 @@ def obstacle(
         return "synced_gpus"
     if not config.use_cache:
         return "use_cache=False"
-    if not isinstance(model_kwargs.get("past_key_values"), Cache):
+    if not isinstance(cache_in(model_kwargs), Cache):
         return "a cache that is not a transformers Cache"
     filters = filters_of(processors, config.do_sample)
     return filters if isinstance(filters, str) else None

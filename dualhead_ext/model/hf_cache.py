@@ -5,14 +5,46 @@ reuse over several turns act on all layers of a Cache, so they include the gate'
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..head.cache import GateCache
 
 # The initial columns of a growing layer. It doubles, so appending costs O(1) per token.
 FIRST_CAPACITY = 64
+
+# What forwards call their cache: transformers 5.24 renamed past_key_values to cache, and some
+# recurrent models have a name of their own.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# What the installed transformers calls it.
+_FIELDS = {field.name for field in fields(GenerateDecoderOnlyOutput)}
+GENERATION_CACHE = next(name for name in CACHE_NAMES if name in _FIELDS)
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """The name under which a model's forward takes its cache; None if it takes none."""
+    kinds: list[Any] = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
+    names = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
+    return next((name for name in CACHE_NAMES if name in names), None)
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward or of ``generate()``, else None."""
+    found = (arguments.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in found if cache is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward returned, else None."""
+    found = (getattr(output, name, None) for name in CACHE_NAMES)
+    return next((cache for cache in found if cache is not None), None)
 
 
 class GateLayer(CacheLayerMixin):

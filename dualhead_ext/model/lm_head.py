@@ -23,7 +23,14 @@ from ..head.dual_head import GatedHead
 from ..ops import DecodeOutput
 from ..ops.logits import postprocess
 from ..quantization.quantized_head import QuantizedStorage
-from .hf_cache import FIRST_CAPACITY, GateLayer, StaticGateLayer, columns_of, gate_layer
+from .hf_cache import (
+    FIRST_CAPACITY,
+    GateLayer,
+    StaticGateLayer,
+    cache_of,
+    columns_of,
+    gate_layer,
+)
 from .paged_gate import PagedGate
 
 _FORWARD = "DualHeadForCausalLM.forward"
@@ -155,9 +162,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
             # PEFT adds virtual tokens before the prompt after new_valid was computed.
             if call.new_valid is None or call.new_valid.shape[1] != length:
                 call.new_valid = call.attention_mask[:, -length:].bool()
-        cache = call.cache
-        for name in ("past_key_values", "cache_params"):
-            cache = getattr(output, name, None) if cache is None else cache
+        cache = cache_of(output) if call.cache is None else call.cache
         if not isinstance(cache, Cache):
             return
         call.layer = gate_layer(cache) or self._add_layer(cache, batch, length)
@@ -185,7 +190,7 @@ class DualHeadLMHead(GatedHead, QuantizedStorage, nn.Linear):
         unseen = columns_of(cache) - length
         if unseen > 0:
             raise ValueError(
-                f"DualHeadForCausalLM: past_key_values holds {unseen} positions "
+                f"DualHeadForCausalLM: the cache holds {unseen} positions "
                 "that the gate has not seen; fill it with this model, not with the plain backbone"
             )
         if cache.is_compileable and not isinstance(cache, DynamicCache):
@@ -402,7 +407,7 @@ def _static_length(cache: Cache) -> int:
     ]
     if not lengths or max(lengths) < 0:
         raise ValueError(
-            "DualHeadForCausalLM: past_key_values is a static cache of sliding layers only, so its "
-            'length is unknown; use generate(cache_implementation="static")'
+            "DualHeadForCausalLM: the cache is a static one of sliding layers only, so its length "
+            'is unknown; use generate(cache_implementation="static")'
         )
     return max(lengths)

@@ -26,6 +26,7 @@ from ..head.mixture import mix_logits
 from ..ops.logits import accumulator_dtype, postprocess
 from .backbones import backbone_post_processing
 from .causal_lm import DualHeadForCausalLM
+from .hf_cache import GENERATION_CACHE, cache_of
 
 
 class WeakToStrong(nn.Module):
@@ -89,7 +90,6 @@ class WeakToStrong(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """The strong model's output with mixed logits (B, N, V), fp32.
@@ -106,7 +106,7 @@ class WeakToStrong(nn.Module):
         named = {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {name: value for name, value in named.items() if value is not None}
         with self._guiding(controls):
-            return self.strong(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+            return self.strong(input_ids=input_ids, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """The strong model's own ``generate``, with controls per request.
@@ -162,7 +162,7 @@ class WeakToStrong(nn.Module):
         if given:  # the beams or samples of a prompt are adjacent rows
             controls = controls.repeat(ids.shape[0] // len(next(iter(given.values()))))
         max_kl, rows = controls.max_kl, replace(controls, max_kl=None)
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         z_lm = z_lm.to(accumulator_dtype(z_lm.dtype))
         z_rm, alpha = self._weak_forward(_checked(kwargs), cache, rows, z_lm)
         config, post = self.weak.dual_head_config, self._post
@@ -197,7 +197,7 @@ class WeakToStrong(nn.Module):
             companion = _companion(cache, self.weak, kwargs["input_ids"])
             self.weak(
                 **_with_positions(self.weak, kwargs),
-                past_key_values=companion,
+                **{GENERATION_CACHE: companion},
                 use_cache=companion is not None,
                 **controls.given(),
             )
@@ -271,8 +271,8 @@ def _companion(cache: Cache | None, weak: PreTrainedModel, ids: Tensor) -> Cache
     before = cache.get_seq_length() - ids.shape[1]
     if companion.get_seq_length() != before:
         raise ValueError(
-            f"WeakToStrong: past_key_values must hold the {companion.get_seq_length()} positions "
-            f"that the weak model has seen, got {before}"
+            f"WeakToStrong: the cache must hold the {companion.get_seq_length()} positions that "
+            f"the weak model has seen, got {before}"
         )
     return companion
 

@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, VOCAB, make_backbone, make_model, prompts
 from transformers.cache_utils import DynamicCache
 
 import dualhead_ext as dh
+from dualhead_ext.model.hf_cache import cache_in
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 _SIZES = {
@@ -146,9 +147,10 @@ class Changed(transformers.LlamaForCausalLM):
 class Unusual(transformers.LlamaForCausalLM):
     """A backbone that gives its lm_head something else in a cached step alone."""
 
-    def forward(self, *args, past_key_values=None, **kwargs):
-        self.cached = past_key_values is not None and past_key_values.get_seq_length() > 0
-        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+    def forward(self, *args, **kwargs):
+        cache = cache_in(kwargs)
+        self.cached = cache is not None and cache.get_seq_length() > 0
+        return super().forward(*args, **kwargs)
 
 
 def test_logits_that_the_config_does_not_explain():

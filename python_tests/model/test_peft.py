@@ -119,7 +119,7 @@ def test_prefix_tuning_is_named():
     model, batch = make_model("llama"), prompts()
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     wrapped = peft.get_peft_model(model, config).eval()
-    with pytest.raises(ValueError, match="past_key_values holds 3 positions that the gate has not"):
+    with pytest.raises(ValueError, match="the cache holds 3 positions that the gate has not"):
         wrapped.generate(**batch, **GREEDY)
 
 
