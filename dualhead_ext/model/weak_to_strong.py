@@ -96,8 +96,9 @@ class WeakToStrong(nn.Module):
 
         Args:
             input_ids: (B, T).
-            attention_mask, position_ids, past_key_values: as the strong model takes them.
-            kwargs: the controls of :meth:`generate`, and the strong model's other arguments.
+            attention_mask, position_ids: as the strong model takes them.
+            kwargs: the controls of :meth:`generate`, and the strong model's other arguments, its
+                cache among them.
         Raises:
             NotImplementedError: labels, embeddings instead of tokens, a static cache, or a mask of
                 more than two dimensions. ValueError: a cache that the weak model has not filled.
