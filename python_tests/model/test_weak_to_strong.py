@@ -134,7 +134,7 @@ def test_a_second_turn_on_the_same_cache():
     again = guided.generate(**turn, **GREEDY, past_key_values=first.past_key_values)
     assert torch.equal(again, guided.generate(**turn, **GREEDY))
     filled = guided.strong(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"the weak model has seen, 0 positions, got \d+"):
+    with pytest.raises(ValueError, match=r"the 0 positions that the weak model has seen, got \d+"):
         guided.generate(**turn, **GREEDY, past_key_values=filled)
 
 
