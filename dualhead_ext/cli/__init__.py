@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: ``dualhead train | generate | chat | inspect | sample | ...``.
 
-This module is the parser and the policy for errors; what the commands do is in `commands`, which
-imports torch and transformers only once they are needed. A user's mistake is one sentence on
-standard error and exit code 2; anything else that goes wrong is a bug and keeps its traceback.
+This module has the parser and the error handling. The commands are in `commands`, which imports
+torch and transformers only when they are needed. A user error is one sentence on standard error and
+exit code 2; any other failure is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """An argparse parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         hint = _did_you_mean(message)
@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _did_you_mean(message: str) -> str:
-    """For argparse's "invalid choice: 'trian' (choose from 'train', ...)"."""
+    """A hint after argparse's "invalid choice: 'trian' (choose from 'train', ...)"."""
     found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
     if found is None:
         return ""
@@ -72,13 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
         )
         add_options(sub)
         sub.add_argument(
-            "--traceback", action="store_true", help="show the traceback of a user's mistake too"
+            "--traceback", action="store_true", help="show the traceback of user errors too"
         )
     return parser
 
 
 def _with_config(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """The words of a command, before them those of the file that ``train --config`` names."""
+    """The words of a command, preceded by those of the file in ``train --config FILE``."""
     if words[:1] != ["train"] or (path := config_file(words[1:])) is None:
         return words
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
@@ -86,7 +86,9 @@ def _with_config(words: list[str], parser: argparse.ArgumentParser) -> list[str]
 
 
 class _Interrupts:
-    """Ctrl-C as KeyboardInterrupt once; remembered, as an import may turn it into another error."""
+    """Raises KeyboardInterrupt at the first Ctrl-C, and remembers it: an import may turn it into
+    another error.
+    """
 
     def __init__(self) -> None:
         self.seen = False
@@ -98,7 +100,7 @@ class _Interrupts:
         return self
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if not self.seen:  # a second one, while the first unwinds, must not break into that
+        if not self.seen:  # a second Ctrl-C must not interrupt the handling of the first
             self.seen = True
             raise KeyboardInterrupt
 
@@ -113,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; default ``sys.argv[1:]``.
     Returns:
-        0, or what the command returns; 2 after a user's mistake; 130 after Ctrl-C; 141 when the
-        reader of the output went away.
+        0, or the command's exit code; 2 after a user error; 130 after Ctrl-C; 141 if the reader of
+        the output has closed it.
     Raises:
-        SystemExit: from ``--help`` and for arguments that do not parse (code 2).
+        SystemExit: after ``--help``, and for arguments that cannot be parsed (code 2).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"dualhead {words[0]}: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
         except BrokenPipeError:
-            # Python flushes standard output once more on its way out.
+            # Python flushes standard output again when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_BROKEN_PIPE
         except BaseException:

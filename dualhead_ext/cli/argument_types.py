@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of options: what argparse calls to turn words into values; and options that several
-commands have.
-"""
+"""argparse types of options, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from typing import Any
 
 from .terminal import COLOR_NAMES
 
-# The largest seed of every generator that training seeds: NumPy's.
+# The largest seed that all generators accept: NumPy's.
 MAX_SEED = 2**32 - 1
 
 
 def number(
     kind: type = float, low: float = -math.inf, high: float = math.inf
 ) -> Callable[[str], Any]:
-    """An argparse type: a finite number in [low, high], named so in the error."""
+    """An argparse type: a finite number in [low, high]. The error states the range."""
     noun = "a whole number" if kind is int else "a number"
     if low == -math.inf and high == math.inf:
         expected = noun
@@ -62,7 +60,7 @@ def key_value(text: str) -> tuple[str, str]:
 
 
 def device(text: str) -> str:
-    """An argparse type: auto, cpu, cuda or cuda:N; whether it is there is found out later."""
+    """An argparse type: auto, cpu, cuda or cuda:N. Whether the device exists is checked later."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
     return text
@@ -78,7 +76,7 @@ def add_color(parser: argparse.ArgumentParser) -> None:
         "--color",
         choices=COLOR_NAMES,
         default="auto",
-        help="default: auto, by the terminal and NO_COLOR",
+        help="default: auto, according to the terminal and NO_COLOR",
     )
 
 

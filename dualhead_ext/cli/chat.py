@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead chat``: a conversation whose controls can be changed between two turns."""
+"""``dualhead chat``: a conversation whose controls can be changed between turns."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Message = dict[str, str]
 
 # Command -> (its argument, what it does).
 COMMANDS = {
-    "/system": ("[TEXT]", "set the system message; without a text, show it; none: take it away"),
-    "/strength": ("[S]", "how much the reward head is heard; 0 is the backbone"),
-    "/objective": ("[W,...]", "one weight for each objective of the heads"),
+    "/system": ("[TEXT]", "set the system message; without a text, show it; none removes it"),
+    "/strength": ("[S]", "set the strength of the steering; 0 is the backbone"),
+    "/objective": ("[W,...]", "set one weight for each objective of the heads"),
     "/alpha": ("[on|off]", "show the alpha of each token"),
-    "/compare": ("", "the backbone's reply to the last message beside the gated one"),
+    "/compare": ("", "show the backbone's reply to the last message beside the gated one"),
     "/reset": ("", "forget the conversation; the settings stay"),
-    "/save": ("FILE", "save the conversation: messages in JSON if it ends in .json, else text"),
-    "/help": ("", "this list"),
+    "/save": ("FILE", "save the conversation, as JSON if FILE ends in .json, else as text"),
+    "/help": ("", "show this list"),
     "/quit": ("", "end the chat; so does Ctrl-D"),
 }
 
 
 def chat(arguments: Namespace) -> int:
-    """Talk until the input ends; 130 if Ctrl-C came while standard input is no terminal."""
+    """Chat until the input ends. Returns 130 after Ctrl-C if standard input is not a terminal."""
     check_heads(arguments)
     with argument():
         to = show.console(arguments.color)
@@ -54,7 +54,7 @@ def chat(arguments: Namespace) -> int:
         to.out(f"{arguments.heads}: {talk.settings()}. /help lists the commands, Ctrl-D ends.")
     with talk.interrupts():
         for line in _lines(to):
-            if line is None:  # Ctrl-C while nothing is being said
+            if line is None:  # Ctrl-C while no reply is being written
                 if not sys.stdin.isatty():
                     return 128 + signal.SIGINT
                 to.out("\n(Ctrl-D or /quit ends the chat)")
@@ -98,11 +98,11 @@ class Chat:
     """A conversation with a gated model.
 
     Args:
-        model: a `DualHeadForCausalLM`. tokenizer: its own.
+        model: a `DualHeadForCausalLM`. tokenizer: its tokenizer.
         to: the console.
         options: of ``generate``; strength and objective_weights can change between turns.
         system: the system message, or None.
-        seed: of sampling; turn n draws from seed + n, so that /compare repeats it.
+        seed: seed of sampling. Turn n uses seed + n, so /compare shows the same reply again.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Chat:
             signal.signal(signal.SIGINT, before)
 
     def take(self, line: str) -> bool:
-        """Answer a line, or do what its command says; False: the chat is over."""
+        """Answer a line, or run its command. Returns False if the chat is over."""
         if not line:
             return True
         name, _, rest = line.partition(" ")
@@ -183,11 +183,7 @@ class Chat:
         return words
 
     def check_system(self) -> None:
-        """Refuse a system message that the chat template has no place for.
-
-        Raises:
-            UserError: in the template's words.
-        """
+        """Raise UserError if the chat template does not support a system message."""
         if self.system is not None:
             self._check(self.system)
             self._prompt([{"role": "user", "content": "?"}])
@@ -209,8 +205,8 @@ class Chat:
         return self.tokenizer(text, return_tensors="pt", add_special_tokens=not templated)
 
     def _inputs(self, messages: list[Message]) -> tuple[Any, int]:
-        """(tokens of the conversation, how many new ones there is room for). The oldest turns are
-        left out where they no longer fit.
+        """(tokens of the conversation, how many new tokens fit). The oldest turns are left out if
+        the conversation no longer fits.
         """
         context, wanted = context_of(self.model), self.options["max_new_tokens"]
         for first in range(0, len(messages), 2):
@@ -268,9 +264,9 @@ class Chat:
         if reply.stopped:
             self.to.out("(stopped)")
         elif not reply.tokens:
-            self.to.out("(the model ended its turn without a word)")
+            self.to.out("(the reply is empty)")
         elif not reply.ended:
-            self.to.out("(cut off; --max-new-tokens allows for longer replies)")
+            self.to.out("(cut off; --max-new-tokens allows longer replies)")
         self.to.out("")
 
     # --- commands ---
@@ -324,7 +320,7 @@ class Chat:
         # The console wraps softly, which would cut a table at its right edge.
         self.to.print(table, soft_wrap=False)
         if texts[0] == texts[1]:
-            self.to.out("(the same text twice)")
+            self.to.out("(both replies are the same)")
 
     def _reset(self, text: str) -> None:
         _no_argument("/reset", text)
@@ -344,7 +340,7 @@ class Chat:
             text = "\n\n".join(f"{m['role']}: {m['content']}" for m in (*before, *self.messages))
             text += "\n"
         try:
-            # Only what this chat has written itself is written over.
+            # Only files that this chat has written are overwritten.
             mode = "w" if os.path.realpath(path) in self._saved else "x"
             with open(path, mode, encoding="utf-8") as file:
                 file.write(text)

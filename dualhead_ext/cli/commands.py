@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands by name, the smaller ones themselves. Nothing heavy is imported before its need."""
+"""The commands by name, and the small ones. Heavy modules are imported when they are needed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from .train import train
 
 
 def info(arguments: Namespace) -> None:
-    """What was built, what it runs on, and which optional packages are there; or what a folder of
-    heads holds.
-    """
+    """Print what was built, the device and the optional packages; or describe heads."""
     if arguments.heads is not None:
         _print(_describe_heads(arguments.heads), arguments.json)
         return
@@ -57,7 +55,7 @@ def _print(report: dict[str, Any], as_json: bool = False) -> None:
 
 
 def _text(value: Any) -> str:
-    """A level of the CPU as it is; a point of the curve (strength, KL) as "1: 0.1"."""
+    """A string as it is; a point of the curve (strength, KL) as "1: 0.1"."""
     return value if isinstance(value, str) else ": ".join(f"{x:.3g}" for x in value)
 
 
@@ -89,7 +87,7 @@ def _version(package: str) -> str | None:
 
 
 def bench(arguments: Namespace) -> int:
-    """Run the benchmarks; 1 if the fused step was slower than promised somewhere."""
+    """Run the benchmarks. Returns 1 if the fused step misses a speed that it must reach."""
     if arguments.report is not None and not os.path.isfile(arguments.report):
         raise UserError(f"--report: expected a file of results, got {arguments.report}")
     from ..bench import main
@@ -102,7 +100,9 @@ def bench(arguments: Namespace) -> int:
 
 
 def evaluate(arguments: Namespace) -> int | None:
-    """Measure heads; or run what is missing of a suite, write its tables, 3 if time ran out."""
+    """Measure heads; or compute the missing cells of a suite and write its tables. Returns 3 if the
+    time limit was reached.
+    """
     _check_suite(arguments)
     if arguments.heads is not None:
         return eval_heads.main(arguments)
@@ -116,7 +116,7 @@ def evaluate(arguments: Namespace) -> int | None:
 
 
 _OF_SUITES = ("scale", "seeds", "minutes", "state_mb")
-# Options of HEADS or of one suite alone; and the names of a suite's scales.
+# Options of HEADS and of each suite, and the scales of each suite.
 _HEADS = "HEADS"
 _OPTIONS = {
     _HEADS: ("data", "judge_url", *eval_heads.DEFAULTS),
@@ -127,7 +127,7 @@ _SCALES = {"paper": ("tiny", "small", "gpu"), "steering": ("tiny", "standard", N
 
 
 def _check_suite(arguments: Namespace) -> None:
-    """One of HEADS and --suite (default paper), and no option of another."""
+    """Check that HEADS or --suite is given (default: --suite paper), and only its options."""
     if arguments.heads is not None and arguments.suite is not None:
         raise UserError(
             f"--suite: expected HEADS or --suite, got {arguments.heads} and --suite "
@@ -151,7 +151,7 @@ def _check_suite(arguments: Namespace) -> None:
 
 
 def demo(arguments: Namespace) -> None:
-    """Sample, train, measure and decode; see `demo.run`. With --web, a page of the heads."""
+    """Sample, train, measure and decode; see `demo.run`. With --web, serve a page."""
     if arguments.port is not None and not arguments.web:
         raise UserError("--port: expected only with --web")
     if not arguments.web:

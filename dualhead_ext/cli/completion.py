@@ -13,11 +13,11 @@ from .errors import UserError
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 EXAMPLES = """\
 examples:
-  source <(dualhead completion bash)              for this shell; in ~/.bashrc for every one
-  dualhead completion zsh > ~/.zfunc/_dualhead    a folder of $fpath
+  source <(dualhead completion bash)              for this shell; add it to ~/.bashrc for all
+  dualhead completion zsh > ~/.zfunc/_dualhead    use a folder in $fpath
   dualhead completion fish > ~/.config/fish/completions/dualhead.fish
   dualhead completion tcsh > ~/.dualhead.tcsh; source ~/.dualhead.tcsh"""
-# Arguments that take a path, whatever stands for them in the help.
+# Arguments that take a path, whatever their metavar is.
 _PATHS = ("heads", "backbone", "data", "eval_data", "output", "out", "resume", "cache_hidden")
 _PATH_METAVARS = ("FILE", "DIR")
 

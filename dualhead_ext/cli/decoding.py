@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of the command line as options of ``generate``, and prompts as tokens."""
+"""Conversion of command-line arguments to options of ``generate``, and of prompts to tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from .errors import UserError
 
 
 def check_length(length: int, model: Any, new_tokens: int) -> None:
-    """Refuse a prompt of ``length`` tokens that leaves no room for so many new ones.
-
-    Raises:
-        UserError: saying how many there is room for.
+    """Raise UserError if a prompt of ``length`` tokens leaves no room for ``new_tokens`` more. The
+    message says how many fit.
     """
     context = context_of(model)
     if context is not None and length + new_tokens > context:
@@ -27,7 +25,7 @@ def check_length(length: int, model: Any, new_tokens: int) -> None:
 
 
 def context_of(model: Any) -> int | None:
-    """How many tokens a model reads; None: it does not say."""
+    """A model's context length in tokens; None if its config does not have it."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -43,7 +41,7 @@ def decoding_options(arguments: Namespace, model: Any) -> dict[str, Any]:
 
 
 def gate_options(arguments: Namespace, model: Any) -> dict[str, Any]:
-    """The controls of the gate among the arguments, as ``generate`` takes them."""
+    """The gate's controls in the arguments, as ``generate`` takes them."""
     options = {
         n: getattr(arguments, n) for n in Controls.NAMES if getattr(arguments, n) is not None
     }
@@ -53,10 +51,10 @@ def gate_options(arguments: Namespace, model: Any) -> dict[str, Any]:
 
 
 def objective_tensor(option: str, weights: list[float], model: Any) -> Any:
-    """Weights (K,) of a model's objectives.
+    """The weights (K,) of a model's objectives as a tensor.
 
     Raises:
-        UserError: another number of them.
+        UserError: another number of weights.
     """
     import torch
 
@@ -70,14 +68,14 @@ def objective_tensor(option: str, weights: list[float], model: Any) -> Any:
 
 
 def controls_of(options: dict[str, Any]) -> dict[str, Any]:
-    """The gate's controls among options of ``generate``."""
+    """The gate's controls in options of ``generate``."""
     return {name: options[name] for name in Controls.NAMES if name in options}
 
 
 def encode(prompt: str, tokenizer: Any, raw: bool = False) -> Any:
-    """The tokens of a prompt: as it is if ``raw``, else as the training data is laid out
-    (:mod:`dualhead_ext.data.rendering`): a dialogue in HH-RLHF's layout turn by turn, other text
-    as one turn of the user.
+    """The tokens of a prompt. If ``raw``, the prompt is used as it is. Otherwise it is rendered
+    like training data (:mod:`dualhead_ext.data.rendering`): a dialogue in HH-RLHF's layout turn by
+    turn, other text as one user turn.
     """
     if raw:
         return tokenizer(prompt, return_tensors="pt")

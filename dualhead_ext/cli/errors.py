@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's mistakes, as one sentence each, told apart from bugs."""
+"""User errors, in one sentence each, as distinct from bugs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake of the user's, in one sentence: the argument, what was expected, what came."""
+    """A user error, in one sentence: the argument, what was expected, what it got."""
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception without its line breaks; its type where it has none."""
+    """The message of an exception without line breaks; its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
 def argument(name: str | None = None) -> Iterator[None]:
-    """Turn what the library refuses about a user's input into a :class:`UserError` naming it; with
-    no name, its message has to.
+    """Turn an error of the library about a user's input into a :class:`UserError` that names the
+    argument. Without ``name``, the error's message must name it.
 
-    To be put around the reading and checking of input alone: what fails outside is a bug.
+    Use it only around the reading and checking of input; a failure elsewhere is a bug.
     """
     try:
         yield
@@ -42,8 +42,8 @@ def argument(name: str | None = None) -> Iterator[None]:
 
 
 def missing_extra(error: ImportError) -> str | None:
-    """How to install what an import did not find, if one of the extras has it: by the module's
-    name, or, where a library says it in its own words, by the name in them.
+    """How to install the package that an import did not find, if an extra has it. The package is
+    identified by the module's name, or by a name in the library's own message.
     """
     package = (error.name or "").partition(".")[0]
     for name, extra in extras():
@@ -57,10 +57,10 @@ def missing_extra(error: ImportError) -> str | None:
 
 
 def extras() -> list[tuple[str, str]]:
-    """(package, extra) for what the extras ask for, in the order of this package's metadata."""
+    """(package, extra) of all extras, in the order of this package's metadata."""
     try:
         requirements = importlib.metadata.requires("dualhead_ext") or []
-    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
         return []
     found = []
     for requirement in requirements:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead eval HEADS``: what trained heads do, on pairs and on prompts of one's own."""
+"""``dualhead eval HEADS``: measure trained heads on your own pairs and prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .models import check_device, check_heads, loading, quiet_transformers
 from .sample import load_prompts
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
-# What the options that only HEADS has are where they are not given.
+# Defaults of the options that only HEADS has.
 DEFAULTS: dict[str, Any] = {
     "strengths": STRENGTHS,
     "prompts": None,
@@ -34,12 +34,12 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "no_plot": False,
 }
-# Prompts without --limit: a reply at each strength takes seconds on a CPU.
+# The number of prompts without --limit. A reply at each strength takes seconds on a CPU.
 PROMPTS = 32
 
 
 def main(arguments: Namespace) -> None:
-    """Check what was asked, measure, write the report, say where."""
+    """Check the arguments, measure, write the report, and print its path."""
     for name, value in DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -72,7 +72,7 @@ def main(arguments: Namespace) -> None:
 
 
 def check(arguments: Namespace) -> tuple[list[dict], list[Any], list[Scorer]]:
-    """(rows, prompts, scorers), before anything heavy is imported."""
+    """(rows, prompts, scorers), checked before heavy modules are imported."""
     limit = arguments.limit
     check_heads(arguments)
     if arguments.data is None and arguments.prompts is None:
@@ -83,7 +83,7 @@ def check(arguments: Namespace) -> tuple[list[dict], list[Any], list[Scorer]]:
     _check_out(Path(arguments.out))
     if not arguments.no_plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError(
-            "the package matplotlib is not installed, which the picture needs; install it with: "
+            "the plot needs the package matplotlib, which is not installed; install it with: "
             "pip install 'dualhead_ext[plot]', or pass --no-plot"
         )
     rows: list[dict] = []
@@ -112,7 +112,7 @@ def _check_out(out: Path) -> None:
 
 
 def _prompts_of(rows: list[dict]) -> list[Any]:
-    """The different prompts of the data, in their order."""
+    """The distinct prompts of the data, in order."""
     found = {json.dumps(row["prompt"]): row["prompt"] for row in rows if row["prompt"]}
     if not found:
         raise UserError("--prompts: expected a file, since the rows of --data have no prompts")
@@ -120,7 +120,7 @@ def _prompts_of(rows: list[dict]) -> list[Any]:
 
 
 def _load(arguments: Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer), in full precision on a CPU, which computes bf16 slowly."""
+    """(model, tokenizer). On a CPU the model is in float32, since CPUs compute bf16 slowly."""
     import torch
     from transformers import AutoTokenizer
 
@@ -234,7 +234,7 @@ def _measure(
 
 @contextmanager
 def _bar(name: str, total: int) -> Iterator[Callable[[int], Any]]:
-    """A bar on standard error, and what tells it of more."""
+    """A progress bar on standard error; yields the function that advances it."""
     from tqdm.auto import tqdm
 
     with tqdm(desc=name, total=total, dynamic_ncols=True) as bar:
@@ -242,7 +242,7 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], Any]]:
 
 
 def _summarize(report: dict[str, Any]) -> None:
-    """The figures on the terminal."""
+    """Print the figures."""
     from ..eval.heads.report import finding, with_interval
     from .terminal import percent
 

@@ -15,18 +15,19 @@ examples:
   dualhead eval heads --data pairs.jsonl --prompts questions.txt --strengths 0,0.5,1,2 \\
       --scorer vader --scorer words --out report
   dualhead eval heads --prompts open:measure --scorer afinn --limit 64 --out report
-  dualhead eval --suite paper --scale tiny --out run     all of it in a minute, to see that it works
-  dualhead eval --suite paper --scale small --out run    an hour on two cores; again: goes on
+  dualhead eval --suite paper --scale tiny --out run     a minute, to see that everything works
+  dualhead eval --suite paper --scale small --out run    an hour on two cores; run again to continue
   dualhead eval --scale small --out run --decoders backbone,dual_head,genarm_lora
-  dualhead eval --scale gpu --out run --minutes 9 --state-mb 60        in pieces
-  dualhead eval --suite steering --out run               what steering buys on a real model: hours
+  dualhead eval --scale gpu --out run --minutes 9 --state-mb 60        in pieces of nine minutes
+  dualhead eval --suite steering --out run               steering of a real model: takes hours
   dualhead eval --suite steering --out run --attributes sentiment --kl 0.1 \\
       --seeds 1 --systems backbone,dual-head-embedding-fixed      its headline: ten minutes
 
 With HEADS, --out gets eval.json, eval.md and sweep.png: accuracy on pairs; KL, perplexity, alpha,
 length and scores at each strength; and replies side by side. The suites compare whole systems. They
 store each cell in --out when it is computed; the tables and plots there show all finished cells.
-The suites read data from --data or $DUALHEAD_DATA. Exit code 3: time ran out, cells are left."""
+The suites read data from --data or $DUALHEAD_DATA. Exit code 3: --minutes is over, cells are
+left."""
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="FILE",
         help='pairs or ranked lists as train reads them, "embedded" for the built-in test split; '
-        "of --suite paper: folder of data (default $DUALHEAD_DATA)",
+        "for --suite paper: folder of data (default $DUALHEAD_DATA)",
     )
     parser.add_argument(
         "--judge-url",
@@ -48,7 +49,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval_heads(group: Any) -> None:
-    """Without defaults, so that what is given beside --suite is found; they are eval_heads's."""
+    """Declare the options without defaults, so that those given with --suite are noticed.
+    `eval_heads.DEFAULTS` has the defaults.
+    """
 
     def default(name: str) -> str:
         value = DEFAULTS[name]
@@ -58,7 +61,7 @@ def _add_eval_heads(group: Any) -> None:
         "--strengths",
         type=numbers,
         metavar="S,...",
-        help=f"strengths to measure; 0, the backbone, is always among them {default('strengths')}",
+        help=f"strengths to measure; 0, the backbone, is always measured {default('strengths')}",
     )
     group.add_argument(
         "--prompts",
@@ -95,14 +98,14 @@ def _add_eval_heads(group: Any) -> None:
     )
     group.add_argument(
         "--backbone",
-        help="folder, GGUF file or name of a backbone in place of the one the heads name",
+        help="folder, GGUF file or name of a backbone instead of the one that the heads name",
     )
     group.add_argument("--device", type=device, help="auto (default), cpu, cuda or cuda:N")
     group.add_argument(
         "--no-plot",
         action="store_true",
         default=None,
-        help="write no sweep.png; matplotlib is not needed then",
+        help="do not write sweep.png, which needs matplotlib",
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead eval --suite steering``: compute what is missing, and write all that is there."""
+"""``dualhead eval --suite steering``: compute the missing cells, and write the report."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..eval.steering.steps import STEPS, Resources
 from .errors import UserError, argument
 from .eval_suite import EXIT_LEFT, compute
 
-# Seconds of a cell on two quiet cores of a small server, until the run has cells of its own to go
-# by; responses of samples are counted one by one.
+# Expected seconds of a cell on two idle cores of a small server, used until the run has finished
+# cells of that kind. Samples are estimated by the number of responses.
 _EXPECTED = {"train": 120.0, "decode": 90.0, "cost": 60.0}
 _EXPECTED_RESPONSE = 0.25
 
 
 def main(arguments: Namespace) -> int:
-    """Run, write the report, say where; EXIT_LEFT if time ran out with cells left.
+    """Run, write the report, and print its path. Returns EXIT_LEFT if cells are left.
 
     Raises:
-        UserError: an unknown attribute or system, packages or data that are not there.
+        UserError: an unknown attribute or system, or missing packages or data.
     """
     with argument():
         attributes = arguments.attributes or list(ATTRIBUTES)
@@ -50,7 +50,7 @@ def main(arguments: Namespace) -> int:
                 prompts_of(PROVOKING, "measure", 1)
         seeds = arguments.seeds or SEEDS
         plan = Planner(size, attributes, seeds, targets, systems)()
-        # What other runs left in the folder is reported too.
+        # The report includes results of other runs in the folder.
         targets = list(dict.fromkeys((*KL_TARGETS, *targets)))
         whole = Planner(size, list(ATTRIBUTES), max(seeds, SEEDS), targets)()
         resources = Resources()
@@ -64,25 +64,24 @@ def main(arguments: Namespace) -> int:
         print(path)
     if outcome.left:
         hours = _hours(outcome.left, plan, store)
-        print(f"{len(outcome.left)} cells are left, about {hours}; the same command goes on")
+        print(f"{len(outcome.left)} cells are left, about {hours}; run the same command again")
         return EXIT_LEFT
     return 0
 
 
 def _check_packages(left: list[Cell]) -> None:
-    """Before anything runs, not an hour into it."""
+    """Raise UserError for missing packages now, not after an hour."""
     methods = {cell.options.get("method") for cell in left} - {None, "dual_head"}
     for package in ("trl", "peft"):
         if methods and importlib.util.find_spec(package) is None:
             raise UserError(
-                f"the package {package} is not installed, which training "
-                f"{', '.join(sorted(methods))} needs; install it with: "
-                f"pip install 'dualhead_ext[{package}]'"
+                f"training {', '.join(sorted(methods))} needs the package {package}, which is not "
+                f"installed; install it with: pip install 'dualhead_ext[{package}]'"
             )
 
 
 def _hours(left: list[Cell], plan: Plan, store: Store) -> str:
-    """What is left takes, by the cells of its kind that are there."""
+    """The estimated time of the cells left, from finished cells of the same kind."""
     known: dict[str, list[float]] = {}
     for cell in plan.cells():
         for found in (cell, *cell.needs.values()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead eval``: compute what is missing of a suite, and show all that is there."""
+"""``dualhead eval --suite paper``: compute the missing cells, and write the report."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ..eval.paper.steps import STEPS
 from .errors import UserError, argument
 
 EXIT_LEFT = 3
-# What trainings other than the gated head's take, and plots.
+# Packages for training other systems than the gated head, and for plots.
 _PACKAGES = ("trl", "peft", "matplotlib")
 
 
 def main(arguments: Namespace) -> int:
-    """Run, write the report, say where; EXIT_LEFT if time ran out with cells left.
+    """Run, write the report, and print its path. Returns EXIT_LEFT if cells are left.
 
     Raises:
-        UserError: unknown systems, data or packages that are not there. Whatever a cell raises:
-            nothing stands in for a system that fails.
+        UserError: unknown systems, or missing data or packages. Also any exception of a cell: a
+            system that fails is not replaced by anything.
     """
     with argument():
         if arguments.decoders is not None:
@@ -54,26 +54,28 @@ def main(arguments: Namespace) -> int:
     for path in report.write(plan, store, arguments.scale):
         print(path)
     if outcome.left:
-        print(f"{len(outcome.left)} cells are left; the same command goes on with them")
+        print(f"{len(outcome.left)} cells are left; run the same command again to continue")
         return EXIT_LEFT
     return 0
 
 
 def _check_packages(plan: Plan, store: Store) -> None:
-    """Before anything runs, not an hour into it."""
+    """Raise UserError for missing packages now, not after an hour."""
     methods = {cell.options.get("method") for cell in pending(plan.cells(), store)}
     by_trl = sorted(methods - {None, "dual_head"})
     for package in _PACKAGES:
         needed = package == "matplotlib" or by_trl
         if needed and importlib.util.find_spec(package) is None:
-            what = "the plots" if package == "matplotlib" else f"training {', '.join(by_trl)}"
-            raise UserError(f"the package {package} is not installed, which {what} needs")
+            what = "the plots" if package == "matplotlib" else f"the systems {', '.join(by_trl)}"
+            raise UserError(f"{what} need the package {package}, which is not installed")
 
 
 def compute(
     plan: Plan, store: Store, minutes: float | None = None, state_mb: float | None = None
 ) -> Outcome:
-    """Compute what is missing, in at most ``minutes``, and leave at most ``state_mb`` megabytes."""
+    """Compute the missing cells in at most ``minutes``. Afterwards, delete models beyond
+    ``state_mb`` megabytes.
+    """
     cells = plan.cells()
     with _quiet(), tqdm(desc="cells", dynamic_ncols=True) as bar:
 
@@ -91,7 +93,7 @@ def compute(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One bar of cells and no others; no warning that each of hundreds of loads would repeat."""
+    """Hide all progress bars but that of the cells, and warnings that each load would repeat."""
     shown = transformers_logging.is_progress_bar_enabled()
     loggers = [logging.getLogger(name) for name in ("transformers", "dualhead_ext.data.collate")]
     levels = [logger.level for logger in loggers]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead generate``: a prompt's continuation as it comes, with the alpha of each token."""
+"""``dualhead generate``: a prompt's continuation, streamed, with the alpha of each token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .reply import Reply, print_gate, write_reply
 
 
 def generate(arguments: Namespace) -> None:
-    """Print the text as it comes, and write the page of it."""
+    """Print the text as it is generated, and write the page."""
     _refuse_gate_without_heads(arguments)
     check_page(arguments)
     check_heads(arguments)
@@ -36,7 +36,7 @@ def generate(arguments: Namespace) -> None:
         torch.manual_seed(arguments.seed)
         return write_reply(model, tokenizer, inputs, options, raw=arguments.raw, print=print)
 
-    # Colours wait for the reply's range of alpha; on a terminal the text need not.
+    # Colours need the reply's range of alpha. On a terminal the plain text is streamed meanwhile.
     streamed = not arguments.show_gate or to.file.isatty()
     reply = write(options, (lambda text: show.print_text(to, text)) if streamed else None)
     if arguments.show_gate:
@@ -76,7 +76,7 @@ def _prompt(arguments: Namespace) -> str:
             prompt = sys.stdin.read()
     try:
         prompt.encode()
-    except UnicodeEncodeError:  # how Python passes on bytes that are not UTF-8
+    except UnicodeEncodeError:  # Python represents bytes that are not UTF-8 as surrogates
         raise UserError("prompt: expected UTF-8 text, got other bytes") from None
     if not arguments.raw:
         prompt = prompt.strip()

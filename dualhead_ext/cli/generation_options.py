@@ -10,7 +10,7 @@ from ..config import FORMAT_NAMES
 from ..head.controls import Controls
 from .argument_types import MAX_SEED, add_color, add_device, number, numbers
 
-# How a strength and weights are read, on the command line and in a chat.
+# The types of a strength and of weights, on the command line and in a chat.
 STRENGTH, WEIGHTS = number(float, Controls.LIMITS["strength"].lowest), numbers
 
 GENERATE = """\
@@ -75,7 +75,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("heads", help="folder written by train or save_pretrained")
-    parser.add_argument("--text", required=True, help="the text to look at")
+    parser.add_argument("--text", required=True, help="the text to inspect")
     parser.add_argument(
         "--prompt", help="a question that the text answers (default: the text stands alone)"
     )
@@ -87,7 +87,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
-        help="folder, GGUF file or name of a backbone in place of the one the heads name",
+        help="folder, GGUF file or name of a backbone instead of the one that the heads name",
     )
     parser.add_argument(
         "--quantize",

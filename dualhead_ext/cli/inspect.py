@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead inspect``: what the gate and both heads make of a given text; and pages of it."""
+"""``dualhead inspect``: alpha and the predictions of both heads for a given text; and its page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _tokens(arguments: Namespace, tokenizer: Any) -> tuple[list[int], int]:
     if arguments.prompt is None:
         ids = tokenizer(arguments.text)["input_ids"]
         if len(ids) < 2:
-            raise UserError("--text: expected at least two tokens, as nothing foretells the first")
+            raise UserError("--text: expected at least two tokens, as nothing predicts the first")
         return ids, 1
     ids = encode(arguments.prompt, tokenizer)["input_ids"][0].tolist()
     return ids + tokenizer(arguments.text, add_special_tokens=False)["input_ids"], len(ids)
@@ -61,7 +61,7 @@ def check_page(arguments: Namespace) -> None:
     """
     if arguments.strengths is not None:
         if arguments.html is None:
-            raise UserError("--strengths: expected with --html FILE, which they are for")
+            raise UserError("--strengths: expected only with --html FILE")
         if min(arguments.strengths) < 0:
             raise UserError(
                 f"--strengths: expected numbers of at least 0, got {min(arguments.strengths):g}"
@@ -76,8 +76,8 @@ def check_page(arguments: Namespace) -> None:
 def inspections(
     model: Any, tokenizer: Any, texts: Sequence[tuple[list[int], dict[str, Any]]], start: int
 ) -> list[Any]:
-    """An `Inspection` of each (ids, controls of the gate); tokens before ``start`` are the prompt.
-    A text without a token is left out.
+    """An `Inspection` for each (ids, the gate's controls). Tokens before ``start`` are the prompt.
+    Empty texts are left out.
     """
     from ..eval.inspection import inspect_tokens
 
@@ -111,7 +111,7 @@ def save_page(path: str, runs: Sequence[Any], title: str) -> None:
     from ..eval.inspection import write_page
 
     if not runs:
-        raise UserError("--html: expected a text, but the model said nothing")
+        raise UserError("--html: expected a text, but the reply is empty")
     with argument("--html"):
         write_page(path, runs, title if len(title) <= 80 else f"{title[:79]}…")
     print(f"page of {len(runs)} {'text' if len(runs) == 1 else 'texts'} in {path}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C while heads are trained: the step is finished and a checkpoint written."""
+"""Ctrl-C during training: the step is finished and a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Stopped(Exception):
 
 
 class StopAfterStep(TrainerCallback):
-    """Raises :class:`Stopped` behind the checkpoint that it has written after a Ctrl-C."""
+    """After a Ctrl-C, saves a checkpoint at the end of the step and raises :class:`Stopped`."""
 
     def __init__(self) -> None:
         self._asked = self._listens = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Ctrl-C means so inside; the second one, or one after the last step, what it meant
-        outside.
+        """Handle Ctrl-C this way within the block. A second Ctrl-C, or one after the last step, is
+        handled as outside the block.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -54,7 +54,7 @@ class StopAfterStep(TrainerCallback):
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if not self._asked:
             self._asked = True
-            os.write(sys.stderr.fileno(), _STOPPING)  # a print may be going on
+            os.write(sys.stderr.fileno(), _STOPPING)  # not print, which may be running
         elif callable(self._before):
             self._before(signum, frame)
 

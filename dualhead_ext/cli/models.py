@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that load models share: paths, devices, and silence from transformers."""
+"""Shared code of the commands that load models: paths, devices, and quiet transformers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from .errors import UserError, argument, one_line
 
 
 def check_backbone(option: str, name: str) -> None:
-    """Refuse a name that looks like a folder or a GGUF file and is none; costs nothing.
-
-    Raises:
-        UserError: naming it.
+    """Raise UserError if a name looks like a local folder or GGUF file but does not exist. Loads
+    nothing.
     """
     if name in BUILTIN_BACKBONES or not _looks_local(name) or os.path.isdir(name):
         return
@@ -30,10 +28,8 @@ def check_backbone(option: str, name: str) -> None:
 
 
 def check_heads(arguments: Namespace) -> None:
-    """Refuse heads and a backbone of theirs that cannot be, before anything heavy is imported.
-
-    Raises:
-        UserError: naming the argument.
+    """Raise UserError if the names of the heads or their backbone cannot be right, before heavy
+    modules are imported.
     """
     heads, backbone = arguments.heads, arguments.backbone
     if not os.path.isdir(heads) and (_looks_local(heads) or heads.count("/") != 1):
@@ -52,8 +48,8 @@ def _looks_local(name: str) -> bool:
 
 @contextmanager
 def loading(option: str, name: str) -> Iterator[None]:
-    """:func:`cli_errors.argument` around what loads ``name``, a folder or a hub name: says which of
-    the two was looked for.
+    """:func:`.errors.argument` around the loading of ``name``, a folder or a hub name. The error
+    says which of the two was expected.
     """
     check_backbone(option, name)
     with argument(option):
@@ -64,13 +60,15 @@ def loading(option: str, name: str) -> Iterator[None]:
             if looks_local:
                 raise
             raise UserError(
-                f"{option}: expected a folder, or a name that the hub knows, got {name!r} "
+                f"{option}: expected a folder or a name on the hub, got {name!r} "
                 f"({one_line(error)})"
             ) from error
 
 
 def quiet_transformers(backbone: str | None) -> None:
-    """Import transformers without its bars and remarks; without asking a hub for what is here."""
+    """Import transformers without its progress bars and log messages, and offline for a built-in
+    backbone.
+    """
     if backbone in BUILTIN_BACKBONES:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers.utils import logging  # first: the extra is named by it
@@ -79,15 +77,11 @@ def quiet_transformers(backbone: str | None) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # its retries; the last failure is an exception
+    hub_logging.set_verbosity_error()  # hides its retries; the last failure is an exception
 
 
 def check_device(name: str) -> None:
-    """Refuse a CUDA device that is not there.
-
-    Raises:
-        UserError: naming what is there instead.
-    """
+    """Raise UserError for a CUDA device that does not exist. The message says what exists."""
     import torch
 
     if not name.startswith("cuda"):
@@ -125,7 +119,7 @@ def load(arguments: Namespace) -> tuple[Any, Any]:
     backbone_only = getattr(arguments, "backbone_only", False)
     if backbone_only and model.lm_head_module.quantized is None:
         model = detach(model)
-    elif backbone_only:  # what was its own LM head is gone
+    elif backbone_only:  # the full-precision LM head is gone
         model = AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype="auto")
     cuda = arguments.device == "auto" and torch.cuda.is_available()
     device = "cuda" if cuda else arguments.device

@@ -43,10 +43,10 @@ examples:
   dualhead train --config run.yaml --learning-rate 1e-3
   dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
 
-Ctrl-C stops the run and writes a checkpoint to continue from. --output gets the heads, their card
-and training.png.
-Rows need prompt, chosen and rejected, or chosen and rejected as whole dialogues (HH-RLHF), or a
-prompt, responses and their scores."""
+Ctrl-C stops the run and writes a checkpoint to continue from. --output gets the heads, their model
+card and training.png.
+Rows need prompt, chosen and rejected; or chosen and rejected as whole dialogues (HH-RLHF); or
+prompt, responses and scores."""
 
 _SAMPLE = """\
 examples:
@@ -56,13 +56,13 @@ examples:
   dualhead sample --prompts rows.jsonl --scorer judge:NAME --judge-url http://localhost:8000/v1 \\
       --out ranked.jsonl
 
-A command that was stopped continues where it was. Prompts are one question per line, or .jsonl
-rows with "prompt"; "open" is a set of 208 neutral prompts that comes with this package."""
+If the command is interrupted, run it again to continue. Prompts are one question per line, or
+.jsonl rows with "prompt"; "open" is a set of 208 neutral prompts that comes with this package."""
 
 _INFO = """\
 examples:
   dualhead info
-  dualhead info heads                             what a folder of heads holds
+  dualhead info heads                             describe a folder of heads
   dualhead info --json"""
 
 _BENCH = """\
@@ -70,14 +70,14 @@ examples:
   dualhead bench --quick
   dualhead bench --json results.json
   dualhead bench --device cuda --part training models
-  dualhead bench --report results.json            a table of what was measured before"""
+  dualhead bench --report results.json            print earlier results as a table"""
 
 _DEMO = """\
 examples:
   dualhead demo
   dualhead demo --output heads --color never
   dualhead demo --backbone embedded               on a tiny model, in seconds
-  dualhead demo --web --output heads              a page of heads that are there
+  dualhead demo --web --output heads              a page for heads that exist already
 
 The page shows the backbone's reply beside the gated one, and alpha of each token."""
 
@@ -113,7 +113,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=number(int, 1),
         metavar="N",
-        help="train on the first N rows, and measure on at most as many",
+        help="train on the first N rows, and measure on at most N",
     )
     data.add_argument("--output", required=True, help="folder for heads and checkpoints")
     data.add_argument(
@@ -123,9 +123,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="continue from a checkpoint (default: the last complete one in --output)",
     )
-    data.add_argument(
-        "--overwrite", action="store_true", help="replace the heads that --output holds"
-    )
+    data.add_argument("--overwrite", action="store_true", help="replace the heads in --output")
     add_device(data)
 
     parser.add_argument(
@@ -137,7 +135,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESET_NAMES,
         default="default",
-        help="a complete recipe; options given beside it override it (default: default)",
+        help="a complete recipe; other options override it (default: default)",
     )
     head = parser.add_argument_group("heads")
     default = _config_defaults()
@@ -223,13 +221,13 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--web",
         action="store_true",
-        help="serve a page on this machine; heads that --output holds are shown as they are",
+        help="serve a page on this machine; heads that exist in --output are used",
     )
     parser.add_argument(
         "--port",
         type=number(int, 0, 65535),
         metavar="N",
-        help="of the page (default 8765; 0: any free one)",
+        help="port of the page (default 8765; 0: any free port)",
     )
     for name, low, high, default, text in (
         ("prompts", 16, 208, 96, "built-in prompts to sample and train on, of 208"),
@@ -248,11 +246,11 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     add_color(parser)
 
 
-# Command: (declares its options, what it does, examples)
+# Command -> (function that declares its options, what it does, examples)
 OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "train": (add_train, "train a reward head and a gate on preference pairs", _TRAIN),
     "generate": (add_generate, "decode a prompt and print each token as it comes", GENERATE),
-    "chat": (add_chat, "talk with a model and steer it as it answers", CHAT),
+    "chat": (add_chat, "chat with a model and steer its replies", CHAT),
     "inspect": (
         add_inspect,
         "show alpha and the predictions of both heads for each token of a text",

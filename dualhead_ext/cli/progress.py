@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training shows while it runs: a line for each log, a bar below them, and what comes next."""
+"""Output during training: a line for each log and a progress bar below."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..train.trainer import DualHeadTrainer
 
-# Seconds between two states of a bar: a log file should not grow a line ten times a second.
+# Seconds between updates of a bar: on a terminal, and in a log file, where each one is a line.
 _TERMINAL_INTERVAL, _FILE_INTERVAL = 0.1, 10.0
-# What a line of a log shows: name in the trainer's log -> shown as. Reporters get all of it.
+# The contents of a log line: name in the trainer's log -> format. Reporters get the whole log.
 _SHOWN = {
     "loss": "loss {:<7.4g}",
     "rewards/accuracies": "pairs right {:<7.1%}",
@@ -24,15 +24,15 @@ _SHOWN = {
 
 
 def only_ties(logs: dict[str, float], prefix: str = "") -> bool:
-    """Whether a log is of heads that have learnt to prefer nothing yet: every reward is zero, and
-    an accuracy says nothing.
+    """Whether all rewards in a log are zero, so that its accuracy is meaningless: the heads have
+    not learnt anything yet.
     """
     return logs.get(f"{prefix}rewards/chosen") == logs.get(f"{prefix}rewards/rejected") == 0
 
 
 def log_line(logs: dict[str, float], step: int, max_steps: int) -> str:
-    """For instance ``step 10/250  epoch 0.40  loss 0.693  pairs right 52.0%  alpha 0.500  KL ...``;
-    of an evaluation "held out" in place of the step.
+    """A line such as ``step 10/250  epoch 0.40  loss 0.693  pairs right 52.0%  alpha 0.500``; for
+    an evaluation "held out" replaces the step.
     """
     prefix = "eval_" if "eval_loss" in logs else ""
     start = f"step {step:>{len(str(max_steps))}}/{max_steps}  epoch {logs.get('epoch', 0):<5.2f}"
@@ -50,9 +50,9 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str:
 
 class ProgressBars(TrainerCallback):
     """One bar for training and one for each evaluation, on standard error; a line for each log of
-    training on standard output.
+    training, on standard output.
 
-    ``started`` is true once training has begun: what fails before is a matter of the arguments.
+    ``started`` is True once training has begun. Earlier failures are caused by the arguments.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class ProgressBars(TrainerCallback):
 
     @classmethod
     def put_on(cls, trainer: DualHeadTrainer) -> ProgressBars:
-        """Show these in the place of the trainer's own bars and printed logs."""
+        """Replace the trainer's own bars and printed logs."""
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         bars = cls()
@@ -101,7 +101,7 @@ class ProgressBars(TrainerCallback):
     on_predict = on_evaluate
 
     def close(self) -> None:
-        """Leave the last state of the bar where it is; what is printed next stands below it."""
+        """Close the bar. Its last state stays on the screen."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

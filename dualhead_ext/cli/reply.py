@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One reply of a model as it comes: its text up to the end of the turn, and alpha of each token."""
+"""One reply of a model, streamed: its text up to the end of the turn, and alpha of each token."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reply:
-    """What a model said.
+    """A model's reply.
 
     Attributes:
-        sequence: ids of prompt and reply, without what came after the end of the turn.
+        sequence: ids of prompt and reply, without tokens after the end of the turn.
         tokens: (text, alpha) of each token that has a text; alpha is None without heads.
         ended: whether the model ended its turn.
         stopped: whether the user stopped it.
@@ -31,20 +31,20 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """The whole of it."""
+        """The whole text."""
         return "".join(text for text, _ in self.tokens)
 
 
 class ReplyStream:
-    """A streamer for ``generate``, which is also its stopping criterion: hands on text as soon as
-    it cannot be the beginning of the next turn's marker.
+    """A streamer and stopping criterion for ``generate``. It passes text on as soon as it cannot be
+    the beginning of a marker of the next turn.
 
     Args:
-        tokenizer: turns ids into text.
-        head: the gated head, which knows the alpha of the token just chosen; None without heads.
-        markers: texts of which the first ends the turn.
-        strip: whether white space around the reply is left out.
-        print: what to do with each part of the text.
+        tokenizer: decodes ids.
+        head: the gated head, which has the alpha of the last token; None without heads.
+        markers: texts that end the turn where they first occur.
+        strip: whether to remove white space around the reply.
+        print: called with each part of the text.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ReplyStream:
     ) -> None:
         self._text, self._head, self._markers = show.TokenText(tokenizer), head, markers
         self._strip, self._print = strip, print
-        self._said, self._shown = "", 0  # all of the text, and how much was handed on
+        self._said, self._shown = "", 0  # the whole text, and the length that was passed on
         self._parts: list[show.Token] = []
         self._ids: list[int] = []
         self._ends: list[int] = []  # length of the text after each token
@@ -66,7 +66,7 @@ class ReplyStream:
         self.stopped = False
 
     def put(self, value: Any) -> None:
-        """One new token, int64 (1,); first of all the prompt (1, T), which is not shown."""
+        """Take one new token, int64 (1,). The first call has the prompt (1, T) and is skipped."""
         if not self._prompt_passed:
             self._prompt_passed = True
             return
@@ -85,7 +85,7 @@ class ReplyStream:
         self._hand_on(self._settled() if self._end is None else self._end)
 
     def _settled(self) -> int:
-        """How much of the text can be no part of a marker."""
+        """The length of the text that cannot be part of a marker."""
         length = len(self._said)
         for marker in self._markers:
             for size in range(min(len(marker) - 1, len(self._said)), 0, -1):
@@ -95,7 +95,7 @@ class ReplyStream:
         return length
 
     def _kept(self, end: int) -> tuple[int, int]:
-        """Where the reply begins and ends in the text up to ``end``."""
+        """(start, end) of the reply in the text up to ``end``."""
         if not self._strip:
             return 0, end
         text = self._said[:end]
@@ -109,20 +109,20 @@ class ReplyStream:
         self._shown = max(self._shown, upto)
 
     def end(self) -> None:
-        """No more tokens."""
+        """Pass on the remaining text: there are no more tokens."""
         if self._end is None:
             self._add(self._text.flush(), None)
         self._hand_on(len(self._said) if self._end is None else self._end)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-        """Whether to stop, (B,) bool: at a marker, or as the user says."""
+        """Whether to stop, (B,) bool: at a marker, or because the user asks for it."""
         import torch
 
         done = self.stopped or self._end is not None
         return torch.full((len(input_ids),), done, device=input_ids.device)
 
     def reply(self, prompt: list[int], ends: set[int]) -> Reply:
-        """What was said after ``prompt``; ``ends`` are the tokens that end a turn."""
+        """The reply after ``prompt``. ends: the tokens that end a turn."""
         begin, stop = self._kept(len(self._said) if self._end is None else self._end)
         tokens, before = [], 0
         for (text, alpha), after in zip(self._parts, self._ends, strict=True):
@@ -148,15 +148,15 @@ def write_reply(
     print: Any = None,
     started: Any = None,
 ) -> Reply:
-    """Let a model answer.
+    """Generate a reply.
 
     Args:
         model: with or without heads.
         inputs: ids (1, T) and mask of the prompt, on the model's device.
         options: of ``generate``.
-        raw: whether nothing but the model's own end tokens ends the text.
-        strip, print: of :class:`ReplyStream`.
-        started: called with the stream, whose ``stopped`` may be set from a signal handler.
+        raw: whether only the model's own end tokens end the text.
+        strip, print: see :class:`ReplyStream`.
+        started: called with the stream; a signal handler may set its ``stopped``.
     """
     ends = model.generation_config.eos_token_id
     ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
@@ -177,8 +177,8 @@ def write_reply(
 
 
 def print_gate(to: Any, reply: Reply, streamed: bool) -> None:
-    """Show alpha of each token of a reply, in the place of its plain text where that was streamed
-    and is on the screen, below it otherwise; and the legend.
+    """Show a reply with alpha of each token, and the legend. It replaces the streamed plain text if
+    that is still on the screen; otherwise it is printed below.
     """
     if streamed and not show.erase(to, reply.text):
         to.file.write("\n\n")

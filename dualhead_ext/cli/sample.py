@@ -26,7 +26,7 @@ OPEN = "open"
 
 
 def sample(arguments: Namespace) -> None:
-    """Sample, score, and append one row for each prompt that the file does not have yet."""
+    """Sample, score, and append a row for each prompt that is not in the file yet."""
     check_backbone("--backbone", arguments.backbone)
     with argument("--prompts"):
         prompts = load_prompts(arguments.prompts)[: arguments.limit]
@@ -45,11 +45,11 @@ def sample(arguments: Namespace) -> None:
 
 
 def load_prompts(name: str) -> list[str | list[dict[str, str]]]:
-    """The prompts of a file, each once: messages, or dialogues as text.
+    """The distinct prompts of a file: messages, or dialogues as text.
 
     Args:
-        name: a .jsonl or .jsonl.gz file whose rows have ``prompt``, a question, a dialogue or
-            messages; any other file: a question a line; or "open" (its training split),
+        name: a .jsonl or .jsonl.gz file whose rows have ``prompt`` (a question, a dialogue or
+            messages); any other file with one question per line; or "open" (the training split),
             "open:calibration" or "open:measure".
     Raises:
         FileNotFoundError: no such file.
@@ -83,7 +83,7 @@ def _prompt_of(row: dict[str, Any], where: str) -> str | list[dict[str, str]]:
     )
     if not prompt or not messages or prompt[-1]["role"] != "user":
         raise ValueError(
-            f"{where}: prompt must be a text, or messages of which the user's is the last"
+            f"{where}: prompt must be a text, or messages that end with a user's message"
         )
     return prompt
 
@@ -93,14 +93,14 @@ def _key(prompt: str | list[dict[str, str]]) -> str:
 
 
 def _source(arguments: Namespace) -> str:
-    """How rows are made; those of one file are all made in the same way."""
+    """The settings that produce rows; all rows of a file have the same."""
     names = ("backbone", "scorer", "n", "max_new_tokens", "temperature", "seed")
     return ", ".join(f"{name} {getattr(arguments, name)}" for name in names)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file to read and append to, locked, without what a cut-off run left of its last line."""
+    """The file, locked, for reading and appending. An incomplete last line is removed."""
     with argument("--out"):
         if path.suffix != ".jsonl":
             raise ValueError(f"expected a file that ends in .jsonl, got {path}")
@@ -118,7 +118,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _rows_there(file: BinaryIO, name: str, source: str) -> set[str]:
-    """The prompts that the file has rows of."""
+    """The prompts whose rows are in the file."""
     done = set()
     file.seek(0)
     for line, text in enumerate(file, start=1):
@@ -126,7 +126,9 @@ def _rows_there(file: BinaryIO, name: str, source: str) -> set[str]:
             row = json.loads(text)
             found, key = row["source"], _key(row["prompt"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"--out: line {line} of {name} is no row of dualhead sample") from None
+            raise UserError(
+                f"--out: line {line} of {name} is not a row of dualhead sample"
+            ) from None
         if found != source:
             raise UserError(
                 f"--out: {name} holds rows of another run; expected: {source}, got: {found}"
@@ -162,11 +164,11 @@ def _append(
 
 
 def ranked_row(prompt: Any, responses: list, judge: Scorer) -> dict[str, Any]:
-    """``{"prompt", "responses", "scores", "ended"}`` of the responses that are not empty.
+    """The row ``{"prompt", "responses", "scores", "ended"}`` of the responses that are not empty.
 
     Args:
         prompt: a text, or messages.
-        responses: of `eval.sampling.Response`.
+        responses: `eval.sampling.Response` objects.
     """
     kept = [response for response in responses if response.text]
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -191,7 +193,7 @@ def _load(arguments: Namespace) -> tuple[Any, Any]:
     with loading("--backbone", arguments.backbone):
         path = backbone_path(arguments.backbone)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        # A CPU computes bf16 slowly.
+        # CPUs compute bf16 slowly.
         dtype = torch.float32 if device == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.eval().to(device), tokenizer

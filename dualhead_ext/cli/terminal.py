@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a terminal shows: tokens coloured by alpha, their legend, and accuracies with intervals.
+"""Terminal output: tokens coloured by alpha, their legend, and accuracies with intervals.
 
-Colour where the output is a terminal that takes it (rich decides, NO_COLOR and TERM=dumb
-included); otherwise the same text with each token's alpha in braces behind it. Colours and digits
-are those of the text's own range of alpha.
+Colours are used if the output is a terminal that supports them (rich decides, also by NO_COLOR and
+TERM=dumb). Otherwise alpha follows each token in braces. Colours and digits are scaled to the
+text's own range of alpha.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLOR_NAMES = ("auto", "always", "never")
-# Text of a token, and its alpha; None where there is none.
+# The text of a token, and its alpha or None.
 Token = tuple[str, float | None]
 
 
@@ -28,7 +28,7 @@ def console(color: str = "auto", file: TextIO | None = None) -> Console:
     """A rich console on ``file`` (default: standard output).
 
     Args:
-        color: ``"auto"`` (as the terminal and NO_COLOR say), ``"always"`` or ``"never"``.
+        color: ``"auto"`` (according to the terminal and NO_COLOR), ``"always"`` or ``"never"``.
     Raises:
         ValueError: another ``color``.
         ImportError: rich is not installed.
@@ -53,7 +53,7 @@ def console(color: str = "auto", file: TextIO | None = None) -> Console:
 
 
 def has_color(to: Console) -> bool:
-    """Whether colours would be seen there."""
+    """Whether a console shows colours."""
     return to.color_system is not None and not to.no_color
 
 
@@ -72,15 +72,13 @@ def printable(text: str) -> str:
 
 
 def print_text(to: Console, text: str) -> None:
-    """Print a part of a text as it comes."""
-    to.file.write(printable(text))  # not through rich, which makes spaces of tabs
+    """Print a part of a streamed text."""
+    to.file.write(printable(text))  # not through rich, which replaces tabs by spaces
     to.file.flush()
 
 
 def print_tokens(to: Console, tokens: Sequence[Token]) -> None:
-    """Print a text coloured by alpha, or with each token's alpha in braces behind it, and a line
-    break.
-    """
+    """Print a text coloured by alpha, or with alpha in braces after each token, and a newline."""
     scale = AlphaScale.of(alpha for _, alpha in tokens)
     for text, alpha in tokens:
         text = printable(text)
@@ -89,12 +87,12 @@ def print_tokens(to: Console, tokens: Sequence[Token]) -> None:
         if scale is None or alpha is None or alpha != alpha:
             to.file.write(text)
         elif has_color(to):
-            # Line breaks and tabs without a background, which would run to the edge.
+            # No background for line breaks and tabs: it would extend to the edge.
             for part in _parts(text):
                 style = None if part.isspace() and part != " " else style_of(to, scale, alpha)
                 to.out(part, end="", highlight=False, style=style)
         else:
-            # Line breaks last, so that a number never begins the next line.
+            # The number precedes line breaks, so that it never begins the next line.
             body = text.rstrip("\n")
             to.file.write(f"{body}{{{scale.number(alpha)}}}{text[len(body) :]}")
     to.file.write("\n")
@@ -106,7 +104,7 @@ def _parts(text: str) -> list[str]:
 
 
 def print_legend(to: Console, tokens: Sequence[Token]) -> None:
-    """Say what the colours of a text stand for, in numbers, and mean, least and greatest alpha."""
+    """Print the alpha of each colour, and the mean, smallest and largest alpha."""
     found = [(alpha, text) for text, alpha in tokens if alpha is not None and alpha == alpha]
     scale = AlphaScale.of(alpha for alpha, _ in found)
     if scale is None:
@@ -123,17 +121,17 @@ def print_legend(to: Console, tokens: Sequence[Token]) -> None:
             to.out(f" {scale.number(middle)} ", end="", style=style_of(to, scale, middle))
         to.out("")
     else:
-        to.out("alpha behind each token in braces")
+        to.out("alpha follows each token in braces")
     ends = " and ".join(
         f"{word} {scale.number(alpha)} at {printable(text.strip()) or 'white space'!r}"
-        for word, (alpha, text) in (("least", min(found)), ("greatest", max(found)))
+        for word, (alpha, text) in (("smallest", min(found)), ("largest", max(found)))
     )
     mean = scale.number(fmean(alpha for alpha, _ in found))
     to.out(f"alpha: mean {mean}, {ends}, of {len(found)} tokens (0: backbone, 1: reward head)")
 
 
 def rows_of(text: str, width: int) -> int:
-    """Rows below its first that a text takes on a terminal of ``width`` columns."""
+    """The number of rows that a text takes on a terminal of ``width`` columns, minus one."""
     from rich.cells import cell_len
 
     row = column = 0
@@ -152,8 +150,8 @@ def rows_of(text: str, width: int) -> int:
 
 
 def erase(to: Console, text: str) -> bool:
-    """Take back a text that was printed from the start of a line, if all of it is on the screen;
-    False where it is not, or the output is no terminal that can.
+    """Erase a text that was printed from the start of a line. Returns False if part of it is no
+    longer on the screen, or the output is not a suitable terminal.
     """
     if not to.file.isatty() or to.is_dumb_terminal:
         return False
@@ -165,7 +163,7 @@ def erase(to: Console, text: str) -> bool:
 
 
 class TokenText:
-    """Text of token ids one at a time, holding back bytes that do not make a character yet.
+    """Decodes token ids one at a time, and holds back bytes of incomplete characters.
 
     Args:
         tokenizer: anything with ``decode(ids, skip_special_tokens=...)``.
@@ -174,16 +172,16 @@ class TokenText:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = 0  # decoding starts here: some tokenizers need the token before
+        self._context = 0  # decoding starts here: some tokenizers need the previous token
         self._shown = 0
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes, "" while it is in the middle of a character."""
+        """The text that ``token`` completes; "" in the middle of a character."""
         self._ids.append(token)
         return self._take(final=False)
 
     def flush(self) -> str:
-        """What was held back, as it is."""
+        """The text that was held back."""
         return self._take(final=True)
 
     def _take(self, final: bool) -> str:

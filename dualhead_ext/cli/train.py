@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead train``: from a backbone and preference pairs to a folder of heads."""
+"""``dualhead train``: train heads for a backbone on preference data, and save them in a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def train(arguments: Namespace) -> int | None:
-    """Train, measure on held-out rows, save, and say what came of it; see :func:`_train`."""
+    """Train, measure on held-out rows, save, and print a summary; see :func:`_train`."""
     try:
         return _train(arguments)
     except KeyboardInterrupt:
@@ -41,7 +41,7 @@ def train(arguments: Namespace) -> int | None:
 
 
 def _train(arguments: Namespace) -> int | None:
-    # What needs no torch comes first: a mistyped path should not take seconds to be found.
+    # Checks without torch come first, so that a mistyped path is reported at once.
     _check_output(arguments)
     check_backbone("--backbone", arguments.backbone)
     rows, held_out = _load_pairs(arguments)
@@ -64,7 +64,7 @@ def _train(arguments: Namespace) -> int | None:
             flush=True,
         )
     if trainer.args.cache_hidden is not None:
-        print("the backbone reads them once", flush=True)
+        print("the backbone's hidden states are computed once", flush=True)
         with argument("--cache-hidden"):
             trainer.cache_hidden()
     with argument("--output"):
@@ -78,7 +78,7 @@ def _train(arguments: Namespace) -> int | None:
     except Stopped as stopped:
         bars.close()
         command = resuming_command(arguments.argv)
-        print(f"\nstopped at step {stopped.step}; go on: {command}", file=sys.stderr)
+        print(f"\nstopped at step {stopped.step}; to resume: {command}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (BusyFolderError, SaveError) as error:
         raise UserError(f"--output: {one_line(error)}") from error
@@ -95,7 +95,7 @@ def _train(arguments: Namespace) -> int | None:
         raise UserError(f"--resume: {one_line(error)}") from error
     with argument("--output"):
         trainer.save_model()
-    history = list(trainer.state.log_history)  # without the figures of the calibrated heads
+    history = list(trainer.state.log_history)  # before the calibrated heads are measured
     after = summary.measure(trainer)
     summary.print_figures(before, after, held_out)
     replies = summary.sample_before_and_after(
@@ -117,7 +117,7 @@ def _train(arguments: Namespace) -> int | None:
 
 
 def resuming_command(argv: Sequence[str]) -> str:
-    """The command line that goes on where ``argv``, of ``dualhead train``, was stopped."""
+    """The command line that resumes ``dualhead train`` with the arguments ``argv``."""
     words, skip = [], False
     for i, word in enumerate(argv):
         if skip:
@@ -130,18 +130,18 @@ def resuming_command(argv: Sequence[str]) -> str:
 
 
 def _after_interrupt(arguments: Namespace) -> str:
-    """What is left after a Ctrl-C that did not wait for a checkpoint."""
+    """The message after a Ctrl-C that did not wait for a checkpoint."""
     from ..files.checkpoint import latest_checkpoint
 
     folder = Path(arguments.output)
     last = latest_checkpoint(folder) if folder.is_dir() else None
     if last is None:
-        return "stopped before the first checkpoint; nothing to go on from"
-    return f"stopped; {last} is whole; go on: {resuming_command(arguments.argv)}"
+        return "stopped before the first checkpoint; there is nothing to resume"
+    return f"stopped; {last} is complete; to resume: {resuming_command(arguments.argv)}"
 
 
 def _generate_command(arguments: Namespace) -> str:
-    """What decodes with the heads: a backbone that is a folder of the user's has to be named."""
+    """The command that decodes with the heads. A backbone in a local folder must be named."""
     words = ["dualhead", "generate", arguments.output, "How are you?", "--show-gate"]
     if arguments.backbone not in BUILTIN_BACKBONES and os.path.exists(arguments.backbone):
         words += ["--backbone", arguments.backbone]
@@ -149,8 +149,8 @@ def _generate_command(arguments: Namespace) -> str:
 
 
 def _check_output(arguments: Namespace) -> None:
-    """Refuse an output folder that cannot be used. Makes none: what fails before training leaves
-    nothing behind.
+    """Raise UserError if the output folder cannot be used. It is not created here, so a failure
+    before training leaves nothing behind.
     """
     from ..files.checkpoint import latest_checkpoint
 
@@ -163,7 +163,7 @@ def _check_output(arguments: Namespace) -> None:
             raise PermissionError(f"expected a folder to write to, got {folder}: not permitted")
     with argument("--resume"):
         if arguments.resume == "last" and latest_checkpoint(folder) is None:
-            raise ValueError(f"expected a whole checkpoint in {folder}, found none")
+            raise ValueError(f"expected a complete checkpoint in {folder}, found none")
     if arguments.resume or arguments.overwrite or not folder.exists():
         return
     with argument("--output"):
@@ -171,12 +171,12 @@ def _check_output(arguments: Namespace) -> None:
         if found is not None:
             raise ValueError(
                 f"expected an empty or new folder, got {folder}, which holds {found}; "
-                "go on with --resume or write into it with --overwrite"
+                "continue a run with --resume, or replace the heads with --overwrite"
             )
 
 
 def _load_pairs(arguments: Namespace) -> tuple[list[dict], list[dict]]:
-    """(to train on, held out)."""
+    """(rows to train on, held-out rows)."""
     with argument("--data"):
         rows: Any = load_preference_data(arguments.data, arguments.split)
     held_out: Any = []
@@ -191,11 +191,11 @@ def _load_pairs(arguments: Namespace) -> tuple[list[dict], list[dict]]:
         held_out = load_preference_data(EMBEDDED, "test")
     elif arguments.eval_share > 0:
         rows, held_out = hold_out(rows, arguments.eval_share)
-    # A small run should not spend its time on measuring.
+    # The limit applies to both, so that a small run does not spend its time on measuring.
     rows, held_out = rows[: arguments.limit], held_out[: arguments.limit]
     if not rows:
         raise UserError(
-            f"--eval-share: expected a share that leaves pairs to train on, got "
+            f"--eval-share: expected a share that leaves pairs for training, got "
             f"{arguments.eval_share:g} of {len(held_out)} pairs"
         )
     highest = max(row.get("objective", 0) for row in [*rows, *held_out])
@@ -208,7 +208,9 @@ def _load_pairs(arguments: Namespace) -> tuple[list[dict], list[dict]]:
 
 
 def hold_out(rows: PreferenceData, share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """Split rows into (the others, about ``share`` of them), pairs of one prompt on one side."""
+    """Split rows into (training rows, held-out rows), about ``share`` of them held out. All rows of
+    a prompt are on the same side.
+    """
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(json.dumps(row["prompt"]), []).append(row)
@@ -237,7 +239,7 @@ def _make_trainer(arguments: Namespace, rows: list[dict], held_out: list[dict]) 
     with loading("--backbone", arguments.backbone):
         path = backbone_path(arguments.backbone)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        # A CPU computes bf16 slowly, and small backbones are the ones that it trains.
+        # CPUs compute bf16 slowly, and backbones trained on a CPU are small.
         dtype = torch.float32 if training.device.type == "cpu" else None
         names = {f.name for f in fields(DualHeadConfig)} - {"preference", "kl_curve"}
         given = {name: getattr(arguments, name, None) for name in names}
@@ -270,7 +272,7 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
             given[name] = json.loads(text)
         except (ValueError, RecursionError):
             given[name] = text
-    # Without an accelerator, accelerate joins torchrun's processes only where the CPU is asked for.
+    # Without an accelerator, accelerate joins torchrun's processes only with use_cpu.
     if arguments.device == "cpu" or not torch.accelerator.is_available():
         given["use_cpu"] = True
     ours = {"output_dir": arguments.output, "report_to": "none", "dataloader_pin_memory": False}
@@ -287,14 +289,14 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
 
 
 def _check_reporters(names: list[str]) -> None:
-    """Refuse reporters that are not installed, which the trainer would find out late."""
+    """Raise UserError for reporters that are not installed; the trainer would notice late."""
     from transformers.integrations import get_available_reporting_integrations
 
     available = get_available_reporting_integrations()
     for name in names:
         if name not in available:
             raise UserError(
-                f"--report-to: {name} is not installed; there are "
+                f"--report-to: {name} is not installed; installed are: "
                 f"{', '.join(sorted(available)) or 'none'}"
             )
 

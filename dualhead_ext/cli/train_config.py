@@ -2,8 +2,8 @@
 """``dualhead train --config FILE.yaml``: the options of the command line in a file.
 
 A key is the name of an option ("learning-rate" or "learning_rate"), or a field of
-DualHeadTrainingArguments, as of ``--set``. The file is put into words before those of the command
-line: both are checked by the same rules, and the later one wins.
+DualHeadTrainingArguments, as for ``--set``. The file is converted to words that precede those of
+the command line. So both are checked by the same rules, and the command line wins.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def config_file(argv: Sequence[str]) -> str | None:
     parser.add_argument("--config")
     try:
         return parser.parse_known_args(argv)[0].config
-    except argparse.ArgumentError:  # the command's own parser says it
+    except argparse.ArgumentError:  # the command's own parser reports it
         return None
 
 
 def config_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A file's options as words for ``parser``, of ``dualhead train``.
+    """A file's options as words for ``parser``, the parser of ``dualhead train``.
 
     Raises:
-        UserError: it cannot be read, is no YAML mapping, has unknown keys, or a value that no
-            option takes.
+        UserError: the file cannot be read, is not a YAML mapping, or has an unknown key or an
+            unsuitable value.
     """
     options = {}
     for action in parser._actions:
@@ -97,7 +97,9 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _check_fields(path: str, names: list[str], options: list[str]) -> None:
-    """Refuse names that are no fields of DualHeadTrainingArguments; asks transformers."""
+    """Raise UserError for names that are not fields of DualHeadTrainingArguments. Imports
+    transformers.
+    """
     from dataclasses import fields
 
     with argument():

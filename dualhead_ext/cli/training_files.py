@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run leaves beside the heads: its curves as a picture, and their model card."""
+"""Files that a training run writes beside the heads: its curves and the model card."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ PLOT_NAME = "training.png"
 def write_plot(
     output: str, history: list[dict[str, Any]], steps: int, before: Figures, after: Figures
 ) -> str:
-    """Write the curves; where, or why not, as the end of a sentence.
+    """Write the curves. Returns the end of a sentence that says where they are, or why there are
+    none.
 
     Args:
-        history: the trainer's logs of these ``steps``.
+        history: the trainer's logs. steps: optimizer steps of the run.
     Raises:
         OSError: the disk.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        return " (no picture of the run: pip install 'dualhead_ext[plot]')"
+        return " (no curves: pip install 'dualhead_ext[plot]')"
     from ..measurement.figure import png
     from .training_plot import training_figure
 
     losses = [row["loss"] for row in history if "loss" in row]
     if not losses:
-        return f" (no picture of the run: no log in {steps} steps; see --logging-steps)"
+        return f" (no curves: no log in {steps} steps; see --logging-steps)"
     finding, held_out = f"Loss {losses[0]:.3g} to {losses[-1]:.3g}", None
     if after.total:
         held_out = (before.accuracy, after.accuracy)
@@ -54,7 +55,7 @@ def write_card(
     held_out: list[dict[str, Any]],
     after: Figures,
 ) -> None:
-    """The card again, with what the heads were trained on and how well they rank.
+    """Write the model card again, with the training data and the measured accuracy.
 
     Raises:
         OSError: the disk.
@@ -79,5 +80,5 @@ def write_card(
 
 
 def _public_name(data: str) -> str:
-    """Data as a card names them: of a path its last part alone."""
+    """The name of the data in a card: the last part of a path."""
     return Path(data).name if os.path.exists(data) else data

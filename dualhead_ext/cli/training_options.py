@@ -11,7 +11,7 @@ from typing import Any
 from ..train.presets import PRESETS
 from .argument_types import MAX_SEED, key_value, number
 
-# Fields of DualHeadTrainingArguments that have an option of their own: type, other names, help.
+# Fields of DualHeadTrainingArguments with their own option: (type, other names, help).
 TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "learning_rate": (float, (), "learning rate of the reward head, for AdamW"),
     "gate_learning_rate": (float, (), "learning rate of the gate, if it differs"),
@@ -55,8 +55,8 @@ TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
     ),
 }
 
-# What help says of those that no preset sets and that are not None; a test compares them with
-# the arguments' own, whose module imports transformers.
+# Defaults, for the help, of options that no preset sets and that are not None. A test compares them
+# with those of the arguments, whose module imports transformers.
 _DEFAULTS: dict[str, Any] = {
     "max_steps": -1,
     "warmup_steps": 0,
@@ -78,13 +78,13 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def help_defaults() -> dict[str, Any]:
-    """Default of each of `TRAINING_OPTIONS`, by the default preset."""
+    """The default of each of `TRAINING_OPTIONS` with the default preset."""
     known = _DEFAULTS | PRESETS["default"]["training"]
     return {name: known.get(name) for name in TRAINING_OPTIONS}
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
-    """Declare them; none has a default of argparse's, since the preset decides."""
+    """Declare these options. They have no argparse default, since the preset decides."""
     training = parser.add_argument_group("training")
     defaults = help_defaults()
     for name, (kind, short, text) in TRAINING_OPTIONS.items():

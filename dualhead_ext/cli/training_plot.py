@@ -27,9 +27,10 @@ def training_figure(
     """A matplotlib ``Figure``: a panel each for loss, accuracy, mean alpha and KL over the steps.
 
     Args:
-        history: the trainer's ``state.log_history``. finding: what it says, the title.
-        held_out: accuracy on held-out pairs before and after. kl: at the end, of the calibrated
-            heads.
+        history: the trainer's ``state.log_history``.
+        finding: the title.
+        held_out: accuracy on held-out pairs before and after training.
+        kl: KL of the calibrated heads at the end.
     """
     logs = [row for row in history if "loss" in row]
     last = logs[-1]["step"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run has come to: figures before and after, replies, and what is wrong."""
+"""The summary of a training run: figures and replies before and after, and warnings."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from ..train.trainer import COLLAPSED_SHARE, DualHeadTrainer
 from .terminal import accuracy_line, percent, printable
 
 REPLIES, NEW_TOKENS = 3, 40
-# States on which the mixture is measured before and after.
+# The number of hidden states on which the mixture is measured before and after.
 _STATES = 256
-# A KL below this, in nats per token, is a text that nobody tells from the backbone's.
+# Below this KL, in nats per token, the text cannot be told from the backbone's.
 _NOTHING = 1e-3
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What held-out rows say of the heads at one time; of no held-out rows only kl and alpha, on
-    rows that were trained on.
+    """Figures of the heads on held-out rows at one time. Without held-out rows there are only kl
+    and alpha, on training rows.
 
     Attributes:
-        correct, total: pairs that the reward head ranks right, of all. tied: it has not learnt to
-            prefer anything yet, and gives every response the same.
-        kl, alpha: of the mixture at strength 1, nats per token, and its mean weight.
+        kl: mean KL of the mixture at strength 1 from the backbone, in nats per token.
+        alpha: mean alpha at strength 1.
+        correct, total: pairs that the reward head ranks right, and all pairs.
+        tied: whether all rewards are equal, since the head has not learnt anything yet.
         below, above: shares of the tokens with alpha below 0.01 and above 0.99.
     """
 
@@ -44,17 +45,17 @@ class Figures:
 
     @property
     def accuracy(self) -> float:
-        """Of pairs; a tie is half a success."""
+        """The share of pairs ranked right; a tie counts as half."""
         return 0.5 if self.tied else self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % (Wilson) of ``correct / total``."""
+        """The 95 % interval (Wilson) of ``correct / total``."""
         return wilson_interval(self.correct, self.total)
 
 
 def measure(trainer: DualHeadTrainer) -> Figures:
-    """The figures of the trainer's heads as they are now."""
+    """The figures of the trainer's current heads."""
     kl, alpha = trainer.probe(_STATES)()
     rows = trainer.eval_dataset
     if not rows:
@@ -69,8 +70,8 @@ def measure(trainer: DualHeadTrainer) -> Figures:
 
 
 def print_figures(before: Figures, after: Figures, held_out: Sequence[dict[str, Any]]) -> None:
-    """Accuracy with intervals, KL and mean alpha, before and after."""
-    where = "of held-out responses" if held_out else "of responses that were trained on"
+    """Print accuracy with intervals, KL and mean alpha, before and after training."""
+    where = "of held-out responses" if held_out else "of training responses"
     if held_out:
         print("\npreference accuracy of the reward head on held-out pairs")
         for name, found in (("before", before), ("after", after)):
@@ -87,8 +88,8 @@ def print_figures(before: Figures, after: Figures, held_out: Sequence[dict[str, 
 def sample_before_and_after(
     model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], seed: int
 ) -> list[tuple[str, Reply, Reply]]:
-    """(question, the backbone's reply, that of strength 1) to the first prompts of the rows, drawn
-    with the same random numbers; of prompts that leave room in the context.
+    """(question, the backbone's reply, the reply at strength 1) for the first prompts of the rows
+    that leave room in the context. Both replies use the same random numbers.
     """
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     prompts: dict[str, Any] = {}
@@ -110,7 +111,7 @@ def sample_before_and_after(
 
 
 def print_replies(replies: Sequence[tuple[str, Reply, Reply]]) -> None:
-    """Each question in a line, and both replies below it."""
+    """Print each question on a line, and both replies below it."""
     if replies:
         print(f"\nreplies, sampled, at most {NEW_TOKENS} tokens: before (the backbone), and after")
     for question, before, after in replies:
@@ -120,7 +121,7 @@ def print_replies(replies: Sequence[tuple[str, Reply, Reply]]) -> None:
 
 
 def _line(text: str, last: bool = False, width: int = 240) -> str:
-    """A text in one line; of a long one its beginning, or its ``last`` part."""
+    """A text on one line; the beginning of a long text, or its end if ``last``."""
     line = printable(" ".join(text.split()))
     if len(line) <= width:
         return line
@@ -130,10 +131,10 @@ def _line(text: str, last: bool = False, width: int = 240) -> str:
 def warnings_of(
     after: Figures, replies: Sequence[tuple[str, Reply, Reply]], config: Any, gate_rate: float
 ) -> list[str]:
-    """What is wrong with trained heads, and the options that may mend it.
+    """Warnings about trained heads, with options that may help.
 
     Args:
-        config: the heads' DualHeadConfig. gate_rate: the learning rate that the gate had.
+        config: the heads' DualHeadConfig. gate_rate: the gate's learning rate.
     """
     found = []
     if config.gate != "fixed" and after.below + after.above > COLLAPSED_SHARE:

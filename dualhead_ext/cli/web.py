@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead demo --web``: a page on this machine that shows the backbone's reply beside the gated
-one, both as they come, and alpha of each token.
+"""``dualhead demo --web``: a page on this machine that streams the backbone's reply beside the
+gated one, and shows alpha of each token.
 
-One server of Python's own, one page without a library. The replies are two rows of one batch, so
-they come at the same pace.
+It uses Python's own server and a page without libraries. The replies are two rows of one batch, so
+they are written at the same pace.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ MAX_STRENGTH = 4.0
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    # The page holds all that it needs; nothing is fetched from anywhere else.
+    # The page is self-contained; nothing is fetched from elsewhere.
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src 'self'",
 }
 
 
 def serve(arguments: Namespace, train: Any) -> None:
-    """Serve the heads in ``arguments.output`` until Ctrl-C; ``train()`` makes them first where
-    there are none.
+    """Serve the heads in ``arguments.output`` until Ctrl-C. If there are none, ``train()`` makes
+    them first.
 
     Raises:
         UserError: the port is in use, or the heads cannot be loaded.
     """
-    server = open_server(arguments.port)  # before any work: a port in use costs no minutes
+    server = open_server(arguments.port)  # before training, which takes minutes
     try:
         if not os.path.isfile(os.path.join(arguments.output, "dualhead_config.json")):
             train()
@@ -59,10 +59,10 @@ def serve(arguments: Namespace, train: Any) -> None:
 
 
 def open_server(port: int) -> Server:
-    """A server that listens on ``port``; 0: any free one.
+    """A server that listens on ``port``; 0: any free port.
 
     Raises:
-        UserError: it is in use, or not allowed.
+        UserError: the port is in use, or not allowed.
     """
     try:
         return Server((HOST, port), Handler)
@@ -79,12 +79,12 @@ class Speaker:
         self._busy = threading.Lock()
 
     def answer(self, prompt: str, strength: float, send: Any) -> None:
-        """Both replies to a prompt.
+        """Generate both replies to a prompt.
 
         Args:
-            send: takes one event, a dict of JSON: ``{"side", "text"}`` for each piece of text, side
-                0 being the backbone's; ``{"tokens", "legend"}`` once at the end. It raises OSError
-                when nobody listens any more, which ends the replies.
+            send: called with events, dicts for JSON: ``{"side", "text"}`` for each piece of text
+                (side 0 is the backbone), and ``{"tokens", "legend"}`` at the end. If it raises
+                OSError because the page was closed, the replies end.
         Raises:
             ValueError: the prompt is empty, or too long for the model.
         """
@@ -123,7 +123,7 @@ class Speaker:
 
 
 def _coloured(replies: list[list[tuple[str, float | None]]]) -> dict[str, Any]:
-    """The tokens of both replies, those of the gated one with alpha and its colour."""
+    """The event with the tokens of both replies; those of the gated one have alpha and a colour."""
     backbone, gated = replies
     scale = AlphaScale.of(alpha for _, alpha in gated)
     tokens = [
@@ -145,7 +145,7 @@ def _coloured(replies: list[list[tuple[str, float | None]]]) -> dict[str, Any]:
 
 
 class _Row:
-    """One row of the head's last alpha, as `ReplyStream` reads it of a batch of one."""
+    """One row of the head's last alpha, in the form of a batch of one for `ReplyStream`."""
 
     def __init__(self, head: Any, row: int) -> None:
         self._head, self._row = head, row
@@ -156,7 +156,7 @@ class _Row:
 
 
 class _Both:
-    """The streamer of two rows, and their stopping criterion."""
+    """The streamer and stopping criterion for two rows."""
 
     def __init__(
         self, head: Any, tokenizer: Any, markers: tuple[str, ...], ends: set[int], send: Any
@@ -204,22 +204,22 @@ class _Both:
 
 
 class Server(ThreadingHTTPServer):
-    """Each request in a thread of its own; ``speaker`` answers."""
+    """Runs each request in its own thread; ``speaker`` answers."""
 
     daemon_threads = True
     speaker: Speaker
 
 
 class Handler(BaseHTTPRequestHandler):
-    """``/`` is the page; ``/reply?prompt=...&strength=...`` a stream of events."""
+    """Serves the page at ``/`` and a stream of events at ``/reply?prompt=...&strength=...``."""
 
     server: Server
 
     def do_GET(self) -> None:
-        # A page of another site whose name leads here may not read what this model says.
+        # A page of another site must not read this model's replies by DNS rebinding.
         host = (self.headers.get("Host") or "").rpartition(":")[0]
         if host not in (HOST, "localhost"):
-            self.send_error(403, "this server answers 127.0.0.1 and localhost alone")
+            self.send_error(403, "this server answers 127.0.0.1 and localhost only")
             return
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         if path == "/":
@@ -259,4 +259,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, format: str, *values: Any) -> None:
-        """Nothing: the terminal is the user's."""
+        """Log nothing to the terminal."""

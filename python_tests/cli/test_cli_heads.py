@@ -168,7 +168,7 @@ MISTAKES = [
     (["train", "--output", "{dir}/new", "--data", "{file}"], "line 2"),
     (["train", "--output", "{dir}/new", "--eval-data", "{dir}/none.jsonl"], "--eval-data:"),
     (["train", "--output", "{dir}/new", "--backbone", "{dir}/none"], "--backbone: expected"),
-    (["train", "--output", "{dir}/new", "--resume"], "expected a whole checkpoint"),
+    (["train", "--output", "{dir}/new", "--resume"], "expected a complete checkpoint"),
     (["train", "--output", "{dir}/new", "--gate", "open"], "invalid choice: 'open'"),
     (["train", "--output", "{dir}/new", "--limit", "0"], "a whole number of at least 1"),
     (["train", "--output", "{dir}/new", "--set", "beta"], "expected NAME=VALUE"),

@@ -90,10 +90,10 @@ def test_the_legend_says_the_range_in_numbers():
     numbers = "0.01 0.03 0.05 0.07 0.09 0.11 0.13 0.15 0.17".split()
     assert scale.split() == ["alpha", *numbers]
     assert closing == (
-        "alpha: mean 0.09, least 0.00 at 'low' and greatest 0.18 at 'high', of 3 tokens "
+        "alpha: mean 0.09, smallest 0.00 at 'low' and largest 0.18 at 'high', of 3 tokens "
         "(0: backbone, 1: reward head)"
     )
-    assert legend("never", tokens) == ["alpha behind each token in braces", closing]
+    assert legend("never", tokens) == ["alpha follows each token in braces", closing]
     assert legend("always", [("a", 0.5), ("b", 0.5)]) == ["alpha: 0.50 at each of 2 tokens"]
     assert legend("always", [("a", None)]) == ["alpha: no token has one"]
 

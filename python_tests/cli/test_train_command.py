@@ -81,7 +81,7 @@ def stopped(place):
 @pytest.fixture(scope="module")
 def resumed(stopped, place):
     """What the command that the stopped run named has printed."""
-    command = re.search(r"go on: (dualhead train .*--resume)", stopped[0])[1]
+    command = re.search(r"to resume: (dualhead train .*--resume)", stopped[0])[1]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert run(*shlex.split(command)[1:]) == 0
@@ -92,7 +92,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(stopped, place):
     shown, code = stopped
     assert code == 130 and "Traceback" not in shown
     assert "stopping after this step; Ctrl-C again stops at once" in shown
-    step = int(re.search(r"stopped at step (\d+); go on: dualhead train", shown)[1])
+    step = int(re.search(r"stopped at step (\d+); to resume: dualhead train", shown)[1])
     assert 0 < step < STEPS
     state = json.loads((place / "heads" / f"checkpoint-{step}" / "trainer_state.json").read_text())
     assert state["global_step"] == step

@@ -175,7 +175,7 @@ def test_pieces_with_little_room_come_to_the_same(data, done, plan, store, tmp_p
 
 def test_time_that_runs_out_has_its_own_exit_code(data, tmp_path, capsys):
     assert command(data, tmp_path, "--decoders", FEW, "--minutes", "0") == eval_suite.EXIT_LEFT
-    assert "cells are left; the same command goes on with them" in capsys.readouterr().out
+    assert "cells are left; run the same command again to continue" in capsys.readouterr().out
 
 
 # --- what the systems are -------------------------------------------------------------------------
@@ -291,9 +291,9 @@ def test_a_missing_package_is_named_before_anything_runs(data, tmp_path, capsys,
         importlib.util, "find_spec", lambda name, *a: None if name == "trl" else found(name, *a)
     )
     assert command(data, tmp_path / "out") == 2
-    assert "the package trl is not installed, which training autoregressive_reward" in (
-        capsys.readouterr().err
-    )
+    shown = capsys.readouterr().err
+    assert "the systems autoregressive_reward" in shown
+    assert "need the package trl, which is not installed" in shown
 
 
 def test_a_decoder_that_breaks_stops_the_run(data, done, tmp_path, monkeypatch):
