@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How alpha is shown: its range in a text, cut into levels, each with a colour and a number."""
+"""The display of alpha: its range in a text, divided into levels with a colour and a number."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Level -> (number in the palette of 256 colours, the same as #rrggbb). From blue over light grey
-# to orange: told apart without red and green, and light enough for black letters.
+# Level -> (index in the palette of 256 colours, the same colour as #rrggbb). From blue over light
+# grey to orange: distinct for colour-blind readers, and light enough for black letters.
 COLORS = (
     (69, "#5f87ff"),
     (111, "#87afff"),
@@ -50,12 +50,12 @@ class AlphaScale:
 
     @property
     def flat(self) -> bool:
-        """Whether all values are one but for rounding."""
+        """Whether all values are equal up to rounding."""
         return self.span < 5e-5
 
     @property
     def decimals(self) -> int:
-        """Digits after the point that tell values of this range apart: 2 to 4."""
+        """The decimals, 2 to 4, that distinguish values in this range."""
         if self.flat:
             return 4 if 0 < abs(self.high) < 0.05 else 2
         return min(4, max(2, math.ceil(-math.log10(self.span / 10))))
@@ -65,8 +65,8 @@ class AlphaScale:
         return f"{alpha:.{self.decimals}f}"
 
     def level(self, alpha: float, count: int) -> int:
-        """Which of ``count`` equal parts of the range alpha is in, from 0; the middle one where the
-        range is a single value.
+        """The index of alpha among ``count`` equal parts of the range; the middle one if the range
+        is a single value.
         """
         if self.flat:
             return count // 2

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coherence: how near a response is to its prompt, as the cosine of their embeddings (ARGS).
+"""Coherence: the similarity of a response and its prompt, as the cosine of their embeddings (ARGS).
 
-ARGS embeds with ``princeton-nlp/sup-simcse-bert-base-uncased``; name it, or another sentence
-embedder, where one is at hand. The backbone's own mean hidden states are a stand-in: figures of
-different embedders do not compare, which is why each has its ``name``.
+ARGS uses the embedder ``princeton-nlp/sup-simcse-bert-base-uncased``; use it, or another sentence
+embedder, if available. The backbone's own mean hidden states are a substitute. Figures of different
+embedders are not comparable, so each embedder has a ``name``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .judging import Interval, bootstrap
 
 @dataclass(frozen=True)
 class Embedder:
-    """Texts to vectors.
+    """Maps texts to vectors.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         embed: n texts -> (n, e) fp32.
     """
 
@@ -34,8 +34,8 @@ class Embedder:
 def sentence_embedder(
     name_or_path: str, batch_size: int = 32, device: torch.device | str = "cpu"
 ) -> Embedder:
-    """A transformers AutoModel, the mean of its last hidden states over real tokens. Longer texts
-    are cut to what the model takes.
+    """The mean of a transformers AutoModel's last hidden states over real tokens. Texts are cut to
+    the model's maximal length.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -45,8 +45,8 @@ def sentence_embedder(
 
 
 def backbone_embedder(model: nn.Module, tokenizer: Any, batch_size: int = 32) -> Embedder:
-    """The mean of a causal language model's own last hidden states: no sentence embedder, and
-    named so.
+    """The mean of a causal language model's own last hidden states. It is not a sentence embedder;
+    its name says so.
     """
     name = f"mean hidden state of {model.config._name_or_path or type(model).__name__}"
     return _mean_pooling(name, model.get_decoder(), tokenizer, batch_size)
@@ -57,7 +57,7 @@ def _mean_pooling(name: str, model: nn.Module, tokenizer: Any, batch_size: int) 
     device = next(model.parameters()).device
 
     def rows(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """ids and mask, right-padded: padding to the right of it changes no causal state."""
+        """ids and mask, right-padded: padding on the right does not change causal hidden states."""
         each = [tokenizer(text or " ", truncation=False)["input_ids"][:longest] for text in texts]
         width = max(len(ids) for ids in each)
         ids = torch.zeros(len(each), width, dtype=torch.int64)
@@ -90,8 +90,8 @@ def coherence(
     """
     if not prompts or len(prompts) != len(responses):
         raise ValueError(
-            f"coherence: prompts and responses must be as many and not empty, got {len(prompts)} "
-            f"and {len(responses)}"
+            "coherence: prompts and responses must have one length and not be empty, got "
+            f"{len(prompts)} and {len(responses)}"
         )
     vectors = (embedder.embed(texts) for texts in (prompts, responses))
     cosines = torch.cosine_similarity(*vectors, dim=-1).tolist()

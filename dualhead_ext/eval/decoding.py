@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoders that a gated head is compared with, on Hugging Face's own generate(): GenARM, ARGS,
-best-of-n. Each guides with a second model, which a gated head does without.
+best-of-n. Each needs a second model; a gated head does not.
 
-They are logits processors, so batches, left padding, filters and stopping are generate()'s own. Not
-beams: their caches are not reordered, and they say so. Sources: GenARM arXiv 2410.08193 and its
-repository; ARGS arXiv 2402.01694 and its repository.
+They are logits processors, so batches, left padding, filters and stopping are generate()'s own.
+Beams are refused, because the second model's cache is not reordered. Sources: GenARM arXiv
+2410.08193 and its repository; ARGS arXiv 2402.01694 and its repository.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ..model.hf_cache import GENERATION_CACHE
 
 
 class _Follower:
-    """A second model's cache, fed with what generate() has appended since the last call."""
+    """A second model and its cache, which follow the tokens that generate() appends."""
 
     def __init__(
         self, name: str, model: nn.Module, attention_mask: Tensor | None, forgets: bool = False
     ) -> None:
         self._name, self._model, self._mask = name, model, attention_mask
         self._window, self._types = _windows(name, model) if forgets else (0, set())
-        # Of sliding layers too all columns: one that has dropped some cannot forget candidates. The
-        # masks keep to the window.
+        # Sliding layers keep all columns too: a layer that drops columns cannot forget candidates.
+        # The masks restrict attention to the window.
         self._cache = DynamicCache() if self._window else DynamicCache(config=model.config)
         self._seen: Tensor | None = None
 
     def feed(self, ids: Tensor, candidates: Tensor | None = None, **options: Any) -> Any:
-        """The model's output for what is new in ``ids`` (B, T) and then for each candidate (B, k)
-        as if it came next. Candidates share the text's cache, see it and themselves alone, and are
-        forgotten again.
+        """The model's output for the new tokens in ``ids`` (B, T), and for each candidate (B, k) as
+        the next token. Candidates attend to the text and to themselves only, and are removed from
+        the cache again.
         """
         new, mask = self._new_columns(ids)
         k = 0 if candidates is None else candidates.shape[1]
@@ -56,7 +56,7 @@ class _Follower:
         return out
 
     def _new_columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What has not been fed yet, and the mask (B, T) of all."""
+        """(tokens that are new, mask (B, T) of all tokens)."""
         if self._seen is None:
             self._mask = self._first_mask(ids)
             self._seen = ids[:, :0]
@@ -64,7 +64,8 @@ class _Follower:
         if ids.shape[0] != self._seen.shape[0] or not torch.equal(ids[:, :known], self._seen):
             raise ValueError(
                 f"{self._name}: generate() must append to the same rows (greedy or sampling, one "
-                f"processor a call), got other rows: beams and assisted decoding are not supported"
+                f"processor per call), got other rows: beams and assisted decoding are not "
+                f"supported"
             )
         grown = ids.shape[1] - self._mask.shape[1]
         self._mask = torch.cat((self._mask, self._mask.new_ones(ids.shape[0], grown)), 1)
@@ -83,18 +84,19 @@ class _Follower:
         return self._mask.long().repeat_interleave(ids.shape[0] // rows, dim=0)
 
     def _attention(self, mask: Tensor, new: int, k: int) -> Tensor | dict[str, Tensor]:
-        """(B, 1, new + k, T + k), added to scores: causal over the text; a candidate sees the text
-        and itself. One for each kind of layer where a model has several.
+        """The mask (B, 1, new + k, T + k) that is added to the scores: causal over the text; a
+        candidate attends to the text and itself. A model with several kinds of layers gets one
+        mask for each kind.
         """
         rows, length = mask.shape
         columns = torch.arange(length, device=mask.device)
-        # A candidate stands in the text's next column.
+        # A candidate is in the text's next column.
         places = torch.cat((columns[length - new :], columns.new_full((k,), length)))[:, None]
         over_text = (columns <= places)[None] & mask.bool()[:, None]
         eye = torch.eye(k, dtype=torch.bool, device=mask.device)
         over_candidates = torch.cat((eye.new_zeros(new, k), eye))[None].expand(rows, -1, -1)
         dtype = next(self._model.parameters()).dtype
-        lowest = torch.finfo(dtype).min  # not -inf: a padding row sees nothing, and must not be NaN
+        lowest = torch.finfo(dtype).min  # not -inf, with which padding rows would be NaN
 
         def added(seen: Tensor) -> Tensor:
             visible = torch.cat((seen, over_candidates), -1)[:, None]
@@ -109,11 +111,10 @@ class _Follower:
 
 
 def _windows(name: str, model: nn.Module) -> tuple[int, set[str]]:
-    """The window of a model's sliding layers, 0 if it has none, and the kinds of its layers where
-    its config tells them apart.
+    """(window of a model's sliding layers or 0, kinds of its layers if its config lists them).
 
     Raises:
-        ValueError: layers that neither see all of the text nor a window of it.
+        ValueError: layers with neither full nor sliding attention.
     """
     config = model.config.get_text_config(decoder=True)
     types = set(getattr(config, "layer_types", None) or ())
@@ -132,15 +133,15 @@ def _windows(name: str, model: nn.Module) -> tuple[int, set[str]]:
 class AutoregressiveGuidance(LogitsProcessor):
     """GenARM: ``pi ~ pi_base prod_k pi_k^(a_k)``, a_k = 1 / beta_k, log-probabilities in fp32.
 
-    Its repository divides the exponents by their sum and samples at temperature 1 / (1 + sum a):
-    that is this at temperature 1.
+    Its repository divides the exponents by their sum and samples at temperature 1 / (1 + sum a),
+    which is equivalent to this at temperature 1.
 
     Args:
         models: K causal language models over the backbone's vocabulary, one for each objective.
         strengths: K numbers, a_k.
         attention_mask: (B, T) of the prompts; default all ones.
     Raises:
-        ValueError: K differs, another vocabulary, beams.
+        ValueError: not one strength per model, another vocabulary, or beams.
     """
 
     def __init__(
@@ -174,8 +175,9 @@ class AutoregressiveGuidance(LogitsProcessor):
 
 
 class TrajectoryGuidance(LogitsProcessor):
-    """ARGS: of the backbone's k likeliest tokens, ``score = logit + w r(text + token)``; the others
-    are excluded. Greedy takes the best; sampling draws from ``softmax(score / T)`` over the k.
+    """ARGS: among the backbone's k most probable tokens, ``score = logit + w r(text + token)``;
+    other tokens are excluded. Greedy decoding takes the best score; sampling draws from
+    ``softmax(score / T)`` over the k.
 
     All candidates of all rows are scored in one pass over a shared cache of the text.
 
@@ -183,7 +185,7 @@ class TrajectoryGuidance(LogitsProcessor):
         reward_model: an AutoModelForSequenceClassification with one label over the backbone's
             tokens.
         weight: w; the paper uses 1.0 and 1.5.
-        k: candidates.
+        k: the number of candidates. Default 10.
         attention_mask: (B, T) of the prompts; default all ones.
     Raises:
         ValueError: k < 1, more than one label, beams.
@@ -227,8 +229,8 @@ def _one_score(name: str, reward_model: nn.Module) -> nn.Module:
 def sequence_rewards(reward_model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The scalar reward at each row's last unmasked token: (B, T), (B, T) -> (B,) fp32.
 
-    By the mask, not by the padding token's number: where padding is also the end token,
-    transformers reads the wrong position.
+    The last token is found by the mask, not by the padding token's id. transformers uses the id,
+    which is wrong if the padding token is also the end token.
 
     Raises:
         ValueError: more than one label, or a row with no token.
@@ -248,12 +250,12 @@ def sequence_rewards(reward_model: nn.Module, ids: Tensor, attention_mask: Tenso
 
 
 def plain(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """generate() as it is: the backbone, or a gated head with its own controls.
+    """Plain generate(): the backbone, or a gated head with its own controls.
 
     Args:
         model: a causal language model.
-        inputs: input_ids and attention_mask (B, T), left-padded, as all decoders here take.
-        options: generate()'s.
+        inputs: input_ids and attention_mask (B, T), left-padded, as for all decoders here.
+        options: arguments of generate().
     Returns:
         (B, T + new) token ids.
     """
@@ -296,14 +298,15 @@ def best_of_n(
     pad_token_id: int,
     **options: Any,
 ) -> Tensor:
-    """Of n samples for each prompt the one with the highest reward, the first where equal.
+    """For each prompt, the one of n samples with the highest reward; ties go to the first.
 
     Args:
-        reward: (B n, T + new) ids and mask -> (B n,), such as :func:`sequence_rewards` of a model.
-        n: samples for each prompt.
-        pad_token_id: what generate() writes after a row's end.
+        reward: maps ids and mask (B n, T + new) to (B n,), such as :func:`sequence_rewards` of a
+            model.
+        n: samples per prompt.
+        pad_token_id: the token that generate() writes after a row's end.
     Returns:
-        as :func:`plain`.
+        (B, T + new) token ids.
     Raises:
         ValueError: n < 1.
     """
@@ -320,14 +323,14 @@ def best_of_n(
 
 
 def _written(new: Tensor, eos: int | list[int] | None) -> Tensor:
-    """(B, new) int64: 1 up to and with the first end token, 0 after it."""
+    """(B, new) int64: 1 up to and including the first end token, 0 after it."""
     if eos is None:
         return torch.ones_like(new)
     ends = torch.isin(new, torch.as_tensor(eos, device=new.device)).long()
     return (ends.cumsum(1) - ends == 0).long()
 
 
-# name: decoder; each takes a model and inputs, the rest by name.
+# Decoders by name; each takes a model and inputs, and other arguments by name.
 DECODERS: dict[str, Callable[..., Tensor]] = {
     "plain": plain,
     "genarm": genarm,

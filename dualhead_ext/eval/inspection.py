@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the gate and both heads make of each token of a text."""
+"""Inspection of a text: alpha and the predictions of both heads at each token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..head.kl_cap import kl_from_backbone
 from ..ops.logits import postprocess
 from .inspection_page import Choice, InspectedToken, Inspection, page
 
-# Positions whose logits, of the mixture and of both heads, are in memory at once.
+# Positions per block; the logits of the mixture and of both heads are in memory for one block.
 _POSITIONS = 32
 
 
@@ -31,10 +31,10 @@ def inspect_tokens(
     """One pass over a text: alpha, KL divergence and both heads' distributions at each token.
 
     Args:
-        model: a `DualHeadForCausalLM`. tokenizer: its own.
+        model: a `DualHeadForCausalLM`. tokenizer: its tokenizer.
         ids: (T,), of prompt and text.
-        start: tokens from here on are shown; at least 1, as nothing foretells the first.
-        top: how many of the likeliest tokens to keep.
+        start: the first token to inspect; at least 1 (default), as nothing predicts token 0.
+        top: the number of most probable tokens to keep. Default 5.
         label: see :class:`Inspection`.
         controls: the fields of :class:`dualhead_ext.head.controls.Controls`.
     Raises:
@@ -89,14 +89,14 @@ def inspect_tokens(
 def inspect_text(
     model: Any, tokenizer: Any, text: str, prompt: str = "", **options: Any
 ) -> Inspection:
-    """:func:`inspect_tokens` of a text after a prompt, both as they are, without a template.
+    """:func:`inspect_tokens` for a text after a prompt, without a chat template.
 
     Raises:
-        ValueError: fewer than one token of the text has a token before it.
+        ValueError: no token of the text has a token before it.
     """
     before = tokenizer(prompt)["input_ids"] if prompt else tokenizer("")["input_ids"]
     ids = tokenizer(prompt + text)["input_ids"]
-    # A token may lie across the seam: it belongs to the text.
+    # A token across the boundary belongs to the text.
     same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), None)
     start = max(1, min(len(before), len(ids)) if same is None else same)
     if start >= len(ids):
@@ -107,8 +107,7 @@ def inspect_text(
 
 
 def write_page(path: Any, runs: Sequence[Inspection], title: str) -> None:
-    """Write a page of one or several runs, with a slider where they are several; it needs nothing
-    but itself.
+    """Write a self-contained page of one or several runs; several get a slider.
 
     Raises:
         OSError: the file cannot be written.
@@ -118,7 +117,7 @@ def write_page(path: Any, runs: Sequence[Inspection], title: str) -> None:
 
 
 def _choices(p: Tensor, top: int, tokenizer: Any) -> list[tuple[Choice, ...]]:
-    """The likeliest tokens of each row of p (N, V)."""
+    """The most probable tokens of each row of p (N, V)."""
     values, tokens = p.topk(top, -1)
     return [
         tuple(Choice(tokenizer.decode([token]), value) for token, value in zip(*row, strict=True))

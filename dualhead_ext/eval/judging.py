@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Win rates between two systems' texts, with intervals, and the judges that give the verdicts.
 
-A verdict is the probability that the first text is the better one: 1, 0, 1/2 for a tie, or
-anything between. Every pair is judged in both orders, so that a judge's liking for the first or the
-second place cancels.
+A verdict is the probability that the first text is better: 1, 0, 1/2 for a tie, or any value
+between. Every pair is judged in both orders, so a judge's preference for a position cancels.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Judge = Callable[[str, str, str], float]
 
 
 class Interval(NamedTuple):
-    """A figure and the ends of its 95 % interval."""
+    """A value and its 95 % interval."""
 
     value: float
     low: float
@@ -32,13 +31,12 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class WinRate:
-    """Of system A against system B, over n prompts.
+    """The win rate of system A against system B over n prompts.
 
     Attributes:
         wins, ties, losses: of A, prompts by the sign of (verdict - 1/2).
-        win_rate: mean verdict (a tie counts one half), bootstrap interval over prompts.
-        length_controlled: the same with the texts' lengths taken out; see
-            :func:`length_controlled_win_rate`.
+        win_rate: the mean verdict (a tie counts one half), with a bootstrap interval over prompts.
+        length_controlled: the same, controlled for length; see :func:`length_controlled_win_rate`.
     """
 
     wins: int
@@ -74,7 +72,7 @@ def compare(
     """
     if not prompts or not len(prompts) == len(a) == len(b):
         raise ValueError(
-            f"compare: prompts, a and b must be as many and not empty, got {len(prompts)}, "
+            f"compare: prompts, a and b must have one length and not be empty, got {len(prompts)}, "
             f"{len(a)} and {len(b)}"
         )
     verdicts = [both_orders(judge, *row) for row in zip(prompts, a, b, strict=True)]
@@ -83,7 +81,7 @@ def compare(
 
 
 def win_rate(verdicts: Sequence[float], differences: Sequence[float], seed: int = 0) -> WinRate:
-    """What verdicts come to; arguments as of :func:`length_controlled_win_rate`."""
+    """The win rate of verdicts; arguments as for :func:`length_controlled_win_rate`."""
     rows = list(zip(verdicts, differences, strict=True))
     return WinRate(
         wins=sum(v > 0.5 for v in verdicts),
@@ -115,16 +113,16 @@ def bootstrap(
     return Interval(statistic(rows), found[cut], found[-1 - cut])
 
 
-# Keeps weights finite where length alone separates wins from losses; AlpacaEval regularises too.
+# Keeps weights finite if length alone separates wins from losses; AlpacaEval regularises too.
 _RIDGE = 1e-2
 
 
 def length_controlled_win_rate(verdicts: Sequence[float], differences: Sequence[float]) -> float:
-    """The win rate were all texts equally long: ``sigmoid(theta)`` of the logistic regression
+    """The win rate if all texts were equally long: ``sigmoid(theta)`` of the logistic regression
     ``verdict ~ sigmoid(theta + phi tanh(difference / sd(difference)))``.
 
-    AlpacaEval's ``length_controlled_minimal`` (one model, no difficulty of the item), fitted by
-    Newton's method with a weak ridge instead of cross-validated L1.
+    This is AlpacaEval's ``length_controlled_minimal`` (one model, without item difficulty), fitted
+    by Newton's method with a weak ridge instead of cross-validated L1.
 
     Args:
         verdicts: (n,) in [0, 1].
@@ -145,7 +143,7 @@ def length_controlled_win_rate(verdicts: Sequence[float], differences: Sequence[
         determinant = h00 * h11 - h01 * h01
         step0 = (h11 * g0 - h01 * g1) / determinant
         step1 = (h00 * g1 - h01 * g0) / determinant
-        # Newton overshoots where the curve is flat.
+        # Newton's method overshoots where the curve is flat.
         shrink = min(1.0, 2.0 / max(abs(step0), abs(step1), 1e-12))
         theta, phi = theta + shrink * step0, phi + shrink * step1
         if max(abs(step0), abs(step1)) < 1e-10:
@@ -157,10 +155,10 @@ def length_controlled_win_rate(verdicts: Sequence[float], differences: Sequence[
 
 
 def reward_judge(reward: Callable[[str, str], float]) -> Judge:
-    """Whichever text a reward model scores higher; equal scores tie.
+    """A judge that prefers the text with the higher score of a reward model; equal scores tie.
 
     Args:
-        reward: (prompt, response) -> score. Not the one that guided either system.
+        reward: (prompt, response) -> score. It must not be a model that guided either system.
     """
 
     def judge(prompt: str, first: str, second: str) -> float:
@@ -193,8 +191,8 @@ class EndpointJudge:
         api_key: sent as a bearer token if given.
         timeout: seconds for one request.
     Raises:
-        RuntimeError: (when called) no answer, or one that is not a verdict. Nothing is counted as
-            a tie that the judge did not call one.
+        RuntimeError: when called, no answer, or one that is not a verdict. It is never counted as a
+            tie.
     """
 
     def __init__(

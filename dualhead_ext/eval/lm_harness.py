@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated heads as a model of EleutherAI's lm-evaluation-harness, by the name ``dualhead``.
+"""Gated heads as the model ``dualhead`` of EleutherAI's lm-evaluation-harness.
 
     python -m dualhead_ext.eval.lm_harness run --model dualhead \\
         --model_args pretrained=HEADS,strength=1.5 --tasks hellaswag
 
-A harness that reads the entry points ``lm_eval.models`` (those after 0.4.13) finds it by itself:
-``lm_eval run --model dualhead ...``. Earlier ones know only their own models, so this module is
-their command line with one name more. Needs the extra ``lm-eval``.
+Versions after 0.4.13 read the entry point ``lm_eval.models`` and find it themselves: ``lm_eval run
+--model dualhead ...``. Earlier versions know only their own models, so this module is their command
+line with this model added. Needs the extra ``lm-eval``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ class DualHeadLM(HFLM):
     the backbone.
 
     Args:
-        pretrained: a folder of heads, or a hub's name of one. backbone: in place of the one that it
-            names. quantize: format of both heads. strength, gate_offset, alpha, max_kl: numbers,
-            as ``generate()`` takes them.
-        options: of the harness's ``hf`` model: batch_size, device, max_length, ...
+        pretrained: a folder of heads, or its name on the hub.
+        backbone: instead of the one that the heads name.
+        quantize: format of both heads, or None.
+        strength, gate_offset, alpha, max_kl: numbers, as for ``generate()``.
+        dtype: of the backbone. Default "auto".
+        options: options of the harness's ``hf`` model: batch_size, device, max_length, ...
     Raises:
-        ValueError: a control out of its range, naming it; from the first call.
+        ValueError: a control out of range; raised at the first call.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class DualHeadLM(HFLM):
         model = DualHeadForCausalLM.from_pretrained(
             pretrained, backbone=backbone, quantize=quantize, dtype=dtype
         )
-        # The harness moves no model that is made already.
+        # The harness does not move a model that exists already.
         device = options.get("device") or "cuda"
         if not torch.cuda.is_available() and str(device).startswith("cuda"):
             device = "cpu"
@@ -62,7 +64,7 @@ class DualHeadLM(HFLM):
         super().__init__(pretrained=model.to(device), **options)
 
     def _model_call(self, inps: torch.Tensor, **options: Any) -> torch.Tensor:
-        """(B, T) -> logits (B, T, V) of the mixture."""
+        """The mixture's logits (B, T, V) for ids (B, T)."""
         with torch.no_grad():
             return self.model(input_ids=inps, **self.controls).logits
 
@@ -70,7 +72,7 @@ class DualHeadLM(HFLM):
         return super()._model_generate(*arguments, **options, **self.controls)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside the figures, and the controls."""
+        """The model information in the harness's results, with the controls."""
         return super().get_model_info() | {"dualhead_controls": self.controls}
 
 

@@ -31,9 +31,9 @@ def wilson_interval(
 
 
 def longer_is_better(rows: Iterable[dict[str, Any]]) -> tuple[float, int]:
-    """How often the longer response (in characters) is the better one, ties as a half, and the
-    number of pairs, of which a ranked list has one for every two different scores: the baseline
-    that any preference accuracy stands beside.
+    """(share of pairs whose longer response (in characters) is the better one, number of pairs). A
+    tie counts as half. A ranked list has one pair for every two different scores. This is the
+    baseline for any preference accuracy.
     """
     wins, count = 0.0, 0
     for row in rows:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open prompts that come with the package: a task and an everyday topic, neutral in tone, so that
-an answer may be positive or negative, long or short, plain or learned.
+"""Open prompts that come with the package. Each combines a task with an everyday topic, in a
+neutral tone, so an answer may be positive or negative, long or short, simple or scholarly.
 
-A topic is in one split only. So the prompts that heads train on, those that strengths are tuned on
-and those that systems are measured on have neither a prompt nor a topic in common.
+Each topic is in one split only. So the prompts for training, for tuning strengths and for measuring
+share neither a prompt nor a topic.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from functools import cache
 from pathlib import Path
 
-# Topics of each split, in the order of the file; four of the tasks for each topic.
+# The topics of each split, in the order of the file; each topic gets four tasks.
 _TOPICS = {"train": range(0, 52), "calibration": range(52, 68), "measure": range(68, 120)}
 _TASKS_PER_TOPIC = 4
 SPLITS = tuple(_TOPICS)
@@ -27,7 +27,7 @@ def _parts() -> tuple[list[str], list[str]]:
 
 
 def open_prompts(split: str) -> list[str]:
-    """The prompts of a split, in a fixed random order: the first n are a fair sample of it.
+    """The prompts of a split in a fixed random order, so that the first n are a fair sample.
 
     Args:
         split: "train" (208 prompts), "calibration" (64) or "measure" (208).

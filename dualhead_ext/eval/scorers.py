@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scorers: what says how much of a property a text has. One registry, for ``dualhead sample`` and
-``dualhead eval``.
+"""Scorers measure a property of texts. One registry serves ``dualhead sample`` and ``dualhead
+eval``.
 
-A scorer measures in its own unit (school grades, words, a probability), and says whether more of it
-is better. :meth:`Scorer.rewards` is what samples are ranked by: higher is always better.
+A scorer has its own unit (school grades, words, a probability), and says whether more is better.
+Samples are ranked by :meth:`Scorer.rewards`, of which higher is always better.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from typing import Any
 from .judging import EndpointJudge, both_orders
 from .text import words
 
-# Of one prompt: its text and n responses -> n numbers.
+# (text of a prompt, n responses) -> n numbers
 Measure = Callable[[str, Sequence[str]], list[float]]
-# What the names of the scorers that take an argument begin with.
+# The prefixes of scorers that take an argument.
 REWARD_MODEL, JUDGE = "reward-model:", "judge:"
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Attributes:
-    name: as in the registry.
-    measure: (prompt, n responses) -> n numbers in the scorer's unit.
-    unit: what they count.
-    higher_is_better: whether more is better.
-    compares: whether a number says how a response stands among the n, and nothing by itself.
+    """A scorer of texts.
+
+    Attributes:
+        name: as in the registry.
+        measure: (prompt, n responses) -> n numbers in the scorer's unit.
+        unit: the unit of the numbers.
+        higher_is_better: whether more is better.
+        compares: whether a number only compares a response with the other n - 1.
     """
 
     name: str
@@ -42,7 +44,7 @@ class Scorer:
     compares: bool = False
 
     def rewards(self, prompt: str, responses: Sequence[str]) -> list[float]:
-        """As ``measure``, with its sign turned where less is better.
+        """``measure``, negated if less is better.
 
         Raises:
             ValueError: not one finite number for each response.
@@ -57,7 +59,7 @@ class Scorer:
 
 
 def _each(score: Callable[[str], float]) -> Measure:
-    """Of a function of one text."""
+    """A measure from a function of one text."""
     return lambda prompt, responses: [float(score(text)) for text in responses]
 
 
@@ -75,7 +77,7 @@ def _afinn() -> Measure:
     from afinn import Afinn
 
     lexicon = Afinn()
-    # By the number of words: a sum would reward length.
+    # Divided by the number of words, since a sum would reward length.
     return _each(lambda text: lexicon.score(text) / max(1, len(text.split())))
 
 
@@ -115,7 +117,7 @@ class _Entry:
 
 
 _GRADES = "school grades"
-# name: how it is loaded, its package, its unit, whether more is better
+# name -> (loader, package, unit, whether more is better)
 SCORERS: dict[str, _Entry] = {
     # sentiment
     "vader": _Entry(_vader, "vaderSentiment", "compound score", True),
@@ -138,13 +140,14 @@ def scorer(name: str, judge_url: str | None = None) -> Scorer:
     """A scorer by its name.
 
     Args:
-        name: of :data:`SCORERS`; or ``module:function``, a Python function (prompt, response) ->
-            number, higher is better; or ``reward-model:FOLDER``, a transformers sequence classifier
-            with one label; or ``judge:MODEL``, which asks an OpenAI-compatible endpoint to compare
-            every two responses, and scores each by the share that it wins.
-        judge_url: of the endpoint's API, such as ``http://localhost:8000/v1``.
+        name: a name in :data:`SCORERS`; or ``module:function``, a Python function (prompt,
+            response) -> number, higher is better; or ``reward-model:FOLDER``, a transformers
+            sequence classifier with one label; or ``judge:MODEL``, which asks an OpenAI-compatible
+            endpoint to compare every two responses and scores each by the share that it wins.
+        judge_url: the URL of the endpoint's API, such as ``http://localhost:8000/v1``.
     Raises:
-        ValueError: an unknown name, a function or folder that is not there, a judge without a URL.
+        ValueError: an unknown name, a function or folder that does not exist, or a judge without a
+            URL.
         ImportError: the scorer's package is not installed.
     """
     if name in SCORERS:
@@ -180,7 +183,7 @@ def _loaded(name: str) -> Measure:
 def _function(name: str) -> Measure:
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # the folder that the command runs in, as with python -m
+        sys.path.insert(0, "")  # the working directory, as with python -m
     try:
         function = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

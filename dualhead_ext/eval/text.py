@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of the texts alone. Needs nothing but Python."""
+"""Metrics of texts alone. Imports Python only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, and every other sign by itself. (ARGS uses NLTK's tokenizer,
-    which splits contractions further; figures are near, not equal.)
+    """The words of a text: runs of letters and digits, and each other sign by itself. (ARGS uses
+    NLTK's tokenizer, which also splits contractions, so its figures differ a little.)
     """
     return _WORD.findall(text)
 
@@ -20,12 +20,12 @@ def words(text: str) -> list[str]:
 def repetition(text: str, n: int, plus_one: bool = True) -> float:
     """``1 - |unique n-grams| / (|n-grams| + 1)``: ARGS's rep_n, as a share.
 
-    The 1 added below the line makes a short text without any repetition count as repetitive.
+    The 1 in the denominator makes a short text without any repetition count as repetitive.
 
     Args:
-        text: of any length; one without an n-gram has 1 with ``plus_one`` and 0 without.
+        text: of any length. Without any n-gram the result is 1 with ``plus_one``, otherwise 0.
         n: words in an n-gram.
-        plus_one: False leaves the added 1 out.
+        plus_one: False omits the 1 in the denominator.
     """
     tokens = words(text)
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
@@ -37,8 +37,8 @@ def repetition(text: str, n: int, plus_one: bool = True) -> float:
 def diversity(texts: Sequence[str], plus_one: bool = True) -> float:
     """The mean over texts of ``prod_{n=2..4} (1 - rep_n)`` (ARGS).
 
-    With ``plus_one``, ARGS's own formula, it grows with length: 30 different words have 0.90, 128
-    have 0.98. Print the length beside it, or take the variant without.
+    With ``plus_one`` (ARGS's own formula) it grows with length: 30 different words have 0.90, 128
+    have 0.98. So print the length beside it, or use the variant without.
 
     Raises:
         ValueError: no texts.
@@ -50,7 +50,7 @@ def diversity(texts: Sequence[str], plus_one: bool = True) -> float:
 
 
 def mean_length(texts: Sequence[str]) -> float:
-    """Words in a text, on average.
+    """The mean number of words in a text.
 
     Raises:
         ValueError: no texts.

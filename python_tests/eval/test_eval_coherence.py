@@ -67,5 +67,5 @@ def test_coherence_is_the_mean_cosine():
     assert got.value == pytest.approx((0.5**0.5 + 0 + 1) / 3)
     assert 0 <= got.low < got.value < got.high <= 1 + 1e-6
     for prompts, responses in (([], []), (["a"], [])):
-        with pytest.raises(ValueError, match="must be as many and not empty"):
+        with pytest.raises(ValueError, match="must have one length and not be empty"):
             coherence.coherence(embedder, prompts, responses)
