@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dual-head gated decoding: two linear heads and a per-token gate on a language model's hidden
-states. docs/ and README.md show how; `reference` says what everything means.
+states. README.md and docs/ show how to use it; `reference` defines the exact semantics.
 """
 
 from __future__ import annotations

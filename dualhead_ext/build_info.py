@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this installation was built from and for."""
+"""What this installation was built from and which kernels it uses."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def build_info() -> dict[str, Any]:
-    """What was built, and what of it is in use here.
+    """How the package was built, and which of its kernels are in use on this machine.
 
     Returns:
         A dict of plain values: ``version``, ``commit`` (with "-dirty" after local changes; None
         outside a checkout), ``csrc_sha256``, ``compiler``, ``machine``, ``torch_built`` (the
         headers compiled against), ``torch_minimum``, ``torch`` (the one running), ``torch_cuda``,
-        ``nvcc``, ``cuda_archs`` (empty without the CUDA library), ``cpu_isa_levels`` (built, and
-        run by this machine, best first), ``cpu_isa`` (chosen), ``cpu_problem`` and
-        ``cuda_problem`` (why the kernels of that device are not in use, or None).
+        ``nvcc``, ``cuda_archs`` (empty without the CUDA library), ``cpu_isa_levels`` (those built
+        that this machine can run, best first), ``cpu_isa`` (the chosen one), ``cpu_problem`` and
+        ``cuda_problem`` (why that device's kernels are not in use, or None).
     """
     import torch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documented place of :func:`fused_sample`."""
+"""The public import path of :func:`fused_sample`."""
 
 from .model.fused_loop import fused_sample
 

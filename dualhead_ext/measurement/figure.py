@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How this project's pictures look: colours that everybody can tell apart, a title that says the
-finding, no frame, names beside what they name. Needs matplotlib, the extra ``plot``.
+"""The style of this project's plots: colours that colour-blind readers can tell apart, a title that
+states the finding, no frame, labels beside the lines. Needs matplotlib (the extra ``plot``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Of Okabe and Ito (2008), distinct to colour-blind readers too; the darkest first.
+# The palette of Okabe and Ito (2008), also distinct to colour-blind readers; darkest first.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # in grey print the shape tells them apart
 GREY = "0.45"
@@ -19,7 +19,7 @@ _LETTERS_PER_INCH = 10  # of the title
 
 
 def blank(width: float, height: float) -> Any:
-    """A matplotlib ``Figure`` of so many inches, laid out by its content.
+    """An empty matplotlib ``Figure`` of ``width`` x ``height`` inches with constrained layout.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -30,7 +30,7 @@ def blank(width: float, height: float) -> Any:
 
 
 def headline(figure: Any, finding: str, note: str = "") -> None:
-    """The finding above everything, how it was measured below, both at the left."""
+    """Write the finding at the top and how it was measured at the bottom, both left-aligned."""
     width = figure.get_figwidth()
     lines = textwrap.fill(finding, int(_LETTERS_PER_INCH * width))
     figure.suptitle(lines, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -40,7 +40,7 @@ def headline(figure: Any, finding: str, note: str = "") -> None:
 
 
 def bare(axes: Any, grid: str | None = "y", size: float = 8) -> None:
-    """No frame above and at the right, small numbers, a faint grid along ``grid``."""
+    """Remove the top and right frame, shrink the tick labels, draw a faint grid along ``grid``."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=size)
     for axis in (axes.xaxis, axes.yaxis):
@@ -52,21 +52,23 @@ def bare(axes: Any, grid: str | None = "y", size: float = 8) -> None:
 
 
 def error_bars(points: Iterable[Sequence[float]]) -> list[list[float]]:
-    """matplotlib's form of ``[value, low, high]``: what lies below each value, and above it."""
+    """``[value, low, high]`` points as matplotlib's error bars: lengths below, lengths above."""
     points = list(points)
     return [[v - low for v, low, _ in points], [high - v for v, _, high in points]]
 
 
 def named_rows(axes: Any, names: Sequence[str]) -> None:
-    """Names at the y axis for rows 0, 1, ..., the first at the top."""
+    """Label rows 0, 1, ... of the y axis with ``names``, the first at the top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
 
 
 def end_labels(axes: Any, ends: Iterable[tuple[float, float, str, str]]) -> None:
-    """Lines' names to the right of their last points: (x, y, name, colour) each. Names that would
-    touch are moved apart, so the limits of the y axis, which is linear, must be set before."""
+    """Write each line's name to the right of its last point: (x, y, name, colour) each.
+
+    Names that would touch are moved apart. The y axis must be linear, with its limits already set.
+    """
     low, high = axes.get_ylim()
     gap = 0.2 / axes.figure.get_figheight() * (high - low)  # inches of a line of text
     place = low
@@ -78,7 +80,7 @@ def end_labels(axes: Any, ends: Iterable[tuple[float, float, str, str]]) -> None
 
 
 def plain_log(axis: Any) -> None:
-    """A logarithmic axis whose ticks are 1, 2, 5, 10, written as numbers."""
+    """Make an axis logarithmic, with ticks at 1, 2, 5, 10, ... written as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
@@ -88,13 +90,13 @@ def plain_log(axis: Any) -> None:
 
 
 def save(figure: Any, file: Any, **options: Any) -> None:
-    """Write it without a date or a version inside: the same figures make the same file."""
+    """Save a figure without date or version metadata: the same figures give the same file."""
     metadata = {"Software": None} if options.get("format", "png") == "png" else None
     figure.savefig(file, **{"dpi": _DOTS_PER_INCH, "metadata": metadata} | options)
 
 
 def png(figure: Any) -> bytes:
-    """It as the content of a PNG file, see :func:`save`."""
+    """A figure as the bytes of a PNG file; see :func:`save`."""
     file = io.BytesIO()
     save(figure, file, format="png")
     return file.getvalue()

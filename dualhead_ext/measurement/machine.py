@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that a benchmark ran on: what it is, and how fast it reads memory."""
+"""The machine that a benchmark ran on: its description and its memory bandwidth."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from .timing import Contender, alternate, clock_of
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-# Where the system does not say: more than nearly every desktop has.
+# Used where Linux does not report cache sizes: more than nearly every desktop has.
 _ASSUMED_CACHE_BYTES = 64 * 2**20
-# Cold means this many last-level caches apart. Replacement is not plain LRU: of a loop over twice
-# the cache a good part can stay in it.
+# Operands count as cold if they span this many last-level caches. Cache replacement is not plain
+# LRU: much of a loop over twice the cache size can stay cached.
 _COLD_CACHES = 4
 _MATRIX_COLUMNS = 4096
 
 
 def describe(device_type: str = "cpu") -> dict[str, Any]:
-    """What a results file says about its machine and its software, plain values.
+    """The machine and the software, as results files record them; plain values.
 
-    ``commit`` is the checkout's that the package runs from ("-dirty" after local changes), else the
-    one it was built from; ``csrc_sha256`` is that of the sources the library was compiled from.
+    ``commit`` is that of the checkout that the package runs from ("-dirty" after local changes),
+    otherwise the commit it was built from. ``csrc_sha256`` is the hash of the sources that the
+    library was compiled from.
     """
     built = build_info()
     return {
@@ -74,7 +75,7 @@ def _describe_gpu() -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """The driver's version as nvidia-smi has it; None without that program."""
+    """The driver version that nvidia-smi reports; None without nvidia-smi."""
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
@@ -91,7 +92,7 @@ def _cpu_name() -> str:
 
 
 def _checkout_commit() -> str | None:
-    """HEAD of the checkout that this package lies in, worded as build_info's commit."""
+    """HEAD of the checkout that contains this package, in the format of build_info's commit."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -106,8 +107,11 @@ def _checkout_commit() -> str | None:
 
 
 def last_level_cache_bytes(device_type: str = "cpu") -> int:
-    """Of a GPU, its L2. Of the CPU, the largest cache of CPU 0 as Linux reports it, all of it: on a
-    virtual machine that is the host's, shared with strangers. 64 MiB where Linux does not say."""
+    """Size of a GPU's L2, or of the largest cache of CPU 0 as Linux reports it.
+
+    On a virtual machine Linux reports the host's whole cache, which other guests share. 64 MiB
+    where Linux reports none.
+    """
     if device_type == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [
@@ -118,8 +122,8 @@ def last_level_cache_bytes(device_type: str = "cpu") -> int:
 
 
 def cold_bytes(device_type: str = "cpu") -> int:
-    """Memory that operands used in turn should span to be cold: 4 last-level caches, but never more
-    than a quarter of the physical memory that is free."""
+    """Bytes that operands used in turn should span to be cold: 4 last-level caches, but at most a
+    quarter of the free physical memory."""
     if device_type == "cuda":
         free = torch.cuda.mem_get_info()[0]
         return min(_COLD_CACHES * last_level_cache_bytes("cuda"), free // 4)
@@ -129,12 +133,12 @@ def cold_bytes(device_type: str = "cpu") -> int:
 
 @dataclass(frozen=True)
 class ReadBandwidth:
-    """What plain loops read from memory here.
+    """The memory bandwidth that plain read loops reach on this machine.
 
     Attributes:
-        gb_per_s: 10^9 bytes per second, of the best method.
-        method: the best of the methods, by its median.
-        methods: all of them.
+        gb_per_s: bandwidth of the best method, 10^9 bytes per second.
+        method: name of the method with the best median.
+        methods: name -> bandwidth, 10^9 bytes per second, of every method.
     """
 
     gb_per_s: float
@@ -147,12 +151,12 @@ class ReadBandwidth:
 
 
 def read_loops(buffer: Tensor) -> tuple[int, dict[str, Contender]]:
-    """Four ways to read ``buffer`` once by PyTorch's own multi-threaded loops: its sum as fp32 and
-    as int64, its dot product with itself, and its product with a vector (rows of 4096 fp32
+    """Four ways to read ``buffer`` once with PyTorch's own multi-threaded loops: its sum as fp32,
+    its sum as int64, its dot product with itself, and its product with a vector (rows of 4096 fp32
     numbers).
 
     Args:
-        buffer: contiguous, any dtype, read as it lies.
+        buffer: contiguous, any dtype, at least 16384 bytes.
     Returns: the bytes that each reads, and the loops by name.
     """
     raw = buffer.view(-1).view(torch.uint8)
@@ -176,12 +180,14 @@ def read_loops(buffer: Tensor) -> tuple[int, dict[str, Contender]]:
 
 
 def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) -> ReadBandwidth:
-    """How fast this machine reads memory, as far as :func:`read_loops` show it: in turns, the best
-    median counts. This is what such loops reach and no hardware limit: a kernel with better
-    prefetching can pass 100 %.
+    """How fast this machine reads memory: the best median of :func:`read_loops`, timed in turns.
+
+    This is what such loops reach, not a hardware limit: a kernel with better prefetching can exceed
+    100 %.
 
     Args:
-        buffer: should be several times the last-level cache, which :func:`cold_bytes` is.
+        buffer: should be several times the last-level cache, such as :func:`cold_bytes`.
+        seconds, min_rounds: as in :func:`dualhead_ext.measurement.timing.alternate`.
     """
     num_bytes, loops = read_loops(buffer)
     clock = clock_of(buffer.device.type)
@@ -196,7 +202,7 @@ def copy_bandwidth(device_type: str, num_bytes: int | None = None, min_rounds: i
     """How fast the device copies its own memory, 10^9 bytes read and written per second.
 
     Args:
-        num_bytes: of the buffer, default what is cold there (:func:`cold_bytes`).
+        num_bytes: size of the buffer; default :func:`cold_bytes`.
     """
     source = torch.rand((num_bytes or cold_bytes(device_type)) // 8, device=device_type)
     target = torch.empty_like(source)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one timer. Everything that this project says about speed was measured by :func:`alternate`.
+"""The project's only timer: every speed figure was measured by :func:`alternate`.
 
 Contenders take turns, one call (on a GPU a few) each per round, in an order that shifts from round
-to round: a neighbour that slows the machine down, or a clock that drops, hits all of them alike.
-Every call gets the next copy of its operands, so that what is too small for the caches' taste to be
-cold is cold all the same; see :func:`copies_needed`.
+to round: other load on the machine, or a drop of its clock rate, affects all of them alike. Every
+call uses the next copy of its operands, so that even operands that would fit into the cache are
+read from memory; see :func:`copies_needed`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Contender:
     """Something to time.
 
     Attributes:
-        name: what tables and files call it.
-        call: gets the number of the copy of the operands to use; this is what is timed.
-        prepare: the same number, before each call, not timed (a cache's length set back).
+        name: its name in tables and results files.
+        call: the timed function; its argument is the number of the copy of the operands to use.
+        prepare: called with the same number before each call, untimed; resets a cache's length,
+            for example.
     """
 
     name: str
@@ -41,14 +42,14 @@ class Contender:
 
 
 class Clock(Protocol):
-    """Times calls that follow each other."""
+    """Times consecutive calls."""
 
     def us(self, call: Callable[[int], object], copies: Sequence[int]) -> float:
         """Microseconds of one ``call(copy)``, the mean over ``copies``."""
 
 
 class HostClock:
-    """As the host sees it: for work that is done when the call returns."""
+    """Host time, for work that is complete when the call returns."""
 
     def us(self, call: Callable[[int], object], copies: Sequence[int]) -> float:
         """Microseconds of one ``call(copy)``, the mean over ``copies``."""
@@ -59,11 +60,12 @@ class HostClock:
 
 
 class CudaClock:
-    """As the device sees it, between two CUDA events.
+    """Device time between two CUDA events.
 
-    The device is kept busy while the host queues the first call, so that launching is not timed
-    unless it takes the host longer than that: one launch (a kernel, a graph) does not, the thirty
-    of an eager step do. The events themselves take a few microseconds, which several calls share.
+    The device is kept busy for about 0.1 ms while the host queues the first call, so launch
+    overhead is timed only if it exceeds that: one launch (a kernel, a graph) does not, the thirty
+    launches of an eager step do. The events themselves take a few microseconds, which several
+    calls share.
     """
 
     def __init__(self) -> None:
@@ -87,7 +89,7 @@ class CudaClock:
 
 
 def clock_of(device_type: str) -> Clock:
-    """The clock for work on such a device."""
+    """The clock for work on a device of this type."""
     return CudaClock() if device_type == "cuda" else HostClock()
 
 
@@ -96,9 +98,9 @@ class Timing:
     """How long one contender took, round by round.
 
     Attributes:
-        name: the contender's.
-        us: microseconds of a call, by round.
-        calls: per round, of which ``us`` is the mean.
+        name: the contender's name.
+        us: microseconds of a call in each round.
+        calls: calls per round; ``us`` is their mean.
     """
 
     name: str
@@ -131,9 +133,9 @@ class Ratio:
     """How many times as long one contender takes as another.
 
     Attributes:
-        value: ratio of the medians, so that a table's numbers agree with each other.
-        low, high: 95 % interval of the median of the rounds' own ratios; paired, so that drift of
-            the machine cancels. It need not contain ``value`` exactly in its middle.
+        value: ratio of the medians, so that the numbers in a table agree with each other.
+        low, high: 95 % interval of the median ratio over rounds; both times of a ratio are from the
+            same round, so that drift of the machine cancels. ``value`` need not be the midpoint.
     """
 
     value: float
@@ -155,13 +157,13 @@ def alternate(
     """Time contenders against each other, in turns.
 
     Args:
-        contenders: at least one; names differ.
-        seconds: goes on for this long, warm-up not counted, but for at least ``min_rounds`` rounds
-            and at most ``max_rounds``.
-        copies: of the operands; call n of the whole run uses copy n mod ``copies``.
-        warmup: untimed rounds.
-        calls: of a contender in a round, back to back; their mean is the round's time.
-        clock: of the device that the contenders run on; default the host's.
+        contenders: at least one, with different names.
+        seconds: how long to measure, without the warm-up; at least ``min_rounds`` and at most
+            ``max_rounds`` rounds are measured in any case.
+        copies: number of copies of the operands; call n of the run uses copy n mod ``copies``.
+        warmup: number of untimed rounds.
+        calls: consecutive calls of a contender in a round; their mean is the round's time.
+        clock: clock for the device that the contenders run on; default :class:`HostClock`.
     Returns: a timing per name, all of the same number of rounds.
     Raises:
         ValueError: no contenders, two of one name, or fewer than 2 rounds (no quartiles).
@@ -202,11 +204,11 @@ def alternate(
 
 
 def ratio(slower: Timing, faster: Timing) -> Ratio:
-    """``slower`` over ``faster``, both from one call of :func:`alternate`: above 1 where the names
-    are right.
+    """Time of ``slower`` over time of ``faster``, both from one call of :func:`alternate`; above 1
+    if ``slower`` really is slower.
 
     The interval is that of the sign test: the order statistics of the n paired ratios at
-    ``n/2 -+ 0.98 sqrt(n)``; it assumes nothing about how times are distributed.
+    ``n/2 -+ 0.98 sqrt(n)``. It assumes nothing about the distribution of the times.
     """
     paired = sorted(a / b for a, b in zip(slower.us, faster.us, strict=True))
     reach = 0.98 * math.sqrt(len(paired))
@@ -216,8 +218,10 @@ def ratio(slower: Timing, faster: Timing) -> Ratio:
 
 
 def copies_needed(bytes_each: int, cold_bytes: int) -> int:
-    """How many copies of operands of ``bytes_each``, used in turn, keep each one cold: together at
-    least ``cold_bytes`` (:func:`dualhead_ext.measurement.machine.cold_bytes`, a few times the
-    last-level
-    cache). Real decoding reads a whole backbone between two steps of the head."""
+    """How many copies of operands of ``bytes_each`` bytes must be used in turn to keep each cold.
+
+    Together they span at least ``cold_bytes``
+    (:func:`dualhead_ext.measurement.machine.cold_bytes`, a few last-level caches). Real decoding
+    reads the whole backbone between two steps of the head.
+    """
     return max(1, math.ceil(cold_bytes / bytes_each))
