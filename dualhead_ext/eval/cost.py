@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoder costs: time, memory, passes and parameters measured, FLOPs counted.
+"""The cost of a decoder: measured time, memory, forward passes and parameters; computed FLOPs.
 
-Every system is timed in the same way: whole calls of its decoder, in turns
-(:func:`dualhead_ext.measurement.timing.alternate`), a fixed number of new tokens.
+Every system is timed in the same way: whole calls of its decoder with a fixed number of new tokens,
+in turns (:func:`dualhead_ext.measurement.timing.alternate`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ CUDA_PEAK = "peak of CUDA's allocator"
 
 @dataclass(frozen=True)
 class System:
-    """A decoder and what it runs.
+    """A decoder and the models that it calls.
 
     Attributes:
-        decode: ids and attention_mask (B, T) -> (B, T + new_tokens) ids; must not stop early.
-        models: every model that it calls.
+        decode: dict of input_ids and attention_mask (B, T) -> (B, T + new_tokens) ids; must not
+            stop early.
+        models: every model that ``decode`` calls.
     """
 
     decode: Callable[[dict[str, Tensor]], Tensor]
@@ -38,17 +39,17 @@ class System:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one system at one batch size.
+    """The cost of one system at one batch size.
 
     Attributes:
-        timing: of whole calls, prompt included.
-        forwards: calls of any model, per new token.
-        passes: positions that went through any model, over those of the texts but their last
-            tokens: 1 for plain decoding with a cache.
-        memory_bytes: see ``memory``.
-        memory: what was measured: :data:`CUDA_PEAK`, or on the CPU, which has no such counter,
-            :data:`COUNTED` (caches at their largest; activations are not in it).
-        trainable, resident: parameters; see :func:`parameter_counts`.
+        timing: time of whole calls, prompt included.
+        forwards: model calls (of all models together) per new token.
+        passes: positions computed by all models together, divided by the positions of the texts
+            without their last tokens: 1 for plain decoding with a cache.
+        memory_bytes: memory use; ``memory`` says how it was obtained.
+        memory: :data:`CUDA_PEAK`, or on the CPU, which has no such counter, :data:`COUNTED` (caches
+            at their largest, without activations).
+        trainable, resident: numbers of parameters; see :func:`parameter_counts`.
     """
 
     batch_size: int
@@ -64,16 +65,16 @@ class Cost:
 
     @property
     def ms_per_token(self) -> float:
-        """Median latency: milliseconds of a call, per new token of a row."""
+        """Median latency: milliseconds per call divided by the new tokens of a row."""
         return self.timing.us_median / 1000 / self.new_tokens
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens of all rows per second, median."""
+        """Median throughput: new tokens of all rows per second."""
         return self.batch_size * self.new_tokens / self.timing.us_median * 1e6
 
     def row(self) -> dict[str, Any]:
-        """A plain dict, as results files have them."""
+        """A plain dict, as results files store it."""
         return {
             "B": self.batch_size,
             "prompt_tokens": self.prompt_tokens,
@@ -100,14 +101,15 @@ def measure(
     seconds: float = 1.0,
     min_rounds: int = 5,
 ) -> dict[str, list[Cost]]:
-    """Cost of each system at each batch size.
+    """The cost of each system at each batch size: name -> one :class:`Cost` per batch size.
 
     Args:
-        prompts: (N, T) int64 on the models' device, at least as many as the largest batch.
-        new_tokens: that every decoder writes.
+        prompts: (N, T) int64 on the models' device; N at least the largest batch size.
+        new_tokens: number of tokens that every decoder generates.
         seconds, min_rounds: as in :func:`dualhead_ext.measurement.timing.alternate`.
     Raises:
-        ValueError: too few prompts. RuntimeError: a decoder wrote another number of tokens.
+        ValueError: too few prompts.
+        RuntimeError: a decoder generated a different number of tokens.
     """
     if max(batch_sizes) > prompts.shape[0]:
         raise ValueError(
@@ -163,8 +165,8 @@ def _call(
 
 @dataclass
 class Watched:
-    """What models did inside :func:`watch`: calls, positions (rows times columns) fed, and the
-    most bytes that their caches held together.
+    """What the models inside :func:`watch` did: number of calls, input positions (rows times
+    columns), and the largest total size of their caches in bytes.
     """
 
     forwards: int = 0
@@ -175,7 +177,7 @@ class Watched:
     _caches: dict[int, int] = field(default_factory=dict)
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook of a decoder."""
+        """The forward hook of a decoder."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         fed = kwargs["inputs_embeds"][..., 0] if ids is None else ids
         self.forwards += 1
@@ -186,7 +188,7 @@ class Watched:
 
 @contextmanager
 def watch(models: Iterable[nn.Module]) -> Iterator[Watched]:
-    """Count what the decoders inside these models do (each once, however many share it)."""
+    """Count what the decoders of these models do; a shared decoder is counted once."""
     watched = Watched()
     decoders = {id(decoder): decoder for decoder in map(_decoder, models)}
     hooks = [d.register_forward_hook(watched.note, with_kwargs=True) for d in decoders.values()]
@@ -198,14 +200,14 @@ def watch(models: Iterable[nn.Module]) -> Iterator[Watched]:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """The part that a reward model shares with a language model: heads are not passes."""
+    """The decoder of a language model or a reward model; calls of heads are not counted."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
 
 
 def _watched_call(
     contender: Contender, models: Sequence[nn.Module], device: torch.device
 ) -> Watched:
-    """One more call, not timed."""
+    """Call the contender once more, untimed, and record its passes and memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with watch(models) as watched:
@@ -219,7 +221,7 @@ def _watched_call(
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors of a Cache, the gate's layer too; 0 for None."""
+    """Bytes of the tensors of a transformers Cache, including the gate's cache; 0 for None."""
     if cache is None:
         return 0
     held: dict[int, int] = {}
@@ -233,7 +235,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def weight_bytes(models: Iterable[nn.Module]) -> int:
-    """Bytes of all parameters and buffers; what several share counts once."""
+    """Bytes of all parameters and buffers; shared storage counts once."""
     storages = {}
     for model in models:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -242,9 +244,9 @@ def weight_bytes(models: Iterable[nn.Module]) -> int:
 
 
 def parameter_counts(models: Iterable[nn.Module]) -> tuple[int, int]:
-    """(trainable, resident): numbers that require a gradient, and all in the models' state_dicts.
-    What is tied or shared counts once; two int4 values are one number. Models come from
-    ``from_pretrained`` with every parameter requiring one: freeze what was not trained.
+    """(trainable, resident): elements that require a gradient, and elements of all state_dicts.
+    Tied or shared tensors count once; two packed int4 values count as one element. After
+    ``from_pretrained`` every parameter requires a gradient: freeze those that were not trained.
     """
     trainable, resident = {}, {}
     for model in models:
@@ -256,31 +258,33 @@ def parameter_counts(models: Iterable[nn.Module]) -> tuple[int, int]:
 
 # --- FLOPs ----------------------------------------------------------------------------------------
 
-# Families whose layers are: q, k, v, o projections, softmax attention, a gated MLP of three.
+# Families whose layers have q, k, v, o projections, softmax attention and a gated MLP of three
+# matrices.
 _COUNTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def flops_per_token(
     config: Any, context: int, head: DualHeadConfig | None = None, lm_head: bool = True
 ) -> int:
-    """FLOPs of one new token with a cache of ``context`` positions, itself included.
+    """FLOPs of one new token with a cache of ``context`` positions, including the new one.
 
-    With n query heads, m key heads of size h, f the MLP's width, L layers, S = context (at most a
+    With n query heads, m key heads of size h, MLP width f, L layers, S = context (at most the
     layer's sliding window):
 
         backbone   sum over L of [ 2 d h (n + 2 m) + 2 n h d + 4 S n h + 6 d f ] + 2 d V
         dual head  2 d V K  +  attention gate 4 d g + 2 d H + 2 S' g + 2 S' H, linear gate 2 d
 
-    S' = context; a multiply and an add are 2. Norms, rotations, softmax and the mixture, O(d + V),
-    are left out. GenARM is the sum over its models; ARGS adds (1 + k) times its reward model
-    (``lm_head=False``); best-of-n is n times.
+    S' = context; a multiply and an add count as 2 FLOPs. Norms, rotary embeddings, softmax and the
+    mixture, O(d + V), are left out. The cost of GenARM is the sum over its models; ARGS adds
+    (1 + k) times its reward model (``lm_head=False``); best-of-n costs n times as much.
 
     Args:
-        config: of the backbone, a Llama, Mistral, Qwen2 or Qwen3.
-        head: of the gated head; None for the backbone alone.
-        lm_head: False leaves out the 2 d V.
+        config: the backbone's config: Llama, Mistral, Qwen2 or Qwen3.
+        head: the gated head's config; None for the backbone alone.
+        lm_head: False leaves out the LM head's 2 d V.
     Raises:
-        NotImplementedError: another family. ValueError: context < 1.
+        NotImplementedError: another model family.
+        ValueError: context < 1.
     """
     if context < 1:
         raise ValueError(f"flops_per_token: context must be at least 1, got {context}")

@@ -209,7 +209,7 @@ def _text(run: Inspection, scale: AlphaScale | None) -> str:
     if run.tokens:
         alphas, kls = [t.alpha for t in run.tokens], [t.kl for t in run.tokens]
         values = (scale.number(value) for value in (fmean(alphas), min(alphas), max(alphas)))
-        summary = "alpha: mean {}, least {}, greatest {}".format(*values)
+        summary = "alpha: mean {}, min {}, max {}".format(*values)
         summary = f'<p class="note">{summary}; KL {fmean(kls):.4f} nats per token</p>'
     text = f'<div class="text" style="white-space:pre-wrap">{prompt}{shown}</div>'
     return text + summary

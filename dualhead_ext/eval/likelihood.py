@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a system thinks of given texts: log-probabilities, perplexity, KL from the backbone,
-accuracy on preference pairs, TruthfulQA.
+"""Likelihood metrics of a system on given texts: log-probabilities, perplexity, KL from the
+backbone, accuracy on preference pairs, TruthfulQA.
 
-A system is a :class:`Distribution`: of a model (a plain one, or a gated head with its controls), of
-a reward head alone, or of a GenARM product. Everything is in nats, sums in float64.
+A system is a :class:`Distribution`: that of a model (a plain one, or a gated head with its
+controls), of a reward head alone, or of a GenARM product. Values are in nats; sums are float64.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a system gives each next token.
+    """A system's distribution over the next token.
 
     Attributes:
         log_probs: (ids (B, T), attention_mask (B, T)) -> (B, T, V), fp32 or float64, normalised;
-            position t is about the token at t + 1. Padding on either side.
-        device: where ids have to be.
+            position t predicts the token at t + 1. Padding may be on either side.
+        device: the device on which ``log_probs`` takes its arguments.
     """
 
     log_probs: Callable[[Tensor, Tensor], Tensor]
@@ -42,16 +42,17 @@ class Distribution:
 
 
 def of_model(model: nn.Module, **controls: Any) -> Distribution:
-    """``softmax`` of a causal language model's logits.
+    """The distribution of a causal language model: ``softmax`` of its logits.
 
-    controls: of a gated head: strength, gate_offset, alpha, max_kl, objective_weights (K,), the
-    same for every text. ``strength=0`` is pi_LM.
+    Args:
+        controls: a gated head's strength, gate_offset, alpha, max_kl, objective_weights (K,), the
+            same for every text. ``strength=0`` gives pi_LM.
     """
     return Distribution(lambda ids, mask: _forward(model, ids, mask, controls), model.device)
 
 
 def of_reward_head(model: nn.Module, objective: int = 0) -> Distribution:
-    """pi_r: the reward head of one objective by itself, ``alpha = 1``.
+    """The distribution pi_r of one objective's reward head alone (``alpha = 1``).
 
     Raises:
         ValueError: no such objective.
@@ -71,10 +72,10 @@ def of_genarm(
 ) -> Distribution:
     """GenARM: ``pi ~ (pi_base prod_k pi_k^(a_k))^(1/temperature)``, normalised; see
     :class:`dualhead_ext.eval.decoding.AutoregressiveGuidance`. At temperature ``1 + sum_k a_k`` the
-    exponents sum to 1, as those of one model do.
+    exponents sum to 1.
 
     Raises:
-        ValueError: not one strength for each reward model.
+        ValueError: no reward models, or not one strength for each.
     """
     if len(reward_models) != len(strengths) or not reward_models:
         raise ValueError(
@@ -104,8 +105,8 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor, controls: dict[str, An
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and its response as tokens: ``ids``, and ``response``, 1 where a token is the
-    response's.
+    """A prompt and its response as tokens: ``ids``, and ``response``, which is 1 at the response's
+    tokens.
     """
 
     ids: Sequence[int]
@@ -115,13 +116,12 @@ class Text:
 def make_texts(
     rows: Iterable[tuple[Any, Any]], tokenizer: Any, max_length: int = 512, end: bool = True
 ) -> list[Text]:
-    """(prompt, response) pairs, strings or messages, as training tokenises them
-    (:func:`dualhead_ext.data.collate.encode`): the end token is part of the response, unless
-    ``end`` is
-    False. Says in the log how many were cut to ``max_length``.
+    """Tokenise (prompt, response) pairs of strings or messages as training does
+    (:func:`dualhead_ext.data.collate.encode`). The end token is part of the response unless ``end``
+    is False. Logs how many texts were cut to ``max_length``.
 
     Raises:
-        ValueError: a response without a token.
+        ValueError: a response has no tokens.
     """
     texts, cut = [], 0
     for number, (prompt, response) in enumerate(rows):
@@ -143,8 +143,8 @@ def make_texts(
 def token_log_probs(
     system: Distribution, texts: Sequence[Text], batch_size: int = 8, padding_side: str = "right"
 ) -> list[Tensor]:
-    """log P of each response token: for each text (n,) float64 on the CPU. A text's first token,
-    which nothing predicts, does not count.
+    """log P of each response token: for each text (n,) float64 on the CPU. A text's first token is
+    never predicted and is left out.
     """
 
     def picked(ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
@@ -161,9 +161,9 @@ def token_kl(
     batch_size: int = 8,
     padding_side: str = "right",
 ) -> list[Tensor]:
-    """KL from ``reference`` at each response token, over the whole vocabulary, given the text up to
-    it: ``KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v))``, nats. Returns as
-    :func:`token_log_probs`; at least 0 up to rounding.
+    """KL from ``reference`` at each response token, in nats, over the whole vocabulary given the
+    preceding text: ``KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v))``. Returned in the
+    form of :func:`token_log_probs`; at least 0 up to rounding.
     """
 
     def divergence(ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
@@ -181,10 +181,10 @@ def per_token(
     batch_size: int,
     padding_side: str,
 ) -> list[Tensor]:
-    """``function`` over padded batches of like lengths, its values sorted back to their texts.
+    """Apply ``function`` to padded batches of texts of similar length; return its values per text.
 
-    It gets ids, attention_mask (B, T) and the bool (B, T - 1) of positions that predict a response
-    token, and returns a value for each of these, row by row.
+    ``function`` gets ids (B, T), attention_mask (B, T) and a bool mask (B, T - 1) of the positions
+    that predict a response token; it returns one value for each such position, row by row.
     """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     found: list[Tensor] = [torch.empty(0)] * len(texts)
@@ -199,8 +199,8 @@ def per_token(
 
 
 def _pad(texts: Sequence[Text], side: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, attention_mask, and where the response is but for a text's first token (bool), (B, T)
-    each. Padding is token 0: what it is does not matter where the mask is 0.
+    """ids, attention_mask and the bool mask of response tokens (without a text's first token),
+    (B, T) each. Padding is token 0; any token would do where the attention mask is 0.
     """
     if side not in ("left", "right"):
         raise ValueError(f"likelihood: padding_side must be left or right, got {side!r}")
@@ -220,7 +220,7 @@ def _pad(texts: Sequence[Text], side: str, device: torch.device) -> tuple[Tensor
 
 
 def token_mean(values: Sequence[Tensor], seed: int = 0) -> Interval:
-    """The mean over all tokens of all texts; its interval is a bootstrap over texts."""
+    """The mean over all tokens of all texts, with a bootstrap interval over texts."""
     rows = [(float(v.sum()), len(v)) for v in values]
     return bootstrap(
         rows, lambda rows: sum(s for s, _ in rows) / sum(n for _, n in rows), seed=seed
@@ -228,19 +228,19 @@ def token_mean(values: Sequence[Tensor], seed: int = 0) -> Interval:
 
 
 def perplexity(log_probs: Sequence[Tensor], seed: int = 0) -> Interval:
-    """``exp(-mean log P)`` over all tokens of :func:`token_log_probs`."""
+    """``exp(-mean log P)`` over all tokens; ``log_probs`` as from :func:`token_log_probs`."""
     value, low, high = token_mean(log_probs, seed)
     return Interval(math.exp(-value), math.exp(-high), math.exp(-low))
 
 
 @dataclass(frozen=True)
 class PairAccuracy:
-    """How often the chosen response has the greater sum of log-probabilities.
+    """How often the chosen response has the higher sum of log-probabilities.
 
     Attributes:
-        accuracy: Wilson interval; a tie is half a success.
-        longer: the same of the rule that takes the longer response, in characters.
-        pairs: how many.
+        accuracy: the share with its Wilson interval; a tie counts as half a success.
+        longer: the same for the rule that prefers the longer response, in characters.
+        pairs: number of pairs.
     """
 
     accuracy: Interval
@@ -259,7 +259,7 @@ def pair_accuracy(
 
     Args:
         system: :func:`of_reward_head` for pi_r, :func:`of_model` for the mixture.
-        rows: ``prompt``, ``chosen``, ``rejected``, of one objective.
+        rows: dicts with ``prompt``, ``chosen`` and ``rejected``, all of one objective.
     Raises:
         ValueError: no pairs.
     """
@@ -274,7 +274,7 @@ def pair_accuracy(
 def accuracy_of(
     chosen: Sequence[float], rejected: Sequence[float], rows: Sequence[dict[str, Any]]
 ) -> PairAccuracy:
-    """:func:`pair_accuracy` from scores of both responses of each pair.
+    """:func:`pair_accuracy` from the scores of each pair's chosen and rejected responses.
 
     Raises:
         ValueError: no pairs.
@@ -290,12 +290,13 @@ def _share(successes: float, trials: int) -> Interval:
 
 @dataclass(frozen=True)
 class TruthfulQA:
-    """Over n questions.
+    """TruthfulQA's multiple-choice scores.
 
     Attributes:
-        mc1: the share where the best answer is likelier than each incorrect one; Wilson interval.
-        mc2: mean share of probability on correct answers; bootstrap interval over questions.
-        questions: n.
+        mc1: share of questions whose best answer is likelier than every incorrect one, with its
+            Wilson interval.
+        mc2: mean share of probability on correct answers, with a bootstrap interval over questions.
+        questions: number of questions.
     """
 
     mc1: Interval
@@ -310,8 +311,8 @@ def truthfulqa(
     max_length: int = 512,
     batch_size: int = 8,
 ) -> TruthfulQA:
-    """TruthfulQA's multiple choice, an answer's score being ``sum_t log P(answer_t | question)``:
-    its tokens alone, after a space, without the end token, not divided by its length.
+    """TruthfulQA's multiple choice. An answer's score is ``sum_t log P(answer_t | question)`` over
+    the answer's tokens, after a space, without the end token and without length normalisation.
 
     MC1: ``argmax`` over (best, incorrect...) is the best. MC2: ``sum_correct P / sum_all P``.
 

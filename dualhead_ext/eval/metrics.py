@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures with their uncertainty. Needs nothing but Python."""
+"""Proportions with their uncertainty. Needs the standard library only."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of the systems: HH-RLHF, PKU-SafeRLHF, TruthfulQA, MT-Bench, AlpacaEval and
-BeaverTails, from their own files.
+"""Loaders of the evaluation data: HH-RLHF, PKU-SafeRLHF, TruthfulQA, MT-Bench, AlpacaEval and
+BeaverTails, in their original file formats.
 
-Each loader reads the file's place below the folder that DUALHEAD_DATA names, or the file or hub
-dataset that it is given. Rows are plain dicts whose ``prompt`` is ready to tokenise; ``template``
-makes it from a bare question, by default HH-RLHF's layout.
+By default, each loader reads its file below the folder that DUALHEAD_DATA names; ``source`` may
+name another file or a hub dataset. Rows are plain dicts whose ``prompt`` is ready to tokenise:
+``template`` makes it from the question, by default in HH-RLHF's layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Source = str | os.PathLike | None
 Template = Callable[[str], str]
 Numbered = Iterable[tuple[int, dict[str, Any]]]
 
-# PKU-SafeRLHF's objectives: their place in a head's K, and the column with the better response.
+# PKU-SafeRLHF's objectives: index of the reward head, and the column with the better response.
 HELPFUL, HARMLESS = 0, 1
 _PREFERENCES = {HELPFUL: "better_response_id", HARMLESS: "safer_response_id"}
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Prompts(list):
-    """Rows, and in ``report`` what was skipped."""
+    """A list of rows; ``report`` says what was skipped."""
 
     def __init__(self, rows: Iterable[dict[str, Any]], report: DataReport) -> None:
         super().__init__(rows)
@@ -46,7 +46,7 @@ class Prompts(list):
 
 
 def dialogue(question: str) -> str:
-    """HH-RLHF's layout of a first question, up to where the assistant speaks."""
+    """HH-RLHF's layout of a first question, up to the start of the assistant's turn."""
     return f"{HUMAN} {question}{ASSISTANT}"
 
 
@@ -72,11 +72,11 @@ def data_file(name: str) -> Path:
 
 
 def hh_pairs(source: Source = None, split: str | None = None) -> PreferenceData:
-    """Held-out preference pairs of HH-RLHF, with their ``subset`` where the file names it.
+    """Held-out preference pairs of HH-RLHF, with their ``subset`` if the file names it.
 
     Args:
-        source: default ``hh-rlhf/test.jsonl.gz``; else as :func:`load_preference_data`.
-        split: of a hub dataset or the embedded sample; default "test".
+        source: default ``hh-rlhf/test.jsonl.gz``; otherwise as in :func:`load_preference_data`.
+        split: split of a hub dataset or of the embedded sample; default "test".
     """
     if source is None:
         return load_preference_data(data_file("hh-rlhf/test.jsonl.gz"), split)
@@ -86,10 +86,11 @@ def hh_pairs(source: Source = None, split: str | None = None) -> PreferenceData:
 
 
 def hh_prompts(source: Source = None, split: str | None = None) -> Prompts:
-    """The distinct prompts of :func:`hh_pairs` in their order: ``prompt``, ``question`` (the same
-    without its ends), ``chosen`` of the first pair that has it, ``subset``.
+    """The distinct prompts of :func:`hh_pairs` in order: ``prompt``, ``question`` (the prompt
+    without the first "Human:" and the last "Assistant:"), ``chosen`` of the first pair with that
+    prompt, and ``subset``.
 
-    The prompt of a pair is what both dialogues begin with; whole dialogues stay whole.
+    A pair's prompt is the common beginning of both dialogues, all of its turns included.
     """
     pairs = hh_pairs(source, split)
     report = DataReport(pairs.report.source, unit="prompts", skipped=dict(pairs.report.skipped))
@@ -109,14 +110,14 @@ def hh_prompts(source: Source = None, split: str | None = None) -> Prompts:
 def saferlhf_pairs(
     source: Source = None, split: str | None = None, template: Template = dialogue
 ) -> PreferenceData:
-    """PKU-SafeRLHF: two rows for each pair of responses, one for each objective: ``objective`` 0
-    prefers the more helpful response, 1 the safer one. They disagree in many pairs.
+    """PKU-SafeRLHF: two rows for each pair of responses, one per objective. ``objective`` 0 prefers
+    the more helpful response, 1 the safer one. The two disagree on many pairs.
 
     Args:
         source: default ``pku_saferlhf_sample.jsonl``; a .jsonl file or a hub name.
         split: of a hub dataset; default "test".
     Raises:
-        ValueError: a column is missing, or an id is neither 0 nor 1, naming the line.
+        ValueError: a column is missing, or an id is neither 0 nor 1; the message names the line.
     """
     source = data_file("pku_saferlhf_sample.jsonl") if source is None else source
     report, kept = DataReport(os.fspath(source)), []
@@ -153,17 +154,17 @@ def truthfulqa(
     """TruthfulQA as multiple choice: ``prompt``, ``question``, ``category``, ``type``, ``best``,
     and the tuples ``correct`` and ``incorrect``.
 
-    MC1 chooses between (best, *incorrect), of which the first is right; MC2 shares probability
-    between correct and incorrect. Answers are split at ";", stripped, and kept once each; one that
-    both lists hold is in neither (two questions, "Unknown"), unless it is the best.
+    MC1 chooses between (best, *incorrect), of which the first is right; MC2 divides probability
+    between correct and incorrect answers. Answers are split at ";", stripped and deduplicated. An
+    answer in both lists is removed from both (two questions, "Unknown"), unless it is the best.
 
     Args:
-        source: default ``truthfulqa.csv``; a .csv file with its columns, or the hub's
+        source: default ``truthfulqa.csv``; a .csv file with the same columns, or the hub's
             ``truthfulqa/truthful_qa`` (its configuration "generation").
-        split: of a hub dataset; default "validation".
+        split: split of a hub dataset; default "validation".
     Raises:
-        ValueError: a column is missing, no incorrect answer, or the best is not a correct one,
-            naming the row.
+        ValueError: a column is missing, there is no incorrect answer, or the best answer is not
+            among the correct ones; the message names the row.
     """
     source = data_file("truthfulqa.csv") if source is None else source
     report, kept = DataReport(os.fspath(source), unit="questions"), []
@@ -206,7 +207,7 @@ _TRUTHFULQA = (
 
 
 def _truthfulqa_rows(source: str | os.PathLike, split: str | None) -> Numbered:
-    """The file's columns under the hub's names."""
+    """The rows, with the columns of a .csv file renamed as on the hub."""
     if not os.fspath(source).endswith(".csv"):
         return rows_of("truthfulqa", source, split, "validation", configuration="generation")
     if split is not None:
@@ -232,14 +233,15 @@ def mt_bench(
     source: Source = None, references: Source = None, template: Template = dialogue
 ) -> Prompts:
     """MT-Bench's questions: ``id``, ``category``, ``prompt`` (of the first turn), ``turns`` (two),
-    ``reference`` (the question file's two answers, or None) and ``reference_gpt4`` (GPT-4's, or
-    None). :func:`second_turn` makes the other prompt.
+    ``reference`` (the question file's two answers, or None) and ``reference_gpt4`` (GPT-4's
+    answers, or None). :func:`second_turn` makes the prompt of the second turn.
 
     Args:
-        source: default ``mt_bench_questions.jsonl``, and then ``mt_bench_reference_gpt4.jsonl``
-            for ``references``; files in FastChat's format.
+        source: a file in FastChat's format; default ``mt_bench_questions.jsonl``.
+        references: a file of GPT-4's answers in FastChat's format; default
+            ``mt_bench_reference_gpt4.jsonl`` if ``source`` is not given, otherwise none.
     Raises:
-        ValueError: other than two turns, or an answer to a question that is not there.
+        ValueError: a question does not have two turns, or an answer has no question.
     """
     if source is None:
         source = data_file("mt_bench_questions.jsonl")
@@ -269,7 +271,7 @@ def mt_bench(
 
 
 def second_turn(row: dict[str, Any], answer: str, template: Template = dialogue) -> str:
-    """The prompt of an MT-Bench row's second turn, after a system's own answer to the first."""
+    """The prompt of an MT-Bench row's second turn, after a system's answer to the first turn."""
     return f"{template(row['turns'][0])} {answer.strip()}{template(row['turns'][1])}"
 
 
@@ -304,7 +306,7 @@ def _questions(
     keep: tuple[str, ...],
     template: Template,
 ) -> Prompts:
-    """Single questions, stripped, each once."""
+    """Single questions, stripped and deduplicated."""
     report, kept = DataReport(os.fspath(source), unit="prompts"), {}
     for line, row in rows:
         if not isinstance(row.get(column), str):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling from a policy beside the backbone that it changes, so that each token comes with its
-distance from the backbone.
+"""Sampling from a policy that changes the backbone's logits, with each token's distance from the
+backbone.
 
-The backbone runs in any case: its state of a prompt is computed once for all policies and
-strengths, and a policy changes its logits. One random number generator for each row makes the runs
-of two policies comparable: where their distributions agree, so do the tokens.
+The backbone's cache of a prompt is computed once for all policies and strengths. Each row has its
+own random number generator, which makes the runs of two policies comparable: where their
+distributions agree, so do the tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from transformers import DynamicCache
 from ..model.hf_cache import GENERATION_CACHE
 from .sampling import RowNoise, encode_prompts, row_seed
 
-# Noise of more bytes than this is drawn again by each rollout.
+# Noise larger than this many bytes is not kept: each rollout draws it again.
 _KEPT_NOISE = 1 << 29
 
 
 class SharedNoise:
-    """The random numbers of a batch: those of the last seed are kept, because the runs that are
-    compared draw the same.
+    """The random numbers of a batch. Those of the last seed are kept for the next policy, which
+    draws the same numbers.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ class SharedNoise:
         self._seed: int | None = None
 
     def steps(self, seed: int, like: Tensor, count: int) -> Iterator[Tensor]:
-        """The noise of each of ``count`` steps, as :meth:`RowNoise.draw` gives it for ``like``."""
+        """The noise of each of ``count`` steps, as :meth:`RowNoise.draw` returns for ``like``."""
         if seed != self._seed:
             self._seed, self._kept, self._source = seed, [], self._fresh(seed, like)
         if like.numel() * 4 * count > _KEPT_NOISE:
@@ -54,14 +54,14 @@ class SharedNoise:
 
 @dataclass(frozen=True)
 class Prefix:
-    """A batch of prompts in a backbone.
+    """The backbone's state after a batch of prompts.
 
     Attributes:
         texts: the prompts, as the model reads them.
         ids, mask: (B, T), padded on the left.
-        hidden: (B, T, d), what the LM head reads.
-        cache: of all T tokens.
-        noise: of the texts that follow.
+        hidden: (B, T, d), hidden states that the LM head reads.
+        cache: the cache of all T tokens.
+        noise: random numbers for sampling responses.
     """
 
     texts: Sequence[str]
@@ -76,15 +76,15 @@ class Prefix:
 
 
 class Policy(Protocol):
-    """What maps the backbone's logits to others."""
+    """Maps the backbone's logits to other logits."""
 
     def begin(self, prefix: Prefix, new_tokens: int) -> None:
-        """Read the prompts; at most ``new_tokens`` follow."""
+        """Read the prompts; at most ``new_tokens`` tokens will follow."""
 
     def __call__(
         self, token: Tensor | None, hidden: Tensor, z_lm: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """(token (B,) that was chosen last, None at first; hidden (B, d); z_LM (B, V); mask (B, T)
+        """(token (B,), the last sampled one, None at first; hidden (B, d); z_LM (B, V); mask (B, T)
         of the text so far) -> logits (B, V), alpha (B,) or None.
         """
 
@@ -103,12 +103,14 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled text. Attributes:
+    """Sampled responses.
 
-    tokens: (B, N) ids. written: (B, N) bool, up to and with the end token.
-    kl: (B, N) fp32, KL(policy || backbone) at each position, nats.
-    logprob: (B, N) fp32, log-probability of the token under the backbone.
-    alpha: (B, N) fp32, or None.
+    Attributes:
+        tokens: (B, N) ids.
+        written: (B, N) bool, True up to and including the end token.
+        kl: (B, N) fp32, KL(policy || backbone) at each position, nats.
+        logprob: (B, N) fp32, log-probability of the token under the backbone.
+        alpha: (B, N) fp32, or None.
     """
 
     tokens: Tensor
@@ -118,12 +120,12 @@ class Rollout:
     alpha: Tensor | None
 
     def mean(self, name: str) -> float:
-        """Of ``kl``, ``logprob`` or ``alpha`` over the tokens that were written."""
+        """Mean of the field ``kl``, ``logprob`` or ``alpha`` over the written tokens."""
         return float(getattr(self, name)[self.written].double().mean())
 
 
 def read_prompts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Prefix:
-    """The backbone's state of a batch of prompts."""
+    """Run the backbone on a batch of prompts."""
     ids, mask = (x.to(model.device) for x in encode_prompts(texts, tokenizer))
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
@@ -132,7 +134,10 @@ def read_prompts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Pref
 
 
 def decode_step(model: nn.Module, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    """Hidden states (B, n, d) of the n last columns of ``mask`` (B, T); the cache grows by them."""
+    """Run the decoder on ids (B, n), the last n columns of ``mask`` (B, T), and extend the cache.
+
+    Returns the hidden states (B, n, d).
+    """
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return model.get_decoder()(
         input_ids=ids,
@@ -152,13 +157,13 @@ def roll_out(
     seed: int,
     ends: Sequence[int],
 ) -> Rollout:
-    """Sample at temperature 1.
+    """Sample a response to each prompt at temperature 1.
 
     Args:
         model: the backbone, a plain causal language model.
-        policy: what changes its logits.
-        new_tokens: a longer text is cut.
-        seed: with a prompt's text it decides the row's random numbers.
+        policy: changes the backbone's logits.
+        new_tokens: longer responses are cut off.
+        seed: determines a row's random numbers, together with the prompt's text.
         ends: the end tokens.
     """
     cache, mask = copy.deepcopy(prefix.cache), prefix.mask
@@ -193,7 +198,7 @@ def _draw(logits: Tensor, z_lm: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, 
     """(token, KL from the backbone, log-probability under it), each (B,)."""
     p, q = logits.log_softmax(-1), z_lm.log_softmax(-1)
     token = (p - noise).argmax(-1)
-    # Log-probabilities of -inf have no part in it: 0 log 0 = 0.
+    # Tokens of probability 0 contribute nothing: 0 log 0 = 0.
     kl = (p.exp() * (p - q).nan_to_num_(neginf=0.0)).sum(-1).clamp_(min=0.0)
     return token, kl, q.gather(-1, token[:, None])[:, 0]
 
@@ -206,10 +211,10 @@ def response_logprobs(
     responses: Sequence[str],
     ended: Sequence[bool],
 ) -> tuple[float, int]:
-    """(sum of log-probabilities under the backbone, tokens) of given responses to the prompts.
+    """(sum of log-probabilities under the backbone, number of tokens) of given responses.
 
     Args:
-        ended: whether a response's end token counts too.
+        ended: for each response, whether its end token counts too.
     """
     end = [tokenizer.eos_token_id]
     rows = [

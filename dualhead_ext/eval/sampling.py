@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several sampled responses to each of many prompts, and their scores: on-policy training data.
+"""Sample several responses to each of many prompts: on-policy training data.
 
-The prompt is computed once for its n responses. Each response has its own random numbers, so what
-is drawn for a prompt does not depend on the prompts beside it or on where a run was cut off.
+A prompt is computed once for its n responses. Each response has its own random numbers, so the
+responses to a prompt do not depend on the rest of the batch or on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Response:
-    """Attributes:
-    text: without special tokens and white space around it.
-    ended: whether the model ended its turn, or was cut off.
+    """One sampled response.
+
+    Attributes:
+        text: the text, stripped, without special tokens.
+        ended: True if the model ended its turn, False if the response was cut off.
     """
 
     text: str
@@ -35,13 +37,15 @@ class Response:
 
 
 class RowNoise(LogitsProcessor):
-    """Makes greedy decoding sample: adds Gumbel noise to ``scores / temperature``, each row's from
-    a generator of its own. The largest of them is a draw from ``softmax(scores / temperature)``.
+    """Turns greedy decoding into sampling by adding Gumbel noise to ``scores / temperature``.
+
+    The argmax of the sum is a draw from ``softmax(scores / temperature)``. Each row has its own
+    generator.
 
     Args:
-        seeds: one for each row.
+        seeds: one seed per row.
         temperature: above 0.
-        device: of the scores.
+        device: device of the scores.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
@@ -52,7 +56,7 @@ class RowNoise(LogitsProcessor):
         return scores.float() / self._temperature - self.draw(scores)
 
     def draw(self, scores: Tensor) -> Tensor:
-        """The next step's log of exponential noise, fp32, for scores (B, V)."""
+        """The next step's log of exponential noise: fp32, of the shape of ``scores`` (B, V)."""
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
@@ -60,20 +64,20 @@ class RowNoise(LogitsProcessor):
 
 
 def row_seed(*parts: Any) -> int:
-    """A seed from anything that has a text, such as (seed, prompt, number)."""
+    """A seed from the string forms of ``parts``, such as (seed, prompt, number)."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def prompt_text(prompt: str | list[Message], tokenizer: Any) -> str:
-    """A prompt as the model reads it: messages by the chat template, a text as it is."""
+    """A prompt as the model reads it: messages rendered by the chat template, a string as is."""
     if isinstance(prompt, str):
         return prompt
     return render_prompt(prompt, tokenizer)[0]
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """ids and mask (B, T), padded on the left. BOS once, if the tokenizer adds one."""
+    """ids and mask (B, T), padded on the left, with one BOS token if the tokenizer adds one."""
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
@@ -86,11 +90,11 @@ def encode_prompts(texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor
 
 
 def prefill(model: nn.Module, ids: Tensor, mask: Tensor) -> DynamicCache:
-    """The cache of a prompt without its last token, which ``generate()`` reads itself."""
+    """The cache of the prompts without their last token, which ``generate()`` reads itself."""
     cache = DynamicCache(config=model.config)
     if ids.shape[1] > 1:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-        # A gated model fills its gate's cache too, which its decoder alone would not.
+        # Call the model, not its decoder, which would not fill a gated model's gate cache.
         few = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         model(
             input_ids=ids[:, :-1],
@@ -113,14 +117,16 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[list[Response]]:
-    """Responses to each of one batch of prompts, by ``generate()``.
+    """Sample responses to one batch of prompts with ``generate()``: a list for each prompt.
 
     Args:
         model: a causal language model, gated or not.
-        prompts: texts, or messages that end with the user's.
-        numbers: of the responses; response i is the same in any batch, up to rounding.
-        max_new_tokens: a longer response is cut.
-        seed: with the prompt's text and a response's number, it decides the response.
+        prompts: strings, or message lists that end with a user message.
+        numbers: numbers of the responses to sample; the response with a given number is the same
+            in any batch, up to rounding.
+        max_new_tokens: longer responses are cut off.
+        temperature: above 0.
+        seed: determines a response, together with the prompt's text and the response's number.
     """
     texts, n = [prompt_text(prompt, tokenizer) for prompt in prompts], len(numbers)
     ids, mask = (x.to(model.device) for x in encode_prompts(texts, tokenizer))
@@ -143,7 +149,7 @@ def sample(
 
 
 def response(ids: list[int], tokenizer: Any, ends: Sequence[int]) -> Response:
-    """The text of new tokens, up to an end token or to a human turn that the model makes up."""
+    """The text of new tokens, up to an end token or a human turn that the model generated."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     said = text.partition(HUMAN)[0]
@@ -151,6 +157,6 @@ def response(ids: list[int], tokenizer: Any, ends: Sequence[int]) -> Response:
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Consecutive runs of at most ``size``."""
+    """Consecutive slices of at most ``size`` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead eval HEADS``: what trained heads do to their backbone, on pairs and on prompts.
+"""``dualhead eval HEADS``: how trained heads change their backbone, on pairs and on prompts.
 
-``states`` reads a backbone once for all settings of its heads, ``pairs`` and ``sweep`` measure,
-``report`` and ``plot`` write.
+``states`` runs the backbone once for all settings of its heads, ``pairs`` and ``sweep`` compute the
+figures, ``report`` and ``plot`` write them.
 """

@@ -18,9 +18,9 @@ from ..likelihood import Text
 from ..metrics import text_length, wilson_interval
 from .states import Done, Heads, nobody, picked
 
-# Names of what ranks the responses, in the order of the columns of `_scores`.
+# Names of the rankers of responses, in the order of the columns of `_scores`.
 REWARD, MIXTURE, BACKBONE, LONGER = "reward head", "mixture", "backbone", "the longer one"
-# What a response's score is, by the heads' preference.
+# The reward head's score of a response, by the heads' `preference`.
 REWARDS = {
     "token_reward": "sum of alpha delta over its tokens",
     "log_prob": "log-probability under the reward head",
@@ -35,17 +35,18 @@ def pair_figures(
     batch_size: int = 8,
     done: Done = nobody,
 ) -> dict[str, Any]:
-    """Accuracy with a 95 % interval of each of `REWARD`, as it was trained (`REWARDS`), `MIXTURE`
-    at strength 1 and `BACKBONE` by the response's log-probability, and `LONGER` by characters. A
-    tie is half a success.
+    """Accuracy of each ranker with a 95 % interval; a tie counts as half a success.
+
+    `REWARD` ranks responses by the score it was trained for (`REWARDS`), `MIXTURE` at strength 1
+    and `BACKBONE` by log-probability, `LONGER` by characters.
 
     Args:
-        rows: pairs or ranked lists, as :func:`dualhead_ext.data.load_preference_data` gives them.
-            A row's objective is the reward head that is asked.
-        done: told of each text.
+        rows: pairs or ranked lists, as from :func:`dualhead_ext.data.load_preference_data`. A
+            row's objective selects the reward head.
+        done: called with the number of texts after each batch.
     Returns:
-        ``rows``, ``pairs``, ``interval`` ("Wilson" of pairs; of ranked lists, whose pairs share
-        texts, "bootstrap over rows"), ``reward`` and ``accuracy``: name -> [value, low, high].
+        ``rows``, ``pairs``, ``interval`` ("Wilson" for pairs; "bootstrap over rows" for ranked
+        lists, whose pairs share texts), ``reward`` and ``accuracy``: name -> [value, low, high].
     """
     responses = [_responses(row) for row in rows]
     texts = [
@@ -75,7 +76,7 @@ def pair_figures(
 
 
 def _responses(row: dict[str, Any]) -> list[tuple[Any, bool]]:
-    """(text, whether the model ended it) of each response."""
+    """(text, whether the model ended its turn) for each response."""
     if "scores" not in row:
         return [(row["chosen"], True), (row["rejected"], True)]
     ended = row.get("ended") or [True] * len(row["responses"])
@@ -90,7 +91,7 @@ def _text(prompt: Any, response: Any, ended: bool, tokenizer: Any, max_length: i
 def _scores(
     model: Any, texts: Sequence[Text], objective: int, batch_size: int, done: Done
 ) -> Iterable[tuple[float, float, float]]:
-    """What the reward head, the mixture and the backbone give each text."""
+    """The scores of each text by the reward head, the mixture and the backbone."""
     config = model.dual_head_config
     heads = Heads(model, torch.eye(config.num_objectives)[objective].tolist())
     rewards = config.preference == "token_reward"

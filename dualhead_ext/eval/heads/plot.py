@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep over strengths as one picture. Needs matplotlib, the extra ``plot``."""
+"""The plot of the sweep over strengths. Needs matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _COLUMNS = 3
 
 
 def sweep_figure(report: dict[str, Any]) -> Any:
-    """A matplotlib ``Figure``: a panel each for every scorer, KL, perplexity, alpha and words over
-    strength, with 95 % intervals; the backbone's value as a dashed line.
+    """A matplotlib ``Figure`` with one panel each for every scorer, KL, perplexity, alpha and words
+    against strength, with 95 % intervals and the backbone's value as a dashed line.
     """
     sweep = report["sweep"]
     panels: list[tuple[str, list[Any]]] = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation as JSON and as a Markdown page. A plain dict comes in; needs nothing but Python."""
+"""An evaluation (a plain dict) as JSON and as a Markdown page. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from ..scorers import SCORERS
 
 RESULTS, PAGE, PLOT = "eval.json", "eval.md", "sweep.png"
-# Prompts whose replies the page shows; the JSON has all.
+# Number of prompts whose replies the page shows; the JSON has all.
 _SHOWN = 8
 
 
 def to_json(report: dict[str, Any]) -> bytes:
-    """The whole of it."""
+    """The whole evaluation as JSON."""
     return (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def finding(report: dict[str, Any]) -> str:
-    """What the strongest setting does, in one sentence: of it the distance, the first scorer (or
-    the length), and the perplexity.
+    """The effect of the highest strength in one sentence: distance from the backbone, change of the
+    first scorer (or of the length), and perplexity.
     """
     first, last = report["sweep"][0], report["sweep"][-1]
     if last["scores"]:
@@ -115,13 +115,13 @@ def _sweep(report: dict[str, Any]) -> list[str]:
         "prompts."
     )
     if report["scorers"]:
-        note += " Behind a score: the change from strength 0, prompt by prompt."
+        note += " After each score: the mean change from strength 0 over the same prompts."
     lines = ["## Strengths", "", f"{finding(report)}.", "", note, "", *_table(header, rows), ""]
     return [*lines, f"![The sweep over strengths]({PLOT})", ""] if report["plot"] else lines
 
 
 def scorer_title(name: str) -> str:
-    """A scorer with its unit and which way is better."""
+    """A scorer's name with its unit and whether more or less is better."""
     if name not in SCORERS:
         return f"{name} (more is better)"
     entry = SCORERS[name]
@@ -155,7 +155,7 @@ _NO_MARKUP = {ord(sign): f"&#{ord(sign)};" for sign in "\\`*_[]|#~"}
 
 
 def _cell(text: str) -> str:
-    """Text of a model in a cell of a table: no markup of its own, line breaks kept."""
+    """Generated text for a table cell: markup escaped, line breaks kept."""
     lines = [" ".join(line.split()) for line in text.strip().splitlines()]
     safe = html.escape("\n".join(lines), quote=False)
     return safe.translate(_NO_MARKUP).replace("\n", "<br>") or "(empty)"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both heads at the response tokens of given texts, from one pass of the backbone."""
+"""Both heads at the response tokens of given texts, from one pass through the backbone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ...head.controls import Controls
 from ...head.mixture import mix_logits, mixing_weight
 from ..likelihood import Text, per_token
 
-# States whose logits are computed at a time: each takes a few vocabularies of memory.
+# Hidden states whose logits are computed at once; each takes a few vectors of size V.
 _ROWS = 64
-# Is told how many more of what takes time are done.
+# A progress callback; its argument is the number of items done since the last call.
 Done = Callable[[int], Any]
 
 
 def nobody(count: int) -> None:
-    """Nobody is told."""
+    """The callback that reports nothing."""
 
 
 class Heads:
-    """The heads of a gated model, read at hidden states.
+    """The heads of a gated model, evaluated at hidden states.
 
     Args:
         model: a :class:`dualhead_ext.DualHeadForCausalLM`.
@@ -52,7 +52,7 @@ class Heads:
         return z_lm[:, 0], self.head.reward_logits(hidden[:, None], z_lm, weights)[:, 0]
 
     def alpha(self, gate_logit: Tensor, strength: float = 1.0) -> Tensor:
-        """gate_logit (N,) -> the weight of the reward head (N,)."""
+        """gate_logit (N,) -> alpha (N,), the weight of the reward head."""
         controls = Controls(strength=torch.tensor(strength, device=gate_logit.device))
         return mixing_weight(gate_logit, controls, self.head.config.mix)[1]
 
@@ -70,13 +70,13 @@ class Heads:
         batch_size: int = 8,
         done: Done = nobody,
     ) -> list[Tensor]:
-        """``figures`` of the states that predict each text's response tokens.
+        """Apply ``figures`` to the hidden states that predict each text's response tokens.
 
         Args:
             figures: (hidden (N, d), gate_logit (N,), the tokens that follow (N,)) -> (N, c).
-            done: called with the number of texts behind each batch.
+            done: called with the number of texts after each batch.
         Returns:
-            for each text (n, c), on the CPU.
+            (n, c) for each text, float64 on the CPU.
         """
 
         def of_batch(ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
@@ -92,5 +92,5 @@ class Heads:
 
 
 def picked(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """Of each row (N, V) the value of its token (N,)."""
+    """The value at each row's token: log_probs (N, V), tokens (N,) -> (N,)."""
     return log_probs.gather(-1, tokens[:, None])[:, 0]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replies to the same prompts at several strengths: how far they are from the backbone, and what
-scorers say of them.
+"""Replies to the same prompts at several strengths: their distance from the backbone and their
+scores.
 
-Everything is sampled at temperature 1. A prompt's replies are drawn with the same random numbers at
-each strength, so two replies begin alike as far as the distributions do.
+Everything is sampled at temperature 1. A prompt's replies use the same random numbers at each
+strength, so two replies are equal up to where their distributions differ.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ Prompt = str | list[Message]
 
 @dataclass(frozen=True)
 class Reply:
-    """Attributes:
-    text: without special tokens.
-    ended: whether the model ended its turn, or was cut off.
-    tokens: the prompt and the reply, with its end token.
+    """One sampled reply.
+
+    Attributes:
+        text: the text, without special tokens.
+        ended: True if the model ended its turn, False if the reply was cut off.
+        tokens: the tokens of the prompt and of the reply with its end token.
     """
 
     text: str
@@ -50,8 +52,8 @@ def sample_replies(
     batch_size: int = 32,
     done: Done = nobody,
 ) -> list[list[Reply]]:
-    """For each prompt a reply at each strength. ``batch_size`` replies at once; ``done(count)``
-    after each batch of prompts.
+    """For each prompt, one reply at each strength. Samples about ``batch_size`` replies at once and
+    calls ``done`` with the number of prompts after each batch.
     """
     found: list[list[Reply]] = []
     for part in batches(prompts, max(1, batch_size // len(strengths))):
@@ -111,13 +113,14 @@ def sweep_figures(
     batch_size: int = 8,
     done: Done = nobody,
 ) -> list[dict[str, Any]]:
-    """One object for each strength; figures with an interval are [value, low, high], a bootstrap
-    over prompts:
+    """One dict per strength. Figures with an interval are [value, low, high], by a bootstrap over
+    prompts:
 
-    ``strength``; ``kl``, nats per token from the backbone; ``perplexity`` under the backbone;
-    ``alpha``: mean, min and max over the tokens; ``words``; ``ended``, a share; ``scores``: scorer
-    -> figure in its own unit, and ``gains``: what it is above that of the first strength, prompt by
-    prompt. ``done`` is told of each reply.
+    ``strength``; ``kl`` from the backbone, nats per token; ``perplexity`` under the backbone;
+    ``alpha``: mean, min and max over the tokens; ``words`` per reply; ``ended``, the share of
+    replies that the model ended; ``scores``: scorer -> mean score; ``gains``: scorer -> mean change
+    from the first strength over the same prompts. ``done`` gets the number of replies after each
+    batch.
     """
     questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
     scored = {
@@ -163,7 +166,7 @@ def _token_figures(
         alpha = heads.alpha(gate_logit, strength)
         p = heads.log_probs(z_lm, z_rm, alpha)
         q = heads.log_probs(z_lm, z_rm, torch.zeros_like(alpha))
-        # A token without probability has no part in it: 0 log 0 = 0.
+        # Tokens of probability 0 contribute nothing: 0 log 0 = 0.
         kl = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0.0)
         return torch.stack((kl, picked(q, tokens), alpha.double()), -1)
 
