@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: one timer; decode steps, the training loss, whole models, training, reward heads
-that are corrections; reports.
+"""The benchmarks of decode steps, the training loss, whole models, training steps and correction
+reward heads, and their reports.
 
-``dualhead bench`` and ``pytest --benchmark`` are two front ends of what is here. Importing this
-module imports neither torch nor transformers.
+``dualhead bench`` and ``pytest --benchmark`` are its two front ends. Importing this module imports
+neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-# What there is to measure. Without a choice: decode, loss and models on the CPU; on a GPU decode
-# and loss. Corrections are measured on the CPU alone.
+# The parts of the benchmark. Default: decode, loss and models on the CPU; decode and loss on a GPU.
+# Corrections are measured on the CPU only.
 PARTS = ("decode", "loss", "models", "training", "corrections")
 
-# Of timing per case; the slowest cases take longer, since a median needs some rounds.
+# Seconds of timing per case; the slowest cases take longer, since a median needs several rounds.
 SECONDS, QUICK_SECONDS = 1.0, 0.3
 
 
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="what to measure; cuda: decode steps and the training loss",
+        help="the device to measure; cuda: decode steps and the training loss",
     )
     parser.add_argument(
         "--part",
@@ -59,11 +59,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Run ``dualhead bench``. Returns the exit code: 1 if the fused step was too slow somewhere.
+    """Run ``dualhead bench``. Returns the exit code: 1 if any requirement was missed.
 
     Raises:
-        ValueError, OSError: what the user asked for cannot be done; said before anything runs.
-        RuntimeError: there is no compiled kernel.
+        ValueError, OSError: invalid options; raised before anything is measured.
+        RuntimeError: there is no compiled kernel to measure.
     """
     from . import report
 
@@ -104,12 +104,12 @@ def main(arguments: Namespace) -> int:
 def check_options(
     seconds: float | None, json: str | None, device: str = "cpu", parts: Sequence[str] | None = None
 ) -> None:
-    """Raise for options that could only fail after the benchmark has run.
+    """Check options whose errors would otherwise show only during or after the benchmark.
 
     Raises:
-        ValueError: seconds negative or not finite, a device that is not there, or a part that does
-            not run on it.
-        FileNotFoundError, IsADirectoryError: no results file could be written there.
+        ValueError: ``seconds`` is negative or not finite, the device is missing, or a part does not
+            run on it.
+        FileNotFoundError, IsADirectoryError: the results file cannot be written at ``json``.
     """
     from pathlib import Path
 

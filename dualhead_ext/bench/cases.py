@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decode benchmark runs: sizes, formats, batches, and the speed-up each case requires."""
+"""The cases of the decode benchmark: sizes, formats, batches, and each case's required speed-up."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from dataclasses import dataclass
 import torch
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# (d, V): the sizes that documents and issues quote; the last is Llama-2-7B's.
+# (d, V): the sizes that the documentation quotes; the last is Llama-2-7B's.
 SIZES = ((256, 4096), (512, 8192), (1024, 32000), (4096, 32000))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the benchmark: a batch of B, T columns in the gate's cache with the new one.
+    """One setting of the benchmark.
 
-    ``compile`` says whether the torch.compile contender takes part: compiling takes longer than all
-    the timing of a case. ``graphs``: whether those of :mod:`.graphs` do, which is the plan of GPUs.
-    ``quantized``: whether the fused step takes part with heads in each format of
-    :mod:`dualhead_ext.quantization` too.
+    Attributes:
+        B: batch size.
+        T: columns in the gate's cache, including the new one.
+        sampled: whether tokens are sampled instead of greedy.
+        compile: whether the torch.compile contender takes part; compiling takes longer than all
+            the timing of a case.
+        graphs: whether the contenders of :mod:`.graphs` take part, as they do on GPUs.
+        quantized: whether the fused step also takes part with heads in each format of
+            :mod:`dualhead_ext.quantization`.
     """
 
     B: int
@@ -32,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases of one size and format, which share their weights."""
+    """Cases of one size and format that share their weights."""
 
     d: int
     V: int
@@ -44,7 +49,7 @@ class Group:
 
 
 def plan(quick: bool = False) -> list[Group]:
-    """The groups to run: all sizes and formats, or, to see in a minute that all works, a few."""
+    """The groups to run: all sizes and formats, or with ``quick`` a few, in under a minute."""
     if quick:
         few = (Case(1, 64, compile=True), Case(4, 64), Case(1, 64, sampled=True))
         return [
@@ -69,7 +74,7 @@ def plan(quick: bool = False) -> list[Group]:
 
 
 def growth_plan() -> list[Group]:
-    """What shows how the cost of a step grows: with V, and at the largest size with T and B."""
+    """Groups that show how a step's cost grows: with V, and at the largest size with T and B."""
     d, V = SIZES[-1]
     smaller = [Group(d, V // n, "bf16", (Case(1, 256),)) for n in (16, 8, 4, 2)]
     lengths = tuple(Case(1, T) for T in (64, 1024, 2048, 4096))
@@ -78,7 +83,7 @@ def growth_plan() -> list[Group]:
 
 
 def gpu_plan(quick: bool = False) -> list[Group]:
-    """The groups to run on a GPU: heads of 7B, 8B and 70B models, requests alone and together."""
+    """The groups to run on a GPU: heads of 7B, 8B and 70B models, at batch size 1 and larger."""
     one = Case(1, 256, graphs=True, quantized=True)
     if quick:
         return [Group(4096, 32000, "bf16", (Case(1, 256, graphs=True),))]
@@ -93,20 +98,20 @@ def gpu_plan(quick: bool = False) -> list[Group]:
         Group(4096, 128256, "bf16", (one, sampled, *batches)),
         Group(8192, 128256, "bf16", (Case(1, 256, graphs=True), *batches)),
         Group(4096, 32000, "fp32", (Case(1, 256, graphs=True),)),
-        # Last, since compiling takes longer than all the rest.
+        # Last, because compiling takes longer than everything else.
         Group(4096, 32000, "bf16", compiled),
         Group(4096, 128256, "bf16", compiled),
     ]
 
 
-# A step that reads at this share of the bandwidth measured beside it is at the machine's limit,
-# which no speed-up can pass.
+# A step that reads at this share of the bandwidth measured in the same rounds is limited by memory:
+# no larger speed-up is required of it.
 SHARE_AT_THE_LIMIT = 0.9
 
 
 def required_speedup(group: Group, case: Case) -> float:
-    """What the fused step must reach over eager: 1.5 on the CPU at Llama-2-7B's size in bf16 for
-    one request, 1 elsewhere."""
+    """The speed-up over eager that the fused step must reach: 1.5 on the CPU at Llama-2-7B's size
+    in bf16 for one greedy request with T = 256, 1 elsewhere."""
     if case.graphs:
         return 1.0
     flagship = (group.d, group.V, group.format) == (*SIZES[-1], "bf16")

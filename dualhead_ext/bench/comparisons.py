@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a contender costs beside another one, and the most that it may cost."""
+"""A contender's cost relative to another's, and its upper limit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..measurement.timing import Timing, ratio
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cost as a multiple of another one.
+    """A contender's cost as a multiple of another's.
 
     Attributes:
-        what: is compared: "time", "memory" or "bytes".
-        over: the contender whose cost is 1; None: ``value`` is the number itself.
+        what: the cost that is compared: "time", "memory" or "bytes".
+        over: the contender whose cost is 1; None if ``value`` is an absolute number.
         value, low, high: the ratio and its 95 % interval.
-        goal: the most that ``value`` should be; None: it is measured only.
+        goal: upper limit of ``value``; None if there is none.
     """
 
     what: str
@@ -30,19 +30,19 @@ class Comparison:
 
     @classmethod
     def exact(cls, what: str, over: str | None, value: float, goal: float | None) -> Comparison:
-        """Of a number without a spread."""
+        """A comparison of exact numbers, without an interval."""
         return cls(what, over, value, value, value, goal)
 
     @classmethod
     def of_times(cls, slower: Timing, faster: Timing, goal: float | None = None) -> Comparison:
-        """Of two timings from the same rounds."""
+        """A comparison of two timings from the same rounds."""
         found = ratio(slower, faster)
         return cls("time", faster.name, found.value, found.low, found.high, goal)
 
     @property
     def outcome(self) -> str:
-        """ "reached", "missed", or "within the spread" where the interval alone reaches the goal;
-        "" without a goal.
+        """ "reached", "missed", or "within the spread" if only the interval's low end reaches the
+        goal; "" without a goal.
         """
         if self.goal is None:
             return ""
@@ -51,19 +51,19 @@ class Comparison:
         return "within the spread" if self.low <= self.goal else "missed"
 
     def as_row(self) -> dict[str, Any]:
-        """For results files."""
+        """A plain dict for results files."""
         return {**asdict(self), "outcome": self.outcome}
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Contenders of one setting, and what is compared.
+    """The results of all contenders in one setting.
 
     Attributes:
         measure: what was measured: "step", "model", "loss" or "file".
-        setting: what tells it from others.
-        rows: by contender, its figures.
-        comparisons: by contender.
+        setting: name -> value of the parameters that identify the setting.
+        figures: contender -> its figures.
+        comparisons: contender -> its comparisons.
     """
 
     measure: str
@@ -72,7 +72,7 @@ class Contest:
     comparisons: dict[str, list[Comparison]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain dict per contender, as results files have them."""
+        """One plain dict per contender, as results files store them."""
         return [
             {
                 "measure": self.measure,
@@ -85,7 +85,7 @@ class Contest:
         ]
 
     def failures(self) -> list[str]:
-        """A sentence for each goal that is missed beyond the spread."""
+        """A sentence for each goal that is missed by more than the spread."""
         return [
             f"{self}: {name}: {sentence(found.as_row())}"
             for name, several in self.comparisons.items()
@@ -94,7 +94,7 @@ class Contest:
         ]
 
     def text(self) -> str:
-        """The rows for a terminal."""
+        """The rows as text for a terminal."""
         lines = [f"\n{self}"]
         for name, figures in self.figures.items():
             found = [sentence(c.as_row()) for c in self.comparisons.get(name, [])]
@@ -106,7 +106,7 @@ class Contest:
 
 
 def times(timings: dict[str, Timing]) -> dict[str, dict[str, Any]]:
-    """The figures of timed contenders."""
+    """The timing figures of each contender."""
     return {
         name: {
             "us_median": timing.us_median,
@@ -127,17 +127,17 @@ _SHOWN: dict[str, Callable[[Any], str]] = {
 
 
 def shown(figures: dict[str, Any]) -> str:
-    """Figures of a row that a person reads first."""
+    """A row's main figures as text."""
     return ", ".join(show(figures[name]) for name, show in _SHOWN.items() if name in figures)
 
 
 def setting(values: dict[str, Any]) -> str:
-    """What tells a row from others, in words."""
+    """The parameters of a setting as text."""
     return ", ".join(v if isinstance(v, str) else f"{n} = {v}" for n, v in values.items())
 
 
 def sentence(found: dict[str, Any]) -> str:
-    """A comparison of a results file in words; "" where nothing is compared."""
+    """A comparison from a results file as text; "" where nothing is compared."""
     words = []
     if found["over"] is not None:
         words.append(f"{found['value']:.3f} of the {found['what']} of {found['over']}")

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes part in the decode benchmark, and what they work on.
+"""The contenders of the decode benchmark and their operands.
 
-All from the same hidden states, weights and gate caches:
+All use the same hidden states, weights and gate caches:
 
 - ``dualhead``: :func:`dualhead_ext.ops.decode_step`, the compiled operator.
 - ``eager``: :func:`dualhead_ext.reference.decode_step`, the same step in plain PyTorch.
-- ``compile``: that under ``torch.compile``, max-autotune, static shapes. Heads larger than the
-  last-level cache are frozen into the graph as well, so that inductor packs them and picks a GEMM.
-  Smaller ones are not: a frozen graph has one copy of its weights, which would stay in the cache
-  while all others read theirs from memory.
-- ``lm_head``: the backbone's head alone and a token from its logits, in eager PyTorch: what a model
-  that nobody directs pays.
-- ``int8``, ``fp8``, ``int4``: as ``dualhead``, the same heads quantised.
+- ``compile``: the eager step under ``torch.compile``, max-autotune, static shapes. Heads larger
+  than the last-level cache are also frozen into the graph, so that inductor packs them and picks a
+  GEMM. Smaller heads are not: a frozen graph has one copy of its weights, which would stay in the
+  cache while all other contenders read theirs from memory.
+- ``lm_head``: the backbone's LM head alone and a token from its logits, in eager PyTorch: the cost
+  of a model without a gated head.
+- ``int8``, ``fp8``, ``int4``: as ``dualhead``, with the same heads quantised.
 
-Cases for GPUs have those of :mod:`.graphs` as well, and all but ``eager`` run from CUDA graphs.
+GPU cases add the contenders of :mod:`.graphs`, and all but ``eager`` run from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from ..quantization import quantize
 from .cases import FORMATS, Case, Group
 from .graphs import capture, gemm_step, gumbel_token
 
-# Sampled cases: temperature and top-p, of which the latter has to know the whole distribution.
+# Sampled cases: temperature and top-p; top-p needs the whole distribution.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 _COMPILE_OPTIONS = {"max_autotune": True}
 _GATE = {name: getattr(DualHeadConfig, name) for name in ("gate_num_heads", "gate_head_dim")}
 
 
 class Operands:
-    """Random weights of a group, in as many copies as it takes to read them cold.
+    """A group's random weights, in as many copies as are needed to read them from memory.
 
     Attributes:
-        group: whose.
-        memory: (copies, 2V, d): W_LM above W_RM. device: where.
+        group: the group that the weights belong to.
+        device: the device that holds them.
+        memory: (copies, 2V, d): W_LM above W_RM.
         copies: the weight arguments of ``decode_step``, one dict per copy.
-        num_bytes: of one copy.
+        num_bytes: size of one copy.
     """
 
     def __init__(self, group: Group, cold_bytes: int, device_type: str = "cpu") -> None:
@@ -62,7 +63,7 @@ class Operands:
         gates = torch.empty(count, 2 * width, d, dtype=dtype, device=device)
         values = torch.empty(count, heads, d, device=device)
         for tensor in (self.memory, gates, values):
-            # One copy is drawn: what makes copies cold is where they lie, not what they hold.
+            # Draw one copy only: copies are cold because of their addresses, not their values.
             tensor[0].normal_(std=d**-0.5)
             tensor[1:] = tensor[0]
         self.copies = [
@@ -78,7 +79,7 @@ class Operands:
         ]
 
     def quantized(self, name: str, cold_bytes: int) -> list[dict[str, Tensor]]:
-        """The weight arguments with the heads in a format, in as many copies as are cold."""
+        """The weight arguments with heads in the format ``name``, in enough copies to be cold."""
         weights = dict(self.copies[0])
         for head in ("lm", "reward"):
             q, scale = quantize(weights[f"{head}_weight"], name)
@@ -94,8 +95,8 @@ def bytes_of(tensors: dict[str, Tensor]) -> int:
 def requests(
     group: Group, case: Case, count: int, device: torch.device | None = None, steps: int = 1
 ) -> list[dict[str, Tensor]]:
-    """The arguments of ``decode_step`` that belong to requests, ``count`` times: hidden states, a
-    gate cache of T - 1 columns with room for ``steps`` more, and what sampling needs."""
+    """``count`` copies of the per-request arguments of ``decode_step``: hidden states, a gate cache
+    of T - 1 columns with room for ``steps`` more, and sampling parameters."""
     B, T, dtype = case.B, case.T, FORMATS[group.format]
     columns = T - 1 + steps
     heads, head_dim = _GATE["gate_num_heads"], _GATE["gate_head_dim"]
@@ -115,7 +116,7 @@ def requests(
                 "draws": torch.zeros(B, dtype=torch.int64),
                 "temperature": torch.full((B,), _TEMPERATURE),
             }
-            # Under graphs all contenders draw by Gumbel noise; with top-p the others would sort.
+            # With graphs all contenders sample by Gumbel noise; top-p would need a sort.
             arguments |= {} if case.graphs else {"top_p": torch.full((B,), _TOP_P)}
         made.append({name: value.to(device) for name, value in arguments.items()})
     return made
@@ -127,7 +128,7 @@ def cache_bytes(group: Group, case: Case) -> int:
 
 
 def lm_head_step(arguments: dict[str, Tensor]) -> Tensor:
-    """A token from the backbone's head alone: product, filters and choice, in eager PyTorch."""
+    """A token from the LM head alone: product, filters and choice, in eager PyTorch."""
     logits = reference.head_logits(arguments["hidden"], arguments["lm_weight"], None)
     if "seeds" not in arguments:
         return logits.argmax(-1)
@@ -138,10 +139,10 @@ def lm_head_step(arguments: dict[str, Tensor]) -> Tensor:
 
 
 class _Step(nn.Module):
-    """The eager step as a module, whose weights are what inductor's freezing takes as constants.
+    """The eager step as a module, because inductor's freezing turns module weights into constants.
 
-    They are clones: of two weights that are views of one storage, as the operands here are,
-    inductor has been seen to pack one for both (torch 2.13, fp32).
+    The weights are clones: if two weights are views of one storage, as the operands here are,
+    inductor may use one packed weight for both (seen with torch 2.13, fp32).
     """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
@@ -156,12 +157,12 @@ class _Step(nn.Module):
 def compiled_step(
     weights: dict[str, Tensor], freeze: bool
 ) -> Callable[..., reference.DecodeOutput]:
-    """The eager step under torch.compile. It takes all arguments of ``decode_step``; frozen, it has
-    its own ``weights`` and ignores those it is given.
+    """The eager step under torch.compile. It takes all arguments of ``decode_step``; if frozen, it
+    uses a copy of ``weights`` and ignores the weight arguments.
 
     Compiles at the first call, which must be inside :func:`_compiling`.
     """
-    torch.compiler.reset()  # every case is a variant of one function, beyond 8 dynamo would give up
+    torch.compiler.reset()  # every case recompiles one function; after 8, dynamo would give up
     step = _Step(weights) if freeze else reference.decode_step
     options = {**_COMPILE_OPTIONS, "freezing": freeze}
     compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
@@ -176,9 +177,12 @@ def compiled_step(
 
 @contextmanager
 def _compiling(freeze: bool) -> Iterator[None]:
-    """Context of the first call of :func:`compiled_step`. Dynamo reads ``freezing`` from the global
-    configuration when it decides whether weights are constants; the option alone is not enough.
-    What autotuning says on standard error would tear the tables apart; errors are exceptions."""
+    """Context for the first call of :func:`compiled_step`.
+
+    Dynamo reads ``freezing`` from the global configuration when it decides whether weights are
+    constants; the option alone is not enough. Autotuning's messages on standard error, which would
+    interrupt the tables, are dropped; errors are exceptions.
+    """
     from torch._inductor import config
 
     with config.patch(freezing=freeze), redirect_stderr(io.StringIO()):
@@ -188,10 +192,10 @@ def _compiling(freeze: bool) -> Iterator[None]:
 def check_agreement(
     name: str, got: reference.DecodeOutput, expected: reference.DecodeOutput
 ) -> None:
-    """Raise RuntimeError unless two contenders computed the same: a fast wrong answer is no answer.
+    """Raise RuntimeError unless two contenders computed the same result.
 
-    Logits are of order 1 and an eager bf16 product rounds to 3 digits: 0.05 tells that from a wrong
-    row, mixture or mask.
+    Logits are of order 1 and an eager bf16 product rounds to 3 digits: a tolerance of 0.05 accepts
+    that rounding and detects a wrong row, mixture or mask.
     """
     for field in ("alpha", "gate_logit", "logits"):
         error = (getattr(got, field) - getattr(expected, field)).abs().max().item()
@@ -200,7 +204,7 @@ def check_agreement(
 
 
 def _in_turn(steps: list[Callable[[int], object]]) -> Callable[[int], object]:
-    """The next of ``steps`` at each call, whatever copy the other contenders are at."""
+    """A call that runs the next of ``steps``, independent of the copy number it is given."""
     turn = itertools.cycle(steps)
     return lambda copy: next(turn)(copy)
 
@@ -213,11 +217,14 @@ def make_contenders(
     stacked: Tensor | None = None,
     quantized: dict[str, list[dict[str, Tensor]]] | None = None,
 ) -> list[Contender]:
-    """All that take part in a case, compiled, captured and seen to agree.
+    """All contenders of a case: compiled, captured, and checked against the eager step.
 
     Args:
-        arguments: of each copy. weights: those of the first. stacked: (copies, 2V, d), both heads'.
-        quantized: by format, the weight arguments of copies of its own.
+        arguments: the arguments of ``decode_step`` for each copy.
+        weights: the weight arguments of the first copy.
+        freeze: whether torch.compile freezes the weights.
+        stacked: (copies, 2V, d), the weights of both heads.
+        quantized: format -> weight arguments for each copy of the quantised weights.
     """
 
     def rewind(copy: int) -> None:
@@ -243,7 +250,7 @@ def make_contenders(
     for name in calls.keys() - {"eager"}:
         calls[name] = graph(calls[name])
     for name, copies_of in (quantized or {}).items():
-        # Smaller weights need more copies than the others have: a step, and a graph, for each.
+        # Quantised weights are smaller and need more copies: one step, and one graph, for each.
         steps = [
             lambda copy, own=own: ops.decode_step(**arguments[copy] | own) for own in copies_of
         ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large the files of heads are that ``save_pretrained`` writes, of corrections in fp32 at the
-shape of a 7B model's LM head, without a gate.
+"""The size of the files that ``save_pretrained`` writes for correction reward heads: fp32, at the
+shape of a 7B model's LM head, with a fixed gate.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from .comparisons import Comparison, Contest
 from .correction_steps import RANKS
 from .models import Llama
 
-# Bytes of the folder, at most.
+# Upper limit of the folder's size in bytes.
 BYTES = {"embedding": 0.6e6, "lowrank": 10e6}
-# The LM head is of a 7B model; the layers do not matter.
+# The LM head has the size of a 7B model's; the layers do not matter.
 SHAPE = Llama(4096, 1, 32, 16, 32000, tied=True)
 TINY = Llama(64, 1, 4, 16, 512, tied=True)
 
 
 def run_case(shape: Llama = SHAPE) -> Contest:
-    """Save each and count."""
+    """Save each correction and count the bytes of its folder."""
     from ..model.attachment import detach
     from ..model.causal_lm import DualHeadForCausalLM
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss of a reward head that is a correction, forward and backward, against the full
-head's: time, and memory beyond the gradients.
+"""The training loss of a correction reward head, forward and backward, compared with that of a full
+head: time, and memory beyond the gradients.
 
-- ``full``: a full head by log-probabilities with the language model term, as :mod:`.loss` has it.
-- ``embedding``, ``lowrank``: token rewards alone.
-- ``embedding, KL``, ``lowrank, KL``: the same with a price on the KL divergence.
+- ``full``: a full head trained by log-probabilities with the language model term, as in
+  :mod:`.loss`.
+- ``embedding``, ``lowrank``: the loss on token rewards alone.
+- ``embedding, KL``, ``lowrank, KL``: the same with a KL price.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from .loss_cases import LARGEST, LossCase
 from .loss_contenders import Batch
 from .memory import peak_bytes
 
-# Token rewards alone, as multiples of the full head's loss.
+# Limits for the loss on token rewards alone, as multiples of the full head's loss.
 TIME, MEMORY = 0.05, 0.1
 KL_PRICE = 0.1
 
-# By how much a loss and its gradients may differ from the reference's: as in `loss`.
+# Allowed relative difference of a loss and its gradients from the reference's, as in `loss`; by
+# autocast.
 _TOLERANCE = {True: 5e-2, False: 1e-3}
 
 
@@ -43,10 +45,10 @@ def plan(quick: bool = False) -> list[LossCase]:
 
 
 class CorrectionLoss:
-    """A correction in training on a batch of :class:`.loss_contenders.Batch`.
+    """The loss of a correction on a :class:`.loss_contenders.Batch`.
 
     Attributes:
-        leaves: what a gradient is wanted of.
+        leaves: name -> tensor that gets a gradient.
     """
 
     def __init__(self, batch: Batch, kind: str, kl_price: float) -> None:
@@ -62,7 +64,7 @@ class CorrectionLoss:
         self.heads = Heads(lm_weight=batch.lm_weight, **fields | made)
 
     def value(self, function: Callable[..., Any]) -> Tensor:
-        """The loss by one of the modules' ``dual_head_loss``."""
+        """The loss computed by ``function``, a ``dual_head_loss`` of one of the modules."""
         batch = self.batch
         pairs = [(p, batch.case.pairs + p) for p in range(batch.case.pairs)]
         pairing = Pairing(len(batch.mask), pairs, None)
@@ -73,12 +75,12 @@ class CorrectionLoss:
             ).loss  # fmt: skip
 
     def forget(self, copy: int = 0) -> None:
-        """Gradients are made anew in each call."""
+        """Delete the gradients, so that the next call allocates them anew."""
         for leaf in self.leaves.values():
             leaf.grad = None
 
     def gradients(self, function: Callable[..., Any]) -> dict[str, Tensor]:
-        """The loss and its gradients by name."""
+        """The loss and the gradients, by name."""
         self.forget()
         loss = self.value(function)
         loss.backward()
@@ -87,7 +89,7 @@ class CorrectionLoss:
         return found
 
     def check(self, name: str) -> None:
-        """Raise RuntimeError unless the fused loss is the reference's."""
+        """Raise RuntimeError unless the fused loss agrees with the reference."""
         expected = self.gradients(reference_loss.dual_head_loss)
         for what, got in self.gradients(chunked.dual_head_loss).items():
             error = ((got - expected[what]).norm() / expected[what].norm()).item()
@@ -101,7 +103,7 @@ def run_case(case: LossCase, *, seconds: float, min_rounds: int = 5) -> Contest:
     """Time all contenders of one case and measure their memory.
 
     Raises:
-        RuntimeError: a contender computes something else than the reference.
+        RuntimeError: a contender disagrees with the reference.
     """
     batch = Batch(case)
     contenders = {

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models by ``generate()``, greedy: the plain backbone against the same with a gated head.
+"""Greedy ``generate()`` of whole models: the plain backbone against the backbone with a gated head.
 
-Over the very same weights of the backbone:
+Contenders, which share the backbone's weights:
 
 - ``plain``: the backbone in transformers' own loop.
-- ``default``: the reward head and gate that ``from_backbone`` gives, at work (not at zero).
-- ``full``: a reward head that is a matrix of its own, and the attention gate.
+- ``default``: the default reward head and gate of ``from_backbone``, with nonzero weights.
+- ``full``: a full reward head (its own V x d matrix) and the attention gate.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ class ModelCase:
     """A random Llama, and how much of ``generate()`` is timed.
 
     Attributes:
-        name: for tables. llama: its shape. format: of all weights.
-        batches: B of each contest, with how many tokens to generate.
-        min_rounds: at least so many calls of each contender.
-        goal: the most time that the default head should take, as a multiple of the plain model's.
+        name: name in tables.
+        llama: shape of the model.
+        format: format of all weights.
+        batches: (batch size, number of tokens to generate) of each contest.
+        min_rounds: minimum number of calls of each contender.
+        goal: upper limit of the default head's time, as a multiple of the plain model's.
     """
 
     name: str
@@ -70,7 +72,7 @@ def plan(quick: bool = False) -> list[ModelCase]:
 
 
 def gated(plain: Any, **fields: Any) -> Any:
-    """A twin of the model with a head whose correction, reward head and gate are at work."""
+    """A twin of the model with a gated head whose reward head and gate have nonzero weights."""
     from ..model.causal_lm import DualHeadForCausalLM
 
     model = DualHeadForCausalLM.from_backbone(models.twin(plain), **fields)
@@ -82,7 +84,7 @@ def gated(plain: Any, **fields: Any) -> Any:
 
 
 def run_case(case: ModelCase, *, seconds: float) -> Iterator[Contest]:
-    """Time ``generate()`` for one batch size after the other.
+    """Time ``generate()`` for each batch size in turn.
 
     Raises:
         RuntimeError: there is no compiled kernel to time, or a contender stopped early.
@@ -113,7 +115,7 @@ def _contest(
             if made.shape != (batch, _PROMPT_TOKENS + tokens):
                 raise RuntimeError(f"benchmark: {case.name} made {tuple(made.shape)} tokens")
 
-        # The timer has collection off: the last call's cache must not pile up meanwhile.
+        # The timer disables garbage collection: free the last call's cache here.
         return Contender(name, call, lambda copy: gc.collect())
 
     timings = alternate(

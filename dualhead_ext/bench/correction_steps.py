@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode step of a reward head that is a correction, against the plain LM head.
+"""The decode step with a correction reward head, compared with the plain LM head.
 
 Contenders, over the same hidden states, LM head and gate caches:
 
 - ``embedding``, ``lowrank``: :func:`dualhead_ext.ops.decode_step` with that correction.
-- ``full``: the same with a reward head that is a matrix of its own.
-- ``plain``: our own step of the LM head alone: no gate, no reward head.
+- ``full``: the same with a full reward head (its own V x d matrix).
+- ``plain``: our own step with the LM head alone: no gate, no reward head.
 - ``lm_head``: the LM head and an argmax in eager PyTorch.
 - ``embedding int8``, ``lowrank int8``, ``plain int8``: as above with an LM head in int8.
 """
@@ -27,8 +27,8 @@ from .comparisons import Comparison, Contest, times
 from .contenders import Operands, bytes_of, check_agreement, lm_head_step, requests
 
 RANKS = {"embedding": 16, "lowrank": 64}
-# The most that a step may take, as a multiple of our own plain step and of eager's LM head; with an
-# LM head in int8, of eager's in bf16.
+# Upper limits of a step's time, as multiples of our own plain step and of the eager LM head; for an
+# LM head in int8, as a multiple of the eager LM head in bf16.
 OVER_PLAIN, OVER_EAGER, INT8_OVER_EAGER = {"embedding": 1.04, "lowrank": 1.06}, 1.0, 0.6
 
 Arguments = dict[str, Any]
@@ -36,7 +36,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepCase:
-    """One setting: sizes, format, B requests with T columns in the gate's cache, mixture."""
+    """One setting: sizes, format, batch size B, T columns in the gate's cache, mixture."""
 
     d: int
     V: int
@@ -47,7 +47,7 @@ class StepCase:
 
     @property
     def has_goals(self) -> bool:
-        """The goals are for the largest size, one request and the logits mix."""
+        """Whether the goals apply: largest size, one request, logits mix."""
         return (self.d, self.V) == SIZES[-1] and self.B == 1 and self.mix == "logits"
 
 
@@ -64,7 +64,7 @@ def plan(quick: bool = False) -> list[StepCase]:
 
 
 def correction(kind: str, d: int, V: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Random maps of a correction, K = 1, whose delta is of order 1/3."""
+    """Random weights of a correction with K = 1, scaled so that delta is of order 1/3."""
     rank, n = RANKS[kind], d if kind == "embedding" else V
     return {
         "reward_head": kind,
@@ -75,7 +75,7 @@ def correction(kind: str, d: int, V: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 class Steps:
-    """The arguments of every contender's step, in copies that are cold in turn."""
+    """The arguments of every contender's step, in enough copies to be cold when used in turn."""
 
     def __init__(self, case: StepCase, cold_bytes: int) -> None:
         group = Group(case.d, case.V, case.format, ())
@@ -109,12 +109,12 @@ class Steps:
         self.arguments["plain int8"] = [_plain(row) for row in rows]
 
     def rewind(self, copy: int) -> None:
-        """Every cache as it was before a step."""
+        """Reset every cache to its length before a step."""
         for row in self.rows:
             row["cache_length"].fill_(self.case.T - 1)
 
     def contenders(self) -> list[Contender]:
-        """All of them, seen to compute what the reference does."""
+        """All contenders, checked against the reference."""
         found = []
         for name, several in self.arguments.items():
             self.rewind(0)
@@ -132,7 +132,7 @@ def _corrected(row: Arguments, maps: Arguments) -> Arguments:
 
 
 def _plain(row: Arguments) -> Arguments:
-    """Strength 0 and a given logit of the gate: nothing but the LM head is read."""
+    """Strength 0 and a given gate logit, so that only the LM head is read."""
     zeros = row["hidden"].new_zeros(len(row["hidden"]), dtype=torch.float32)
     weight, scale = row["lm_weight"], row.get("lm_scale")
     given = {"reward_weight": weight[None], "gate_logit": zeros, "strength": zeros}
@@ -142,7 +142,7 @@ def _plain(row: Arguments) -> Arguments:
 
 
 def _in_turn(several: list[Arguments]) -> Callable[[int], Tensor]:
-    """The step on the next of ``several``, of which an int8 head has more than others."""
+    """A call that runs the step on the next of ``several``; int8 heads have more copies."""
     turn = -1
 
     def call(copy: int) -> Tensor:
@@ -157,7 +157,8 @@ def run_case(case: StepCase, *, seconds: float, cold_bytes: int, min_rounds: int
     """Time all contenders of one case.
 
     Raises:
-        RuntimeError: there is no compiled kernel to time, or a contender computes something else.
+        RuntimeError: there is no compiled kernel to time, or a contender disagrees with the
+            reference.
     """
     if not ops.kernel_for("cpu", FORMATS[case.format]):
         raise RuntimeError(f"benchmark: no compiled CPU kernel for {case.format} to time")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decode step, fused against what else there is (:mod:`.contenders`), by size."""
+"""One decode step: the fused step against the other :mod:`.contenders`, by size."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class CaseResult:
     """Timings of one case, by contender.
 
     Attributes:
-        copies: of weights and caches, used in turn.
-        num_bytes: what each contender has to read from memory at least.
-        compile_options: what torch.compile was asked for; None where it did not take part.
-        read: what a plain loop read from memory in the same turns; None if none took part.
+        copies: number of copies of weights and caches, used in turn.
+        num_bytes: contender -> bytes that it must at least read from memory.
+        compile_options: options of torch.compile; None if it did not take part.
+        read: memory bandwidth of a plain loop in the same rounds; None if none took part.
     """
 
     group: Group
@@ -36,15 +36,16 @@ class CaseResult:
     read: ReadBandwidth | None = None
 
     def speedup(self, over: str) -> Ratio:
-        """How many times as long as the fused step ``over`` takes."""
+        """How many times as long ``over`` takes as the fused step."""
         return ratio(self.timings[over], self.timings["dualhead"])
 
     def failure(self, read: ReadBandwidth) -> str | None:
-        """A sentence where the fused step is too slow, None where it is not.
+        """A sentence if the fused step is too slow, otherwise None.
 
-        A required speed-up above 1 is one of medians, and not required of a step that memory holds
-        up: one that reads at SHARE_AT_THE_LIMIT of ``read``. "Slower than eager" takes more than a
-        median: the 95 % interval of the ratio must lie below 1, lest a draw fail by chance.
+        A required speed-up above 1 applies to the ratio of medians; a step limited by memory (at
+        least SHARE_AT_THE_LIMIT of the bandwidth ``read``) is exempt. A step is slower than eager
+        only if the whole 95 % interval of the ratio lies below 1, so that equal speed does not fail
+        by chance.
         """
         required, got = required_speedup(self.group, self.case), self.speedup("eager")
         share = read.share(self.num_bytes["dualhead"], self.timings["dualhead"].us_median)
@@ -62,8 +63,8 @@ class CaseResult:
         )
 
     def rows(self, read: ReadBandwidth) -> list[dict[str, Any]]:
-        """One plain dict per contender, as results files have them. The fused step on quantised
-        heads is ``dualhead`` of that format there."""
+        """One plain dict per contender, as results files store them. The fused step on quantised
+        heads has the contender ``dualhead`` and the quantised format."""
         return [
             {
                 "contender": "dualhead" if name in QUANTIZED else name,
@@ -90,12 +91,12 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long and how cold to measure.
+    """How long to measure, and the sizes that count as cold.
 
     Attributes:
         seconds, min_rounds: per case, as in :func:`~dualhead_ext.measurement.timing.alternate`.
-        cold_bytes: what operands used in turn must span (:func:`~.machine.cold_bytes`).
-        cache_bytes: the last-level cache; torch.compile freezes weights that are larger.
+        cold_bytes: bytes that operands used in turn must span (:func:`~.machine.cold_bytes`).
+        cache_bytes: size of the last-level cache; torch.compile freezes larger weights.
     """
 
     seconds: float
@@ -104,13 +105,13 @@ class Effort:
     min_rounds: int = 15
 
 
-# Events and the launch of a graph take a few microseconds; calls that read this much, about a
-# millisecond on a current GPU, make them less than one in a hundred.
+# Events and a graph launch take a few microseconds: under 1 % of calls that read this many bytes,
+# which take about a millisecond on a current GPU.
 _BYTES_PER_ROUND = 5 * 10**9
 
 
 def calls_per_round(num_bytes: int) -> int:
-    """How many steps that read so much a round of the timer makes on a GPU: 1 to 10."""
+    """Number of steps per round of the timer on a GPU, by the bytes of a step: 1 to 10."""
     return max(1, min(10, round(_BYTES_PER_ROUND / num_bytes)))
 
 
@@ -120,8 +121,8 @@ def run_case(
     """Time all contenders of one case.
 
     Args:
-        read: its method takes part over all of the operands' memory, so that the steps' share of
-            the bandwidth is of the same moments: other tenants of a host change it by the second.
+        read: its best method is timed in the same rounds, over all of the operands' memory: on a
+            shared host the bandwidth changes from second to second.
     Raises:
         RuntimeError: there is no compiled kernel to time, or contenders disagree.
     """
@@ -138,7 +139,7 @@ def run_case(
     calls = calls_per_round(operands.num_bytes) if in_graphs else 1
     mine = requests(group, case, count, device, steps=calls)
     arguments = [weights | own for weights, own in zip(operands.copies, mine, strict=False)]
-    # A frozen graph has one copy of its weights, and packing them is for the CPU.
+    # A frozen graph has one copy of its weights, and only the CPU packs them.
     freeze = device.type == "cpu" and operands.num_bytes >= effort.cache_bytes
     formats = QUANTIZED if case.quantized else ()
     quantized = {name: operands.quantized(name, effort.cold_bytes) for name in formats}
@@ -169,7 +170,7 @@ def run_case(
 
 
 def _no_recompiling():
-    """Context in which a recompilation, which would be timed, is an error."""
+    """Context in which a recompilation is an error, because it would be timed."""
     from torch._dynamo import config
 
     return config.patch(error_on_recompile=True)

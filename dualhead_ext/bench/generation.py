@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second of whole models: what a gated head adds to decoding with the backbone.
+"""Throughput of whole models: the cost that a gated head adds to decoding with the backbone.
 
-Contenders, each through ``generate()``, greedy, one request, over the very same weights:
+Contenders, each by greedy ``generate()`` of one request, sharing the backbone's weights:
 
 - ``backbone``: the plain model.
-- ``dualhead``: the same with a gated head, in the fused loop
-(:mod:`dualhead_ext.model.fused_loop`).
-- ``logits``: that in transformers' own loop, which takes an argmax of the step's logits.
-- ``eager``: that with the step in plain PyTorch.
+- ``dualhead``: the model with a gated head, in the fused loop
+  (:mod:`dualhead_ext.model.fused_loop`).
+- ``logits``: the gated model in transformers' own loop, which takes the argmax of the logits.
+- ``eager``: as ``logits``, with the head's step in plain PyTorch.
 - ``backbone_static``, ``dualhead_static``: as ``backbone`` and ``dualhead`` with a static cache,
   for which transformers compiles the forward pass. With its default cache a GPU waits for Python.
 """
@@ -35,7 +35,7 @@ _PROMPT_TOKENS = 16
 
 CONTENDERS = ("backbone", "dualhead", "logits", "eager")
 GPU_CONTENDERS = ("backbone", "dualhead", "logits", "backbone_static", "dualhead_static")
-# What the gated head may add per token to a 7B model, as a factor of the plain model's time.
+# Upper limit of a gated 7B model's time per token, as a multiple of the plain model's.
 ALLOWED_7B = 1.022
 
 
@@ -44,12 +44,12 @@ class Model:
     """A backbone to decode with.
 
     Attributes:
-        name: for tables.
-        build: makes it on a device of this type, with random weights or the embedded ones.
-        new_tokens: to generate per call.
-        contenders: who takes part, of those above; each static one beside its plain counterpart.
-        allowed: the most that the fused loop may take, as a factor of its plain counterpart's time;
-            None: it is measured only.
+        name: name in tables.
+        build: makes the backbone on a device of the given type, with random or embedded weights.
+        new_tokens: number of tokens to generate per call.
+        contenders: names of those that take part; a gated one needs its plain counterpart.
+        allowed: upper limit of the fused loop's time, as a multiple of its plain counterpart's;
+            None if there is none.
     """
 
     name: str
@@ -70,7 +70,7 @@ def medium_model() -> Model:
 
 
 def embedded_model() -> Model:
-    """The backbone that comes with the package."""
+    """The backbone embedded in the package."""
 
     def build(device_type: str) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
@@ -81,7 +81,7 @@ def embedded_model() -> Model:
 
 
 def plan(quick: bool = False) -> list[Model]:
-    """The models to run; the quick plan leaves out the random one of medium size."""
+    """The models to run; the quick plan leaves out the medium one."""
     return [embedded_model()] if quick else [embedded_model(), medium_model()]
 
 
@@ -132,11 +132,11 @@ class ModelResult:
         ]
 
     def against_plain(self, contender: str) -> Ratio:
-        """How many times as long it takes as its plain counterpart."""
+        """How many times as long a contender takes as its plain counterpart."""
         return ratio(self.timings[contender], self.timings[plain_counterpart(contender)])
 
     def failures(self) -> list[str]:
-        """Sentences on fused loops that take longer than allowed, beyond the spread."""
+        """A sentence for each fused loop that exceeds its limit by more than the spread."""
         found = []
         for name in [n for n in self.timings if n.startswith("dualhead") and self.model.allowed]:
             against = self.against_plain(name)
@@ -164,8 +164,9 @@ class ModelResult:
 
 
 def _static_options(device_type: str) -> dict[str, Any]:
-    """Of ``generate()``: a static cache, and the compilation that transformers then does on a GPU
-    by itself. On the CPU it has to be told to, and the graph is not given to a compiler."""
+    """Options of ``generate()`` for a static cache, with which transformers compiles the forward
+    pass. It does so by default on a GPU only; on the CPU it is told to, with a backend that traces
+    the graph without compiling it."""
     from transformers import CompileConfig
 
     compiled = CompileConfig()
@@ -192,7 +193,7 @@ def _contenders(model: Model, plain: Any, gated: Any) -> list[Contender]:
         which, options, step = ways[name]
 
         def prepare(copy: int) -> None:
-            gc.collect()  # the timer has it off: the last call's cache must not pile up meanwhile
+            gc.collect()  # disabled by the timer: free the last call's cache here
             if step is not None:
                 gated.lm_head.impl = step
 
@@ -237,7 +238,7 @@ def run_model(
         raise RuntimeError(
             f"benchmark: no compiled {device_type.upper()} kernel for {plain.dtype} to time"
         )
-    # The first round compiles, the second may record CUDA graphs again for its own caches.
+    # The first round compiles; the second may record CUDA graphs again for its own caches.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         timings = alternate(
             _contenders(model, plain, gated),
@@ -246,6 +247,6 @@ def run_model(
             warmup=2 if device_type == "cuda" else 1,
             clock=clock_of(device_type),
         )
-    torch.compiler.reset()  # frees graphs, and with them what they hold of the models
+    torch.compiler.reset()  # frees the graphs and the tensors that they hold
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[plain.dtype]
     return ModelResult(model, name, timings)

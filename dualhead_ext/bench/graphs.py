@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs for the decode benchmark, and what a careful person would write without a kernel:
+"""CUDA graphs for the decode benchmark, and steps optimised without a custom kernel:
 
-- ``two_gemms``: the gate, a product per head, mixture and choice, under one CUDA graph.
-- ``one_gemm``: that with both heads' rows in one matrix, so one product of cuBLAS.
+- ``two_gemms``: the gate, one product per head, mixture and choice, in one CUDA graph.
+- ``one_gemm``: the same with both heads' weights in one matrix, so that cuBLAS runs one product.
 
-Sampled, both take the argmax of logits / temperature plus Gumbel noise, which needs no softmax, no
-sort and no loop. On the CPU there is nothing to capture and the same functions are called.
+To sample, both take the argmax of logits / temperature plus Gumbel noise, which needs no softmax,
+no sort and no loop. On the CPU the same functions are called without graphs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ def gumbel_token(logits: Tensor, temperature: Tensor) -> Tensor:
 def gemm_step(
     arguments: dict[str, Tensor], stacked: Tensor | None = None
 ) -> reference.DecodeOutput:
-    """One decode step of PyTorch's own operators. ``arguments``: as of ``decode_step``, attention
-    gate, one objective; ``stacked`` (2V, d): both heads, for one product. Logprob and status, which
-    the fused step also gives, are left out.
+    """One decode step of PyTorch's own operators, without the log-probability and status that the
+    fused step also returns.
+
+    Args:
+        arguments: those of ``decode_step`` with an attention gate and one objective.
+        stacked: (2V, d), the weights of both heads, to use one product; None for two products.
     """
     hidden = arguments["hidden"]
     names = ("q_weight", "k_weight", "u_weight", "cache_k", "cache_u", "cache_valid")
@@ -58,8 +61,10 @@ def capture(
     copies: int,
     device: torch.device,
 ) -> Callable[[int], object]:
-    """``call`` from a CUDA graph per copy of its operands, which returns the graph's own output; on
-    the CPU, ``call`` itself. ``prepare``: before each call.
+    """Capture ``call`` in one CUDA graph per copy of its operands; on the CPU, return it unchanged.
+
+    The result replays a copy's graph and returns the graph's output. ``prepare`` runs before each
+    call.
     """
     if device.type != "cuda":
         return call
@@ -67,7 +72,7 @@ def capture(
     side = torch.cuda.Stream()
     for copy in range(copies):
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what a first call sets up must not be captured
+        with torch.cuda.stream(side):  # warm up: the setup of a first call must not be captured
             for _ in range(2):
                 prepare(copy)
                 call(copy)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss, forward and backward, against what else there is (:mod:`.loss_contenders`):
-time, and memory beyond the gradients."""
+"""The training loss, forward and backward, against the other :mod:`.loss_contenders`: time, and
+memory beyond the gradients."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .loss_contenders import (
 from .memory import peak_of
 from .tables import loss_setting
 
-# What the fused loss must reach at the largest size: its share of eager's time and of the memory
-# that eager takes beyond the gradients; elsewhere it must not be slower than eager.
+# Upper limits for the fused loss at the largest size: its share of eager's time and of eager's
+# memory beyond the gradients. At other sizes it must not be slower than eager.
 REQUIRED_TIME, REQUIRED_MEMORY = 0.8, 0.15
 
-# By how much losses and gradients may differ from eager's. bf16: its logits of order 1 round to 3
-# digits, and the gate's gradient is a difference of them. Those of the language model term round
-# more (a h, and some their sums): only what is wrong altogether is told apart.
+# Allowed relative difference of losses and gradients from eager's, by autocast. In bf16, logits of
+# order 1 round to 3 digits, and the gate's gradient is a difference of them. The contenders of the
+# language model term round more (a h, and some of them their sums): only gross errors show.
 _TOLERANCE = {True: 5e-2, False: 1e-3}
 _LANGUAGE_MODEL_TOLERANCE = {True: 0.3, False: 1e-3}
 
@@ -40,7 +40,7 @@ def _is_largest(case: LossCase) -> bool:
 
 
 def _required_ratio(case: LossCase) -> float:
-    """Of eager's time to the fused loss's."""
+    """Required ratio of eager's time to the fused loss's."""
     return 1 / REQUIRED_TIME if _is_largest(case) else 1.0
 
 
@@ -68,7 +68,7 @@ class LossResult:
         ]
 
     def failures(self) -> list[str]:
-        """Sentences on what was missed."""
+        """A sentence for each requirement that was missed."""
         against = ratio(self.timings["eager"], self.timings["dualhead"])
         memory = self.extra_bytes["dualhead"] / self.extra_bytes["eager"]
         found, name = [], f"loss {self.case}, {loss_setting(self.case.settings())}"
@@ -96,7 +96,7 @@ class LossResult:
         return "\n".join(lines + [f"    MISSED: {failure}" for failure in self.failures()])
 
 
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else eager is timed, unsaid
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else eager is silently timed
 def run_case(
     case: LossCase, *, seconds: float, min_rounds: int = 5, device_type: str = "cpu"
 ) -> LossResult:
@@ -108,7 +108,7 @@ def run_case(
         RuntimeError: contenders disagree.
     """
     if case.compile:
-        torch.compiler.reset()  # graphs of another case would count towards the limit
+        torch.compiler.reset()  # graphs of other cases would count towards the limit
     batch = Batch(case, device_type)
     whole, parts = whole_calls(batch, case.compile), language_model_calls(batch)
     _check_agreement(batch, whole, _TOLERANCE)
@@ -135,7 +135,7 @@ def run_case(
 
 
 def _check_agreement(batch: Batch, calls: dict[str, Call], tolerance: dict[bool, float]) -> None:
-    """Raise unless the losses and gradients of all agree with those of ``eager``."""
+    """Raise RuntimeError unless all losses and gradients agree with those of ``eager``."""
     expected = batch.gradients(calls["eager"])
     for name in [name for name in calls if name != "eager"]:
         for what, got in batch.gradients(calls[name]).items():

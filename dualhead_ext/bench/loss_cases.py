@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark of the training loss runs: batches, and which gradients are wanted of them."""
+"""The cases of the training loss benchmark: batches, and the gradients to compute."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 
 from .cases import FORMATS
 
-# Beside the gate's, which is always wanted.
+# Optional gradients; the gate's is always computed.
 GRADIENTS = ("reward", "lm", "hidden")
 LARGEST = (1024, 32000)
 
 
 @dataclass(frozen=True)
 class LossCase:
-    """A batch of response tokens, and what is wanted of it.
+    """A batch of response tokens, and the gradients to compute.
 
     Attributes:
-        d, V, format: sizes; "bf16": hidden states and frozen weights in bf16, trained ones in fp32
-            under autocast.
-        tokens: of all rows together, all of them response tokens.
-        pairs: P, half of the tokens chosen and half rejected; 0 with ``sequences``.
+        d, V, format: sizes and format. "bf16": hidden states and frozen weights in bf16, trained
+            weights in fp32, under autocast.
+        tokens: number of tokens in all rows together; all are response tokens.
+        pairs: P; half of the tokens are chosen and half rejected. 0 with ``sequences``.
         compile: whether the torch.compile contender takes part.
-        sequences: rows for the language model term alone, in the place of pairs: every token takes
-            both heads' products.
-        gradients: of :data:`GRADIENTS`, beside the gate's.
-        objectives: K reward heads; the pairs take turns with them.
-        packed: rows of lengths between one half and three halves of their mean, which the model
-            hands to the loss one after the other in a single row.
+        sequences: number of rows for the language model term alone, instead of pairs: every token
+            needs the products of both heads.
+        gradients: names from :data:`GRADIENTS`, in addition to the gate's gradient.
+        objectives: K; the pairs use the reward heads in turn.
+        packed: whether rows have different lengths, from one half to three halves of their mean,
+            and are concatenated into a single row.
     Raises:
-        ValueError: pairs and sequences together or neither, tokens that rows do not divide, an
-            unknown gradient.
+        ValueError: both or neither of pairs and sequences, tokens not divisible by the number of
+            rows, or an unknown gradient.
     """
 
     d: int
@@ -57,17 +57,18 @@ class LossCase:
 
     @property
     def rows(self) -> int:
-        """R = 2P [all chosen; all rejected], or the sequences."""
+        """R: 2P [all chosen; all rejected], or the number of sequences."""
         return 2 * self.pairs + self.sequences
 
     @property
     def lm_tokens(self) -> int:
-        """Tokens of the language model term, which come first."""
+        """Number of tokens of the language model term; they come first."""
         return self.tokens // 2 if self.pairs else self.tokens
 
     def lengths(self) -> list[int]:
-        """Tokens of each row (R,). Packed: chosen responses grow from half the mean to three
-        halves, rejected ones shrink, so that each half has half of the tokens."""
+        """Number of tokens of each row (R,). Packed: the lengths of chosen responses grow from half
+        the mean to three halves and those of rejected ones shrink, so each side has half of the
+        tokens."""
         mean, side = self.tokens // self.rows, self.pairs or self.sequences
         if not self.packed:
             return [mean] * self.rows
@@ -76,7 +77,7 @@ class LossCase:
         return growing + growing[::-1] if self.pairs else growing
 
     def settings(self) -> dict:
-        """What tells the case from others in results files."""
+        """The parameters that identify the case in results files."""
         return {
             "format": self.format,
             "d": self.d,
@@ -93,7 +94,7 @@ class LossCase:
 
 
 def plan(quick: bool = False) -> list[LossCase]:
-    """The cases to run; the quick plan's is small."""
+    """The cases to run; the quick plan has a single small one."""
     if quick:
         return [LossCase(256, 4096, "fp32", tokens=512)]
     return [LossCase(d, V, name) for d, V in ((256, 4096), LARGEST) for name in FORMATS]
@@ -107,9 +108,9 @@ def gpu_plan(quick: bool = False) -> list[LossCase]:
 
 
 def gpu_variants(quick: bool = False) -> list[LossCase]:
-    """More of them, which ``--part loss`` runs besides: six products a token (forward and both
-    gradients of two heads), four of them, a pair that is longer than the loss's workspace, packed
-    rows, two objectives."""
+    """Additional GPU cases of ``--part loss``: six products per token (forward and both gradients
+    of two heads), four products per token, a pair longer than the loss's workspace, packed rows,
+    two objectives."""
     d, V, tokens, pairs = (256, 4096, 512, 8) if quick else (4096, 32000, 8192, 32)
     size = {"d": d, "V": V, "format": "bf16", "tokens": tokens, "compile": not quick}
     all_in_lm = {"pairs": 0, "sequences": 2 * pairs}

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes part in the benchmark of the training loss, and what they work on.
+"""The contenders of the training loss benchmark and their operands.
 
-Contenders, over the same hidden states, whose every token is a response token:
+Contenders, over the same hidden states; every token is a response token:
 
 - ``dualhead``: :mod:`dualhead_ext.loss.chunked`.
 - ``eager``: :mod:`.eager_loss`, the same objective in plain PyTorch.
-- ``compile``: that under ``torch.compile``.
+- ``compile``: ``eager`` under ``torch.compile``.
 - ``torch_chunked``: ``torch.nn.functional.linear_cross_entropy``, chunked, over
-  ``[(1 - a) h; a h]`` and ``[W_LM; W_RM]``. It computes the language model term alone (no
-  preference term, and a gradient of W_LM whether it is wanted or not); left out where PyTorch has
-  none.
-- ``liger``: Liger-Kernel's fused linear cross-entropy over the same, on CUDA, where installed.
+  ``[(1 - a) h; a h]`` and ``[W_LM; W_RM]``. It computes the language model term alone: no
+  preference term, and always a gradient of W_LM. Left out if PyTorch lacks the function.
+- ``liger``: Liger-Kernel's fused linear cross-entropy over the same, on CUDA, if installed.
 
-bf16 means what training means by it: hidden states and a frozen LM head in bf16, what is trained in
-fp32 under autocast.
+bf16 means the same as in training: hidden states and a frozen LM head in bf16, trained weights in
+fp32, under autocast.
 """
 
 from __future__ import annotations
@@ -46,9 +45,11 @@ class Batch:
     """Random operands of a case.
 
     Attributes:
-        hidden: (R, T, d), or packed (1, N, d). gate_logit, labels: of the same shape without d.
-        lm_weight: (V, d). reward_weight: (K, V, d).
-        leaves: name -> what a gradient is wanted of, of these four.
+        hidden: (R, T, d), or packed (1, N, d).
+        gate_logit, labels: of the same shape without d.
+        lm_weight: (V, d).
+        reward_weight: (K, V, d).
+        leaves: name -> tensor that gets a gradient.
         autocast: whether products are in bf16 under autocast.
     """
 
@@ -83,7 +84,7 @@ class Batch:
         self.leaves = {n: x.requires_grad_() for n, x in wanted.items() if x is not None}
 
     def _lay_out(self, case: LossCase) -> tuple[int, int]:
-        """The shape of the rows as they come, and how the loss gets them."""
+        """Set the mask and the packing; return the shape of the operands without d."""
         lengths = case.lengths()
         shape = (case.rows, max(lengths))
         self.mask = torch.ones(shape, dtype=torch.bool, device=self.device_type)
@@ -95,13 +96,13 @@ class Batch:
         return shape
 
     def in_rows(self, values: Tensor) -> Tensor:
-        """(R, T, ...), as the model unpacks what it hands to the loss."""
+        """Values as rows (R, T, ...), unpacked as the model does it for the loss."""
         return values if self.packed is None else self.packed.unpack(values)
 
     def objective_value(
         self, function: Callable[..., Any], options: LossOptions | None = None
     ) -> Tensor:
-        """The loss of all terms by one of the modules' ``dual_head_loss``."""
+        """The loss of all terms computed by ``function``, a ``dual_head_loss``."""
         heads = Heads(self.lm_weight, None, self.reward_weight, None, None)
         rows = [self.in_rows(x) for x in (self.hidden, self.labels)]
         pairs = [(p, self.case.pairs + p) for p in range(self.case.pairs)]
@@ -114,7 +115,7 @@ class Batch:
             ).loss  # fmt: skip
 
     def language_model_term(self, cross_entropy: Callable[..., Tensor]) -> Tensor:
-        """By a fused linear cross-entropy (hidden, weight, labels) -> sum."""
+        """The language model term by a fused cross-entropy (hidden, weight, labels) -> sum."""
         dtype, count = self.hidden.dtype, self.case.lm_tokens
         hidden = self.hidden.flatten(0, 1)[:count]
         share = torch.sigmoid(self.gate_logit.flatten()[:count])[:, None].to(dtype)
@@ -126,12 +127,12 @@ class Batch:
         return total / (self.case.pairs or self.case.sequences)
 
     def forget(self, copy: int = 0) -> None:
-        """Gradients are made anew in each call."""
+        """Delete the gradients, so that the next call allocates them anew."""
         for leaf in self.leaves.values():
             leaf.grad = None
 
     def gradients(self, call: Call) -> dict[str, Tensor]:
-        """The loss of one pass and the gradients it leaves, by name; they are forgotten then."""
+        """The loss and the gradients of one pass, by name; the gradients are then deleted."""
         self.forget()
         loss = call()
         loss.backward()
@@ -141,7 +142,7 @@ class Batch:
 
 
 def whole_calls(batch: Batch, compile: bool) -> dict[str, Call]:
-    """Those who compute the whole objective."""
+    """The contenders that compute the whole objective."""
     calls = {
         "dualhead": lambda: batch.objective_value(chunked.dual_head_loss),
         "eager": lambda: batch.objective_value(eager_loss.dual_head_loss),
@@ -153,7 +154,7 @@ def whole_calls(batch: Batch, compile: bool) -> dict[str, Call]:
 
 
 def language_model_calls(batch: Batch) -> dict[str, Call]:
-    """Those who compute the language model term alone."""
+    """The contenders that compute the language model term alone."""
     calls = {}
     if hasattr(F, "linear_cross_entropy"):
         calls["torch_chunked"] = lambda: batch.language_model_term(_torch_chunked)
@@ -163,7 +164,7 @@ def language_model_calls(batch: Batch) -> dict[str, Call]:
 
 
 def eager_language_model_term(batch: Batch) -> Tensor:
-    """The same term in plain PyTorch, to compare them with."""
+    """The language model term in plain PyTorch, for comparison."""
     alone = LossOptions(lambda_r=0.0, lambda_g=0.0)
     return batch.objective_value(eager_loss.dual_head_loss, alone)
 

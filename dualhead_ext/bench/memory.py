@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory of PyTorch's allocators a call has in use at most, beyond what was before it."""
+"""Peak memory of a call in PyTorch's allocators, beyond what was in use before it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..measurement.timing import Contender
 
 
 def peak_of(device_type: str) -> Callable[[Contender], int]:
-    """The function below for work on such a device."""
+    """The function below for a device of this type."""
     return peak_cuda_bytes if device_type == "cuda" else peak_bytes
 
 
 def peak_bytes(contender: Contender) -> int:
-    """The most bytes of PyTorch's CPU allocator in use during a call, beyond those before it."""
+    """Peak bytes of PyTorch's CPU allocator during a call, beyond those in use before it."""
     from torch.profiler import ProfilerActivity, profile
 
     contender.prepare(0)
@@ -38,7 +38,7 @@ def peak_bytes(contender: Contender) -> int:
 
 
 def peak_cuda_bytes(contender: Contender) -> int:
-    """The same of the CUDA allocator of the current device."""
+    """The same for the CUDA allocator of the current device."""
     contender.prepare(0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -21,10 +21,12 @@ class Llama:
     """The shape of a random Llama.
 
     Attributes:
-        hidden: d. layers, heads: numbers of them.
-        intermediate: width of the MLPs. vocabulary: V.
-        key_value_heads: keys and values that heads share; None: each has its own.
-        tied: whether the LM head is the embedding.
+        hidden: d.
+        layers, heads: number of layers and of attention heads.
+        intermediate: width of the MLPs.
+        vocabulary: V.
+        key_value_heads: number of key and value heads; None: as many as ``heads``.
+        tied: whether the LM head shares the embedding's weights.
     """
 
     hidden: int
@@ -38,9 +40,7 @@ class Llama:
     def build(
         self, device_type: str = "cpu", dtype: torch.dtype = torch.bfloat16
     ) -> PreTrainedModel:
-        """Make it, drawn on the device and in ``dtype`` from the start: no other copy ever
-        exists.
-        """
+        """Create the model directly on the device and in ``dtype``, without another copy."""
         from transformers import AutoModelForCausalLM, LlamaConfig
 
         config = LlamaConfig(
@@ -58,17 +58,16 @@ class Llama:
 
 
 TINY = Llama(64, 2, 4, 128, 512)
-# 92 million parameters, 41 of them in its embeddings and its head.
+# 92 million parameters, 41 million of them in the embedding and the LM head.
 MEDIUM = Llama(640, 10, 10, 1792, 32000)
 SMOLLM2_135M = Llama(576, 30, 9, 1536, 49152, key_value_heads=3, tied=True)
-# Of TinyLlama's size and of Llama-2-7B's.
+# The sizes of TinyLlama and of Llama-2-7B.
 LLAMA_1B = Llama(2048, 22, 32, 5632, 32000)
 LLAMA_7B = Llama(4096, 32, 32, 11008, 32000)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of its own modules and the very same parameters and buffers, so that a gated head can
-    be attached to one while the other stays plain: neither a second copy of the weights nor a hook.
-    """
+    """A copy of the modules that shares all parameters and buffers, so that one model can get a
+    gated head while the other stays plain, without a second copy of the weights."""
     shared = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

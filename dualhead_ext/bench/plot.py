@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A results file as a picture: time per decode step, a row for each case; and how it grows with V,
-T and B."""
+"""Plots of a results file: time per decode step for each case, and its growth with V, T and B."""
 
 from __future__ import annotations
 
@@ -27,11 +26,11 @@ _OWN = "dualhead"
 
 
 def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a plot; the suffix says the format (png, svg, pdf).
+    """Plot the time per decode step; the suffix of ``path`` sets the format (png, svg, pdf).
 
     Raises:
-        ImportError: matplotlib is not installed. ValueError: no cases, or a suffix that matplotlib
-            does not know.
+        ImportError: matplotlib is not installed.
+        ValueError: there are no cases, or matplotlib does not know the suffix.
     """
     cases = grouped(results)
     if not cases:
@@ -61,11 +60,11 @@ def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def draw_growth(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a plot of the rows of :func:`.cases.growth_plan`: milliseconds per step against V, T
-    and B, a line per contender, with quartiles.
+    """Plot the rows of :func:`.cases.growth_plan`: milliseconds per step against V, T and B, one
+    line per contender, with quartiles.
 
     Raises:
-        ImportError, ValueError: as :func:`draw`; ValueError: no such rows.
+        ImportError, ValueError: as :func:`draw`; also ValueError if there are no such rows.
     """
     rows = results.get("growth") or []
     if not rows:
@@ -109,7 +108,7 @@ def _span(row: dict[str, Any], factor: float) -> tuple[float, ...]:
 
 
 def _finding(cases: Sequence[dict[str, dict[str, Any]]], what: str) -> str:
-    """How many times as long each contender takes as the fused step, where both were measured."""
+    """How many times as long each contender takes as the fused step, over their common cases."""
     others = dict.fromkeys(name for rows in cases for name in rows if name != _OWN)
     parts = []
     for name in others:
@@ -130,7 +129,7 @@ def _measured_on(results: dict[str, Any]) -> str:
 
 def growth_line(rows: list[dict[str, Any]], axis: str, contender: str) -> list[dict[str, Any]]:
     """A contender's rows in which only ``axis`` ("V", "T" or "B") differs from the largest V,
-    T = 256, B = 1; by rising ``axis``. Of two rows for one place, the last."""
+    T = 256, B = 1, sorted by ``axis``. Of several rows with equal ``axis``, the last."""
     middle = {"V": max(row["V"] for row in rows), "T": 256, "B": 1}
     kept = {
         row[axis]: row

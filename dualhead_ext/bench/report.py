@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark found, as text for a terminal, as JSON and as Markdown.
+"""Benchmark results as text for a terminal, as JSON and as Markdown.
 
 The JSON is described in benchmarks/results/README.md.
 """
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from .loss import LossResult
     from .training import TrainingResult
 
-# Names of quantised heads in results files; quantization.py, which has them, needs torch.
+# Names of quantised formats in results files; importing them from `quantization` would need torch.
 QUANTIZED = ("int8", "fp8", "int4")
 _COLUMNS = "{:>3} {:>5} {:<8} {:<9} {:>9} {:>19} {:>9} {:>13} {:>6} {:>5}"
 
 
 @dataclass
 class Report:
-    """A run of the benchmarks, as it grows.
+    """The results of a benchmark run so far.
 
     Attributes:
         environment: :func:`dualhead_ext.measurement.machine.describe`.
-        quick: whether it was the quick plan, whose figures nobody should quote.
+        quick: whether the quick plan ran; its figures should not be quoted.
         cases, loss, generate, training: rows, plain dicts.
-        corrections: rows of reward heads that are corrections, each with its goals.
+        corrections: rows of correction reward heads, each with its goals.
         growth: the rows of :func:`.cases.growth_plan`, which have no required speed-up.
-        copy_gb_per_s: how fast the device copies its own memory, where it was measured.
-        failures: sentences; empty if all was as fast as required.
+        copy_gb_per_s: the device's copy bandwidth; None if it was not measured.
+        failures: one sentence per missed requirement.
     """
 
     environment: dict[str, Any]
@@ -54,43 +54,43 @@ class Report:
     corrections: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, result: CaseResult, read: ReadBandwidth) -> str:
-        """Take in the result of a case; returns the lines to print."""
+        """Add the result of a decode case; returns the lines to print."""
         self.cases.extend(result.rows(read))
         failure = result.failure(read)
         self.failures += [failure] if failure else []
         return case_lines(result, read) + (f"\n    TOO SLOW: {failure}" if failure else "")
 
     def add_growth(self, result: CaseResult, read: ReadBandwidth) -> str:
-        """Take in a case of the growth plan; returns the lines to print."""
+        """Add the result of a case of the growth plan; returns the lines to print."""
         self.growth.extend(result.rows(read))
         return case_lines(result, read)
 
     def add_loss(self, result: LossResult) -> str:
-        """Take in the result of a case of the loss; returns the lines to print."""
+        """Add the result of a training loss case; returns the lines to print."""
         self.loss.extend(result.rows())
         self.failures += result.failures()
         return result.text()
 
     def add_model(self, result: ModelResult) -> str:
-        """Take in the result of a whole model; returns the lines to print."""
+        """Add the result of a whole model; returns the lines to print."""
         self.generate += result.rows()
         self.failures += result.failures()
         return result.text()
 
     def add_training(self, result: TrainingResult) -> str:
-        """Take in the result of a training case; returns the lines to print."""
+        """Add the result of a training case; returns the lines to print."""
         self.training += result.rows()
         self.failures += result.failures()
         return result.text()
 
     def add_contest(self, contest: Contest) -> str:
-        """Take in what a correction costs; returns the lines to print."""
+        """Add the result of a corrections case; returns the lines to print."""
         self.corrections += contest.rows()
         self.failures += contest.failures()
         return contest.text()
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, plain values."""
+        """All results as plain values."""
         gpu = {"copy_gb_per_s": self.copy_gb_per_s}
         return {
             **self.environment,
@@ -107,7 +107,7 @@ class Report:
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON, whole or not at all."""
+        """Write the JSON atomically."""
         target = Path(path)
         part = target.with_name(f".{target.name}.part")
         part.write_text(json.dumps(self.as_json(), indent=1) + "\n")
@@ -127,12 +127,12 @@ def environment_lines(environment: dict[str, Any]) -> str:
 
 
 def group_lines(operands: Operands, effort: Effort, read: ReadBandwidth) -> str:
-    """The head of a group's table."""
+    """The heading of a group's table."""
     copies = len(operands.copies)
     spanned = copies * operands.num_bytes
     how = f"{copies} copies in turn, {spanned / effort.cache_bytes:.1f} times the last-level cache"
     if spanned < 2 * effort.cache_bytes:
-        how += ", NOT COLD for want of memory"
+        how += ", NOT COLD: too little free memory"
     return (
         f"\n{operands.group}: {operands.num_bytes / 1e6:.1f} MB of weights ({how}); "
         f"this machine reads {read.gb_per_s:.1f} GB/s ({read.method})\n"
@@ -143,8 +143,8 @@ def group_lines(operands: Operands, effort: Effort, read: ReadBandwidth) -> str:
 
 
 def case_lines(result: CaseResult, read: ReadBandwidth) -> str:
-    """A case's rows; "dualhead" says how many times as fast as this contender the fused step
-    is."""
+    """A case's rows. The column "dualhead" says how many times as long the contender takes as the
+    fused step."""
     lines = []
     for name, timing in result.timings.items():
         against = result.speedup(name)
@@ -171,7 +171,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a results file.
 
     Raises:
-        ValueError: not JSON, or not a results file. OSError: cannot be read.
+        ValueError: not JSON, or not a results file.
+        OSError: the file cannot be read.
     """
     try:
         results = json.loads(Path(path).read_text())
@@ -193,13 +194,13 @@ def grouped(results: dict[str, Any]) -> dict[tuple, dict[str, dict[str, Any]]]:
 
 
 def is_gpu(results: dict[str, Any]) -> bool:
-    """Whether a results file is of a GPU."""
+    """Whether the results are from a GPU."""
     return "driver" in results
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table for a README from a results file: milliseconds (of a GPU, microseconds), and how
-    many times as long each contender takes as the fused step."""
+    """A results file as Markdown tables: milliseconds (on a GPU, microseconds), and how many times
+    as long each contender takes as the fused step."""
     lines = _case_lines(results) if results["cases"] else []
     for key, table in (
         ("loss", tables.loss_lines),
@@ -247,7 +248,7 @@ def _footer(results: dict[str, Any]) -> str:
 
 
 def _gpu_lines(results: dict[str, Any]) -> list[str]:
-    """What only a GPU's file has: driver, copy bandwidth, steps of gpu-check."""
+    """The lines for a GPU only: driver, copy bandwidth, steps of gpu-check."""
     if not is_gpu(results):
         return []
     copies = results.get("copy_gb_per_s")
@@ -263,11 +264,11 @@ def _gpu_lines(results: dict[str, Any]) -> list[str]:
 
 
 def stale(results: dict[str, Any], csrc_sha256: str) -> str | None:
-    """A sentence if a GPU's results are not of these sources, None if they are (or of a CPU)."""
+    """A sentence if a GPU's results were measured on other sources; None otherwise or on a CPU."""
     if not is_gpu(results) or results.get("csrc_sha256") == csrc_sha256:
         return None
     return (
         f"the results of {results['device']} were measured on other sources (csrc "
         f"{str(results.get('csrc_sha256'))[:12]}, now {csrc_sha256[:12]}): run `make gpu-check` "
-        "there again, quote none of them until then"
+        "there again before quoting them"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the benchmarks into a report: what both front ends share."""
+"""Runs the benchmarks and fills a report; shared by both front ends."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from . import (
 )
 from .comparisons import Contest
 
-# Calls per contender and case that a figure of a GPU is the median of, at least: of a decode step,
-# and of a whole model, which takes seconds.
+# Minimum number of calls per contender and case on a GPU: of a decode step, and of a whole model,
+# whose calls take seconds.
 GPU_ROUNDS, MODEL_ROUNDS = 100, 8
 
 
@@ -37,13 +37,13 @@ def run(
     parts: Sequence[str] = ("decode", "loss", "models"),
     path: str | None = None,
 ) -> report.Report:
-    """Run the benchmarks of the CPU; ``emit`` gets text as it comes.
+    """Run the CPU benchmarks; ``emit`` gets the text of each result at once.
 
     Args:
-        seconds: of timing per case, None for the default.
-        parts: of :data:`~dualhead_ext.bench.PARTS`.
-        path: of the results file, which is written after each case of corrections: they take an
-            hour.
+        seconds: seconds of timing per case; None for the default.
+        parts: names from :data:`~dualhead_ext.bench.PARTS`.
+        path: path of the results file, written after each case of the part corrections, which
+            takes an hour; None to write none.
     """
     found = start(quick, emit)
     if "decode" in parts:
@@ -65,7 +65,7 @@ def run(
 
 
 def _corrections(quick: bool, seconds: float) -> Iterator[Contest]:
-    """Reward heads that are corrections: files, decode steps, the training loss, whole models."""
+    """Correction reward heads: files, decode steps, the training loss, whole models."""
     yield correction_files.run_case(correction_files.TINY if quick else correction_files.SHAPE)
     cold = machine.cold_bytes()
     for step in correction_steps.plan(quick):
@@ -84,14 +84,14 @@ def run_gpu(
     device_type: str = "cuda",
     parts: Sequence[str] | None = None,
 ) -> report.Report:
-    """The benchmarks of a GPU.
+    """Run the GPU benchmarks; arguments not listed are those of :func:`run`.
 
     Args:
-        path: of the results file, which is written after each case: what was measured stays.
-        device_type: "cpu" runs the very same over contenders without graphs.
-        parts: of :data:`~dualhead_ext.bench.PARTS`, the loss with
-            :func:`.loss_cases.gpu_variants`. None: the decode step and the training loss without
-            them.
+        path: path of the results file, written after each case; None to write none.
+        device_type: "cpu" runs the same cases without CUDA graphs.
+        parts: names from :data:`~dualhead_ext.bench.PARTS`; the loss includes
+            :func:`.loss_cases.gpu_variants`. None: the decode step and the training loss, without
+            the variants.
     """
     found = start(quick, emit, device_type)
     if parts is None or "decode" in parts:
@@ -110,14 +110,14 @@ def run_gpu(
 
 
 def _gpu_work(part: str, quick: bool, variants: bool) -> tuple[Callable[..., None], list, dict]:
-    """What runs a part on a GPU, over what, and with which options."""
+    """The function that runs a part on a GPU, its cases, and its options."""
     if part == "decode":
         return run_group, cases.gpu_plan(quick), {"min_rounds": GPU_ROUNDS}
     if part == "loss":
         wanted = loss_cases.gpu_plan(quick)
         if not variants:
             return run_loss, wanted, {}
-        # Compiling takes longer than all the rest: last, and of the first case alone.
+        # Compiling takes longer than everything else: do it last, for the first case only.
         others = [replace(c, compile=False) for c in wanted + loss_cases.gpu_variants(quick)]
         return run_loss, others + [case for case in wanted[:1] if case.compile], {}
     if part == "models":
@@ -126,7 +126,7 @@ def _gpu_work(part: str, quick: bool, variants: bool) -> tuple[Callable[..., Non
 
 
 def start(quick: bool, emit: Callable[[str], None], device_type: str = "cpu") -> report.Report:
-    """An empty report of this machine."""
+    """An empty report that describes this machine."""
     found = report.Report(machine.describe(device_type), quick)
     emit(report.environment_lines(found.environment))
     return found
@@ -141,11 +141,13 @@ def run_group(
     min_rounds: int = 15,
     add: Callable[[decode.CaseResult, machine.ReadBandwidth], str] | None = None,
 ) -> None:
-    """One group of the decode benchmark: make its weights; find how this machine reads memory
-    fastest, over those very weights; time each case, that loop beside it.
+    """Run one group of the decode benchmark.
+
+    Creates the weights, finds the fastest read loop over them, and times each case together with
+    that loop.
 
     Args:
-        add: takes in a result, default ``found.add``.
+        add: adds a result to the report; default ``found.add``.
     """
     effort = decode.Effort(
         seconds=_seconds(found, seconds),
@@ -164,7 +166,7 @@ def run_group(
 def run_growth(
     group: cases.Group, found: report.Report, seconds: float | None, emit: Callable[[str], None]
 ) -> None:
-    """One group of :func:`.cases.growth_plan`."""
+    """Run one group of :func:`.cases.growth_plan`."""
     run_group(group, found, seconds, emit, add=found.add_growth)
 
 
@@ -175,7 +177,7 @@ def run_loss(
     emit: Callable[[str], None],
     device_type: str = "cpu",
 ) -> None:
-    """One case of the training loss."""
+    """Run one case of the training loss."""
     per_case = 10 * _seconds(found, seconds)
     emit(found.add_loss(loss.run_case(case, seconds=per_case, device_type=device_type)))
 
@@ -188,7 +190,7 @@ def run_model(
     device_type: str = "cpu",
     min_rounds: int = 5,
 ) -> None:
-    """One whole model."""
+    """Run one whole model."""
     effort = {"seconds": 2 * _seconds(found, seconds), "min_rounds": min_rounds}
     emit(found.add_model(generation.run_model(model, **effort, device_type=device_type)))
 
@@ -201,7 +203,7 @@ def run_training(
     device_type: str = "cpu",
     min_rounds: int = 5,
 ) -> None:
-    """One case of training steps."""
+    """Run one case of training steps."""
     effort = {"seconds": 10 * _seconds(found, seconds), "min_rounds": min_rounds}
     emit(found.add_training(training.run_case(case, **effort, device_type=device_type)))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of a results file for a README: the loss, whole models, training. Plain dicts in, lines
-out; nothing here needs torch.
+"""Markdown tables of a results file: the training loss, whole models, training, corrections.
+
+Takes plain dicts and returns lines; nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ _SYMBOLS = {"reward": "W_RM", "lm": "W_LM", "hidden": "h"}
 
 
 def loss_setting(row: dict[str, Any]) -> str:
-    """The batch of a row of ``loss``: its tokens, and what is not the paper's setting (pairs, the
-    backbone and the LM head frozen). Rows of older files, which lack the keys, are of that."""
+    """The batch of a ``loss`` row: its tokens, and any deviation from the paper's setting (pairs,
+    backbone and LM head frozen). Rows of older files lack these keys and have that setting."""
     words = [f"{row['tokens']} tokens"]
     words += {0: ["in the LM term alone"], 1: ["one pair"]}.get(row.get("pairs"), [])
     if (count := row.get("objectives", 1)) > 1:
@@ -27,7 +28,7 @@ def loss_setting(row: dict[str, Any]) -> str:
 
 
 def loss_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Time and memory of each contender, and its time over the fused loss's."""
+    """Time and memory of each contender, and its time relative to the fused loss."""
     cases: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in rows:
         setting = loss_setting(row).replace(" tokens", "", 1)
@@ -50,7 +51,7 @@ def loss_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def model_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Tokens per second of whole models."""
+    """Throughput of whole models."""
     return _head("model", "weights", "decoding with", "tokens/s") + [
         _line(row["model"], row["format"], row["contender"], f"{row['tokens_per_s_median']:.1f}")
         for row in rows
@@ -58,7 +59,7 @@ def model_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def training_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Tokens per second of training steps, and their memory."""
+    """Throughput and memory of training steps."""
     lines = _head("training", "weights", "step", "tokens/s", "memory held", "and in a step")
     for row in rows:
         held, extra = (f"{row[name] / 1e6:.0f} MB" for name in ("held_bytes", "extra_bytes"))
@@ -68,7 +69,7 @@ def training_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def correction_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """What each contender of the corrections takes, over what, and whether a goal is reached."""
+    """Cost of each corrections contender, its comparisons, and whether its goals are reached."""
     lines = _head("measured", "contender", "takes", "over", "goal")
     for row in rows:
         values = {name: row[name] for name in _SETTING if name in row}
@@ -87,7 +88,7 @@ def correction_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-# What tells a row of the corrections from others, in this order.
+# Keys that identify the setting of a corrections row, in this order.
 _SETTING = ("model", "d", "V", "format", "B", "T", "mix", "tokens", "new_tokens")
 
 

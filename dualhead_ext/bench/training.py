@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps with a frozen backbone: what the heads add to the backbone's own forward pass.
+"""Training steps with a frozen backbone: the cost of the heads beyond the backbone's forward pass.
 
-Contenders, over one batch of pairs that starts on the host in each step, as a data loader gives it:
+Contenders, over one batch of pairs that is on the host at the start of each step, as a data loader
+delivers it:
 
 - ``forward``: the backbone's forward pass alone, without gradients.
-- ``dualhead``: a step of training: that pass, the gate, the fused loss, backward, clipping, AdamW.
+- ``dualhead``: a training step: forward pass, gate, fused loss, backward, clipping, AdamW.
 - ``eager``: the same with the loss in plain PyTorch (:mod:`dualhead_ext.loss.reference`).
 - ``cached``: ``dualhead`` with the batch's hidden states given, so that no backbone runs.
 
-A step makes the calls that :class:`dualhead_ext.DualHeadTrainer` makes, with its defaults.
+A step makes the same calls as :class:`dualhead_ext.DualHeadTrainer` with its defaults.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from .training_cases import TrainingCase
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Timings of whole steps, by contender.
+    """Timings and memory of whole steps, by contender.
 
     Attributes:
-        held_bytes: of backbone, heads and optimizer, which stay from step to step.
-        extra_bytes: by contender, the most in use during a step beyond what was before it.
+        held_bytes: bytes of backbone, heads and optimizer, which stay from step to step.
+        extra_bytes: contender -> peak bytes of a step beyond those in use before it.
     """
 
     case: TrainingCase
@@ -63,11 +64,11 @@ class TrainingResult:
         ]
 
     def against_forward(self, contender: str) -> Ratio:
-        """How many times as long it takes as the backbone's forward pass."""
+        """How many times as long a contender takes as the backbone's forward pass."""
         return ratio(self.timings[contender], self.timings["forward"])
 
     def failures(self) -> list[str]:
-        """A sentence if a step takes longer than allowed, beyond the spread."""
+        """A sentence if a step exceeds its limit by more than the spread."""
         against = self.against_forward("dualhead")
         if self.case.allowed is None or min(against.value, against.low) <= self.case.allowed:
             return []
@@ -120,7 +121,7 @@ def run_case(
     contenders += [
         Contender(name, lambda copy, way=way: training.step(*way)) for name, way in ways.items()
     ]
-    training.step(*ways["dualhead"])  # the optimizer's own memory is held from here on
+    training.step(*ways["dualhead"])  # allocates the optimizer's state
     peak = peak_of(device_type)
     extra = {contender.name: peak(contender) for contender in contenders}
     timings = alternate(

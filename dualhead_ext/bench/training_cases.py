@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark of training steps runs: backbones and batches."""
+"""The cases of the training step benchmark: backbones and batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import models
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What a step may take with a 7B backbone, as a factor of the backbone's own forward pass.
+# Upper limit of a step with a 7B backbone, as a multiple of the backbone's forward pass.
 ALLOWED_7B = 1.1
 
 
@@ -21,11 +21,10 @@ class TrainingCase:
     """A backbone and a batch.
 
     Attributes:
-        name: for tables.
-        build: makes the backbone on a device of this type, in bf16.
-        pairs: P, of rows of ``prompt_tokens`` and then ``response_tokens``.
-        allowed: the most that a step may take, as a factor of ``forward``; None: it is measured
-            only.
+        name: name in tables.
+        build: makes the backbone on a device of the given type, in bf16.
+        pairs: P; each row has ``prompt_tokens`` followed by ``response_tokens`` tokens.
+        allowed: upper limit of a step's time, as a multiple of ``forward``; None if there is none.
     """
 
     name: str
@@ -37,7 +36,7 @@ class TrainingCase:
 
     @property
     def tokens(self) -> int:
-        """Of a batch, prompts and responses."""
+        """Tokens of a batch, prompts and responses together."""
         return 2 * self.pairs * (self.prompt_tokens + self.response_tokens)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step for the benchmark, by the calls that `trainer` makes."""
+"""One training step for the benchmark, with the same calls as `trainer`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..model.causal_lm import DualHeadForCausalLM
 from ..train.trainer import prepare_for_training
 from .training_cases import TrainingCase
 
-# By how much losses and gradients may differ, relative to eager's: of bf16 logits.
+# Allowed relative difference of losses and gradients from eager's; logits are bf16.
 _TOLERANCE = 5e-2
 _LEARNING_RATE, _CLIP_NORM = 5e-5, 1.0
 
-# A batch and who computes its objective.
+# A batch and the function that computes its loss.
 Way = tuple[dict[str, Tensor], Callable[..., Any]]
 
 
@@ -41,7 +41,7 @@ class Training:
 
     @torch.no_grad()
     def _make_heads_differ(self) -> None:
-        """At the start the reward head is the LM head: the gate has no gradient to compare."""
+        """Change the reward head: while it equals the LM head, the gate's gradient is 0."""
         head = self.model.lm_head_module
         weight = head.reward_head.weight
         weight.add_(torch.randn_like(weight), alpha=0.3 * weight.std().item())
@@ -58,32 +58,32 @@ class Training:
         return torch.autocast(self.device_type, torch.bfloat16)
 
     def forward(self) -> Tensor:
-        """The backbone's pass alone; hidden states (2P, T, d)."""
+        """The backbone's forward pass alone; returns the hidden states (2P, T, d)."""
         with self._autocast(), torch.no_grad():
             return self.model.training_hidden_states(**self._on_device(self.batch))
 
     def backward(self, batch: dict[str, Tensor], loss: Callable[..., Any]) -> Tensor:
-        """A forward and a backward pass with the objective computed by ``loss``; its value."""
+        """A forward and a backward pass with ``loss`` as the loss function; returns the loss."""
         with self._autocast():
             value = self.model(**self._on_device(batch), loss_options={"impl": loss}).loss
         value.backward()
         return value.detach()
 
     def step(self, batch: dict[str, Tensor], loss: Callable[..., Any]) -> None:
-        """One whole step of training."""
+        """One whole training step."""
         self.backward(batch, loss)
         torch.nn.utils.clip_grad_norm_(self.trained, _CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def gradients(self, batch: dict[str, Tensor], loss: Callable[..., Any]) -> list[Tensor]:
-        """The loss and the gradients of one pass, which are forgotten then."""
+        """The loss and the gradients of one pass; the gradients are then deleted."""
         found = [self.backward(batch, loss), *(p.grad for p in self.trained)]
         self.optimizer.zero_grad()
         return found
 
     def held_bytes(self) -> int:
-        """Of the model and of what the optimizer keeps."""
+        """Bytes of the model and of the optimizer's state."""
         kept = [x for s in self.optimizer.state.values() for x in s.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *kept]
         return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
