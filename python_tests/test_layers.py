@@ -34,7 +34,7 @@ ORDER = (
     "loss",
     "head",
 )
-ORDER += ("functional", "model", "generation", "train", "bench", "eval", "cli", "__main__")
+ORDER += ("functional", "model", "generation", "train", "bench", "eval", "vllm", "cli", "__main__")
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 
 

@@ -15,10 +15,12 @@ from . import eval_heads
 from .chat import chat
 from .completion import completion
 from .errors import UserError, argument, extras
+from .export import export
 from .generate import generate
 from .inspect import inspect
 from .models import quiet_transformers
 from .sample import sample
+from .serve import serve
 from .train import train
 
 
@@ -180,6 +182,8 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "chat": chat,
     "inspect": inspect,
     "sample": sample,
+    "export": export,
+    "serve": serve,
     "eval": evaluate,
     "info": info,
     "bench": bench,

@@ -19,6 +19,7 @@ from .argument_types import MAX_SEED, add_color, add_device, number
 from .eval_options import EXAMPLES as EVAL_EXAMPLES
 from .eval_options import add_eval
 from .generation_options import CHAT, GENERATE, INSPECT, add_chat, add_generate, add_inspect
+from .serving_options import EXPORT, SERVE, add_export, add_serve
 from .training_options import add_training
 
 OVERVIEW = """\
@@ -257,6 +258,8 @@ OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
         INSPECT,
     ),
     "sample": (add_sample, "sample and rank responses to train on", _SAMPLE),
+    "export": (add_export, "write heads and backbone as a folder that vLLM serves", EXPORT),
+    "serve": (add_serve, "serve a gated model by vLLM, as the OpenAI API", SERVE),
     "eval": (
         add_eval,
         "measure heads on your pairs and prompts, or compare whole systems",

@@ -21,6 +21,9 @@ from .controls import Controls, Sampling
 from .kl_cap import capped_alpha
 from .rows import dense
 
+# (z_LM, z_RM, alpha) -> alpha within max_kl
+LimitAlpha = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 def is_at(device: Any, where: torch.device) -> bool:
     """Whether ``device``, which may be any object, names the device ``where``."""
@@ -129,11 +132,9 @@ def append_prompt(
     )
 
 
-def alpha_limit(
-    config: DualHeadConfig, max_kl: Tensor | None
-) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """A function (z_LM, z_RM, alpha) -> alpha within max_kl (B,); None without a cap. It includes
-    the backbone's f even if the backbone applies f itself.
+def alpha_limit(config: DualHeadConfig, max_kl: Tensor | None) -> LimitAlpha | None:
+    """A function that keeps alpha within max_kl (B,); None without a cap. It includes the
+    backbone's f even if the backbone applies f itself.
     """
     if max_kl is None:
         return None

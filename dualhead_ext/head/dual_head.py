@@ -161,9 +161,17 @@ class GatedHead(nn.Module):
         z_lm = self.lm_logits(hidden)
         z_rm = self.reward_logits(hidden, z_lm, weights)
         if limit_alpha is not None:
-            a = limit_alpha(z_lm, z_rm, a)
-        logits = mixture.mix_logits(z_lm, z_rm, a, config.mix, *post)
-        return DualHeadOutput(logits, a, gate_logit)
+            a = self._limited(limit_alpha, z_lm, z_rm, a)
+        return DualHeadOutput(self._mix(z_lm, z_rm, a, *post), a, gate_logit)
+
+    # Two steps that need whole rows: a head that has a part of the vocabulary does more.
+    def _limited(
+        self, limit_alpha: decoding.LimitAlpha, z_lm: Tensor, z_rm: Tensor, alpha: Tensor
+    ) -> Tensor:
+        return limit_alpha(z_lm, z_rm, alpha)
+
+    def _mix(self, z_lm: Tensor, z_rm: Tensor, alpha: Tensor, *post: float) -> Tensor:
+        return mixture.mix_logits(z_lm, z_rm, alpha, self.config.mix, *post)
 
     def lm_logits(self, hidden: Tensor, bias: bool = True) -> Tensor:
         """z_LM (..., V) of hidden (..., d), before f; ``bias=False`` omits b_LM."""

@@ -7,6 +7,8 @@ so each can check the other. Dimensions: B batch, d hidden, V vocabulary, K obje
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,17 +45,26 @@ def reward_logits(
     hidden (B, ..., d), weight (K, V, d), bias (K, V), objective_weights (B, K), where None means
     1/K each; scale (K, V, ...) of quantised weights. Returns (B, ..., V).
     """
-    num_objectives = weight.shape[0]
+    count = weight.shape[0]
+    products = (
+        head_logits(hidden, weight[k], *(None if x is None else x[k] for x in (bias, scale)))
+        for k in range(count)
+    )
+    return weighted_sum(products, count, objective_weights)
+
+
+def weighted_sum(
+    values: Iterable[Tensor], num_objectives: int, objective_weights: Tensor | None
+) -> Tensor:
+    """``sum_k w_k value_k`` of K tensors (B, ...); objective_weights (B, K), None: 1/K each."""
     total = None
-    for k in range(num_objectives):
-        scale_k = None if scale is None else scale[k]
-        logits = head_logits(hidden, weight[k], None if bias is None else bias[k], scale_k)
+    for k, value in enumerate(values):
         if objective_weights is not None:
-            share = objective_weights[:, k].to(logits.dtype)
-            logits = logits * share.view(-1, *(1,) * (logits.dim() - 1))
+            share = objective_weights[:, k].to(value.dtype)
+            value = value * share.view(-1, *(1,) * (value.dim() - 1))
         elif num_objectives > 1:
-            logits = logits / num_objectives
-        total = logits if total is None else total + logits
+            value = value / num_objectives
+        total = value if total is None else total + value
     return total
 
 
@@ -71,18 +82,14 @@ def correction(
     objective_weights (B, K), where None means 1/K each. Returns (B, ..., n) in fp32 or float64.
     """
     dtype, num_objectives = accumulator_dtype(hidden.dtype), bias.shape[0]
-    total = None
-    for k in range(num_objectives):
+
+    def change(k: int) -> Tensor:
         value = bias[k].to(dtype).expand(*hidden.shape[:-1], -1)
-        if down is not None:
-            value = F.linear(F.linear(hidden, down[k]), up[k]).to(dtype) + value
-        if objective_weights is not None:
-            share = objective_weights[:, k].to(dtype)
-            value = value * share.view(-1, *(1,) * (value.dim() - 1))
-        elif num_objectives > 1:
-            value = value / num_objectives
-        total = value if total is None else total + value
-    return total
+        if down is None:
+            return value
+        return F.linear(F.linear(hidden, down[k]), up[k]).to(dtype) + value
+
+    return weighted_sum(map(change, range(num_objectives)), num_objectives, objective_weights)
 
 
 def move_hidden(hidden: Tensor, change: Tensor, alpha: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 from typing import Any, cast
 
-import torch
 import transformers
 from packaging.version import Version
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 from ..head.controls import Controls
+from ..head.request_controls import numbers_of_requests, rows_of_requests
 from .generate import strength_of
 from .paged_gate import PagedGate
 
@@ -71,7 +71,8 @@ class GatedBatchingManager(ContinuousBatchingManager):
         processor: Any = self.batch_processor
         requests = processor.inputs_and_outputs.requests_in_batch
         given = [r.state.logit_processor_kwargs for r in requests if r.has_new_token]
-        processor.cache.paged_gate.controls = _rows(self.model, given)
+        count = self.model.dual_head_config.num_objectives
+        processor.cache.paged_gate.controls = rows_of_requests(given, count)
         super()._generation_step()
 
 
@@ -107,9 +108,7 @@ def controls_of_requests(
     config = model.dual_head_config
     if (kl := kwargs.pop("kl", None)) is not None:
         kwargs["strength"] = strength_of(config.kl_curve, kl, kwargs)
-    where = (count, config.num_objectives, torch.float64, torch.device("cpu"))
-    given = Controls.take(kwargs).rows(operator, *where).given()
-    return [{name: rows[i].tolist() for name, rows in given.items()} for i in range(count)]
+    return numbers_of_requests(operator, Controls.take(kwargs), count, config.num_objectives)
 
 
 def prompts_with_controls(
@@ -122,19 +121,6 @@ def prompts_with_controls(
         ids if isinstance(ids, _Prompt) else _Prompt(ids, own)
         for ids, own in zip(inputs, controls, strict=True)
     ]
-
-
-def _rows(model: Any, given: list[dict[str, Any]]) -> Controls:
-    """Controls of requests as rows. A control that only some requests have is neutral for the
-    others.
-    """
-    count = model.dual_head_config.num_objectives
-    neutral: dict[str, Any] = {name: limits.neutral for name, limits in Controls.LIMITS.items()}
-    neutral["objective_weights"] = [1.0 / count] * count
-    names = [name for name in Controls.NAMES if any(name in request for request in given)]
-    return Controls(
-        **{n: torch.tensor([request.get(n, neutral[n]) for request in given]) for n in names}
-    )
 
 
 def batching_config(config: Any) -> Any:

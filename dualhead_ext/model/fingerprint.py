@@ -78,12 +78,20 @@ def check_fingerprint(
     """Raise ValueError unless ``model`` is the backbone that ``stored`` describes, in any
     floating-point dtype. version: of the file format.
     """
-    if model.config.model_type != stored["model_type"]:
-        raise ValueError(
-            f"{where}: its backbone must be a {stored['model_type']} model, "
-            f"got {model.config.model_type}"
-        )
     parameters = dict(_backbone_parameters(model))
+    check_parameters(model.config.model_type, parameters, stored, where, version)
+
+
+def check_parameters(
+    model_type: str, parameters: dict[str, Tensor], stored: dict[str, Any], where: str, version: int
+) -> None:
+    """As :func:`check_fingerprint`, of parameters by their names. Those that are missing are not
+    compared.
+    """
+    if model_type != stored["model_type"]:
+        raise ValueError(
+            f"{where}: its backbone must be a {stored['model_type']} model, got {model_type}"
+        )
     for name, values in stored["parameters"].items():
         parameter = parameters.get(name)
         if parameter is None or not _comparable(parameter) or not parameter.numel():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..head.controls import Controls
-from ..head.mixture import mixing_weight
+from ..head.request_controls import with_own_alpha
 from ..ops.logits import accumulator_dtype
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -137,11 +137,7 @@ class PagedGate:
             padded = rows.new_zeros(len(gate_logit), *rows.shape[1:])
             padded[: len(rows)] = rows
             found[name] = padded.to(gate_logit.device)
-        if (alpha := found.get("alpha")) is not None:
-            offset = Controls(gate_offset=found.get("gate_offset"))
-            _, own = mixing_weight(gate_logit, offset)
-            found["alpha"] = torch.where(alpha.isnan(), own[:, 0].to(alpha.dtype), alpha)
-        return Controls(**found)
+        return with_own_alpha(Controls(**found), gate_logit)
 
 
 def paged_gate(kwargs: dict[str, Any]) -> PagedGate | None:

@@ -22,6 +22,7 @@ from .fingerprint import check_fingerprint, fingerprint
 from .gguf_files import is_gguf, on_hub, source_of
 from .head_files import check_head_state, head_state, load_head_state
 from .head_folder import read_head_folder, write_head_folder
+from .served_folder import holds_backbone
 from .sharing import write_card, write_pointer
 
 # Arguments of the backbone's own save_pretrained that do not apply to the heads' files.
@@ -221,12 +222,15 @@ def _is_hub_name(name: str) -> bool:
 
 
 def named_backbone(folder: str, source: dict[str, Any]) -> str:
-    """The backbone of a folder of heads: a built-in's or hub name, or a local path that still
-    exists. source: ``backbone`` of the folder's configuration.
+    """The backbone of a folder of heads: the folder itself if `export` put one beside them, a
+    built-in's or hub name, or a local path that still exists. source: ``backbone`` of the folder's
+    configuration.
 
     Raises:
         ValueError: there is none, or the name is ambiguous.
     """
+    if holds_backbone(folder):
+        return folder
     name, local = source["name_or_path"], source["local_path"]
     if name is None and local is not None and _is_backbone(local):
         return local

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of ``dualhead export`` and ``dualhead serve``."""
+
+from __future__ import annotations
+
+import argparse
+
+from .argument_types import number
+
+EXPORT = """\
+examples:
+  dualhead export heads --output served           for vLLM; a plain backbone to everything else
+  dualhead export heads --backbone ./llama --output served"""
+
+SERVE = """\
+examples:
+  dualhead serve heads
+  dualhead serve served --port 9000
+  dualhead serve heads -- --max-model-len 2048    options of vLLM's own after --
+
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "heads", "messages": [{"role": "user", "content": "Hello"}],
+         "vllm_xargs": {"strength": 2.0, "return_alpha": true}}'"""
+
+
+def _add_heads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("heads", help="folder of heads, or a hub name")
+    parser.add_argument(
+        "--backbone",
+        help="folder, GGUF file, hub name or built-in backbone instead of the one that the heads "
+        "name",
+    )
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    _add_heads(parser)
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="a new folder; weights are linked if possible",
+    )
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_heads(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s: this "
+        "machine alone)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--port",
+        type=number(int, 1, 65535),
+        default=8000,
+        metavar="N",
+        help="port to listen on (default %(default)s)",
+    )
+    parser.add_argument("--name", help="of the model, for clients (default: the folder's name)")
+    parser.add_argument(
+        "vllm_options", nargs="*", metavar="OPTION", help="options of vLLM's server, after --"
+    )
