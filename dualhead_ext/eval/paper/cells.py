@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells: the units of a run that are computed once, kept, and named by all that decides them.
+"""Cells: the units of a run. Each is computed once, stored, and named by a hash of its inputs.
 
-A folder holds ``cells/<step>-<key>.json`` for each (what was asked, what came out, on which
-machine) and, for those that make files, ``files/<step>-<key>/``. A run that stops loses the cell it
-was in.
+A folder holds ``cells/<step>-<key>.json`` for each cell (options, result, machine) and, for cells
+that write files, ``files/<step>-<key>/``. An interrupted run loses only the cell it was computing.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from typing import Any
 
 from ...measurement.machine import describe
 
-# Part of every key: raise it when a step computes something else from the same options.
+# Part of every key: increase it when a step's result changes for the same options.
 RECIPE = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One thing to compute.
+    """One unit of computation.
 
     Attributes:
-        step: a name of `steps.STEPS`.
-        label: what a person calls it; not part of the key.
-        options: plain values, everything but ``needs`` that decides the result.
+        step: a name from `steps.STEPS`.
+        label: name for people; not part of the key.
+        options: plain values; together with ``needs`` they determine the result.
         needs: role -> the cell whose result or files the step reads.
     """
 
@@ -51,7 +50,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file and folder."""
+        """Name of the cell's file and folder."""
         return f"{self.step}-{self.key}"
 
 
@@ -86,14 +85,14 @@ class Store:
         return self.out / "cells" / f"{cell.name}.json"
 
     def folder(self, cell: Cell) -> Path:
-        """Where a cell's files are, or will be."""
+        """The folder of a cell's files, whether or not they exist."""
         return self.out / "files" / cell.name
 
     def record(self, cell: Cell) -> dict[str, Any] | None:
-        """The whole JSON of a cell, None if it was not computed.
+        """A cell's JSON record; None if it was not computed.
 
         Raises:
-            ValueError: a file that is another cell's, or no JSON: remove it.
+            ValueError: the file is not JSON or belongs to another cell; remove it.
         """
         path = self._path(cell)
         if not path.is_file():
@@ -107,7 +106,7 @@ class Store:
         return record
 
     def keep(self, record: Mapping[str, Any]) -> None:
-        """Take over a record of another folder, unless this cell has one here.
+        """Add a record from another folder, unless the cell already has one here.
 
         Raises:
             ValueError: it is not a record of a known step.
@@ -121,7 +120,7 @@ class Store:
             self._write(path, record)
 
     def result(self, cell: Cell) -> dict[str, Any]:
-        """What a cell's step returned.
+        """The result of a computed cell.
 
         Raises:
             LookupError: it was not computed.
@@ -139,11 +138,11 @@ class Store:
         return self.done(cell) and (not self.steps[cell.step].writes or self.folder(cell).is_dir())
 
     def compute(self, cell: Cell) -> dict[str, Any]:
-        """Compute a cell whose needs are there, and keep it: files first, then the record."""
+        """Compute a cell whose needs are computed, and store it: files first, then the record."""
         step, folder = self.steps[cell.step], None
         if step.writes:
             folder = self.folder(cell)
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off, or a dropped one
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
             folder.parent.mkdir(parents=True, exist_ok=True)
         started, busy = time.monotonic(), time.process_time()
         result = step.compute(cell, self, folder)
@@ -163,7 +162,7 @@ class Store:
         return record
 
     def _weights(self, cell: Cell) -> dict[str, str]:
-        """Digests of the models that a cell read, by role."""
+        """Role -> digest of each model that a cell read."""
         results = {role: self.record(need) for role, need in cell.needs.items()}
         digests = {r: record["result"].get("weights") for r, record in results.items() if record}
         return {role: digest for role, digest in digests.items() if digest}
@@ -177,15 +176,16 @@ class Store:
     # --- room -------------------------------------------------------------------------------------
 
     def bytes_held(self) -> int:
-        """Of all files below the folder."""
+        """Total size in bytes of all files below the folder."""
         return sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file())
 
     def drop_files(self, cells: Iterable[Cell], wanted: Sequence[Cell], limit: int) -> list[Cell]:
-        """Remove files until the folder holds at most ``limit`` bytes: first those that nothing
-        left to compute reads, then the largest. What is dropped and still needed is made again.
+        """Remove files until the folder holds at most ``limit`` bytes: first those that no cell
+        still to be computed reads, then the largest. Removed files that are still needed are
+        computed again.
 
         Raises:
-            RuntimeError: the records alone are more.
+            RuntimeError: the records alone exceed the limit.
         """
         needed = {need.name for cell in unfolded(wanted) for need in cell.needs.values()}
         held = [cell for cell in cells if self.steps[cell.step].writes and self.usable(cell)]
@@ -212,7 +212,7 @@ def _size(folder: Path) -> int:
 
 
 def unfolded(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells and all that they need, each once, needs first."""
+    """The cells and everything that they need, without duplicates, needs first."""
     found: dict[str, Cell] = {}
 
     def visit(cell: Cell) -> None:
@@ -227,8 +227,8 @@ def unfolded(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def pending(cells: Iterable[Cell], store: Store) -> Iterator[Cell]:
-    """What has to be computed for ``cells``, needs first: cells without a record, and those whose
-    files are gone and are read by one of these.
+    """The cells that must be computed for ``cells``, needs first: those without a record, and those
+    whose missing files one of them reads.
     """
     queued: set[str] = set()
 
@@ -247,7 +247,7 @@ def pending(cells: Iterable[Cell], store: Store) -> Iterator[Cell]:
 
 @dataclass
 class Outcome:
-    """Of :func:`run`: cells computed, cells left, and whether time ran out."""
+    """Result of :func:`run`: cells computed, cells left, and whether time ran out."""
 
     computed: list[Cell] = field(default_factory=list)
     left: list[Cell] = field(default_factory=list)
@@ -259,12 +259,12 @@ def run(
     seconds: float | None = None,
     announce: Callable[[int, int, Cell], None] = lambda number, count, cell: None,
 ) -> Outcome:
-    """Compute what is missing of ``cells``.
+    """Compute the missing ones of ``cells``.
 
     Args:
-        seconds: start no cell that would not end within this time, judged by the longest one of
-            its step so far. The first one without a record, and what it needs, is computed in any
-            case: else pieces that are too short, or have too little room, would go on for ever.
+        seconds: start no cell that would not finish within this time, judged by the longest cell
+            of its step so far. The first cell without a record, and what it needs, is always
+            computed: otherwise runs with too little time or disk space would never make progress.
         announce: called before each cell with its number, their count and the cell.
     """
     started, outcome = time.monotonic(), Outcome()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the suite trains and measures on, from the files below the data folder."""
+"""The suite's training and evaluation data, from the files below the data folder."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ...data import ASSISTANT, load_preference_data, read_jsonl
 from .. import prompts
 
 TRAIN, TEST = "hh-rlhf/train.jsonl.gz", "hh-rlhf/test.jsonl.gz"
-# A pair's objective: its place in a head's K.
+# The subsets of pairs; a subset's index is its pairs' objective.
 SUBSETS = ("helpful-base", "harmless-base")
-# Tells the two halves of the training pairs apart; what guides never sees what judges.
+# The two halves of the training pairs; guides and judges are trained on different ones.
 HALVES = ("guide", "judge")
 Row = dict[str, Any]
 
 
 class Data:
-    """Rows by name and number, always the same ones.
+    """Rows of data sets by name and count; the selection is deterministic.
 
     Args:
-        folder: holds ``hh-rlhf/{train,test}.jsonl.gz`` and, for what is asked of them,
-            ``truthfulqa.csv``, ``mt_bench_questions.jsonl`` and corpora; default $DUALHEAD_DATA.
+        folder: holds ``hh-rlhf/{train,test}.jsonl.gz`` and, if they are used, ``truthfulqa.csv``,
+            ``mt_bench_questions.jsonl`` and corpora; default $DUALHEAD_DATA.
     Raises:
-        FileNotFoundError: no folder, or no such file in it, when it is asked for.
+        FileNotFoundError: there is no folder, or a requested file is not in it.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None) -> None:
@@ -59,8 +59,8 @@ class Data:
         return list(load_preference_data(self.file(TRAIN)))
 
     def training_pairs(self, half: str, count: int, subset: str | None = None) -> list[Row]:
-        """The first pairs of a half, ``objective`` by their subset. Halves are told apart by a hash
-        of the first human turn, so that near-copies stay together.
+        """The first pairs of a half, with ``objective`` set by their subset. The halves are split
+        by a hash of the first human turn, so that near-duplicates stay in one half.
         """
         index = HALVES.index(half)
         rows = [
@@ -71,12 +71,12 @@ class Data:
         return rows[:count]
 
     def test_pairs(self, count: int, subset: str | None = None) -> list[Row]:
-        """Of the test split, in a fixed random order."""
+        """Pairs of the test split, in a fixed random order."""
         rows = [r for r in prompts.hh_pairs(self.file(TEST)) if subset in (None, r["subset"])]
         return _some(rows, count)
 
     def questions(self, name: str, count: int, fits: Callable[[Row], bool]) -> list[Row]:
-        """Prompts to answer, those that fit.
+        """Prompts to answer, without those that are too long.
 
         Args:
             name: ``"hh"`` (test split) or ``"mt_bench"`` (two turns).

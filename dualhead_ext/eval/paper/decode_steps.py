@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells of written texts: the texts, their own figures, a judge's scores, and who wins."""
+"""Steps for generated texts: decoding, statistics of the texts, judge scores, win rates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def folders_of(cell: Cell, store: Store, prefix: str = "") -> dict[str, Path]:
-    """Of what a cell needs, by role; those whose role begins with ``prefix``, without it."""
+    """Role -> folder of a cell's needs whose role begins with ``prefix``, which is removed."""
     return {
         role.removeprefix(prefix): store.folder(need)
         for role, need in cell.needs.items()
@@ -39,7 +39,7 @@ def folders_of(cell: Cell, store: Store, prefix: str = "") -> dict[str, Path]:
 
 
 def texts_of(cell: Cell, store: Store) -> list[Row]:
-    """``question``, ``prompt`` (with what came before) and ``text`` of a decode cell."""
+    """``question``, ``prompt`` (with the preceding turns) and ``text`` of a decode cell."""
     return json.loads((store.folder(cell) / TEXTS).read_text(encoding="utf-8"))
 
 
@@ -101,8 +101,8 @@ def _answers(running: Running, asked: list[str], o: Mapping[str, Any], turn: int
 
 
 def describe_texts(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
-    """The texts alone; needs texts and backbone, whose hidden states stand in for a sentence
-    embedder.
+    """Statistics of the texts; needs texts and backbone, whose hidden states serve as sentence
+    embeddings.
     """
     rows = texts_of(cell.needs["texts"], store)
     texts = [row["text"] for row in rows]
@@ -130,7 +130,7 @@ def reward(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
 def reward_scores(
     cell: Cell, store: Store, rows: list[tuple[str, str]], max_length: int, batch: int = 16
 ) -> list[float]:
-    """Of (prompt, response) texts, tokenised and cut as in training, by the need ``judge``."""
+    """Scores of (prompt, response) texts by the need ``judge``, tokenised as in training."""
     home = store.folder(cell.needs["judge_backbone"])
     judge = load_reward_model(store.folder(cell.needs["judge"]), home).to(device())
     tokenizer = load_tokenizer(home)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells of figures that need no text of the system's own: what it thinks of given texts, what its
-gate does, what it costs.
+"""Steps for figures that need no generated text: likelihoods of given texts, gate statistics, and
+cost.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _open(cell: Cell, store: Store) -> Running:
 
 
 def likelihood(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
-    """On test pairs: perplexity of the chosen responses, KL from the backbone per token of them,
-    how often the chosen response is the likelier; of a gated head, also by the reward head alone.
+    """On test pairs: perplexity of the chosen responses, their KL from the backbone per token, how
+    often the chosen response is likelier; for a gated head, also by the reward head alone.
     """
     running, o = _open(cell, store), cell.options
     rows = store.data.test_pairs(o["count"])
@@ -87,7 +87,7 @@ def judge_accuracy(cell: Cell, store: Store, folder: Path | None) -> dict[str, A
 
 
 def _wins(scored: list[tuple[dict[str, Any], float, float]]) -> dict[str, Any]:
-    """Of (row, score of chosen, score of rejected)."""
+    """Accuracy from (row, score of chosen, score of rejected)."""
     rows, chosen, rejected = zip(*scored, strict=True)
     found = accuracy_of(chosen, rejected, rows)
     return {
@@ -112,8 +112,8 @@ def answers(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def gate(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
-    """alpha over the chosen responses of test pairs: moments, shares at the ends, histogram, by
-    position, whole traces; and how it goes with what the LM head is unsure of.
+    """alpha over the chosen responses of test pairs: moments, shares at the ends, histogram, means
+    by position, whole traces, and its correlation with the LM head's entropy.
     """
     running, o = _open(cell, store), cell.options
     rows = store.data.test_pairs(o["count"])
@@ -142,7 +142,7 @@ def gate(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
 
 
 def _trace(model: DualHeadForCausalLM, text: Text) -> tuple[Tensor, Tensor]:
-    """(n,) each, for a response's tokens: alpha that chose it, entropy of pi_LM there in nats."""
+    """For a response's tokens, (n,) each: alpha, and the entropy of pi_LM in nats."""
     ids = torch.tensor([text.ids], device=model.device)
     logits = model(input_ids=ids, strength=0.0, use_cache=False).logits[0, :-1]
     model(input_ids=ids, use_cache=False)
@@ -153,15 +153,15 @@ def _trace(model: DualHeadForCausalLM, text: Text) -> tuple[Tensor, Tensor]:
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's; 0 where one of them is constant."""
+    """Pearson's correlation; 0 if either is constant."""
     if a.std() < 1e-9 or b.std() < 1e-9:
         return 0.0
     return float(torch.corrcoef(torch.stack((a, b)))[0, 1])
 
 
 def _by_position(traces: Sequence[Tensor], positions: int) -> list[list[float]]:
-    """[mean, first and third quartile] over texts at each place of a response that half of the
-    texts have.
+    """[mean, first and third quartile] over texts, at each position that at least half of the
+    responses reach.
     """
     found = []
     for place in range(positions):
@@ -215,7 +215,7 @@ def cost(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
 
 
 def _fixed_length(running: Running, new_tokens: int) -> Any:
-    # Not by min_new_tokens: that is a logits processor, which every system would pay for.
+    # Not by min_new_tokens, a logits processor that would slow every system.
     running.models[0].generation_config.eos_token_id = None
 
     def decode(inputs: dict[str, Tensor]) -> Tensor:
@@ -231,7 +231,7 @@ def _fixed_length(running: Running, new_tokens: int) -> Any:
 
 
 def _trained(cell: Cell, store: Store, prefix: str) -> int:
-    """Parameters that were trained for a system: each trained need once."""
+    """Number of parameters trained for a system; each trained need counts once."""
     needs = {n.name: n for role, n in cell.needs.items() if role.startswith(prefix)}
     return sum(
         store.result(need)["trained_parameters"] for need in needs.values() if need.step == "train"
@@ -239,7 +239,7 @@ def _trained(cell: Cell, store: Store, prefix: str) -> int:
 
 
 def _flops(running: Running, spec: dict[str, Any], context: int) -> int:
-    """Of one new token at the longest context; see ``cost.flops_per_token``."""
+    """FLOPs of one new token at the longest context; see ``cost.flops_per_token``."""
     first, *others = running.models
     head = getattr(first, "dual_head_config", None)
     total = costs.flops_per_token(first.config, context, head)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of what the systems think of given texts, what their gates do and what they cost."""
+"""Tables of the systems' likelihoods of given texts, gate statistics and costs."""
 
 from __future__ import annotations
 

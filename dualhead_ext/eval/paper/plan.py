@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cells the paper's suite is made of, in the order in which they are computed."""
+"""The cells of the paper's suite, in the order of computation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MAIN, WEAK, OTHER = "main", "weak", "other"
 
 @dataclass(frozen=True)
 class Measured:
-    """A system's cells: what it wrote, the texts' figures, the judge's scores, what it thinks of
-    given texts (None for a search).
+    """A system's cells: generated texts, their statistics, judge scores, and likelihoods of given
+    texts (None for a search).
     """
 
     recipe: Recipe
@@ -56,7 +56,7 @@ class Plan:
     without: tuple[str, ...] = ()
 
     def cells(self) -> list[Cell]:
-        """All of them, needs left out."""
+        """All cells, without those that are only needed by others."""
         found = list(self.judges.values())
         for place, measured in self.systems.items():
             found += measured.cells
@@ -75,7 +75,7 @@ class Planner:
 
     Args:
         scale, data: how large, and what on.
-        seeds: of the headline systems.
+        seeds: seeds of the headline systems.
         names: systems to compare; default all.
         judge_url, judge_model: an endpoint for win rates in place of the reward model.
     """
@@ -204,7 +204,7 @@ class Planner:
     # --- the rest ---------------------------------------------------------------------------------
 
     def _judges(self, builder: Builder) -> None:
-        """How good the reward models are that judge, and those that guide ARGS."""
+        """The accuracy of the reward models that judge and of those that guide ARGS."""
         if "args_weak" in self._names:
             models = {
                 "guide, main": builder.reward_model(),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as pictures: reward and latency, alpha over a response and in all, two objectives,
-ablations. Each title says what is seen, in numbers of the run.
+"""Plots of a run: reward and latency, alpha over a response and its histogram, two objectives,
+ablations. Each title states the finding with the run's numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROW_INCHES = 0.3
 def _dots(
     axes: Any, names: Sequence[str], values: Sequence[Sequence[float]], own: str, plain: str
 ) -> None:
-    """A row for each ``[value, low, high]``; ``own`` is blue, a line marks ``plain``."""
+    """Draw a row for each ``[value, low, high]``; ``own`` is blue, a line marks ``plain``."""
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         color = PALETTE[0] if name == own else GREY
         axes.errorbar(value[0], i, xerr=error_bars([value]), fmt="o", color=color, capsize=3)
@@ -43,7 +43,7 @@ def _dots(
 def _against_the_backbone(
     names: Sequence[str], values: Sequence[Sequence[float]], plain: str, what: str
 ) -> str:
-    """Which intervals leave out the backbone's value; of a run without the backbone, the range."""
+    """A sentence on the intervals that exclude the backbone's value; without it, on the range."""
     by_name = dict(zip(names, values, strict=True))
     if plain not in by_name:
         middle = [value[0] for value in values]
@@ -131,7 +131,7 @@ def alpha_over_response(r: Results) -> Any | None:
 
 
 def alpha_histogram(r: Results) -> Any | None:
-    """How often each alpha: a row for each gated variant, by rising mean."""
+    """Histogram of alpha: a row for each gated variant, sorted by mean."""
     found: dict[str, list[float]] = {}
     for name in GATED:
         counts = r.get(r.plan.gates.get(name), "histogram")
@@ -171,7 +171,7 @@ def alpha_histogram(r: Results) -> Any | None:
 
 
 def two_objectives(r: Results) -> Any | None:
-    """Helpful against harmless reward over the weights, and each over the weight."""
+    """Helpful against harmless reward for all weights, and each against the weight."""
     found: dict[str, list[tuple[float, Any, Any]]] = {}
     for (system, weight), cells in r.plan.front.items():
         helpful, harmless = (r.get(cell, "reward") for cell in cells)
@@ -243,7 +243,7 @@ def _ablation(field: tuple[str, str], title: str, factor: float) -> Callable[[Re
     return draw
 
 
-# file name: what is drawn; None where nothing of it was measured
+# File name: function that draws it; it returns None if nothing was measured.
 PLOTS: dict[str, Callable[[Results], Any | None]] = {
     "frontier": frontier,
     "alpha_over_response": alpha_over_response,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small backbones from scratch: a byte-level BPE, packed rows, AdamW, a held-out twentieth.
+"""Pre-training of small backbones: a byte-level BPE, packed rows, AdamW, 5 % of the text held out.
 
 The built-in backbone is made by the same code (scripts/train_backbone.py).
 """
@@ -39,17 +39,15 @@ _WARMUP, _VALIDATE_EVERY = 100, 200
 
 
 def is_held_out(text: str) -> bool:
-    """One dialogue in twenty, by a hash of its first human turn, so that near-copies stay
-    together.
+    """True for one dialogue in twenty, by a hash of its first human turn, so that near-duplicates
+    are on the same side.
     """
     first_turn = text.split(ASSISTANT)[0]
     return int(hashlib.sha256(first_turn.encode()).hexdigest(), 16) % 20 == 0
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text comes back exactly. Adds BOS; EOS is left to whoever ends a
-    dialogue.
-    """
+    """Train a byte-level BPE, which reproduces any text exactly. It adds BOS, but no EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,7 +95,7 @@ def make_model(spec: BackboneSpec, tokenizer: Any) -> PreTrainedModel:
 
 
 def pack(dialogues: list[list[int]], rng: random.Random, context: int) -> torch.Tensor:
-    """Shuffled dialogues in one row after another, cut into rows of context + 1 at a random offset:
+    """Shuffle and concatenate the dialogues and cut them, from a random offset, into rows
     (N, context + 1).
     """
     order = dialogues[:]
@@ -118,7 +116,7 @@ def loss_of(
 
 @torch.no_grad()
 def validation_loss(model: PreTrainedModel, rows: torch.Tensor, bf16: bool = True) -> float:
-    """Nats per token."""
+    """Validation loss in nats per token."""
     model.eval()
     total = sum(loss_of(model, part, bf16, "sum").item() for part in rows.split(8))
     model.train()
@@ -133,7 +131,7 @@ def _optimizer_of(model: PreTrainedModel, learning_rate: float) -> torch.optim.A
 
 
 def _learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up, then half a cosine down to a twentieth."""
+    """Linear warm-up, then cosine decay to a twentieth of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     warmup = min(_WARMUP, max(1, steps // 10))
     return peak * min(1.0, step / warmup) * (0.05 + 0.95 * cosine)
@@ -187,9 +185,10 @@ def pretrain(
 
     Args:
         spec: sizes and schedule.
-        dialogues: texts; those of :func:`is_held_out` validate, the others train.
-        tokenizer: adds no EOS; each dialogue gets one here.
-        compiled: through torch.compile.
+        dialogues: texts; those with :func:`is_held_out` are for validation, the others for
+            training.
+        tokenizer: must add no EOS; each dialogue gets one here.
+        compiled: whether to use torch.compile.
     Raises:
         ValueError: too little text for a row on either side. FloatingPointError: a loss that is
             not finite.
@@ -243,7 +242,7 @@ def pretrain(
 def write_backbone(
     model: PreTrainedModel, tokenizer: Any, record: dict[str, Any], folder: Path
 ) -> None:
-    """bf16 weights, configuration, tokenizer and ``recipe.json``, the figures of the run."""
+    """Write bf16 weights, configuration, tokenizer and ``recipe.json``, the run's figures."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = model.dtype
     model.bfloat16().save_pretrained(folder)
@@ -261,7 +260,8 @@ def pretrain_backbone(
     progress: bool = False,
     compiled: bool = False,
 ) -> Path:
-    """:func:`pretrain` with a folder's tokenizer (so that backbones share one), and write it.
+    """Run :func:`pretrain` with a folder's tokenizer, so that backbones share it, and write the
+    backbone to ``out``.
 
     Raises:
         FileExistsError: ``out`` is there and not empty. As :func:`pretrain`.

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RLHF as a system to compare with: a policy trained on its own samples and a reward model's
-scores.
-"""
+"""RLHF for comparison: a policy trained on its own samples and a reward model's scores."""
 
 from __future__ import annotations
 
@@ -33,9 +31,9 @@ def train_rloo(
     progress: bool = False,
     **options: Any,
 ) -> Path:
-    """Reinforcement learning from a reward model, RLOO: clipped policy gradient with a KL penalty
-    and the mean reward of the prompt's other samples as baseline: PPO without the value model. TRL
-    has no PPO any more.
+    """Reinforcement learning from a reward model by RLOO: clipped policy gradient with a KL penalty
+    and, as baseline, the mean reward of the prompt's other samples. It is PPO without the value
+    model; TRL no longer has PPO.
 
     Only the pairs' prompts are used, each once, except those of more than max_length - new_tokens
     tokens. beta (default 0.05) is the penalty's coefficient; a step samples ``generations`` texts
@@ -89,7 +87,7 @@ def text_rewards(
     completion_ids: list[list[int]],
     **others: Any,
 ) -> list[float]:
-    """A reward model's score of each prompt and what was written after it, as TRL asks for it."""
+    """A reward function for TRL: a reward model's score of each prompt with its completion."""
     texts = [
         [*ids, *written]
         for ids, written in zip(tokenizer(prompts)["input_ids"], completion_ids, strict=True)

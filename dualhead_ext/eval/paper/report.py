@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves to read: all records in one file, tables in Markdown and LaTeX, plots."""
+"""The output of a run: all records in one file, tables in Markdown and LaTeX, plots."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(plan: Plan, store: Store, scale: str) -> list[Path]:
     """Write everything into the run's folder.
 
     Raises:
-        ImportError: without matplotlib (the extra plot).
+        ImportError: matplotlib (the extra ``plot``) is not installed.
     """
     from . import plots  # matplotlib is needed for this alone
 
@@ -55,11 +55,11 @@ def write(plan: Plan, store: Store, scale: str) -> list[Path]:
 
 
 def restore(store: Store) -> None:
-    """Take over what the folder's results file has and its cells lack: a run goes on from the file
-    alone. Models are then trained again where something left reads them.
+    """Add the cells that are only in the folder's results file, so that a run can resume from that
+    file alone. Models are trained again if a remaining cell reads them.
 
     Raises:
-        ValueError: a file that is no results file.
+        ValueError: the file is not a results file.
     """
     path = store.out / RESULTS
     if not path.is_file():
@@ -73,7 +73,7 @@ def restore(store: Store) -> None:
 
 
 def markdown(plan: Plan, store: Store, scale: str, tables: list[Table]) -> str:
-    """All tables, after what they were measured on."""
+    """All tables as Markdown, preceded by a description of the run."""
     records = [store.record(cell) for cell in unfolded(plan.cells())]
     done = [record for record in records if record is not None]
     lines = [f"## Scale {scale}", "", _provenance(done, len(records)), ""]
@@ -100,8 +100,8 @@ def _provenance(done: list[dict[str, Any]], count: int) -> str:
 
 
 def other_weights(cells: list[Cell], store: Store) -> list[str]:
-    """Cells that were computed before something they read was made once more, with other weights:
-    their figures and those of later cells are of different trainings.
+    """Warnings about cells computed from weights that were later trained again and changed: their
+    figures and those of later cells are from different trainings.
     """
     found = []
     for cell in unfolded(cells):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Systems as they run: the models of trained cells, a decoder over them, and the distribution they
-decode from.
-"""
+"""Runnable systems: the models of trained cells, their decoder, and the distribution it samples."""
 
 from __future__ import annotations
 
@@ -25,11 +23,14 @@ from .training_run import load_tokenizer
 
 @dataclass(frozen=True)
 class Running:
-    """Attributes:
-    decode: (inputs, generate()'s options) -> (B, T + new) ids.
-    models: every model that it calls.
-    distribution: what it samples from, None where a step looks at more than the text so far.
-    temperature: factor of the sampling temperature; the distribution is at it.
+    """A system that is loaded and ready to decode.
+
+    Attributes:
+        decode: (inputs, options of ``generate()``) -> (B, T + new) ids.
+        models: every model that it calls.
+        distribution: the distribution that it samples from; None if a step depends on more than
+            the text so far.
+        temperature: factor of the sampling temperature, included in ``distribution``.
     """
 
     decode: Callable[..., Tensor]
@@ -44,7 +45,7 @@ class Running:
 
 
 def device() -> torch.device:
-    """Where everything runs."""
+    """The device that all systems run on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -55,11 +56,12 @@ def open_system(decoder: str, folders: Folders, options: Mapping[str, Any], dtyp
     """Load a system.
 
     Args:
-        decoder: a name of DECODERS.
-        folders: by role: ``backbone``, ``policy`` (what decodes; may be the backbone), ``guide0``,
-            ``guide1``, ..., and ``<role>_backbone`` of what was trained on another one.
-        options: of the decoder.
-        dtype: of all weights.
+        decoder: a name from DECODERS.
+        folders: role -> folder: ``backbone``, ``policy`` (the model that decodes; may be the
+            backbone), ``guide0``, ``guide1``, ..., and ``<role>_backbone`` for a model trained on
+            another backbone.
+        options: options of the decoder.
+        dtype: dtype of all weights.
     """
     return DECODERS[decoder](_Loader(folders, getattr(torch, dtype)), **options)
 
@@ -86,7 +88,7 @@ class _Loader:
 
 
 def _plain(load: _Loader, **controls: Any) -> Running:
-    """Any model's own generate(); controls of a gated head."""
+    """A model's own generate(), with the controls of a gated head."""
     model = load.policy()
     if "objective_weights" in controls:
         controls["objective_weights"] = torch.tensor(controls["objective_weights"])
@@ -101,7 +103,7 @@ def _generate(
 
 
 def _merged(load: _Loader) -> Running:
-    """A fixed gate's two heads as one plain lm_head: an ordinary model."""
+    """Both heads of a fixed gate merged into one plain lm_head."""
     gated: DualHeadForCausalLM = load.policy()
     linear = gated.lm_head_module.merge_fixed()
     model = detach(gated)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a run of the suite is: backbones, data, lengths, trainings."""
+"""Sizes of a run of the suite: backbones, data, lengths, trainings."""
 
 from __future__ import annotations
 
@@ -9,28 +9,35 @@ from typing import Any
 
 from .settings import BackboneSpec
 
-# In a scale's backbones: the one that comes with the package.
+# Name for the package's embedded backbone in a scale's backbones.
 EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Attributes:
-    backbones: ``main`` (every system), ``weak`` (smaller, same tokenizer, guides main), ``other``
-        (another architecture, the headline systems).
-    corpora: folders of dialogues below the data folder that backbones are pre-trained on;
-        ``compiled``: through torch.compile, which pays for more than a minute of it.
-    training: fields of TrainSettings for all methods; ``methods`` has those of one.
-    guide_pairs, judge_pairs: of the two disjoint halves of the training pairs.
-    test_pairs, prompts: of the test split; new_tokens of each response; batch of decoding.
-    prompt_tokens: of the longest prompt; longer ones are left out.
-    temperature: of sampling, of every system, whose exponents are scaled to sum to 1.
-    best_of: n. rl_tokens: of RLOO's samples.
-    alphas: the fixed gate's sweep. weights: of the first of two objectives.
-    truthfulqa, mt_bench: questions.
-    dtype: of the weights that decode.
-    cost: arguments of :func:`dualhead_ext.eval.cost.measure`, and prompt_tokens.
-    seeds: of the headline systems, by default.
+    """The size of a run.
+
+    Attributes:
+        backbones: ``main`` (for every system), ``weak`` (smaller, same tokenizer, guides main),
+            ``other`` (another architecture, for the headline systems).
+        corpora: folders of dialogues, below the data folder, to pre-train backbones on.
+        compiled: whether pre-training uses torch.compile, which pays off after about a minute.
+        training: fields of TrainSettings for all methods.
+        methods: method -> fields of TrainSettings for that method.
+        guide_pairs, judge_pairs: number of pairs from each of two disjoint halves of the data.
+        test_pairs, prompts: number of pairs and of prompts from the test split.
+        new_tokens: tokens of each response.
+        batch: batch size of decoding.
+        prompt_tokens: maximum tokens of a prompt; longer ones are left out.
+        temperature: sampling temperature of every system; exponents are scaled to sum to 1.
+        best_of: n of best-of-n.
+        rl_tokens: tokens of RLOO's samples.
+        alphas: values of alpha for the fixed gate's sweep.
+        weights: weights of the first of two objectives.
+        truthfulqa, mt_bench: number of questions.
+        dtype: dtype of the weights for decoding.
+        cost: arguments of :func:`dualhead_ext.eval.cost.measure`, and prompt_tokens.
+        seeds: default seeds of the headline systems.
     """
 
     backbones: Mapping[str, BackboneSpec | str]
@@ -57,7 +64,7 @@ class Scale:
     seeds: int = 1
 
 
-# Learning rates: of heads and adapters, and of a full copy of a few million parameters.
+# Learning rates of heads and adapters, and of full fine-tuning of a few million parameters.
 _SMALL_METHODS = {
     "full": {"learning_rate": 2e-4},
     "rloo": {"max_steps": 16, "batch_size": 16, "micro_batch_size": 16},

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained for a comparison, as plain data: backbones, settings of a training, the variants
-of the gated head. Needs nothing but Python.
+"""Settings of the comparisons as plain data: backbones, trainings, variants of the gated head.
+Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ ARCHITECTURES = ("llama", "mistral")
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A small backbone and how it is pre-trained. The defaults are the built-in backbone's.
+    """A small backbone and its pre-training. The defaults are those of the built-in backbone.
 
     Args:
         architecture: ``"llama"`` or ``"mistral"``.
         hidden_size, layers, heads, intermediate: the decoder's sizes.
-        kv_heads: heads of keys and values; default as many as ``heads``, for Mistral a half.
-        max_position_embeddings: the longest text that it takes.
+        kv_heads: number of key and value heads; default ``heads``, for Mistral half of it.
+        max_position_embeddings: maximum length of a text in tokens.
         context: tokens of a training row.
         batch_size: rows of an optimizer step.
-        epochs: times through the text; ``max_steps`` overrides it.
-        learning_rate: the peak, after 100 steps of warm-up (at most a tenth of all), before half a
-            cosine.
-        bf16: autocast; a CPU without AMX is faster without.
+        epochs: passes over the text; ``max_steps`` overrides it.
+        learning_rate: the peak, reached after 100 warm-up steps (at most a tenth of all steps) and
+            followed by cosine decay.
+        bf16: whether to use bf16 autocast; a CPU without AMX is faster without it.
 
     Raises:
         ValueError: another architecture, a size below 1, heads that do not divide the hidden size.
@@ -81,25 +81,27 @@ class BackboneSpec:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What every training on preference pairs has in common: AdamW (0.9, 0.999) in fp32.
+    """Settings common to every training on preference pairs: AdamW (0.9, 0.999) in fp32.
 
     Args:
-        learning_rate: the peak. For models of a few million parameters; a 7B wants far less.
-        epochs: times through the pairs; ``max_steps`` overrides it.
-        batch_size: pairs of an optimizer step, of which ``micro_batch_size`` (default all) go
-            through the model at once.
-        max_length: tokens of a text; a longer prompt loses its beginning.
-        seed: of first weights and the order of the pairs.
-        beta: scales the preference margin (or a KL penalty); None is the method's own of `BETAS`.
-            Reward models have none.
-        warmup: optimizer steps, or a share of all if below 1.
-        scheduler: a name of transformers'.
-        weight_decay: of AdamW.
-        lora: train an adapter of ``lora_rank``, ``lora_alpha`` on ``lora_targets`` (PEFT's names,
-            or ``"all-linear"``: every linear layer but the head) and not all weights. Ignored by
-            the gated head, which never trains its backbone.
-        bf16: autocast; a CPU without AMX is faster without. The trained weights stay fp32.
-        logging_steps: optimizer steps between logs, which are kept.
+        learning_rate: the peak. The default suits models of a few million parameters; a 7B model
+            needs far less.
+        epochs: passes over the pairs; ``max_steps`` overrides it.
+        batch_size: pairs of an optimizer step.
+        micro_batch_size: pairs of a forward and backward pass; default ``batch_size``.
+        max_length: maximum tokens of a text; longer prompts are cut at the beginning.
+        seed: seed of the initial weights and of the order of the pairs.
+        beta: scales the preference margin (or a KL penalty); None uses the method's value in
+            `BETAS`. Reward models have none.
+        warmup: number of warm-up steps, or their share of all steps if below 1.
+        scheduler: name of a learning rate schedule of transformers.
+        weight_decay: weight decay of AdamW.
+        lora: train an adapter instead of all weights, with ``lora_rank`` and ``lora_alpha`` on
+            ``lora_targets`` (PEFT's names, or ``"all-linear"``: every linear layer except the
+            head). Ignored by the gated head, which never trains its backbone.
+        bf16: whether to use bf16 autocast; a CPU without AMX is faster without it. Trained weights
+            stay fp32.
+        logging_steps: optimizer steps between log entries.
 
     Raises:
         ValueError: a number out of range.
@@ -142,7 +144,7 @@ class TrainSettings:
         return self.micro_batch_size or self.batch_size
 
     def beta_of(self, method: str) -> float:
-        """``beta``, or the method's own."""
+        """``beta``, or the method's default."""
         return BETAS[method] if self.beta is None else self.beta
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,16 +152,17 @@ class TrainSettings:
         return asdict(self)
 
 
-# Each method's own beta: the dual head's default, GenARM's HH script, DPO's and SimPO's papers,
-# TRL's.
+# Default beta of each method: from the dual head's default, GenARM's HH script, the papers of DPO
+# and SimPO, and TRL.
 BETAS = {"dual_head": 0.1, "autoregressive_reward": 0.05, "dpo": 0.1, "simpo": 2.0, "rloo": 0.05}
 
-# The gated head and what is taken from it or changed in it, one thing at a time: options of
-# training.train_dual_head. Two keep one attention head: of the same number of parameters
-# (384 = 8 x 48 wide), and of the same head size. Then the language-model loss as the paper sums it,
-# which drowns the preference loss; and a preference loss of means over tokens (beta_r as SimPO's),
-# since a difference of sums is mostly one of lengths and saturates the sigmoid: alone, and on the
-# mixture, so that the gate sees the rejected side.
+# The gated head and its ablations, which change one thing at a time: options of
+# training.train_dual_head. Two variants have one attention head: one with the same number of
+# parameters (384 = 8 x 48 wide), one with the same head size. "lm_sum" sums the language model loss
+# as in the paper, which then dominates the preference loss. The "pref_mean" variants average the
+# preference loss over tokens (beta_r as in SimPO), because a difference of sums mostly reflects
+# lengths and saturates the sigmoid: on the reward head alone, and on the mixture, so that the gate
+# gets a gradient from the rejected side.
 DUAL_HEAD_VARIANTS: dict[str, dict[str, Any]] = {
     "dual_head": {},
     "probs_mix": {"mix": "probs"},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of steps: how each kind of cell is computed."""
+"""The table of steps: the function that computes each kind of cell."""
 
 from __future__ import annotations
 

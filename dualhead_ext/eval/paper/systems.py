@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared: one function for each system, one table of them. A function says what has to be
-trained and how that decodes.
+"""The systems that are compared. One function per system defines what is trained and how it
+decodes; `SYSTEMS` is the table of them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .settings import DUAL_HEAD_VARIANTS
 
 @dataclass(frozen=True)
 class Recipe:
-    """A system in cells.
+    """How a system decodes, and the cells of its models.
 
     Attributes:
-        decoder, options: a name of `running.DECODERS`, and what it takes.
-        roles: cells with models: ``backbone``, ``policy``, ``guide0``, ...
+        decoder, options: a name from `running.DECODERS`, and its options.
+        roles: role -> cell of a model: ``backbone``, ``policy``, ``guide0``, ...
     """
 
     decoder: str
@@ -31,13 +31,13 @@ class Recipe:
 
 
 class Builder:
-    """Makes the cells of models at a scale, on one backbone, with one seed."""
+    """Makes the cells of models for one scale, one backbone and one seed."""
 
     def __init__(self, scale: Scale, data: Data, seed: int = 0, backbone: str = "main") -> None:
         self.scale, self.data, self.seed, self.name = scale, data, seed, backbone
 
     def backbone(self, name: str | None = None) -> Cell:
-        """One of the scale's backbones; default the builder's."""
+        """One of the scale's backbones; default the builder's own."""
         name = name or self.name
         spec = self.scale.backbones[name]
         if spec == EMBEDDED:
@@ -60,13 +60,13 @@ class Builder:
         backbone: str | None = None,
         **extra: Any,
     ) -> Cell:
-        """A trained model: ``method`` of `training.TRAINERS`.
+        """A cell that trains a model by ``method``, a name from `training.TRAINERS`.
 
         Args:
-            lora, full: which learning rate of the scale, and what trains.
-            half, subset: of the training pairs.
-            objectives: keep each pair's own, else all are of one.
-            needs: more cells than the backbone.
+            lora, full: whether an adapter or all weights are trained; selects the learning rate.
+            half, subset: which of the training pairs to use.
+            objectives: keep each pair's objective; otherwise all have the same one.
+            needs: cells needed in addition to the backbone.
             extra: options of the method.
         """
         scale, home = self.scale, self.backbone(backbone)
@@ -86,8 +86,8 @@ class Builder:
         return Cell("train", label, options, {"backbone": home, **(needs or {})})
 
     def dual_head(self, variant: str = "dual_head", **others: Any) -> Cell:
-        """A gated head; a mean LM term, since the paper's sum drowns the preference loss on so few
-        pairs (the variant ``lm_sum`` has it).
+        """A cell that trains a gated head. Its LM term is a mean: with so few pairs, the paper's
+        sum (the variant ``lm_sum``) would dominate the preference loss.
         """
         return self.train(
             "dual_head", **{"lm_reduction": "mean"} | DUAL_HEAD_VARIANTS[variant] | others
@@ -119,8 +119,8 @@ def _merged(b: Builder) -> Recipe:
 
 
 def genarm(roles: Mapping[str, Cell], strengths: Sequence[float]) -> Recipe:
-    """GenARM's decoding at the temperature at which its exponents sum to 1, as every other system's
-    do: else a product of two models would be compared as a sharper distribution.
+    """GenARM's decoding, at the temperature for which its exponents sum to 1 as in every other
+    system. Otherwise a product of two models would be a sharper distribution.
     """
     options = {"strengths": list(strengths), "temperature": 1.0 + sum(strengths)}
     return Recipe("genarm", roles, options)
@@ -159,10 +159,12 @@ def _weak_to_strong(b: Builder) -> Recipe:
 
 @dataclass(frozen=True)
 class System:
-    """Attributes:
-    label: in tables.
-    build: the cells it needs.
-    needs_trl: whether its training is TRL's.
+    """A system that is compared.
+
+    Attributes:
+        label: name in tables.
+        build: function that makes its recipe.
+        needs_trl: whether its training needs TRL.
     """
 
     label: str
@@ -209,9 +211,9 @@ SYSTEMS: dict[str, System] = {
     "best_of_n": System("best of n", _best_of_n, True),
     "weak_to_strong": System("Dual-Head of the small backbone", _weak_to_strong),
 }
-# On the backbone of the other architecture, and with every seed.
+# Systems that also run on the backbone of the other architecture, and with every seed.
 HEADLINE = ("backbone", "dual_head", "linear_gate", "fixed_gate", "genarm_lora", "dpo_lora")
-# The gate's table.
+# Systems in the table of gates.
 GATED = (
     "dual_head",
     "probs_mix",
@@ -226,7 +228,7 @@ GATED = (
     "pref_mean_on_mixed",
 )
 ABLATIONS = ("backbone", "dual_head", "fixed_gate", *GATED[1:])
-# Timed; others decode as one of these does.
+# Systems that are timed; every other system decodes like one of these.
 TIMED = (
     "backbone",
     "dual_head",
@@ -239,8 +241,8 @@ TIMED = (
     "dpo_full",
     "weak_to_strong",
 )
-# Without a distribution of the next token.
+# Systems without a distribution over the next token.
 SEARCHES = ("args_1.0", "args_1.5", "args_stochastic", "args_weak", "best_of_n")
-# Answered the questions of TruthfulQA and MT-Bench.
+# Systems that answer the questions of TruthfulQA and MT-Bench.
 BENCHMARKED = ("backbone", "dual_head", "linear_gate", "genarm_lora", "dpo_lora")
 WEAK_TO_STRONG = ("backbone", "weak_to_strong", "dual_head", "dpo_lora")

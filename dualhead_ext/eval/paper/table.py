@@ -16,7 +16,7 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Table:
-    """A title, what it shows, a header and rows of text."""
+    """A table of text: name, title, note, header and rows."""
 
     name: str
     title: str
@@ -78,7 +78,7 @@ def percent(found: Sequence[float] | None) -> str:
 
 
 def score(found: Sequence[float] | None) -> str:
-    """A reward: those of a small reward model lie close together."""
+    """A reward with more digits, since the rewards of a small reward model are close together."""
     return interval(found, 3)
 
 
@@ -87,7 +87,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 class Results:
-    """Fields of cells, None where a cell is missing."""
+    """Access to the fields of cells; None where a cell is missing."""
 
     def __init__(self, plan: Plan, store: Store) -> None:
         self.plan, self.store = plan, store

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of what the systems wrote."""
+"""Tables of the generated texts."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ Find = Callable[[tuple[str, str, int]], Sequence[float] | None]
 def _by_seed(
     r: Results, names: Sequence[str], find: Find, digits: int, factor: float
 ) -> tuple[list[str], list]:
-    """Header and rows: what ``find`` has of each system, (value, low, high), by seed."""
+    """Header and rows of ``find``'s (value, low, high) for each system, by seed."""
     rows = []
     for backbone in (MAIN, OTHER):
         for name in names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells that make models: backbones and everything trained on pairs."""
+"""Steps that train models: backbones and everything trained on pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .training import TRAINERS
 
 
 def pretrain(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
-    """options: spec (or "embedded"), corpora, seed, compiled. -> figures of the recipe."""
+    """options: spec (or "embedded"), corpora, seed, compiled. Returns the recipe's figures."""
     options = cell.options
     if options["spec"] == EMBEDDED:
         shutil.copytree(embedded_backbone_path(), folder)

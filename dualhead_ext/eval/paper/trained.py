@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of trained systems: written whole or not at all, safetensors and JSON only; and loading
-them again.
-"""
+"""Writing and loading folders of trained systems: written atomically, safetensors and JSON only."""
 
 from __future__ import annotations
 
@@ -31,10 +29,10 @@ RECORD_NAME = "training.json"
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` at the end; nothing is left of it if that fails.
+    """A temporary folder that becomes ``out`` at the end; on an error it is removed.
 
     Raises:
-        FileExistsError: ``out`` is there and not empty.
+        FileExistsError: ``out`` exists and is not empty.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -52,7 +50,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def bars(shown: bool) -> Iterator[None]:
-    """transformers' bars of loading and writing, or none."""
+    """Show or hide the progress bars of transformers."""
     before = transformers_logging.is_progress_bar_enabled()
     if not shown:
         transformers_logging.disable_progress_bar()
@@ -67,7 +65,7 @@ def weights_digest(folder: Path) -> str:
     """SHA-256 of a folder's safetensors files.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: the folder has none.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
@@ -91,7 +89,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What :func:`write_record` wrote.
+    """The record that :func:`write_record` wrote.
 
     Raises:
         FileNotFoundError: nothing was trained there.
@@ -100,7 +98,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raise FloatingPointError if a parameter of a trained model is not."""
+    """Raise FloatingPointError if a parameter of a trained model is not finite."""
     for key, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise FloatingPointError(f"{name}: parameter {key} is not finite after training")
@@ -116,17 +114,17 @@ def load_policy(
     backbone. In eval mode.
 
     Args:
-        folder: what a function of :mod:`.training` returned, or a backbone.
-        backbone: that it was trained on; needed unless ``folder`` is a full copy. A path in a file
-            is never followed.
-        dtype: of the weights.
-        merge: fold an adapter into the weights; else it stays attached, a PeftModel.
+        folder: a folder that a function of :mod:`.training` returned, or a backbone.
+        backbone: the backbone that it was trained on; needed unless ``folder`` is a full copy.
+            Paths stored in files are never followed.
+        dtype: dtype of the weights.
+        merge: merge an adapter into the weights; otherwise return a PeftModel.
     Raises:
-        ValueError: no backbone where one is needed, or another one.
+        ValueError: the backbone is missing or is not the one of the training.
     """
     folder = Path(folder)
     if (folder / CONFIG_NAME).is_file():
-        base = None if backbone is None else str(backbone)  # it checks the fingerprint itself
+        base = None if backbone is None else str(backbone)  # from_pretrained checks the fingerprint
         return DualHeadForCausalLM.from_pretrained(folder, backbone=base, dtype=dtype)
     auto = AutoModelForCausalLM
     if (folder / ADAPTER_NAME).is_file():
@@ -142,7 +140,7 @@ def load_reward_model(
     :func:`load_policy`. An adapter is merged.
 
     Raises:
-        ValueError: as :func:`load_policy`, and a folder without a trained score.
+        ValueError: as :func:`load_policy`; also if the folder has no trained score.
     """
     folder = Path(folder)
     if not any("score." in name for name in _tensor_names(folder)):
@@ -192,7 +190,7 @@ def _backbone(folder: Path, backbone: Path | None) -> Path:
 
 
 def finite_logs(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """A trainer's log history as plain numbers, without the wall clock's.
+    """A trainer's log history as plain numbers, without wall-clock times.
 
     Raises:
         FloatingPointError: a loss or gradient norm that is not finite.

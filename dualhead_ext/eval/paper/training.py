@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of every system that is compared, one function each, all of one shape: a backbone's
-folder, preference pairs and settings in, a folder out (:mod:`.trained` loads it).
+"""Training of every system that is compared: one function each, all with the same signature. They
+take a backbone's folder, preference pairs and settings, and write a folder that :mod:`.trained`
+loads.
 
-The methods are the libraries': `DualHeadTrainer`, and TRL's trainers with PEFT's adapters, all on
-the same tokens and response masks.
+They use `DualHeadTrainer`, and TRL's trainers with PEFT's adapters, all on the same tokens and
+response masks.
 """
 
 from __future__ import annotations
@@ -35,23 +36,24 @@ def train_dual_head(
     progress: bool = False,
     **options: Any,
 ) -> Path:
-    """A gated head on a frozen backbone, through :class:`dualhead_ext.DualHeadTrainer`.
+    """Train a gated head on a frozen backbone with :class:`dualhead_ext.DualHeadTrainer`.
 
     Args:
-        backbone: its folder.
-        pairs: rows of :func:`dualhead_ext.data.load_preference_data`; with K > 1 each may name its
+        backbone: the backbone's folder.
+        pairs: rows of :func:`dualhead_ext.data.load_preference_data`; with K > 1 each may have an
             ``objective``.
         out: the folder to write; must be new or empty.
-        settings: beta is beta_r, unless options name it. Weights train in fp32.
-        progress: show a bar.
+        settings: beta is beta_r unless ``options`` set it. Weights are trained in fp32.
+        progress: show a progress bar.
         options: fields of DualHeadConfig (gate, gate_num_heads, mix, num_objectives, ...) and of
             DualHeadTrainingArguments (lambda_g, gate_regularizer, pref_on, lm_reduction, ...);
             preset is "paper" unless it names another.
     Returns:
         ``out``.
     Raises:
-        FloatingPointError: a loss, gradient norm or weight that is not finite. FileExistsError:
-            ``out`` holds something. TypeError: an unknown option.
+        FloatingPointError: a loss, gradient norm or weight is not finite.
+        FileExistsError: ``out`` is not empty.
+        TypeError: an unknown option.
     """
     names = {field.name for field in fields(DualHeadConfig)}
     beta_r = options.get("beta_r", settings.beta_of("dual_head"))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainings have in common: loading, arguments, adapters, and the run from a trainer to a
-folder.
-"""
+"""Code shared by the trainings: loading, arguments, adapters, and running a trainer."""
 
 from __future__ import annotations
 
@@ -35,9 +33,8 @@ Pairs = list[dict[str, Any]]
 
 
 def load_tokenizer(backbone: Path) -> Any:
-    """A backbone's tokenizer, with a padding token that is not its end token: a classifier takes
-    the last token that is not padding for the end of the text. Where there is none, BOS, which
-    ends no text.
+    """A backbone's tokenizer, with a padding token other than its end token, because a classifier
+    reads its score at the last token that is not padding. Without a padding token, BOS is used.
 
     Raises:
         ValueError: no padding token and no BOS either.
@@ -61,7 +58,7 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class Bar(ProgressCallback):
-    """transformers' bar with the loss behind it, in the place of a printed line for each log."""
+    """transformers' progress bar, which shows the loss instead of printing a line per log entry."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -81,9 +78,9 @@ def run(
     """Build a trainer, train, write weights, tokenizer and record.
 
     Args:
-        method: a name of `training.TRAINERS`.
-        build: a trainer from transformers' arguments; called with the seed set.
-        options: what to record of the method's own.
+        method: a name from `training.TRAINERS`.
+        build: makes a trainer from transformers' arguments; called after the seed is set.
+        options: the method's own options, for the record.
     """
     name = f"train_{method}"
     if not pairs:
@@ -100,9 +97,9 @@ def run(
         model = trainer.model
         check_finite(model, name)
         for config in getattr(model, "peft_config", {}).values():
-            config.base_model_name_or_path = ""  # a path of this machine means nothing on another
+            config.base_model_name_or_path = ""  # a local path is useless on other machines
         model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which names that path too
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's file also contains that path
         trainer.processing_class.save_pretrained(folder)
         write_record(
             folder,
@@ -123,7 +120,7 @@ def run(
 
 
 def training_arguments(settings: TrainSettings, folder: Path, progress: bool) -> dict[str, Any]:
-    """Of transformers' TrainingArguments. No checkpoints, which would be pickled."""
+    """Arguments of transformers' TrainingArguments. No checkpoints, which would be pickled."""
     return {
         "output_dir": str(folder),
         "learning_rate": settings.learning_rate,
@@ -138,7 +135,7 @@ def training_arguments(settings: TrainSettings, folder: Path, progress: bool) ->
         "seed": settings.seed,
         "data_seed": settings.seed,
         "bf16": settings.bf16,
-        "use_cpu": not torch.cuda.is_available(),  # or bf16 is refused
+        "use_cpu": not torch.cuda.is_available(),  # otherwise bf16 is refused
         "save_strategy": "no",
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's trainers on our tokens. Imported only where one of them trains: TRL is an optional extra.
 
-TRL tokenises inside its constructors, each trainer in its own way (seams, truncation from the
-other side, role markers inside a response). So each is shown one pair there, and is then given the
-rows that :func:`dualhead_ext.data.collate.tokenize_pairs` makes, through our collator: the very
-tokens
-and response masks that the gated head trains on.
+Each of TRL's trainers tokenises in its constructor in its own way (token boundaries, truncation
+side, role markers inside a response). So the constructor gets a single pair; the trainer then gets
+the rows of :func:`dualhead_ext.data.collate.tokenize_pairs` through our collator: the same tokens
+and response masks that the gated head is trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 with warnings.catch_warnings():
-    # That trl.experimental may change: constraints.txt has the version that was tested.
+    # trl.experimental may change: constraints.txt pins the tested version.
     warnings.simplefilter("ignore")
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -28,7 +27,7 @@ from ...data.collate import PreferenceCollator
 
 
 class _Collator:
-    """Our batches by the names that a trainer of TRL reads."""
+    """Our batches under the names that a trainer of TRL expects."""
 
     def __init__(self, pad_token_id: int) -> None:
         self._collate = PreferenceCollator(pad_token_id)
@@ -98,7 +97,7 @@ def _on_pairs(
     peft_config: Any,
     **others: Any,
 ) -> Any:
-    """A trainer of TRL whose rows are ours. An option that repeats an argument is a TypeError."""
+    """A trainer of TRL with our rows. An option that repeats an argument is a TypeError."""
     shown = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     with _no_bars():
         trainer = trainer_class(
@@ -122,8 +121,8 @@ def contrastive_trainer(
     peft_config: Any,
     **options: Any,
 ) -> CPOTrainer:
-    """CPOTrainer without its behaviour-cloning term, which leaves -log sigma of a margin without a
-    reference: GenARM's with loss_type="sigmoid" (sums), SimPO's with "simpo" (means).
+    """CPOTrainer without its behaviour-cloning term: -log sigma of a margin without a reference
+    model. It is GenARM's loss with loss_type="sigmoid" (sums) and SimPO's with "simpo" (means).
     """
     kinds, options = (CPOTrainer, CPOConfig, LabelCollator), dict(cpo_alpha=0.0, **options)
     return _on_pairs(*kinds, model, rows, tokenizer, arguments, options, peft_config)
@@ -138,7 +137,7 @@ def dpo_trainer(
     peft_config: Any,
     **options: Any,
 ) -> DPOTrainer:
-    """DPOTrainer; reference is None for an adapter, which is switched off instead."""
+    """DPOTrainer; ``reference`` is None for an adapter, which is disabled to get the reference."""
     kinds, others = (DPOTrainer, DPOConfig, MaskedCollator), {"ref_model": reference}
     return _on_pairs(*kinds, model, rows, tokenizer, arguments, options, peft_config, **others)
 
@@ -151,7 +150,7 @@ def reward_trainer(
     peft_config: Any,
     **options: Any,
 ) -> RewardTrainer:
-    """RewardTrainer: -log sigma(r(chosen) - r(rejected)), r at the last token but padding."""
+    """RewardTrainer: -log sigma(r(chosen) - r(rejected)), r at the last token before padding."""
     kinds = (RewardTrainer, RewardConfig, TextCollator)
     return _on_pairs(*kinds, model, rows, tokenizer, arguments, options, peft_config)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is steered, by which scorer, and which prompts are asked."""
+"""The attributes that are steered, with their scorers and prompts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ OPEN, PROVOKING = "open", "provoking"
 
 @dataclass(frozen=True)
 class Attribute:
-    """Attributes:
-    name: as in the results.
-    gold: the scorer that ranks the training samples, and that best-of-n chooses by.
-    heldout: scorers that nothing is trained on; the first is the one in the results.
-    prompts: OPEN, or PROVOKING ones, which need the data folder.
+    """A property of texts that is steered.
+
+    Attributes:
+        name: name in the results.
+        gold: the scorer that ranks the training samples and the candidates of best-of-n.
+        heldout: scorers not used in training; the first is the one in the results.
+        prompts: OPEN, or PROVOKING prompts, which need the data folder.
     """
 
     name: str
@@ -48,7 +50,7 @@ ATTRIBUTES = {
 
 
 def measured(name: str, prompts: list[str], texts: list[str]) -> list[float]:
-    """A scorer's numbers for one text to each prompt, in its own unit."""
+    """The scores of one text per prompt by the scorer ``name``, in the scorer's own unit."""
     found = scorer(name)
     pairs = zip(prompts, texts, strict=True)
     return [found.measure(prompt, [text])[0] for prompt, text in pairs]
@@ -58,7 +60,8 @@ def prompts_of(kind: str, split: str, count: int) -> list[str]:
     """The first prompts of a split: "train", "calibration" or "measure".
 
     Raises:
-        ValueError: an unknown split. FileNotFoundError: provoking prompts without the data folder.
+        ValueError: an unknown split.
+        FileNotFoundError: provoking prompts without the data folder.
     """
     if kind == OPEN:
         return open_prompts(split)[:count]

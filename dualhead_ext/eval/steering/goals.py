@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each goal of the steering suite beside what was measured: a table for the documents.
+"""A table of the steering suite's goals and measured results, for the documentation.
 
 Rows are those of results.json, the run is run.json. A goal whose cells were not computed says so.
 """
@@ -48,12 +48,12 @@ class _Results:
         self._rows, self.run = rows, run
 
     def rows(self, target: float | None, attribute: str = "sentiment", **place: Any) -> list[Row]:
-        """Of all seeds."""
+        """The result rows of all seeds."""
         wanted = {"attribute": attribute, "kl_target": target, **place}
         return [r for r in self._rows if all(r[name] == v for name, v in wanted.items())]
 
     def gains(self, target: float | None, attribute: str = "sentiment", **place: Any) -> list[Row]:
-        """{scorer: [mean, low, high]} over the backbone, one for each seed."""
+        """For each seed, {scorer: [mean, low, high]}: the gain over the backbone."""
         wanted = {"attribute": attribute, "kl_target": target, **place}
         gains = self.run["gains"]
         return [g["gains"] for g in gains if all(g[name] == v for name, v in wanted.items())]
@@ -150,7 +150,7 @@ def _front(results: _Results) -> Found:
     for name in ("sentiment", "readability"):
         values = [found[name] for _, found in front]
         text.append(f"{name} " + ", ".join(f"{v[0]:.2f}" for v in values))
-        # More of its own weight is better; of a score where less is, the signs turn.
+        # A higher weight should improve the score; where lower scores are better, signs flip.
         rises = (name == "sentiment") == ATTRIBUTES[name].higher_is_better
         steps = [b[0] - a[0] for a, b in pairwise(values)]
         low, high = (values[0], values[-1]) if rises else (values[-1], values[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cells the steering suite has, the most telling first: a run may stop early."""
+"""The cells of the steering suite, the most important first, because a run may be interrupted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .attributes import ATTRIBUTES, PROVOKING
 
 KL_TARGETS = (0.1, 0.05, 0.2, 0.4)
 SEEDS = 3
-# Sampled responses to a training prompt.
+# Number of sampled responses to a training prompt.
 TRAIN_SAMPLES = 6
 FRONT = ("sentiment", "readability")
 FRONT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -21,13 +21,15 @@ FRONT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """Attributes:
-    name: as in the results.
-    method: what trains it, a name of `training.METHODS`, or None.
-    reward_head, gate: of a gated head, else None.
-    options: of the training.
-    best_of: how many samples it chooses from, else 0.
-    strength: a fixed one, where none reaches the targets; else it follows from the KL.
+    """A system that is compared.
+
+    Attributes:
+        name: name in the results.
+        method: training method, a name of `training.METHODS`, or None.
+        reward_head, gate: kinds of a gated head's parts, otherwise None.
+        options: options of the training.
+        best_of: number of samples that it chooses from, otherwise 0.
+        strength: a fixed strength, if none reaches the targets; otherwise it is set by the KL.
     """
 
     name: str
@@ -46,7 +48,7 @@ class System:
 def _dual_head(reward_head: str, gate: str) -> System:
     options: dict[str, Any] = {"reward_head": reward_head, "gate": gate}
     if gate != "fixed":
-        # At the reward's own rate a gate closes; at this one it ranks held-out pairs best.
+        # At the reward head's learning rate the gate closes; this one ranks held-out pairs best.
         options["gate_learning_rate"] = 1e-3
     return System("dual-head", "dual_head", reward_head, gate, options)
 
@@ -63,7 +65,7 @@ PAPER = System("paper", "dual_head", "full", "attention", {"preset": "paper"})
 BEST_OF = tuple(System(f"best-of-{n}", best_of=n) for n in (4, 16))
 GENARM = System("genarm", "autoregressive_reward")
 DPO = System("dpo", "dpo")
-# Its candidates alone are far from the backbone, so that its weight is the paper's.
+# Its candidates alone are already far from the backbone, so its weight is the paper's.
 ARGS = System("args", "reward_model", strength=1.0)
 NAMES = ("backbone", "dual-head", "paper", "genarm", "dpo", "args", "best-of-4", "best-of-16")
 # One of the gated heads alone.
@@ -72,11 +74,11 @@ VARIANTS = tuple(f"dual-head-{head}-{gate}" for head, gate in DUAL_HEADS)
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed. Defaults: the run that the results are of.
+    """How much is computed. The defaults are those of the published results.
 
     Attributes:
-        training: of gated heads, beside the recipe.
-        adapter: of the systems that they are compared with, beside `training.ADAPTER`.
+        training: training options of gated heads, in addition to the recipe.
+        adapter: training options of the other systems, in addition to `training.ADAPTER`.
     """
 
     backbone: str = "smollm2"
@@ -102,7 +104,7 @@ SIZES = {
         batch_size=4,
         max_length=96,
         training={"num_train_epochs": 1.0},
-        # A single step would be one of warm-up, at a rate of 0.
+        # A single step would be warm-up, with a learning rate of 0.
         adapter={"learning_rate": 1e-2, "max_steps": 4, "batch_size": 8},
     ),
 }
@@ -110,13 +112,13 @@ SIZES = {
 
 @dataclass
 class Plan:
-    """Cells, and what the report needs to find them.
+    """The cells, indexed for the report.
 
     Attributes:
-        decoded: (system, attribute, target, seed) -> the cell with its texts; target None for
-            systems that have none.
-        costs: system -> its timing.
-        front: weight -> the cell.
+        decoded: (system, attribute, target, seed) -> the cell with the texts; target is None for
+            systems without one.
+        costs: system -> the cell with its timing.
+        front: weight -> the cell decoded with it.
     """
 
     size: Size
@@ -133,10 +135,10 @@ class Planner:
 
     Args:
         size: how much is computed.
-        attributes: names of `ATTRIBUTES`.
-        seeds: of training and decoding.
-        targets: nats per token.
-        systems: some of `NAMES` and `VARIANTS`.
+        attributes: names from `ATTRIBUTES`.
+        seeds: seeds of training and decoding.
+        targets: KL targets in nats per token.
+        systems: names from `NAMES` and `VARIANTS`.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class Planner:
         return system.name in self._systems or variant in self._systems
 
     def _order(self) -> Iterator[tuple[str, System, float | None]]:
-        """(attribute, system, target), the most telling first."""
+        """(attribute, system, target), the most important first."""
         first = [self._targets[0]] if self._targets else []
         main = [DUAL_HEADS["embedding", gate] for gate in GATES]
         heads = [system for system in DUAL_HEADS.values() if system not in main]
@@ -199,7 +201,7 @@ class Planner:
     # --- cells ---
 
     def _samples(self, attribute: str, split: str, seed: int, numbers: tuple[int, int]) -> Cell:
-        """Responses of the backbone: the same for all attributes with the same prompts."""
+        """Responses of the backbone, shared by all attributes with the same prompts."""
         size, kind = self._size, ATTRIBUTES[attribute].prompts
         counts = {"train": size.train_prompts, "calibration": size.calibration_prompts}
         options = {
@@ -219,7 +221,7 @@ class Planner:
 
     @staticmethod
     def _recipe(system: System) -> dict[str, Any] | None:
-        """What a gated head's preset stands for: another recipe is another cell."""
+        """The values of a gated head's preset, so that changing the preset changes the cell."""
         if system.method != "dual_head":
             return None
         return PRESETS[system.options.get("preset", "default")]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems that change a backbone's distribution, each with one number that says how far: the
-suite sets it so that all of them are as far from the backbone.
+"""The systems that change a backbone's distribution. Each has one strength; the suite sets it so
+that all systems are equally far from the backbone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class GatedPolicy:
     """A gated head: ``strength`` scales alpha.
 
     Args:
-        head: on the LM head of the backbone that runs.
+        head: a gated head that shares the backbone's LM head.
         strength: s.
         objective_weights: (K,).
     """
@@ -40,7 +40,7 @@ class GatedPolicy:
     def begin(self, prefix: Prefix, new_tokens: int) -> None:
         rows, length = prefix.mask.shape
         self._cache = self._head.new_cache(rows, length + new_tokens)
-        if length > 1:  # the last position comes with the first call
+        if length > 1:  # the last position is read by the first call
             self._head.prefill(prefix.hidden[:, :-1], self._cache, prefix.mask[:, :-1])
 
     def __call__(
@@ -51,7 +51,7 @@ class GatedPolicy:
 
 
 class _Second:
-    """A second model that follows the text with a cache of its own."""
+    """A second model that reads the same text with its own cache."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -67,8 +67,9 @@ class _Second:
 
 
 class GuidedPolicy(_Second):
-    """GenARM: ``log pi = log pi_LM + strength (log pi_r - log pi_LM)``, normalised: the paper's
-    product at the temperature that makes strength 0 the backbone and 1 the reward model.
+    """GenARM: ``log pi = log pi_LM + strength (log pi_r - log pi_LM)``, normalised. This is the
+    paper's product at the temperature for which strength 0 gives the backbone and 1 the reward
+    model.
     """
 
     def __init__(self, model: nn.Module, strength: float) -> None:
@@ -96,7 +97,7 @@ class TunedPolicy(_Second):
 
 
 def scale_adapter(model: nn.Module, strength: float) -> None:
-    """Make a LoRA adapter ``strength`` times what was trained.
+    """Scale a LoRA adapter to ``strength`` times its trained effect.
 
     Raises:
         ValueError: the model has no adapter.
@@ -112,8 +113,8 @@ def scale_adapter(model: nn.Module, strength: float) -> None:
 
 
 class SearchPolicy:
-    """ARGS: of the backbone's k likeliest tokens the logit plus ``strength`` times the reward of
-    the text with the token, sampled.
+    """ARGS: samples from the backbone's k likeliest tokens, whose logits are increased by
+    ``strength`` times the reward of the text with that token appended.
     """
 
     def __init__(self, model: PreTrainedModel, strength: float, k: int = 10) -> None:

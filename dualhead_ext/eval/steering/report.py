@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves: results.json, every text in texts.jsonl.gz, and a page with tables."""
+"""The output of a run: results.json, all texts in texts.jsonl.gz, and a page with tables."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .intervals import mean_interval
 from .plan import FRONT, Plan
 from .steps import pack, read_texts
 
-# Of a cell's environment: in its own record, not in the run's.
+# Parts of a cell's environment that stay in its own record and are not copied to the run's.
 _OF_A_MOMENT = ("date", "load_average")
 RESULTS, TEXTS, RUN, PAGE = "results.json", "texts.jsonl.gz", "run.json", "README.md"
 Row = dict[str, Any]
 
 
 def rows_of(plan: Plan, store: Store) -> tuple[list[Row], list[Row]]:
-    """(results, texts) of every decoded cell that is there."""
+    """(results, texts) of every decoded cell that was computed."""
     results, texts = [], []
     for (system, attribute, target, seed), cell in plan.decoded.items():
         record = store.record(cell)
@@ -63,7 +63,7 @@ def rows_of(plan: Plan, store: Store) -> tuple[list[Row], list[Row]]:
 
 
 def gains_of(texts: Sequence[Row]) -> list[Row]:
-    """Of each system, target and seed: what it has over the backbone's text of the same prompt and
+    """For each system, target and seed, the gain over the backbone's texts for the same prompts and
     seed, by the attribute's scorers, as [mean, low, high]; above 0 is better.
     """
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
@@ -107,7 +107,7 @@ def write(plan: Plan, store: Store) -> list[Path]:
 
 
 def _run(plan: Plan, store: Store) -> Row:
-    """What the results do not say themselves: the machine, the extent, times, the front."""
+    """The rest of the output: machine, extent of the run, times, two-objective front."""
     records = [r for r in map(store.record, unfolded(plan.cells())) if r is not None]
     machines = [
         {name: value for name, value in r["environment"].items() if name not in _OF_A_MOMENT}
@@ -152,7 +152,7 @@ def _run(plan: Plan, store: Store) -> Row:
 
 
 def distinct(texts: Iterable[str], n: int) -> float:
-    """The share of different n-grams of words among all of the texts'."""
+    """The share of distinct word n-grams among all n-grams of the texts."""
     grams = [
         tuple(found[i : i + n]) for found in map(words, texts) for i in range(len(found) - n + 1)
     ]
@@ -160,7 +160,7 @@ def distinct(texts: Iterable[str], n: int) -> float:
 
 
 def summary(results: Sequence[Row], texts: Sequence[Row], attribute: str) -> Table:
-    """A row for each system and target, means over the seeds."""
+    """A table with a row for each system and target; values are means over the seeds."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     written: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for row in results:
@@ -220,7 +220,7 @@ def _mean(rows: Sequence[Row], name: str, form: str) -> str:
 
 
 def page(results: Sequence[Row], texts: Sequence[Row], run: Row) -> str:
-    """The page that lies beside the results."""
+    """The page next to the results, as Markdown."""
     there = [name for name in ATTRIBUTES if any(r["attribute"] == name for r in results)]
     lines = [
         "# The steering suite",

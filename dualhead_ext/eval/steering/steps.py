@@ -31,20 +31,20 @@ from .timing import tokens_per_second
 from .training import load_guide, load_head, ranked_rows, train_gated_head, train_other
 
 TEXTS = "texts.jsonl"
-# The first batch's KL is brought this near to the target, the whole is to stay within the other.
+# Relative tolerances of the KL: of the first batch, and of all batches together.
 _NEAR, _WITHIN = 0.04, 0.1
 _TRIES = 8
 
 
 class Resources:
-    """What cells share while a run lasts: a backbone, and its state of the prompts."""
+    """What the cells of a run share: a backbone, and its cache of the prompts."""
 
     def __init__(self) -> None:
         self._prefixes: dict[tuple[Any, ...], list[Prefix]] = {}
         self._name: str | None = None
 
     def use(self, name: str) -> Resources:
-        """Load a backbone, unless it is the one that is there."""
+        """Load a backbone, unless it is already loaded."""
         if name != self._name:
             self.path = backbone_path(name)
             self.tokenizer = load_tokenizer(Path(self.path))
@@ -61,14 +61,14 @@ class Resources:
         return [] if found is None else [found] if isinstance(found, int) else list(found)
 
     def texts(self, questions: Sequence[str]) -> list[str]:
-        """Questions as the model reads them."""
+        """The questions as prompts that the model reads."""
         return [
             prompt_text([{"role": "user", "content": question}], self.tokenizer)
             for question in questions
         ]
 
     def prefixes(self, kind: str, count: int, batch_size: int) -> list[Prefix]:
-        """The prompts to measure on, in batches."""
+        """The evaluation prompts, in batches."""
         key = (kind, count, batch_size)
         if key not in self._prefixes:
             texts = self.texts(prompts_of(kind, "measure", count))
@@ -83,8 +83,8 @@ class Resources:
 
 
 def samples(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
-    """options: backbone, prompts, split, count, numbers [first, end), seed, new_tokens. Keeps what
-    is there of a run that was cut off.
+    """options: backbone, prompts, split, count, numbers [first, end), seed, new_tokens. Resumes
+    from the samples of an interrupted run.
     """
     o, path = cell.options, samples_path(cell, store)
     use = store.data.use(o["backbone"])
@@ -116,12 +116,12 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 def samples_path(cell: Cell, store: Store) -> Path:
-    """Beside the cells, not in a folder of files that a new try would empty."""
+    """The path of a cell's samples: next to the cells, since a retry empties the cell's folder."""
     return store.out / "samples" / f"{cell.key}.jsonl"
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of samples."""
+    """The complete lines of a file of samples."""
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     return [json.loads(line) for line in whole.splitlines() if line]
 
@@ -140,7 +140,7 @@ def train(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
     }
     if o["method"] != "dual_head":
         return train_other(o["method"], path, rows["samples"], folder, dict(o))
-    # Attributes that rank the same texts share the backbone's states of them.
+    # Attributes that rank the same texts share the cached hidden states.
     texts = [[row["prompt"], row["responses"]] for part in rows.values() for row in part]
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     hidden = store.out / "hidden" / digest
@@ -153,8 +153,8 @@ def train(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
 
 
 def decode(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
-    """options: see `plan.Planner`. -> figures; writes the texts. A target that no strength reaches
-    is a result too: the strengths that were tried, and no text.
+    """options: see `plan.Planner`. Returns figures and writes the texts. If no strength reaches the
+    target, the result lists the strengths that were tried, without texts.
     """
     o = cell.options
     store.data.use(o["backbone"])
@@ -179,7 +179,7 @@ def decode(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
 
 
 def _best(cell: Cell, store: Store, questions: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Of n samples the one that the gold scorer likes best."""
+    """The sample with the best gold score among n."""
     o, use = cell.options, store.data
     parts = [read_samples(samples_path(need, store)) for need in cell.needs.values()]
     gold, texts, ended = ATTRIBUTES[o["attribute"]], [], []
@@ -200,7 +200,7 @@ def _best(cell: Cell, store: Store, questions: Sequence[str]) -> tuple[list[str]
         found = response_logprobs(use.model, use.tokenizer, prefix, part, ends)
         logprobs, tokens = logprobs + found[0], tokens + found[1]
     n = o["best_of"]
-    # Of the choice among n samples, over the text: log n - (n - 1) / n at most.
+    # KL of choosing among n samples, per text: at most log n - (n - 1) / n.
     bound = (math.log(n) - (n - 1) / n) * len(questions) / tokens
     figures = {"kl": bound, "perplexity": math.exp(-logprobs / tokens)}
     return texts, figures | {"strength": None, "alpha": None, "tokens": tokens}
@@ -237,14 +237,14 @@ def _steered(cell: Cell, store: Store) -> tuple[list[str], dict[str, Any]]:
 
 
 def _pooled(rolled: Sequence[Rollout], name: str) -> tuple[float, int]:
-    """The mean over all tokens, and how many there are."""
+    """The mean over all tokens, and the number of tokens."""
     counts = [int(part.written.sum()) for part in rolled]
     total = sum(part.mean(name) * n for part, n in zip(rolled, counts, strict=True))
     return total / sum(counts), sum(counts)
 
 
 class OutOfReach(Exception):
-    """No strength brings a system to a KL. ``tried``: (strength, KL) of each that was tried."""
+    """No strength reaches the target KL. ``tried``: (strength, KL) of every attempt."""
 
     def __init__(self, target: float, tried: list[tuple[float, float]]) -> None:
         super().__init__(f"no strength gives a KL of {target:g}; tried {tried}")
@@ -254,11 +254,11 @@ class OutOfReach(Exception):
 def at_kl(
     run: Any, prefixes: Sequence[Prefix], target: float, strength: float
 ) -> tuple[float, list[Rollout]]:
-    """Decode at the strength whose text is ``target`` nats per token from the backbone: a secant of
-    log KL over log strength on the first batch, then all of them.
+    """Decode at the strength whose texts are ``target`` nats per token from the backbone. The
+    strength is found by the secant method for log KL over log strength, on the first batch.
 
     Raises:
-        OutOfReach: no strength gets there.
+        OutOfReach: no strength reaches the target.
     """
     tried: list[tuple[float, float]] = []
     for _ in range(_TRIES):
@@ -269,7 +269,7 @@ def at_kl(
             whole = _pooled(rolled, "kl")[0]
             if abs(whole / target - 1) <= _WITHIN:
                 return strength, rolled
-            kl *= whole / kl  # all batches say more than the first
+            kl *= whole / kl  # all batches are more precise than the first
         tried.append((strength, kl))
         strength = _next_strength(tried, target)
     raise OutOfReach(target, tried)
@@ -280,7 +280,8 @@ def _settled(tried: Sequence[tuple[float, float]], strength: float) -> bool:
 
 
 def _next_strength(tried: Sequence[tuple[float, float]], target: float) -> float:
-    """KL grows about as the square of the strength; from two points on as they say."""
+    """The next strength to try. The first guess assumes that KL grows with the strength squared;
+    from two points on, the slope is measured."""
     (s, kl), power = tried[-1], 2.0
     if len(tried) > 1:
         s0, kl0 = tried[-2]
@@ -311,7 +312,7 @@ def _policies(cell: Cell, store: Store) -> tuple[Any, float]:
 
 
 def _on_curve(curve: Sequence[Sequence[float]], kl: float) -> float:
-    """The strength of a measured KL, as far as the curve goes."""
+    """The strength for a KL, interpolated on a measured curve, or extrapolated as sqrt(KL)."""
     from itertools import pairwise
 
     for (s0, k0), (s1, k1) in pairwise(curve):
@@ -325,8 +326,8 @@ def _on_curve(curve: Sequence[Sequence[float]], kl: float) -> float:
 
 
 def cost(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
-    """options: backbone, method, new_tokens; needs model unless it is the backbone itself. Tokens
-    per second of the system and of the plain backbone, in turns.
+    """options: backbone, method, new_tokens; needs model unless the system is the backbone. Returns
+    tokens per second of the system and of the plain backbone, timed in turns.
     """
     o, use = cell.options, store.data.use(cell.options["backbone"])
     model = None if not cell.needs else store.folder(cell.needs["model"])
@@ -348,13 +349,13 @@ STEPS: dict[str, Step] = {
 
 
 def read_texts(folder: Path) -> list[dict[str, str]]:
-    """What :func:`decode` wrote."""
+    """The texts that :func:`decode` wrote."""
     lines = (folder / TEXTS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def pack(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Rows as .jsonl.gz, the same bytes each time."""
+    """Write rows as .jsonl.gz, byte for byte reproducible."""
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
         for row in rows:
             file.write(_line(row))

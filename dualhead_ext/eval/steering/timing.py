@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second of a system and of the plain backbone, in turns, by ``generate()``."""
+"""Tokens per second of a system and of the plain backbone with ``generate()``, timed in turns."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ROWS, TURNS = 8, 5
 def tokens_per_second(
     use: Any, method: str | None, folder: Path | None, new_tokens: int
 ) -> list[tuple[float, float]]:
-    """(plain, system) of each turn, after one that is not counted: 8 requests, greedy.
+    """(plain, system) tokens per second of each turn, after a warm-up turn: 8 requests, greedy.
 
     Args:
         use: `steps.Resources` with a backbone.
-        method: what trained the system; None times the backbone against itself.
-        folder: of the trained system.
+        method: the method that trained the system; None times the backbone against itself.
+        folder: folder of the trained system.
     """
     ids, mask = encode_prompts(use.texts(prompts_of(OPEN, "measure", ROWS)), use.tokenizer)
     inputs = {"input_ids": ids.to(use.model.device), "attention_mask": mask.to(use.model.device)}

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on ranked samples: the gated head through its own trainer, the systems that it is
-compared with through :mod:`dualhead_ext.eval.paper.training` on the best and the worst of each
-list.
+"""Training on ranked samples. The gated head is trained by its own trainer; the other systems by
+:mod:`dualhead_ext.eval.paper.training`, on the best and the worst response of each list.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from ..scorers import Scorer, scorer
 from .attributes import ATTRIBUTES
 
 Row = dict[str, Any]
-# Of the adapters and the reward model: chosen once, by the loss of the backbone's own pairs.
+# Settings of the adapters and the reward model, chosen once by the loss on the backbone's pairs.
 ADAPTER = TrainSettings(
     learning_rate=3e-4, epochs=1.0, batch_size=16, micro_batch_size=8, lora=True, warmup=0.1
 )
 
 
 def ranked_rows(samples: Sequence[Row], attributes: Sequence[str]) -> list[Row]:
-    """Rows to train on: the same samples ranked for each attribute, its place as the objective.
+    """Rows to train on: the same samples ranked for each attribute, whose index is the objective.
 
     Args:
         samples: rows ``{"prompt": question, "responses": texts, "ended": booleans}``.
@@ -99,8 +98,8 @@ def train_gated_head(
     cell: dict[str, Any],
     hidden: Path,
 ) -> dict[str, Any]:
-    """A gated head by :class:`dualhead_ext.DualHeadTrainer`, from a preset and what the cell names
-    beside it.
+    """Train a gated head by :class:`dualhead_ext.DualHeadTrainer`, with a preset and the cell's own
+    options.
     """
     preset = cell["options"].get("preset", "default")
     options = {n: v for n, v in cell["options"].items() if n != "preset"}
@@ -151,7 +150,7 @@ def train_gated_head(
 def train_other(
     method: str, backbone: str, rows: list[Row], out: Path, cell: dict[str, Any]
 ) -> dict[str, Any]:
-    """An adapter of a method of `TRAINERS`, on pairs."""
+    """Train an adapter by a method of `TRAINERS`, on pairs."""
     from dataclasses import replace
 
     settings = replace(
@@ -172,7 +171,7 @@ def train_other(
 
 
 def load_head(folder: Path, lm_head: nn.Linear) -> tuple[DualHead, list[list[float]] | None]:
-    """A trained gated head on a plain LM head, which it shares; and its curve of (strength, KL)."""
+    """A trained gated head that shares a plain LM head, and its curve of (strength, KL)."""
     stored, state = read_head_folder(folder)
     config = stored["dual_head"]
     settings = config.to_dict()
@@ -183,7 +182,7 @@ def load_head(folder: Path, lm_head: nn.Linear) -> tuple[DualHead, list[list[flo
 
 
 def load_guide(method: str, folder: Path, backbone: str) -> nn.Module:
-    """An adapter on a backbone of its own, or a reward model."""
+    """An adapter on its own copy of the backbone, or a reward model."""
     load: Callable[..., nn.Module] = load_policy
     if method == "reward_model":
         return load_reward_model(folder, Path(backbone)).requires_grad_(False)
