@@ -3,7 +3,7 @@
 `TARGET_KL` nats per token, and the config holds the curve of KL over strength.
 
 Calibration scales delta: up map and bias of a correction, ``W_RM <- W_LM + s (W_RM - W_LM)`` of a
-full reward head. A first scale is found by bisection on given hidden states. The gated model did
+full reward head. A first scale is found on given hidden states. The gated model did
 not write their text, and the KL of its own text differs. So the model then decodes requests at
 several strengths, the KL of that text is measured, and a curve through the points corrects the
 scale.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +29,8 @@ TARGET_KL = 0.1
 # The decoded requests: their number, their length, and the strengths they take in turn.
 REQUESTS, NEW_TOKENS = 36, 24
 STRENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.6)
-# The number of hidden states for the first scale, and the most halvings of its interval.
-STATES, HALVINGS = 256, 24
+# The number of hidden states for the first scale, and of the scales that are tried at most.
+STATES, EVALUATIONS = 256, 64
 # The strengths of the stored curve.
 GRID = tuple(i / 4 for i in range(0, 11))
 
@@ -95,30 +96,37 @@ class _States:
         return torch.cat(found).to(self.gate_logit.dtype)
 
     def scale_for(self, target: float) -> float:
-        """The scale of delta at which the mean KL at strength 1 is ``target``.
+        """The scale of delta at which the mean KL at strength 1 is ``target``, to one part in a
+        thousand. A secant of log KL over log scale, kept between a scale that gives too little and
+        one that gives too much.
 
         Raises:
             ValueError: no scale reaches the target, because delta is 0, or because alpha is too
                 small in the probability mix.
         """
         ones = torch.ones(len(self.hidden))
-        low, high = 0.0, 1.0
-        while float(self.kl(high, ones).mean()) < target:
-            low, high = high, 2 * high
-            if high > 2.0**40:
+        low, high, scale = 0.0, math.inf, 1.0
+        power, last = 2.0, (0.0, 0.0)  # KL grows as scale^power; the last (scale, KL)
+        for _ in range(EVALUATIONS):
+            kl = float(self.kl(scale, ones).mean())
+            if abs(kl / target - 1) < 1e-3 or high - low < 1e-3 * scale:
+                return scale
+            low, high = (scale, high) if kl < target else (low, scale)
+            if 0 < kl < math.inf and 0 < last[1] < math.inf and kl != last[1]:
+                power = math.log(kl / last[1]) / math.log(scale / last[0])
+            last = (scale, kl)
+            step = (target / kl) ** (1 / max(power, 0.5)) if 0 < kl < math.inf else 0.0
+            scale *= step
+            if high == math.inf:  # not bracketed yet: at least twice as far each time
+                scale = max(scale, 2 * low)
+            elif not low < scale < high:
+                scale = math.sqrt(low * high) if low > 0 else high / 16
+            if scale > 2.0**40:
                 raise ValueError(
                     f"calibrate: no scale of the reward gives a mean KL of {target} nats: the "
                     "reward is zero, or alpha is too small"
                 )
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            if float(self.kl(middle, ones).mean()) < target:
-                low = middle
-            else:
-                high = middle
-            if high - low < 1e-3 * high:
-                break
-        return (low + high) / 2
+        return scale
 
 
 @torch.no_grad()
@@ -210,8 +218,7 @@ def _decoded_curve(
     # If there are few prompts, each is decoded at several strengths.
     shift = [(i + i // len(prompts)) % len(STRENGTHS) for i in range(count)]
     strength = torch.tensor([STRENGTHS[i] for i in shift])
-    texts = sample(model, requests, strength, seed)
-    kl, rows = decoded_kl(model, requests, texts, strength)
+    kl, rows = decoded_kl(model, sample(model, requests, strength, seed), strength)
     log_s = strength.log().double()
     sums = torch.zeros(len(STRENGTHS), 2, dtype=torch.float64)
     index = torch.tensor(shift)[rows.cpu()]
@@ -237,10 +244,26 @@ def _decoded_curve(
     return curve
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Continuations of prompts, and what the heads read while they were written.
+
+    Attributes:
+        texts: the new tokens of each, at most N.
+        hidden: (B, T + N - 1, d), the hidden states of the prompts, padded on the left to T tokens,
+            and of all new tokens but the last.
+        mask: (B, T + N - 1), 1 from a prompt's first token on.
+        columns: T.
+    """
+
+    texts: list[list[int]]
+    hidden: Tensor
+    mask: Tensor
+    columns: int
+
+
 @torch.no_grad()
-def sample(
-    model: Any, prompts: Sequence[Sequence[int]], strength: Tensor, seed: int
-) -> list[list[int]]:
+def sample(model: Any, prompts: Sequence[Sequence[int]], strength: Tensor, seed: int) -> Sampled:
     """Continuations of prompts, sampled at temperature 1 at strengths (B,)."""
     device = model.device
     longest = max(map(len, prompts))
@@ -249,50 +272,46 @@ def sample(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
+    mask = mask.to(device)
     eos = model.generation_config.eos_token_id
     stops = {eos} if isinstance(eos, int) else set(eos or ())
     training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), strength=strength.to(device),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS,
-            pad_token_id=min(stops, default=0),
-        )  # fmt: skip
-    model.train(training)
+    read: list[Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda _, args, out: read.append(out[0]))
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            out = model.generate(
+                input_ids=ids.to(device), attention_mask=mask, strength=strength.to(device),
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS,
+                num_beams=1, num_return_sequences=1, pad_token_id=min(stops, default=0),
+            )  # fmt: skip
+    finally:
+        hook.remove()
+        model.train(training)
     texts = []
     for row in out[:, longest:].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
         texts.append(row[:end])
-    return texts
+    hidden = torch.cat(read, 1)[:, : out.shape[1] - 1]
+    new = mask.new_ones(len(prompts), hidden.shape[1] - longest)
+    return Sampled(texts, hidden, torch.cat((mask, new), 1), longest)
 
 
 @torch.no_grad()
-def decoded_kl(
-    model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], strength: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The KL from the backbone at each of the N tokens of continuations decoded at strengths (B,):
+def decoded_kl(model: Any, sampled: Sampled, strength: Tensor) -> tuple[Tensor, Tensor]:
+    """The KL from the backbone at each of the N tokens that were sampled at strengths (B,):
     (KL (N,), row of each token (N,)).
     """
-    head, device = model.lm_head_module, model.device
-    whole = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
-    longest = max(map(len, whole))
-    ids = torch.zeros(len(whole), longest, dtype=torch.int64)
-    mask, chosen = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, text) in enumerate(zip(prompts, whole, strict=True)):
-        ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-        chosen[row, len(prompt) - 1 : len(text) - 1] = True
-    kls, of_kls = [], []
-    for part in torch.arange(len(whole)).split(16):
-        own, own_mask = ids[part].to(device), mask[part].to(device)
-        hidden = model.training_hidden_states(input_ids=own, attention_mask=own_mask)
-        gate_logit = head.gate(hidden, own_mask)
-        place, column = chosen[part].nonzero(as_tuple=True)
-        at = (place, column)
-        kls.append(mean_kl(head, hidden[at], gate_logit[at], strength[part][place]))
-        of_kls.append(part[place])
-    return torch.cat(kls), torch.cat(of_kls)
+    head, hidden = model.lm_head_module, sampled.hidden
+    chosen = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+    first = sampled.columns - 1  # the prompt's last token gives the first new one
+    for row, text in enumerate(sampled.texts):
+        chosen[row, first : first + len(text)] = True
+    gate_logit = head.gate(hidden, sampled.mask)
+    at = chosen.nonzero(as_tuple=True)
+    return mean_kl(head, hidden[at], gate_logit[at], strength[at[0]]), at[0]
 
 
 def strength_of_kl(curve: list[list[float]] | None, kl: Any) -> Any:

@@ -71,9 +71,44 @@ def test_decoded_text_has_the_kl_that_was_asked(head, mix, monkeypatch):
             assert mix == "probs"
             continue
         strength = torch.full((96,), strength_of_kl(curve, kl))
-        texts = calibration.sample(model, fresh, strength, seed=5)
-        measured, _ = calibration.decoded_kl(model, fresh, texts, strength)
+        sampled = calibration.sample(model, fresh, strength, seed=5)
+        measured, _ = calibration.decoded_kl(model, sampled, strength)
         assert measured.mean().item() == pytest.approx(kl, rel=0.25)
+
+
+@pytest.mark.parametrize("gate", ["attention", "linear", "fixed"])
+def test_kl_of_sampled_text_is_that_of_a_pass_over_it(gate):
+    """Prompts of several lengths, and texts that end early."""
+    model = make_model("llama", reward_head="embedding", gate=gate)
+    model.generation_config.eos_token_id = list(range(3, 23))
+    given = [prompt[: 1 + i % 5] for i, prompt in enumerate(some_prompts(12))]
+    strength = torch.linspace(0.1, 3, 12)
+    sampled = calibration.sample(model, given, strength, seed=5)
+    assert len({len(text) for text in sampled.texts}) > 2
+    kl, rows = calibration.decoded_kl(model, sampled, strength)
+    head = model.lm_head_module
+    for row, (prompt, text) in enumerate(zip(given, sampled.texts, strict=True)):
+        with torch.no_grad():
+            hidden = model.training_hidden_states(input_ids=torch.tensor([[*prompt, *text]]))
+            gate_logit = head.gate(hidden)
+        of_text = slice(len(prompt) - 1, -1)
+        parts = hidden[0, of_text], gate_logit[0, of_text]
+        expected = calibration.mean_kl(head, *parts, float(strength[row]))
+        torch.testing.assert_close(kl[rows == row], expected, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(("head", "mix"), HEADS)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+def test_the_first_scale_gives_the_kl_on_the_states(head, mix, size):
+    model = make_model("llama", reward_head=head, mix=mix, gate="linear")
+    module = model.lm_head_module
+    scale_reward(module, size)
+    found = calibration._States(module, *states(model))
+    found.keep_logits()
+    with torch.no_grad():
+        scale = found.scale_for(0.05)
+        got = found.kl(scale, torch.ones(len(found.hidden))).mean()
+    assert got.item() == pytest.approx(0.05, rel=5e-3)
 
 
 def test_calibration_repeats_itself_and_leaves_the_random_numbers_alone():
@@ -101,7 +136,7 @@ def test_strength_of_kl():
             strength_of_kl(curve, kl)
     with pytest.raises(TypeError, match="kl must be a number"):
         strength_of_kl(curve, "0.1")
-    with pytest.raises(ValueError, match="kl needs heads with a curve"):
+    with pytest.raises(ValueError, match="kl needs calibrated heads"):
         strength_of_kl(None, 0.1)
 
 
