@@ -27,5 +27,5 @@ def test_decode_step(group, benchmarks):
 
 
 def test_growth(group, benchmarks):
-    """The step by V, T and B; what it must be is in its own tests, here it is measured."""
+    """Measure how the step's time grows with V, T and B; there are no requirements here."""
     runner.run_growth(group, benchmarks.found, benchmarks.seconds, benchmarks.emit)

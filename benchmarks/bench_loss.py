@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss, fused, against eager PyTorch, torch.compile and PyTorch's chunked one.
+"""The fused training loss against eager PyTorch, torch.compile and PyTorch's chunked loss.
 
-See :mod:`dualhead_ext.bench.loss`. Fails where it is slower than eager, and at d = 1024, V = 32000
-beyond 0.8 of its time or 15 % of its memory.
+See :mod:`dualhead_ext.bench.loss`. Fails if it is slower than eager, or at d = 1024, V = 32000
+takes more than 0.8 of eager's time or 15 % of its memory.
 """
 
 from __future__ import annotations

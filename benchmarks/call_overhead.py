@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one call of ``ops.decode_step`` costs the host, in several checkouts by turns.
+"""Host time of one call of ``ops.decode_step``, in several checkouts, measured in turns.
 
     python benchmarks/call_overhead.py BEFORE AFTER [--rounds 9] [--json FILE]
 
@@ -24,7 +24,7 @@ CALLS, REPEATS = 50, 40
 
 
 def measure() -> None:
-    """Print the least microseconds per call of each size, in this process."""
+    """Print the minimum microseconds per call for each size, in this process."""
     import torch
 
     from dualhead_ext import ops

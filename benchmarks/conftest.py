@@ -26,14 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
         if value is not None and value is not False and not option.benchmark:
             raise pytest.UsageError(f"--{name.replace('_', '-')} needs --benchmark")
     if option.benchmark and option.showcapture == "all":
-        # What a benchmark says goes past capturing; the rest is torch's compiler, thousands of
-        # lines of its log, in which the failure would drown.
+        # Benchmarks print past capturing. The captured rest is thousands of log lines of torch's
+        # compiler, which would hide the failure.
         option.showcapture = "no"
 
 
 @dataclass
 class Session:
-    """What the benchmarks share: the report, seconds per case, and how to print past capturing."""
+    """State shared by the benchmarks: the report, seconds per case, and printing past capturing."""
 
     found: report.Report
     seconds: float | None
@@ -42,7 +42,7 @@ class Session:
 
 @pytest.fixture(scope="session")
 def benchmarks(pytestconfig: pytest.Config) -> Iterator[Session]:
-    """The run's report; written to --results-json at the end, failures and all."""
+    """The run's report; written to --results-json at the end, including failures."""
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
     def emit(text: str) -> None:
@@ -58,7 +58,7 @@ def benchmarks(pytestconfig: pytest.Config) -> Iterator[Session]:
 
 
 def _require_fresh_build(found: report.Report) -> None:
-    """A library that is older than csrc/ must not have its figures taken for those of csrc/."""
+    """Fail if the library is older than csrc/: its figures would be taken for those of csrc/."""
     sys.path.insert(0, str(ROOT / "_build"))
     from libraries import csrc_hash
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the quantised formats cost in accuracy:
+"""The accuracy of the quantised formats:
 
     dualhead train --eval-share 0 --output HEADS --learning-rate 1e-3 \\
         --set per_device_train_batch_size=16 --set gradient_accumulation_steps=1 \\
         --set warmup_steps=0.1 --set lm_reduction=mean --set max_length=256
     python benchmarks/quantization.py FILE --heads HEADS
 
-Tokens and mixtures of quantised heads against bf16's, at hidden states of the embedded backbone
-over its test pairs, with and without calibration on those of its training pairs. Writes one JSON
-object, which docs/quantization.md quotes. What a step costs is in `dualhead bench`.
+Compares tokens and mixtures of quantised heads with bf16, at the embedded backbone's hidden states
+on its test pairs, with and without calibration on its training pairs. Writes one JSON object, which
+docs/quantization.md quotes. `dualhead bench` measures the time of a step.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TEST_PAIRS, CALIBRATION_PAIRS, TOKENS = 100, 60, 256
 
 @torch.no_grad()
 def hidden_states(model, tokenizer, split: str, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the prompts and chosen responses of pairs: (N, d), and alpha (N,) that a gated model's
-    gate gives them.
+    """Hidden states (N, d) of the prompts and chosen responses of pairs, and the alpha (N,) of a
+    gated model's gate.
     """
     states, alphas = [], []
     model.lm_head.register_forward_hook(lambda module, x, out: states.append(x[0][0]))
@@ -47,8 +47,8 @@ def hidden_states(model, tokenizer, split: str, pairs: int) -> tuple[torch.Tenso
 
 
 def quantized(heads: DualHead, name: str, calibration: str, states: torch.Tensor) -> DualHead:
-    """A quantised copy. calibration: "nearest" numbers; "default", what `quantize` does without
-    hidden states; or by "states" (N, d).
+    """A quantised copy of the heads. calibration: "nearest": round to nearest; "default":
+    `quantize` without hidden states; "states": calibrate on ``states`` (N, d).
     """
     copied = copy.deepcopy(heads)
     if calibration != "nearest":
@@ -76,7 +76,7 @@ def agreement(
         if calibration == "states" and states is None:
             continue
         if calibration == "nearest" and not FORMATS[name].coarse:
-            continue  # that is their default
+            continue  # the same as their default
         made = quantized(heads, name, calibration, states)
         got = torch.log_softmax(made(hidden[:, None], alpha=alpha).logits[:, 0], -1)
         for against, base in bases.items():
@@ -88,8 +88,9 @@ def agreement(
 
 
 def accuracy(trained: str | None) -> dict:
-    """Reward heads that are the LM head, that and noise of a tenth of its standard deviation, and,
-    with a folder of heads, trained ones; alpha = 1/2, of trained heads also what their gate says.
+    """The accuracy of three reward heads: a copy of the LM head, a copy with noise of a tenth of
+    its standard deviation, and trained heads if a folder is given. alpha = 1/2; for trained heads also
+    the alpha of their gate.
     """
     path = str(embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents show of the steering suite, from its committed results: docs/steering.png,
-and what stands between ``<!-- steering -->`` and ``<!-- /steering -->`` in README.md and
-docs/results.md.
+"""Documentation of the steering suite's committed results: docs/steering.png, and the text between
+``<!-- steering -->`` and ``<!-- /steering -->`` in README.md and docs/results.md.
 
     python benchmarks/steering.py
 """
@@ -21,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "steering" / "results.json"
 PICTURE = ROOT / "docs" / "steering.png"
 _OWN, _GENARM, _DPO = PALETTE[0], PALETTE[1], PALETTE[2]
-# (system, reward head, gate): name, marker, colour, in the order of the legend. Others are in the
-# table. Ours are blue, apart by the marker.
+# (system, reward head, gate): name, marker, colour, in the order of the legend. Other systems are
+# only in the table. Ours are blue and differ by the marker.
 SHOWN = {
     ("dual-head", "embedding", "fixed"): ("Dual-Head, fixed gate", "o-", _OWN),
     ("dual-head", "embedding", "linear"): ("Dual-Head, linear gate", "s--", _OWN),
@@ -34,7 +33,7 @@ SHOWN = {
     ("best-of-16", None, None): ("best of 16 samples", "*", PALETTE[5]),
 }
 _BACKBONE = ("backbone", None, None)
-_NEAR = 0.1  # nats per token: where the title compares
+_NEAR = 0.1  # nats per token at which the title compares
 Point = tuple[float, float, float, float]
 
 
@@ -69,7 +68,7 @@ def held_out_of(rows: list[dict[str, Any]]) -> dict[tuple, list[tuple[float, flo
 
 
 def finding(rows: list[dict[str, Any]]) -> str:
-    """What Dual-Head does near 0.1 nats per token, by both scorers."""
+    """The effect of Dual-Head near 0.1 nats per token, by both scorers."""
     gold, held_out = points_of(rows), held_out_of(rows)
     own = next(place for place in SHOWN if place in gold)
     at = min(range(len(gold[own])), key=lambda i: abs(gold[own][i][0] - _NEAR))
@@ -83,14 +82,14 @@ def finding(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:
-    """The scorer that made the training data, and one that nothing was trained on."""
+    """Plot of the scorer that ranked the training data and of a held-out scorer."""
     gold, held_out = points_of(rows), held_out_of(rows)
     figure = blank(9.0, 4.4)
     left, right = figure.subplots(1, 2)
     for place, (label, style, color) in SHOWN.items():
         if place not in gold:
             continue
-        lines = len(style) > 1  # a single marker is one point, no curve from the backbone on
+        lines = len(style) > 1  # a single marker is one point, without a line from the backbone
         start = [(0.0, *gold[_BACKBONE][0][1:])] if lines else []
         kl, value, low, high = zip(*[*start, *gold[place]], strict=True)
         left.plot(kl, value, style, label=label, color=color, markersize=5, linewidth=1.4)
@@ -128,7 +127,7 @@ _NAMES = {
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """A system as the documents call it."""
+    """A system's name in the documentation."""
     parts = [row["reward_head"], row["gate"] and f"{row['gate']} gate"]
     own = row["system"] == "dual-head"
     detail = ", ".join(filter(None, parts))
@@ -136,8 +135,8 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], attribute: str, target: float | None = None) -> str:
-    """A row for each system, at one target (None: all) and for those that have none; means over
-    seeds.
+    """A table with a row for each system, at one target (None: all); systems without a target are
+    always included. Values are means over seeds.
     """
     groups: dict[tuple[str, Any], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -168,7 +167,7 @@ def fmean_of(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def blocks(rows: list[dict[str, Any]], run: dict[str, Any]) -> dict[Path, str]:
-    """{document: what stands between its marks}."""
+    """{document: text between its marks}."""
     targets = [row["kl_target"] for row in rows if row["kl_target"] is not None]
     first = min(targets, key=lambda t: abs(t - 0.1)) if targets else None
     return {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook of MkDocs: pages that are written elsewhere, and links that lead out of docs/.
+"""An MkDocs hook: adds pages from outside docs/ and resolves links that lead out of docs/.
 
-README.md is the home page; CONTRIBUTING.md, CHANGELOG.md and every file that a page links to lie in
-the site at their places in the repository. So a link means the same on the site and in a checkout.
+README.md is the home page. CONTRIBUTING.md, CHANGELOG.md and every file that a page links to have
+the same path in the site as in the repository, so a link works both on the site and in a checkout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = "index.md"
-# Page of the site -> its source, for pages that are not in docs/.
+# Page of the site -> source file, for pages that are not in docs/.
 ELSEWHERE = {
     HOME: "README.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
@@ -28,14 +28,14 @@ LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(\))")
 
 
 def sources() -> dict[str, str]:
-    """Every page's path in the repository by its path in the site."""
+    """Path in the site -> path in the repository, for every page."""
     docs = {path.relative_to(ROOT / "docs"): path for path in (ROOT / "docs").rglob("*.md")}
     pages = {page.as_posix(): path.relative_to(ROOT).as_posix() for page, path in docs.items()}
     return pages | ELSEWHERE
 
 
 def in_site(path: str) -> str:
-    """Where a file of the repository lies in the site."""
+    """The path in the site of a file of the repository."""
     pages = {source: page for page, source in ELSEWHERE.items()}
     return pages.get(path, path.removeprefix("docs/"))
 
@@ -47,7 +47,7 @@ def linked(source: str) -> Iterator[str]:
 
 
 def outside(pages: dict[str, str]) -> dict[str, str]:
-    """The files to add, by their places in the site: what pages link to, and what those do."""
+    """Path in the site -> file to add: files that pages link to, directly or indirectly."""
     found = dict(ELSEWHERE)
     waiting = list(pages.values())
     while waiting:
@@ -61,7 +61,7 @@ def outside(pages: dict[str, str]) -> dict[str, str]:
 
 
 def commands() -> str:
-    """The help of every command, from its parser."""
+    """The help text of every command, as Markdown."""
     from dualhead_ext.cli import build_parser
 
     os.environ["COLUMNS"] = "100"  # the width that argparse prints for
@@ -84,7 +84,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """A link by the target's place in the repository becomes one by its place in the site."""
+    """Rewrite links from paths in the repository to paths in the site."""
     place = page.file.src_uri
     source = outside(sources()).get(place, f"docs/{place}")
     here, folder = posixpath.dirname(place), posixpath.dirname(source)

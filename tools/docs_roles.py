@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A griffe extension: reStructuredText in docstrings becomes Markdown. Roles (``:func:`name```)
-become code, and the two colons before an indented block become one.
+"""A griffe extension that converts reStructuredText in docstrings to Markdown: roles
+(``:func:`name```) become code, and ``::`` before an indented block becomes ``:``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc):`~?\.?([^`]*)`")
 
 
 class Roles(Extension):
-    """Rewrites each docstring once it is loaded."""
+    """Rewrites each docstring after it is loaded."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resident memory of a training run on a stream of a million rows, beside the same run on few rows.
+"""Resident memory of a training run on a stream of a million rows, compared with a few rows.
 
 ``python -m tools.streaming_memory --out FILE`` writes a Parquet file of 10^6 pairs to a temporary
-folder, trains on it with the datasets library's streaming, and notes the peak of the resident
-memory. The run reads every row of the file, and trains on one in 10,000 of them, as one of so many
-processes would: so it is short. The same steps over a file of 100 rows show what model and
-libraries take. Each run has a process of its own.
+folder, trains on it with the datasets library's streaming, and records the peak resident memory.
+The run reads every row but trains on one in 10,000, like one process of 10,000, to keep it short.
+The same steps over a file of 100 rows show the memory of model and libraries. Each run has its own
+process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WORDS = "the sea is calm and a good book keeps long nights short while rain fal
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Pairs of a few dozen words, each its own, a hundred thousand at a time."""
+    """Write distinct pairs of a few dozen words, 100,000 at a time."""
     import pyarrow
     from pyarrow import parquet
 
@@ -51,7 +51,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def peak_of_a_run(path: Path, shares: int) -> dict[str, float]:
-    """Train on the stream in this process; its peak of resident memory, in GB, and the time."""
+    """Train on the stream in this process; returns peak resident memory in GB and the time."""
     import datasets
     from transformers import AutoTokenizer
 

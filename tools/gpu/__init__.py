@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is run on a machine with a GPU: ``python -m tools.gpu.check`` and its parts."""
+"""Checks and measurements on a machine with a GPU: ``python -m tools.gpu.check`` and its parts."""

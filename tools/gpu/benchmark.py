@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode benchmark (:mod:`dualhead_ext.bench`) case by case, each kept as it ends.
+"""The decode benchmark (:mod:`dualhead_ext.bench`) case by case; each result is saved at once.
 
-``python -m tools.gpu.benchmark CASE ...``. Rows are those of a results file's ``cases``.
+``python -m tools.gpu.benchmark CASE ...``. Rows have the format of ``cases`` in results files.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from . import worker
 
 ROUNDS, TOY_ROUNDS = 60, 3
-_FEWER_SECONDS = 0.3  # of timing per case, as `dualhead bench --quick`
+_FEWER_SECONDS = 0.3  # seconds of timing per case, as in `dualhead bench --quick`
 
 
 def plan(toy: bool) -> dict[str, tuple[Any, Any]]:
-    """(group, case) by label: one greedy request of each group, then all else, torch.compile
+    """Label -> (group, case): one greedy request of each group, then the others, torch.compile
     last."""
     from dualhead_ext.bench import cases
 
@@ -54,7 +54,7 @@ def _operands(group: Any, cold_bytes: int, device: str) -> tuple[Any, Any]:
 
 
 def run_case(name: str, device: str, toy: bool) -> dict[str, Any]:
-    """Time a case; its rows are said."""
+    """Time a case and print its rows as records."""
     from dualhead_ext.bench import cases, decode
     from dualhead_ext.measurement import machine
 
@@ -78,7 +78,7 @@ def run_case(name: str, device: str, toy: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Go through the cases that are named."""
+    """Run the named cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", metavar="CASE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that only a GPU can show, in stages, the most telling first: ``make gpu-check``,
+"""The checks that need a GPU, in stages, the most important first: ``make gpu-check``,
 ``make gpu-recheck``, ``make gpu-models``.
 
-``python -m tools.gpu.check [check|recheck|training|models|loss] --output FOLDER``. What a stage
-finds is in the folder as it finds it, so that a kill at any moment loses what was not measured yet
-and nothing else:
+``python -m tools.gpu.check [check|recheck|training|models|loss] --output FOLDER``. Each result is
+written to the folder at once, so killing the program loses only what was not measured yet:
 
-- ``stages.jsonl``: the machine, then what became of each stage.
+- ``stages.jsonl``: the machine, then the outcome of each stage.
 - ``smoke.jsonl``, ``timings.jsonl``, ``benchmark.jsonl``, ``tests.jsonl`` (sampling statistics
   too): one line per case, contender or test.
-- ``ncu.txt``, ``sanitizers.txt``: what these tools said. ``log.txt``: what everything said.
+- ``ncu.txt``, ``sanitizers.txt``: the output of these tools. ``log.txt``: all output.
 
-The limits together are more than the budget: a stage that takes long leaves the later ones less,
-but never less than the seconds reserved for each. Exit code: 0 if all passed, 1 if not, 3 with one
-sentence if there is no GPU. :mod:`tools.gpu.results` makes a results file of the folder.
+The time limits add up to more than the budget: a slow stage leaves less time to later ones, but
+never less than the seconds reserved for each. Exit code: 0 if all passed, 1 if not, 3 with a
+message if there is no GPU. :mod:`tools.gpu.results` makes a results file from the folder.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from .records import DID_NOT_RUN, FAILED, PASSED, TIMED_OUT, read_lines, tail
 from .stages import Cases, Output, Stage, Stages, python
 
 NO_GPU = 3
-# Of a whole run, and what of it is left for the copying of files.
+# Seconds of a whole run, and how many of them are reserved for copying files.
 SECONDS = {"check": 465.0, "recheck": 192.0, "training": 192.0, "models": 192.0, "loss": 192.0}
 SMOKE_SECONDS, TIMING_SECONDS, TEST_SECONDS, BENCHMARK_SECONDS = 20.0, 25.0, 45.0, 25.0
 SAMPLING = "python_tests/csrc/test_cuda_sampling.py"
 PARALLEL = 4  # processes side by side on the GPU
-CPU_PATIENCE = 4  # limits of stages on the CPU, which may be a busy one, as a multiple
+CPU_PATIENCE = 4  # factor of the stages' time limits on the CPU, which may be busy
 
 
 @dataclass
@@ -49,11 +48,12 @@ class Check:
     """A run: its options and where its results go.
 
     Attributes:
-        device: "cpu" runs all but the tools of the GPU, on small sizes, to test this program.
-        build: whether to build also where the libraries that are there load.
-        smoke, tests: cases and tests to run, none for all. commit: of the sources, if known.
-        found: what :mod:`.machine` said.
-        import_seconds: how long a process takes until torch and the package are imported.
+        device: "cpu" runs everything but the GPU tools, at small sizes, to test this program.
+        build: whether to build even if the existing libraries load.
+        smoke, tests: cases and tests to run; empty for all.
+        commit: commit of the sources, if known.
+        found: the output of :mod:`.machine`.
+        import_seconds: time that a process takes to import torch and the package.
     """
 
     output: Output
@@ -74,14 +74,15 @@ class Check:
         return 1 if self.toy else PARALLEL
 
     def worker(self, module: str) -> Any:
-        """The command of a worker for the cases it is given."""
+        """A function from cases to the command of a worker that runs them."""
         options = ["--device", self.device, *(["--toy"] if self.toy else [])]
         return lambda cases: python(module, *cases, *options)
 
     # --- load -------------------------------------------------------------------------------------
 
     def load(self, end_time: float) -> tuple[str, str]:
-        """Build unless told not to, or where what is there does not load; describe the machine."""
+        """Build (with ``build`` False only if the existing libraries do not load); describe the
+        machine."""
         found, built = self.found, ""
         if found is None:  # the stages may run all the same
             return FAILED, "the machine cannot be described"
@@ -109,7 +110,7 @@ class Check:
     # --- cases ------------------------------------------------------------------------------------
 
     def run_smoke(self, end_time: float) -> tuple[str, str]:
-        """Each case in a process of its own, some side by side."""
+        """Run each case in its own process, several in parallel."""
         from .smoke import CASES
 
         names = self.smoke or [name for name in CASES if self._can_smoke(name)]
@@ -124,7 +125,7 @@ class Check:
         return not self.toy or not name.startswith("fp16")
 
     def run_timings(self, end_time: float, names: tuple[str, ...] = ()) -> tuple[str, str]:
-        """One process, as long as it lives."""
+        """Run all cases in one process; a new one replaces it only if it dies."""
         from .timings import CASES, FIVE
 
         cases = Cases(self.output, "timings", "timings")
@@ -134,7 +135,7 @@ class Check:
         return cases.outcome()
 
     def run_five_twice(self, end_time: float) -> tuple[str, str]:
-        """The goals' own cases, two times in processes of their own, to know the spread."""
+        """Run the five goal cases twice more, in separate processes, to measure the spread."""
         from .timings import FIVE
 
         middle = (time.monotonic() + end_time) / 2
@@ -143,7 +144,7 @@ class Check:
         return worst[0], "; ".join(detail for _, detail in outcomes)
 
     def run_benchmark(self, end_time: float, compiled: bool = False) -> tuple[str, str]:
-        """Case by case; torch.compile's alone, or all others."""
+        """Run the benchmark case by case: only torch.compile's cases, or all others."""
         from . import benchmark
 
         cases = Cases(self.output, "benchmark", "benchmark")
@@ -157,14 +158,14 @@ class Check:
     # --- tests ------------------------------------------------------------------------------------
 
     def run_tests(self, end_time: float) -> tuple[str, str]:
-        """The tests marked cuda, or those named, in some processes side by side."""
+        """Run the tests marked cuda, or the named ones, in several parallel processes."""
         files = [path for path in _files_of_gpu_tests() if path != SAMPLING]
         if self.toy:
             files = ["python_tests/ops/test_skipping.py"]
         return self._pytest("tests", self.tests or files, TEST_SECONDS, self.parallel, end_time)
 
     def run_sampling(self, end_time: float) -> tuple[str, str]:
-        """The statistics of many draws."""
+        """Run the statistical tests of sampling."""
         if self.toy:
             return DID_NOT_RUN, "needs a GPU"
         return self._pytest("sampling", [SAMPLING], TEST_SECONDS, 2, end_time)
@@ -173,7 +174,7 @@ class Check:
         self, stage: str, wanted: list[str], seconds: float, parallel: int, end_time: float
     ) -> tuple[str, str]:
         marks = ["-m", "not cuda"] if self.toy else ["-m", "cuda", "--require-cuda"]
-        # pytest-benchmark, which may be there, has options of the names that ours have.
+        # pytest-benchmark, if installed, has options with the same names as ours.
         base = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *marks]
         collect = python("pytest", *base, "--collect-only", *wanted)
         done = run_command(collect, min(90.0, end_time - time.monotonic()))
@@ -200,7 +201,7 @@ class Check:
     # --- long benchmarks --------------------------------------------------------------------------
 
     def run_decoding(self, end_time: float) -> tuple[str, str]:
-        """A model of 7B size with the default cache."""
+        """Time a model of 7B size with the default cache."""
         cases = Cases(self.output, "benchmark", "decoding")
         limits = Limits(self.import_seconds * 3 + 15, 60, end_time)
         command = self.worker("tools.gpu.decoding")
@@ -208,7 +209,7 @@ class Check:
         return cases.outcome()
 
     def run_part(self, part: str, end_time: float, *options: str) -> tuple[str, str]:
-        """`dualhead bench` of one part, which writes its file after each case."""
+        """Run one part of `dualhead bench`, which writes its file after each case."""
         path = self.output.folder / f"{part}.json"
         command = python("dualhead_ext.cli", "bench", "--device", self.device, "--part", part)
         done = run_command(
@@ -231,7 +232,7 @@ def _side_by_side(
     record: Cases,
     log: Callable[[str], None],
 ) -> None:
-    """:func:`go_through` each part, so many at a time."""
+    """:func:`go_through` several parts in parallel."""
     with ThreadPoolExecutor(parallel) as pool:
         work = [pool.submit(go_through, command, part, limits, record, log) for part in parts]
         for future in work:
@@ -282,7 +283,7 @@ def plan(check: Check, mode: str) -> list[Stage]:
 
 
 def describe(device: str, limit: float) -> dict[str, Any] | None:
-    """What :mod:`.machine` says; None if it fails."""
+    """The output of :mod:`.machine`; None if it fails."""
     done = run_command(python("tools.gpu.machine", device), limit)
     for line in reversed(done.text.splitlines()):
         if line.startswith("{"):
@@ -292,7 +293,7 @@ def describe(device: str, limit: float) -> dict[str, Any] | None:
 
 
 def _build_environment(arch: str | None) -> dict[str, str]:
-    """For this GPU alone, which takes a third of the time, whatever the image asks for."""
+    """Environment to build for this GPU only, which takes a third of the time."""
     if arch is None:
         return {"DUALHEAD_CUDA": "0"}
     return {"DUALHEAD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
@@ -303,10 +304,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("mode", nargs="?", choices=list(SECONDS), default="check")
     parser.add_argument("--output", type=Path, metavar="FOLDER", required=True)
     parser.add_argument(
-        "--no-build", action="store_true", help="use the libraries that are there, if they load"
+        "--no-build", action="store_true", help="use the existing libraries if they load"
     )
-    parser.add_argument("--seconds", type=float, help="of the whole run (default: by mode)")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages and no others")
+    parser.add_argument("--seconds", type=float, help="limit of the whole run (default: by mode)")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run only these stages")
     parser.add_argument(
         "--smoke", nargs="+", default=[], metavar="CASE", help="these and no others"
     )
@@ -314,13 +315,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--failed-in", type=Path, metavar="FOLDER", help="the tests that failed in that output"
     )
-    parser.add_argument("--commit", help="of the sources, where there is no repository")
+    parser.add_argument("--commit", help="commit of the sources, if there is no repository")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; the exit code."""
+    """Run the checks; returns the exit code."""
     start = time.monotonic()
     options = _parse(arguments)
     target = f"gpu-{options.mode}"

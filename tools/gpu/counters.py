@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nsight Compute over one launch of the decode step: counters, and stalls by instruction."""
+"""Nsight Compute on one launch of the decode step: counters, and stalls by instruction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGEST_PAGE = 1_500_000  # characters; a file that is too large may not come b
 
 
 def run(output: Output, end_time: float) -> tuple[str, str]:
-    """All cases into ``ncu.txt``; outcome and detail."""
+    """Write all cases to ``ncu.txt``; returns outcome and detail."""
     tool = shutil.which("ncu")
     if tool is None:
         return DID_NOT_RUN, "ncu is not found"

@@ -14,7 +14,7 @@ NEW_TOKENS, ROUNDS = 32, 6
 
 
 def run_case(name: str, toy: bool, device: str) -> dict[str, Any]:
-    """Time a plain and a gated contender; rows are those of a results file's ``generate``."""
+    """Time a plain and a gated contender; rows have the format of ``generate`` in results files."""
     from dualhead_ext.bench import generation, models
 
     model = generation.tiny_model(CASES[name])
@@ -30,7 +30,7 @@ def run_case(name: str, toy: bool, device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Go through the cases that are named."""
+    """Run the named cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", choices=list(CASES), metavar="CASE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

@@ -2,8 +2,8 @@
 """``python -m tools.gpu.machine DEVICE``: do the compiled libraries load, and what is this machine?
 
 The last line is JSON: "missing", why there is no GPU to check, or null; "problem", why the
-libraries cannot be used, or null; "arch", the GPU's; "import_seconds"; "environment", as results
-files have it. A process of its own, so that what is built afterwards is not loaded here.
+libraries cannot be used, or null; "arch", the GPU's architecture; "import_seconds"; "environment",
+as in results files. It runs in its own process, so that the libraries can be rebuilt afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 
 
 def describe(device: str) -> dict:
-    """What the last line says."""
+    """The content of the last line."""
     start = time.monotonic()
     try:
         import torch

@@ -11,8 +11,8 @@
 - loops with loads from global memory: how many are issued before the first waits for one of them;
 - fences in loops: MEMBAR.SC, and CCTL.IVALL, which empties L1.
 
-The stall cycles are those that the compiler wrote into each instruction: how long a warp waits
-before its next one. What depends on memory comes on top, so they are a lower bound.
+The stall cycles are those that the compiler encodes in each instruction: how long a warp waits
+before its next instruction. Waiting for memory is not included, so they are a lower bound.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(
 
 @dataclass(frozen=True)
 class Instruction:
-    """One of a kernel.
+    """One instruction of a kernel.
 
     Attributes:
-        opcode: with its modifiers, "LDS.128". operands: the rest of its text.
-        stall: cycles until the warp's next instruction. sets: the scoreboard that its result
-            signals, or 7. waits: a bit per scoreboard that it waits for.
+        opcode: the opcode with its modifiers, such as "LDS.128".
+        operands: the rest of its text.
+        stall: cycles until the warp's next instruction.
+        sets: the scoreboard that its result signals, or 7.
+        waits: bit mask of the scoreboards that it waits for.
     """
 
     address: int
@@ -61,16 +63,16 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch leads; None if it is none."""
+        """The target address of a branch; None for other instructions."""
         found = re.search(r"0x([0-9a-f]+)\s*$", self.operands.strip())
         return int(found[1], 16) if self.opcode.startswith("BRA") and found else None
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:
-    """Kernels of what ``cuobjdump -sass`` prints.
+    """Parse the kernels in the output of ``cuobjdump -sass``.
 
     Raises:
-        ValueError: an instruction without control bits; what cannot be read must not pass.
+        ValueError: an instruction has no control bits.
     """
     kernels: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
@@ -97,7 +99,7 @@ def parse(text: str) -> dict[str, list[Instruction]]:
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The bodies of all loops: what lies between a backward branch and its target."""
+    """The bodies of all loops: the instructions between a backward branch and its target."""
     place = {one.address: i for i, one in enumerate(code)}
     ends: dict[int, int] = {}
     for i, one in enumerate(code):
@@ -108,7 +110,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def innermost(bodies: list[list[Instruction]]) -> list[list[Instruction]]:
-    """Those that hold no other whole loop."""
+    """The loops that contain no other loop."""
     spans = [(body[0].address, body[-1].address) for body in bodies]
 
     def holds_another(span: tuple[int, int]) -> bool:
@@ -132,7 +134,7 @@ def _width(one: Instruction) -> int:
 
 
 def _copy_loops(code: list[Instruction], bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
-    """The smallest loop around each copy. A loop over lanes is told by how it ends."""
+    """The smallest loop around each copy. A loop over lanes is recognised by its final branch."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
     place = {one.address: i for i, one in enumerate(code)}
     for one in [one for one in code if _base(one) in COPIES]:
@@ -151,7 +153,7 @@ def _copy_loops(code: list[Instruction], bodies: list[list[Instruction]]) -> lis
 
 
 def _consumer_loops(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
-    """The innermost loops with products and the loop around each, where what they multiply is read
+    """The innermost loops with products, and the loop around each, in which the operands are read
     and unpacked."""
     found: dict[int, dict[str, Any]] = {}
     for inner in innermost(bodies):
@@ -178,7 +180,7 @@ def _consumer_loops(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
 
 
 def loads_before_a_wait(body: list[Instruction]) -> int:
-    """How many loads from global memory a loop's body issues before it waits for one of them."""
+    """Number of loads from global memory that a loop's body issues before it waits for one."""
     pending, count = 0, 0
     for one in body:
         if one.waits & pending:
@@ -224,13 +226,13 @@ def report_of(code: list[Instruction]) -> dict[str, Any]:
 # Limits of a streaming kernel. At a multiprocessor's share of the bandwidth, 16.5 bytes a clock, a
 # box of 64 rows of 128 bytes takes 496 clocks; its copy may take the producer an eighth of them.
 MOST_CYCLES_PER_COPY = 62
-LEAST_LOADS_IN_FLIGHT = 8  # of the gate's projections
+LEAST_LOADS_IN_FLIGHT = 8  # minimum in the gate's projections
 
 
 def violations(one: dict[str, Any]) -> list[str]:
-    """Sentences on what is over the limits in the report of a streaming kernel.
+    """A sentence for each limit that the report of a streaming kernel exceeds.
 
-    Registers, and what is spilled outside of these loops, have theirs in
+    The limits of registers, and of spills outside these loops, are in
     python_tests/csrc/test_cuda_compile.py.
     """
     found = []
@@ -279,7 +281,7 @@ def find_tool() -> str | None:
 
 
 def report(path: Path, limit: float = 300) -> dict[str, dict[str, Any]]:
-    """By kernel, of an object file or a library; empty if it has nothing for sm_90a.
+    """Kernel -> report, for an object file or a library; empty if it has no code for sm_90a.
 
     Raises:
         RuntimeError: there is no cuobjdump, or it fails.
@@ -305,7 +307,7 @@ def report(path: Path, limit: float = 300) -> dict[str, dict[str, Any]]:
 
 
 def in_words(reports: dict[str, dict[str, Any]]) -> str:
-    """For a terminal."""
+    """The reports as text for a terminal."""
     lines = []
     for name, one in reports.items():
         lines.append(
@@ -324,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     library = ROOT / "dualhead_ext" / "_C_cuda.so"
     parser.add_argument("object", nargs="?", type=Path, default=library)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write it there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
     options = parser.parse_args(arguments)
     found = report(options.object)
     print(in_words(found))

@@ -14,7 +14,7 @@ from .smoke import CASES, arguments_of
 
 
 def main(name: str) -> None:
-    """The step of a case."""
+    """Run one step of a case."""
     made = arguments_of(CASES[name], "cuda")
     made["cache_length"].fill_(255)
     with torch.no_grad():

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decode step should take on an H200, by its machine code and four constants of the chip.
-A prediction, to be confirmed or corrected by a measurement, line by line.
+"""Predicted time of the decode step on an H200, from its machine code and four constants.
+The prediction is to be confirmed or corrected by measurement, row by row.
 
 ``python -m tools.gpu.prediction`` writes ``benchmarks/results/predicted-h200.json``;
-``python -m tools.gpu.prediction --against FOLDER`` puts the ``timings.jsonl`` of a check beside it.
+``python -m tools.gpu.prediction --against FOLDER`` compares it with a check's ``timings.jsonl``.
 
-A step takes its start, then the longest of what runs side by side, then its end::
+The time of a step is its start, then the longest of the concurrent terms, then its end::
 
     start     launch, the block's set-up, and the first bytes from memory
-    correction  D h, then what meets the LM head, each behind a barrier of the grid; meanwhile the
-              first stages of weights arrive
+    correction  D h, then the corrected input of the LM head, each behind a grid barrier; the
+              first stages of weights arrive meanwhile
     memory    bytes of weights, gate and cache at the chip's bandwidth
     producer  copies of the busiest block, at the stall cycles per copy of the machine code
     consumers its bytes at the rate of the loop of products: the stall cycles of a warp, or a
               scheduler's one instruction per cycle, whichever is slower
     token     dependent round trips to L2 after the last product
 
-What it leaves out: contention, a gate that is later than the first tiles, a consumer that waits for
-shared memory, and that blocks end at different times.
+It leaves out contention, a gate that finishes after the first tiles, consumers that wait for shared
+memory, and blocks that end at different times.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ UNIT = 8  # vocabulary entries of a tile of the tensor cores
 # Round trips to L2 from the last product to the token: the barrier's signal and poll, the parts of
 # all blocks (their sums, then the winner's), then what is written.
 TOKEN_TRIPS, SAMPLED_TRIPS = 6, 8
-# Of a correction, before its first product: two loads from memory, and round trips of two barriers
-# and of the partial sums between them.
+# Delay of a correction before its first product: two loads from memory, and the round trips of two
+# barriers and of the partial sums between them.
 CORRECTION_LOADS, CORRECTION_TRIPS = 2, 6
 UNDER_WAY = 64 << 10  # bytes that a block has asked for meanwhile
 BITS = {"bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4}
@@ -52,7 +52,7 @@ NOTE = (
     "A PREDICTION from machine code and four constants of the chip (tools/gpu/prediction.py). "
     "Nothing here was measured."
 )
-# Microseconds that are aimed at, by case of tools.gpu.timings.
+# Goals in microseconds, by case of tools.gpu.timings.
 GOALS = {
     "bf16-4096x32000-1": 130,
     "bf16-4096x128256-1": 505,
@@ -70,12 +70,13 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the model needs of a kernel's machine code.
+    """The properties of a kernel's machine code that the model needs.
 
     Attributes:
-        cycles_per_copy: stall cycles of the producer for one bulk copy, of the loop with the most
-            copies. bytes_per_copy: of that copy.
-        consumer_bytes_per_clock: that all consumers of a multiprocessor take, for one request.
+        cycles_per_copy: the producer's stall cycles per bulk copy, in the loop with most copies.
+        bytes_per_copy: bytes of that copy.
+        consumer_bytes_per_clock: bytes per clock that all consumers of a multiprocessor process,
+            for one request.
     """
 
     cycles_per_copy: float
@@ -84,10 +85,10 @@ class Kernel:
 
 
 def kernel_of(report: dict[str, Any], format: str, bytes_per_copy: int) -> Kernel:
-    """From a report of :mod:`tools.gpu.machine_code`.
+    """A :class:`Kernel` from a report of :mod:`tools.gpu.machine_code`.
 
-    A product of the tensor cores takes 16 rows by 16 inputs of weights. Which of the loops is that
-    of one request the machine code does not say; the slowest counts.
+    A tensor core product takes 16 x 16 weights (rows x inputs). The machine code does not show
+    which loop serves one request; the slowest one is used.
     """
     copies = report["copy_loops"]
     slowest = max(copies, key=lambda loop: (loop["copies"], loop["stall_cycles_per_copy"]))
@@ -122,7 +123,7 @@ def predict(
     reward_head: str = "full",
     r: int = 0,
 ) -> dict[str, float]:
-    """Microseconds of a step, and of its terms."""
+    """Microseconds of a step and of each term."""
     heads, all_bytes = bytes_read(d, V, B, T, format, reward_head, r)
     units = -(-V // UNIT)
     if reward_head != "full":
@@ -146,17 +147,17 @@ def predict(
 
 
 def least_consumer_rate() -> float:
-    """Bytes per clock that consumers must be able to take: 1.3 times what memory brings."""
+    """Required bytes per clock of the consumers: 1.3 times what memory delivers."""
     return 1.3 * BANDWIDTH / CLOCK / BLOCKS
 
 
 def predictions(
     reports: dict[str, dict[str, Any]], bytes_per_copy: dict[str, int]
 ) -> dict[str, Any]:
-    """The file: the constants, what the machine code gave, and a row per case of the timings.
+    """The content of the file: constants, kernel properties, and a row for each timings case.
 
-    Batches of more than 8 have loops of their own, which the model does not tell apart: for them
-    the consumers' term is that of one request.
+    Batches of more than 8 have separate loops, which the model does not distinguish: for them the
+    consumers' term is that of one request.
     """
     from .timings import CASES
 
@@ -210,7 +211,7 @@ def beside(predicted: dict[str, Any], measured: list[dict[str, Any]]) -> list[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the prediction, or put a measurement beside it."""
+    """Write the prediction, or compare it with a measurement."""
     from . import machine_code
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands with a time limit, and workers: processes that go through a list of cases.
 
-A worker (:mod:`tools.gpu.worker`) says on its standard output when a case starts and ends. Where
-one crashes or takes too long, its process is killed, the case has failed, and a new process goes on
-with the cases that are left: after a CUDA error nothing in the same process works any more.
+A worker (:mod:`tools.gpu.worker`) reports on standard output when a case starts and ends. If a case
+crashes or exceeds its limit, its process is killed, the case fails, and a new process runs the
+remaining cases, because after a CUDA error nothing in the same process works any more.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 from .records import DID_NOT_RUN, FAILED, TIMED_OUT, tail
 
 ROOT = Path(__file__).resolve().parents[2]
-MARK = "@@ "  # before each line of a worker that is a record
-SECONDS_PER_CASE = "DUALHEAD_SECONDS_PER_CASE"  # tells a worker its limit
+MARK = "@@ "  # prefix of a worker's lines that are records
+SECONDS_PER_CASE = "DUALHEAD_SECONDS_PER_CASE"  # environment variable with a worker's limit
 
 _running: set[subprocess.Popen] = set()
 _running_lock = threading.Lock()
@@ -38,7 +38,7 @@ def _environment(more: dict[str, str] | None) -> dict[str, str]:
 
 
 def start(command: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """Start a command in the checkout, in a process group of its own. Output: one pipe."""
+    """Start a command in the checkout, in its own process group, with all output in one pipe."""
     process = subprocess.Popen(
         list(command),
         cwd=ROOT,
@@ -54,17 +54,17 @@ def start(command: Sequence[str], environment: dict[str, str] | None = None) -> 
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a command and all that it started."""
+    """Kill a command and every process that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(5)  # one that hangs in the driver is left behind
+        process.wait(5)  # a process that hangs in the driver is abandoned
     with _running_lock:
         _running.discard(process)
 
 
 def end_all() -> None:
-    """Kill every command that still runs."""
+    """Kill every command that is still running."""
     with _running_lock:
         running = list(_running)
     for process in running:
@@ -72,7 +72,7 @@ def end_all() -> None:
 
 
 class _Output:
-    """The lines of a process as they come; a thread reads them, so that waiting has a limit."""
+    """The output lines of a process; a thread reads them, so that waiting has a time limit."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -91,14 +91,14 @@ class _Output:
 
 @dataclass(frozen=True)
 class Done:
-    """A command that has ended. code: None if its time ran out. text: stdout and stderr."""
+    """A finished command. code: exit code, None if its time ran out. text: stdout and stderr."""
 
     code: int | None
     text: str
 
     @property
     def last_line(self) -> str:
-        """The last line that says something."""
+        """The last line that is not empty."""
         return ([line for line in self.text.splitlines() if line.strip()] or [""])[-1]
 
     @property
@@ -113,10 +113,10 @@ def run_command(
     environment: dict[str, str] | None = None,
     seen: Callable[[str], None] = lambda line: None,
 ) -> Done:
-    """Run a command of the checkout for at most ``limit`` seconds, then end it and what it started.
+    """Run a command in the checkout for at most ``limit`` seconds, then kill it and its children.
 
     Args:
-        seen: gets each line as it comes.
+        seen: called with each line of output.
     """
     end_time = time.monotonic() + limit
     try:
@@ -138,12 +138,12 @@ def run_command(
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds of a worker.
+    """Time limits of a worker in seconds.
 
     Attributes:
-        start: from its start, and from the end of a case, to the start of the next.
+        start: from the worker's start, or from the end of a case, to the start of the next case.
         case: of one case.
-        end_time: of all (time.monotonic()).
+        end_time: time at which everything must have ended (time.monotonic()).
     """
 
     start: float
@@ -159,13 +159,13 @@ def go_through(
     log: Callable[[str], None] = lambda text: None,
     environment: dict[str, str] | None = None,
 ) -> None:
-    """Have workers go through all cases.
+    """Run all cases in workers.
 
     Args:
-        command: of a worker for the cases it is given.
-        record: gets one dict with "case", "outcome", "seconds" for each case, and the rows that a
-            case has given before its end, which have "case" and no "outcome".
-        log: gets what workers write besides.
+        command: function from cases to the command of a worker that runs them.
+        record: called with one dict with "case", "outcome", "seconds" per case, and with each row
+            that a case emits before its end, which has "case" but no "outcome".
+        log: called with all other output of the workers.
     """
     left = list(cases)
     while left:
@@ -202,11 +202,11 @@ class _Worker:
         self.why_nothing = ""
 
     def text(self) -> str:
-        """What it wrote besides records."""
+        """The worker's output other than records."""
         return "".join(self._lines)
 
     def run(self) -> set[str]:
-        """Until its end or a limit; returns the cases that have an outcome now."""
+        """Run until the worker ends or reaches a limit; returns the cases that have an outcome."""
         try:
             process = start(self._command, self._environment)
         except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as JSON lines, which survive a kill at any moment, and the log beside them."""
+"""Results as JSON lines, which survive a kill at any moment, and the log."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _LONGEST_TEXT = 2000  # of one value in a line
 
 
 class Lines:
-    """A file of JSON lines. Each line is one write, so a reader finds whole lines only."""
+    """A file of JSON lines. Each line is one write, so a reader sees complete lines only."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, threading.Lock()
         self.rows: list[dict[str, Any]] = []
 
     def add(self, **row: Any) -> None:
-        """Append a row; long texts lose their middle."""
+        """Append a row; long texts are shortened in the middle."""
         row = {key: _shortened(value) for key, value in row.items()}
         append(self.path, json.dumps(row) + "\n")
         with self._lock:
@@ -29,7 +29,7 @@ class Lines:
 
 
 def append(path: Path, text: str) -> None:
-    """Append a text by one write."""
+    """Append a text with one write."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(file, text.encode(errors="replace"))

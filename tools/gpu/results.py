@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tools.gpu.results FOLDER ... [--to FILE]``: one results file of what checks left.
+"""``python -m tools.gpu.results FOLDER ... [--to FILE]``: one results file from checks' folders.
 
 Rows of ``benchmark.jsonl`` become ``cases``; those of ``timings.jsonl`` become ``timings``; smoke
 cases, tests and stages keep their outcomes. The default file is named after the GPU, in
@@ -24,10 +24,10 @@ _ROWS_OF_PARTS = ("cases", "loss", "generate", "training", "failures")
 
 
 def gather(folders: list[Path]) -> dict[str, Any]:
-    """What is in the folders, as one results file.
+    """The content of the folders as one results file.
 
     Raises:
-        ValueError: no folder says what machine it is of, or two are of different sources.
+        ValueError: no folder describes its machine, or two are from different GPUs or sources.
     """
     stages = [row for folder in folders for row in read_lines(folder / "stages.jsonl")]
     machines = [row["environment"] for row in stages if "environment" in row]
@@ -86,7 +86,7 @@ def file_name(device: str, suffix: str = "") -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file atomically."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--to", type=Path, metavar="FILE")

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compute-sanitizer over small decode steps and losses (:mod:`tools.gpu.small_steps`).
+"""compute-sanitizer on small decode steps and losses (:mod:`tools.gpu.small_steps`).
 
-Each tool is first run over a program with a bug of its kind (csrc/testing/seeded_bugs.cu). One that
-does not find it, because it refuses the device or is not installed, is reported as not run: it says
-nothing about our kernels.
+Each tool first runs on a program with a bug of its kind (csrc/testing/seeded_bugs.cu). A tool that
+does not find the bug, because it rejects the device or is not installed, is reported as not run.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from .records import DID_NOT_RUN, FAILED, PASSED, TIMED_OUT
 from .stages import Output
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-FOUND = 86  # the exit code that we give to "errors were found"
-OURS = "dualhead"  # the namespace that our kernels' names begin with
-STEP_IS_FINE = "fine: "  # before the name of each step that small_steps has done
+FOUND = 86  # the exit code that we set for "errors were found"
+OURS = "dualhead"  # the namespace at the beginning of our kernels' names
+STEP_IS_FINE = "fine: "  # prefix of the name of each step that small_steps has passed
 _SUMMARY = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "LEAK SUMMARY", "Target")
-# Only our kernels are watched, which takes a fraction of the time; the seeded bugs have the same
-# namespace. initcheck must see who writes memory, PyTorch's kernels too.
+# Only our kernels are checked, which takes a fraction of the time; the seeded bugs have the same
+# namespace. initcheck must see all writes to memory, including those of PyTorch's kernels.
 _FILTER = ["--kernel-regex", f"kernel_substring={OURS}"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One of the words of :mod:`.records`, and a line for a person."""
+    """An outcome word of :mod:`.records`, and a line of detail."""
 
     word: str
     detail: str
 
 
 def find_tool() -> str | None:
-    """compute-sanitizer on PATH, or beside nvcc."""
+    """compute-sanitizer from PATH, or from nvcc's folder."""
     found = shutil.which("compute-sanitizer")
     nvcc = shutil.which("nvcc")
     if found is None and nvcc is not None:
@@ -51,7 +50,7 @@ def find_tool() -> str | None:
 
 
 def build_seeded_bugs(folder: Path, limit: float) -> tuple[Path | None, str]:
-    """(program, "") or (None, why not), for the GPU that is there."""
+    """(program, "") or (None, reason), built for this machine's GPU."""
     program = folder / "seeded_bugs"
     source = ROOT / "csrc" / "testing" / "seeded_bugs.cu"
     if shutil.which("nvcc") is None:
@@ -62,8 +61,8 @@ def build_seeded_bugs(folder: Path, limit: float) -> tuple[Path | None, str]:
 
 
 def reports(text: str) -> list[str]:
-    """What a tool found, one text each: a line behind ``=========`` without indentation, and the
-    indented ones below it."""
+    """A tool's reports, one text each: an unindented line after ``=========`` and the indented
+    lines that follow it."""
     found: list[str] = []
     for line in text.splitlines():
         match = re.match(r"=========( +)(\S.*)", line)
@@ -78,13 +77,13 @@ def reports(text: str) -> list[str]:
 
 
 def counts(report: str) -> bool:
-    """Whether a report is about us: it names a kernel of ours, or no kernel at all. PyTorch's own
-    kernels and cuBLAS's are not ours to check."""
+    """Whether a report counts: it names one of our kernels, or no kernel at all. Reports on kernels
+    of PyTorch and cuBLAS do not count."""
     return OURS in report or not re.search(r"(?m)^at |\bat .+\+0x", report)
 
 
 def judge(code: int | None, text: str) -> Outcome:
-    """The outcome of a tool's run over our kernels; ``code`` None: its time ran out."""
+    """The outcome of a tool's run on our kernels; ``code`` is None if its time ran out."""
     found = reports(text)
     ours = [report for report in found if counts(report)]
     fine = [line for line in text.splitlines() if line.startswith(STEP_IS_FINE)]
@@ -109,8 +108,8 @@ def sanitize(
     seen: Callable[[str], None] = lambda line: None,
     target: list[str] | None = None,
 ) -> Outcome:
-    """Run one tool, first over its seeded bug in ``program``, then over ``target`` (default: the
-    small steps)."""
+    """Run one tool, first on its seeded bug in ``program``, then on ``target`` (default: the small
+    steps)."""
     sanitizer = find_tool()
     if sanitizer is None:
         return Outcome(DID_NOT_RUN, "compute-sanitizer is not found")
@@ -126,7 +125,7 @@ def sanitize(
         return Outcome(DID_NOT_RUN, f"did not find its seeded bug ({seeded.why}): {last}")
     seen(f"{tool} found its seeded bug, {'with' if filters else 'without'} a filter of kernels\n")
     target = target or [sys.executable, "-m", "tools.gpu.small_steps"]
-    # Memory that PyTorch keeps and hands out again would hide what the tools look for.
+    # PyTorch's caching allocator would hide the errors that the tools look for.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     left = end - time.monotonic()
     done = run_command([*start, *filters, *target], left, environment, seen)
@@ -134,7 +133,7 @@ def sanitize(
 
 
 def run(output: Output, end_time: float) -> tuple[str, str]:
-    """All tools side by side, into ``sanitizers.txt``; outcome and detail."""
+    """Run all tools in parallel and write ``sanitizers.txt``; returns outcome and detail."""
     with tempfile.TemporaryDirectory() as folder:
         program, problem = build_seeded_bugs(Path(folder), 40)
         if program is None:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small decode steps and losses on the GPU, every path once: what compute-sanitizer watches.
+"""Small decode steps and losses on the GPU, every path once, for compute-sanitizer.
 
-``python -m tools.gpu.small_steps``. No test by itself: it says "fine: STEP" for each that is, and
-exits with 1 if a row's status or a gradient is not what it should be. Rows of a multiple of 8
-weights (of 16 in a quantised format) take the decode step's streaming path, which comes first;
-others take the plain one.
+``python -m tools.gpu.small_steps`` prints "fine: STEP" for each step that passes, and exits with 1
+if a row's status or a gradient is wrong. Rows of a multiple of 8 weights (of 16 in a quantised
+format) take the decode step's streaming path, which comes first; others take the plain path.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ FILTERS = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01}
 
 
 def steps_are_fine(sizes: list, dtype: torch.dtype, device: str, format: str | None = None) -> bool:
-    """Every one of the sizes; with ``format``, of quantised heads."""
+    """Run every size; with ``format``, on quantised heads."""
     fine = True
     for seed, (B, d, V, K, options) in enumerate(sizes):
         case = make_case(seed, B, d, V, K, dtype, **options)
@@ -63,7 +62,7 @@ def steps_are_fine(sizes: list, dtype: torch.dtype, device: str, format: str | N
 
 
 def losses_are_fine(device: str) -> bool:
-    """Every set of options of the training loss, forward and backward."""
+    """Run the training loss with every set of options, forward and backward."""
     fine = True
     for seed, (name, options) in enumerate(OPTION_SETS.items()):
         case = _on(device, batch(seed, rows=6, length=7, d=9, vocab=67, dtype=torch.float32))
@@ -83,7 +82,7 @@ def _on(device: str, case: dict) -> dict:
 
 
 def main() -> int:
-    """All of them, the most used first."""
+    """Run all steps and losses, the most used first."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     done = [steps_are_fine(SIZES, bf16, "cuda")]
     done += [steps_are_fine(QUANTIZED_SIZES, bf16, "cuda", format) for format in FORMATS]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each path of the decode step once at a real size, and the loss: do they launch, end, and agree
-with :mod:`dualhead_ext.reference` in float64?
+"""Smoke tests: each path of the decode step once at a real size, and the loss. They must launch,
+end, and agree with :mod:`dualhead_ext.reference` in float64.
 
-``python -m tools.gpu.smoke CASE ...``. The check gives each case a process of its own: after a CUDA
-error nothing in the same process works any more.
+``python -m tools.gpu.smoke CASE ...``. The check runs each case in its own process, because after a
+CUDA error nothing in the same process works any more.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .records import FAILED, PASSED
 H, D_K, COLUMNS = 8, 48, 300  # the gate's heads, their size, cache columns
 REPEATS = 50
 
-# What logits may differ by from float64 at the same alpha, as a share of the largest; the sums are
-# of fp32. Alpha also depends on the new key's rounding to the cache's dtype.
+# Allowed difference of logits from float64 at the same alpha, relative to the largest logit; sums
+# are fp32. Alpha also depends on the rounding of the new key to the cache's dtype.
 LOGITS_TOLERANCE, ALPHA_TOLERANCE = 2e-3, 5e-3
 GEMM_TOLERANCE = 1e-2  # beyond 64 rows products are GEMMs, whose results may be rounded to bf16
-LOSS_TOLERANCE = 2e-3  # of the loss and of gradients, relative, in fp32
+LOSS_TOLERANCE = 2e-3  # relative, of the loss and of gradients in fp32
 
 
 @dataclass(frozen=True)
 class Case:
-    """One path: batch, dtype of the hidden states, format of quantised heads, objectives, options
-    of the step ("filters": sampled with all filters), kind of reward head."""
+    """One path: batch size, dtype of the hidden states, format of quantised heads, number of
+    objectives, options of the step ("filters": sampled with all filters), kind of reward head."""
 
     B: int = 1
     dtype: str = "bfloat16"
@@ -77,7 +77,7 @@ LOSS_SIZES = (8, 64, 1024, 32000)  # rows, length, d, V
 
 
 def run_case(name: str, device: str, toy: bool) -> dict[str, Any]:
-    """The fields of the record of a case. ``toy``: small sizes, for tests without a GPU."""
+    """Run a case; returns the fields of its record. ``toy``: small sizes, to test without a GPU."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -203,12 +203,13 @@ def _run_step(case: Case, device: str, repeats: int) -> dict[str, Any]:
 
 
 def _compare(got: Any, made: dict[str, Any], reference: Any) -> dict[str, Any]:
-    """Errors against float64, whose mixture is taken at our alpha; tokens against our logits."""
+    """Errors relative to float64, with the mixture at our alpha; tokens are checked against our
+    logits."""
     import torch
 
     truth = _on_copies(reference.decode_step, _in_double(made) | {"alpha": got.alpha.double()})
     scale = truth.logits.abs().max().item()
-    if made.get("mix_probs"):  # log-probabilities: their differences are not relative
+    if made.get("mix_probs"):  # log-probabilities: use absolute differences
         scale = max(1.0, scale / 4)
     alpha = torch.sigmoid(truth.gate_logit)
     filters = {n: made.get(n) for n in ("temperature", "top_k", "top_p", "min_p")}
@@ -266,7 +267,7 @@ def _unequal_replays(got: Any, made: dict[str, Any], ops: Any, repeats: int) -> 
 
 
 def _run_loss(device: str, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Loss and gradients in fp32 against plain PyTorch in float64."""
+    """Compare loss and gradients in fp32 with plain PyTorch in float64."""
     import torch
 
     from dualhead_ext import ops
@@ -286,7 +287,7 @@ def _run_loss(device: str, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     if not ops.loss_rows_kernel_for(torch.empty(1, V, device=device)):
         return {"outcome": FAILED, "detail": f"no kernel of the loss on {device}"}
     results = []
-    for dtype in (torch.float32, torch.float64):  # float64 takes the way of plain PyTorch
+    for dtype in (torch.float32, torch.float64):  # float64 uses plain PyTorch
         worker.phase(f"loss in {dtype}")
         mine = {n: leaf.to(dtype, copy=True).requires_grad_() for n, leaf in leaves.items()}
         out = dual_head_loss(labels=labels, mask=mask, **mine)
@@ -312,7 +313,7 @@ def _wait(device: str) -> None:
 
 
 def main() -> None:
-    """Go through the cases that are named."""
+    """Run the named cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", choices=list(CASES), metavar="CASE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages of the check: each has a time limit, an outcome, and leaves its results as they come,
-whatever becomes of the others."""
+"""Stages of the check: each has a time limit and an outcome, and writes its results at once,
+independently of the others."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .records import DID_NOT_RUN, FAILED, PASSED, TIMED_OUT, Lines, append, tail
 
 FILES = ("stages.jsonl", "smoke.jsonl", "timings.jsonl", "tests.jsonl", "benchmark.jsonl")
 FILES += ("ncu.txt", "sanitizers.txt", "log.txt")
-_LONGEST_LOG = 100_000  # characters at once
+_LONGEST_LOG = 100_000  # maximum characters of one log entry
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Something to do.
+    """One stage of the check.
 
     Attributes:
-        name: in the results.
-        limit: seconds that it takes at most.
+        name: name in the results.
+        limit: maximum duration in seconds.
         least: seconds that earlier stages must leave for it.
-        run: gets the time (time.monotonic()) at which it must have ended.
+        run: function of the time (time.monotonic()) at which the stage must have ended.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Stage:
 
 
 class Output:
-    """The folder of results: JSON lines by name, text files, and a log of all that was written.
+    """The folder of results: files of JSON lines, text files, and a log of all output.
 
     Attributes:
         stages: name, outcome, seconds, detail of each stage, and the machine.
@@ -46,7 +46,7 @@ class Output:
 
     def __init__(self, folder: Path, target: str, start: float | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # of an earlier run
+        for name in FILES:  # left by an earlier run
             (folder / name).unlink(missing_ok=True)
         self.folder, self.target, self._lock = folder, target, threading.Lock()
         self._start = time.monotonic() if start is None else start
@@ -54,7 +54,7 @@ class Output:
         self.stages = self.lines("stages")
 
     def lines(self, name: str) -> Lines:
-        """The JSON lines of that name."""
+        """The file of JSON lines with that name."""
         if name not in self._files:
             self._files[name] = Lines(self.folder / f"{name}.jsonl")
         return self._files[name]
@@ -64,13 +64,13 @@ class Output:
         append(self.folder / name, text)
 
     def log(self, text: str) -> None:
-        """Append to the log; of a long text, its end."""
+        """Append to the log; only the end of a long text is kept."""
         text = text[-_LONGEST_LOG:]
         if text:
             self.text("log.txt", text if text.endswith("\n") else text + "\n")
 
     def say(self, text: str) -> None:
-        """To the terminal and the log, with the seconds since the start."""
+        """Write to the terminal and the log, with the seconds since the start."""
         line = f"[{time.monotonic() - self._start:5.1f}] {self.target}: {text}"
         with self._lock:  # one line at a time, from any thread
             print(line, flush=True)
@@ -81,7 +81,7 @@ class Stages:
     """Runs stages until a deadline.
 
     Attributes:
-        words: the outcome of each, so far.
+        words: outcomes of the stages so far.
     """
 
     def __init__(self, output: Output, seconds: float, start: float | None = None) -> None:
@@ -90,7 +90,7 @@ class Stages:
         self.words: list[str] = []
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """One after the other. An exception in one is its failure."""
+        """Run the stages in turn. A stage fails if it raises an exception."""
         for number, stage in enumerate(stages):
             left = self.end_time - time.monotonic()
             reserved = sum(later.least for later in stages[number + 1 :])
@@ -111,7 +111,7 @@ class Stages:
         self.note(stage.name, outcome, detail, time.monotonic() - start)
 
     def note(self, name: str, outcome: str, detail: str, seconds: float) -> None:
-        """Keep and say what became of a stage."""
+        """Record and print the outcome of a stage."""
         self.words.append(outcome)
         row = {"name": name, "outcome": outcome, "seconds": round(seconds, 1), "detail": detail}
         self.output.stages.add(**row)
@@ -119,15 +119,15 @@ class Stages:
 
     @property
     def passed(self) -> bool:
-        """Whether every stage has."""
+        """Whether every stage has passed."""
         return bool(self.words) and all(word == PASSED for word in self.words)
 
 
 class Cases:
-    """Keeps the records of a stage's cases, and says them.
+    """Stores and prints the records of a stage's cases.
 
     Attributes:
-        ended: those with an outcome.
+        ended: records of cases that have an outcome.
     """
 
     def __init__(self, output: Output, file: str, stage: str, quiet: bool = False) -> None:
@@ -136,7 +136,7 @@ class Cases:
         self.ended: list[dict[str, Any]] = []
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Keep a record of :func:`tools.gpu.processes.go_through`."""
+        """Store a record of :func:`tools.gpu.processes.go_through`."""
         self._lines.add(stage=self._stage, **record)
         if "outcome" in record:
             self.ended.append(record)
@@ -150,7 +150,7 @@ class Cases:
             )
 
     def outcome(self) -> tuple[str, str]:
-        """Of the stage, from those of its cases."""
+        """The outcome of the stage, from the outcomes of its cases."""
         words = [record["outcome"] for record in self.ended]
         counts = {word: words.count(word) for word in dict.fromkeys(words)}
         detail = ", ".join(f"{count} {word}" for word, count in counts.items()) or "no cases"

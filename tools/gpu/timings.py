@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode step in microseconds, beside a copy of as many bytes, PyTorch's GEMMs, and itself with
-parts left out (ablations), which says where the time goes.
+"""Time of the decode step, compared with a copy of as many bytes, PyTorch's GEMMs, and the step
+with parts left out (ablations), which show where the time goes.
 
 ``python -m tools.gpu.timings CASE ...``. Every contender but ``two_gemms_eager`` runs from CUDA
 graphs, several replays between two events; weights and caches rotate over copies larger than L2.
 
-Ablations: ``gate_given``: the gate's logit is an argument, so what is missing is the gate's time.
-``alpha_0``: alpha is given as 0, so the reward head is not read. ``gate_given_alpha_0``: both, the
-plainest stream of one head. ``sampled``, ``filters``: the token drawn, with temperature alone or
-with top-p. ``no_logits``: logits are not written.
+Ablations: ``gate_given``: the gate's logit is an argument, so the gate is not computed.
+``alpha_0``: alpha is given as 0, so the reward head is not read. ``gate_given_alpha_0``: both, so
+that only the LM head is read. ``sampled``, ``filters``: the token is sampled, with temperature only
+or also with top-p. ``no_logits``: logits are not written.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ CASES = {
     "embedding-int8-4096x32000-1": Case(4096, 32000, "int8", reward_head="embedding", r=16),
     "lowrank-4096x32000-1": Case(4096, 32000, reward_head="lowrank", r=64),
 }
-FIVE = tuple(CASES)[:5]  # the goals' own cases
+FIVE = tuple(CASES)[:5]  # the cases that have goals
 
 Call = Callable[[int], Any]
 
 
 def run_case(name: str, device: str, toy: bool) -> dict[str, Any]:
-    """Time a case; rows are said as they come."""
+    """Time a case and print each row as a record."""
     import torch
 
     case = CASES[name]
@@ -112,7 +112,7 @@ class _Timed:
         self.arguments = [weights | mine for weights, mine in zip(copies, own, strict=True)]
 
     def _corrected(self, weights: dict[str, Any]) -> dict[str, Any]:
-        """The weights with a correction in the place of the full reward head."""
+        """The weights with a correction instead of the full reward head."""
         import torch
 
         d, V, r = self.case.d, self.case.V, self.case.r
@@ -124,7 +124,7 @@ class _Timed:
         return kept | maps
 
     def run(self) -> dict[str, Any]:
-        """First the step beside others, then the ablations, so that the former is safe."""
+        """Time the step and its competitors first, then the ablations."""
         worker.phase("contenders")
         plain = {"step": self._step({}), "copy": self._copy()}
         if self.case.format == "bf16":
@@ -148,7 +148,7 @@ class _Timed:
         return capture(call, self._rewind, len(self.arguments), where)
 
     def _step(self, changes: dict[str, Any]) -> Call:
-        """The operator with some arguments replaced; None: left out."""
+        """The operator with some arguments replaced, or left out if None."""
         from dualhead_ext import ops
 
         kind = {"reward_head": self.case.reward_head}
@@ -176,7 +176,7 @@ class _Timed:
         return changes | ({"return_logits": False} if name == "no_logits" else {})
 
     def _copy(self) -> Call:
-        """Reads and writes ``num_bytes`` together."""
+        """A copy that reads and writes ``num_bytes`` in total."""
         import torch
 
         source = torch.rand(max(self.num_bytes // 8, 1), device=self.device)
@@ -198,7 +198,7 @@ class _Timed:
         return {"lm_head": self._graph(lambda copy: lm_head_step(self.arguments[copy]))}
 
     def _time(self, calls: dict[str, Call]) -> set[str]:
-        """Say a row per contender; returns those whose last call has a status other than 0."""
+        """Print a row per contender; returns those whose last call has a status other than 0."""
         from dualhead_ext.measurement.timing import Contender, alternate, clock_of
 
         contenders = [Contender(name, call, self._rewind) for name, call in calls.items()]
@@ -219,7 +219,7 @@ class _Timed:
         return {name for name, call in calls.items() if self._status(call)}
 
     def _status(self, call: Call) -> bool:
-        """Whether a row of the last of ``calls`` steps, the one with the most columns, is bad."""
+        """Whether any row of the last of ``calls`` steps (with most columns) has a bad status."""
         self._rewind(0)
         outs = [call(0) for _ in range(self.calls)]
         status = getattr(outs[-1], "status", None)
@@ -227,7 +227,7 @@ class _Timed:
 
 
 def main() -> None:
-    """Go through the cases that are named."""
+    """Run the named cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", choices=list(CASES), metavar="CASE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

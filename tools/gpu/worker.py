@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other end of :func:`tools.gpu.processes.go_through`: a process that goes through cases and
-says so on its standard output. As a plugin of pytest (``-p tools.gpu.worker``) the cases are tests.
+"""The worker of :func:`tools.gpu.processes.go_through`: a process that runs cases and reports them
+on standard output. As a pytest plugin (``-p tools.gpu.worker``), its cases are tests.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from .records import FAILED, PASSED
 if TYPE_CHECKING:
     import pytest
 
-_out = os.dup(1)  # pytest puts something else in place of 1
+_out = os.dup(1)  # pytest replaces file descriptor 1
 DEVICE_LOST = 9  # exit code
 
 
 def say(**fields: Any) -> None:
-    """One record, as one write: other output must not come in between."""
+    """Print one record with a single write, so that other output cannot interrupt it."""
     os.write(_out, f"\n{MARK}{json.dumps(fields)}\n".encode())
 
 
 def seconds_per_case() -> float:
-    """After which this process is killed; shortly before, it says where it is."""
+    """The limit after which this process is killed; shortly before, it prints its stack."""
     return float(os.environ.get(SECONDS_PER_CASE, 1e6))
 
 
 def phase(name: str) -> None:
-    """Say what the case does next, for the report on one that hangs."""
+    """Report the case's next phase, for the message about a case that hangs."""
     say(phase=name)
 
 
 def row(**fields: Any) -> None:
-    """A result of the case that runs now, which is kept whatever becomes of the case."""
+    """Report a result of the current case; it is kept even if the case fails later."""
     say(row=fields)
 
 
 def load() -> None:
-    """Import what takes seconds, so that no case is charged with it."""
+    """Do slow imports, so that their time is not part of a case."""
     import dualhead_ext.bench.decode
     import dualhead_ext.functional
     import dualhead_ext.ops  # noqa: F401
@@ -59,7 +59,7 @@ def go_through(cases: Iterable[str], run: Callable[[str], dict[str, Any]]) -> No
         faulthandler.dump_traceback_later(max(seconds_per_case() - 1.5, 0.5))
         try:
             fields = {"outcome": PASSED, **run(case)}
-        except Exception as error:  # the other cases go on
+        except Exception as error:  # the other cases still run
             traceback.print_exc()
             text = " ".join(str(error).split())[:600]
             fields = {"outcome": FAILED, "detail": f"{type(error).__name__}: {text}"}
@@ -70,7 +70,7 @@ def go_through(cases: Iterable[str], run: Callable[[str], dict[str, Any]]) -> No
 
 
 def _end_if_device_is_lost() -> None:
-    """After an illegal access nothing works any more in this process."""
+    """Exit if CUDA no longer works in this process, as after an illegal access."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return
@@ -101,7 +101,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    """All of them have."""
+    """The test has finished, including tear-down."""
     failed = [report for report in _reports if report.failed]
     fields: dict[str, Any] = {"outcome": FAILED if failed else PASSED}
     if not failed and any(report.skipped for report in _reports):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The neighbours' own test suites over gated models: `make test-peers`.
+"""Test suites of other libraries, run on gated models: `make test-peers`.
 
-Their files come from their source archives of the installed versions and are loaded as they are;
-what a test looks at is a gated model in the place of theirs. Tests that cannot apply are listed,
-each with its reason, in :mod:`tools.peers.inapplicable`.
+The test files come from the source archives of the installed versions and are loaded unchanged;
+the model under test is replaced by a gated one. Tests that cannot apply are listed with their
+reasons in :mod:`tools.peers.inapplicable`.
 """

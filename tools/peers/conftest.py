@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves out what cannot apply, and writes what became of each peer's tests to --results-json."""
+"""Skips tests that cannot apply, and writes the outcomes of all tests to --results-json."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .inapplicable import reason_of
 from .sources import VERSIONS, version_of
 
 OUTCOMES: dict[str, dict[str, str]] = collections.defaultdict(dict)
-# PEFT's decoder tests are 40 methods times six models, 9000 in all: these are the methods that
-# people use, of each kind (weights added, scaled, rotated; prompts), and one family.
+# PEFT's decoder tests combine 40 methods with six models, 9000 tests in all. These are the common
+# methods of each kind (weights added, scaled, rotated; prompts), for one model family.
 PEFT_METHODS = ("LoraConfig", "AdaLoraConfig", "IA3Config", "OFTConfig", "PromptTuningConfig",
                 "PromptEncoderConfig", "PrefixTuningConfig", "VeraConfig")  # fmt: skip
 PEFT_MODELS = ("LlamaForCausalLM",)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of neighbours that cannot apply to a gated model, each with its reason."""
+"""Tests of other libraries that cannot apply to a gated model, each with its reason."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ INAPPLICABLE: list[tuple[str, str]] = [
 
 
 def reason_of(test: str) -> str | None:
-    """Why a test cannot apply; None: it does."""
+    """Why a test cannot apply; None if it can."""
     return next((why for pattern, why in INAPPLICABLE if re.search(pattern, test)), None)

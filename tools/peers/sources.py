@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source archives of neighbours, in the installed versions, below build/peers/."""
+"""The source archives of the tested libraries, in the installed versions, below build/peers/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "peers"
-# Those that need not be installed.
+# Versions of the libraries that need not be installed.
 VERSIONS = {"cut-cross-entropy": "25.1.1", "lm-eval": "0.4.13"}
 
 
@@ -25,7 +25,7 @@ def source_of(name: str) -> Path:
     """The unpacked source archive of a package; downloaded once.
 
     Raises:
-        RuntimeError: pip cannot download it; its words.
+        RuntimeError: pip cannot download it; with pip's message.
     """
     stem = f"{name.replace('-', '_')}-{version_of(name)}"
     folder = FOLDER / stem
@@ -47,10 +47,10 @@ def source_of(name: str) -> Path:
 
 
 def installed(name: str, needs: tuple[str, ...]) -> Path:
-    """A folder with a package, and what it imports, apart from the project's own packages.
+    """A folder with a package and its dependencies, separate from the project's environment.
 
     Raises:
-        RuntimeError: pip cannot install them; its words.
+        RuntimeError: pip cannot install them; with pip's message.
     """
     folder = FOLDER / name
     if not (folder / ".installed").is_file():
@@ -67,8 +67,8 @@ def upstream(name: str, module: str, absent: dict[str, str]) -> types.ModuleType
     """``module`` (``tests.test_x``) of a package's source archive.
 
     Args:
-        absent: modules that the archive lacks, and the class that an import asks each for; an
-            empty one stands in.
+        absent: module that the archive lacks -> class that is imported from it; an empty class is
+            used instead.
     """
     tests = source_of(name) / "tests"
     sys.modules["tests"] = types.ModuleType("tests")

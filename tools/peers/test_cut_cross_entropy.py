@@ -2,8 +2,8 @@
 """Cut cross-entropy's tests of its loss and gradients, with the gated loss in its place, on the
 CPU: soft caps, shifted targets, ignored tokens, reductions, odd sizes, half precision.
 
-The gate is shut, so that the mixture is the LM head's and the loss the plain cross-entropy. Losses
-of single tokens are the rewards of responses of one token: those have no gradient of their own.
+The gate is closed, so that the mixture is the LM head's distribution and the loss is the plain
+cross-entropy. Losses of single tokens are rewards of one-token responses, which have no gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def linear_cross_entropy(
     shift: bool = False,
     impl: str = "cce",
 ) -> Tensor:
-    """The arguments of cut_cross_entropy's."""
+    """The gated loss with the signature of cut_cross_entropy's linear_cross_entropy."""
     e, targets = (e[..., :-1, :], targets[..., 1:]) if shift else (e, targets)
     hidden, labels = e.reshape(1, -1, e.shape[-1]), targets.reshape(1, -1)
     mask = labels != IGNORED

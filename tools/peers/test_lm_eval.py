@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-evaluation-harness on a gated model: its likelihoods and its texts are those of the model's
-own forward and generate, and those of the plain backbone where the heads change nothing.
+"""lm-evaluation-harness on a gated model: likelihoods and texts agree with the model's own forward
+and generate, and with the plain backbone's if the heads change nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dualhead_ext.data import embedded_backbone_path
 
 from .sources import installed
 
-# What it imports beyond what is installed with this project.
+# Its imports that are not installed with this project.
 NEEDS = ("evaluate", "sqlitedict", "word2number", "more_itertools", "dill", "pytablewriter",
          "sacrebleu", "rouge-score", "portalocker", "colorama", "lxml", "tabulate")  # fmt: skip
 QUESTIONS = [
@@ -35,7 +35,7 @@ def harness():
 
 
 def results(harness: Any, folder: Path, model: Any) -> dict[str, Any]:
-    """What the harness says of a task of choices and one of texts over our questions."""
+    """The harness's results for a multiple-choice task and a generation task on our questions."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 

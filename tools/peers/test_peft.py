@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's decoder tests over gated models: every model that they load has heads.
+"""PEFT's decoder tests on gated models: every model that they load has a gated head.
 
 They name models of a hub; tiny ones of the same families are made here, the same at each load.
 With PLAIN=1 they have no heads, which tells a fault of ours from one of the setting.

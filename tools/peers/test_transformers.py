@@ -79,7 +79,7 @@ def gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 class Sizes:
-    """What upstream's tests ask a family's tester for."""
+    """The attributes that upstream's tests need of a model family's tester."""
 
     batch_size, seq_length, num_hidden_layers, hidden_size = 3, 7, 2, 32
     num_attention_heads, is_training = 2, True
@@ -105,8 +105,8 @@ def case(family: str, kind: str) -> type[unittest.TestCase]:
 
         def setUp(self) -> None:
             self.model_tester = Sizes(self, config_class, fields)
-            # Files are transformers' own here, the whole state under its own names: heads-only
-            # folders have tests of their own.
+            # Save the whole state in transformers' own format; heads-only folders are tested
+            # elsewhere.
             whole = patch.object(
                 DualHeadFilesMixin, "save_pretrained", PreTrainedModel.save_pretrained
             )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel: `build` makes it, `environment` installs it and tries it with `smoke`."""
+"""The wheel: `build` makes it, `environment` installs and tests it with `smoke`."""

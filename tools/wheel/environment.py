@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Install a wheel into an environment of its own and run `smoke` there, with nothing of the source
-tree on the path. The Python that runs this is the one tried:
+"""Install a wheel into its own environment and run `smoke` there, without the source tree on the
+path. It tests the Python that runs this program:
 
     python3.12 -m tools.wheel.environment dist/*.whl --torch 2.11.0
 """
@@ -27,7 +27,7 @@ def try_wheel(wheel: Path, folder: Path, torch: str | None, extra: str | None) -
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, f"torch=={torch}" if torch else "torch>=2.11"], check=True)
-    # Installed by itself first: its only requirement, torch, has to be enough.
+    # Install it without extras first: its only requirement, torch, must be enough.
     subprocess.run([*pip, "--force-reinstall", "--no-deps", wheel.resolve()], check=True)
     if extra:
         subprocess.run([*pip, f"{wheel.resolve()}[{extra}]"], check=True)
@@ -41,10 +41,10 @@ def try_wheel(wheel: Path, folder: Path, torch: str | None, extra: str | None) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":\n")[0])
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--torch", help="its version; default: the newest")
-    parser.add_argument("--extra", help="an extra with which the command line works, as train")
+    parser.add_argument("--torch", help="version of torch; default: the newest")
+    parser.add_argument("--extra", help="an extra that the command line needs, such as train")
     parser.add_argument(
-        "--environment", type=Path, help="folder to make it in, or to use; default: a temporary one"
+        "--environment", type=Path, help="folder to create or reuse; default: a temporary one"
     )
     arguments = parser.parse_args()
     options = (arguments.torch, arguments.extra)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an installed wheel has to do: load its library, decode as the reference does, train a step,
-and name its version. With --command-line also train and generate, for which the wheel is installed
-with the extra "train". Run by `environment`; imports nothing but what is installed.
+"""Test of an installed wheel: it loads its library, decodes like the reference, trains a step and
+reports its version. With --command-line it also trains and generates, which needs the extra
+"train". Run by `environment`; imports installed packages only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def expect(truth: bool, sentence: str) -> None:
 
 
 def installed() -> str:
-    """It is the installed package, whole, and of one version everywhere. Returns the version."""
+    """Check that the installed package is complete and reports one version; returns the version."""
     place = Path(dualhead_ext.__file__)
     expect(place.is_relative_to(sys.prefix), f"imported from {place}, not from {sys.prefix}")
     version = importlib.metadata.version("dualhead_ext")
@@ -44,7 +44,7 @@ def installed() -> str:
 
 
 def decodes() -> None:
-    """The compiled steps are the full pass of the plain formulas."""
+    """Check the compiled decode steps against a full pass in plain PyTorch."""
     sizes = {"hidden_size": D, "vocab_size": V, "gate_num_heads": 3, "gate_head_dim": 16}
     config = dualhead_ext.DualHeadConfig(**sizes, gate="attention")
     head = dualhead_ext.DualHead(config)
@@ -72,7 +72,7 @@ def decodes() -> None:
 
 
 def trains() -> None:
-    """The fused loss and its gradient are those of the plain formula."""
+    """Check the fused loss and its gradient against plain PyTorch."""
     head = dualhead_ext.DualHead(dualhead_ext.DualHeadConfig(hidden_size=D, vocab_size=V))
     hidden, labels = torch.randn(2 * B, T, D), torch.randint(V, (2 * B, T))
     weights = [head.reward_head.weight, head.gate.q_weight]
