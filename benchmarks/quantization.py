@@ -89,8 +89,8 @@ def agreement(
 
 def accuracy(trained: str | None) -> dict:
     """The accuracy of three reward heads: a copy of the LM head, a copy with noise of a tenth of
-    its standard deviation, and trained heads if a folder is given. alpha = 1/2; for trained heads also
-    the alpha of their gate.
+    its standard deviation, and trained heads if a folder is given. alpha = 1/2; for trained heads
+    also the alpha of their gate.
     """
     path = str(embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
