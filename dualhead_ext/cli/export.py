@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead export``: heads and their backbone as a folder that vLLM serves."""
+"""``dualhead export``: writes heads and their backbone as a folder for vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .models import check_heads, quiet_transformers
 
 
 def export(arguments: Namespace) -> None:
-    """Write the folder and say what serves it."""
+    """Write the folder and print the command that serves it."""
     check_heads(arguments)
     with argument():
         quiet_transformers(arguments.backbone)

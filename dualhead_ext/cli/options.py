@@ -258,8 +258,8 @@ OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
         INSPECT,
     ),
     "sample": (add_sample, "sample and rank responses to train on", _SAMPLE),
-    "export": (add_export, "write heads and backbone as a folder that vLLM serves", EXPORT),
-    "serve": (add_serve, "serve a gated model by vLLM, as the OpenAI API", SERVE),
+    "export": (add_export, "write heads and backbone as a folder for vLLM", EXPORT),
+    "serve": (add_serve, "serve a gated model with vLLM's OpenAI-compatible API", SERVE),
     "eval": (
         add_eval,
         "measure heads on your pairs and prompts, or compare whole systems",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead serve``: an OpenAI-compatible server of a gated model, by vLLM."""
+"""``dualhead serve``: serves a gated model with vLLM's OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INSTALL = "https://docs.vllm.ai/en/latest/getting_started/installation"
 
 
 def serve(arguments: Namespace) -> int:
-    """Serve an exported folder, or heads and their backbone from a folder of links."""
+    """Serve an exported folder, or export heads and backbone to a temporary folder of links."""
     check_heads(arguments)
     if not server.installed():
         raise UserError(

@@ -9,14 +9,14 @@ from .argument_types import number
 
 EXPORT = """\
 examples:
-  dualhead export heads --output served           for vLLM; a plain backbone to everything else
+  dualhead export heads --output served           other programs load it as the plain backbone
   dualhead export heads --backbone ./llama --output served"""
 
 SERVE = """\
 examples:
   dualhead serve heads
   dualhead serve served --port 9000
-  dualhead serve heads -- --max-model-len 2048    options of vLLM's own after --
+  dualhead serve heads -- --max-model-len 2048    options of vLLM's server follow --
 
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "heads", "messages": [{"role": "user", "content": "Hello"}],
@@ -27,8 +27,8 @@ def _add_heads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("heads", help="folder of heads, or a hub name")
     parser.add_argument(
         "--backbone",
-        help="folder, GGUF file, hub name or built-in backbone instead of the one that the heads "
-        "name",
+        help="folder, GGUF file, hub name or built-in backbone (default: the one stored with the "
+        "heads)",
     )
 
 
@@ -38,7 +38,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="DIR",
-        help="a new folder; weights are linked if possible",
+        help="new or empty folder; weights are hard-linked if possible, otherwise copied",
     )
 
 
@@ -46,7 +46,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     _add_heads(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s: this "
-        "machine alone)",
+        "machine only)",
     )  # fmt: skip
     parser.add_argument(
         "--port",
@@ -55,7 +55,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="port to listen on (default %(default)s)",
     )
-    parser.add_argument("--name", help="of the model, for clients (default: the folder's name)")
+    parser.add_argument("--name", help="model name for clients (default: the folder's name)")
     parser.add_argument(
-        "vllm_options", nargs="*", metavar="OPTION", help="options of vLLM's server, after --"
+        "vllm_options", nargs="*", metavar="OPTION", help="options for vLLM's server, after --"
     )

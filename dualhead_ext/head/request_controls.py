@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Controls of requests that share a batch and come and go: a request may leave out what another
-one sets. What a request was given is kept as plain numbers.
+"""Controls of requests in a batch whose members change. Each request may set different controls,
+which are stored as plain numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .mixture import mixing_weight
 def numbers_of_requests(
     operator: str, controls: Controls, count: int, num_objectives: int
 ) -> list[dict[str, Any]]:
-    """What each of ``count`` requests was given: {control: number}, objective_weights: K numbers.
+    """The controls of each of ``count`` requests: {control: number}, objective_weights: K numbers.
 
     Raises:
         TypeError, ValueError: as :meth:`Controls.rows`.
@@ -28,13 +28,13 @@ def numbers_of_requests(
 
 
 def neutral_numbers(num_objectives: int) -> dict[str, Any]:
-    """The value of each control that changes nothing; alpha: NaN, see :func:`with_own_alpha`."""
+    """The neutral value of each control; for alpha NaN, see :func:`with_own_alpha`."""
     neutral: dict[str, Any] = {name: limits.neutral for name, limits in Controls.LIMITS.items()}
     return neutral | {"objective_weights": [1.0 / num_objectives] * num_objectives}
 
 
 def rows_of_requests(given: list[dict[str, Any]], num_objectives: int) -> Controls:
-    """Rows of the controls that any of the requests has, the neutral value elsewhere."""
+    """Rows of all controls that any request sets, with neutral values for the other requests."""
     neutral = neutral_numbers(num_objectives)
     names = [name for name in Controls.NAMES if any(name in request for request in given)]
     return Controls(
@@ -43,7 +43,7 @@ def rows_of_requests(given: list[dict[str, Any]], num_objectives: int) -> Contro
 
 
 def with_own_alpha(controls: Controls, gate_logit: Tensor) -> Controls:
-    """The same rows; where ``alpha`` is NaN, what the gate itself gives: gate_logit (B, 1)."""
+    """Replace NaN in ``alpha`` by the gate's own alpha, from gate_logit (B, 1)."""
     found = controls.given()
     if (alpha := found.get("alpha")) is None:
         return controls

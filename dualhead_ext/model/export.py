@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the folder that a serving engine loads: see `served_folder`."""
+"""Writes a folder for serving engines; `served_folder` describes it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .head_folder import read_head_folder, write_head_folder
 from .pretrained import named_backbone
 from .served_folder import ARCHITECTURES, CONFIG, INDEX, WEIGHTS
 
-# What else of a backbone's folder is copied, where it is there.
+# Other files of a backbone's folder that are copied if they exist.
 _COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -45,14 +45,14 @@ def export(
             it, copies otherwise.
         backbone: a folder, GGUF file, hub name or built-in backbone instead of the one that the
             heads name.
-        symbolic: symbolic links, for a folder that is thrown away.
+        symbolic: use symbolic links, for a temporary folder.
     Returns:
         output.
     Raises:
-        FileNotFoundError, ValueError: the heads or their backbone cannot be read, or do not belong
-            together; another kind of backbone than those of `ARCHITECTURES`; heads that are
-            quantised or have an LM head of their own; ``output`` holds something. OSError: the
-            disk. Nothing is left behind then.
+        FileNotFoundError, ValueError: the heads or their backbone cannot be read or do not belong
+            together; the backbone's architecture is not in `ARCHITECTURES`; the heads are quantised
+            or include a trained LM head; ``output`` is not empty.
+        OSError: a disk error. Nothing is left behind.
     """
     heads, output = os.fspath(heads), Path(output)
     where = f"export: {heads}"
@@ -106,7 +106,7 @@ def _local(path: str, revision: str | None) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The backbone's configuration, its architecture ours."""
+    """The backbone's configuration, with the gated architecture's name."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
@@ -114,12 +114,12 @@ def _config(folder: Path) -> dict[str, Any]:
             f"export: a backbone of the kind {kind!r} cannot be served with its heads; those that "
             f"can are {', '.join(ARCHITECTURES)}"
         )
-    config.pop("auto_map", None)  # no code from a checkpoint
+    config.pop("auto_map", None)  # never run code from a checkpoint
     return config | {"architectures": [ARCHITECTURES[kind][0]]}
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> the shard that holds it."""
+    """Tensor name -> the shard that contains it."""
     if (folder / INDEX).is_file():
         found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         if any(os.path.basename(shard) != shard for shard in found.values()):
@@ -137,7 +137,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _check_backbone(
     folder: Path, weight_map: dict[str, str], stored: dict[str, Any], where: str
 ) -> None:
-    """Raise ValueError unless the heads were trained on this backbone; reads a few values of it."""
+    """Raise ValueError unless the heads were trained on this backbone; compares a few weights."""
     from transformers import AutoConfig
 
     config, own = AutoConfig.from_pretrained(folder), stored["dual_head"]
@@ -164,14 +164,14 @@ def _check_backbone(
 
 
 def _tensor(shard: Path, name: str) -> Tensor:
-    with safetensors.safe_open(shard, "pt") as file:  # mapped: what is not looked at is not read
+    with safetensors.safe_open(shard, "pt") as file:  # memory-mapped: only used parts are read
         return file.get_tensor(name)
 
 
 def _write(
     staging: Path, folder: Path, config: dict[str, Any], weight_map: dict[str, str], symbolic: bool
 ) -> None:
-    """The backbone's part of the folder."""
+    """Write the backbone's part of the folder."""
     total = 0
     for shard in sorted(set(weight_map.values())):
         _link(folder / shard, staging / shard, symbolic)
@@ -185,8 +185,8 @@ def _write(
 
 
 def _link(source: Path, target: Path, symbolic: bool) -> None:
-    """A link to a file, or a copy where there can be none."""
-    source = source.resolve()  # the hub's cache holds symbolic links
+    """Link a file, or copy it if links are not possible."""
+    source = source.resolve()  # the hub's cache contains symbolic links
     try:
         (os.symlink if symbolic else os.link)(source, target)
     except OSError:

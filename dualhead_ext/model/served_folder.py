@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that a serving engine loads: a backbone and the heads on it, side by side.
+"""The folder format for serving engines: a backbone and its heads in one folder.
 
-It holds the backbone's shards, tokenizer and configuration under their usual names, and the two
-files of the heads (:mod:`.head_folder`). ``model.safetensors.index.json`` lists the backbone's
-tensors alone, so that whatever reads a model through it passes the heads by. ``config.json`` is the
-backbone's; its ``architectures`` names the gated model of :mod:`dualhead_ext.vllm`.
+It contains the backbone's shards, tokenizer and configuration under their usual names, and the two
+files of the heads (:mod:`.head_folder`). ``model.safetensors.index.json`` lists only the backbone's
+tensors, so other programs ignore the heads. ``config.json`` is the backbone's, except that
+``architectures`` names the gated model of :mod:`dualhead_ext.vllm`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ARCHITECTURES = {
 
 
 def holds_backbone(folder: str | os.PathLike) -> bool:
-    """Whether a folder of heads is one that :func:`export` wrote."""
+    """Whether a folder of heads was written by :func:`export` and so contains the backbone."""
     path = Path(folder, CONFIG)
     if not path.is_file() or not Path(folder, INDEX).is_file():
         return False

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""alpha of each token of a request that asked for it (``return_alpha``): kept by the model in each
-worker, taken through vLLM's ``collective_rpc``.
+"""alpha of each token for requests with ``return_alpha``: stored by the model in each worker and
+read through vLLM's ``collective_rpc``.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ METHOD = "take_dual_head_alpha"
 
 
 class AlphaOfWorker:
-    """What vLLM adds to its worker class (``worker_extension_cls``)."""
+    """Methods that vLLM adds to its worker class (``worker_extension_cls``)."""
 
     def take_dual_head_alpha(self, name: str) -> list[float] | None:
-        """alpha of the request that asked for it under this name, and forget it. It may hold one
-        more number than the request has tokens: a step that was under way when it ended.
+        """Return and delete alpha of the request with this name. It may contain one more number
+        than the request has tokens, from a step that was running when the request ended.
         """
         worker: Any = self
         return worker.get_model().requests.take_alpha(name)
 
 
 def take_alpha(llm: Any, output: Any, name: str) -> list[float]:
-    """alpha of each token of a text, the one that ends it included.
+    """alpha of each token of a text, including the end token.
 
     Args:
-        llm: a ``vllm.LLM``. output: its ``RequestOutput``.
-        name: the request's own, given as ``SamplingParams(extra_args={"return_alpha": name})``.
+        llm: a ``vllm.LLM``.
+        output: its ``RequestOutput``.
+        name: the request's name, set by ``SamplingParams(extra_args={"return_alpha": name})``.
     Raises:
-        KeyError: no such request, or its alpha has been taken.
+        KeyError: there is no such request, or its alpha was already taken.
     """
     found = llm.collective_rpc(METHOD, args=(name,))[0]  # every worker has the same
     if found is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""alpha per token in the answers of vLLM's OpenAI server: a middleware (``--middleware``).
+"""alpha per token in the responses of vLLM's OpenAI server, by a middleware (``--middleware``).
 
 A request with ``"vllm_xargs": {"return_alpha": true}`` gets ``choices[0].alpha``, one number for
-each token of the text, the one that ends it included. In a stream, an event before ``[DONE]`` has
+each token of the text, including the end token. In a stream, an event before ``[DONE]`` contains
 it.
 """
 
@@ -22,7 +22,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class AlphaInAnswer:
-    """An ASGI middleware."""
+    """An ASGI middleware that adds alpha to responses."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -42,7 +42,7 @@ class AlphaInAnswer:
         name = uuid.uuid4().hex
         request["vllm_xargs"][RETURN_ALPHA] = name
         answer = _Answer(send, scope["app"].state.engine_client, name, request)
-        request["return_token_ids"] = True  # by which the answer's tokens are counted
+        request["return_token_ids"] = True  # to count the response's tokens
         body = json.dumps(request).encode()
         scope = scope | {"headers": _with_length(scope["headers"], len(body))}
         await self._app(scope, _after(body, receive), answer.send)
@@ -60,7 +60,7 @@ async def _whole_body(receive: Any) -> bytes:
 
 
 def _after(body: bytes, receive: Any) -> Callable[[], Awaitable[dict[str, Any]]]:
-    """What the application receives: the body that was read, then the rest."""
+    """A receive function for the application: first the body that was read, then the rest."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> dict[str, Any]:
@@ -70,11 +70,11 @@ def _after(body: bytes, receive: Any) -> Callable[[], Awaitable[dict[str, Any]]]
 
 
 def _asking(body: bytes) -> dict[str, Any] | None:
-    """The request, if it is one that says something about alpha."""
+    """The request, if it sets ``return_alpha``; otherwise None."""
     try:
         request = json.loads(body)
         return request if RETURN_ALPHA in request["vllm_xargs"] else None
-    except (ValueError, KeyError, TypeError):  # the application says what is wrong with it
+    except (ValueError, KeyError, TypeError):  # the application reports the error
         return None
 
 
@@ -103,7 +103,7 @@ def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
 
 
 class _Answer:
-    """Sends on what the application sends, with alpha in it."""
+    """Forwards the application's response and adds alpha."""
 
     def __init__(self, send: Send, engine: Any, name: str, request: dict[str, Any]) -> None:
         self._send, self._engine, self._name = send, engine, name
@@ -163,7 +163,7 @@ class _Answer:
         return _event(content)
 
     def _read(self, content: dict[str, Any]) -> None:
-        """Count the tokens; take out what the client has not asked for."""
+        """Count the tokens, and remove fields that the client did not request."""
         for choice in content.get("choices") or ():
             self._count += len(choice.get("token_ids") or ())
             if not self._wants_ids:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Controls of requests in vLLM's first model runner, which tells its logits processors which
-request is where before each forward. ``RequestControlsK`` is the processor of K objectives.
+"""Controls of requests in vLLM's first model runner, which tells its logits processors the place of
+each request before each forward. ``RequestControlsK`` is the processor for K objectives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .requests import alpha_name_of, by_objectives, controls_of
 
 
 class RequestControls(LogitsProcessor):
-    """Keeps the engine's :class:`.request_table.RequestTable`; leaves logits as they are."""
+    """Updates the engine's :class:`.request_table.RequestTable`; does not change logits."""
 
     num_objectives = 1
 

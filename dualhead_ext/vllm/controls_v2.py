@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check of controls for vLLM's second model runner, which needs Triton: the default on GPUs.
-``RequestControlsK`` is the processor of K objectives. `model_state_v2` does the rest.
+``RequestControlsK`` is the processor for K objectives. `model_state_v2` does the rest.
 
 Written by vLLM's source; no GPU has run it.
 """
@@ -16,7 +16,7 @@ from .requests import alpha_name_of, by_objectives, controls_of
 
 
 class RequestControls(LogitsProcessor):
-    """Checks a request's controls; leaves logits as they are."""
+    """Checks a request's controls; does not change logits."""
 
     num_objectives = 1
 

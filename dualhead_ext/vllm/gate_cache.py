@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention gate over vLLM's paged cache: one more attention layer, so that paging, shared
-prefixes, chunks and preemption reach the gate's state as they reach the backbone's.
+"""The attention gate's state in vLLM's paged cache, as one more attention layer, so that paging,
+shared prefixes, chunked prefill and preemption apply to it as to the backbone's state.
 
 A position's state is H keys of d_k numbers, and H folded values u (:mod:`dualhead_ext.head.gate`).
-Several gate heads share one of the layer's key heads: their keys lie side by side, and a query is
-zero outside of its own part. u lies in the value's first columns, each as a sum of two numbers of
-the cache's dtype, so that a 16-bit cache keeps 16 bits of it or more.
+Several gate heads share one of the layer's key heads: their keys are concatenated, and a query is
+zero outside its own part. u is in the value's first columns, each as a sum of two numbers of the
+cache's dtype, so that a 16-bit cache keeps at least 16 bits of it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from vllm.platforms import current_platform
 
 
 def head_sizes() -> tuple[int, ...]:
-    """Sizes of a head that the attention of this platform takes."""
+    """Head sizes that this platform's attention supports."""
     if current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         return tuple(CPUAttentionBackend.get_supported_head_sizes())
-    return (64, 128, 256)  # every backend of a GPU has these
+    return (64, 128, 256)  # supported by every GPU backend
 
 
 def packing(num_heads: int, head_dim: int, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """(gate heads to a key head, the key head's size) that take the fewest numbers.
+    """(gate heads per key head, size of the key head) that use the least cache.
 
     Raises:
         ValueError: a gate head is larger than any size.
@@ -48,7 +48,7 @@ class GateAttention(nn.Module):
     """Attention of the gate's H heads over all positions of each request.
 
     Args:
-        name: of the layer; its cache is kept under it.
+        name: name of the layer and of its cache.
     """
 
     def __init__(self, num_heads: int, head_dim: int, name: str) -> None:
@@ -56,7 +56,7 @@ class GateAttention(nn.Module):
         self._heads, self._dim = num_heads, head_dim
         self._group, self._size = packing(num_heads, head_dim, head_sizes())
         self._keys = -(-num_heads // self._group)
-        # No cache_config: neither an fp8 cache nor the model's sliding window is the gate's.
+        # No cache_config: an fp8 cache or the model's sliding window must not apply to the gate.
         self.attention = Attention(
             self._keys * self._group,
             self._size,

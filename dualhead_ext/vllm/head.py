@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gate and reward head on vLLM's layers. The formulas are those of `GatedHead`; here is where the
-weights live: a full reward head in vLLM's parallel LM heads, each process with its rows of the
-vocabulary, everything smaller whole in each.
+"""Gate and reward head on vLLM's layers, with the formulas of `GatedHead`. A full reward head is
+stored in vLLM's parallel LM heads, split by rows of the vocabulary over processes; everything
+smaller is replicated.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class _FullRewardHead(nn.Module):
 
 
 class ServedHead(GatedHead):
-    """The gated head of a model in vLLM; its logits are of this process's rows of the vocabulary.
+    """The gated head of a model in vLLM; its logits cover this process's rows of the vocabulary.
 
-    Weights come with :meth:`load`; until then it mixes nothing.
+    Weights are set by :meth:`load`; before that, only the LM head is used.
     """
 
     def __init__(
         self, config: DualHeadConfig, lm_layer: Any, num_layers: int, prefix: str = "dual_head"
     ) -> None:
-        """lm_layer: vLLM's LM head, which may be the embedding. num_layers: of the backbone."""
+        """lm_layer: vLLM's LM head, possibly the embedding. num_layers: the backbone's layers."""
         nn.Module.__init__(self)
-        self._lm = [lm_layer]  # not a submodule: it has its place in the model
+        self._lm = [lm_layer]  # in a list, so that it is not registered as a submodule
         self._vocab = config.vocab_size
         self._rows = slice(
             lm_layer.shard_indices.org_vocab_start_index, lm_layer.shard_indices.org_vocab_end_index
@@ -77,7 +77,7 @@ class ServedHead(GatedHead):
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        """The tensors of a heads' file, checked; dtype, device: the model's."""
+        """Load and check the tensors of a heads file; dtype and device are the model's."""
         parts: dict[str, dict[str, Tensor]] = {"gate": {}, "reward_head": {}}
         for name, value in state.items():
             part, _, rest = name.partition(".")
@@ -86,7 +86,7 @@ class ServedHead(GatedHead):
             gate = GATES[self.config.gate](self.config).float()
         gate.load_state_dict(parts["gate"])
         if gate.has_state:
-            self.u_weight = gate.folded_values()  # of the weights as they were trained
+            self.u_weight = gate.folded_values()  # computed from the trained weights
             for name in ("q_weight", "k_weight"):
                 parameter = getattr(gate, name)
                 parameter.data = parameter.to(dtype)
@@ -112,7 +112,7 @@ class ServedHead(GatedHead):
     # --- the gate ---
 
     def gate_logits(self, hidden: Tensor) -> Tensor:
-        """Of every position of hidden (T, d), whose state goes into the cache: (T,) fp32."""
+        """Gate logits (T,) fp32 of hidden (T, d); their state is written to the cache."""
         if self.attention is None:
             return self.gate(hidden)
         gate: Any = self.gate
@@ -155,7 +155,7 @@ class ServedHead(GatedHead):
         return mixture.mix_logits(z_lm, z_rm, alpha, self.config.mix)[..., :-1]
 
     def padded(self, logits: Tensor) -> Tensor:
-        """Rows as wide as every process has them; what is beyond the vocabulary is cut later."""
+        """Pad rows to the width of every process; columns beyond the vocabulary are cut later."""
         return nn.functional.pad(logits, (0, self._width - logits.shape[-1]))
 
     def _whole(self, logits: Tensor) -> Tensor:
@@ -171,8 +171,8 @@ class ServedHead(GatedHead):
 
 
 def _with_the_rest(logits: Tensor) -> Tensor:
-    """One more column: log sum exp of the rows of the other processes. A softmax over all of it is
-    that over the whole vocabulary.
+    """Append a column with the log-sum-exp of the other processes' rows, so that a softmax over the
+    result is one over the whole vocabulary.
     """
     sums = tensor_model_parallel_all_gather(torch.logsumexp(logits, -1, keepdim=True))
     sums[..., get_tensor_model_parallel_rank()] = -torch.inf

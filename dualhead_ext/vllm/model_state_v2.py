@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Controls of requests in vLLM's second model runner, which asks a model's state for what its
-forward gets. Written by vLLM's source; no GPU has run it.
+"""Controls of requests in vLLM's second model runner, which gets the inputs of a model's
+forward from the model state. Written from vLLM's source; not run on any GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .requests import alpha_name_of, controls_of
 
 
 class GatedModelState(DefaultModelState):
-    """Gives each position of a forward its request's controls, in a buffer of one address, as CUDA
-    graphs need it.
+    """Gives each position of a forward its request's controls, in a buffer with a fixed address, as
+    CUDA graphs require.
     """
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:

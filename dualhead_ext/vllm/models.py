@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gated models: vLLM's own with a gated head where they compute logits. ``DualHead...`` of
-:data:`dualhead_ext.model.served_folder.ARCHITECTURES` are attributes of this module.
+"""The gated models: vLLM's own models with a gated head that computes the logits. The
+``DualHead...`` classes of :data:`dualhead_ext.model.served_folder.ARCHITECTURES` are attributes of
+this module.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .request_table import RequestTable
 
 
 class Gated:
-    """Before vLLM's model class among the bases of a gated one."""
+    """Mixin of a gated model; it precedes vLLM's model class among the bases."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
@@ -42,7 +43,7 @@ class Gated:
 
     @staticmethod
     def get_model_state_cls() -> type:
-        """What vLLM's second model runner asks for."""
+        """The class of the model state, for vLLM's second model runner."""
         from .model_state_v2 import GatedModelState
 
         return GatedModelState
@@ -73,7 +74,7 @@ class Gated:
         return None if logits is None else logits[..., : processor.org_vocab_size]
 
     def compute_logits_local(self, hidden_states: Tensor) -> Tensor:
-        """The same, of this process's rows of the vocabulary."""
+        """The same for this process's rows of the vocabulary."""
         hidden = hidden_states[:, : self._hidden_size].contiguous()
         numbers = hidden_states[:, self._hidden_size :].contiguous().view(torch.float32)
         controls = self.requests.controls(numbers[:, 1:])
@@ -82,7 +83,7 @@ class Gated:
         return self.dual_head.padded(out.logits)
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
-        """The argmax of :meth:`compute_logits`, which the backbone's own would not be."""
+        """The argmax of :meth:`compute_logits`; the backbone's method would ignore the heads."""
         raise NotImplementedError("vLLM: a gated model cannot draft for speculative decoding")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -96,7 +97,7 @@ class Gated:
 
 
 def _query_start_loc() -> Tensor | None:
-    """Where each request's positions begin in this batch; None in a run without requests."""
+    """The first position of each request in this batch; None in a run without requests."""
     metadata = get_forward_context().attn_metadata
     if not metadata:
         return None

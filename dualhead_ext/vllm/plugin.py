@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM learns of the gated models: where they are, and how their engine is set up."""
+"""Registers the gated models with vLLM: their classes and the settings of their engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ROOM = __name__.rpartition(".")[0]
 
 
 def register_models() -> None:
-    """Each gated architecture: its class, imported when it is needed, and its settings."""
+    """Register the class, imported when needed, and the settings of each gated architecture."""
     for name, _ in ARCHITECTURES.values():
         if name not in ModelRegistry.models:
             ModelRegistry.register_model(name, f"{_ROOM}.models:{name}")
@@ -26,11 +26,11 @@ class GatedSettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Let requests have controls and ask for alpha.
+        """Set up the engine for controls and ``return_alpha`` of requests.
 
         Raises:
-            NotImplementedError: a feature that the gated head cannot be served with.
-            ValueError: the heads' files are damaged, or quantised.
+            NotImplementedError: a feature that is not supported with a gated head.
+            ValueError: the heads' files are damaged or quantised.
         """
         from ..model.head_folder import read_config
 

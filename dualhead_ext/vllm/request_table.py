@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requests of a batch: their controls as rows of a table on the device, and alpha of those that
-ask for it.
+"""The requests of a batch: their controls as rows of a table on the device, and alpha if requested.
 
-A model's forward sees positions, and `compute_logits` sees chosen ones of them. So each position
-gets its request's row, which travels as further columns of the hidden states.
+A model's forward gets all positions, and `compute_logits` a selection of them. So each position
+gets its request's row, as additional columns of the hidden states.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ from torch import Tensor
 from ..head.controls import Controls
 from ..head.request_controls import neutral_numbers
 
-# Requests whose alpha is kept until it is taken; the oldest go first.
+# Maximum number of requests whose alpha is kept until it is taken; the oldest are dropped first.
 _KEPT = 4096
 
 
 @dataclass
 class Request:
-    """What the table knows of a request that sets something.
+    """A request that sets controls or asks for alpha.
 
     Attributes:
-        controls: as :func:`.requests.controls_of` gives them. alpha_name: see there.
-        output: the tokens that it has so far, as vLLM extends them.
+        controls: as :func:`.requests.controls_of` returns them.
+        alpha_name: as :func:`.requests.alpha_name_of` returns it.
+        output: the tokens generated so far; vLLM extends the list.
     """
 
     controls: dict[str, Any]
@@ -39,10 +39,10 @@ class Request:
 
 
 class RequestTable:
-    """Controls of up to ``max_requests`` requests. One that sets none has neutral values.
+    """The controls of up to ``max_requests`` requests, with neutral values for those not set.
 
     Attributes:
-        width: numbers of a row.
+        width: number of values in a row.
     """
 
     _tables: ClassVar[weakref.WeakValueDictionary[int, RequestTable]] = (
@@ -63,7 +63,7 @@ class RequestTable:
 
     @classmethod
     def of(cls, vllm_config: Any, num_objectives: int, device: torch.device) -> RequestTable:
-        """The table of an engine, which its model and its model runner share."""
+        """The table of an engine, shared by its model and its model runner."""
         table = cls._tables.get(id(vllm_config))
         if table is None:
             count = vllm_config.scheduler_config.max_num_seqs
@@ -74,11 +74,11 @@ class RequestTable:
     # --- what the model runner says ---
 
     def replace(self, requests: dict[int, Request]) -> None:
-        """All requests that set something, by their rows."""
+        """Replace the whole table: row -> request that sets something."""
         self._write((self._requests.keys() | requests.keys()), requests)
 
     def put(self, row: int, request: Request | None) -> None:
-        """One row; None: a request that sets nothing, or none."""
+        """Set one row; None for a request that sets nothing, or for an empty row."""
         requests = {i: r for i, r in self._requests.items() if i != row}
         self._write([row], requests if request is None else requests | {row: request})
 
@@ -101,8 +101,9 @@ class RequestTable:
         return self._requests.get(row)
 
     def expect(self, rows: list[tuple[int, str, int]]) -> None:
-        """Which rows of the next logits belong to requests that ask for alpha: (row, name, index of
-        the token that the logits are for). A later alpha of the same token replaces the earlier.
+        """Set which rows of the next logits belong to requests that ask for alpha: (row, name,
+        index of the token that the logits predict). A later alpha of the same
+        token replaces the earlier.
         """
         self._asking = rows
 
@@ -124,14 +125,14 @@ class RequestTable:
         return self._device[found if rows is None else rows[found]]
 
     def controls(self, rows: Tensor) -> Controls:
-        """Rows (N, width) as controls: those that a request in the batch has set."""
+        """Rows (N, width) as controls; only controls that some request in the batch sets."""
         found = {n: rows[:, i] for i, n in enumerate(self._scalars) if n in self._used}
         if "objective_weights" in self._used:
             found["objective_weights"] = rows[:, len(self._scalars) :]
         return Controls(**found)
 
     def note(self, alpha: Tensor) -> None:
-        """alpha (N,) of the logits that :meth:`expect` was about."""
+        """Store alpha (N,) of the logits announced by :meth:`expect`."""
         asking, self._asking = self._asking, []
         if not asking or asking[-1][0] >= len(alpha):
             return
@@ -142,6 +143,6 @@ class RequestTable:
             self._alphas.popitem(last=False)
 
     def take_alpha(self, name: str) -> list[float] | None:
-        """alpha of each token of a request, and forget it; None: nothing is known of it."""
+        """Return and delete alpha of each token of a request; None if the request is unknown."""
         found = self._alphas.pop(name, None)
         return None if found is None else [found[i] for i in sorted(found)]

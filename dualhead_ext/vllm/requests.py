@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request may set: ``SamplingParams.extra_args``, over HTTP ``vllm_xargs``. Checked by the
-same code as the controls of ``generate()``.
+"""The controls of a request: ``SamplingParams.extra_args``, over HTTP ``vllm_xargs``, checked by
+the same code as the controls of ``generate()``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..head.controls import Controls
 
 WHERE = "vllm_xargs"
 RETURN_ALPHA = "return_alpha"
-# What vLLM itself keeps among the extra arguments of a request.
+# Names that vLLM itself stores among the extra arguments of a request.
 _OF_VLLM = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id")
 _KNOWN = (*Controls.NAMES, RETURN_ALPHA)
 
@@ -23,7 +23,7 @@ def controls_of(extra_args: Mapping[str, Any] | None, num_objectives: int) -> di
     """The controls among a request's extra arguments: {name: number}, objective_weights: K numbers.
 
     Raises:
-        ValueError: an unknown name, a wrong type or a value out of range, naming it.
+        ValueError: an unknown name, a wrong type or a value out of range.
     """
     given = {n: v for n, v in (extra_args or {}).items() if n not in (*_OF_VLLM, RETURN_ALPHA)}
     for name, value in given.items():
@@ -40,13 +40,13 @@ def controls_of(extra_args: Mapping[str, Any] | None, num_objectives: int) -> di
 
     try:
         return numbers_of_requests(WHERE, Controls(**given), 1, num_objectives)[0]
-    except TypeError as error:  # which vLLM would take for a failure of the server
+    except TypeError as error:  # vLLM would treat it as a server error
         raise ValueError(str(error)) from error
 
 
 def alpha_name_of(extra_args: Mapping[str, Any] | None, n: int = 1) -> str | None:
-    """The name under which alpha of a request's tokens is kept, or None if it is not wanted. n: how
-    many texts the request asks for.
+    """The name under which alpha of a request is stored, or None if it is not requested. n: number
+    of texts of the request.
 
     Raises:
         ValueError: not a name, or more than one text would share it.
@@ -65,8 +65,8 @@ def alpha_name_of(extra_args: Mapping[str, Any] | None, n: int = 1) -> str | Non
 
 
 def by_objectives(base: type) -> Callable[[str], type]:
-    """A module's ``__getattr__`` for classes ``{base.__name__}K`` of K objectives: vLLM names a
-    class by its place and gives it nothing else when it checks a request.
+    """A module's ``__getattr__`` for classes ``{base.__name__}K`` of K objectives. vLLM refers to a
+    class by its import path and passes it nothing else when it checks a request.
     """
 
     @functools.cache

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's OpenAI-compatible server for a folder of :func:`dualhead_ext.model.export.export`, as a
-process of its own.
+"""vLLM's OpenAI-compatible server, in its own process, for a folder written by
+:func:`dualhead_ext.model.export.export`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-# Not the command `vllm serve`: it asks for metadata that the wheel for CPUs has by another name.
+# Not the command `vllm serve`: it needs metadata that the CPU wheel has under a different name.
 _MODULE = "vllm.entrypoints.openai.api_server"
 _MIDDLEWARE = f"{__name__.rpartition('.')[0]}.answers.AlphaInAnswer"
 
@@ -22,16 +22,17 @@ _MIDDLEWARE = f"{__name__.rpartition('.')[0]}.answers.AlphaInAnswer"
 def installed() -> bool:
     """Whether vLLM is in this environment."""
     spec = importlib.util.find_spec("vllm")
-    return spec is not None and spec.origin is not None  # not just a folder of that name
+    return spec is not None and spec.origin is not None  # not merely a folder with that name
 
 
 def run(folder: Path, name: str, host: str, port: int, options: Sequence[str] = ()) -> int:
-    """Serve until the process is told to stop (SIGTERM, Ctrl-C), which lets vLLM end its work.
+    """Serve until SIGTERM or Ctrl-C, which let vLLM finish its requests.
 
     Args:
-        name: of the model, for clients. options: more of vLLM's, as on its command line.
+        name: model name for clients.
+        options: further options for vLLM, as on its command line.
     Returns:
-        vLLM's exit code; 0 where it was told to stop.
+        vLLM's exit code; 0 after SIGTERM or Ctrl-C.
     """
     command = [sys.executable, "-m", _MODULE, "--model", str(folder), "--served-model-name", name]
     command += ["--host", host, "--port", str(port), "--middleware", _MIDDLEWARE, *options]
