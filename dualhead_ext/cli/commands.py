@@ -107,7 +107,8 @@ def evaluate(arguments: Namespace) -> int | None:
     """
     _check_suite(arguments)
     if arguments.heads is not None:
-        return eval_heads.main(arguments)
+        eval_heads.main(arguments)
+        return None
     with argument():
         quiet_transformers(EMBEDDED)
         if arguments.suite == "steering":

@@ -130,7 +130,7 @@ def _load(arguments: Namespace) -> tuple[Any, Any]:
     check_device(arguments.device)
     cuda = arguments.device == "auto" and torch.cuda.is_available()
     device = "cuda" if cuda else "cpu" if arguments.device == "auto" else arguments.device
-    given = {"dtype": torch.float32} if device == "cpu" else {}
+    given: dict[str, Any] = {"dtype": torch.float32} if device == "cpu" else {}
     if arguments.backbone is not None:
         with loading("--backbone", arguments.backbone):
             given["backbone"] = backbone_path(arguments.backbone)

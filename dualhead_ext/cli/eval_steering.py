@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ..eval.paper.cells import Cell, Store, pending
 from ..eval.scorers import scorer
@@ -71,7 +72,7 @@ def main(arguments: Namespace) -> int:
 
 def _check_packages(left: list[Cell]) -> None:
     """Raise UserError for missing packages now, not after an hour."""
-    methods = {cell.options.get("method") for cell in left} - {None, "dual_head"}
+    methods: set[Any] = {cell.options.get("method") for cell in left} - {None, "dual_head"}
     for package in ("trl", "peft"):
         if methods and importlib.util.find_spec(package) is None:
             raise UserError(

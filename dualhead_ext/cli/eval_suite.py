@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -20,6 +21,9 @@ from ..eval.paper.plan import Plan, Planner, check_names
 from ..eval.paper.scales import SCALES
 from ..eval.paper.steps import STEPS
 from .errors import UserError, argument
+
+if TYPE_CHECKING:
+    from ..eval.steering.plan import Plan as SteeringPlan
 
 EXIT_LEFT = 3
 # Packages for training other systems than the gated head, and for plots.
@@ -61,7 +65,7 @@ def main(arguments: Namespace) -> int:
 
 def _check_packages(plan: Plan, store: Store) -> None:
     """Raise UserError for missing packages now, not after an hour."""
-    methods = {cell.options.get("method") for cell in pending(plan.cells(), store)}
+    methods: set[Any] = {cell.options.get("method") for cell in pending(plan.cells(), store)}
     by_trl = sorted(methods - {None, "dual_head"})
     for package in _PACKAGES:
         needed = package == "matplotlib" or by_trl
@@ -71,7 +75,10 @@ def _check_packages(plan: Plan, store: Store) -> None:
 
 
 def compute(
-    plan: Plan, store: Store, minutes: float | None = None, state_mb: float | None = None
+    plan: Plan | SteeringPlan,
+    store: Store,
+    minutes: float | None = None,
+    state_mb: float | None = None,
 ) -> Outcome:
     """Compute the missing cells in at most ``minutes``. Afterwards, delete models beyond
     ``state_mb`` megabytes.

@@ -98,7 +98,10 @@ class ProgressBars(TrainerCallback):
         if not self._trains():
             self.close()
 
-    on_predict = on_evaluate
+    def on_predict(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self.on_evaluate(args, state, control)
 
     def close(self) -> None:
         """Close the bar. Its last state stays on the screen."""

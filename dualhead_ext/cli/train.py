@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..config import DualHeadConfig
 from ..data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
@@ -284,7 +284,7 @@ def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:
             training = DualHeadTrainingArguments(**{**ours, **given})
     except TypeError as error:
         raise UserError(one_line(error)) from error
-    _check_reporters(training.report_to)
+    _check_reporters(cast("list[str]", training.report_to))  # a list once it is constructed
     return training
 
 

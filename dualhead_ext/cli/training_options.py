@@ -6,6 +6,7 @@ torch nor transformers: ``dualhead train --help`` is instant.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from ..train.presets import PRESETS
@@ -89,7 +90,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     defaults = help_defaults()
     for name, (kind, short, text) in TRAINING_OPTIONS.items():
         names = [f"--{name.replace('_', '-')}", *short]
-        parse = {int: number(int), float: number(float), str: str}[kind]
+        parse: Callable[[str], Any] = str if kind is str else number(kind)
         if name == "seed":
             parse = number(int, 0, MAX_SEED)
         if defaults[name] is not None:

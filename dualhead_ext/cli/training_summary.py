@@ -57,7 +57,7 @@ class Figures:
 def measure(trainer: DualHeadTrainer) -> Figures:
     """The figures of the trainer's current heads."""
     kl, alpha = trainer.probe(_STATES)()
-    rows = trainer.eval_dataset
+    rows: Any = trainer.eval_dataset  # tokenised rows
     if not rows:
         return Figures(kl, alpha)
     ranked = "scores" in rows[0]
@@ -107,7 +107,9 @@ def sample_before_and_after(
     asked = list(prompts.values())
     found = sample_replies(model, tokenizer, asked, (0.0, 1.0), NEW_TOKENS, seed)
     questions = [p if isinstance(p, str) else p[-1]["content"] for p in asked]
-    return [(question, *pair) for question, pair in zip(questions, found, strict=True)]
+    return [
+        (question, plain, gated) for question, (plain, gated) in zip(questions, found, strict=True)
+    ]
 
 
 def print_replies(replies: Sequence[tuple[str, Reply, Reply]]) -> None:
