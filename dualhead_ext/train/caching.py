@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Trainer that reads the hidden states of its rows from a :mod:`dualhead_ext.train.hidden_cache`.
 
-The rows of a loader carry their states, the collator pads them, and the model's forward takes them
-in the backbone's place; nothing else knows of the cache.
+The rows of a data loader carry their hidden states, the collator pads them, and the model's forward
+uses them instead of running the backbone; no other code depends on the cache.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ class CachingTrainer(CheckpointedTrainer):
     """``cache_hidden`` of :class:`dualhead_ext.DualHeadTrainer`."""
 
     _max_length: int
-    _backbone: tuple[Any, str] | None = None  # its state when it was hashed last, the hash
-    _memory: dict[str, tuple[Any, MemoryCache]]  # of each dataset: what it is of, the states
+    _backbone: tuple[Any, str] | None = None  # its state when last hashed, and the hash
+    _memory: dict[str, tuple[Any, MemoryCache]]  # dataset -> identity of its inputs, hidden states
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As :meth:`CheckpointedTrainer.train`; what is to be cached is cached before it starts."""
+        """As :meth:`CheckpointedTrainer.train`, after filling the cache."""
         if self.args.cache_hidden is not None:
             self.cache_hidden()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def cache_hidden(self) -> None:
-        """Cache the hidden states of train_dataset and of every eval_dataset, where
-        ``args.cache_hidden`` does not hold them yet.
+        """Cache the hidden states of train_dataset and of every eval_dataset that are not yet in
+        ``args.cache_hidden``.
 
         Raises:
-            OSError: too little room for them, of which nothing has been written; another failure of
-                the disk.
+            OSError: too little disk space, in which case nothing was written, or another disk
+                error.
             ValueError: ``args.cache_hidden`` is None.
         """
         if self.args.cache_hidden is None:
@@ -62,8 +62,8 @@ class CachingTrainer(CheckpointedTrainer):
                 self.get_eval_dataloader(name)
 
     def _keeps_in_memory(self, lengths: list[tuple[int, ...]], is_training: bool) -> bool:
-        """Whether ``cache_hidden`` asks for memory, or it is left to us and pays: the states are
-        read again and take a quarter of the free memory at most.
+        """Whether the states are kept in memory: if ``cache_hidden`` asks for it, or if it is
+        "auto", the states are read more than once and take at most a quarter of the free memory.
         """
         args = self.args
         if args.cache_hidden == IN_MEMORY:
@@ -77,7 +77,7 @@ class CachingTrainer(CheckpointedTrainer):
         return size <= psutil.virtual_memory().available // 4
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; with ``cache_hidden``, of rows that carry their hidden states."""
+        """As in transformers; with ``cache_hidden``, the rows carry their hidden states."""
         name = self._cache_name(dataset, kwargs.get("is_training", False))
         if name is None:
             return super()._get_dataloader(dataset, *args, **kwargs)
@@ -127,7 +127,7 @@ class CachingTrainer(CheckpointedTrainer):
         return loader
 
     def _cache_name(self, dataset: Any, is_training: bool) -> str | None:
-        """The folder of a dataset's hidden states; None: they are not cached."""
+        """The name of the folder of a dataset's hidden states; None if they are not cached."""
         if self.args.cache_hidden is None or isinstance(dataset, IterableDataset):
             return None
         if is_training:
@@ -153,11 +153,11 @@ class CachingTrainer(CheckpointedTrainer):
 
 
 def _batches(loader: Any) -> list[list[int]]:
-    """The rows of the batches that a fresh loader will give first, on this process. Draws nothing
-    from the random numbers of the run.
+    """The row indices of a fresh loader's first batches on this process, without advancing the
+    run's random number generators.
     """
     with torch.random.fork_rng(devices=[]):
-        # A loader draws its workers' seed before its sampler draws the order, maybe from the same
-        # generator.
+        # A loader draws its workers' seed before its sampler draws the order, possibly from the
+        # same generator.
         torch.empty((), dtype=torch.int64).random_()
         return [list(batch) for batch in loader.batch_sampler]

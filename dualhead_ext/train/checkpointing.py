@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Trainer whose checkpoints hold heads, not backbones, survive crashes, and resume to the bit.
+"""A Trainer with crash-safe checkpoints of the heads only, which resume bitwise identically.
 
-transformers writes checkpoints in place and resumes from the highest number; here they go through
+transformers writes checkpoints in place and resumes from the highest number; here they use
 :mod:`dualhead_ext.files.checkpoint`. The methods overridden are the same from release 5.17 to 5.23.
 """
 
@@ -52,7 +52,7 @@ class CheckpointedTrainer(Trainer):
     # --- saving ---
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Heads, tokenizer and arguments; called by save_model, on the processes that write."""
+        """Write heads, tokenizer and arguments; called by save_model on writing processes."""
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
@@ -63,21 +63,20 @@ class CheckpointedTrainer(Trainer):
         (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The heads, the tokenizer and the arguments, into ``args.output_dir`` by default.
+        """Write heads, tokenizer and arguments, into ``args.output_dir`` by default.
 
         Raises:
-            SaveError: it failed; says why, and what is safe.
+            SaveError: saving failed; the message says why, and which checkpoint is complete.
         """
         with _saying_what_is_safe("the heads", Path(self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
 
     def try_saving(self) -> None:
-        """Write a checkpoint without optimizer into a hidden folder and remove it: what would fail
-        at the first save, fails before anything is trained. ``train`` does this unless it has been
-        done or ``save_strategy="no"``.
+        """Write a checkpoint without optimizer to a hidden folder and remove it, so that errors of
+        saving show before training. ``train`` does this once, unless ``save_strategy="no"``.
 
         Raises:
-            SaveError: it failed; says why.
+            SaveError: saving failed; the message says why.
         """
         self._saving_tried = True
         run_dir, own = Path(self.args.output_dir), {"random": random_state(self.args.device)}
@@ -101,7 +100,7 @@ class CheckpointedTrainer(Trainer):
                     checkpoint.discard(staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A whole checkpoint or none, whatever happens; then the oldest ones go."""
+        """Write a checkpoint atomically, then delete the oldest ones."""
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
@@ -121,7 +120,7 @@ class CheckpointedTrainer(Trainer):
                         checkpoint.rotate(run_dir, limit, keep=(kept,) if kept else ())
 
     def _required(self) -> tuple[str, ...]:
-        """Names of the files that a whole checkpoint of this run has."""
+        """Names of the files that a complete checkpoint of this run has."""
         names = (CONFIG_NAME, WEIGHTS_NAME, ARGUMENTS_NAME, STATE_NAME)
         return names if self.args.save_only_model else (*names, OPTIMIZER_NAME, PROGRESS_NAME)
 
@@ -141,7 +140,7 @@ class CheckpointedTrainer(Trainer):
         self.state.save_to_json(str(folder / STATE_NAME))
 
     def _export_callbacks(self) -> None:
-        """Note the callbacks' state in ours, as transformers does before it saves."""
+        """Copy the callbacks' state into the trainer's, as transformers does before saving."""
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 name = type(callback).__name__
@@ -154,8 +153,8 @@ class CheckpointedTrainer(Trainer):
     # --- resuming ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As transformers'. ``resume_from_checkpoint=True`` takes the last whole checkpoint in
-        ``args.output_dir`` and announces those it passes over; a path is verified.
+        """As in transformers. ``resume_from_checkpoint=True`` uses the last complete checkpoint in
+        ``args.output_dir`` and reports those that it skips; a path is verified.
 
         Raises:
             SaveError: a trial save before the first step, or a checkpoint, failed.
@@ -184,7 +183,7 @@ class CheckpointedTrainer(Trainer):
 
     @contextlib.contextmanager
     def _saying_who_is_lost(self) -> Iterator[None]:
-        """Turn what a collective says of a peer that is gone into a LostProcessError."""
+        """Convert a collective's error about a lost process into a LostProcessError."""
         try:
             yield
         except RuntimeError as error:
@@ -196,8 +195,8 @@ class CheckpointedTrainer(Trainer):
             ) from error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers'; a run that is resumed at its end is over. Its loop would take one more
-        step before it looks.
+        """As in transformers, but a run resumed at its last step ends at once; transformers' loop
+        would take one more step.
         """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -230,7 +229,7 @@ class CheckpointedTrainer(Trainer):
         return str(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The heads of a checkpoint into the model: the same configuration and backbone only."""
+        """Load a checkpoint's heads into the model; configuration and backbone must be the same."""
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         stored, state = read_head_folder(resume_from_checkpoint)
         if stored["dual_head"] != model.dual_head_config:
@@ -243,7 +242,7 @@ class CheckpointedTrainer(Trainer):
         load_head_state(model.lm_head_module, state, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """The heads of the best checkpoint, verified."""
+        """Load the heads of the best checkpoint, verified."""
         best = self.state.best_model_checkpoint
         checkpoint.verify(best)
         self._load_from_checkpoint(best)
@@ -262,7 +261,7 @@ class CheckpointedTrainer(Trainer):
             scaler.load_state_dict(state["scaler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing: :meth:`_load_optimizer_and_scheduler` did."""
+        """Do nothing: :meth:`_load_optimizer_and_scheduler` loads the gradient scaler."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -274,12 +273,12 @@ class CheckpointedTrainer(Trainer):
 
 
 def _check_optimizer(stored: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless an optimizer's state is of the same kind and parameters."""
+    """Raise ValueError unless the optimizer states are of the same kind and parameters."""
 
     def options(state: dict[str, Any]) -> set[str]:
         return {name for group in state["param_groups"] for name in group}
 
-    # The schedule adds its own; a state of nothing has been read but not stepped.
+    # The schedule adds its own keys; an empty state belongs to an optimizer that has not stepped.
     differing = (options(stored) ^ options(current)) - {"initial_lr"}
     if differing:
         raise ValueError(
@@ -294,7 +293,7 @@ def _check_optimizer(stored: dict[str, Any], current: dict[str, Any], where: str
 
 
 def _what_is_safe(run_dir: Path) -> str:
-    """The checkpoint to go on from, in words."""
+    """A clause that names the checkpoint to resume from."""
     last = None
     with contextlib.suppress(OSError, CheckpointError):
         last = checkpoint.latest_checkpoint(run_dir)
@@ -305,7 +304,7 @@ def _what_is_safe(run_dir: Path) -> str:
 
 @contextlib.contextmanager
 def _saying_what_is_safe(what: str, run_dir: Path) -> Iterator[None]:
-    """Turn any failure to save into a SaveError that names the checkpoint to go on from."""
+    """Convert any failure to save into a SaveError that names the checkpoint to resume from."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DualHeadTrainer`: transformers' Trainer on preference pairs, with the backbone frozen, the
-objective inside the model's forward, and checkpoints that hold the heads and survive crashes.
+"""`DualHeadTrainer`: transformers' Trainer for preference pairs, with a frozen backbone, the loss
+inside the model's forward, and crash-safe checkpoints of the heads.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ __all__ = ["DualHeadTrainer", "DualHeadTrainingArguments"]
 
 logger = logging.getLogger(__name__)
 
-# A gate with more of its tokens than this beyond 1 % of 0 or 1 has collapsed.
+# A gate has collapsed if more than this share of its tokens has alpha within 0.01 of 0 or 1.
 COLLAPSED_SHARE = 0.9
 
 
 def prepare_for_training(
     model: DualHeadForCausalLM, train_lm_head: bool = False, untie: bool = False
 ) -> None:
-    """Freeze the backbone; let reward heads and gate train, in fp32 (a bf16 weight at a learning
-    rate of 5e-5 would round its updates away); the LM head too if asked for.
+    """Freeze the backbone and make reward heads and gate trainable in fp32 (bf16 weights would lose
+    updates to rounding at a learning rate of 5e-5); also the LM head if requested.
 
     Raises:
         TypeError: the model has no gated head.
@@ -101,9 +101,9 @@ class DualHeadTrainer(StreamingTrainer):
     precision, DDP (torchrun), schedules, callbacks.
 
     Logs and evaluations hold ``loss``, ``lm_loss``, ``preference_loss``, ``gate_loss`` and the
-    names that TRL users know (`losses.metrics_of_totals`), as means over all examples since the
-    last log, of all processes; evaluations with the prefix ``eval_``. The totals of each example
-    are ``predict(...).predictions`` (columns `losses.TOTAL_NAMES`).
+    metrics that TRL users know (`loss.terms.metrics_of_totals`), as means over all examples of all
+    processes since the last log; evaluations have the prefix ``eval_``. The totals of each example
+    are in ``predict(...).predictions`` (columns `loss.terms.TOTAL_NAMES`).
 
     Checkpoints hold the trained heads, optimizer, schedule, random state and progress, but not the
     backbone. :mod:`dualhead_ext.files.checkpoint` writes them without pickle.
@@ -111,8 +111,8 @@ class DualHeadTrainer(StreamingTrainer):
 
     With ``args.cache_hidden`` the backbone runs once over the rows, in the batches of the first
     epoch and of an evaluation. Its hidden states are kept in memory or in a folder
-    (:mod:`dualhead_ext.train.hidden_cache`). In these batches every loss keeps its bits; in other
-    batches it changes by the backbone's own rounding.
+    (:mod:`dualhead_ext.train.hidden_cache`). In these batches every loss is bitwise identical; in
+    other batches it differs by the backbone's own rounding.
 
     Args:
         model: a :class:`dualhead_ext.DualHeadForCausalLM`; its backbone is frozen, see
@@ -121,9 +121,9 @@ class DualHeadTrainer(StreamingTrainer):
         data_collator: default :class:`dualhead_ext.data.collate.PreferenceCollator`.
         train_dataset, eval_dataset: sequences of rows, a ``datasets.Dataset`` or a pandas DataFrame
             in any layout that the loader knows; eval_dataset may be a dict of them. train_dataset
-            may also be an ``IterableDataset``, of torch or of the datasets library: it is tokenised
-            as it is read, each process has its rows (i modulo their number), it starts again when
-            it ends, and ``args.max_steps`` ends the run.
+            may also be an ``IterableDataset`` of torch or of the datasets library: rows are
+            tokenised as they are read, row i belongs to process i modulo the number of processes,
+            the stream starts again when it ends, and ``args.max_steps`` ends the run.
         processing_class: the tokenizer.
         others: other arguments of ``transformers.Trainer``.
     Raises:
@@ -198,7 +198,7 @@ class DualHeadTrainer(StreamingTrainer):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def _tokenized(self, name: str, rows: Any) -> Any:
-        """Rows as the collator takes them, checked; those that are tokenised stay as they are."""
+        """Tokenised and checked rows for the collator; rows already tokenised are unchanged."""
         if rows is None or isinstance(rows, TokenizedStream):
             return rows
         if isinstance(rows, IterableDataset):
@@ -217,46 +217,46 @@ class DualHeadTrainer(StreamingTrainer):
         return rows
 
     def _check_limits(self, name: str, rows: Any) -> None:
-        """Refuse rows that the backbone's embeddings do not hold."""
+        """Raise ValueError for rows with tokens that the backbone's embeddings lack."""
         model = self.accelerator.unwrap_model(self.model)
         collator = getattr(self.data_collator, "collator", self.data_collator)
         pad = getattr(collator, "pad_token_id", None)
         for part in rows.values() if isinstance(rows, dict) else [rows]:
             if isinstance(part, TokenizedStream):
                 part.check = row_check(name, model, self._max_length, pad)
-                _ = part.first_rows  # what is wrong with them is said before anything is trained
+                _ = part.first_rows  # raises errors of these rows before training starts
             elif part is not None and rows_in(part) is not None:
                 check_limits(name, part, model, self._max_length, pad)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As transformers'; eval_dataset may hold text, as the constructor's."""
+        """As in transformers; eval_dataset may hold text, as in the constructor."""
         rows = self._held_out("eval_dataset", eval_dataset)
         if rows is not eval_dataset:
             self._check_limits("eval_dataset", rows)
         return super().evaluate(rows, *args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; test_dataset may hold text, as the constructor's."""
+        """As in transformers; test_dataset may hold text, as in the constructor."""
         rows = self._held_out("test_dataset", test_dataset)
         self._check_limits("test_dataset", rows)
         return super().predict(rows, *args, **kwargs)
 
     def _held_out(self, name: str, rows: Any) -> Any:
-        if isinstance(rows, str):  # the name of one of several
+        if isinstance(rows, str):  # the name of one of several datasets
             return rows
         if isinstance(rows, dict):
             return {key: self._tokenized(f"{name}[{key!r}]", part) for key, part in rows.items()}
         return self._tokenized(name, rows)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As transformers', and prepared for training."""
+        """As in transformers, with the model prepared for training."""
         model = super().call_model_init(trial)
         gated = cast(DualHeadForCausalLM, model)
         prepare_for_training(gated, self.args.train_lm_head, self.args.untie)
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; with ``args.calibrate`` the reward is scaled at the end, see
+        """As in transformers; with ``args.calibrate`` the reward is scaled at the end, see
         :meth:`calibrate`.
         """
         self.accelerator.unwrap_model(self.model).dual_head_config.kl_curve = None
@@ -313,7 +313,7 @@ class DualHeadTrainer(StreamingTrainer):
         )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As transformers'; the gate at ``gate_learning_rate``."""
+        """As in transformers, with ``gate_learning_rate`` for the gate."""
         made, rate = self.optimizer is None, self.args.gate_learning_rate
         optimizer = super().create_optimizer(*args, **kwargs)
         if not made or rate is None:
@@ -332,8 +332,8 @@ class DualHeadTrainer(StreamingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The micro-batches of one optimizer step, and what their losses divide by: the counts
-        (4,) of all of them on all processes (`losses.LossCounts`).
+        """The micro-batches of one optimizer step, and the counts (4,) that their losses are
+        divided by, summed over all micro-batches and processes (`loss.terms.LossCounts`).
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -376,7 +376,7 @@ class DualHeadTrainer(StreamingTrainer):
             kept = self._train_totals
             self._train_totals = totals if kept is None else kept + totals
             if num_items_in_batch is not None:
-                # Counts are of all processes, and DDP averages gradients over them.
+                # Counts include all processes, but DDP averages gradients over processes.
                 loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
@@ -394,7 +394,7 @@ class DualHeadTrainer(StreamingTrainer):
         return loss.detach(), output.totals, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As transformers', with the metrics over all pairs, each counted once."""
+        """As in transformers, with metrics over all pairs, each counted once."""
         evaluate: Any = super().evaluation_loop
         output = evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         parts = output.predictions if isinstance(output.predictions, list) else [output.predictions]
@@ -404,7 +404,7 @@ class DualHeadTrainer(StreamingTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of all examples since the last log to a log of training."""
+        """Add the means over all examples since the last log to a training log."""
         if "loss" in logs and self._train_totals is not None:
             totals = self.accelerator.reduce(self._train_totals, "sum")
             self._train_totals = None
@@ -415,8 +415,8 @@ class DualHeadTrainer(StreamingTrainer):
         super().log(logs, start_time)
 
     def probe(self, count: int = STATES) -> GateProbe:
-        """What says how far the mixture is from the backbone: on ``count`` states of eval_dataset,
-        of train_dataset where there is none.
+        """A function that measures the mixture's distance from the backbone, on ``count`` hidden
+        states of eval_dataset, or of train_dataset if there is none.
         """
         held_out = self.eval_dataset
         rows = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
@@ -444,7 +444,7 @@ class DualHeadTrainer(StreamingTrainer):
 
 
 def _check_objective(model: DualHeadForCausalLM, args: DualHeadTrainingArguments) -> None:
-    """Refuse an objective that does not fit the model, and note it in the model's config."""
+    """Check that the objective fits the model, and record it in the model's config."""
     config = model.dual_head_config
     if args.preset == "paper" and config.reward_head != "full":
         raise ValueError(
@@ -457,7 +457,7 @@ def _check_objective(model: DualHeadForCausalLM, args: DualHeadTrainingArguments
 
 
 def _pad_token_id(tokenizer: Any) -> int:
-    """The token that fills short rows; masked everywhere, so any will do."""
+    """The padding token; it is masked everywhere, so any token would do."""
     if tokenizer is None:
         return 0
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
