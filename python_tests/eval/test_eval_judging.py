@@ -37,7 +37,7 @@ def test_wins_ties_and_losses():
     mirrored = judging.compare(longer, ["p"] * 4, b, a)
     assert mirrored.win_rate.value == pytest.approx(0.375)
     for wrong in (([], [], []), (["p"], ["a"], [])):
-        with pytest.raises(ValueError, match="as many and not empty"):
+        with pytest.raises(ValueError, match="must have one length and not be empty"):
             judging.compare(longer, *wrong)
 
 

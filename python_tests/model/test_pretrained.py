@@ -96,7 +96,7 @@ def test_a_hub_name_does_not_pick_up_a_folder_of_the_working_directory(
     head_forging.write(folder, stored)
     make_backbone("llama").save_pretrained(tmp_path / "someone" / "model")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"'someone/model' of the hub, and the working directory"):
+    with pytest.raises(ValueError, match=r"'someone/model' of the hub, but the working directory"):
         load(folder)
     load(folder, backbone="someone/model")
 
