@@ -114,7 +114,7 @@ BAD = [
     ({"gate_logit": lambda x: x.float()}, TypeError, "gate_logit must be torch.float64"),
     ({"lm_weight": None}, TypeError, "lm_weight must be a tensor, got NoneType"),
     ({"lm_weight": lambda x: x[0]}, ValueError, "lm_weight must be (V, 3), got (3,)"),
-    ({"lm_weight": lambda x: x.float()}, TypeError, "lm_weight must be float64 if and only if hidden is"),
+    ({"lm_weight": lambda x: x.float()}, TypeError, "lm_weight must be float64 if and only if"),
     ({"lm_bias": lambda x: x[:5]}, ValueError, "lm_bias must be (6,), got (5,)"),
     ({"reward_weight": lambda x: x[:, :5]}, ValueError, "must be (6, 3) or (K, 6, 3), got (1, 5"),
     ({"reward_weight": lambda x: x[:0]}, ValueError, "at least one head, got K = 0"),
