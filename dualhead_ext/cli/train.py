@@ -11,6 +11,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,9 +33,13 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def train(arguments: Namespace) -> int | None:
-    """Train, measure on held-out rows, save, and print a summary; see :func:`_train`."""
+    """Train, measure on held-out rows, save, and print a summary; see :func:`_train`. Of several
+    processes only the first one prints.
+    """
+    quiet = int(os.environ.get("RANK") or 0) > 0
     try:
-        return _train(arguments)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if quiet else sys.stdout):
+            return _train(arguments)
     except KeyboardInterrupt:
         print(f"\n{_after_interrupt(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -107,10 +112,12 @@ def _train(arguments: Namespace) -> int | None:
     for warning in summary.warnings_of(after, replies, config, rate):
         print(f"\nNote: {warning}.")
     with argument("--output"):
-        training_files.write_card(arguments, trainer, rows, held_out, after)
-        curves = training_files.write_plot(
-            arguments.output, history, trainer.state.global_step, before, after
-        )
+        curves = ""
+        if trainer.is_world_process_zero():
+            training_files.write_card(arguments, trainer, rows, held_out, after)
+            curves = training_files.write_plot(
+                arguments.output, history, trainer.state.global_step, before, after
+            )
     print(f"\nheads saved in {arguments.output}{curves}")
     print(f"to decode with them:\n  {_generate_command(arguments)}")
     return None

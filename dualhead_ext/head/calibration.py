@@ -286,6 +286,7 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], strength: Tensor, seed:
                 input_ids=ids.to(device), attention_mask=mask, strength=strength.to(device),
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS,
                 num_beams=1, num_return_sequences=1, pad_token_id=min(stops, default=0),
+                synced_gpus=False,  # processes that share the model all decode the same
             )  # fmt: skip
     finally:
         hook.remove()

@@ -46,6 +46,7 @@ from .hf_cache import CACHE_NAMES, StaticGateLayer, cache_in
 from .lm_head import Call, DualHeadLMHead
 from .packing import check_packing, packed_rows
 from .paged_gate import PagedGate, paged_gate
+from .shards import whole_heads
 
 # Arguments of forward that the backbone's own forward does not have.
 _NEW_ARGUMENTS = (
@@ -466,11 +467,14 @@ class DualHeadForCausalLM(_Extension):
         where = (batch, self.dual_head_config.num_objectives, torch.float32, self.device)
         controls = Controls.take(kwargs).rows("generate", *where)
         kwargs |= controls.given()  # as tensors, which transformers repeats for beams
-        out = super().generate(inputs, *args, **kwargs)
-        if output_gate:
-            if isinstance(out, Tensor):
-                raise ValueError("generate: output_gate=True needs return_dict_in_generate=True")
-            out["gate_alpha"] = alpha_of(self, out.sequences, given, kwargs, controls)
+        with whole_heads(self):
+            out = super().generate(inputs, *args, **kwargs)
+            if output_gate:
+                if isinstance(out, Tensor):
+                    raise ValueError(
+                        "generate: output_gate=True needs return_dict_in_generate=True"
+                    )
+                out["gate_alpha"] = alpha_of(self, out.sequences, given, kwargs, controls)
         return out
 
     def prepare_inputs_for_generation(
@@ -567,7 +571,7 @@ class DualHeadForCausalLM(_Extension):
             )
         hidden, completion_mask = new["hidden_states"], new["completion_mask"]
         if hidden is None:
-            hidden = self.training_hidden_states(**kwargs)
+            hidden = self._hidden_states(**kwargs)
         elif hidden.shape[:-1] != input_ids.shape:
             raise ValueError(
                 f"DualHeadForCausalLM.forward: hidden_states must be {(*input_ids.shape, 'd')}, "
@@ -588,6 +592,9 @@ class DualHeadForCausalLM(_Extension):
         """The hidden states that the heads read in training: the decoder's last ones, (2P, T, d),
         or (1, N, d) for a packed batch. inputs: a batch (input_ids, attention_mask, ...).
         """
+        return self._hidden_states(**inputs)  # under FSDP2 this one is a forward of its own
+
+    def _hidden_states(self, **inputs: Any) -> Tensor:
         if not self.lm_head_module.packing_checked and inputs.get("attention_mask") is None:
             if packed_rows(inputs.get("position_ids")) is not None:
                 embeddings = self.get_input_embeddings()

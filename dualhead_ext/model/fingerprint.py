@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..quantization.torchao_weights import is_torchao
@@ -17,6 +18,8 @@ from ..quantization.torchao_weights import is_torchao
 _PARAMETERS, VALUES = 32, 4
 # float32, bfloat16 and float16 copies of one backbone agree to half an ulp of bfloat16, 2^-8.
 _TOLERANCE = 2.0**-7
+# Attribute of a parameter that has been sharded: what `_few_values` gave before, by version.
+_KEPT = "_dualhead_values"
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -54,6 +57,8 @@ def _comparable(parameter: Tensor) -> bool:
 
 def _few_values(parameter: Tensor, version: int = 2) -> list[float]:
     """Evenly spaced values, including the first and the last. version: of the file format."""
+    if (kept := getattr(parameter, _KEPT, None)) is not None:
+        return kept[version]
     count = parameter.numel()
     if version == 1:  # computed in float32, so some indices are rounded differently
         indices = torch.linspace(0, count - 1, VALUES).long().clamp(max=count - 1).tolist()
@@ -62,6 +67,22 @@ def _few_values(parameter: Tensor, version: int = 2) -> list[float]:
     places = [_unravel(index, parameter.shape) for index in indices]
     # Not with flatten(), which would copy a parameter that is not contiguous.
     return torch.stack([parameter.detach()[place] for place in places]).float().tolist()
+
+
+@contextmanager
+def keep_marks(module: nn.Module) -> Iterator[None]:
+    """Parameters that the block puts in the place of a module's own keep their values here: to read
+    those of a shard takes all processes.
+    """
+    values = {
+        name: {version: _few_values(parameter, version) for version in (1, 2)}
+        for name, parameter in module.named_parameters()
+        if _comparable(parameter) and parameter.numel()
+    }
+    yield
+    for name, parameter in module.named_parameters():
+        if name in values:
+            setattr(parameter, _KEPT, values[name])
 
 
 def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:

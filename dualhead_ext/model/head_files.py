@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..config import DualHeadConfig
 from ..head.dual_head import DualHead
 from ..quantization import FORMATS, format_of, storage_shapes
+from .shards import copy_whole
 
 _PIECE = 2**24  # elements checked at a time
 
@@ -31,6 +33,11 @@ def head_state(head: Any, given: dict[str, Tensor] | None = None) -> dict[str, T
         parts = ("weight", "bias", "weight_scale")
         names |= {f"lm_head.{name}": name for name in parts if name in own}
     source = own if given is None else given
+    if any(isinstance(source.get(name), DTensor) for name in names.values()):
+        raise ValueError(
+            "the heads are sharded over processes; save them by the trainer's save_model, on all "
+            "of them"
+        )
     if missing := sorted(name for name in names.values() if name not in source):
         raise ValueError(f"state_dict must hold the heads' tensors, {shown(missing)} are missing")
     return {name: source[n].detach().cpu().contiguous() for name, n in names.items()}
@@ -148,8 +155,9 @@ def load_head_state(
             head._hold_lm(*lm, weight.dtype)
     for name, value in state.items():
         parameter = own[name]
-        if value.dtype != parameter.dtype and not name.startswith("lm_head."):
+        sharded = isinstance(parameter, DTensor)  # for training: it has its dtype already
+        if value.dtype != parameter.dtype and not name.startswith("lm_head.") and not sharded:
             parameter.data = parameter.data.to(value.dtype)  # heads trained in fp32 stay so
-        parameter.copy_(value)
+        copy_whole(parameter, value)
     trained = quantized is None and any(name.startswith("lm_head.") for name in state)
     head.lm_head_trained = trained or head.lm_head_trained

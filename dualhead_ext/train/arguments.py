@@ -56,7 +56,7 @@ class DualHeadTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError, TypeError: an option out of range, or one that is not supported (DeepSpeed,
-            FSDP, pushing checkpoints).
+            FSDP1, pushing checkpoints).
     """
 
     lr_scheduler_type: str = field(

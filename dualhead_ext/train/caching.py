@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import urllib.parse
+from contextlib import nullcontext
 from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ..model.shards import is_sharded
 from .checkpointing import CheckpointedTrainer
 from .hidden_cache import (
     AUTO,
@@ -87,13 +90,16 @@ class CachingTrainer(CheckpointedTrainer):
             return super()._get_dataloader(dataset, *args, **kwargs)
         rows = CachedRows(dataset)
         loader = super()._get_dataloader(rows, *args, **kwargs)
+        sharded = is_sharded(self.accelerator.unwrap_model(self.model))
         own: Any = self.data_collator
         collator = own.collator
 
         def states_of(batch: list[int]) -> list[Tensor]:
             inputs = self._prepare_inputs(collator([dataset[index] for index in batch]))
             model = self.accelerator.unwrap_model(self.model).eval()
-            with torch.no_grad(), self.accelerator.autocast():
+            # FSDP2 has a precision of its own for the layers, as in the forwards that train.
+            autocast = nullcontext() if sharded else self.accelerator.autocast()
+            with torch.no_grad(), autocast:
                 hidden = model.training_hidden_states(**inputs)
             mask = inputs.get("attention_mask")
             sizes = [lengths[index] for index in batch]
@@ -103,7 +109,9 @@ class CachingTrainer(CheckpointedTrainer):
             made_of = (name, digest, self._backbone_state())
             if self._memory.get(name, (None, None))[0] != made_of:
                 dtype, progress = self.args.cache_hidden_dtype, not self.args.disable_tqdm
-                states = MemoryCache(lengths, _batches(loader), states_of, dtype, progress)
+                states = MemoryCache(
+                    lengths, _batches(loader), states_of, dtype, progress, together=sharded
+                )
                 self._memory[name] = made_of, states
             rows.cache = self._memory[name][1]
             return loader
@@ -123,6 +131,7 @@ class CachingTrainer(CheckpointedTrainer):
             states_of,
             self.args.cache_hidden_dtype,
             progress=not self.args.disable_tqdm,
+            together=sharded,
         )
         return loader
 
@@ -139,16 +148,21 @@ class CachingTrainer(CheckpointedTrainer):
         return None
 
     def _backbone_identity(self) -> str:
-        """Hashed again only when a parameter has changed: reading all of them takes seconds."""
+        """Hashed again only when a parameter has changed: reading all of them takes seconds. Of a
+        backbone that will be sharded, before that, on the process that has surely loaded it.
+        """
         model = self.accelerator.unwrap_model(self.model)
         now = self._backbone_state()
         if self._backbone is None or self._backbone[0] != now:
-            self._backbone = now, backbone_identity(model)
+            found = [backbone_identity(model) if self.accelerator.is_main_process else None]
+            self._backbone = now, broadcast_object_list(found)[0]
         return self._backbone[1]
 
     def _backbone_state(self) -> list[tuple]:
-        """Changes when a parameter of the backbone does."""
+        """Changes when a parameter of the backbone does. A sharded one stays as it is."""
         model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled:
+            return []
         return [(p.data_ptr(), p.dtype, p._version) for p in model.get_decoder().parameters()]
 
 

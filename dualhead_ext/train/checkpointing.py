@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import Trainer
@@ -22,9 +23,11 @@ from ..files import checkpoint
 from ..files.atomic import locked
 from ..files.checkpoint import CheckpointError, LostProcessError, SaveError
 from ..files.state_file import load_state, save_state
+from ..model.backbones import module_name
 from ..model.fingerprint import check_fingerprint
 from ..model.head_files import load_head_state
 from ..model.head_folder import CONFIG_NAME, WEIGHTS_NAME, read_head_folder
+from ..model.shards import is_sharded, own_share, whole_state
 from .arguments import DualHeadTrainingArguments
 from .state import (
     agree_on,
@@ -48,6 +51,7 @@ class CheckpointedTrainer(Trainer):
     args: DualHeadTrainingArguments
     _train_totals: Tensor | None = None  # of this process, since the last log
     _saving_tried = False
+    _parameters: list[list[nn.Parameter]]  # of the optimizer's groups
 
     # --- saving ---
 
@@ -69,7 +73,10 @@ class CheckpointedTrainer(Trainer):
             SaveError: saving failed; the message says why, and which checkpoint is complete.
         """
         with _saying_what_is_safe("the heads", Path(self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)
+            if (heads := self._whole_heads()) is None:
+                super().save_model(output_dir, _internal_call)
+            else:
+                self._save(output_dir, heads)
 
     def try_saving(self) -> None:
         """Write a checkpoint without optimizer to a hidden folder and remove it, so that errors of
@@ -80,13 +87,14 @@ class CheckpointedTrainer(Trainer):
         """
         self._saving_tried = True
         run_dir, own = Path(self.args.output_dir), {"random": random_state(self.args.device)}
+        heads = self._whole_heads()
         with agree_on("a trial save"):
             if not self.args.should_save:
                 return
             staging = None
             try:
                 staging = checkpoint.begin(run_dir, 0)
-                self._save(str(staging))
+                self._save(str(staging), heads)
                 if self.train_dataset is not None:
                     data = data_state(self.train_dataset, self.args)
                     save_state(staging / PROGRESS_NAME, {"processes": [own], "data": data})
@@ -108,12 +116,13 @@ class CheckpointedTrainer(Trainer):
         if best and (best == step or (run_dir / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
         own = {"random": random_state(self.args.device), "totals": self._train_totals}
-        progress = gather_object([own])
+        progress, heads = gather_object([own]), self._whole_heads()
+        optimizer = whole_state(self.optimizer.state_dict(), self.args.should_save)
         with agree_on(f"saving checkpoint-{step}"):
             if self.args.should_save:
                 with _saying_what_is_safe(f"checkpoint-{step}", run_dir):
                     with checkpoint.staged(run_dir, step, self._required()) as folder:
-                        self._write_checkpoint(folder, progress)
+                        self._write_checkpoint(folder, progress, heads, optimizer)
                     if self.args.save_total_limit:
                         kept = self.state.best_model_checkpoint
                         limit = self.args.save_total_limit
@@ -124,12 +133,29 @@ class CheckpointedTrainer(Trainer):
         names = (CONFIG_NAME, WEIGHTS_NAME, ARGUMENTS_NAME, STATE_NAME)
         return names if self.args.save_only_model else (*names, OPTIMIZER_NAME, PROGRESS_NAME)
 
-    def _write_checkpoint(self, folder: Path, progress: list[dict[str, Any]]) -> None:
-        self._save(str(folder))
+    def _whole_heads(self) -> dict[str, Tensor] | None:
+        """The state of the heads of a sharded model, by the model's names, on the processes that
+        write; None: the model has them itself. Collective.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not is_sharded(model):
+            return None
+        head = model.lm_head_module
+        state = head.state_dict(prefix=f"{module_name(model, head)}.")
+        return whole_state(state, self.args.should_save)
+
+    def _write_checkpoint(
+        self,
+        folder: Path,
+        progress: list[dict[str, Any]],
+        heads: dict[str, Tensor] | None,
+        optimizer: dict[str, Any],
+    ) -> None:
+        self._save(str(folder), heads)
         if not self.args.save_only_model:
             scaler = self.accelerator.scaler
             state = {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
@@ -159,7 +185,7 @@ class CheckpointedTrainer(Trainer):
         Raises:
             SaveError: a trial save before the first step, or a checkpoint, failed.
             ValueError: no whole checkpoint; it holds no state to resume from; other data, order,
-                optimizer or number of processes than it was written with.
+                optimizer or rows a step than it was written with.
             CheckpointError: it is damaged.
             BusyFolderError: another run writes to ``args.output_dir``.
             LostProcessError: another process of the run has ended.
@@ -201,6 +227,7 @@ class CheckpointedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
+            self._prepared()
             super()._run_epoch(*args, **kwargs)
 
     def _resumable(self, asked: str | os.PathLike | Literal[True]) -> str:
@@ -217,11 +244,11 @@ class CheckpointedTrainer(Trainer):
                     "run cannot go on from it"
                 )
         progress = load_state(Path(path) / PROGRESS_NAME)
-        processes, device = progress["processes"], progress["processes"][0]["random"]["device"]
-        if len(processes) != self.args.world_size or device != self.args.device.type:
+        device = progress["processes"][0]["random"]["device"]
+        if device != self.args.device.type:
             raise ValueError(
-                f"{path}: has the random numbers of {len(processes)} processes on {device}, this "
-                f"run has {self.args.world_size} on {self.args.device.type}"
+                f"{path}: has the random numbers of a run on {device}, this one is on "
+                f"{self.args.device.type}"
             )
         if not self.args.ignore_data_skip:
             current = data_state(self.train_dataset, self.args)
@@ -252,7 +279,8 @@ class CheckpointedTrainer(Trainer):
             return
         state = load_state(Path(checkpoint) / OPTIMIZER_NAME)
         _check_optimizer(state["optimizer"], self.optimizer.state_dict(), checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._prepared()
+        self.optimizer.load_state_dict(self._own_shares(state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["scheduler"])
         scaler = self.accelerator.scaler
         if (scaler is None) != (state["scaler"] is None):
@@ -260,15 +288,45 @@ class CheckpointedTrainer(Trainer):
         if scaler is not None:
             scaler.load_state_dict(state["scaler"])
 
+    def _own_shares(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Of a whole optimizer's state what this process holds."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        shares = {
+            index: {
+                name: own_share(value, parameters[index]) if isinstance(value, Tensor) else value
+                for name, value in of_parameter.items()
+            }
+            for index, of_parameter in state["state"].items()
+        }
+        return state | {"state": shares}
+
+    def _prepared(self) -> None:
+        """Take back what accelerate and transformers do to a sharded model and its optimizer."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not is_sharded(model):
+            return
+        # The optimizer's parameters were replaced by those that have their data's address, which
+        # all empty shards share.
+        for group, parameters in zip(self.optimizer.param_groups, self._parameters, strict=True):
+            group["params"] = list(parameters)
+        # generate() was made a forward of its own: at its end it would split the heads, in the
+        # middle of whole_heads.
+        vars(model).pop("generate", None)
+
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Do nothing: :meth:`_load_optimizer_and_scheduler` loads the gradient scaler."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        own = load_state(Path(checkpoint) / PROGRESS_NAME)["processes"][self.args.process_index]
+        processes = load_state(Path(checkpoint) / PROGRESS_NAME)["processes"]
+        rank, count = self.args.process_index, len(processes)
+        own = processes[rank % count]
         set_random_state(own["random"], self.args.device)
         totals = own["totals"]
+        if count != self.args.world_size:  # the first process takes over what all have not logged
+            found = [process["totals"] for process in processes if process["totals"] is not None]
+            totals = torch.stack(found).sum(0) if found and rank == 0 else None
         self._train_totals = None if totals is None else totals.to(self.args.device)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.collate import texts_of
 from ..head.calibration import mean_kl
+from ..model.shards import whole_heads
 
 # The number of hidden states, and the most rows that are read to get them.
 STATES, ROWS = 64, 16
@@ -30,18 +31,20 @@ class GateProbe:
     def __init__(self, model: Any, rows: Any, count: int = STATES) -> None:
         self._model = model
         texts = (text for index in range(min(len(rows), ROWS)) for text in texts_of(rows[index]))
-        self._texts = list(response_states(model, texts, count))
+        with whole_heads(model):
+            self._texts = list(response_states(model, texts, count))
 
     @torch.no_grad()
     def __call__(self) -> tuple[float, float]:
         """(KL in nats per token, mean alpha) with the current heads."""
         head = self._model.lm_head_module
         hidden, gate_logit = [], []
-        for states, predicts in self._texts:
-            hidden.append(states[0, predicts])
-            gate_logit.append(head.gate(states)[0, predicts])
-        logits = torch.cat(gate_logit)
-        kl = mean_kl(head, torch.cat(hidden), logits)
+        with whole_heads(self._model):
+            for states, predicts in self._texts:
+                hidden.append(states[0, predicts])
+                gate_logit.append(head.gate(states)[0, predicts])
+            logits = torch.cat(gate_logit)
+            kl = mean_kl(head, torch.cat(hidden), logits)
         return float(kl.mean()), float(torch.sigmoid(logits.float()).mean())
 
 

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from ..data.collate import batch_order, texts_of
 from ..files.foreign import brief
+from .state import in_step
 
 FORMAT, FORMAT_VERSION = "dualhead-hidden-states", 2
 INDEX_NAME = "index.json"
@@ -254,6 +255,7 @@ class MemoryCache:
         batches: rows to compute together; rows in no batch are added at the end.
         states_of: maps the rows of a batch to the hidden states (tokens of all texts, d) of each.
         dtype: one of `STORAGE_DTYPES`. progress: show a bar.
+        together: ``states_of`` needs all processes at once.
     """
 
     def __init__(
@@ -263,13 +265,15 @@ class MemoryCache:
         states_of: Callable[[list[int]], list[Tensor]],
         dtype: str = AS_COMPUTED,
         progress: bool = False,
+        together: bool = False,
     ) -> None:
         self._lengths = lengths
         self._states: list[Tensor | None] = [None] * len(lengths)
         size = len(batches[0]) if batches else 1
         rest = sorted(set(range(len(lengths))).difference(*batches))
         rest_batches = [rest[i : i + size] for i in range(0, len(rest), size)]
-        bar = tqdm([*batches, *rest_batches], "hidden states", disable=not progress)
+        work = in_step([*batches, *rest_batches], [0], together)
+        bar = tqdm(work, "hidden states", disable=not progress)
         for batch in bar:
             for row, states in zip(batch, states_of(batch), strict=True):
                 if self._states[row] is None:

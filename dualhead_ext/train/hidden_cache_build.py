@@ -35,7 +35,7 @@ from .hidden_cache import (
     HiddenCache,
     UnusableCacheError,
 )
-from .state import agree_on
+from .state import agree_on, in_step
 
 SHARD_BYTES = 256 * 2**20  # a process writes a shard when its hidden states reach this size
 # Upper bounds: a shard's header plus its entry in the index; a row's number.
@@ -55,6 +55,7 @@ def open_or_build(
     states_of: Callable[[list[int]], list[Tensor]],
     dtype: str = AS_COMPUTED,
     progress: bool = True,
+    together: bool = False,
 ) -> HiddenCache:
     """The cache in a folder; it is built first if necessary. Collective: each process computes its
     own batches, and the main one writes the index when all have finished.
@@ -64,6 +65,7 @@ def open_or_build(
         batches: rows of the batches of this process; rows in no batch are added at the end.
         states_of: maps the rows of a batch to the hidden states (tokens of all texts, d) of each.
         dtype: one of `STORAGE_DTYPES`. progress: show a bar.
+        together: ``states_of`` needs all processes at once.
     Raises:
         OSError: too little room on the disk (nothing is written), or writing failed (written files
             are removed).
@@ -73,12 +75,15 @@ def open_or_build(
 
     folder, main = Path(folder), PartialState().is_main_process
     shares = _shares(gather_object([batches]), len(lengths))
-    share = shares[PartialState().process_index]
+    share = [part for part in shares[PartialState().process_index] if part[1]]
     build = _Build(folder, identity, lengths, states_of, dtype)
+    if together:
+        build.example = states_of(share[0][0] if share else [0])[0]
+        share = in_step(share, ([0], []), together)
     with contextlib.ExitStack() as held:
         with agree_on(f"preparing {folder}"):
             if main:
-                build.prepare(share[0][0], held)
+                build.prepare(shares[0][0][0], held)
         build.token = broadcast_object_list([build.token])[0]
         if build.token is not None:
             with build.or_remove():
@@ -130,6 +135,7 @@ class _Build:
         self._pending: list[Tensor] = []  # their hidden states
         self._bytes = 0  # the size of those
         self._process = 0
+        self.example: Tensor | None = None  # states of a row, where one process cannot make them
         self._computed: torch.dtype | None = None
 
     # --- before ---
@@ -140,7 +146,7 @@ class _Build:
         """
         if self._problem() is None:
             return
-        states = self.states_of(first)[0]
+        states = self.states_of(first)[0] if self.example is None else self.example
         size = self._stored(states.dtype).itemsize * states.shape[1]
         size = size * sum(map(sum, self.lengths)) + _ROW_OVERHEAD * len(self.lengths)
         size += _SHARD_OVERHEAD * (2 + size // SHARD_BYTES)
@@ -196,7 +202,6 @@ class _Build:
     ) -> None:
         """Compute and write this process's share: (rows of a batch, rows of it to store)."""
         self._process = process
-        share = [(batch, kept) for batch, kept in share if kept]
         for batch, kept in tqdm(share, "caching hidden states", disable=not progress):
             states = dict(zip(batch, self.states_of(batch), strict=True))
             for row in kept:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,17 @@ def agree_on(action: str) -> Iterator[None]:
     if any(text is not None for text in problems):
         text = next(text for text in problems if text is not None)
         raise RuntimeError(f"DualHeadTrainer: {action} failed on another process: {text}")
+
+
+def in_step(work: list[Any], nothing: Any, together: bool) -> list[Any]:
+    """Work that ends with ``nothing`` until all processes have as much, where each piece needs all
+    of them.
+    """
+    from accelerate.utils import gather_object
+
+    if not together:
+        return work
+    return work + [nothing] * (max(gather_object([len(work)])) - len(work))
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -94,7 +106,11 @@ def data_state(dataset: Any, args: Any) -> dict[str, Any]:
 
 
 def check_data_state(stored: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless a resumed run would continue with the right next examples."""
+    """Raise ValueError unless a resumed run would continue with the right next examples. Another
+    number of processes must take as many rows per step.
+    """
+    if stored.get("processes") != current["processes"]:
+        stored, current = _by_step(stored), _by_step(current)
     differing = [
         f"{name} was {stored.get(name)!r}, is {value!r}"
         for name, value in current.items()
@@ -105,6 +121,12 @@ def check_data_state(stored: dict[str, Any], current: dict[str, Any], where: str
             f"{where}: cannot be resumed with the same data in the same order: "
             f"{'; '.join(differing)}. ignore_data_skip=True resumes anyway"
         )
+
+
+def _by_step(state: dict[str, Any]) -> dict[str, Any]:
+    names = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+    rest = {name: value for name, value in state.items() if name not in names}
+    return rest | {"the number of rows a step": math.prod(state[name] for name in names)}
 
 
 def _rows_hash(dataset: Sequence[dict[str, Any]]) -> str:

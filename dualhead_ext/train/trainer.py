@@ -26,10 +26,12 @@ from ..loss.terms import UNTAUGHT_GATE, LossCounts, metrics_of_totals
 from ..model.causal_lm import DualHeadForCausalLM
 from ..model.packing import packed_rows
 from ..model.pretrained import untie_lm_head
+from ..model.shards import copy_whole, is_sharded, whole_heads
 from .arguments import DualHeadTrainingArguments
-from .engines import refuse_engines, refuse_lone_processes
+from .engines import refuse_engines, refuse_ignored_fsdp, refuse_lone_processes
 from .gate_probe import ROWS, STATES, GateProbe
-from .hidden_cache import HiddenCollator
+from .hidden_cache import AUTO, IN_MEMORY, HiddenCollator
+from .sharding import shard
 from .state import agree_on
 from .streaming import StreamingTrainer, first_rows
 from .token_limits import check_limits, row_check
@@ -98,7 +100,7 @@ class DualHeadTrainer(StreamingTrainer):
     ``{"prompt", "responses", "scores"[, "objective"]}`` (see
     :func:`dualhead_ext.data.load_preference_data`), tokenised here with ``processing_class``, or
     rows that are tokenised already. Everything else is transformers' Trainer: accumulation, mixed
-    precision, DDP (torchrun), schedules, callbacks.
+    precision, DDP (torchrun), FSDP2 (:mod:`dualhead_ext.train.sharding`), schedules, callbacks.
 
     Logs and evaluations hold ``loss``, ``lm_loss``, ``preference_loss``, ``gate_loss`` and the
     metrics that TRL users know (`loss.terms.metrics_of_totals`), as means over all examples of all
@@ -129,7 +131,7 @@ class DualHeadTrainer(StreamingTrainer):
     Raises:
         TypeError: a model without gated head, other arguments, a dataset without length.
         ValueError: rows that need a tokenizer where none is given, an empty dataset, several
-            devices in one process, DeepSpeed or FSDP.
+            devices in one process, DeepSpeed or FSDP1.
     """
 
     def __init__(
@@ -188,14 +190,23 @@ class DualHeadTrainer(StreamingTrainer):
         )
         refuse_engines("DualHeadTrainer", args, self.accelerator)
         refuse_lone_processes("DualHeadTrainer", self.accelerator)
+        refuse_ignored_fsdp("DualHeadTrainer", args, self.accelerator)
         # The loss is divided by the counts of the whole accumulated batch, not per micro-batch.
         # Release 5.17 reads the first, later ones the second.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._check_limits("train_dataset", self.train_dataset)
         self._check_limits("eval_dataset", self.eval_dataset)
+        if self.is_fsdp_enabled:
+            self._shard()
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def _shard(self) -> None:
+        """Split the model over the processes, after all that takes it whole."""
+        if self.args.cache_hidden not in (None, AUTO, IN_MEMORY):
+            self._backbone_identity()
+        shard(self.model, self.accelerator)
 
     def _tokenized(self, name: str, rows: Any) -> Any:
         """Tokenised and checked rows for the collator; rows already tokenised are unchanged."""
@@ -278,15 +289,20 @@ class DualHeadTrainer(StreamingTrainer):
             logger.warning(
                 "calibrate: no eval_dataset; the KL is measured on prompts that were trained on"
             )
-        found: list[Any] = [None]
-        head = self.accelerator.unwrap_model(self.model).lm_head_module
-        with agree_on("calibrating"):
-            if self.accelerator.is_main_process:
+        model = self.accelerator.unwrap_model(self.model)
+        reward_head, found = model.lm_head_module.reward_head, [None]
+        with agree_on("calibrating"), whole_heads(model):
+            # A sharded model's forwards take all processes, each with the same rows and seed.
+            if self.accelerator.is_main_process or is_sharded(model):
                 found = [self._calibrate(rows)]
+            scaled = [broadcast(p.data) for p in reward_head.parameters()]
+            if is_sharded(model):
+                scaled = [value.clone() for value in scaled]
+        if is_sharded(model):
+            for parameter, value in zip(reward_head.parameters(), scaled, strict=True):
+                copy_whole(parameter, value)
         curve = broadcast_object_list(found)[0]
-        for parameter in head.reward_head.parameters():
-            broadcast(parameter.data)
-        head.config.kl_curve = curve
+        model.dual_head_config.kl_curve = curve
         return curve
 
     @torch.no_grad()
@@ -316,8 +332,12 @@ class DualHeadTrainer(StreamingTrainer):
         """As in transformers, with ``gate_learning_rate`` for the gate."""
         made, rate = self.optimizer is None, self.args.gate_learning_rate
         optimizer = super().create_optimizer(*args, **kwargs)
-        if not made or rate is None:
-            return optimizer
+        if made and rate is not None:
+            self._split_off_gate(optimizer, rate)
+        self._parameters = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    def _split_off_gate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         gate = set(self.accelerator.unwrap_model(self.model).lm_head_module.gate.parameters())
         for group in list(optimizer.param_groups):
             own = [p for p in group["params"] if p in gate]
@@ -325,7 +345,6 @@ class DualHeadTrainer(StreamingTrainer):
             if own:
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-        return optimizer
 
     # --- the objective ---
 
@@ -363,8 +382,11 @@ class DualHeadTrainer(StreamingTrainer):
         model's forward. num_items_in_batch: from :meth:`get_batch_samples`.
         """
         training = model.training
+        plain = self.accelerator.unwrap_model(model)
         if training:  # the backbone is frozen: no dropout
-            self.accelerator.unwrap_model(model).eval()
+            plain.eval()
+        if is_sharded(plain):  # the heads stay whole from a loss to its gradients
+            plain.set_reshard_after_forward(not training, recurse=False)
         options = self.args.loss_arguments()
         if num_items_in_batch is not None:
             counts = cast(Tensor, num_items_in_batch)  # ours: see get_batch_samples
@@ -409,8 +431,10 @@ class DualHeadTrainer(StreamingTrainer):
             totals = self.accelerator.reduce(self._train_totals, "sum")
             self._train_totals = None
             logs |= metrics_of_totals(totals, self.args.loss_options)
-            if self.args.log_kl and "kl" not in logs and self.is_world_process_zero():
-                logs["kl"] = self._log_probe()[0]
+            if self.args.log_kl and "kl" not in logs:
+                model = self.accelerator.unwrap_model(self.model)
+                if self.is_world_process_zero() or is_sharded(model):
+                    logs["kl"] = self._log_probe()[0]
             self._warn_of_collapse(logs)
         super().log(logs, start_time)
 

@@ -166,8 +166,8 @@ def trained():
 
     model = DualHeadForCausalLM
     with pytest.MonkeyPatch.context() as patch:
-        backbone = spy("backbone", model.training_hidden_states)
-        patch.setattr(model, "training_hidden_states", backbone)
+        backbone = spy("backbone", model._hidden_states)
+        patch.setattr(model, "_hidden_states", backbone)
         for name, module in (("fused", chunked), ("eager", eager_loss)):
             patch.setattr(module, "dual_head_loss", spy(name, module.dual_head_loss))
         result = training.run_case(training_cases.tiny_case(), seconds=0, min_rounds=3)

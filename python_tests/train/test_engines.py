@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that shard a model are refused by what is really set, before anything is trained."""
+"""Engines that the heads do not train under are refused by what is really set, before anything is
+trained. FSDP2 is in test_sharding.py.
+"""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from tiny_models import make_backbone, make_model
 from torch import distributed, nn
 from torchrun import run_in_two_processes
@@ -13,23 +15,21 @@ from trainer_cases import arguments, make_trainer
 
 import dualhead_ext as dh
 from dualhead_ext.files.checkpoint import latest_checkpoint, verify
-from dualhead_ext.train.engines import refuse_engines
+from dualhead_ext.train.engines import refuse_engines, refuse_ignored_fsdp
 
 
-@pytest.mark.parametrize(
-    "options", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard"}]
-)
-def test_by_an_argument(tmp_path, options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* cannot train heads.*torchrun"):
-        arguments(tmp_path, **options)
+def test_by_an_argument(tmp_path):
+    with pytest.raises(ValueError, match=r"deepspeed=.* cannot train heads.*fsdp_version: 2"):
+        arguments(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
     arguments(tmp_path)  # nothing of it stays in the environment
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_by_the_environment_that_accelerate_launch_sets(tmp_path, monkeypatch, name):
     args = arguments(tmp_path)
+    monkeypatch.setenv("FSDP_VERSION", "1")
     monkeypatch.setenv(name, "true")
-    message = f"{name}=true, from accelerate launch.* cannot train heads"
+    message = f"{name}=true.*, from accelerate launch.* cannot train heads"
     with pytest.raises(ValueError, match=f"DualHeadTrainingArguments: .*{message}"):
         arguments(tmp_path)
     with pytest.raises(ValueError, match=f"DualHeadTrainer: .*{message}"):
@@ -38,14 +38,33 @@ def test_by_the_environment_that_accelerate_launch_sets(tmp_path, monkeypatch, n
     make_trainer(tmp_path)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_by_the_state_of_accelerate(tmp_path, monkeypatch, engine):
+def test_by_the_state_of_accelerate(tmp_path):
     """As on a GPU, where accelerate keeps the plugin; on a CPU it drops FSDP's."""
     trainer = make_trainer(tmp_path)
-    state = SimpleNamespace(**{f"{engine}_plugin": object()})
-    found = SimpleNamespace(state=state, distributed_type=DistributedType(engine.upper()))
-    with pytest.raises(ValueError, match=f"accelerate's {engine}_plugin.* cannot train heads"):
-        refuse_engines("DualHeadTrainer", trainer.args, found)
+
+    def refused(engine, **plugin):
+        state = SimpleNamespace(**{f"{engine}_plugin": SimpleNamespace(**plugin)})
+        found = SimpleNamespace(state=state, distributed_type=DistributedType(engine.upper()))
+        with pytest.raises(ValueError) as error:
+            refuse_engines("DualHeadTrainer", trainer.args, found)
+        return str(error.value)
+
+    assert "accelerate's deepspeed_plugin) cannot train heads" in refused("deepspeed")
+    assert "FSDP1 (accelerate's fsdp_plugin) cannot train heads" in refused("fsdp", fsdp_version=1)
+    plain = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="SIZE_BASED_WRAP")
+    assert "SIZE_BASED_WRAP is not supported" in refused("fsdp", **vars(plain))
+    plain = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)
+    assert "offload_params (cpu_offload) is not supported" in refused("fsdp", **vars(plain))
+
+
+def test_fsdp_that_accelerate_leaves_out(tmp_path):
+    """On CPUs: two processes that were to share a model would each hold it whole."""
+    args = SimpleNamespace(fsdp=True)
+    state, device = SimpleNamespace(), SimpleNamespace(type="cpu")
+    two = SimpleNamespace(state=state, num_processes=2, device=device)
+    with pytest.raises(ValueError, match="accelerate leaves it out on a device of the kind 'cpu'"):
+        refuse_ignored_fsdp("DualHeadTrainer", args, two)
+    refuse_ignored_fsdp("DualHeadTrainer", SimpleNamespace(fsdp=None), two)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there, accelerate joins them")

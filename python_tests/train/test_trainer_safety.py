@@ -69,8 +69,8 @@ def test_an_incomplete_checkpoint_is_not_finished(tmp_path):
     trainer = make_trainer(tmp_path, **SAVE)
     write = trainer._write_checkpoint
 
-    def lose_heads(folder, progress):
-        write(folder, progress)
+    def lose_heads(folder, *state):
+        write(folder, *state)
         (folder / "dualhead_model.safetensors").unlink()
 
     trainer._write_checkpoint = lose_heads
