@@ -116,6 +116,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train on the first N rows, and measure on at most N",
     )
+    data.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read --data while training, for data that do not fit in memory; needs --max-steps",
+    )
     data.add_argument("--output", required=True, help="folder for heads and checkpoints")
     data.add_argument(
         "--resume",

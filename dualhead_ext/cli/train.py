@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shlex
 import signal
 import sys
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..config import DualHeadConfig
-from ..data import EMBEDDED, PAIRS, RANKED, PreferenceData, load_preference_data
+from ..data import PAIRS, RANKED
 from ..files.atomic import BusyFolderError
 from ..files.checkpoint import LostProcessError, SaveError
 from ..model.builtin_backbones import BUILTIN_BACKBONES, backbone_path
 from ..train.presets import head_of
+from . import training_data
 from .errors import UserError, argument, one_line
 from .models import check_backbone, check_device, loading, quiet_transformers
 from .training_options import TRAINING_OPTIONS
@@ -49,7 +49,10 @@ def _train(arguments: Namespace) -> int | None:
     # Checks without torch come first, so that a mistyped path is reported at once.
     _check_output(arguments)
     check_backbone("--backbone", arguments.backbone)
-    rows, held_out = _load_pairs(arguments)
+    # rows: those that are shown and measured on. data: those that are trained on.
+    data, rows, held_out = (training_data.stream if arguments.streaming else training_data.load)(
+        arguments
+    )
     with argument():
         quiet_transformers(arguments.backbone)
         from ..data.rendering import is_raw
@@ -58,9 +61,10 @@ def _train(arguments: Namespace) -> int | None:
         from .interruption import StopAfterStep, Stopped
         from .progress import ProgressBars
     check_device(arguments.device)
-    trainer = _make_trainer(arguments, rows, held_out)
-    unit = RANKED if "responses" in rows[0] else PAIRS
-    print(f"{len(rows)} {unit} to train on, {len(held_out)} held out", flush=True)
+    trainer = _make_trainer(arguments, data, held_out)
+    amount = RANKED if "responses" in rows[0] else PAIRS
+    amount = f"a stream of {amount}" if arguments.streaming else f"{len(rows)} {amount}"
+    print(f"{amount} to train on, {len(held_out)} held out", flush=True)
     if is_raw(rows[0]["prompt"], trainer.processing_class):
         print(
             "the prompts are plain text and are trained on without the backbone's chat template, "
@@ -69,7 +73,8 @@ def _train(arguments: Namespace) -> int | None:
             flush=True,
         )
     if trainer.args.cache_hidden is not None:
-        print("the backbone's hidden states are computed once", flush=True)
+        if not arguments.streaming:
+            print("the backbone's hidden states are computed once", flush=True)
         with argument("--cache-hidden"):
             trainer.cache_hidden()
     with argument("--output"):
@@ -114,7 +119,7 @@ def _train(arguments: Namespace) -> int | None:
     with argument("--output"):
         curves = ""
         if trainer.is_world_process_zero():
-            training_files.write_card(arguments, trainer, rows, held_out, after)
+            training_files.write_card(arguments, trainer, amount, held_out, after)
             curves = training_files.write_plot(
                 arguments.output, history, trainer.state.global_step, before, after
             )
@@ -182,59 +187,7 @@ def _check_output(arguments: Namespace) -> None:
             )
 
 
-def _load_pairs(arguments: Namespace) -> tuple[list[dict], list[dict]]:
-    """(rows to train on, held-out rows)."""
-    with argument("--data"):
-        rows: Any = load_preference_data(arguments.data, arguments.split)
-    held_out: Any = []
-    if arguments.eval_data is not None:
-        with argument("--eval-data"):
-            held_out = load_preference_data(arguments.eval_data)
-    elif (
-        arguments.data == EMBEDDED
-        and arguments.split in (None, "train")
-        and arguments.eval_share > 0
-    ):
-        held_out = load_preference_data(EMBEDDED, "test")
-    elif arguments.eval_share > 0:
-        rows, held_out = hold_out(rows, arguments.eval_share)
-    # The limit applies to both, so that a small run does not spend its time on measuring.
-    rows, held_out = rows[: arguments.limit], held_out[: arguments.limit]
-    if not rows:
-        raise UserError(
-            f"--eval-share: expected a share that leaves pairs for training, got "
-            f"{arguments.eval_share:g} of {len(held_out)} pairs"
-        )
-    highest = max(row.get("objective", 0) for row in [*rows, *held_out])
-    if highest >= arguments.num_objectives:
-        raise UserError(
-            f"--num-objectives: expected at least {highest + 1}, since the data have pairs of "
-            f"objective {highest}, got {arguments.num_objectives}"
-        )
-    return list(rows), list(held_out)
-
-
-def hold_out(rows: PreferenceData, share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """Split rows into (training rows, held-out rows), about ``share`` of them held out. All rows of
-    a prompt are on the same side.
-    """
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(json.dumps(row["prompt"]), []).append(row)
-    order = sorted(groups)
-    random.Random(seed).shuffle(order)
-    held_out: list[dict] = []
-    wanted = max(1, round(share * len(rows)))
-    chosen = set()
-    for prompt in order:
-        if len(held_out) >= wanted:
-            break
-        held_out += groups[prompt]
-        chosen.add(prompt)
-    return [row for row in rows if json.dumps(row["prompt"]) not in chosen], held_out
-
-
-def _make_trainer(arguments: Namespace, rows: list[dict], held_out: list[dict]) -> DualHeadTrainer:
+def _make_trainer(arguments: Namespace, rows: Any, held_out: list[dict]) -> DualHeadTrainer:
     import torch
     from transformers import AutoTokenizer
 

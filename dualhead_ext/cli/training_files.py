@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data import PAIRS, RANKED
 from ..eval.metrics import longer_is_better
 from ..files.atomic import replace_files
 from ..model.sharing import Training, describe_training
@@ -51,19 +50,20 @@ def write_plot(
 def write_card(
     arguments: Namespace,
     trainer: DualHeadTrainer,
-    rows: list[dict[str, Any]],
+    rows: str,
     held_out: list[dict[str, Any]],
     after: Figures,
 ) -> None:
     """Write the model card again, with the training data and the measured accuracy.
 
+    Args:
+        rows: how many of what kind, in words.
     Raises:
         OSError: the disk.
     """
-    unit = RANKED if "responses" in rows[0] else PAIRS
     facts = Training(
         data=_public_name(arguments.data),
-        rows=f"{len(rows)} {unit}",
+        rows=rows,
         steps=trainer.state.global_step,
         kl=after.kl,
         alpha=after.alpha,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -96,6 +97,55 @@ def rows_of(
     )
 
 
+def stream_of(function: str, source: str | os.PathLike, split: str | None) -> Any:
+    """A ``datasets.IterableDataset`` of a file, a URL, a folder or a dataset on the hub.
+
+    Raises:
+        as :func:`dualhead_ext.data.load_preference_data`; a broken row is found when it is read.
+    """
+    name = os.path.expanduser(os.fspath(source))
+    datasets = _library(function, "a stream needs")
+    with _saying_what_failed(function, name):
+        return _open_stream(datasets, name, split)
+
+
+@contextlib.contextmanager
+def _saying_what_failed(function: str, name: str) -> Iterator[None]:
+    """Errors of the datasets library as those of ``function``."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{function}: there is no file {name} ({error})") from error
+    except ImportError as error:
+        raise ImportError(f"{function}: {name} needs another package ({error})") from error
+    except Exception as error:  # its type depends on the file system
+        raise ValueError(f"{function}: {name} cannot be read ({error})") from error
+
+
+def _open_stream(datasets: Any, name: str, split: str | None) -> Any:
+    if os.path.isdir(name) and {"dataset_info.json", "state.json"} <= set(os.listdir(name)):
+        return datasets.load_from_disk(name).to_iterable_dataset()
+    is_file = _URL.match(name) or os.path.isfile(name) or name.endswith(_SUFFIXES)
+    if not is_file:
+        return datasets.load_dataset(name, split=split or "train", streaming=True)
+    if split is not None:
+        raise ValueError(f"split must be None for a file, got {split!r}")
+    reader, options = _reader(name)
+    return datasets.load_dataset(reader, data_files=name, split="train", streaming=True, **options)
+
+
+def _reader(name: str) -> tuple[str, dict[str, Any]]:
+    """How the datasets library reads a file of this name, or a URL."""
+    path = Path(name.partition("?")[0])
+    path = path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path
+    if path.suffix not in _READERS:
+        raise ValueError(
+            f"{name} must name a file that ends in {', '.join(_READERS)} (or .gz, .bz2, .xz after "
+            f"it), got {path.suffix or 'no ending'!r}"
+        )
+    return _READERS[path.suffix]
+
+
 def rows_in(data: Any) -> Rows | None:
     """The rows of data in memory: a sequence of dicts, a datasets.Dataset or a pandas DataFrame;
     None for anything else.
@@ -153,26 +203,8 @@ def _folder_rows(
 
 def _url_rows(function: str, url: str) -> Iterator[tuple[int, Row]]:
     """The rows of the file at a URL, as the datasets library streams them."""
-    path = Path(url.partition("?")[0])
-    path = path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path
-    if path.suffix not in _READERS:
-        raise ValueError(
-            f"{function}: {url} must name a file that ends in {', '.join(_READERS)} (or .gz, .bz2, "
-            f".xz after it), got {path.suffix or 'no ending'!r}"
-        )
-    datasets = _library(function, f"{url} needs")
-    reader, options = _READERS[path.suffix]
-    try:
-        rows = datasets.load_dataset(
-            reader, data_files=url, split="train", streaming=True, **options
-        )
-        yield from enumerate(rows)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{function}: there is no file {url} ({error})") from error
-    except ImportError as error:
-        raise ImportError(f"{function}: {url} needs another package ({error})") from error
-    except Exception as error:  # its type depends on the file system
-        raise ValueError(f"{function}: {url} cannot be read ({error})") from error
+    with _saying_what_failed(function, url):
+        yield from enumerate(_open_stream(_library(function, f"{url} needs"), url, None))
 
 
 # --- files ----------------------------------------------------------------------------------------

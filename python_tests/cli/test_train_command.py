@@ -19,7 +19,7 @@ from terminal import Terminal
 
 import dualhead_ext as dh
 from dualhead_ext import cli
-from dualhead_ext.cli import train_config, training_options, training_summary
+from dualhead_ext.cli import train_config, training_data, training_options, training_summary
 from dualhead_ext.cli.interruption import StopAfterStep
 from dualhead_ext.cli.progress import log_line
 from dualhead_ext.cli.train import _training_arguments, resuming_command
@@ -214,6 +214,41 @@ def test_the_line_of_a_log_says_ties():
 def parsed(*argv):
     parser = cli.build_parser()
     return parser.parse_args(cli._with_config(["train", *map(str, argv)], parser))
+
+
+def test_a_stream_is_read_while_it_trains(place, capsys, monkeypatch):
+    """In the rows' own order it gives the heads of the same steps over rows in memory."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(training_data, "_SHUFFLED", 1)
+    words = ["--data", "pairs.jsonl", "--eval-data", "held_out.jsonl", "--max-steps", 3]
+    words += ["--batch-size", 2, "--max-length", 48, "--set", "calibrate=false"]
+    assert run("train", *words, "--streaming", "--output", "stream") == 0
+    printed = capsys.readouterr().out
+    assert "a stream of pairs to train on, 6 held out" in printed
+    assert "a stream of pairs of pairs.jsonl" in (place / "stream" / "README.md").read_text()
+    words += ["--set", "train_sampling_strategy=sequential"]
+    assert run("train", *words, "--output", "rows") == 0
+    streamed, expected = (
+        load_file(place / name / "dualhead_model.safetensors") for name in ("stream", "rows")
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(streamed[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--data pairs.jsonl", "--streaming: needs --max-steps, since nobody knows"),
+        ("--max-steps 2 --cache-hidden states", "--cache-hidden: a stream is not kept, so its"),
+        ("--max-steps 2 --data none.jsonl", "--data: stream: there is no file none.jsonl"),
+    ],
+)
+def test_what_a_stream_cannot_do(place, capsys, words, said):
+    pytest.importorskip("datasets")
+    assert run("train", "--streaming", "--output", "nothing", *words.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (place / "nothing").exists()
 
 
 def test_the_command_line_stands_over_the_file(place):
