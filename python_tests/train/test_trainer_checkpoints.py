@@ -349,11 +349,11 @@ def test_a_failed_save_says_what_is_safe(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **RUN | NO_EVAL)
     write, written = type(trainer)._write_checkpoint, []
 
-    def fails_at_the_second(self, folder, progress):
+    def fails_at_the_second(self, folder, *state):
         written.append(folder)
         if len(written) == 2:
             raise OSError(28, "No space left on device")
-        return write(self, folder, progress)
+        return write(self, folder, *state)
 
     monkeypatch.setattr(type(trainer), "_write_checkpoint", fails_at_the_second)
     with pytest.raises(SaveError) as failure:
