@@ -109,7 +109,7 @@ def test_a_changed_bit_of_cached_states_is_found(tmp_path):
     with pytest.raises(UnusableCacheError, match=f"{entry['name']}: has changed since it was"):
         damaged[0]
     trainer = make_trainer(tmp_path, data=rows, cache_hidden=str(cache), max_steps=1)
-    with pytest.raises(UnusableCacheError, match=r"remove .*cache/train to have"):
+    with pytest.raises(UnusableCacheError, match=r"remove .*cache/train to"):
         trainer.train()
 
 
