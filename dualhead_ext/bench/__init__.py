@@ -92,8 +92,8 @@ def main(arguments: Namespace) -> int:
     if arguments.device == "cuda":
         found = runner.run_gpu(*run, arguments.json, parts=arguments.part)
     else:
-        parts = [] if arguments.part is None else [arguments.part]
-        found = runner.run(*run, *parts, path=arguments.json)
+        parts = {} if arguments.part is None else {"parts": arguments.part}
+        found = runner.run(*run, **parts, path=arguments.json)
     if arguments.json is not None:
         found.write(arguments.json)
     for failure in found.failures:

@@ -22,6 +22,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from .graphs import capture, gemm_step, gumbel_token
 
 # Sampled cases: temperature and top-p; top-p needs the whole distribution.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
-_COMPILE_OPTIONS = {"max_autotune": True}
+_COMPILE_OPTIONS: dict[str, Any] = {"max_autotune": True}
 _GATE = {name: getattr(DualHeadConfig, name) for name in ("gate_num_heads", "gate_head_dim")}
 
 
@@ -150,8 +151,9 @@ class _Step(nn.Module):
         for name, weight in weights.items():
             self.register_buffer(name, weight.clone())
 
-    def forward(self, **arguments: Tensor) -> reference.DecodeOutput:
-        return reference.decode_step(**dict(self.named_buffers()), **arguments)
+    def forward(self, **arguments: Any) -> reference.DecodeOutput:
+        weights: dict[str, Any] = dict(self.named_buffers())
+        return reference.decode_step(**weights, **arguments)
 
 
 def compiled_step(
@@ -211,11 +213,11 @@ def _in_turn(steps: list[Callable[[int], object]]) -> Callable[[int], object]:
 
 def make_contenders(
     case: Case,
-    arguments: list[dict[str, Tensor]],
+    arguments: list[dict[str, Any]],
     weights: dict[str, Tensor],
     freeze: bool,
     stacked: Tensor | None = None,
-    quantized: dict[str, list[dict[str, Tensor]]] | None = None,
+    quantized: dict[str, list[dict[str, Any]]] | None = None,
 ) -> list[Contender]:
     """All contenders of a case: compiled, captured, and checked against the eager step.
 
@@ -230,10 +232,13 @@ def make_contenders(
     def rewind(copy: int) -> None:
         arguments[copy]["cache_length"].fill_(case.T - 1)
 
-    def each(step: Callable[..., reference.DecodeOutput]) -> Callable[[int], object]:
+    def each(step: Callable[..., reference.DecodeOutput]) -> Callable[[int], Any]:
         return lambda copy: step(**arguments[copy])
 
-    calls = {"dualhead": each(ops.decode_step), "eager": each(reference.decode_step)}
+    calls: dict[str, Callable[[int], Any]] = {
+        "dualhead": each(ops.decode_step),
+        "eager": each(reference.decode_step),
+    }
     if case.compile:
         calls["compile"] = each(compiled_step(weights, freeze))
         with _compiling(freeze):

@@ -11,6 +11,7 @@ head: time, and memory beyond the gradients.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,12 +114,13 @@ def run_case(case: LossCase, *, seconds: float, min_rounds: int = 5) -> Contest:
         for ending, price in (("", 0.0), (", KL", KL_PRICE)):
             made = CorrectionLoss(batch, kind, price)
             made.check(f"{kind}{ending}")
-            call = lambda made=made: made.value(chunked.dual_head_loss)  # noqa: E731
+            call = partial(made.value, chunked.dual_head_loss)
             contenders[f"{kind}{ending}"] = call, made.forget, made.leaves
-    timed = [
-        Contender(name, lambda copy, call=call: call().backward(), forget)
-        for name, (call, forget, _) in contenders.items()
-    ]
+
+    def passes(call: Callable[[], Tensor]) -> Callable[[int], None]:
+        return lambda copy: call().backward()
+
+    timed = [Contender(n, passes(call), forget) for n, (call, forget, _) in contenders.items()]
     extra = {
         c.name: peak_bytes(c) - sum(x.nbytes for x in contenders[c.name][2].values()) for c in timed
     }

@@ -75,7 +75,8 @@ def embedded_model() -> Model:
     def build(device_type: str) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(_EMBEDDED).to(device_type)
+        model: Any = AutoModelForCausalLM.from_pretrained(_EMBEDDED)
+        return model.to(device_type)
 
     return Model("embedded backbone", build, 48)
 
@@ -172,7 +173,7 @@ def _static_options(device_type: str) -> dict[str, Any]:
     compiled = CompileConfig()
     if device_type == "cpu":
         compiled = CompileConfig(backend="aot_eager", mode=None)
-        compiled._compile_all_devices = True
+        vars(compiled)["_compile_all_devices"] = True  # transformers annotates it as None
     return {"cache_implementation": "static", "compile_config": compiled}
 
 

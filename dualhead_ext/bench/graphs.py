@@ -36,9 +36,8 @@ def gemm_step(
     """
     hidden = arguments["hidden"]
     names = ("q_weight", "k_weight", "u_weight", "cache_k", "cache_u", "cache_valid")
-    context, attention, _ = reference.append_and_attend(
-        hidden, *(arguments[name] for name in (*names, "cache_length")), None
-    )
+    operands = {name: arguments[name] for name in (*names, "cache_length")}
+    context, attention, _ = reference.append_and_attend(hidden, **operands, new_valid=None)
     gate_logit = context + arguments["gate_bias"]
     alpha = reference.mixing_weight(gate_logit, None, None)
     if stacked is None:

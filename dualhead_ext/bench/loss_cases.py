@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .cases import FORMATS
 
@@ -112,8 +113,14 @@ def gpu_variants(quick: bool = False) -> list[LossCase]:
     of two heads), four products per token, a pair longer than the loss's workspace, packed rows,
     two objectives."""
     d, V, tokens, pairs = (256, 4096, 512, 8) if quick else (4096, 32000, 8192, 32)
-    size = {"d": d, "V": V, "format": "bf16", "tokens": tokens, "compile": not quick}
-    all_in_lm = {"pairs": 0, "sequences": 2 * pairs}
+    size: dict[str, Any] = {
+        "d": d,
+        "V": V,
+        "format": "bf16",
+        "tokens": tokens,
+        "compile": not quick,
+    }
+    all_in_lm: dict[str, Any] = {"pairs": 0, "sequences": 2 * pairs}
     return [
         LossCase(**size, **all_in_lm, gradients=("reward", "lm", "hidden")),
         LossCase(**size, **all_in_lm, gradients=("reward", "lm")),

@@ -55,7 +55,7 @@ class Batch:
 
     def __init__(self, case: LossCase, device_type: str = "cpu") -> None:
         generator = torch.Generator(device_type).manual_seed(0)
-        on = {"generator": generator, "device": device_type}
+        on: dict[str, Any] = {"generator": generator, "device": device_type}
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, **on)

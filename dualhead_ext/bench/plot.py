@@ -94,9 +94,9 @@ def draw_growth(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
             end_labels(axes, ends)
         bare(axes)
     figure.axes[0].set_ylabel("milliseconds per step", fontsize=9)
-    places = {(row["V"], row["T"], row["B"]) for row in rows}
+    settings = {(row["V"], row["T"], row["B"]) for row in rows}
     cases = [
-        {r["contender"]: r for r in rows if (r["V"], r["T"], r["B"]) == place} for place in places
+        {r["contender"]: r for r in rows if (r["V"], r["T"], r["B"]) == place} for place in settings
     ]
     what = f"d = {rows[0]['d']}, {rows[0]['format']}; {_measured_on(results)}"
     headline(figure, _finding(cases, "step"), what)

@@ -55,8 +55,8 @@ def run(
         run_loss(case, found, seconds, emit)
     for model in generation.plan(quick) if "models" in parts else ():
         run_model(model, found, seconds, emit)
-    for case in training_cases.plan(quick) if "training" in parts else ():
-        run_training(case, found, seconds, emit)
+    for steps in training_cases.plan(quick) if "training" in parts else ():
+        run_training(steps, found, seconds, emit)
     for contest in _corrections(quick, _seconds(found, seconds)) if "corrections" in parts else ():
         emit(found.add_contest(contest))
         if path is not None:
@@ -191,8 +191,13 @@ def run_model(
     min_rounds: int = 5,
 ) -> None:
     """Run one whole model."""
-    effort = {"seconds": 2 * _seconds(found, seconds), "min_rounds": min_rounds}
-    emit(found.add_model(generation.run_model(model, **effort, device_type=device_type)))
+    result = generation.run_model(
+        model,
+        seconds=2 * _seconds(found, seconds),
+        min_rounds=min_rounds,
+        device_type=device_type,
+    )
+    emit(found.add_model(result))
 
 
 def run_training(
@@ -204,8 +209,13 @@ def run_training(
     min_rounds: int = 5,
 ) -> None:
     """Run one case of training steps."""
-    effort = {"seconds": 10 * _seconds(found, seconds), "min_rounds": min_rounds}
-    emit(found.add_training(training.run_case(case, **effort, device_type=device_type)))
+    result = training.run_case(
+        case,
+        seconds=10 * _seconds(found, seconds),
+        min_rounds=min_rounds,
+        device_type=device_type,
+    )
+    emit(found.add_training(result))
 
 
 def _seconds(found: report.Report, seconds: float | None) -> float:

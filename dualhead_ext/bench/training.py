@@ -14,14 +14,18 @@ A step makes the same calls as :class:`dualhead_ext.DualHeadTrainer` with its de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..loss import chunked
 from ..measurement.timing import Contender, Ratio, Timing, alternate, clock_of, ratio
 from . import eager_loss
 from .memory import peak_of
 from .training_cases import TrainingCase
+
+if TYPE_CHECKING:
+    from .training_steps import Way
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,11 @@ def run_case(
     }
     check_agreement(training, ways)
     contenders = [Contender("forward", lambda copy: training.forward())]
-    contenders += [
-        Contender(name, lambda copy, way=way: training.step(*way)) for name, way in ways.items()
-    ]
+
+    def step(way: Way) -> Callable[[int], None]:
+        return lambda copy: training.step(*way)
+
+    contenders += [Contender(name, step(way)) for name, way in ways.items()]
     training.step(*ways["dualhead"])  # allocates the optimizer's state
     peak = peak_of(device_type)
     extra = {contender.name: peak(contender) for contender in contenders}
