@@ -119,7 +119,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--streaming",
         action="store_true",
-        help="read --data while training, for data that do not fit in memory; needs --max-steps",
+        help="read --data while training, for data that does not fit in memory; needs --max-steps",
     )
     data.add_argument("--output", required=True, help="folder for heads and checkpoints")
     data.add_argument(

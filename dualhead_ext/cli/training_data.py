@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that ``dualhead train`` trains on and measures with."""
+"""The training and evaluation rows of ``dualhead train``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..data import (
 from ..data.files import stream_of
 from .errors import UserError, argument
 
-# Of a stream: the first rows, which are shown; rows among which the next one is drawn.
+# Of a stream: number of first rows used for replies and checks; size of the shuffle buffer.
 _SHOWN, _SHUFFLED = 64, 1000
 
 
 def load(arguments: Namespace) -> tuple[list[dict], list[dict], list[dict]]:
-    """(to train on, the same, held out)."""
+    """(rows to train on, the same rows, held-out rows)."""
     with argument("--data"):
         rows: Any = load_preference_data(arguments.data, arguments.split)
     held_out: Any = []
@@ -50,16 +50,14 @@ def load(arguments: Namespace) -> tuple[list[dict], list[dict], list[dict]]:
 
 
 def stream(arguments: Namespace) -> tuple[Any, list[dict], list[dict]]:
-    """(rows as they come, the first of them, held out). They come in another order in each pass,
-    shuffled within a buffer.
+    """(stream of rows, its first rows, held-out rows). The stream is shuffled within a buffer, in a
+    different order in each pass.
     """
     if arguments.max_steps is None:
-        raise UserError(
-            "--streaming: needs --max-steps, since nobody knows how many rows there are"
-        )
+        raise UserError("--streaming: needs --max-steps, since the number of rows is unknown")
     if arguments.cache_hidden not in (None, "auto", "none"):
         raise UserError(
-            f"--cache-hidden: a stream is not kept, so its hidden states cannot be, got "
+            f"--cache-hidden: the hidden states of a stream cannot be cached, got "
             f"{arguments.cache_hidden!r}; leave out --cache-hidden or --streaming"
         )
     embedded = arguments.data == EMBEDDED

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole heads out of a model that :mod:`dualhead_ext.train.sharding` has split over processes by
-FSDP2, and into it.
+"""Reading and writing the whole heads of a model that :mod:`dualhead_ext.train.sharding` has
+sharded with FSDP2.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _WHOLE = "_dualhead_whole"  # attribute of a sharded model, inside of whole_head
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether a model is split over processes."""
+    """Whether a model is sharded over processes."""
     return isinstance(model, FSDPModule)
 
 
 @contextmanager
 def whole_heads(model: Any) -> Iterator[None]:
-    """In the block every process has the whole heads of a sharded model, and they stay between
-    forwards. Changes to them are lost after it. Collective.
+    """Context in which every process has the whole heads of a sharded model, also between forwards.
+    Changes to them are lost at its end. Collective.
     """
     if not is_sharded(model) or getattr(model, _WHOLE, False):
         yield
@@ -42,8 +42,8 @@ def whole_heads(model: Any) -> Iterator[None]:
 
 
 def whole_state(state: Any, keep: bool) -> Any:
-    """Dicts and lists with whole tensors in the place of shards. Collective: a process that does
-    not keep them takes part and gets None for them.
+    """Dicts and lists with whole tensors instead of shards. Collective: processes with ``keep``
+    False take part and get None for each tensor.
     """
     if isinstance(state, dict):
         return {name: whole_state(value, keep) for name, value in state.items()}
@@ -56,7 +56,7 @@ def whole_state(state: Any, keep: bool) -> Any:
 
 
 def own_share(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as this process holds ``like``, which is a DTensor or not."""
+    """The part of a whole tensor that this process holds, if it is sharded like ``like``."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     value = value.to(like.device)
@@ -65,7 +65,7 @@ def own_share(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_whole(parameter: Tensor, value: Tensor) -> None:
-    """A whole tensor into a parameter, of which this process may hold a share."""
+    """Copy a whole tensor into a parameter, which may be sharded."""
     if isinstance(parameter, DTensor):
         parameter.to_local().copy_(own_share(value, parameter).to_local())
     else:

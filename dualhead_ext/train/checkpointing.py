@@ -134,8 +134,8 @@ class CheckpointedTrainer(Trainer):
         return names if self.args.save_only_model else (*names, OPTIMIZER_NAME, PROGRESS_NAME)
 
     def _whole_heads(self) -> dict[str, Tensor] | None:
-        """The state of the heads of a sharded model, by the model's names, on the processes that
-        write; None: the model has them itself. Collective.
+        """The whole heads' state of a sharded model under the model's names, on writing processes;
+        None if the model is not sharded. Collective.
         """
         model = self.accelerator.unwrap_model(self.model)
         if not is_sharded(model):
@@ -185,9 +185,9 @@ class CheckpointedTrainer(Trainer):
         Raises:
             SaveError: a trial save before the first step, or a checkpoint, failed.
             ValueError: no whole checkpoint; it holds no state to resume from; other data, order,
-                optimizer or rows a step than it was written with.
-            CheckpointError: it is damaged.
-            BusyFolderError: another run writes to ``args.output_dir``.
+                optimizer or rows per step than it was written with.
+            CheckpointError: the checkpoint is damaged.
+            BusyFolderError: another run is writing to ``args.output_dir``.
             LostProcessError: another process of the run has ended.
         """
         self._train_totals = None
@@ -289,7 +289,7 @@ class CheckpointedTrainer(Trainer):
             scaler.load_state_dict(state["scaler"])
 
     def _own_shares(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Of a whole optimizer's state what this process holds."""
+        """This process's shards of a whole optimizer state."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         shares = {
             index: {
@@ -301,7 +301,7 @@ class CheckpointedTrainer(Trainer):
         return state | {"state": shares}
 
     def _prepared(self) -> None:
-        """Take back what accelerate and transformers do to a sharded model and its optimizer."""
+        """Undo what accelerate and transformers do to a sharded model and its optimizer."""
         model = self.accelerator.unwrap_model(self.model)
         if not is_sharded(model):
             return

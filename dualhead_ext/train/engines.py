@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that spread a model over devices, which the heads' training does not support: found by
-what was asked for, by whom ever, and by what accelerate has made of it. FSDP2 is supported:
+"""Detects engines that spread a model over devices and are not supported for training heads, from
+the arguments, the environment and accelerate's state. FSDP2 is supported:
 :mod:`dualhead_ext.train.sharding`.
 """
 
@@ -45,10 +45,10 @@ def refuse_engines(operator: str, args: Any, accelerator: Any = None) -> None:
 
 
 def _refuse_options(operator: str, plugin: Any, parallelism: Any) -> None:
-    """Of FSDP: the first version, and what has not been made to work with the second."""
+    """Raise ValueError for FSDP1 and for unsupported options of FSDP2."""
     if plugin.fsdp_version != 2:
         _refuse(operator, "FSDP1", "accelerate's fsdp_plugin")
-    # By their names: the modules would be imported for this alone.
+    # Compare names, to avoid importing the modules.
     if type(plugin.cpu_offload).__name__.startswith("CPUOffload"):
         raise ValueError(
             f"{operator}: FSDP2 with offload_params (cpu_offload) is not supported; cache_hidden "
@@ -67,8 +67,8 @@ def _refuse_options(operator: str, plugin: Any, parallelism: Any) -> None:
 
 
 def refuse_lone_processes(operator: str, accelerator: Any) -> None:
-    """Raise ValueError if this is one of several processes that accelerate has not joined: each
-    would train alone, and they would write to one folder.
+    """Raise ValueError if this is one of several processes that accelerate has not connected: each
+    would train alone, and all would write to the same folder.
     """
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if started != accelerator.num_processes:
@@ -79,8 +79,8 @@ def refuse_lone_processes(operator: str, accelerator: Any) -> None:
 
 
 def refuse_ignored_fsdp(operator: str, args: Any, accelerator: Any) -> None:
-    """Raise ValueError if several processes were to share a model by FSDP and accelerate has left
-    it out, as it does on CPUs: each would hold the whole model.
+    """Raise ValueError if FSDP was requested for several processes but accelerate ignores it, as on
+    CPUs: each process would hold the whole model.
     """
     asked = bool(getattr(args, "fsdp", None)) or _is_set("ACCELERATE_USE_FSDP")
     left_out = asked and getattr(accelerator.state, "fsdp_plugin", None) is None

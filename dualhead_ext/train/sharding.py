@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splitting a model over the processes of a run by FSDP2.
+"""Shards a model over the processes of a run with FSDP2.
 
-Each decoder layer is a unit, and so is an embedding that the LM head does not share. The root is
-the rest: final norm, LM head, reward heads and gate, which the loss reads together. Outside of a
-forward the parameters are DTensors. Everything here is collective: all processes take part.
+Each decoder layer is a unit, and so is an embedding that the LM head does not share. The root unit
+holds the rest: final norm, LM head, reward heads and gate, which the loss reads together. Outside a
+forward pass, parameters are DTensors. Everything here is collective: all processes take part.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ..model.fingerprint import keep_marks
 
 @torch.no_grad()
 def shard(model: Any, accelerator: Any) -> None:
-    """Split a model that is prepared for training, in place, before it gets an optimizer. The
-    heads become those of the first process everywhere, and so does the backbone where accelerate
-    has loaded it there alone (``fsdp_cpu_ram_efficient_loading``).
+    """Shard a model that is prepared for training, in place, before its optimizer is made. The
+    first process's heads are copied to all processes, and so is the backbone if accelerate loaded
+    it only there (``fsdp_cpu_ram_efficient_loading``).
 
     Raises:
-        ValueError: no module is of a layer's class.
+        ValueError: no module has the class of a decoder layer.
     """
     plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
     if mesh is not None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
-    # A frozen backbone keeps no activations, and what accelerate would wrap, is wrapped here.
+    # A frozen backbone keeps no activations; the units that accelerate would wrap are wrapped here.
     plugin.activation_checkpointing, plugin.auto_wrap_policy = False, None
     common = {"mesh": mesh, "shard_placement_fn": _placement(accelerator, mesh)}
     layers = dict(common, reshard_after_forward=plugin.reshard_after_forward)
@@ -58,7 +58,7 @@ def shard(model: Any, accelerator: Any) -> None:
 
 
 def _layers(model: nn.Module, names: list[str] | None) -> list[nn.Module]:
-    """The modules of these classes, of the backbone's own layers by default."""
+    """The modules of the named classes; default: the backbone's decoder layers."""
     names = names or list(model._no_split_modules or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
     if not found:
@@ -70,8 +70,8 @@ def _layers(model: nn.Module, names: list[str] | None) -> list[nn.Module]:
 
 
 def _placement(accelerator: Any, mesh: Any) -> Any:
-    """The dimension along which FSDP splits a parameter: the first, unless that is the number of
-    objectives, or 1. Others have to divide by the number of shards.
+    """The dimension along which FSDP shards a parameter: the first, unless that is the number of
+    objectives or 1. Other dimensions must be divisible by the number of shards.
     """
     count = accelerator.num_processes if mesh is None else mesh.shape[-1]
 
@@ -84,7 +84,7 @@ def _placement(accelerator: Any, mesh: Any) -> Any:
 
 
 def _send(unit: nn.Module, own: list[Tensor], everything: bool, device: torch.device) -> None:
-    """From the first process to all: trained parameters, or everything."""
+    """Copy trained parameters, or everything, from the first process to all others."""
     tensors = [p for p in own if everything or p.requires_grad]
     for tensor in [*tensors, *(unit.buffers() if everything else ())]:
         on_device = tensor.to(device, copy=True).contiguous()

@@ -239,7 +239,7 @@ def test_a_stream_is_read_while_it_trains(place, capsys, monkeypatch):
     "words, said",
     [
         ("--data pairs.jsonl", "--streaming: needs --max-steps, since nobody knows"),
-        ("--max-steps 2 --cache-hidden states", "--cache-hidden: a stream is not kept, so its"),
+        ("--max-steps 2 --cache-hidden states", "--cache-hidden: the hidden states of a stream"),
         ("--max-steps 2 --data none.jsonl", "--data: stream: there is no file none.jsonl"),
     ],
 )
