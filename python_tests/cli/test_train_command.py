@@ -238,7 +238,7 @@ def test_a_stream_is_read_while_it_trains(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--data pairs.jsonl", "--streaming: needs --max-steps, since nobody knows"),
+        ("--data pairs.jsonl", "--streaming: needs --max-steps, since the number"),
         ("--max-steps 2 --cache-hidden states", "--cache-hidden: the hidden states of a stream"),
         ("--max-steps 2 --data none.jsonl", "--data: stream: there is no file none.jsonl"),
     ],
