@@ -4,6 +4,7 @@
 # make test      C++ tests, then pytest; what continuous integration runs
 # make test-fast  the core's tests without the slow ones, under two minutes
 # make test-lm-eval  the adapter to lm-evaluation-harness, which it installs: 35 packages, 140 MB
+# make test-vllm  the plugin for vLLM, in an environment of its own ($(VLLM_ENV), vllm-env makes it)
 # make campaign  random calls, files, faults and texts, half an hour
 # make test-newest  the heads' and the models' tests with the newest torch, transformers, PEFT and TRL
 # make test-peers  the neighbours' own tests over gated models; downloads their source archives
@@ -30,6 +31,9 @@ CMAKE_FOLDER := build/cmake
 # Apart from the other packages: transformers would import it, and it writes to stderr when it is.
 TORCHAO := .venv/torchao
 NEWEST := .venv-newest
+# vLLM wants other versions of torch's and transformers' neighbours than the package.
+VLLM_ENV ?= .venv-vllm
+VLLM_INSTALLED := $(VLLM_ENV)/.dualhead-installed
 # One worker a core, a file's tests in one worker, since they share what their fixtures made.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 FAST_TESTS := test_layers.py test_config.py head/test_cache.py head/test_head.py \
@@ -52,8 +56,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test test-fast test-lm-eval test-newest campaign test-peers cpp-test sanitize
-.PHONY: lint format docs bench wheel clean
+.PHONY: install build demo test test-fast test-lm-eval test-vllm vllm-env test-newest campaign
+.PHONY: test-peers cpp-test sanitize lint format docs bench wheel clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
@@ -102,6 +106,19 @@ test-newest: build
 	$(NEWEST)/bin/pip list
 	$(NEWEST)/bin/python -m pytest $(PARALLEL) python_tests/head python_tests/model python_tests/train \
 	  python_tests/loss
+
+test-vllm: vllm-env
+	$(VLLM_ENV)/bin/python -m pytest -q --durations=5 python_tests/vllm_plugin
+
+vllm-env: build $(VLLM_INSTALLED)
+
+# torch with what it needs, then the complete list: the wheel's own asks for packages of no use here.
+$(VLLM_INSTALLED): requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install -c constraints.txt torch
+	$(VLLM_ENV)/bin/python -m pip install --no-deps -r requirements-vllm.txt
+	$(VLLM_ENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
 
 # `make test` has the first of these rounds. Other numbers: make campaign SEED=2
 SEED ?= 1

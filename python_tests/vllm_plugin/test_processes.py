@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM with the gated head in several processes: tensor parallelism, and the server."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.entrypoints", reason="vLLM is not in this environment: make test-vllm")
+
+from vllm_cases import NEW, check, expected, gated, jobs, served
+
+TESTS = Path(__file__).resolve().parent.parent
+PATIENCE = 600  # seconds, for a server that takes ten to be ready
+K = 2
+
+
+@pytest.fixture(scope="module", params=["probs", "logits"])
+def parallel(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    config = {"probs": {"reward_head": "full"}, "logits": {"reward_head": "lowrank"}}
+    model = gated(mix=request.param, num_objectives=K, **config[request.param])
+    return model, served(model, folder), folder
+
+
+def test_two_processes_share_the_vocabulary(parallel):
+    model, folder, out = parallel
+    command = [sys.executable, str(TESTS / "vllm_parallel.py"), str(folder), str(out / "a.json")]
+    done = subprocess.run([*command, str(K)], capture_output=True, text=True, cwd=TESTS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((out / "a.json").read_text())
+    check([(tokens, torch.tensor(alpha)) for tokens, alpha in found], expected(model, jobs(K)))
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    def __init__(self, heads, log):
+        self.port, self.log = free_port(), log
+        options = ["--dtype", "float32", "--max-model-len", "320", "--enforce-eager"]
+        options += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16"]
+        options += [
+            "--kv-cache-memory-bytes",
+            str(2**26),
+            "--chat-template",
+            str(log.parent / "t.jinja"),
+        ]
+        (log.parent / "t.jinja").write_text(
+            "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        )
+        command = [sys.executable, "-m", "dualhead_ext", "serve", str(heads), "--name", "gated"]
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port), "--", *options], stdout=file, stderr=file
+            )
+
+    def wait(self):
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                with self.open("/health"):
+                    return self
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        raise RuntimeError(self.log.read_text()[-3000:])
+
+    def open(self, path, body=None):
+        data = None if body is None else json.dumps({"model": "gated"} | body).encode()
+        headers = {"Content-Type": "application/json"}
+        url = f"http://127.0.0.1:{self.port}{path}"
+        return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=PATIENCE)
+
+    def post(self, path, body):
+        with self.open(path, body) as answer:
+            return json.load(answer)
+
+    def refusal(self, path, body):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            self.post(path, body)
+        return caught.value.code, json.loads(caught.value.read())["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gated(num_objectives=K)
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    model.save_pretrained(folder / "heads")  # served through a folder of links
+    server = Server(folder / "heads", folder / "log")
+    try:
+        yield server.wait()
+    finally:
+        server.process.kill() if server.process.poll() is None else None
+        server.process.wait()
+
+
+def request(ids, own):
+    body = {"prompt": ids, "max_tokens": NEW, "temperature": 0.0, "ignore_eos": True}
+    return body | {"vllm_xargs": own | {"return_alpha": True}, "return_token_ids": True}
+
+
+def events(lines):
+    data = [line.removeprefix(b"data: ").strip() for line in lines if line.startswith(b"data: ")]
+    assert data[-1] == b"[DONE]"
+    return [json.loads(part) for part in data[:-1]]
+
+
+def test_twelve_clients(server, model):
+    work = jobs(K)
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda job: server.post("/v1/completions", request(*job)), work))
+    choices = [answer["choices"][0] for answer in found]
+    check([(c["token_ids"], torch.tensor(c["alpha"])) for c in choices], expected(model, work))
+
+
+def test_a_stream_ends_with_alpha(server):
+    ids, own = jobs(K)[8]
+    whole = server.post("/v1/completions", request(ids, own))["choices"][0]
+    with server.open("/v1/completions", request(ids, own) | {"stream": True}) as answer:
+        choices = [event["choices"][0] for event in events(answer) if event["choices"]]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    assert choices[-1]["alpha"] == pytest.approx(whole["alpha"], abs=1e-4)
+    assert sum(len(choice.get("token_ids") or ()) for choice in choices) == len(whole["alpha"])
+
+
+def test_chat_and_what_was_not_asked_for_is_not_there(server):
+    body = {"messages": [{"role": "user", "content": "The weather"}], "max_tokens": 6}
+    body |= {"temperature": 0.0}
+    plain = server.post("/v1/chat/completions", body | {"vllm_xargs": {"strength": 0.0}})
+    assert "alpha" not in plain["choices"][0]
+    asked = body | {"vllm_xargs": {"strength": 0.0, "return_alpha": True}}
+    answer = server.post("/v1/chat/completions", asked)
+    assert answer["choices"][0]["message"] == plain["choices"][0]["message"]
+    assert answer["choices"][0]["alpha"] == [0.0] * answer["usage"]["completion_tokens"]
+    assert not answer["choices"][0].get("token_ids") and not answer.get("prompt_token_ids")
+    with server.open("/v1/chat/completions", asked | {"stream": True}) as stream:
+        found = events(stream)
+    assert found[-1]["choices"][0]["alpha"] == answer["choices"][0]["alpha"]
+    assert found[-1]["id"] == found[0]["id"] and not any("token_ids" in str(e) for e in found)
+
+
+def test_wrong_requests_are_400_beside_good_ones(server, model):
+    work = jobs(K)[:6]
+    wrong = (
+        ({"strenght": 1.0}, "did you mean strength"),
+        ({"strength": "much"}, "strength must be a number >= 0"),
+        ({"alpha": 1.5}, "alpha must be a number in [0, 1]"),
+        ({"objective_weights": [1.0, 2.0, 3.0]}, "objective_weights must be"),
+        ({"return_alpha": "yes"}, "return_alpha must be true"),
+    )
+    with ThreadPoolExecutor(12) as pool:
+        good = [pool.submit(server.post, "/v1/completions", request(*job)) for job in work]
+        bad = [
+            pool.submit(server.refusal, "/v1/completions", {"prompt": [5], "vllm_xargs": own})
+            for own, _ in wrong
+        ]
+        for one, (_, message) in zip(bad, wrong, strict=True):
+            code, found = one.result()
+            assert code == 400 and message in found
+        choices = [one.result()["choices"][0] for one in good]
+    check([(c["token_ids"], torch.tensor(c["alpha"])) for c in choices], expected(model, work))
+    two = {"prompt": ["a", "b"], "vllm_xargs": {"return_alpha": True}}
+    assert server.refusal("/v1/completions", two)[0] == 400
+
+
+def test_a_client_that_goes_away_in_mid_stream_harms_nobody(server, model):
+    ids, own = jobs(K)[2]
+    body = request(ids, own) | {"stream": True, "max_tokens": 200}
+    with server.open("/v1/completions", body) as answer:
+        assert answer.readline().startswith(b"data: ")
+    found = server.post("/v1/completions", request(ids, own))["choices"][0]
+    check([(found["token_ids"], torch.tensor(found["alpha"]))], expected(model, [(ids, own)]))
+
+
+def test_the_port_in_use_is_one_sentence(server):
+    command = [sys.executable, "-m", "dualhead_ext", "serve", "heads", "--port", str(server.port)]
+    folder = server.log.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 2 and "which is in use" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_sigterm_ends_it_gracefully(server):  # the last one
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(PATIENCE) == 0
+    with pytest.raises(urllib.error.URLError):
+        server.open("/health")
+    assert "Traceback" not in server.log.read_text()
