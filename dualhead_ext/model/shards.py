@@ -67,6 +67,7 @@ def own_share(value: Tensor, like: Tensor) -> Tensor:
 def copy_whole(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, which may be sharded."""
     if isinstance(parameter, DTensor):
-        parameter.to_local().copy_(own_share(value, parameter).to_local())
+        share: Any = own_share(value, parameter)
+        parameter.to_local().copy_(share.to_local())
     else:
         parameter.copy_(value)
