@@ -71,7 +71,8 @@ class GatedBatchingManager(ContinuousBatchingManager):
         processor: Any = self.batch_processor
         requests = processor.inputs_and_outputs.requests_in_batch
         given = [r.state.logit_processor_kwargs for r in requests if r.has_new_token]
-        count = self.model.dual_head_config.num_objectives
+        model: Any = self.model
+        count = model.dual_head_config.num_objectives
         processor.cache.paged_gate.controls = rows_of_requests(given, count)
         super()._generation_step()
 
