@@ -85,6 +85,16 @@ def _with_config(words: list[str], parser: argparse.ArgumentParser) -> list[str]
     return ["train", *config_words(path, commands.choices["train"]), *words[1:]]
 
 
+def _before_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words of ``serve`` before ``--``, and those after it, which are for vLLM. argparse would
+    take the latter only where no option follows the heads.
+    """
+    if words[:1] != ["serve"] or "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
 class _Interrupts:
     """Raises KeyboardInterrupt at the first Ctrl-C, and remembers it: an import may turn it into
     another error.
@@ -124,7 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     with _Interrupts() as interrupts:
         try:
-            arguments = parser.parse_args(_with_config(words, parser))
+            own, for_vllm = _before_dashes(words)
+            arguments = parser.parse_args(_with_config(own, parser))
+            if arguments.command == "serve":
+                arguments.vllm_options = for_vllm
             arguments.argv, arguments.parser = words, parser
             code = commands.COMMANDS[arguments.command](arguments)
             sys.stdout.flush()

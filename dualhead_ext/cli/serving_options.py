@@ -56,6 +56,3 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         help="port to listen on (default %(default)s)",
     )
     parser.add_argument("--name", help="model name for clients (default: the folder's name)")
-    parser.add_argument(
-        "vllm_options", nargs="*", metavar="OPTION", help="options for vLLM's server, after --"
-    )
