@@ -8,6 +8,7 @@ forward pass, parameters are DTensors. Everything here is collective: all proces
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def shard(model: Any, accelerator: Any) -> None:
     accelerator._models.append(model)  # evaluation would prepare it, which FSDP2 refuses
 
 
-def _layers(model: nn.Module, names: list[str] | None) -> list[nn.Module]:
+def _layers(model: Any, names: list[str] | None) -> list[nn.Module]:
     """The modules of the named classes; default: the backbone's decoder layers."""
     names = names or list(model._no_split_modules or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
@@ -83,7 +84,7 @@ def _placement(accelerator: Any, mesh: Any) -> Any:
     return placement
 
 
-def _send(unit: nn.Module, own: list[Tensor], everything: bool, device: torch.device) -> None:
+def _send(unit: nn.Module, own: Sequence[Tensor], everything: bool, device: torch.device) -> None:
     """Copy trained parameters, or everything, from the first process to all others."""
     tensors = [p for p in own if everything or p.requires_grad]
     for tensor in [*tensors, *(unit.buffers() if everything else ())]:

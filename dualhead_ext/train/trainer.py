@@ -290,7 +290,8 @@ class DualHeadTrainer(StreamingTrainer):
                 "calibrate: no eval_dataset; the KL is measured on prompts that were trained on"
             )
         model = self.accelerator.unwrap_model(self.model)
-        reward_head, found = model.lm_head_module.reward_head, [None]
+        reward_head = model.lm_head_module.reward_head
+        found: list[Any] = [None]
         with agree_on("calibrating"), whole_heads(model):
             # A sharded model's forwards take all processes, each with the same rows and seed.
             if self.accelerator.is_main_process or is_sharded(model):
