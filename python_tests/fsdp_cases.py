@@ -11,8 +11,9 @@ CONFIGURATIONS = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
 
 # Clipping or Adam would hide a wrong scale.
 PLAIN = {"optim": "sgd", "max_grad_norm": 0.0, "num_train_epochs": 2}
+# With Adam, whose state is gathered for a checkpoint.
 SAVED = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
-CORRECTION = PLAIN | {"preset": "default", "calibrate": False}
+CORRECTION = SAVED | {"preset": "default", "calibrate": False}
 LEARNED = {"preset": "default", "num_train_epochs": 2, "calibrate": True, "log_kl": True}
 
 
