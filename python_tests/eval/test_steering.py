@@ -256,14 +256,16 @@ def test_a_goal_is_judged_on_three_seeds_only():
             "heldout": heldout, "perplexity": 18.0 + 10 * (system == "dual-head"), "seed": seed,
         }  # fmt: skip
 
-    def gains(seed, value, low):
-        place = {"system": "dual-head", **goals.DEFAULT, "kl_target": 0.1, "seed": seed}
+    def gains(seed, value, low, **other):
+        place = {"system": "dual-head", **goals.DEFAULT, "kl_target": 0.1, "seed": seed} | other
         scores = {"vader": [value, low, 1.0], "afinn": [value, low, 1.0]}
         return place | {"attribute": "sentiment", "gains": scores}
 
+    def table(rows, found):
+        return goals.table(rows, {"gains": found, "costs": {}, "front": {}, "trained": {}})
+
     def judged(rows, found):
-        run = {"gains": found, "costs": {}, "front": {}, "trained": {}}
-        lines = goals.table(rows, run).splitlines()[2:]
+        lines = table(rows, found).splitlines()[2:]
         return [line.split(" | ")[-1].removesuffix(" |") for line in lines]
 
     rows = [row("backbone", seed, 0.3, 0.1, None) for seed in range(3)]
@@ -274,6 +276,12 @@ def test_a_goal_is_judged_on_three_seeds_only():
     assert verdicts[6] == "**no**"  # the perplexity
     assert judged(rows, [*clear[:2], gains(2, 0.3, -0.01)])[0] == "**no**"
     assert judged([r for r in rows if r["seed"] == 0], clear[:1])[:2] == ["open", "open"]
+    # Systems are compared on the seeds that both have: 0.2 against 0.25, not a mean of 0.3.
+    uneven = [gains(seed, value, 0.1) for seed, value in enumerate((0.2, 0.3, 0.4))]
+    rival = gains(0, 0.25, 0.1, system="dpo", reward_head=None, gate=None)
+    assert "| +0.20 against +0.25 (1 seed) | open |" in table(rows, [*uneven, rival])
+    attention = gains(0, 0.22, 0.1, gate="attention")
+    assert "| +10% of the fixed gate's gain (1 seed) | open |" in table(rows, [*uneven, attention])
 
 
 # --- a whole run ----------------------------------------------------------------------------------

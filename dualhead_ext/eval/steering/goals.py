@@ -52,22 +52,33 @@ class _Results:
         wanted = {"attribute": attribute, "kl_target": target, **place}
         return [r for r in self._rows if all(r[name] == v for name, v in wanted.items())]
 
-    def gains(self, target: float | None, attribute: str = "sentiment", **place: Any) -> list[Row]:
-        """For each seed, {scorer: [mean, low, high]}: the gain over the backbone."""
-        wanted = {"attribute": attribute, "kl_target": target, **place}
+    def gains(self, target: float | None, **place: Any) -> dict[int, Row]:
+        """Seed -> {scorer: [mean, low, high]}: the gain in sentiment over the backbone."""
+        wanted = {"attribute": "sentiment", "kl_target": target, **place}
         gains = self.run["gains"]
-        return [g["gains"] for g in gains if all(g[name] == v for name, v in wanted.items())]
+        return {
+            g["seed"]: g["gains"] for g in gains if all(g[name] == v for name, v in wanted.items())
+        }
 
-    def mean_gain(self, name: str, target: float | None, **place: Any) -> float | None:
-        found = self.gains(target, **place)
-        return fmean(gains[name][0] for gains in found) if found else None
+    def pair(
+        self, name: str, ours: tuple[float | None, Row], theirs: tuple[float | None, Row]
+    ) -> tuple[float, float, int] | None:
+        """(our mean gain, theirs, how many seeds): over the seeds that both have, because prompts
+        and random numbers of a seed are the same for all systems. Each side: (target, place).
+        """
+        a, b = (self.gains(target, **place) for target, place in (ours, theirs))
+        seeds = a.keys() & b.keys()
+        if not seeds:
+            return None
+        mean_a, mean_b = (fmean(side[seed][name][0] for seed in seeds) for side in (a, b))
+        return mean_a, mean_b, len(seeds)
 
 
 def _gain(results: _Results) -> Found:
     found = results.gains(0.1, **OURS)
     if not found:
         return None
-    of_seeds = [gains["vader"] for gains in found]
+    of_seeds = [gains["vader"] for gains in found.values()]
     text = ", ".join("{:+.2f} [{:.2f}, {:.2f}]".format(*g) for g in of_seeds)
     reached = all(g[1] > 0 for g in of_seeds) and fmean(g[0] for g in of_seeds) >= 0.25
     return text, len(found), reached
@@ -84,11 +95,10 @@ def _held_out(results: _Results) -> Found:
 
 def _rival(system: str) -> Callable[[_Results], Found]:
     def measure(results: _Results) -> Found:
-        ours = results.mean_gain("vader", 0.1, **OURS)
-        theirs = results.mean_gain("vader", 0.1, system=system)
-        if ours is None or theirs is None:
+        found = results.pair("vader", (0.1, OURS), (0.1, {"system": system}))
+        if found is None:
             return None
-        count = len(results.gains(0.1, system=system))
+        ours, theirs, count = found
         return f"{ours:+.2f} against {theirs:+.2f}", count, ours >= theirs
 
     return measure
@@ -103,14 +113,13 @@ def _time(results: _Results) -> Found:
 
 
 def _best_of(results: _Results) -> Found:
-    theirs = results.mean_gain("afinn", None, system="best-of-16")
-    targets = (0.05, 0.1, 0.2, 0.4)
-    ours = {t: g for t in targets if (g := results.mean_gain("afinn", t, **OURS)) is not None}
-    if theirs is None or not ours:
+    theirs = (None, {"system": "best-of-16"})
+    found = [(kl, results.pair("afinn", (kl, OURS), theirs)) for kl in (0.05, 0.1, 0.2, 0.4)]
+    both = [(kl, pair) for kl, pair in found if pair is not None]
+    if not both:
         return None
-    kl, most = max(ours.items(), key=lambda item: item[1])
-    count = len(results.gains(None, system="best-of-16"))
-    return f"{most:+.3f} at KL {kl:g} against {theirs:+.3f}", count, most >= theirs
+    kl, (ours, other, count) = max(both, key=lambda item: item[1][0] - item[1][1])
+    return f"{ours:+.3f} at KL {kl:g} against {other:+.3f}", count, ours >= other
 
 
 def _perplexity(results: _Results) -> Found:
@@ -124,12 +133,12 @@ def _perplexity(results: _Results) -> Found:
 
 def _gate(results: _Results) -> Found:
     place = {"system": "dual-head", "reward_head": OURS["reward_head"]}
-    gains = {g: results.mean_gain("vader", 0.1, **place, gate=g) for g in ("attention", "fixed")}
-    if None in gains.values():
+    attention, fixed = ((0.1, {**place, "gate": gate}) for gate in ("attention", "fixed"))
+    found = results.pair("vader", attention, fixed)
+    if found is None:
         return None
-    ratio = gains["attention"] / gains["fixed"] - 1
-    count = len(results.gains(0.1, **place, gate="attention"))
-    return f"{ratio:+.0%} of the fixed gate's gain", count, ratio >= 0.10
+    ratio = found[0] / found[1] - 1
+    return f"{ratio:+.0%} of the fixed gate's gain", found[2], ratio >= 0.10
 
 
 def _toxicity(results: _Results) -> Found:
