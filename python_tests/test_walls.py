@@ -19,7 +19,8 @@ import contextlib, importlib, io, pkgutil, sys
 import dualhead_ext as dh
 import torch
 
-behind = (*sys.argv[1:], "eval.lm_harness")  # lm-eval is in no other environment than its own
+# vLLM and lm-eval are in environments of their own.
+behind = (*sys.argv[1:], "eval.lm_harness", "vllm.")
 for module in pkgutil.walk_packages(dh.__path__, "dualhead_ext."):
     name = module.name.removeprefix("dualhead_ext.")
     if not name.startswith(behind) and not name.endswith("__main__") and not name.startswith("_C"):

@@ -105,8 +105,8 @@ def test_mistakes_are_one_sentence(place, capsys):
         (command("--prompts", "rows.jsonl"), "line 1: prompt must be"),
         (command("--prompts", "absent.txt"), "--prompts:"),
         (command("--prompts", "open:all"), "split must be one of"),
-        (command("--out", "foreign.jsonl"), "line 1 of foreign.jsonl is no row"),
-        (command("--out", "deep.jsonl"), "line 1 of deep.jsonl is no row"),
+        (command("--out", "foreign.jsonl"), "line 1 of foreign.jsonl is not a row"),
+        (command("--out", "deep.jsonl"), "line 1 of deep.jsonl is not a row"),
         (command("--out", "ranked.json"), "ends in .jsonl"),
         (command("-n", "1"), "at least 2"),
     ):

@@ -141,7 +141,7 @@ def test_inspect_and_generate_write_pages(tmp_path, capsys, monkeypatch):
     assert [run["label"] for run in data] == ["strength 0", "strength 1", "strength 2"]
     assert all(run["tokens"] for run in data)
     for argv, words in (
-        ([*hello, "--strengths", "1"], "--strengths: expected with --html"),
+        ([*hello, "--strengths", "1"], "--strengths: expected only with --html"),
         ([*hello, "--html", str(tmp_path)], "--html: expected a file that can be written"),
         ([*hello, "--html", page, "--strengths", "-1"], "--strengths: expected numbers of at le"),
         (["inspect", heads, "--text", ""], "--text: expected some text"),

@@ -235,7 +235,7 @@ def test_an_adapter_on_the_backbone_is_not_dropped_without_a_word(tmp_path, capl
     config = peft.LoraConfig(target_modules=["gate_proj", "up_proj"], r=2)
     model.add_adapter(config, "mine")
     model.save_pretrained(tmp_path)
-    assert "adapters (mine), which the heads' files do not hold" in caplog.text
+    assert "adapters (mine), which the heads' files do not contain" in caplog.text
     assert fingerprint(model) == plain  # of the backbone as it is without
     load(tmp_path, backbone=make_backbone("llama"))
 
