@@ -218,7 +218,7 @@ def parsed(*argv):
 
 def test_a_stream_is_read_while_it_trains(place, capsys, monkeypatch):
     """In the rows' own order it gives the heads of the same steps over rows in memory."""
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="the extra data is not installed")
     monkeypatch.setattr(training_data, "_SHUFFLED", 1)
     words = ["--data", "pairs.jsonl", "--eval-data", "held_out.jsonl", "--max-steps", 3]
     words += ["--batch-size", 2, "--max-length", 48, "--set", "calibrate=false"]
@@ -244,7 +244,7 @@ def test_a_stream_is_read_while_it_trains(place, capsys, monkeypatch):
     ],
 )
 def test_what_a_stream_cannot_do(place, capsys, words, said):
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="the extra data is not installed")
     assert run("train", "--streaming", "--output", "nothing", *words.split()) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -85,7 +85,7 @@ def text():
 
 
 def test_text_is_tokenised_as_it_is_read(tmp_path, text, caplog):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
     tokenizer, model, rows = text
     rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
     rows.insert(2, rows[0] | {"chosen": "", "rejected": "x"})
