@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # make install   .venv with everything, this package in it (editable); a second run does nothing
 # make demo      train and decode on real preference pairs, a few minutes
-# make test      C++ tests, then pytest; what continuous integration runs
+# make test      C++ tests, then pytest without the slow tests; what continuous integration runs
+# make test-all  the slow tests too: weekly, and before a release
 # make test-fast  the core's tests without the slow ones, under two minutes
 # make test-lm-eval  the adapter to lm-evaluation-harness, which it installs: 35 packages, 140 MB
 # make test-vllm  the plugin for vLLM, in an environment of its own ($(VLLM_ENV), vllm-env makes it)
@@ -56,7 +57,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub; without this, transformers asks one for files it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test test-fast test-lm-eval test-vllm vllm-env test-newest campaign
+.PHONY: install build demo test test-all test-fast test-lm-eval test-vllm vllm-env test-newest campaign
 .PHONY: test-peers cpp-test sanitize lint format docs bench wheel clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
@@ -87,6 +88,9 @@ demo: build
 	$(VENV_PYTHON) -m dualhead_ext.cli demo
 
 test: cpp-test
+	$(VENV_PYTHON) -m pytest -m "not slow" $(PARALLEL)
+
+test-all: cpp-test
 	$(VENV_PYTHON) -m pytest $(PARALLEL)
 
 test-fast: build

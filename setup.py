@@ -2,7 +2,8 @@
 """Builds the two compiled libraries into the package; everything else is in pyproject.toml.
 
 DUALHEAD_CUDA=auto|nvcc|0|1 (auto: for a CUDA torch, when nvcc is found; nvcc: for any torch),
-TORCH_CUDA_ARCH_LIST (default 8.0;9.0a;10.0+PTX), CXX and MAX_JOBS are honoured. How: _build/.
+TORCH_CUDA_ARCH_LIST (default 8.0;9.0a;10.0+PTX for a CUDA torch, 9.0a otherwise), CXX and MAX_JOBS
+are honoured. How: _build/.
 """
 
 import shutil

@@ -43,6 +43,10 @@ class Tools:
     nvcc: Nvcc | None
     torch: Torch
 
+    @property
+    def archs(self) -> list[str]:
+        return cuda_archs(self.torch.cuda) if self.nvcc else []
+
 
 def find_tools() -> Tools:
     torch = find_torch()
@@ -95,7 +99,7 @@ def _compile_step(source: Path, folder: Path, tools: Tools) -> Step:
     output = folder / source.with_name(source.name + ".o")
     stamp = tools.cxx_version
     if source.suffix == ".cu":
-        command = [tools.nvcc.program, *NVCC_FLAGS, *gencode_flags(cuda_archs()), "--threads=0"]
+        command = [tools.nvcc.program, *NVCC_FLAGS, *gencode_flags(tools.archs), "--threads=0"]
         command += ["-ccbin", _host_compiler(tools.cxx)]
         stamp += tools.nvcc.version
     else:
@@ -155,7 +159,7 @@ def _build_info(tools: Tools) -> dict:
         "machine": platform.machine(),
         "compiler": tools.cxx_version,
         "nvcc": tools.nvcc and tools.nvcc.version,
-        "cuda_archs": cuda_archs() if tools.nvcc else [],
+        "cuda_archs": tools.archs,
         "commit": commit and commit.strip() + ("-dirty" if changed.strip() else ""),
         "csrc_sha256": csrc_hash(),
     }
@@ -174,7 +178,7 @@ def build(folder: Path) -> dict[str, Path]:
         steps = {kind: compile_steps(kind, folder, tools) for kind in kinds}
         if any(not step.up_to_date() for step in steps.get("cuda", ())):
             print(
-                f"[dualhead_ext] compiling CUDA kernels for {' '.join(cuda_archs())} with nvcc "
+                f"[dualhead_ext] compiling CUDA kernels for {' '.join(tools.archs)} with nvcc "
                 f"{tools.nvcc.version}, some minutes; DUALHEAD_CUDA=0 leaves them out, "
                 "TORCH_CUDA_ARCH_LIST names fewer architectures",
                 flush=True,

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
+# Beside a CPU-only torch, which runs none of it: the architecture whose machine code the tests read.
+TESTED_ARCHS = "9.0a"
 DEFAULT_CUDA_ROOT = "/usr/local/cuda"
 
 
@@ -103,10 +105,14 @@ def choose_cuda(torch_cuda: str | None) -> Nvcc | None:
     return nvcc
 
 
-def cuda_archs() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST as torch spells it: '8.0;9.0a' or '8.0 9.0+PTX'."""
+def cuda_archs(torch_cuda: str | None) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as torch spells it: '8.0;9.0a' or '8.0 9.0+PTX'.
+
+    torch_cuda: as in choose_cuda; it decides the default.
+    """
+    default = TESTED_ARCHS if torch_cuda is None else DEFAULT_ARCHS
     archs = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    archs = [arch for arch in archs if arch] or DEFAULT_ARCHS.split(";")
+    archs = [arch for arch in archs if arch] or default.split(";")
     for arch in archs:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
             raise BuildError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -50,6 +51,20 @@ def smollm2() -> str:
         return str(smollm2_path())
     except ImportError as error:
         pytest.skip(str(error))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases that quick_cases(n) does not choose as slow. The choice follows a hash of the
+    names, which mixes the parameters, and is always the same."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("quick_cases"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for those in cases.values():
+        (count,) = those[0].get_closest_marker("quick_cases").args
+        for item in sorted(those, key=lambda item: zlib.crc32(item.name.encode()))[count:]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,6 +24,11 @@ def test_on_gpu():
 
 def test_numbers(seed):
     print("drawn", random.random(), "seed", seed)
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("x", range(5))
+def test_cases(x):
+    pass
 """
 BENCHMARK = """
 def test_speed(pytestconfig):
@@ -74,19 +79,21 @@ def required(project) -> subprocess.CompletedProcess:
 
 def test_gpu_tests_are_skipped_with_a_reason_and_benchmarks_left_out(default):
     assert default.returncode == 0, default.stdout + default.stderr
-    assert "2 passed, 1 skipped" in default.stdout
+    assert "7 passed, 1 skipped" in default.stdout
     assert "needs a CUDA device" in default.stdout
     assert "bench_one" not in default.stdout
     assert "CUDA devices: none" in default.stdout
 
 
+@pytest.mark.slow
 def test_required_gpu_tests_fail_where_they_would_be_skipped(required):
     assert required.returncode == 1
-    assert "2 passed, 1 error" in required.stdout
+    assert "7 passed, 1 error" in required.stdout
     sentence = "skipped although --require-cuda was given: Skipped: needs a CUDA device"
     assert sentence in required.stdout
 
 
+@pytest.mark.slow
 def test_seeds_decide_the_numbers_whatever_ran_before(project, default, required):
     assert "seed: 0" in default.stdout and "seed: 1" in required.stdout
     assert drawn(default) == drawn(run(project, "python_tests/test_one.py::test_numbers"))
@@ -99,6 +106,15 @@ def test_requiring_cuda_of_no_gpu_test_is_an_error(project):
     assert "no test marked cuda was collected" in done.stderr
 
 
+def test_of_many_cases_the_chosen_ones_are_quick(project):
+    chosen = [run(project, "-m", word, "python_tests/test_one.py") for word in ("not slow", "slow")]
+    quick, slow = (
+        {line for line in done.stdout.splitlines() if "test_cases[" in line} for done in chosen
+    )
+    assert len(quick) == 2 and len(slow) == 3, chosen
+
+
+@pytest.mark.slow
 def test_the_benchmark_flag_runs_benchmarks_only(project):
     done = run(project, "--benchmark", "--results-json", "results.json")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -42,7 +42,7 @@ for command in ([], ["sample"], ["train"], ["generate"], ["eval"], ["bench"], ["
 @pytest.mark.parametrize(
     ("folder", "behind"),
     [
-        ("bench", ["bench"]),
+        pytest.param("bench", ["bench"], marks=pytest.mark.slow),
         # `dualhead eval --suite` is what runs it; the steering suite stores its cells as it does.
         ("eval/paper", ["eval.paper", "eval.steering", "cli.eval_suite", "cli.eval_steering"]),
     ],

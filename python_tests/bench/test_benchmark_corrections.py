@@ -224,6 +224,7 @@ def test_the_goals_of_the_loss_are_for_token_rewards_alone(monkeypatch):
 # --- whole models, files --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_models_are_timed_with_heads_at_work():
     (case,) = correction_models.plan(quick=True)
     (contest,) = correction_models.run_case(case, seconds=0)
@@ -266,6 +267,7 @@ def test_files_are_counted_as_saved(monkeypatch):
 # --- the command ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(correction_steps, "plan", lambda quick: [TINY])
     monkeypatch.setattr(correction_losses, "plan", lambda quick: [TINY_LOSS])

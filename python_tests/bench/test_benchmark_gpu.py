@@ -75,6 +75,7 @@ def test_the_loss_is_timed_too(results):
     assert {(case.d, case.V) for case in loss_cases.gpu_plan()} == {(4096, 32000), (4096, 128256)}
 
 
+@pytest.mark.slow
 def test_parts_are_run_once_each(tmp_path, monkeypatch):
     """What `--part` asks for, over the plans of a GPU; nothing else is run."""
     path = tmp_path / "results.json"

@@ -69,6 +69,7 @@ def test_a_twin_shares_every_weight_and_stays_plain(tied):
 # --- decoding -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_whole_models_decode_with_each_step(monkeypatch):
     calls = []
 
@@ -98,6 +99,7 @@ def test_whole_models_decode_with_each_step(monkeypatch):
         assert f"{against.value:.3f} times backbone's time" in result.text()
 
 
+@pytest.mark.slow
 def test_a_gpus_contenders_decode_compiled_with_a_static_cache(monkeypatch):
     """As transformers compiles by itself on CUDA: once for each model, with no break in a graph."""
     torch.compiler.reset()

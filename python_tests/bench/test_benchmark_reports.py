@@ -130,6 +130,7 @@ def test_the_command_refuses_before_it_runs(monkeypatch):
         command_line("--json", "no/such/folder/x.json")
 
 
+@pytest.mark.slow
 def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "plan", lambda quick: [TINY])
     monkeypatch.setattr(cases, "growth_plan", lambda: [TINY])
@@ -214,6 +215,7 @@ def pytest_session(*arguments, required, csrc_hash="libraries.csrc_hash()"):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_from_the_root(tmp_path):
     """One group is fast enough and one is not: the figures of both are printed and written."""
     path = tmp_path / "results.json"
@@ -232,6 +234,7 @@ def test_pytest_benchmark_from_the_root(tmp_path):
     assert len(results["failures"]) == 2
 
 
+@pytest.mark.slow
 def test_a_stale_build_is_not_timed():
     done = pytest_session(required={"fp32": 0.01, "bf16": 0.01}, csrc_hash="'0' * 64")
     assert done.returncode == 1
@@ -240,6 +243,7 @@ def test_a_stale_build_is_not_timed():
     assert "quartiles" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

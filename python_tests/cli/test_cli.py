@@ -146,6 +146,7 @@ def test_info_says_what_was_built(capsys):
     assert all(name in text for name in report if name != "packages")
 
 
+@pytest.mark.slow
 def test_resume_goes_on_from_the_last_checkpoint(tmp_path, capsys):
     out = tmp_path / "heads"
     argv = ["train", "--output", str(out), "--limit", "6", "--eval-share", "0", *TINY]
@@ -157,6 +158,7 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path, capsys):
     assert run(*argv, "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_hidden_states_are_computed_once(tmp_path, capsys, monkeypatch):
     out, cache = tmp_path / "heads", tmp_path / "cache"
     argv = ["train", "--output", str(out), "--limit", "6", *TINY, "--overwrite"]
@@ -194,6 +196,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         run("info")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_trains(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "train", "--output", str(tmp_path / "heads"), "--max-steps", "1000"],

@@ -230,6 +230,7 @@ def test_foreign_or_damaged_heads(change, heads, tmp_path, capsys):
     assert err.count("\n") == 1 and err.startswith("dualhead generate: heads"), err
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_writes(heads):
     process = subprocess.Popen(
         [*COMMAND, "generate", str(heads), PROMPT, "--max-new-tokens", "900", "--sample",
@@ -243,6 +244,7 @@ def test_ctrl_c_while_it_writes(heads):
     assert b"Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away(heads):
     process = subprocess.Popen(
         [*COMMAND, "generate", str(heads), PROMPT, "--max-new-tokens", "300", "--sample"],

@@ -62,6 +62,7 @@ def test_rows_are_ranked_and_train_reads_them(place, capsys):
     assert kept and {"prompt", "responses", "scores", "ended"} <= set(kept[0])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_doing_anything_twice(place):
     """The file at the end is that of a run that nobody stopped, whatever the batches."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -104,6 +104,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(stopped, place):
     assert not (place / "heads" / "dualhead_config.json").exists()
 
 
+@pytest.mark.slow
 def test_it_goes_on_to_the_heads_of_a_run_that_was_not_stopped(resumed, place):
     assert run("train", "--config", "run.yaml", "--output", "whole") == 0
     whole = load_file(place / "whole" / "dualhead_model.safetensors")

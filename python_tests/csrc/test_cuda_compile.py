@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compile gate: every CUDA kernel compiles for sm_80, sm_90a and sm_100, and the hot ones stay
-within their limits of registers and spills. Needs nvcc, no GPU: ptxas says what it allotted.
+"""The compile gate: every CUDA kernel compiles (the slow tests: for sm_80, sm_90a and sm_100), and
+the hot ones stay within their limits of registers and spills. Needs nvcc, no GPU: ptxas says what
+it allotted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ LIMITS = {
     "loss_rows_kernel": Limit(registers=64),
     "loss_rows_backward_kernel": Limit(registers=64),
 }
-ARCHS = {"sm_80", "sm_90a", "sm_100"}
 
 
 @dataclass(frozen=True)
@@ -84,41 +84,49 @@ def violations(resources: Resources, limit: Limit) -> list[str]:
 needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[Path, list[Resources]]:
-    """Resources by source file, from the objects of `make build` unless those are for other archs;
-    compiled now if out of date."""
-    own_archs = toolchain.cuda_archs() != toolchain.DEFAULT_ARCHS.split(";")
-    folder = ROOT / "build" / ("gate" if own_archs else "objects")
-    patch = pytest.MonkeyPatch()
-    patch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    patch.setenv("DUALHEAD_CUDA", "1")
-    try:
+@dataclass(frozen=True)
+class Compiled:
+    """archs: those asked for, as ptxas names them. kernels: resources by object file."""
+
+    archs: set[str]
+    kernels: dict[Path, list[Resources]]
+
+
+LISTS = [toolchain.TESTED_ARCHS, pytest.param(toolchain.DEFAULT_ARCHS, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=LISTS)
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    """The objects of `make build` where it has these architectures; compiled now if out of date."""
+    archs = request.param.split(";")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DUALHEAD_CUDA", "1")
         tools = libraries.find_tools()
+        folder = ROOT / "build" / ("objects" if tools.archs == archs else "gate")
+        patch.setenv("TORCH_CUDA_ARCH_LIST", request.param)
         steps = [s for s in libraries.compile_steps("cuda", folder, tools) if ".cu" in s.title]
         with incremental.build_lock(folder):
             incremental.run_steps(steps)
-    finally:
-        patch.undo()
-    return {step.output: parse_resources(step.log.read_text()) for step in steps}
+    names = {f"sm_{arch.removesuffix('+PTX').replace('.', '')}" for arch in archs}
+    return Compiled(names, {step.output: parse_resources(step.log.read_text()) for step in steps})
 
 
 @needs_nvcc
 def test_every_kernel_is_compiled_for_every_arch(compiled):
-    assert compiled
-    for source, kernels in compiled.items():
+    assert compiled.kernels
+    for source, kernels in compiled.kernels.items():
         assert kernels, f"{source}: ptxas reports no kernel"
         for name in {one.kernel for one in kernels}:
             archs = {one.arch for one in kernels if one.kernel == name}
             # sm_100 comes with its PTX, which ptxas sees once.
-            assert archs == ARCHS, f"{source}: {name} is compiled for {sorted(archs)}"
+            assert archs == compiled.archs, f"{source}: {name} is compiled for {sorted(archs)}"
 
 
 @needs_nvcc
 @pytest.mark.parametrize("name", list(LIMITS))
 def test_hot_kernels_keep_their_limits(compiled, name):
-    hot = [one for kernels in compiled.values() for one in kernels if name in one.kernel]
-    assert {one.arch for one in hot} == ARCHS, f"no kernel is named {name}: correct LIMITS"
+    hot = [one for kernels in compiled.kernels.values() for one in kernels if name in one.kernel]
+    assert {one.arch for one in hot} == compiled.archs, f"no kernel is named {name}: correct LIMITS"
     for one in hot:
         found = violations(one, LIMITS[name])
         assert not found, f"{one.kernel} on {one.arch}: {'; '.join(found)}"
@@ -126,7 +134,7 @@ def test_hot_kernels_keep_their_limits(compiled, name):
 
 @needs_nvcc
 def test_no_other_kernel_spills(compiled):
-    for kernels in compiled.values():
+    for kernels in compiled.kernels.values():
         for one in kernels:
             named = any(name in one.kernel for name in LIMITS)
             assert named or one.spill_bytes == 0, f"{one.kernel} on {one.arch} spills"

@@ -121,6 +121,7 @@ def aligned(rng, dtype, **sizes):
     return model.random_arguments(rng, dtype, aligned=True, **options)
 
 
+@pytest.mark.quick_cases(48)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("size", STREAM_SIZES)
 @pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
@@ -133,6 +134,7 @@ def test_the_streamed_step_is_the_float64_one(stream, seed, kind, dtype, size, e
         check_step(arguments, step, dtype, close(arguments, dtype))
 
 
+@pytest.mark.quick_cases(36)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("B", [1, 9, 40])
@@ -146,6 +148,7 @@ def test_a_quantised_lm_head(stream, seed, kind, name, dtype, B):
     check_step(arguments, step, dtype, close(arguments, dtype))
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("gate", ["attention", "given"])
 @pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
 def test_bits_depend_neither_on_device_grid_and_schedule_nor_on_the_batch(

@@ -39,6 +39,7 @@ SIZES = {  # tails of units of 8, tiles of 8 and 16 units, runs of 32 inputs, st
 }
 
 
+@pytest.mark.quick_cases(12)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
@@ -88,6 +89,7 @@ def test_every_plan_is_among_the_tested_ones(testing_module, seed):
     assert found == {(name, value) for name, many in values.items() for value in many}
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
 @pytest.mark.parametrize("B", [1, 8, 9, 40])
 def test_bits_do_not_depend_on_device_grid_or_schedule(run, seed, engine, B):
@@ -232,6 +234,7 @@ def test_lengths_grow_step_by_step(run, seed):
         arguments |= step.state
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
 @pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
 @pytest.mark.parametrize("K", [1, 3])

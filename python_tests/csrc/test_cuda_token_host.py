@@ -124,6 +124,7 @@ HARD_ROWS = {  # for a cut that is looked for in bins of 1/64 nat, up to 512 tok
 }
 
 
+@pytest.mark.quick_cases(16)
 @pytest.mark.parametrize("values", HARD_ROWS.values(), ids=list(HARD_ROWS))
 @pytest.mark.parametrize(
     "filters",

@@ -65,8 +65,10 @@ def blocks_of(text: str) -> Iterator[Block]:
         yield Block(line, match[2], code, reason)
 
 
+# Those that train by more than one process or on more than one kind of data.
+LONG = [ROOT / "docs" / name for name in ("generation.md", "scale.md", "training.md")]
 PAGES_WITH_CODE = [
-    page
+    pytest.param(page, marks=pytest.mark.slow) if page in LONG else page
     for page in PAGES
     if any(b.language in ("python", "sh") for b in blocks_of(page.read_text()))
 ]

@@ -28,6 +28,7 @@ def test_every_script_is_tested_and_described():
     assert all(name in page and name in here for name in scripts)
 
 
+@pytest.mark.slow
 def test_train_then_a_strength_per_request(tmp_path, capsys):
     heads = str(tmp_path / "heads")
     out, _ = run(capsys, "train_on_jsonl.py", "--output", heads)
@@ -57,6 +58,7 @@ def gates():
     config.GATE_NAMES[:] = before[1]
 
 
+@pytest.mark.slow
 def test_a_gate_of_ones_own(tmp_path, capsys, gates):
     folder = tmp_path / "own"
     out, _ = run(capsys, "own_gate.py", "--output", str(folder), "--max-new-tokens", "8")

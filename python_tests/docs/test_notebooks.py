@@ -58,6 +58,7 @@ def shown(notebook, kind: str) -> list:
     return [o["data"][kind] for o in outputs if kind in o.get("data", {})]
 
 
+@pytest.mark.slow
 def test_train_and_steer(executed):
     done, folder = executed
     text = printed(done["train_and_steer"])

@@ -36,6 +36,7 @@ def dialogues(count=240):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_backbone_from_scratch(tmp_path, architecture):
     spec = dataclasses.replace(SPEC, architecture=architecture)

@@ -31,6 +31,8 @@ from dualhead_ext.eval.paper.table import Table
 for package, extra in (("trl", "trl"), ("peft", "peft"), ("matplotlib", "plot")):
     pytest.importorskip(package, reason=f"the extra {extra} is not installed")
 
+pytestmark = pytest.mark.slow
+
 FEW = "backbone,dual_head"
 
 

@@ -48,6 +48,7 @@ def load(name, folder, backbone):
     return one(folder, backbone)
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("name, lora", ADAPTED)
 def test_learns_and_loads(tmp_path, backbone, tokenizer, name, lora):
     rates = {"learning_rate": 3e-2 if lora else 1e-2}
@@ -71,6 +72,7 @@ def test_learns_and_loads(tmp_path, backbone, tokenizer, name, lora):
         assert written.shape[1] > prompt["input_ids"].shape[1]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name, lora", ADAPTED)
 def test_a_seed_repeats_itself(tmp_path, backbone, name, lora):
     digests = []
@@ -81,6 +83,7 @@ def test_a_seed_repeats_itself(tmp_path, backbone, name, lora):
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_rloo_raises_the_reward(tmp_path, backbone, tokenizer, lora, monkeypatch):
     """A judge that likes half of the vocabulary, one that a direction of the embeddings tells from
@@ -130,6 +133,7 @@ def test_rloo_scores_the_texts_as_the_judge_was_trained_to(backbone, tokenizer):
 # --- the gated head -------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("variant", DUAL_HEAD_VARIANTS)
 def test_every_variant_trains(tmp_path, backbone, variant):
     options = DUAL_HEAD_VARIANTS[variant]
@@ -172,6 +176,7 @@ def test_progress_is_silent_unless_asked_for(tmp_path, backbone, capfd):
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", ON_PAIRS)
 def test_nan_is_loud_and_leaves_nothing(tmp_path, backbone, tokenizer, name):
     model = trained.load_policy(backbone)
@@ -228,6 +233,7 @@ def test_a_policy_is_no_reward_model(backbone):
         trained.load_reward_model(backbone)
 
 
+@pytest.mark.slow
 def test_trl_is_imported_only_to_train_with_it():
     code = "import sys, dualhead_ext.eval.paper.training; print('trl' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -99,6 +99,7 @@ def test_killed_at_every_call_of_a_save(tmp_path):
     assert_no_problem(results, least=12)
 
 
+@pytest.mark.slow
 def test_a_full_or_broken_disk_at_every_call(tmp_path):
     results = run_script(
         tmp_path,

@@ -182,6 +182,7 @@ def test_controls_are_checked():
 # --- in the model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(8)
 @MIXES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_is_the_backbones_own_text(family, mix):

@@ -49,6 +49,7 @@ def test_every_option_in_every_workspace(workspace, name, seed):
                 **objectives(seed, 3, 3))  # fmt: skip
 
 
+@pytest.mark.quick_cases(60)
 @pytest.mark.parametrize("name", OPTION_SETS)
 @pytest.mark.parametrize("head", REWARD_HEADS)
 def test_every_reward_head_on_ranked_lists(workspace, name, head, seed):
@@ -59,6 +60,7 @@ def test_every_reward_head_on_ranked_lists(workspace, name, head, seed):
         assert_same(t, **lists, **weights, **OPTION_SETS[name])
 
 
+@pytest.mark.slow
 def test_500_random_problems(monkeypatch, seed):
     """Shapes, options, objectives, rows without pairs, workspaces: all at random."""
     r = random.Random(seed)
@@ -81,6 +83,7 @@ def test_500_random_problems(monkeypatch, seed):
             raise AssertionError(f"problem {i}: rows {rows}, pairs {pairs}, {options}") from error
 
 
+@pytest.mark.quick_cases(17)
 @pytest.mark.parametrize("name", OPTION_SETS)
 def test_gradcheck(workspace, name, seed):
     """Every entry for three sets of options, along a random direction for the others."""
@@ -95,6 +98,7 @@ def test_gradcheck(workspace, name, seed):
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=name not in EVERY_ENTRY)
 
 
+@pytest.mark.quick_cases(12)
 @pytest.mark.parametrize("name", OPTION_SETS)
 @pytest.mark.parametrize("head", ["embedding", "embedding, rank 0", "lowrank"])
 def test_gradcheck_of_corrections(head, name, monkeypatch, seed):
@@ -163,6 +167,7 @@ def relative_errors(problem, exact, wanted, options, call):
 ALLOWED = {"fp32": 1.1, "autocast": 1.05, "bf16": 1.15}
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("pays", [True, False], ids=["narrow products", "widened"])
 @pytest.mark.parametrize("kind", ALLOWED)
 def test_errors_are_at_most_those_of_eager(kind, pays, monkeypatch, seed):

@@ -28,6 +28,7 @@ def isa(request):
 WANTED = [(True, True, True), (True, False, False), (False, True, True), (True, True, False)]
 
 
+@pytest.mark.quick_cases(16)
 @pytest.mark.parametrize("wanted", WANTED, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_errors_are_at_most_those_of_eager(isa, name, wanted, seed):

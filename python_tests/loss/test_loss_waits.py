@@ -39,6 +39,7 @@ CASES = [(name, True, 300) for name in OPTION_SETS]
 CASES += [(name, False, size) for name in ("default", "mixed_probs") for size in (1, 64 << 20)]
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(("name", "kernel", "workspace"), CASES)
 def test_nothing_is_read(elsewhere, monkeypatch, name, kernel, workspace):
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", workspace)

@@ -75,6 +75,7 @@ def test_loss_is_the_formula_token_by_token(
     assert metrics["loss"] == pytest.approx(out.loss.item(), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.quick_cases(34)
 @pytest.mark.parametrize("objectives", [1, 2])
 @pytest.mark.parametrize("name", sorted(OPTION_SETS))
 @pytest.mark.parametrize("head", sorted(REWARD_HEADS))

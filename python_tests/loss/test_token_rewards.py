@@ -24,6 +24,7 @@ def fresh(**config):
     )
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("gate", ["attention", "linear", "fixed"])
 @pytest.mark.parametrize("head", ["full", "embedding", "lowrank"])
 def test_training_ranks_held_out_pairs(tmp_path, head, gate):

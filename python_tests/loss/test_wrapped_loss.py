@@ -32,6 +32,7 @@ def assert_same(got, expected):
         torch.testing.assert_close(got[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_in_a_compiled_model():
     """A break in the graph at the loss, none of its parts traced; training goes on through it."""
     model, batch = make_case()
@@ -54,6 +55,7 @@ def test_under_activation_checkpointing(reentrant):
         torch.testing.assert_close(parameter.grad, exact)
 
 
+@pytest.mark.slow
 def test_in_a_model_sharded_by_fsdp(tmp_path):
     run_in_two_processes("fsdp_loss.py", tmp_path)
     got = load_file(tmp_path / "gradients.safetensors")
@@ -71,6 +73,7 @@ def with_reference_loss(model, arguments, named):
     return arguments, named | {"loss_options": options}
 
 
+@pytest.mark.slow
 def test_60_steps_follow_eager(tmp_path):
     """The same fp32 run twice, fused and eager: losses differ by what reordered sums explain, i.e.
     no more than eager's own run from weights that differ in the last bit."""

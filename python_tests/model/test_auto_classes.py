@@ -66,6 +66,7 @@ def test_a_whole_folder_is_its_backbone(heads, tmp_path):
     assert not isinstance(plain, dh.DualHeadForCausalLM)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("first", ["dualhead_ext", "transformers"])
 def test_whichever_is_imported_first(heads, first):
     second = {"dualhead_ext": "transformers", "transformers": "dualhead_ext"}[first]
@@ -80,6 +81,7 @@ assert isinstance(model, dualhead_ext.DualHeadForCausalLM)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("alone", ["AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"])
 def test_an_auto_class_without_the_others(heads, alone):
     code = f"""
@@ -91,6 +93,7 @@ print(type({alone}.from_pretrained({str(heads)!r})).__name__)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("module", ["head_folder", "sharing", "auto", "pretrained", "causal_lm"])
 def test_a_module_that_imports_transformers_first(module):
     """Registering happens in the middle of its imports."""

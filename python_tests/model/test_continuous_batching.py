@@ -62,12 +62,14 @@ CAPPED = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @supported
 @pytest.mark.parametrize("family", FAMILY_OF_EACH_KIND)
 def test_families(family):
     check(make_model(family), **SCALED)
 
 
+@pytest.mark.quick_cases(3)
 @supported
 @pytest.mark.parametrize("gate", ["attention", "linear", "fixed"])
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def test_greedy_from_embeddings_and_from_one_token():
     assert_same(model, {"input_ids": batch["input_ids"][:, -1:]}, **GREEDY)
 
 
+@pytest.mark.slow
 def test_a_compiled_static_cache_is_the_same():
     """What transformers does by itself on a GPU. Compiled once: the third call adds no graph."""
     model, batch = make_model("llama"), prompts()

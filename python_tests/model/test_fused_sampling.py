@@ -35,6 +35,7 @@ def pair_probabilities(model, row, filters, kept=12):
     return first, {int(v): after(torch.cat((row, v.view(1, 1)), 1)) for v in likely}
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "ordinary"])
 def test_the_distribution_of_both_loops(filters, fused):

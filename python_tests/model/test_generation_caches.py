@@ -70,6 +70,7 @@ def test_several_turns_with_ragged_second_turns(family):
     assert torch.equal(two[:, -NEW:], expected)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "family, backend",
     [(f, "aot_eager") for f in ("llama-tied", "mistral-sliding", "gemma3")]

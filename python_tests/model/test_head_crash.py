@@ -51,6 +51,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kinds", [("kill",), ("full", "broken")])
 def test_a_save_interrupted_anywhere_is_the_old_head_or_the_new_one(tmp_path, kinds):
     results = faults.run(textwrap.dedent(SCRIPT.format(kinds=kinds)), tmp_path)

@@ -51,6 +51,7 @@ def run(code, hub, folder):
     return done.stdout.split()[-1]
 
 
+@pytest.mark.slow
 def test_pushed_heads_are_loaded_with_one_line(hub, tmp_path):
     for name in ("author", "reader"):
         (tmp_path / name).mkdir()

@@ -85,6 +85,7 @@ def test_assisted_by_the_plain_backbone():
     assert torch.equal(model.generate(**batch, **GREEDY, assistant_model=draft), expected)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_steps(name):
     """The whole forward as one graph without a break, as with plain heads."""

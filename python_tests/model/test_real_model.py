@@ -48,7 +48,7 @@ def asked(tokenizer, *questions):
     )
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+@pytest.fixture(scope="module", params=["default", pytest.param("paper", marks=pytest.mark.slow)])
 def trained(request, smollm2, tokenizer, tmp_path_factory):
     """(preset, trainer, folder of the saved heads) after 20 steps on eight pairs."""
     preset, folder = request.param, tmp_path_factory.mktemp("smollm2")
@@ -142,6 +142,7 @@ def test_a_stream_is_the_text(trained, tokenizer):
     assert len(pieces) > 3
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_quantised_heads_say_nearly_the_same(trained, tokenizer, backbone, name, tmp_path):
     preset, trainer, folder = trained

@@ -87,6 +87,7 @@ def test_controls_are_per_row():
         assert torch.equal(got[row : row + 1, -NEW:], expected)
 
 
+@pytest.mark.quick_cases(8)
 @EVERY
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 def test_a_model_that_guides_itself_is_the_dual_head(family, mix):
@@ -106,6 +107,7 @@ def test_its_logits_are_the_dual_heads_too(family, mix):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.quick_cases(4)
 @EVERY
 def test_strength_zero_is_the_strong_models_own_text(family):
     strong, batch = make_backbone(family, seed=5), prompts()

@@ -285,12 +285,14 @@ def opcheck_cases() -> dict[str, tuple]:
 OPCHECK_CASES = opcheck_cases()
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize("arguments", OPCHECK_CASES.values(), ids=OPCHECK_CASES)
 def test_opcheck(arguments):
     results = torch.library.opcheck(torch.ops.dualhead.decode_step.default, arguments)
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("gate, reward_head", [("attention", "full"), ("logit", "embedding")])
 def test_compiled_whole_equals_direct(backend, gate, reward_head, seed):

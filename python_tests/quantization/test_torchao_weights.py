@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 APART = ROOT / ".venv" / "torchao"  # where `make install` puts it
 
 
+@pytest.mark.slow
 def test_torchao_cases():
     if not APART.is_dir() and importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")

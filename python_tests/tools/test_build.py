@@ -156,17 +156,19 @@ def test_cuda_switch(no_tools, monkeypatch):
 
 def test_archs_are_those_of_the_environment(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert toolchain.cuda_archs() == ["8.0", "9.0a", "10.0+PTX"]
+    assert toolchain.cuda_archs("13.0") == ["8.0", "9.0a", "10.0+PTX"]
+    assert toolchain.cuda_archs(None) == ["9.0a"]
     for text in ("8.6;9.0a+PTX", "8.6 9.0a+PTX", " 8.6, 9.0a+PTX "):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
-        assert toolchain.cuda_archs() == ["8.6", "9.0a+PTX"]
+        for torch_cuda in (None, "13.0"):
+            assert toolchain.cuda_archs(torch_cuda) == ["8.6", "9.0a+PTX"]
     assert toolchain.gencode_flags(["8.6", "9.0a+PTX"]) == [
         "-gencode=arch=compute_86,code=[sm_86]",
         "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]",
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(toolchain.BuildError, match="got 'Hopper'"):
-        toolchain.cuda_archs()
+        toolchain.cuda_archs("13.0")
 
 
 # --- what is recompiled ---------------------------------------------------------------------------

@@ -43,6 +43,7 @@ def test_each_stage_has_its_outcome_whatever_the_others_do(tmp_path):
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept_and_later_stages_have_their_share(tmp_path):
     given = {}
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tools.gpu.processes import ROOT, Limits, go_through, run_command
 from tools.gpu.records import DID_NOT_RUN, FAILED, PASSED, TIMED_OUT, read_lines
 from tools.gpu.stages import FILES
@@ -97,6 +99,7 @@ def test_a_start_that_hangs_is_killed():
     assert records[0]["outcome"] == FAILED and "before the first case" in records[0]["detail"]
 
 
+@pytest.mark.slow
 def test_the_end_of_all_comes_before_that_of_a_case():
     start = time.monotonic()
     records, _ = through(["sleep 60", "b", "c"], case=50, seconds=8)
@@ -104,6 +107,7 @@ def test_the_end_of_all_comes_before_that_of_a_case():
     assert [r["outcome"] for r in records] == [TIMED_OUT, DID_NOT_RUN, DID_NOT_RUN]
 
 
+@pytest.mark.slow
 def test_what_a_command_started_ends_with_it(tmp_path):
     mark = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(6); pathlib.Path({str(mark)!r}).touch()"
@@ -143,6 +147,7 @@ Stages(output, 60).run([stage(file) for file in ("smoke", "timings", "tests", "b
 """
 
 
+@pytest.mark.slow
 def test_partial_results_survive_a_kill_at_any_moment(tmp_path):
     """The whole run takes some seconds; it is killed 20 times, anywhere from its start to its
     end."""

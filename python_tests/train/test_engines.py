@@ -101,6 +101,7 @@ def test_tensor_parallelism_is_refused_by_from_backbone(tmp_path):
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_leaves_one_sentence_and_a_folder_to_go_on_from(tmp_path):
     run_in_two_processes("ddp_lost_process.py", tmp_path)
     said = (tmp_path / "said.txt").read_text()

@@ -19,6 +19,7 @@ from dualhead_ext.data.collate import PreferenceCollator, tokenize_pairs
 from dualhead_ext.train.hidden_cache import CachedRows, HiddenCache, UnusableCacheError
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("make", "changes", "dtype"),
     [

@@ -20,6 +20,7 @@ def another_setting(model):
     model.config.rope_parameters = {"rope_theta": 5000.0, "rope_type": "default"}
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

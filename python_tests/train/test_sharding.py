@@ -15,6 +15,8 @@ from trainer_cases import heads
 
 import dualhead_ext as dh
 
+pytestmark = pytest.mark.slow
+
 ONE = {"gradient_accumulation_steps": 4}  # two processes have two each
 
 

@@ -50,6 +50,7 @@ def test_another_stream_is_not_resumed(tmp_path, whole):
             make_trainer(tmp_path, data=data, **RUN).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows(tmp_path):
     run_in_two_processes("ddp_streaming.py", tmp_path)
     rows = pairs(COUNT)
@@ -84,6 +85,7 @@ def text():
     )
 
 
+@pytest.mark.slow
 def test_text_is_tokenised_as_it_is_read(tmp_path, text, caplog):
     datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
     tokenizer, model, rows = text

@@ -71,6 +71,7 @@ def test_backbone_gradients_are_never_computed(tmp_path):
 # --- the loss across batches and processes --------------------------------------------------------
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_accumulation_does_not_change_a_step(tmp_path, reduction):
     """1 x 6 = 3 x 2 = 2 x 3 = 6 x 1, and the last, smaller window of an epoch."""

@@ -49,6 +49,7 @@ def whole(tmp_path_factory):
 # --- resuming -------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 7])
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, whole, step):
     """In the middle of an epoch and at its edge (4), in accumulation, between evaluations: every
@@ -74,6 +75,7 @@ def test_saving_does_not_change_a_run(tmp_path, whole):
     assert same(whole[1], heads(trainer.model)) and history(trainer) == whole[2]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -271,6 +273,7 @@ def test_a_damaged_best_is_not_loaded(tmp_path):
 # --- crashes and full disks -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_or_out_of_space_at_every_call_of_a_training_checkpoint(tmp_path):
     """With rotation: after any of it the last whole checkpoint is the old one or the new one, and
     the next save cleans up."""
