@@ -24,6 +24,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from ..config import DualHeadConfig, head_fields
 from ..head.controls import Controls
+from ..head.dual_head import GatedHead
 from ..quantization import check_format
 from ..quantization.torchao_weights import check_lm_weight
 from . import fused_loop, pretrained
@@ -647,6 +648,32 @@ class DualHeadForCausalLM(_Extension):
         class again.
         """
         return _of_base, (type(self).__bases__[1],), self.__getstate__()
+
+    def use_heads(self, head: GatedHead) -> None:
+        """Decode and train with the gate and the reward head of ``head`` from now on, for example
+        with what ``merge_objectives``, ``compress`` or ``expand`` made of this model's own head.
+        The LM head stays. Modules are shared with ``head``, not copied.
+
+        Args:
+            head: sizes, bias and post-processing must be those of this model's LM head. ``expand``
+                gives a correction's constant part to a bias, which an LM head without one has not.
+        Raises:
+            TypeError: no head. ValueError: another size, bias or post-processing; the model stays
+                as it was. RuntimeError: quantised heads.
+        """
+        if not isinstance(head, GatedHead):
+            raise TypeError(f"use_heads: head must be a DualHead, got {type(head).__name__}")
+        own = self.lm_head_module
+        for one in (own, head):
+            one._refuse_quantized("use_heads")
+        for name in ("hidden_size", "vocab_size", "bias", "logit_scale", "logit_softcap"):
+            expected, given = getattr(own.config, name), getattr(head.config, name)
+            if given != expected:
+                raise ValueError(f"use_heads: head.config.{name} must be {expected}, got {given}")
+        gate, reward_head = (part.to(own.weight.device) for part in (head.gate, head.reward_head))
+        for module in (*gate.modules(), *reward_head.modules()):
+            vars(module)["_is_hf_initialized"] = True  # as attach() does
+        own.config, own.gate, own.reward_head = replace(head.config), gate, reward_head
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the embedding as the backbone does, and the reward heads with it. delta of a new

@@ -155,3 +155,43 @@ def test_the_heads_follow_a_larger_vocabulary(kind, family):
     model.quantize("int8")
     with pytest.raises(RuntimeError, match="resize_token_embeddings: the heads are quantised"):
         model.resize_token_embeddings(VOCAB + 9)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_heads_in_another_form_take_their_place(kind, tmp_path):
+    model, batch = model_of(kind), prompts()
+    weights = [0.3, 0.7]
+    expected = model.generate(**batch, **GREEDY, strength=1.5, objective_weights=weights)
+    model.use_heads(model.lm_head_module.merge_objectives(weights))
+    assert model.dual_head_config.num_objectives == 1
+    assert torch.equal(model.generate(**batch, **GREEDY, strength=1.5), expected)
+    model.save_pretrained(tmp_path)
+    again = dh.DualHeadForCausalLM.from_pretrained(tmp_path, backbone=make_backbone("llama-tied"))
+    assert torch.equal(again.generate(**batch, **GREEDY, strength=1.5), expected)
+
+
+def test_a_full_head_and_its_whole_correction_say_the_same():
+    model, batch = make_model("phi-bias", reward_head="full"), prompts()
+    expected = model.generate(**batch, **GREEDY, strength=1.5)
+    small, error = model.lm_head_module.compress("lowrank", model.dual_head_config.hidden_size)
+    assert float(error) < 1e-3
+    model.use_heads(small)
+    assert torch.equal(model.generate(**batch, **GREEDY, strength=1.5), expected)
+    model.use_heads(model.lm_head_module.expand())
+    assert model.dual_head_config.reward_head == "full"
+    assert torch.equal(model.generate(**batch, **GREEDY, strength=1.5), expected)
+
+
+def test_heads_that_do_not_fit_are_refused():
+    model = model_of(("lowrank", 2))
+    before = model.dual_head_config
+    with pytest.raises(ValueError, match=r"use_heads: head\.config\.bias must be False, got True"):
+        model.use_heads(model.lm_head_module.expand())
+    other = dh.DualHead(dh.DualHeadConfig(hidden_size=8, vocab_size=VOCAB))
+    with pytest.raises(ValueError, match=r"use_heads: head\.config\.hidden_size must be"):
+        model.use_heads(other)
+    with pytest.raises(TypeError, match="use_heads: head must be a DualHead, got Linear"):
+        model.use_heads(torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="use_heads"):
+        model_of(("lowrank", 2)).quantize("int8").use_heads(model.lm_head_module)
+    assert model.dual_head_config is before
