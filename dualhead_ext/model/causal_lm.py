@@ -670,10 +670,11 @@ class DualHeadForCausalLM(_Extension):
             expected, given = getattr(own.config, name), getattr(head.config, name)
             if given != expected:
                 raise ValueError(f"use_heads: head.config.{name} must be {expected}, got {given}")
-        gate, reward_head = (part.to(own.weight.device) for part in (head.gate, head.reward_head))
-        for module in (*gate.modules(), *reward_head.modules()):
+        place = own.weight.device
+        own.config, own.gate = replace(head.config), head.gate.to(place)
+        own.reward_head = head.reward_head.to(place)
+        for module in own.modules():
             vars(module)["_is_hf_initialized"] = True  # as attach() does
-        own.config, own.gate, own.reward_head = replace(head.config), gate, reward_head
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the embedding as the backbone does, and the reward heads with it. delta of a new
