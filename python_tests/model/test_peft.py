@@ -55,8 +55,11 @@ def test_targets_leave_the_heads_alone(targets, gate, tmp_path):
         {"target_modules": ["lm_head"]},
         {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [3, 5]},
+        # PEFT adapts the LM head with the embedding that it is tied to.
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: "-".join([next(iter(options)), *list(options)[1:]]),
 )
 def test_an_adapter_in_the_heads_place_is_named(options, tmp_path):
     model, batch = make_model("llama-tied"), prompts()
