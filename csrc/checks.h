@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// One voice for errors of the operators, on every device: operator, argument, expected, got, as in
-// "decode_step: hidden must be (B, 4096), got (2, 4095)". Everything is checked here, before any
-// kernel and before any torch call that could fail, because errors raised inside those lose their
-// text at the stable ABI's boundary. Only RuntimeError crosses it; dualhead_ext/ops gives the
-// Python types.
+// Errors of the operators, worded the same on every device: operator, argument, expected, got. For
+// example: "decode_step: hidden must be (B, 4096), got (2, 4095)".
+//
+// Arguments are checked here, before any kernel and any torch call that could fail: an error raised
+// inside those loses its text at the boundary of the stable ABI. Only RuntimeError crosses the
+// boundary; dualhead_ext/ops turns it into the right Python type.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -53,7 +54,7 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-// A dimension as a check expects it: a size, or a letter where any size will do.
+// An expected dimension: a size, or a letter if any size is allowed.
 struct Dim {
   Dim(int64_t size) : size(size), letter(nullptr) {}     // NOLINT: {B, d} reads as a shape
   Dim(const char* letter) : size(-1), letter(letter) {}  // NOLINT
@@ -118,7 +119,7 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& ten
   }
 }
 
-// Rows may be apart, but each row's elements must be adjacent.
+// Rows may have any stride, but the elements of a row must be adjacent.
 inline void check_adjacent(const char* op, const char* name, const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   if (tensor.size(last) > 1 && tensor.stride(last) != 1) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of the operator dualhead::decode_step, once for the schema, the binding and the
-// tests' module. Each has the name of the field of DecodeParams that it fills; shapes and meaning
-// are there (kernels/params.h).
+// The arguments of the operator dualhead::decode_step, listed once for the schema, the binding and
+// the test module. Each is named after the field of DecodeParams that it fills. Shapes and meaning:
+// kernels/params.h.
 #pragma once
 
-// X(type in C++, type in the schema, name), after the first argument, `Tensor hidden`.
+// X(type in C++, type in the schema, name), in order, after the first argument, `Tensor hidden`.
 #define DUALHEAD_DECODE_PARAMS(X)              \
   X(Tensor, "Tensor", lm_weight)               \
   X(MaybeTensor, "Tensor?", lm_bias)           \
@@ -40,7 +40,8 @@
   X(double, "float", logit_scale)              \
   X(double, "float", logit_softcap)
 
-// Which outputs are wanted; no fields of DecodeParams, where a null pointer says so.
+// Which outputs are wanted. DecodeParams has no such fields: there a null pointer means "not
+// wanted".
 #define DUALHEAD_DECODE_OUTPUT_FLAGS(X) \
   X(bool, "bool", return_logits)        \
   X(bool, "bool", record_attention)

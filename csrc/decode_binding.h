@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the tensors of the operator dualhead::decode_step to the plain DecodeParams of the kernels,
-// the same for every device: check everything, allocate the outputs, fill in pointers. Shapes and
-// meaning of each argument: kernels/params.h.
+// Turns the tensors of the operator dualhead::decode_step into the plain DecodeParams of the
+// kernels, in the same way for every device: it checks all arguments, allocates the outputs and
+// fills in the pointers. Shapes and meaning of the arguments: kernels/params.h.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -28,10 +28,11 @@ struct DecodeArguments {
 };
 #undef DUALHEAD_FIELD
 
-// logits, alpha, gate_logit, token, logprob, status, attention.
+// The outputs in order: logits, alpha, gate_logit, token, logprob, status, attention.
 using DecodeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// A fresh contiguous tensor beside `like`. The shim is the cheapest allocation the stable ABI has.
+// A new contiguous tensor on the device of `like`. The shim is the cheapest allocation in the
+// stable ABI.
 template <size_t N>
 Tensor allocate(std::array<int64_t, N> sizes, ScalarType dtype, const Tensor& like) {
   std::array<int64_t, N> strides;
@@ -62,8 +63,8 @@ T* pointer(const MaybeTensor& tensor) {
 
 // --- checks --------------------------------------------------------------------------------------
 
-// An optional read-only argument: checked, and replaced by a contiguous copy where it is not (an
-// expanded scalar, a column): all of these are small.
+// Checks an optional read-only argument and makes it contiguous (it may be an expanded scalar or a
+// column). The copy is cheap because all of these arguments are small.
 inline void check_small(const char* name, MaybeTensor& tensor, const Tensor& like, ScalarType dtype,
                         std::initializer_list<Dim> dims) {
   if (!tensor.has_value()) return;
@@ -73,7 +74,7 @@ inline void check_small(const char* name, MaybeTensor& tensor, const Tensor& lik
   if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
 }
 
-// An argument that is written, or too large to copy.
+// Checks an argument that is written in place or is too large to copy.
 inline void check_in_place(const char* name, const MaybeTensor& tensor, const Tensor& like,
                            ScalarType dtype, std::initializer_list<Dim> dims) {
   check_device(kDecodeStep, name, *tensor, like);
@@ -102,7 +103,7 @@ inline RewardHead reward_head_of(const std::string& name) {
   fail(kDecodeStep, "reward_head must be full, embedding or lowrank, got " + name);
 }
 
-// Quantised weights come with a scale per row, int4 with one per group; others with none.
+// Quantised weights need one scale per row, or for int4 one per group. Other weights have none.
 inline void check_scales(DecodeArguments& a, Quantization quantization, int64_t K, int64_t V,
                          int64_t d) {
   const std::pair<const char*, MaybeTensor*> scales[] = {{"lm_scale", &a.lm_scale},
@@ -135,7 +136,7 @@ inline void check_given(const char* name, const MaybeTensor& tensor, bool wanted
                         (wanted ? "None" : "a tensor"));
 }
 
-// K matrices like the LM head's, stored as that is.
+// A full reward head: K matrices of the LM head's shape and dtype. Returns K.
 inline int64_t check_full_head(DecodeArguments& a, ScalarType weight_dtype) {
   check_given("reward_weight", a.reward_weight, true, a.reward_head);
   check_given("reward_down", a.reward_down, false, a.reward_head);
@@ -154,7 +155,7 @@ inline int64_t check_full_head(DecodeArguments& a, ScalarType weight_dtype) {
   return K;
 }
 
-// K corrections of rank r, or of their bias alone.
+// A correction: K objectives of rank r, or K biases alone. Returns K.
 inline int64_t check_correction(DecodeArguments& a, RewardHead reward_head) {
   check_given("reward_weight", a.reward_weight, false, a.reward_head);
   check_given("reward_bias", a.reward_bias, true, a.reward_head);
@@ -218,7 +219,7 @@ inline void check_heads(DecodeArguments& a) {
   check_scales(a, quantization, K, V, d);
 }
 
-// The attention gate comes as a whole, or gate_logit comes in its place.
+// Either all parts of the attention gate are given, or gate_logit is given instead.
 inline void check_gate(DecodeArguments& a) {
   const std::pair<const char*, const MaybeTensor*> parts[] = {
       {"q_weight", &a.q_weight},       {"k_weight", &a.k_weight},        {"u_weight", &a.u_weight},
@@ -289,10 +290,10 @@ inline void check_controls(DecodeArguments& a) {
 
 // --- binding -------------------------------------------------------------------------------------
 
-// Checked arguments, fresh outputs, and the params that point into both.
+// The checked arguments, the new outputs, and the params that point into both.
 struct BoundDecode {
   DecodeArguments arguments;
-  Tensor logits;  // lent to the kernel even if the caller wants none
+  Tensor logits;  // scratch for the kernel even if the caller does not want it
   DecodeResult result;
   DecodeParams params;
 };
@@ -360,7 +361,7 @@ inline void fill_params(BoundDecode& bound) {
   p.out_attention = attention.dim() == 3 ? pointer<float>(attention) : nullptr;
 }
 
-// `dtypes`: what the device's kernel is built for; under quantised weights, of hidden states.
+// `dtypes`: those that the device's kernel supports. With quantised weights they apply to `hidden`.
 inline BoundDecode bind_decode_step(DecodeArguments&& arguments,
                                     std::initializer_list<ScalarType> dtypes) {
   BoundDecode bound{std::move(arguments), Tensor(), {}, {}};
@@ -384,8 +385,7 @@ inline BoundDecode bind_decode_step(DecodeArguments&& arguments,
   return bound;
 }
 
-// The operator as the dispatcher calls it, for TORCH_BOX. Implementation: what a device does with
-// the arguments.
+// The operator as the dispatcher calls it, for TORCH_BOX. `Implementation` runs it on one device.
 #define DUALHEAD_PARAMETER(type, schema, name) , type name
 #define DUALHEAD_MOVE(type, schema, name) , std::move(name)
 template <DecodeResult (*Implementation)(DecodeArguments&&)>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both heads' products as GEMMs of torch, fp32 sums and results whatever the weights' dtype: what
-// the CUDA decode step is given for batches that its kernels would read the weights for more than
-// once (kernels/cuda/decode.h).
+// The products of both heads as GEMMs of torch, with fp32 sums and results for every dtype of the
+// weights. The CUDA decode step takes them for batches for which its own kernels would have to read
+// the weights more than once (kernels/cuda/decode.h).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,19 +18,19 @@ inline void multiply_into(const Tensor& hidden, const Tensor& weight, const Tens
   const auto call = [](const char* overload, auto stack) {
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
-    (void)torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more: takes its reference
+    (void)torch::stable::detail::to<Tensor>(stack[0]);  // releases the second handle of `out`
   };
   using torch::stable::detail::from;
   if (weight.scalar_type() == ScalarType::Float) {
     call("out", std::array{from(hidden), from(transposed), from(out)});
   } else {
-    // mm.out would round its sums to the operands' dtype.
+    // mm.out would round the sums to the operands' dtype.
     call("dtype_out",
          std::array{from(hidden), from(transposed), from(ScalarType::Float), from(out)});
   }
 }
 
-// The LM head's product into lm (B, V), objective k's into reward[k], reward (K, B, V).
+// Writes the LM head's product to lm (B, V) and objective k's to reward[k], with reward (K, B, V).
 inline void head_products(const DecodeArguments& arguments, const Tensor& lm,
                           const Tensor& reward) {
   multiply_into(arguments.hidden, arguments.lm_weight, lm);

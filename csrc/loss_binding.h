@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the training loss's operators do on every device: check, allocate, fill in pointers. A
-// device gives the two kernels: void(const LossRowsParams&, const Tensor& like).
+// The part of the training loss's operators that all devices share: check, allocate, fill in
+// pointers. Each device supplies the two kernels: void(const LossRowsParams&, const Tensor& like).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,7 +25,7 @@ inline void check_rows_vector(const char* op, const char* name, const Tensor& te
   check_rows_tensor(op, name, tensor, dtype, like);
 }
 
-// What both operators take; labels' values are the caller's to check.
+// The arguments that both operators take. The caller checks the values of the labels.
 inline LossRowsParams bind_loss_rows(const char* op, const MaybeTensor& z_lm, const Tensor& z_rm,
                                      const Tensor& gate_logit, const Tensor& labels, bool mix_probs,
                                      double logit_scale, double logit_softcap) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every operator's schema, once. Implementations: ops_cpu.cpp, ops_cuda.cpp, ops_loss.cpp,
-// ops_loss_cuda.cpp; fakes and documentation: dualhead_ext/ops/; the arguments' meaning, field by
-// field: kernels/params.h.
+// The schemas of all operators. Implementations: ops_cpu.cpp, ops_cuda.cpp, ops_loss.cpp,
+// ops_loss_cuda.cpp. Fake kernels and documentation: dualhead_ext/ops/. Meaning of the arguments,
+// field by field: kernels/params.h.
 #include <torch/csrc/stable/library.h>
 
 #include "decode_arguments.h"
@@ -24,8 +24,8 @@ STABLE_TORCH_LIBRARY(dualhead, m) {
       "Tensor? mixed, Tensor? mixed_grad, Tensor? reward_grad, bool write_lm, "
       "bool mix_probs, float logit_scale, float logit_softcap"
       ") -> Tensor gate_grad");
-  // The instruction set in use, and all that this build has and this machine runs, best first,
-  // separated by commas.
+  // The instruction set in use, and all those that this build has and this machine runs: best
+  // first, separated by commas.
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_levels() -> str");
   // For tests: a name from cpu_isa_levels, or "" for the automatic choice.

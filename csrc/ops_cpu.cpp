@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU side of the operators: check, allocate, hand the work to torch's threads.
+// The operators on the CPU: check, allocate, run on torch's threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,7 +12,8 @@
 namespace dualhead {
 namespace {
 
-// torch's own pool, so that its thread count, and its rule against nesting, hold here too.
+// Uses torch's own pool, so that its thread count and its rule against nested parallelism apply
+// here too.
 void torch_parallel(int64_t count, int64_t grain, cpu::RangeFunction body, void* context) {
   torch::stable::parallel_for(0, count, grain,
                               [=](int64_t begin, int64_t end) { body(begin, end, context); });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA side of the operators: check, allocate, launch on torch's current stream.
+// The operators on CUDA: check, allocate, launch on torch's current stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -14,9 +14,9 @@
 namespace dualhead {
 namespace {
 
-// The workspace is lent by torch's caching allocator for this call: the allocator hands it out
-// again only in this stream's order, or, under capture, keeps it for the graph. So streams, threads
-// and graphs never share scratch, and nothing is cached here.
+// The workspace comes from torch's caching allocator for this call only. The allocator reuses it in
+// the order of this stream, or keeps it for the graph under capture. So streams, threads and graphs
+// never share scratch memory, and nothing is cached here.
 DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
   BoundDecode bound = bind_decode_step(std::move(arguments),
                                        {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
@@ -24,7 +24,7 @@ DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
   const Tensor& hidden = bound.arguments.hidden;
   const auto device = hidden.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor reward_product;  // lives until the launch is on the stream
+  Tensor reward_product;  // must live until the kernel is launched on the stream
   if (cuda::decode_wants_products(params)) {
     reward_product = allocate<3>({params.K, params.B, params.V}, ScalarType::Float, hidden);
     head_products(bound.arguments, bound.logits, reward_product);

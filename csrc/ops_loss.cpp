@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The training loss's operators on the CPU: rows over torch's threads.
+// The training loss's operators on the CPU: the rows are divided among torch's threads.
 #include "kernels/cpu/isa.h"
 #include "loss_binding.h"
 

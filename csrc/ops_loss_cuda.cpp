@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The training loss's operators on CUDA: a launch on torch's current stream. Not yet run on a GPU
+// The training loss's operators on CUDA: one launch on torch's current stream. Not yet run on a GPU
 // (kernels/cuda/loss.h).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scalar maths of the two heads, once for host and device: alpha from the gate's logit and the
-// controls of its request, and f, what the backbone does to its logits. Meaning:
+// The scalar maths of the two heads, shared by host and device: alpha from the gate's logit and the
+// controls of its request, and f, the backbone's post-processing of logits. The reference is
 // reference.mixing_weight and reference.postprocess.
 #pragma once
 
@@ -16,9 +16,10 @@ DUALHEAD_HD float controlled_weight(const DecodeParams& p, int64_t b, float gate
   const float a = p.alpha ? p.alpha[b]
                           : static_cast<float>(1.0 / (1.0 + exp(-static_cast<double>(gate_logit))));
   if (!p.strength) return a;
-  if (p.strength[b] == 0.0f) return 0.0f;  // whatever alpha is, NaN too
+  if (p.strength[b] == 0.0f) return 0.0f;  // even if alpha is NaN
   const float scaled = p.strength[b] * a;
-  // Two distributions mix by a weight in [0, 1]; logits may be driven past the reward head's.
+  // The weight between two distributions must lie in [0, 1]. Logits may be pushed beyond the reward
+  // head's.
   if (p.mix_probs && scaled > 1.0f) return 1.0f;
   return scaled < 0.0f ? 0.0f : scaled;  // NaN passes through
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few numbers of a row of the training loss that are not a pass over its logits, once, for host
-// and device. Formulas: dualhead_ext/loss/rows.py.
+// The scalar maths of one row of the training loss, shared by host and device. The passes over the
+// row's logits are elsewhere. Formulas: dualhead_ext/loss/rows.py.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace dualhead {
 
-// The mixture's shares of a row. A share that is exactly 0 selects the other head.
+// The weights of the two heads in a row's mixture. A weight of exactly 0 selects the other head.
 struct LossShares {
   float lm, rm;
   DUALHEAD_HD bool selects() const { return lm == 0.0f || rm == 0.0f; }
@@ -20,7 +20,8 @@ DUALHEAD_HD LossShares loss_shares(float gate_logit) {
   return {static_cast<float>(1.0 / (1.0 + exp(l))), static_cast<float>(1.0 / (1.0 + exp(-l)))};
 }
 
-// log((1 - s) e^lm + s e^rm), s = sigmoid(l): log-shares of l, which a saturated s has lost.
+// log((1 - s) e^lm + s e^rm) with s = sigmoid(l). Computes log s and log(1 - s) from l, because a
+// saturated s has lost them.
 DUALHEAD_HD double mixed_log_prob(float gate_logit, LossShares shares, double lm, double rm) {
   if (shares.rm == 0.0f) return lm;
   if (shares.lm == 0.0f) return rm;
@@ -31,17 +32,17 @@ DUALHEAD_HD double mixed_log_prob(float gate_logit, LossShares shares, double lm
   return high + log1p(exp(low - high));
 }
 
-// Of the probability mix, with c the upstream gradient of log P_y and q the posterior of the reward
-// head: c (1 - q), c q, and the gate logit's gradient.
+// Gradients of the probability mix: c (1 - q), c q, and that of the gate logit. c is the upstream
+// gradient of log P_y and q the posterior of the reward head.
 struct MixedGradient {
   float to_lm, to_rm, gate;
 };
 
-// of_lm, of_rm: the label's log-probabilities under both heads.
+// of_lm, of_rm: the label's log-probability under each head.
 DUALHEAD_HD MixedGradient mixed_gradient(float gate_logit, LossShares shares, double of_lm,
                                          double of_rm, float upstream) {
-  // Of two ways to the same numbers, the one that a saturated share does not cancel in: by way of
-  // the head that has the smaller share.
+  // There are two equivalent formulas. The one through the head with the smaller share does not
+  // cancel when the shares saturate.
   const bool high = gate_logit > 0.0f;
   const double mixed = mixed_log_prob(gate_logit, shares, of_lm, of_rm);
   const double ratio = exp((high ? of_lm : of_rm) - mixed);
@@ -53,7 +54,7 @@ DUALHEAD_HD MixedGradient mixed_gradient(float gate_logit, LossShares shares, do
           shares.selects() ? 0.0f : static_cast<float>(c * through)};
 }
 
-// A log-sum-exp in two floats: the difference to a logit near it stays exact.
+// A log-sum-exp as the sum of two floats, so that its difference to a nearby logit stays exact.
 struct SplitNormalizer {
   float high, low;
 };

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What choosing a token means, once, for host and device: the counter-based random numbers, the
-// noise of the exponential race, the order of tokens (ties, NaN), and the merge of partial softmax
-// sums.
+// The definition of token sampling, shared by host and device: the counter-based random numbers,
+// the noise of the exponential race, the order of tokens (ties, NaN), and the merge of partial
+// softmax sums.
 //
 // Random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// 2011). Race: argmax_v x_v - log E_v with E_v ~ Exp(1) is an exact draw from softmax(x), for any
-// subset too. Logarithms are spelled out in fmaf so that host and device give the same bits (libm
-// and CUDA differ).
+// 2011). Exponential race: argmax_v x_v - log E_v with E_v ~ Exp(1) is an exact draw from
+// softmax(x), and from its restriction to any subset of tokens. Logarithms are written out in fmaf
+// so that host and device give the same bits; libm and CUDA's differ.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,8 @@
 
 namespace dualhead {
 
-// Floats and their bit patterns; memcpy is the one spelling valid in C++17 on both sides.
+// The bit pattern of a float and back. memcpy is the only way that is valid C++17 on host and
+// device.
 DUALHEAD_HD uint32_t float_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
@@ -40,8 +41,8 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-// The four words of vocabulary indices 4 * block ... 4 * block + 3: key = seed, counter = (block,
-// 0, draw).
+// The four random words of vocabulary indices 4 * block ... 4 * block + 3. The key is the seed, the
+// counter is (block, 0, draw).
 DUALHEAD_HD Philox4 philox(uint64_t seed, uint64_t draw, uint32_t block) {
   uint32_t c0 = block, c1 = 0;
   uint32_t c2 = static_cast<uint32_t>(draw), c3 = static_cast<uint32_t>(draw >> 32);
@@ -59,16 +60,16 @@ DUALHEAD_HD Philox4 philox(uint64_t seed, uint64_t draw, uint32_t block) {
   return Philox4{{c0, c1, c2, c3}};
 }
 
-// The word of one vocabulary index.
+// The random word of one vocabulary index.
 DUALHEAD_HD uint32_t random_word(uint64_t seed, uint64_t draw, int64_t index) {
   const Philox4 words = philox(seed, draw, static_cast<uint32_t>(index >> 2));
-  // Chosen, not indexed: a GPU's registers have no addresses.
+  // Selected rather than indexed: registers of a GPU have no addresses.
   const uint32_t low = index & 1 ? words.word[1] : words.word[0];
   const uint32_t high = index & 1 ? words.word[3] : words.word[2];
   return index & 2 ? high : low;
 }
 
-// A word as a number in (0, 1): at least 2^-33, at most 1 - 2^-24.
+// Maps a word to a number in (0, 1): at least 2^-33, at most 1 - 2^-24.
 DUALHEAD_HD float uniform_from_word(uint32_t word) {
   const float v = (static_cast<float>(word) + 0.5f) * 2.3283064365386963e-10f;  // 2^-32
   return v < 0.99999994f ? v : 0.99999994f;                                     // 1 - 2^-24
@@ -76,8 +77,8 @@ DUALHEAD_HD float uniform_from_word(uint32_t word) {
 
 // --- the race's noise ----------------------------------------------------------------------------
 
-// log(x) for a normal x > 0, relative error under 2^-22 (Cephes' logf polynomial). Only fmaf and
-// lone operations: nothing that one compiler contracts and another does not.
+// log(x) for a normal x > 0, relative error under 2^-22 (the polynomial of Cephes' logf). Uses only
+// fmaf and single operations, so that no compiler can contract it differently from another.
 DUALHEAD_HD float log_positive(float x) {
   // x = m 2^e with m in [sqrt(1/2), sqrt(2)): f = m - 1 is then exact and small.
   const uint32_t bits = float_bits(x);
@@ -101,7 +102,7 @@ DUALHEAD_HD float log_positive(float x) {
   return fmaf(e, 0.693359375f, f + y);
 }
 
-// E = -log(1 - v) for v in (0, 1): accurate for tiny v too, where 1 - v loses it.
+// E = -log(1 - v) for v in (0, 1). Accurate even for tiny v, where the rounded 1 - v loses v.
 DUALHEAD_HD float exponential_from_uniform(float v) {
   const float u = 1.0f - v;
   const float lost = (1.0f - u) - v;  // exact: 1 - v = u + lost
@@ -109,14 +110,14 @@ DUALHEAD_HD float exponential_from_uniform(float v) {
   return -(log_positive(u) + correction);
 }
 
-// -log E: what the race adds to x_v (Gumbel noise), between -2.9 and 22.9.
+// -log E, which the race adds to x_v (Gumbel noise), between -2.9 and 22.9.
 DUALHEAD_HD float gumbel_from_word(uint32_t word) {
   return -log_positive(exponential_from_uniform(uniform_from_word(word)));
 }
 
-// A cheap upper bound of gumbel_from_word: E >= v and log2(v) >= (bits of v) / 2^23 - 127, so a
+// A cheap upper bound of gumbel_from_word, from E >= v and log2(v) >= (bits of v) / 2^23 - 127. A
 // candidate whose x + bound is below the best so far needs no logarithm. The last addend covers all
-// rounding.
+// rounding errors.
 DUALHEAD_HD float gumbel_upper_bound(uint32_t word) {
   const float scaled = static_cast<float>(float_bits(uniform_from_word(word)));
   return fmaf(scaled, -8.2629582881927490e-8f /* -log(2) 2^-23 */, 88.029691931f /* 127 log 2 */) +
@@ -125,21 +126,22 @@ DUALHEAD_HD float gumbel_upper_bound(uint32_t word) {
 
 // --- the order of tokens -------------------------------------------------------------------------
 
-// Higher value first, then lower index; a NaN never wins. Start from (-inf, first index).
+// The higher value wins, then the lower index; NaN never wins. Start from (-inf, first index).
 DUALHEAD_HD bool beats(float value, int64_t index, float best_value, int64_t best_index) {
   return value > best_value || (value == best_value && index < best_index);
 }
 
-// Unsigned keys in the order of floats: -0 equals +0, NaN is below -inf.
+// Unsigned keys that sort like the floats: -0 equals +0, NaN is below -inf.
 DUALHEAD_HD uint32_t ordered_bits(float x) {
   if (x != x) return 0;
   const uint32_t bits = float_bits(x + 0.0f);  // -0 + 0 = +0
-  // Negative: all bits flip; otherwise the sign. Without a branch, as signs are hard to predict.
+  // Flips all bits of negative floats and only the sign bit of others. No branch: the signs of
+  // logits are hard to predict.
   return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
-// One key per token, all different: descending keys are the ranking (value descending, index
-// ascending).
+// A unique key per token. Keys in descending order are the ranking: value descending, index
+// ascending.
 DUALHEAD_HD uint64_t rank_key(float x, int64_t index) {
   return static_cast<uint64_t>(ordered_bits(x)) << 32 |
          static_cast<uint32_t>(0xFFFFFFFFu - static_cast<uint32_t>(index));
@@ -151,12 +153,13 @@ DUALHEAD_HD int64_t index_of_rank_key(uint64_t key) {
 
 // --- tokens in bins ------------------------------------------------------------------------------
 
-// How filters find a cut without sorting: tokens are counted into bins by their distance from the
-// top, and only the bin that the cut falls into is looked at closely.
+// Filters find a cut without sorting: tokens are counted into bins by their distance from the top
+// token, and only the bin that contains the cut is examined closely.
 constexpr int kBins = 2048;
 constexpr float kBinsPerUnit = 64.0f;  // 32 nats from the top to the last bin, which takes the rest
 
-// The bin of x, given the row's largest: monotone, so bins are ordered as their tokens are.
+// The bin of x, given the row's largest value. It is monotone in x, so the bins are in the order of
+// their tokens.
 DUALHEAD_HD int bin_of(float x, float largest) {
   const float gap = x == largest ? 0.0f : largest - x;  // inf - inf would be NaN
   const float scaled = gap * kBinsPerUnit;
@@ -165,9 +168,9 @@ DUALHEAD_HD int bin_of(float x, float largest) {
 
 // --- log-sum-exp in parts ------------------------------------------------------------------------
 
-// sum_v exp(z_v) = sum * exp(max). A part that saw only -inf has max = -inf, sum = 0; a NaN
-// anywhere makes sum NaN and +inf makes the log-sum-exp non-finite, so one test of the result finds
-// both.
+// A part of a softmax: sum_v exp(z_v) = sum * exp(max). If all its logits are -inf, max = -inf and
+// sum = 0. A NaN makes sum NaN, and +inf makes the log-sum-exp non-finite, so testing the result
+// once detects both.
 struct alignas(8) SoftmaxPart {
   float max;
   float sum;
@@ -175,11 +178,11 @@ struct alignas(8) SoftmaxPart {
 
 DUALHEAD_HD SoftmaxPart empty_part() { return SoftmaxPart{-INFINITY, 0.0f}; }
 
-// The part that holds both; merge in a fixed order, floating-point addition does not commute with
-// it.
+// The two parts merged. Merge in a fixed order: the rounding depends on the order of the arguments
+// and on the grouping.
 DUALHEAD_HD SoftmaxPart merge_parts(SoftmaxPart a, SoftmaxPart b) {
   const float max = a.max > b.max ? a.max : b.max;
-  // -inf - (-inf) would be NaN: a part without mass passes its sum (0 or NaN) on unscaled.
+  // -inf - (-inf) would be NaN. A part without mass keeps its sum (0 or NaN) unscaled.
   const float scale_a = a.max == -INFINITY ? 1.0f : expf(a.max - max);
   const float scale_b = b.max == -INFINITY ? 1.0f : expf(b.max - max);
   const float scaled_b = b.sum * scale_b;

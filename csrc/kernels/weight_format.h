@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How numbers of the heads are stored: one trait per format, host and device. A new format adds a
-// storage type, its conversion, and its trait; the kernels take the trait as a template argument.
+// Storage formats of the heads' weights: one trait per format, for host and device. A new format
+// adds a storage type, its conversion and its trait; the kernels take the trait as a template
+// argument.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 
 namespace dualhead {
 
-// The upper half of a float.
+// bfloat16: the upper half of a float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -19,15 +20,16 @@ DUALHEAD_HD float to_float(float x) { return x; }
 
 DUALHEAD_HD float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 
-// Round to nearest, ties to even; NaN stays NaN (its payload could round to infinity).
+// Round to nearest, ties to even. NaN stays NaN; rounding its payload could give infinity.
 DUALHEAD_HD BFloat16 to_bfloat16(float x) {
   const uint32_t bits = float_bits(x);
   if (x != x) return BFloat16{static_cast<uint16_t>(bits >> 16 | 0x40u)};
   return BFloat16{static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
 }
 
-// e4m3 without infinities. The bits moved to where a half has them are the number times 2^-8,
-// subnormals too; here in plain arithmetic. Quantised rows hold no NaN: it is in their scale.
+// fp8 e4m3, without infinities. Its bits, moved to the positions of float16's fields, are the value
+// times 2^-8, subnormals included; here the conversion is plain arithmetic. Quantised rows contain
+// no NaN: a NaN row has a NaN scale.
 struct Fp8 {
   uint8_t bits;
 };
@@ -38,7 +40,8 @@ DUALHEAD_HD float to_float(Fp8 x) {
   return x.bits & 0x80u ? -magnitude : magnitude;
 }
 
-// Two numbers, each plus 8; which two inputs they belong to: dualhead_ext/quantization.
+// Two int4 values, each stored plus 8. dualhead_ext/quantization defines which two inputs they
+// belong to.
 struct Int4Pair {
   uint8_t bits;
 };
