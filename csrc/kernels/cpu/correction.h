@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A reward head that corrects the LM head: U_k (D_k h) + c_k, its sum over objectives, and the
-// hidden states that an embedding head moves. Included inside a target region.
+// hidden states that an embedding head changes. Included inside a target region.
 
 inline float bias_at(const void* bias, DType dtype, int64_t i) {
   if (!bias) return 0.0f;
@@ -8,12 +8,12 @@ inline float bias_at(const void* bias, DType dtype, int64_t i) {
                                   : to_float(static_cast<const BFloat16*>(bias)[i]);
 }
 
-// Objective k's share of z_RM for request b.
+// The weight of objective k in z_RM of request b.
 inline float objective_share(const DecodeParams& p, int64_t b, int64_t k) {
   return p.objective_weights ? p.objective_weights[b * p.K + k] : 1.0f / static_cast<float>(p.K);
 }
 
-// Adds objective k's part to what earlier ones gave. A single one without weights is itself.
+// Adds objective k's term to the sum. A single objective without weights is copied unchanged.
 inline void add_objective(const DecodeParams& p, int64_t b, int64_t k, float value, float* sum) {
   if (p.K == 1 && !p.objective_weights) {
     *sum = value;
@@ -23,8 +23,8 @@ inline void add_objective(const DecodeParams& p, int64_t b, int64_t k, float val
   }
 }
 
-// out[b][i] = U_k[row + i] . (D_k h_b) + c_k[row + i] for `count` rows and requests [b0, b0 +
-// batch), U_k having n rows.
+// out[b][i] = U_k[row + i] . (D_k h_b) + c_k[row + i] for `count` of U_k's n rows and for requests
+// [b0, b0 + batch).
 template <class W>
 void correct_rows(const Step& s, int64_t k, int64_t n, int64_t row, int64_t count, int64_t b0,
                   int64_t batch, float (*out)[4 * kMaxGroups]) {
@@ -46,14 +46,14 @@ void correct_rows(const Step& s, int64_t k, int64_t n, int64_t row, int64_t coun
   }
 }
 
-// In bf16 too: rounded only for the products that take bf16 hidden states.
+// Stores a hidden state in fp32, and rounded to bf16 for the products that take bf16 hidden states.
 inline void keep_hidden(const Step& s, int64_t row, int64_t i, float value) {
   s.hidden_f32[row * s.hidden_f32_stride + i] = value;
   if (s.hidden_bf16) s.hidden_bf16[row * s.hidden_bf16_stride + i] = to_bfloat16(value);
 }
 
-// Inputs [first, end) of what meets the LM head under an embedding head: h + a (M h + c) in place
-// of h, or h + M h + c after it.
+// Inputs [first, end) of the hidden states that the LM head multiplies under an embedding head:
+// h + a (M h + c) replaces h, or (probability mix) h + M h + c is stored after h.
 template <class W>
 void move_inputs(const Step& s, int64_t first, int64_t end) {
   const DecodeParams& p = *s.params;
@@ -72,7 +72,7 @@ void move_inputs(const Step& s, int64_t first, int64_t end) {
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t row = (b0 + b) * s.hidden_rows, to = row + s.hidden_rows - 1;
       const float a = p.mix_probs ? 1.0f : p.out_alpha[b0 + b];
-      if (a == 0.0f) continue;  // whatever the change is
+      if (a == 0.0f) continue;  // even if the change is not finite
       for (int64_t i = 0; i < count; ++i) {
         const float h = s.hidden_f32[row * s.hidden_f32_stride + first + i];
         keep_hidden(s, to, first + i, h + a * change[b][i]);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The phases of a step. What is proportional to the weights runs in units shared by threads; the
-// rest is a few numbers per row. Every reduction has a fixed order, whatever the number of threads.
+// The phases of a step. Work proportional to the weights is cut into units that threads share; the
+// rest is a few numbers per row. Every reduction has a fixed order that does not depend on the
+// number of threads.
 #include "decode.h"
 
 #include <algorithm>
@@ -15,12 +16,12 @@
 namespace dualhead::cpu {
 namespace {
 
-// A thread's share is at least this many bytes of weights or cache: waking one costs microseconds.
+// A thread gets at least this many bytes of weights or cache, because waking it costs microseconds.
 constexpr int64_t kBytesPerThread = 64 * 1024;
 
 // --- scratch -------------------------------------------------------------------------------------
 
-// Hands out 64-byte aligned pieces of one buffer; with a null buffer, only measures.
+// Hands out 64-byte aligned pieces of one buffer. With a null buffer it only measures.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -37,8 +38,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Elements from row to row: a kilobyte more than a multiple of 4 KB. The padding keeps the rows of
-// different requests out of the same L1 set; without it, 4 requests took 1.05 of the time in fp32.
+// The row stride in elements: a multiple of 4 KB plus 1 KB. The padding keeps the rows of different
+// requests out of the same L1 set. Without it, 4 requests took 1.05 of the time in fp32.
 template <class T>
 int64_t spread_stride(int64_t d) {
   return units(d * sizeof(T), 4096) * 4096 / sizeof(T) + 1024 / sizeof(T);
@@ -76,7 +77,7 @@ Step lay_out(const DecodeParams& p, Arena& arena) {
   return s;
 }
 
-// A call of one of the kernels' range functions, as ParallelFor wants it.
+// A call to one of the kernels' range functions, in the form that ParallelFor takes.
 struct RangeCall {
   void (*kernel)(const Step&, int64_t, int64_t);
   const Step* step;
@@ -87,7 +88,7 @@ void run_range(int64_t begin, int64_t end, void* context) {
   call.kernel(*call.step, begin, end);
 }
 
-// `bytes`: what one of `count` items reads.
+// `bytes`: what one of the `count` items reads.
 void share(ParallelFor parallel, const Step& step, void (*kernel)(const Step&, int64_t, int64_t),
            int64_t count, int64_t bytes) {
   RangeCall call{kernel, &step};
@@ -115,7 +116,7 @@ void copy_hidden(const Step& s) {
   }
 }
 
-// Where each row's new position goes. A length that no cache can have counts as full.
+// The cache column of each row's new position. A length that no cache can have counts as full.
 void place_columns(const Step& s) {
   const DecodeParams& p = *s.params;
   for (int64_t b = 0; b < p.B; ++b) {
@@ -139,7 +140,7 @@ void run_attention(const Step& s, const Kernels& kernels, ParallelFor parallel) 
   share(parallel, s, kernels.attend, p.B * p.H, bytes);
 }
 
-// Whether the gate is attention. Not its pointers: a cache without room is null.
+// Whether the gate is attention. The cache pointers cannot tell: a cache of capacity 0 is null.
 bool has_cache(const DecodeParams& p) { return p.H > 0; }
 
 bool is_full(const Step& s, int64_t b) { return has_cache(*s.params) && s.column[b] < 0; }
@@ -168,8 +169,9 @@ bool every_alpha_is(const DecodeParams& p, float alpha) {
   return std::all_of(p.out_alpha, p.out_alpha + p.B, [=](float a) { return a == alpha; });
 }
 
-// A head that no row listens to is not read. A row that does not listen to it selects the other, so
-// it has the same bits where a neighbour does. A correction needs the LM head's logits.
+// A head that no row needs is not read. Rows with alpha 0 or 1 select one head, so their bits are
+// the same whether or not the other head is read for a neighbour. A correction needs the LM head's
+// logits.
 void choose_matrices(Step& s) {
   const DecodeParams& p = *s.params;
   s.first_matrix = p.reward_head == RewardHead::kFull && every_alpha_is(p, 1.0f) ? 1 : 0;
@@ -177,10 +179,10 @@ void choose_matrices(Step& s) {
   s.end_matrix = one ? 1 : 1 + p.K;
 }
 
-// Of an embedding head: the hidden states that meet the LM head, from those that came.
+// For an embedding head: computes the hidden states that the LM head multiplies.
 void move_hidden(Step& s, const Kernels& kernels, ParallelFor parallel) {
   const DecodeParams& p = *s.params;
-  if (every_alpha_is(p, 0.0f)) {  // no row asks for a second one
+  if (every_alpha_is(p, 0.0f)) {  // no row needs a second one
     s.hidden_f32_stride *= s.hidden_rows, s.hidden_bf16_stride *= s.hidden_rows;
     s.hidden_rows = 1;
     return;
@@ -201,7 +203,7 @@ int64_t head_row_bytes(const DecodeParams& p) {
   }
 }
 
-// Bytes of the matrices in use that a row of the vocabulary has.
+// Bytes per vocabulary row of the matrices in use.
 int64_t vocabulary_row_bytes(const Step& s) {
   const DecodeParams& p = *s.params;
   const int64_t head = head_row_bytes(p), objectives = s.end_matrix - 1;
@@ -211,8 +213,8 @@ int64_t vocabulary_row_bytes(const Step& s) {
 
 // --- softmax sums and tokens ---------------------------------------------------------------------
 
-// A row's log-sum-exp in two parts, max + log_sum: z - max first, then - log_sum, loses least. NaN
-// and +inf among the logits, or nothing but -inf, make the sum NaN.
+// A row's log-sum-exp as max + log_sum. Subtracting max from z first and then log_sum loses the
+// least precision. The sum is NaN if a logit is NaN or +inf, or if all are -inf.
 struct RowSum {
   float max;
   double log_sum;
@@ -238,7 +240,7 @@ void normalise_rows(const Step& s, int64_t begin, int64_t end) {
   }
 }
 
-// The first index of the largest logit: in the first unit that has it.
+// The first index of the largest logit. Searches only the first unit that contains it.
 int64_t argmax(const Step& s, int64_t b, float max) {
   const DecodeParams& p = *s.params;
   const int64_t count = units(p.V, kUnit);
@@ -270,7 +272,7 @@ void finish_rows(const Step& s, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const RowSum sum = merge_units(s.unit_max + b * count, s.unit_sum + b * count, count);
     const bool full = is_full(s, b);
-    const bool finite = std::isfinite(sum.max + sum.log_sum);  // NaN logits if alpha is NaN
+    const bool finite = std::isfinite(sum.max + sum.log_sum);  // if alpha is NaN, so are the logits
     p.out_token[b] = 0;
     p.out_logprob[b] = std::numeric_limits<float>::quiet_NaN();
     p.out_status[b] = full ? kCacheFull : (finite ? kOk : kNonFinite);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One decode step on the CPU, from params to outputs, in phases that threads share.
+// One decode step on the CPU, from params to outputs, in phases whose work is divided among
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +12,14 @@ namespace dualhead::cpu {
 
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
-// Runs body over [0, count) in ranges of at least `grain`, on as many threads as the caller wants,
-// and returns when all are done. The body throws nothing.
+// Runs body over [0, count) in ranges of at least `grain`, on any number of threads, and returns
+// when all are done. The body must not throw.
 using ParallelFor = void (*)(int64_t count, int64_t grain, RangeFunction body, void* context);
 
-// Scratch that decode_step needs; any contents, 64-byte aligned.
+// Bytes of scratch memory that decode_step needs: 64-byte aligned, with any contents.
 int64_t workspace_bytes(const DecodeParams& params);
 
-// The whole step. Params are valid (the binding has checked them) and dtype is fp32 or bf16.
+// Runs the whole step. The binding has checked the params; dtype is fp32 or bf16.
 void decode_step(const DecodeParams& params, const Kernels& kernels, void* workspace,
                  ParallelFor parallel);
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loop of everything: dot products of 4 weight rows with up to kMaxBatchTile requests.
-// Included inside a target region and a namespace of its own per instruction set.
+// The inner loop of all products: dot products of 4 weight rows with up to kMaxBatchTile requests.
+// Included inside a target region and in a separate namespace per instruction set.
 //
-// Each dot product goes through k in order, with one vector accumulator per turn (quantised rows:
-// one for all), ends in one masked step, and is summed over lanes by reduce4's tree, in every
-// tile size and at every place in a tile: so a request's bits depend neither on the batch nor on
-// its place in it.
+// The order of each dot product is fixed. It goes through the inputs k in order, with one vector
+// accumulator per turn (int4_tile.h and packed_tile.h: one for all turns), and ends in one masked
+// step. reduce4 sums the lanes by the same tree in every tile size and at every place in a tile. So
+// the bits of a request's result depend neither on the batch nor on its place in it.
 
 template <class T>
-inline T smaller(T a, T b) {  // not std::min: an instance made here could be linked in elsewhere
+inline T smaller(T a, T b) {  // std::min could be linked into baseline code
   return a < b ? a : b;
 }
 template <class T>
@@ -16,7 +16,7 @@ inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// fp32 arithmetic on widened numbers.
+// fp32 arithmetic on values widened to fp32.
 template <class W, class X>
 struct Product {
   static constexpr int kStep = kLanes;
@@ -37,7 +37,7 @@ template <>
 struct Product<BFloat16, BFloat16> : NativeBf16Product {};
 #endif
 
-// The dtype in which hidden states meet weights of type W.
+// The dtype of the hidden states that multiply weights of type W.
 template <class W>
 struct OperandOf {
   typedef float Type;
@@ -49,26 +49,27 @@ struct OperandOf<BFloat16> {
 };
 #endif
 
-// What a tile brings into cache meanwhile: a walk through memory, `step` bytes per prefetch. One
-// walk, and not one beside each row, is what the hardware's own prefetchers understand and run
-// ahead of: four rows of 4 KB beside each other came at 0.8 of the rate.
+// What a tile prefetches while it computes: one sequential stream, `step` bytes per prefetch. The
+// hardware prefetchers recognise one stream and run ahead of it. Four rows of 4 KB fetched side by
+// side reached 0.8 of the rate.
 struct Fetch {
   const char* at;
   int64_t step;
 };
-// A page that the walk comes to is looked up this far ahead, by one prefetch, lest all of its lines
-// wait for that: 0.95 to 0.98 of the time of batches of 4 and 8 (16 KB ahead as well).
+// One prefetch this far ahead translates the address of each page that the stream will reach;
+// otherwise all of its cache lines wait for the translation. Batches of 4 and 8 took 0.95 to 0.98
+// of the time (the same at 16 KB ahead).
 constexpr int64_t kPage = 4096, kPagesAhead = 64 * 1024;
 
-// Inputs that take a turn together. Their hidden states should stay in L1 while groups of rows, and
-// what is fetched meanwhile, pass through it; but each turn costs additions. In fp32 with tiles of
-// 4 requests and more, 1024 took 1.03 of the time of 4 requests and 1.17 of that of 8; elsewhere
-// 512 took up to 1.2.
+// Inputs per turn. The hidden states of a turn should stay in L1 while groups of weight rows and
+// prefetched lines pass through it, but each turn costs additions. In fp32 with tiles of 4 or more
+// requests, 1024 took 1.03 of the time for 4 requests and 1.17 for 8. Elsewhere 512 took up to 1.2.
 template <class W>
 constexpr int64_t kTurn = sizeof(W) == 4 && kMaxBatchTile >= 4 ? 512 : 1024;
 
-// Of weights W and hidden states X: sums[b][r] += rows[r] . x_b over a turn's inputs k in [begin,
-// end), which share an accumulator, for kBatch requests; `begin` is a multiple of kTurn.
+// A tile of weights W and hidden states X. run(): sums[b][r] += rows[r] . x_b over the inputs k in
+// [begin, end) of one turn, which share an accumulator, for kBatch requests. `begin` is a multiple
+// of kTurn.
 template <class W, class X>
 struct Tile {
   typedef Product<W, X> P;
@@ -76,9 +77,9 @@ struct Tile {
   static constexpr int kMaxBatch = kMaxBatchTile;
   static constexpr int64_t kStep = P::kStep;
   static constexpr bool kSumsByTurn = true, kRowsAreLong = sizeof(W) == 4;
-  // Whether few requests go through it row by row: where a step of one row is a line of cache.
+  // Whether few requests are computed row by row: if one step of one row is a cache line.
   static constexpr bool kByRow = kStep * sizeof(W) == 64;
-  // Prefetches per step, a line each where a step reads that much.
+  // Prefetches per step: one per cache line if a step reads at least a line.
   static constexpr int64_t kStepBytes = 4 * kStep * sizeof(W);
   static constexpr int64_t kFetches = kStepBytes < 64 ? 1 : kStepBytes / 64;
 
@@ -118,9 +119,9 @@ struct Tile {
     }
   }
 
-  // The same of one whole row: sums[b] = row . x_b. Meanwhile the `next` one comes; but fp32 was
-  // faster by loads alone, and four at a time (one request took 0.80 of the time where memory gave
-  // 75 GB/s, 0.95 where it gave 48; bf16 1.04 and more).
+  // The same for one whole row: sums[b] = row . x_b. Meanwhile it prefetches the `next` row, except
+  // in fp32, where plain loads of four steps at a time were faster: one request took 0.80 of the
+  // time at a memory bandwidth of 75 GB/s and 0.95 at 48 GB/s. In bf16 they took 1.04 or more.
   template <int kBatch>
   static void run_row(Row row, Row next, const X* x, int64_t x_stride, int64_t d, F32* sums) {
     constexpr bool kFetch = sizeof(W) < 4;
@@ -168,12 +169,12 @@ inline void run_tile(int64_t count, const typename T::Row* rows, Fetch fetch, co
   }
 }
 
-// Groups of 4 rows that are taken together at most. The more, the less often a turn of hidden
-// states comes from L2 once more: 8 instead of 4 took 0.87 to 0.98 of the time of 8 requests in
-// bf16. fp32 rows, twice as long, were faster by 4.
+// The most groups of 4 rows that share a turn. With more groups, hidden states are reloaded from L2
+// less often: 8 instead of 4 took 0.87 to 0.98 of the time for 8 requests in bf16. fp32 rows are
+// twice as long and were faster with 4.
 constexpr int64_t kMaxGroups = 8;
-// So few requests' hidden states stay in L1 beside the weights that pass through it: of any size
-// met in practice, and surely if they are as small as this.
+// The hidden states of this many requests stay in L1 while the weights stream through it, for every
+// d met in practice; up to kFewBytes they certainly do.
 constexpr int64_t kFewRequests = 2;
 constexpr int64_t kFewBytes = 16 * 1024;
 
@@ -189,9 +190,9 @@ inline int64_t groups_at_once(int64_t batch, int64_t d) {
   return T::kRowsAreLong ? kMaxGroups / 2 : kMaxGroups;
 }
 
-// dot_rows row by row: a single stream, which the hardware's prefetchers understand and run ahead
-// of. Four rows beside each other, fetched four rows ahead, took 1.03 to 1.28 of the time (in
-// alternation, whether memory gave 45 or 80 GB/s).
+// dot_rows row by row: one sequential stream, which the hardware prefetchers recognise and run
+// ahead of. Four rows side by side, prefetched four rows ahead, took 1.03 to 1.28 of the time
+// (measured alternately, at memory bandwidths of 45 and 80 GB/s).
 template <class W, int kBatch, class X>
 void dot_single_rows(const W* const* rows, int64_t groups, const W* next, const X* x,
                      int64_t x_stride, int64_t d, float (*out)[4 * kMaxGroups]) {
@@ -207,10 +208,11 @@ void dot_single_rows(const W* const* rows, int64_t groups, const W* next, const 
   }
 }
 
-// out[b][i] = rows[i] . x_b for 4 * groups rows. More than a few requests take turns of kTurn
-// inputs, so that all groups find hidden states in L1, partial sums being put aside; and a batch
-// takes tiles as equal as can be (8 is 4 + 4, not 6 + 2). Each tile fetches its part of as many
-// bytes from `next` on, so that memory does not wait for arithmetic.
+// out[b][i] = rows[i] . x_b for 4 * groups rows. For more than a few requests the inputs are cut
+// into turns of kTurn, so that all groups find the hidden states in L1; partial sums are kept in
+// `sums`. A batch is cut into tiles as equal as possible (8 is 4 + 4, not 6 + 2). Together the
+// tiles prefetch the same number of bytes from `next` on, so that memory does not wait for
+// arithmetic.
 template <class W, class X>
 void dot_rows(const typename Tile<W, X>::Row* rows, int64_t groups, const void* next, const X* x,
               int64_t x_stride, int64_t batch, int64_t d, float (*out)[4 * kMaxGroups]) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The small products of one step, and the attention gate: projections of the new position, then
-// attention over the cache. Included inside a target region. alpha itself is made from the heads'
-// contexts in decode.cpp.
+// The small products of one step and the attention gate: first the projections of the new position,
+// then attention over the cache. decode.cpp computes alpha from the heads' contexts. Included
+// inside a target region.
 
-// Storage of weights of dtype W, and the hidden states that meet them.
+// The hidden states in dtype X that multiply weights of dtype W.
 template <class W, class X>
 struct Hidden;
 template <class W>
@@ -20,8 +20,8 @@ struct Hidden<W, BFloat16> {
 inline void store_as(float* p, float x) { *p = x; }
 inline void store_as(BFloat16* p, float x) { *p = to_bfloat16(x); }
 
-// Rows [row, row + 4) of [W_Q; W_K] (2g of them; rows past the end repeat the last) for all
-// requests.
+// Rows [row, row + 4) of [W_Q; W_K], which has 2g rows, for all requests. Rows past the end repeat
+// the last one.
 template <class W>
 void project_keys_and_queries(const Step& s, int64_t row, int64_t end) {
   typedef typename OperandOf<W>::Type X;
@@ -54,7 +54,7 @@ void project_keys_and_queries(const Step& s, int64_t row, int64_t end) {
   }
 }
 
-// Rows [row, row + 4) of U (H of them), in fp32 whatever the weights' dtype.
+// Rows [row, row + 4) of U, which has H rows: in fp32, whatever the dtype of the other weights.
 inline void project_values(const Step& s, int64_t row, int64_t end) {
   const DecodeParams& p = *s.params;
   const float* rows[4];
@@ -74,7 +74,7 @@ inline void project_values(const Step& s, int64_t row, int64_t end) {
   }
 }
 
-// Rows [row, row + 4) of D (K r of them) of a correction.
+// Rows [row, row + 4) of a correction's D, which has K r rows.
 template <class W>
 void project_inner(const Step& s, int64_t row, int64_t end) {
   typedef typename OperandOf<W>::Type X;
@@ -125,7 +125,8 @@ void project(const Step& s, int64_t begin, int64_t end) {
 
 // --- attention -----------------------------------------------------------------------------------
 
-// Columns are taken kUnit at a time, so that the scores of a long cache need no memory.
+// The softmax over the columns so far. Columns are processed kUnit at a time, so the scores of a
+// long cache need no memory.
 struct RunningSoftmax {
   float max = -__builtin_inff();
   float sum = 0.0f;      // of exp(score - max) over the visible columns so far
@@ -152,7 +153,8 @@ inline void add_columns(RunningSoftmax& run, const float* scores, const float* v
   run.max = max;
 }
 
-// q . k of columns [first, first + count) of one head, scaled; -inf and 0 where not visible.
+// Scores of columns [first, first + count) of one head: q . k, scaled. Invisible columns get score
+// -inf and value 0.
 template <class W>
 void score_columns(const Step& s, int64_t b, int64_t h, int64_t first, int64_t count, float* scores,
                    float* values, bool* seen) {
@@ -181,7 +183,7 @@ void score_columns(const Step& s, int64_t b, int64_t h, int64_t first, int64_t c
   }
 }
 
-// The attention row of one head, from its scores.
+// Turns one head's scores into its attention row.
 inline void finish_attention_row(float* row, const uint8_t* valid, int64_t length, int64_t capacity,
                                  const RunningSoftmax& run) {
   for (int64_t i = 0; i < capacity; ++i) {
@@ -195,7 +197,7 @@ void attend_pairs(const Step& s, int64_t begin, int64_t end) {
   const DecodeParams& p = *s.params;
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t b = pair / p.H, h = pair % p.H;
-    const int64_t length = s.column[b] + 1;  // 0 when the row is full: nothing is visible
+    const int64_t length = s.column[b] + 1;  // 0 if the cache is full: nothing is visible
     float* recorded = p.out_attention ? p.out_attention + pair * p.S : nullptr;
     RunningSoftmax run;
     for (int64_t first = 0; first < length; first += kUnit) {
@@ -205,7 +207,7 @@ void attend_pairs(const Step& s, int64_t begin, int64_t end) {
       add_columns(run, scores, values);
       if (recorded) __builtin_memcpy(recorded + first, scores, count * sizeof(float));
     }
-    // A position that sees nothing gives 0, so that alpha = sigmoid(b_g).
+    // With no visible column the context is 0, so alpha = sigmoid(b_g).
     s.head_context[pair] = run.seen ? run.context / run.sum : 0.0f;
     if (recorded) finish_attention_row(recorded, p.cache_valid + b * p.S, length, p.S, run);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of int4 rows: scales inside the sum, one per group of inputs. Included inside a target
-// region. The order of each sum is fixed, as in dot_tile.h.
+// Tiles of int4 rows. The scales, one per group of inputs, are applied inside the sum. Included
+// inside a target region. The order of each sum is fixed, as in dot_tile.h.
 
 struct Int4Row {
   const Int4Pair* at;
@@ -12,7 +12,7 @@ struct Tile<Int4Pair, float> {
   typedef Int4Row Row;
   static constexpr int kMaxBatch = 2;
   static constexpr int64_t kStep = kInt4Group;
-  static constexpr int64_t kHalf = kInt4Group / 2;  // bytes: a line of cache
+  static constexpr int64_t kHalf = kInt4Group / 2;  // bytes: a cache line
   static constexpr bool kSumsByTurn = false, kByRow = false, kRowsAreLong = false;
   static constexpr int64_t kStepBytes = 4 * kHalf, kFetches = 4;
 

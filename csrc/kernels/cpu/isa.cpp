@@ -32,7 +32,7 @@ std::string names(bool supported_only) {
   return text;
 }
 
-// `source` names the place the name came from, for the error.
+// `source` says where the name came from, for the error message.
 const Kernels* find(const std::string& name, const char* source) {
   for (const Kernels* level : kLevels) {
     if (name != level->name) continue;
@@ -57,7 +57,8 @@ std::atomic<const Kernels*> forced{nullptr};
 
 const Kernels& chosen_kernels() {
   if (const Kernels* kernels = forced.load(std::memory_order_relaxed)) return *kernels;
-  // Read once: a process does not change its instruction set half way. A bad name throws each time.
+  // Read once, so that the choice does not change within a process. An invalid name throws at every
+  // call.
   static const Kernels* const chosen = [] {
     const char* name = std::getenv("DUALHEAD_FORCE_ISA");
     return name && *name ? find(name, "DUALHEAD_FORCE_ISA") : best();

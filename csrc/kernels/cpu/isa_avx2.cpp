@@ -16,7 +16,7 @@
 
 namespace dualhead::cpu::avx2 {
 #include "simd_avx2.h"
-// The line above comes first: the others use it.
+// Keep this order: the headers below use those above.
 #include "kernels.h"
 }  // namespace dualhead::cpu::avx2
 

@@ -11,14 +11,14 @@
 #define DUALHEAD_ISA avx512
 #define DUALHEAD_NATIVE_BF16 0
 
-// GCC 12's own headers trip over its warning (GCC bug 105593).
+// The headers of GCC 12 trigger this warning themselves (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 
 namespace dualhead::cpu::avx512 {
 #include "simd_avx512.h"
-// The line above comes first: the others use it.
+// Keep this order: the headers below use those above.
 #include "kernels.h"
 }  // namespace dualhead::cpu::avx512
 

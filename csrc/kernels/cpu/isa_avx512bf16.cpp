@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 with AVX512_BF16 and AVX512_VBMI (Zen 4, Sapphire Rapids and later; Cooper Lake lacks the
-// second): bf16 products in one instruction, numbers of a byte looked up in tables.
+// AVX-512 with AVX512_BF16 and AVX512_VBMI (Zen 4, Sapphire Rapids and later; Cooper Lake lacks
+// VBMI): bf16 products in one instruction, and table look-ups for weights of one byte.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -12,14 +12,14 @@
 #define DUALHEAD_ISA avx512bf16
 #define DUALHEAD_NATIVE_BF16 1
 
-// GCC 12's own headers trip over its warning (GCC bug 105593).
+// The headers of GCC 12 trigger this warning themselves (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma")
 
 namespace dualhead::cpu::avx512bf16 {
 #include "simd_avx512.h"
-// The line above comes first: the others use it.
+// Keep this order: the headers below use those above.
 #include "kernels.h"
 }  // namespace dualhead::cpu::avx512bf16
 

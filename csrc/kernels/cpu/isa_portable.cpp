@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any machine: what the compiler makes of 16-byte vectors on its baseline.
+// Any machine: 16-byte vectors, compiled for the baseline instruction set.
 
 #include "../loss_math.h"
 #include "../weight_format.h"
@@ -10,7 +10,7 @@
 
 namespace dualhead::cpu::portable {
 #include "simd_portable.h"
-// The line above comes first: the others use it.
+// Keep this order: the headers below use those above.
 #include "kernels.h"
 }  // namespace dualhead::cpu::portable
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The elementwise middle of the training loss, a row of logits at a time: log-probabilities of the
-// labels, and the gradients of the logits in their place. Formulas: dualhead_ext/loss/rows.py.
-// Included inside a target region.
+// The elementwise part of the training loss, one row of logits at a time: log-probabilities of the
+// labels, and gradients that overwrite the logits. Formulas: dualhead_ext/loss/rows.py. Included
+// inside a target region.
 
-// Terms of a row that are summed in fp32 before they go into a double: 64 to a lane at most.
+// Terms of a row that are summed in fp32 before the sum is added to a double: at most 64 per lane.
 constexpr int64_t kLossBlock = 64 * kLanes;
 
-// f(z) = cap(scale * z) and what its derivative multiplies by.
+// f(z) = cap(scale * z), and its derivative from y = f(z).
 struct PostProcess {
   float scale, cap;
   F32 value(F32 z) const {
@@ -28,7 +28,7 @@ inline F32 mix(LossShares shares, F32 z_lm, F32 z_rm) {
   return fma(splat(shares.rm), z_rm, z_lm * shares.lm);
 }
 
-// f of the logits that a distribution is over, kLanes at a time: one head's, or the mixture's.
+// The logits that a distribution is over, kLanes at a time: those of one head, or of the mixture.
 struct OneHead {
   const float* z;
   PostProcess post;
@@ -47,7 +47,7 @@ struct Mixture {
 
 inline float first_lane(F32 x) { return x[0]; }
 
-// f's logits of the last, partial vector, -inf beyond the vocabulary.
+// f of the logits of the last, partial vector; -inf beyond the vocabulary.
 template <class Source>
 inline F32 tail_values(const Source& s, int64_t v, int64_t n) {
   float lanes[kLanes];
@@ -129,7 +129,7 @@ inline F32 softmax(SplitNormalizer total, F32 y) {
   return exp_nonpositive((y - total.high) - total.low);
 }
 
-// What the kernel does to kLanes logits of a row: the new z_lm and z_rm; returns the gate's terms.
+// What turns kLanes logits of a row into their gradients. Returns the gate's terms.
 struct RowGradient {
   PostProcess post;
   LossShares shares;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of quantised rows for AVX512_BF16: numbers turn into bf16, in which those of every format
-// are exact, by tables, and multiply bf16 hidden states as NativeBf16Product does. Included inside
-// a target region. The order of each sum is fixed, as in dot_tile.h.
+// Tiles of quantised rows for AVX512_BF16. Tables convert the weights to bf16, which is exact for
+// every format, and NativeBf16Product multiplies them with bf16 hidden states. Included inside a
+// target region. The order of each sum is fixed, as in dot_tile.h.
 
-// bf16 hidden states in the order in which weights of type W come apart; zeros up to whole steps.
+// bf16 hidden states in the order in which weights of type W are unpacked, padded with zeros to
+// whole steps.
 template <class W>
 struct PackedFor {
   BFloat16 value;
@@ -17,15 +18,15 @@ struct Hidden<W, PackedFor<W>> {
   static int64_t stride(const Step& s) { return s.hidden_bf16_stride; }
 };
 
-// Where in its 128 inputs the i-th packed one comes from.
+// The input, among 128, that the i-th packed position holds.
 inline int64_t packed_from(Quantization quantization, int64_t i) {
   if (quantization == Quantization::kInt4) {
-    // 16-bit lane n of a line, shifted right by 4 j, has input (j odd: 64 +) 2 n + j / 2 at its
-    // bottom.
+    // Shifted right by 4 j, the 16-bit lane n of a cache line has in its low bits the weight of
+    // input 2 n + j / 2, plus 64 if j is odd.
     const int64_t j = i / 32, n = i % 32;
     return j % 2 * 64 + 2 * n + j / 2;
   }
-  // Bytes unpack 8 of each 16 at a time: first the lower halves of 64, then the upper ones.
+  // Unpacking takes 8 bytes of each 16: first the lower halves of 64 bytes, then the upper halves.
   const int64_t half = i % 64 / 32, n = i % 32;
   return i / 64 * 64 + n / 8 * 16 + half * 8 + n % 8;
 }
@@ -49,21 +50,21 @@ inline __m512i load_packed(const void* x) { return _mm512_loadu_si512(x); }
 
 // --- one byte each -------------------------------------------------------------------------------
 
-// bf16's bits of an integer 0 <= n < 256.
+// The bf16 bits of an integer 0 <= n < 256.
 constexpr int integer_bits(int n) {
   int exponent = 0;
   while (n >> (exponent + 1)) ++exponent;
   return n == 0 ? 0 : (127 + exponent) << 7 | (n << 7 >> exponent & 127);
 }
 
-// bf16's bits of the W whose lowest 7 bits are i and whose sign is plus.
+// The bf16 bits of the positive W whose lowest 7 bits are i.
 constexpr int magnitude_bits(int8_t, int i) { return integer_bits(i); }
 constexpr int magnitude_bits(Fp8, int i) {
   if (i >= 8) return ((i >> 3) + 120) << 7 | (i & 7) << 4;
   return i == 0 ? 0 : integer_bits(i) - (9 << 7);  // subnormal: i 2^-9
 }
 
-// Both bytes of 128 magnitudes, looked up by the 7 lowest bits.
+// The low and high bytes of 128 magnitudes, indexed by the lowest 7 bits.
 template <class W>
 struct ByteTable {
   alignas(64) uint8_t low[128], high[128];
@@ -92,7 +93,7 @@ inline __m512i look_up(const __m512i (&table)[2], __m512i index) {
   return _mm512_permutex2var_epi8(table[0], index, table[1]);
 }
 
-// The high bytes with their numbers' signs.
+// The high bytes with the signs of their weights.
 inline __m512i with_sign(__m512i high, __m512i numbers) {
   constexpr int kOrAnd = 0xF8;  // a | (b & c)
   return _mm512_ternarylogic_epi32(high, numbers, _mm512_set1_epi8(-128), kOrAnd);
@@ -104,7 +105,8 @@ inline void to_bytes(Fp8, const ByteTables& t, __m512i x, __m512i& low, __m512i&
 inline void to_bytes(int8_t, const ByteTables& t, __m512i x, __m512i& low, __m512i& high) {
   const __m512i index = _mm512_abs_epi8(x);
   low = look_up(t.low, index), high = look_up(t.high, index);
-  // -128 has no magnitude among 7 bits: looked up as 0, whose low byte it has.
+  // The magnitude of -128 does not fit in 7 bits, so it is looked up as 0. Its low byte is right;
+  // its high byte is set here.
   const __mmask64 lowest = _mm512_cmpeq_epi8_mask(x, _mm512_set1_epi8(-128));
   high = with_sign(_mm512_mask_mov_epi8(high, lowest, _mm512_set1_epi8(0x43)), x);
 }
@@ -146,7 +148,8 @@ struct Tile<W, PackedFor<W>> {
 
 // --- int4 ----------------------------------------------------------------------------------------
 
-// By the 5 lowest bits, of which the highest is another number's.
+// Indexed by the lowest 5 bits. The highest of them belongs to the next weight, so the table
+// repeats after 16 entries.
 struct Int4Table {
   alignas(64) uint16_t bits[32];
   constexpr Int4Table() : bits() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Each filter keeps a prefix of one ranking (value descending, index ascending), so together they
-// keep the shortest prefix: one cut, found in bins (sampling.h). Masses are sums of exp in double,
-// in a fixed order.
+// Each filter keeps a prefix of one ranking (value descending, index ascending), so all of them
+// together keep the shortest prefix. That is a single cut, found with bins (sampling.h). Masses are
+// sums of exp in double, in a fixed order.
 #include "sample.h"
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 namespace dualhead::cpu {
 namespace {
 
-// The last token that stays, in the order (value descending, index ascending). A comparison of
-// floats, not of rank keys: it is made for every token, and predicts well.
+// The last token that is kept, in the order (value descending, index ascending). It compares
+// floats, not rank keys: the comparison is made for every token, and its branch predicts well.
 struct Cut {
   float value = -std::numeric_limits<float>::infinity();
   int64_t index = std::numeric_limits<int64_t>::max();
@@ -37,7 +37,8 @@ class Ranking {
     return cut_at(keys[k - 1]);
   }
 
-  // The last token so that the mass ranked above it is below top_p of the mass that `before` keeps.
+  // The last token for which the mass ranked above it is below top_p of the mass that `before`
+  // keeps.
   Cut nucleus(float top_p, const Cut& before) const {
     std::vector<double> mass_of(kBins, 0.0);
     for (int64_t v = 0; v < row_.V; ++v) {
@@ -54,7 +55,8 @@ class Ranking {
     std::vector<uint64_t> keys = keys_in(bin, before);
     if (keys.empty()) return before;
     std::sort(keys.begin(), keys.end(), std::greater<>());
-    // Bins before this one stay whole. If none of this one does, the cut is just above its first.
+    // All earlier bins are kept whole. The cut starts just above this bin's first token, in case
+    // none of them is kept.
     Cut cut = cut_at(keys.front());
     --cut.index;
     for (uint64_t key : keys) {
@@ -88,7 +90,7 @@ class Ranking {
   float largest_;
 };
 
-// What the filters keep, beside the top token: down to `cut`, and values of at least `floor`.
+// What the filters keep besides the top token: tokens up to `cut` with a value of at least `floor`.
 struct Kept {
   Cut cut;
   double floor = -std::numeric_limits<double>::infinity();
@@ -97,7 +99,7 @@ struct Kept {
 Kept apply_filters(const SampleRow& row) {
   Kept kept;
   const float largest = row.logits[row.top] / row.temperature;
-  if (!(row.top_p > 0.0f)) {  // nothing ranks above the first: it alone stays
+  if (!(row.top_p > 0.0f)) {  // nothing ranks above the top token: it alone is kept
     kept.cut = Cut{largest, row.top};
     return kept;
   }
@@ -110,10 +112,10 @@ Kept apply_filters(const SampleRow& row) {
   return kept;
 }
 
-// argmax of x + noise over what is kept.
+// argmax of x + noise over the tokens that are kept.
 template <bool kFiltered>
 int64_t race(const SampleRow& row, const Kept& kept) {
-  // The top token is kept whatever the filters say; it opens the race.
+  // The top token is always kept, so the race starts with it.
   float best = row.logits[row.top] / row.temperature +
                gumbel_from_word(random_word(row.seed, row.draw, row.top));
   int64_t token = row.top;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Choosing a row's token by the exponential race, after temperature, top-k, top-p and min-p.
+// Samples a row's token by the exponential race, after temperature, top-k, top-p and min-p.
 #pragma once
 
 #include <cstdint>
 
 namespace dualhead::cpu {
 
-// One row's distribution and filters. Logits are finite or -inf, with a finite largest at `top`.
+// One row's distribution and filters. Logits are finite or -inf; the largest is finite and at
+// `top`.
 struct SampleRow {
   const float* logits;  // (V,)
   int64_t V;

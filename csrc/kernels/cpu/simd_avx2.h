@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX2 with FMA: 8 fp32 lanes, tails through a zero-padded copy. Included inside a target region.
+// AVX2 with FMA: 8 fp32 lanes; tails are copied into a zero-padded buffer. Included inside a target
+// region.
 
 constexpr int kLanes = 8;
-constexpr int kMaxBatchTile = 3;  // 4 x 3 accumulators + 3 operands + 1 weight of 16 registers
+constexpr int kMaxBatchTile = 3;  // registers: 12 sums, 3 operands, 1 weight of 16
 constexpr bool kNativeBf16 = false;
 
 typedef float F32 __attribute__((vector_size(32)));
@@ -18,7 +19,8 @@ inline F32 load(const int8_t* p) {
   return _mm256_cvtepi32_ps(
       _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-// By way of halves, which hold the same bits 7 places up (after the sign) as 2^-8 of the number.
+// Through float16: e4m3's bits below the sign, moved up 7 places, are the float16 of the value
+// times 2^-8.
 inline F32 load(const Fp8* p) {
   const __m128i x =
       _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
@@ -40,7 +42,7 @@ inline F32 load_partial(const T* p, int64_t n) {
 
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 
-// out[i] = sum of the lanes of the i-th argument, each by the same tree, whichever place it has.
+// out[i] = sum of the lanes of the i-th argument. All four are summed by the same tree.
 inline void reduce4(float* out, F32 a, F32 b, F32 c, F32 d) {
   const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));

@@ -3,7 +3,7 @@
 // products of AVX512_BF16 are added where DUALHEAD_NATIVE_BF16 is 1.
 
 constexpr int kLanes = 16;
-constexpr int kMaxBatchTile = 6;  // 4 x 6 accumulators + 6 operands + 1 weight of 32 registers
+constexpr int kMaxBatchTile = 6;  // registers: 24 sums, 6 operands, 1 weight of 32
 constexpr bool kNativeBf16 = DUALHEAD_NATIVE_BF16;
 
 typedef float F32 __attribute__((vector_size(64)));
@@ -31,7 +31,8 @@ inline F32 load(const int8_t* p) {
   return _mm512_cvtepi32_ps(
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-// By way of halves, which hold the same bits 7 places up (after the sign) as 2^-8 of the number.
+// Through float16: e4m3's bits below the sign, moved up 7 places, are the float16 of the value
+// times 2^-8.
 inline F32 load(const Fp8* p) {
   const __m256i x = _mm256_slli_epi16(
       _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
@@ -60,7 +61,7 @@ inline __m256 fold(F32 x) {
   return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
 }
 
-// out[i] = sum of the lanes of the i-th argument, each by the same tree, whichever place it has.
+// out[i] = sum of the lanes of the i-th argument. All four are summed by the same tree.
 inline void reduce4(float* out, F32 a, F32 b, F32 c, F32 d) {
   const __m256 a8 = fold(a), b8 = fold(b), c8 = fold(c), d8 = fold(d);
   const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a8, b8), _mm256_unpackhi_ps(a8, b8));
@@ -71,7 +72,7 @@ inline void reduce4(float* out, F32 a, F32 b, F32 c, F32 d) {
 }
 
 #if DUALHEAD_NATIVE_BF16
-// 32 pairs' products per instruction, summed in fp32; denormals count as zero.
+// 32 products of pairs per instruction, summed in fp32. Denormals count as zero.
 struct NativeBf16Product {
   static constexpr int kStep = 32;
   typedef __m512i Vector;

@@ -2,7 +2,7 @@
 // Plain C++ with the compiler's 16-byte vectors: SSE2 on any x86-64, NEON on ARM. No intrinsics.
 
 constexpr int kLanes = 4;
-constexpr int kMaxBatchTile = 2;  // 4 x 2 accumulators + 2 operands + 1 weight of 16 registers
+constexpr int kMaxBatchTile = 2;  // registers: 8 sums, 2 operands, 1 weight of 16
 constexpr bool kNativeBf16 = false;
 
 typedef float F32 __attribute__((vector_size(16)));
@@ -20,7 +20,8 @@ inline F32 load(const BFloat16* p) {
   __builtin_memcpy(&x, p, sizeof(x));
   return reinterpret_cast<F32>(__builtin_convertvector(x, I32) << 16);
 }
-// Four bytes, by way of shifts: a vector of four bytes is no register anywhere.
+// Loads four bytes as one word and shifts them apart, because no machine has four-byte vector
+// registers.
 inline I32 load_bytes(const void* p) {
   uint32_t x;
   __builtin_memcpy(&x, p, sizeof(x));
@@ -31,7 +32,7 @@ inline I32 load_bytes(const void* p) {
 inline F32 load(const int8_t* p) {
   return __builtin_convertvector((load_bytes(p) ^ 128) - 128, F32);
 }
-// Exponents moved to where a float has them; subnormal numbers are multiples of 2^-9.
+// Moves the exponent to its position in a float. Subnormal values are multiples of 2^-9.
 inline F32 load(const Fp8* p) {
   const I32 x = load_bytes(p), magnitude = x & 127;
   const F32 normal = reinterpret_cast<F32>((magnitude << 20) + (120 << 23));
@@ -59,7 +60,7 @@ inline float reduce_max(F32 x) {
   return a > b ? a : b;
 }
 
-// out[i] = sum of the lanes of the i-th argument, each by the same tree, whichever place it has.
+// out[i] = sum of the lanes of the i-th argument. All four are summed by the same tree.
 inline void reduce4(float* out, F32 a, F32 b, F32 c, F32 d) {
   out[0] = reduce_add(a);
   out[1] = reduce_add(b);

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// exp, log, tanh and softmax sums on vectors, the same code for every instruction set. Polynomials:
-// Cephes (Moshier), errors about one ulp of fp32. Included inside a target region.
+// exp, log, tanh and softmax sums on vectors, the same code for every instruction set. The
+// polynomials are those of Cephes (Moshier), with errors of about one ulp of fp32. Included inside
+// a target region.
 
 inline F32 splat(float x) { return x - F32{}; }
 
 inline I32 as_int(F32 x) { return reinterpret_cast<I32>(x); }
 inline F32 as_float(I32 x) { return reinterpret_cast<F32>(x); }
 
-// exp(x) for x <= 0 (and NaN): below -87 zero, which no sum beside a term of 1 can see.
+// exp(x) for x <= 0 and NaN. Below -87 the result is 0, too small to change a sum that has a term
+// of 1.
 inline F32 exp_nonpositive(F32 x) {
   const F32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const F32 n = fma(x, splat(1.44269504f), magic) - magic;
@@ -20,7 +22,7 @@ inline F32 exp_nonpositive(F32 x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   const F32 y = fma(p, r * r, r) + 1.0f;
-  // n sits in the low bits of n + magic. Unsigned, because the sum wraps where x is far below -87.
+  // n is in the low bits of n + magic. Unsigned, because the sum wraps if x is far below -87.
   typedef uint32_t U32 __attribute__((vector_size(sizeof(F32))));
   const U32 exponent = reinterpret_cast<U32>(n + magic) << 23;
   const F32 result = reinterpret_cast<F32>(reinterpret_cast<U32>(y) + exponent);
@@ -67,14 +69,14 @@ inline F32 tanh_any(F32 x) {
   p = fma(p, z, splat(-3.33332819422e-1f));
   const F32 small = fma(p, z * x, x);
   const F32 signed_large = x < 0.0f ? -large : large;
-  return magnitude < 0.625f ? small : signed_large;  // NaN takes the second, where it stays NaN
+  return magnitude < 0.625f ? small : signed_large;  // NaN takes the second and stays NaN
 }
 
-// The larger; a NaN in x is passed over.
+// The larger of the two; a NaN in x is ignored.
 inline F32 max_skipping_nan(F32 best, F32 x) { return x > best ? x : best; }
 
-// What the unit's logits z (kUnit, -inf beyond the vocabulary) add to a log-sum-exp: their largest
-// and sum exp(z - largest). NaN and +inf end up in the sum as NaN.
+// What one unit's logits z (kUnit of them, -inf beyond the vocabulary) add to a log-sum-exp: their
+// maximum and sum exp(z - maximum). NaN and +inf make the sum NaN.
 inline void softmax_sums(const float* z, float* max_out, float* sum_out) {
   F32 best = splat(-__builtin_inff());
   for (int64_t v = 0; v < kUnit; v += kLanes) best = max_skipping_nan(best, load(z + v));

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both heads over the vocabulary, and their mixture, a unit of kUnit rows at a time. Each weight is
-// read from memory once per step (once per kBatchBlock rows of hidden states from cache). Included
-// inside a target region.
+// Both heads over the vocabulary and their mixture, one unit of kUnit rows at a time. Each weight
+// is read from memory once per step, and from cache once per kBatchBlock rows of hidden states.
+// Included inside a target region.
 
-// Units whose rows of one matrix are read in a run when requests are few, before those of the next:
-// the longer a run of memory, the better. With 4 units instead of 1 one request took 0.86 to 0.92
-// of the time in int4, 0.93 to 0.97 in int8, 0.92 to 0.95 in fp32, and with 16 instead of 4 another
-// 0.93, 0.95 and 0.96; with 32 nothing less. But 4 and 8 requests in fp32 took 1.03 and 1.06.
+// For few requests, this many units of one matrix are read before those of the next, because longer
+// contiguous reads are faster. With 4 units instead of 1, one request took 0.86 to 0.92 of the time
+// in int4, 0.93 to 0.97 in int8, 0.92 to 0.95 in fp32. With 16 instead of 4 it took a further 0.93,
+// 0.95 and 0.96; 32 gained nothing more. But 4 and 8 requests in fp32 took 1.03 and 1.06.
 constexpr int64_t kRun = 16;
 
-// A run's logits before the mixture, `rows` per row of hidden states in a block; rows beyond the
-// vocabulary hold anything, those of a head that is not read some number. rm: of a low-rank
-// correction, delta.
+// Logits of one run of units before the mixture: `rows` for each row of hidden states in a block.
+// Rows beyond the vocabulary and those of a head that is not read are unspecified. For a low-rank
+// correction rm holds delta.
 struct RunLogits {
   float lm[kBatchBlock * kUnit];
   float rm[kBatchBlock * kUnit];
@@ -20,8 +20,7 @@ struct RunLogits {
 static_assert(kFewRequests * kRun <= kBatchBlock, "runs of few requests fit");
 static_assert(kBatchBlock % 2 == 0, "both rows of a request are in one block");
 
-// Row v of matrix m (0: the LM head; m >= 1: objective m - 1), the last one where there is no row
-// v.
+// Row v of matrix m (0: the LM head; m >= 1: objective m - 1). Beyond the vocabulary: its last row.
 template <class W>
 inline const W* head_row(const DecodeParams& p, int64_t m, int64_t v) {
   v = smaller(v, p.V - 1);
@@ -30,14 +29,14 @@ inline const W* head_row(const DecodeParams& p, int64_t m, int64_t v) {
                       v * p.reward_weight_stride;
 }
 
-// Of quantised rows, the first of row v's scales: `count` for each row.
+// The first of row v's `count` scales, if the rows are quantised.
 inline const float* head_scale(const DecodeParams& p, int64_t m, int64_t v, int64_t count) {
   const float* first = m == 0 ? p.lm_scale : p.reward_scale + (m - 1) * p.V * count;
   return first + smaller(v, p.V - 1) * count;
 }
 
 template <class W>
-struct ScaleOf {  // of a row as a whole
+struct ScaleOf {  // one scale for the whole row
   static float at(const DecodeParams& p, int64_t m, int64_t v) { return *head_scale(p, m, v, 1); }
 };
 struct NoScale {
@@ -58,13 +57,13 @@ inline void find_row(const DecodeParams& p, int64_t m, int64_t v, Int4Row& row) 
   row = {head_row<Int4Pair>(p, m, v), head_scale(p, m, v, p.d / kInt4Group)};
 }
 
-// Rows from v of matrix m on.
+// The rows of matrix m from v on.
 struct Place {
   int64_t m, v;
 };
 
-// `groups` groups of 4 rows for rows [b0, b0 + batch) of hidden states; `next`: the rows that
-// follow.
+// Logits of `groups` groups of 4 weight rows for rows [b0, b0 + batch) of hidden states. `next` is
+// where the following weight rows start.
 template <class W, class X>
 void dot_groups(const Step& s, Place at, int64_t groups, Place next, int64_t b0, int64_t batch,
                 int64_t in_run, RunLogits& z) {
@@ -94,7 +93,7 @@ void dot_groups(const Step& s, Place at, int64_t groups, Place next, int64_t b0,
   }
 }
 
-// Objective k's delta of `count` vocabulary rows from v on, into z.rm.
+// Objective k's delta of `count` vocabulary rows from v on, accumulated in z.rm.
 template <class W>
 void correct_logits(const Step& s, int64_t k, int64_t v, int64_t count, int64_t b0, int64_t batch,
                     RunLogits& z) {
@@ -116,20 +115,20 @@ inline F32 postprocess(const DecodeParams& p, F32 z) {
   return z;
 }
 
-// -inf beyond the vocabulary: no mass, never the largest.
+// -inf beyond the vocabulary: it has no mass and is never the largest.
 inline void pad_unit(float* z, int64_t count) {
   for (int64_t v = count; v < kUnit; ++v) z[v] = -__builtin_inff();
 }
 
-// One request's unit: f of the mixture, to out_logits, with its softmax sums.
+// One request's unit of a logits mix: writes f of the mixture to out_logits, and its softmax sums.
 inline void finish_mixture(const Step& s, int64_t unit, int64_t b, float* lm, const float* rm) {
   const DecodeParams& p = *s.params;
   const int64_t count = smaller(kUnit, p.V - unit * kUnit);
-  // The mixture of an embedding head is in the hidden state that met the LM head.
+  // An embedding head's mixture is already in the hidden state that the LM head multiplied.
   const float a = p.reward_head == RewardHead::kEmbedding ? 0.0f : p.out_alpha[b];
   const float kept = p.reward_head == RewardHead::kLowRank ? 1.0f : 1.0f - a;
   for (int64_t v = 0; v < kUnit; v += kLanes) {
-    // Selected, not multiplied by 0: an infinity in the head that is switched off does not matter.
+    // Selects instead of multiplying by 0, so that an infinity in the unused head does not matter.
     F32 z = load(lm + v);
     if (a == 1.0f && kept == 0.0f) {
       z = load(rm + v);
@@ -144,7 +143,8 @@ inline void finish_mixture(const Step& s, int64_t unit, int64_t b, float* lm, co
   softmax_sums(lm, s.unit_max + at, s.unit_sum + at);
 }
 
-// One request's unit for the probability mix: f of both heads, kept apart, with their sums.
+// One request's unit of the probability mix: writes f of both heads separately, and their softmax
+// sums.
 inline void finish_apart(const Step& s, int64_t unit, int64_t b, float* lm, float* rm) {
   const DecodeParams& p = *s.params;
   const int64_t count = smaller(kUnit, p.V - unit * kUnit);
@@ -164,7 +164,7 @@ inline void finish_apart(const Step& s, int64_t unit, int64_t b, float* lm, floa
   softmax_sums(rm, s.rm_unit_max + at, s.rm_unit_sum + at);
 }
 
-// What becomes of one unit of a run, for rows [b0, b0 + batch) of hidden states.
+// Finishes one unit of a run, for rows [b0, b0 + batch) of hidden states.
 inline void finish_unit(const Step& s, int64_t unit, int64_t b0, int64_t batch, RunLogits& z,
                         int64_t in_run) {
   for (int64_t b = 0; b < batch; b += s.hidden_rows) {
@@ -212,8 +212,8 @@ void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
   }
 }
 
-// Of quantised heads: with hidden states in the format's own order where the instruction set has
-// such tiles.
+// Units of quantised heads. Uses hidden states packed in the format's order if the instruction set
+// has such tiles.
 template <class W>
 void quantized_units(const Step& s, int64_t begin, int64_t end) {
 #if DUALHEAD_NATIVE_BF16
@@ -247,7 +247,7 @@ inline F32 log_mixture(F32 lm, F32 rm, float log_keep, float log_a) {
   const F32 x = lm + log_keep, y = rm + log_a;
   const F32 high = x > y ? x : y, low = x > y ? y : x;
   const F32 difference = low - high;
-  // Both -inf: the difference is NaN and the result is -inf. A NaN on either side stays NaN in low.
+  // If both are -inf, the difference is NaN and the result is -inf. A NaN on either side gives NaN.
   const F32 sum = high + log1p_unit(exp_nonpositive(difference));
   const F32 nan = low + high;
   return nan != nan ? nan : (high == -__builtin_inff() ? high : sum);
