@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A reward head that corrects the LM head: what its products are made of, once D h is there.
+// A reward head that corrects the LM head: the operands of its products, computed from D h.
 //
-//   embedding  the rows that meet the LM head: h and sum_k w_k (U_k D_k h + c_k)
-//   low rank   w_k D_k h, which meets U_k's row of each vocabulary entry
+//   embedding  the rows that the LM head multiplies: h and sum_k w_k (U_k D_k h + c_k)
+//   low rank   w_k D_k h, which multiplies U_k's row of each vocabulary entry
 #pragma once
 
 #include "projection.cuh"
@@ -14,12 +14,12 @@ __device__ __forceinline__ float objective_weight(const DecodeParams& p, int64_t
   return p.objective_weights ? p.objective_weights[b * p.K + k] : 1.0f / static_cast<float>(p.K);
 }
 
-// Where request b's h is among the rows that meet the LM head; its M h + c is four rows further.
-// So one lane of a tensor core tile holds the sums of both (row_of_place).
+// The row of request b's h among the rows that the LM head multiplies. Its M h + c is four rows
+// further down, so that one lane of a tensor core tile holds the sums of both (row_of_place).
 __device__ __forceinline__ int64_t row_of_request(int64_t b) { return b / 4 * 8 + b % 4; }
 
-// Of request b and this lane's input i, if there is one: sum_k w_k (U_k D_k h + c_k). The whole
-// warp calls.
+// sum_k w_k (U_k D_k h + c_k) for request b and this lane's input i; 0 if i >= d. The whole warp
+// calls.
 __device__ __forceinline__ float changed_input(const DecodeParams& p, const Workspace& ws,
                                                DType dtype, int64_t b, int64_t i) {
   const bool there = i < p.d;
@@ -41,8 +41,8 @@ __device__ __forceinline__ float changed_input(const DecodeParams& p, const Work
   return total;
 }
 
-// The rows that meet the LM head, or `change`: a warp per 32 inputs of a request. Requests that
-// fill up the last eight rows are zeros.
+// Computes the rows that the LM head multiplies, or `change`: one warp per request and 32 inputs.
+// Rows that only pad the last group of eight are zeros.
 __device__ __forceinline__ void change_hidden(const DecodeParams& p, const Workspace& ws, Team team,
                                               DType dtype) {
   const int64_t requests = ws.rows ? product_rows(p) / 2 : p.B, parts = ceil_div(p.d, kWarp);
@@ -60,7 +60,7 @@ __device__ __forceinline__ void change_hidden(const DecodeParams& p, const Works
   }
 }
 
-// w_k D_k h of every request, a warp per 32 of them.
+// Computes w_k D_k h of every request: one warp per request and 32 values.
 __device__ __forceinline__ void weigh_inner(const DecodeParams& p, const Workspace& ws, Team team) {
   const int64_t count = p.K * p.r, parts = ceil_div(count, kWarp);
   for (int64_t item = team.first; item < p.B * parts; item += team.stride) {
@@ -71,15 +71,15 @@ __device__ __forceinline__ void weigh_inner(const DecodeParams& p, const Workspa
   }
 }
 
-// Beside alpha's phase or before the products, once D h is complete. Not inlined: it has all
-// registers for its loads.
+// Runs beside the phase that computes alpha, or before the products, once D h is complete. Not
+// inlined, so that its loads can use all registers.
 static __device__ __noinline__ void prepare_correction(const DecodeParams& p, const Workspace& ws,
                                                        Team team, DType dtype) {
   if (p.reward_head == RewardHead::kEmbedding) change_hidden(p, ws, team, dtype);
   if (p.reward_head == RewardHead::kLowRank) weigh_inner(p, ws, team);
 }
 
-// sum_k w_k c_k of vocabulary entry v for request b, of a low-rank head.
+// sum_k w_k c_k of vocabulary entry v for request b, for a low-rank head.
 __device__ __forceinline__ float low_rank_bias(const DecodeParams& p, DType dtype, int64_t v,
                                                int64_t b) {
   const Numbers bias{p.reward_bias, dtype};
@@ -88,7 +88,7 @@ __device__ __forceinline__ float low_rank_bias(const DecodeParams& p, DType dtyp
   return sum;
 }
 
-// delta of vocabulary entry v for request b under a low-rank head, by a warp.
+// delta of vocabulary entry v for request b under a low-rank head, computed by a warp.
 __device__ __forceinline__ float low_rank_delta(const DecodeParams& p, const Workspace& ws,
                                                 DType dtype, int64_t v, int64_t b) {
   const Numbers up{p.reward_up, dtype};
@@ -102,8 +102,8 @@ __device__ __forceinline__ float low_rank_delta(const DecodeParams& p, const Wor
   return warp_sum(dot) + low_rank_bias(p, dtype, v, b);
 }
 
-// The same by the four lanes that share entry v, for the eight requests from b0 on, of which each
-// lane gets two: places 2 t and 2 t + 1, rows t and t + 4. Every lane calls.
+// The same, computed by the four lanes that share entry v, for the eight requests from b0 on. Each
+// lane gets two of them: places 2 t and 2 t + 1, rows t and t + 4. All lanes call.
 __device__ __forceinline__ void low_rank_deltas(const DecodeParams& p, const Workspace& ws,
                                                 int64_t v, int64_t b0, bool there,
                                                 float (&delta)[2]) {

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// The decode step, hidden state in, token out, in one cooperative launch, and its plain path: fp32
-// weights, and rows that do not lie at multiples of 16 bytes; and the step around products that
-// were computed before, by GEMMs. All else streams (stream.cuh).
+// The decode step in one cooperative launch, from hidden state to token: the plain path. It handles
+// fp32 weights, rows that do not start and end at multiples of 16 bytes, and steps whose products
+// GEMMs have computed. All other steps take the streaming path (stream.cuh).
 //
-// Phases with grid barriers between them; every phase strides over work items cut at constants
-// (workspace.h), so that a row's bits depend neither on the grid nor on its neighbours, and no
-// float is ever added atomically.
+// The phases are separated by grid barriers. Each phase strides over work items of constant size
+// (workspace.h), so a row's bits depend neither on the grid nor on the other rows. No float is ever
+// added atomically.
 //
-//   phase             item                       unit    reads              writes
-//   project           rows x slice of d x tile   warp    hidden             partial sums
-//   attend            (b, h) x cache split       warp    those, cache       column, attention parts
-//   weigh             b                          warp    attention parts    alpha, cache length
-//   prepare_correction b x 32 inputs             warp    partial sums       change or inner
-//   heads             chunk of V x tile          block   hidden, alpha      logits, softmax parts
-//   (finish_products  b x chunk                  warp    products, alpha    the same)
-//   normalizers       b x head, mix_probs        block   softmax parts      two log-sum-exps
-//   mix_distributions b x chunk, mix_probs       warp    f(z) of both       log-probs, parts
-//   pick_tokens       b                          block   logits, parts      token, logprob, status
+//   phase              item                       unit    reads              writes
+//   project            rows x slice of d x tile   warp    hidden             partial sums
+//   attend             (b, h) x cache split       warp    those, cache       column, parts
+//   weigh              b                          warp    attention parts    alpha, cache length
+//   prepare_correction b x 32 inputs              warp    partial sums       change or inner
+//   heads              chunk of V x tile          block   hidden, alpha      logits, softmax parts
+//   (finish_products   b x chunk                  warp    products, alpha    the same)
+//   normalizers        b x head, mix_probs        block   softmax parts      two log-sum-exps
+//   mix_distributions  b x chunk, mix_probs       warp    f(z) of both       log-probs, parts
+//   pick_tokens        b                          block   logits, parts      token, logprob, status
 //
-// Shared memory: ChunkLogits (2 KiB) in heads, TokenScratch (13 KiB) later, in one place.
+// Shared memory: ChunkLogits (2 KiB) in heads, later TokenScratch (12.3 KiB) at the same address.
 #include <cstdio>
 
 #include "decode.h"
@@ -38,7 +38,7 @@ constexpr int kMaxThreads = 256;
 static_assert(sizeof(ChunkLogits) <= sizeof(TokenScratch), "heads and later phases share memory");
 constexpr int kSharedBytes = sizeof(TokenScratch);
 
-// Whether fp32 rows can be read sixteen bytes at a time; the same bits either way.
+// Whether fp32 rows can be read sixteen bytes at a time. The result has the same bits either way.
 __device__ __forceinline__ bool in_fours(const DecodeParams& p) {
   const int64_t numbers = p.d | p.hidden_stride | p.lm_weight_stride | p.reward_weight_stride |
                           p.reward_weight_stride_k;
@@ -47,7 +47,7 @@ __device__ __forceinline__ bool in_fours(const DecodeParams& p) {
          sixteen_divides(p.q_weight) && sixteen_divides(p.k_weight) && sixteen_divides(p.u_weight);
 }
 
-// Neither is inlined, so that each has all registers for its loads.
+// projections and attention are not inlined, so that the loads of each can use all registers.
 template <bool kFloat32>
 __device__ __noinline__ void projections(const DecodeParams& p, const Workspace& ws, DType dtype) {
   if (kFloat32 && in_fours(p)) {
@@ -61,8 +61,8 @@ __device__ __noinline__ void attention(const DecodeParams& p, const Workspace& w
   attend<8>(p, ws, whole_grid());
 }
 
-// kFloat32: fp32 weights and hidden states, which are what this path is for; else any, told apart
-// at every number. kCorrects: the reward head is a correction.
+// kFloat32: fp32 weights and hidden states, the main use of this path. Otherwise any dtype, tested
+// at every load. kCorrects: the reward head is a correction.
 template <bool kFloat32, bool kCorrects>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     decode_step_kernel(const __grid_constant__ DecodeParams p,
@@ -75,11 +75,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   }
   if (!p.gate_logit) {
     attention(p, ws);
-    grid_barrier();  // all attention parts are
+    grid_barrier();  // all attention parts are complete
   }
   weigh(p, ws, whole_grid(), false);
   if (kCorrects) prepare_correction(p, ws, whole_grid(), dtype);
-  grid_barrier();  // alpha, status and what a correction is made of are
+  grid_barrier();  // alpha, status and the correction's operands are complete
   if (p.out_attention) normalize_attention(p, ws, whole_grid());
   if (p.lm_product) {
     finish_products(p, ws, dtype);
@@ -88,11 +88,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   } else {
     heads<false, kCorrects>(p, ws, dtype, quantization);
   }
-  grid_barrier();  // logits and softmax parts are
+  grid_barrier();  // logits and softmax parts are complete
   finish_step(p, ws);
 }
 
-// Blocks that the largest phase can occupy; more would only lengthen the barriers.
+// The number of blocks that the largest phase can use. More would only slow down the barriers.
 int64_t useful_blocks(const DecodeParams& p, int threads) {
   const int64_t tiles = ceil_div(p.B, kTile), warps = threads / kWarp;
   const int64_t chunks = ceil_div(p.V, kChunk);
@@ -143,15 +143,15 @@ size_t decode_workspace_bytes(const DecodeParams& params) {
 int decode_step(const DecodeParams& params, void* workspace, int device, CUstream_st* stream,
                 LaunchShape shape) {
   if (params.B == 0) return cudaSuccess;
-  // This library links its own CUDA runtime, which need not know the device that torch's chose.
+  // This library links its own CUDA runtime, whose current device may differ from that of torch's.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
     Workspace ws;
     lay_out_workspace(params, workspace, &ws);
     error = launch_path(params, ws, device, stream, shape);
   }
-  // A refused launch would otherwise be reported once more, to whoever asks for the last error
-  // next.
+  // Clears the error of a refused launch, which the next caller of cudaGetLastError would get
+  // again.
   if (error != cudaSuccess) (void)cudaGetLastError();
   return error;
 }
@@ -164,7 +164,8 @@ const char* error_text(int error) {
   if (code != cudaErrorNoKernelImageForDevice && code != cudaErrorInvalidDeviceFunction) {
     return text;
   }
-  // Not the driver's sentence alone: what there is, and what there should be.
+  // Adds to the driver's message which architectures the code was compiled for and which one is
+  // needed.
   int device = 0, major = 0, minor = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Inner products of a weight row with a tile of hidden rows, by a warp.
+// Dot products of a weight row with a tile of hidden rows, computed by a warp.
 //
-// dots[t] = sum_k row(k) * hidden(t * stride + k) for t < count, the same bits in
-// every lane. fp32 accumulation in one order for every batch: each lane has its inputs, then the
-// lanes meet.
+// dots[t] = sum_k row(k) * hidden(t * stride + k) for t < count, with the same bits in every lane.
+// fp32 accumulation in one order for every batch: each lane sums its own inputs, then the lanes are
+// reduced.
 #pragma once
 
 #include "numbers.cuh"
@@ -19,8 +19,8 @@ __device__ __forceinline__ void meet_dots(int count, float (&dots)[kTile]) {
   }
 }
 
-// Lane l takes fours of inputs from 4 l on, 128 apart, of which kAhead are asked for before the
-// first is used. kFours: Numbers::four has it; the same bits without.
+// Lane l takes groups of four inputs, starting at 4 l and 128 apart. It issues kAhead loads before
+// it uses the first. kFours: see Numbers::four; the bits are the same without it.
 template <bool kFours, typename Row>
 __device__ __forceinline__ void dot_tile(Row row, Numbers hidden, int64_t stride, int64_t d,
                                          int count, float (&dots)[kTile]) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void dot_tile(Row row, Numbers hidden, int64_t stride
   meet_dots(count, dots);
 }
 
-// Lane t's own element of an array that lives in registers.
+// Element t, in lane t, of an array that is in registers.
 __device__ __forceinline__ float pick_own(const float (&values)[kTile]) {
   float own = 0.0f;
 #pragma unroll

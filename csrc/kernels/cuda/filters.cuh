@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What top-k, top-p and min-p leave of one row of logits, by a block, in a few passes over the row
-// and without sorting it. All of it is independent of the number of threads: keys are unique
-// integers, and masses are integers too, so that no order of addition shows.
+// Applies top-k, top-p and min-p to one row of logits with one block, in a few passes over the row
+// and without sorting it. The result does not depend on the number of threads: keys are unique
+// integers, and masses are integers too, so the order of addition does not matter.
 #pragma once
 
 #include "heads.cuh"
@@ -10,26 +10,26 @@
 namespace dualhead {
 namespace cuda {
 
-// Keys of the bin that a cut falls into, up to so many: at 64 bins to a nat a bin in which top-k
-// cuts seldom has a hundred.
+// The most keys that are kept of the bin that contains the cut. With 64 bins per nat, the bin of a
+// top-k cut rarely has a hundred.
 constexpr int kCandidates = 512;
 
 // Shared memory of the token phase.
 struct TokenScratch {
   BlockScratch block;
-  unsigned count[kBins];  // tokens of each bin
+  unsigned count[kBins];  // tokens per bin
   unsigned long long candidate[kCandidates];
   unsigned candidates;
   unsigned long long cut;
 };
 
-// One value per thread to one value for all. `Combine` folds a warp's values.
+// Reduces one value per thread to one value for all. `Combine` reduces the values of a warp.
 template <typename Combine>
 __device__ __forceinline__ unsigned long long block_reduce(unsigned long long value,
                                                            BlockScratch* scratch, Combine combine) {
   value = combine(value);
   if (lane_index() == 0) scratch->slot[warp_in_block()] = value;
-  block_barrier();  // every warp's slot is written
+  block_barrier();  // every warp has written its slot
   value = combine(lane_index() < warps_per_block() ? scratch->slot[lane_index()] : 0ull);
   block_barrier();  // every warp has read; the next call may write
   return value;
@@ -43,28 +43,28 @@ struct CombineMax {
   __device__ unsigned long long operator()(unsigned long long x) const { return warp_max(x); }
 };
 
-// Tokens that rank above one, and all of them.
+// Count and mass of the tokens that rank above a given one, and the mass of all tokens.
 struct Above {
   unsigned long long count, mass, all_mass;
 };
 
-// One row of logits under temperature. The whole block calls its functions.
+// One row of logits at its temperature. The whole block calls its functions.
 struct Row {
   const float* logits;  // (V,)
   int64_t V;
   float temperature;
   float max;         // of logits / temperature
-  float mass_scale;  // 1.0f of probability numerator in fixed point
+  float mass_scale;  // 1.0f of exp(x - max) in fixed point
   TokenScratch* scratch;
 
   __device__ Row(const DecodeParams& p, int64_t b, float largest_logit, TokenScratch* scratch)
       : logits(p.out_logits + b * p.V),
         V(p.V),
         temperature(temperature_of(p, b)),
-        max(largest_logit / temperature),  // division keeps the order
+        max(largest_logit / temperature),  // division preserves the order
         mass_scale(4611686018427387904.0f),
         scratch(scratch) {
-    // 2^62 / V or less: the sum of V masses fits 63 bits.
+    // At most 2^62 / V, so that the sum of V masses fits in 63 bits.
     for (int64_t v = 1; v < V; v *= 2) mass_scale *= 0.5f;
   }
 
@@ -79,7 +79,7 @@ struct Row {
     return block_reduce(own, &scratch->block, CombineSum());
   }
 
-  // `masses`: whether those are asked for.
+  // `masses`: whether the masses are needed.
   __device__ Above above(unsigned long long key, bool masses) const {
     Above own{0, 0, 0};
     for (int64_t v = threadIdx.x; v < V; v += blockDim.x) {
@@ -95,7 +95,7 @@ struct Row {
     return Above{sum(own.count), sum(own.mass), sum(own.all_mass)};
   }
 
-  // Mass of the tokens whose key is at least `key`.
+  // The mass of all tokens whose key is at least `key`.
   __device__ unsigned long long mass_from(unsigned long long key) const {
     unsigned long long own = 0;
     for (int64_t v = threadIdx.x; v < V; v += blockDim.x) {
@@ -112,13 +112,13 @@ struct Row {
   }
 };
 
-// The bin that holds the k-th token, and its place in that bin; in every thread.
+// The bin that contains the k-th token, and the token's rank in that bin. The same in every thread.
 struct Place {
   int bin;
   unsigned long long k;
 };
 
-// Tokens counted into bins, then the bins searched, by each warp for itself: a lane has 64 of them.
+// Counts the tokens into bins. Then every warp searches the bins by itself, 64 bins per lane.
 __device__ __forceinline__ Place find_bin(const Row& row, unsigned long long k) {
   constexpr int kOwn = kBins / kWarp;
   unsigned* count = row.scratch->count;
@@ -127,10 +127,10 @@ __device__ __forceinline__ Place find_bin(const Row& row, unsigned long long k) 
   for (int64_t v = threadIdx.x; v < row.V; v += blockDim.x) {
     atomicAdd(&count[bin_of(row.scaled(v), row.max)], 1u);
   }
-  block_barrier();  // they are full
+  block_barrier();  // all tokens are counted
   const int lane = lane_index();
   unsigned long long own = 0;
-  // From another one in each lane: side by side in shared memory, they are read at once.
+  // Each lane starts at a different offset to avoid bank conflicts in shared memory.
   for (int i = 0; i < kOwn; ++i) own += count[lane * kOwn + (i + lane) % kOwn];
   unsigned long long before = 0;
   for (int other = 0; other < kWarp; ++other) {
@@ -144,14 +144,14 @@ __device__ __forceinline__ Place find_bin(const Row& row, unsigned long long k) 
   return Place{exchange_from(place.bin, owner), exchange_from(place.k, owner)};
 }
 
-// Key of the k-th token in order of rank, 1 <= k <= V.
+// The key of the k-th token by rank, 1 <= k <= V.
 __device__ __forceinline__ unsigned long long kth_key(const Row& row, unsigned long long k) {
   const Place place = find_bin(row, k);
   TokenScratch* scratch = row.scratch;
   const unsigned candidates = scratch->count[place.bin];
   if (candidates > kCandidates) {
-    // Hundreds of equal logits, or a cut beyond the last bin: bisection, 64 passes over the row.
-    unsigned long long low = 0, high = ~0ull;  // at least k keys from `low` on, fewer from `high`
+    // Hundreds of equal logits, or a cut in the last bin: bisection, 64 passes over the row.
+    unsigned long long low = 0, high = ~0ull;  // at least k keys are >= low, fewer are >= high
     while (high - low > 1) {
       const unsigned long long middle = low + (high - low) / 2;
       (row.count_from(middle) >= k ? low : high) = middle;
@@ -159,7 +159,7 @@ __device__ __forceinline__ unsigned long long kth_key(const Row& row, unsigned l
     return low;
   }
   if (threadIdx.x == 0) scratch->candidates = 0;
-  block_barrier();  // the list is empty, and every thread has read the count of candidates
+  block_barrier();  // the list is empty and every thread has read `candidates`
   for (int64_t v = threadIdx.x; v < row.V; v += blockDim.x) {
     const float x = row.scaled(v);
     if (bin_of(x, row.max) != place.bin) continue;
@@ -178,7 +178,7 @@ __device__ __forceinline__ unsigned long long kth_key(const Row& row, unsigned l
   return cut;
 }
 
-// Top-k, then top-p on what it leaves, then min-p; a row's first token stays whatever they say.
+// Top-k, then top-p on what remains, then min-p. A row's top token is always kept.
 struct Filters {
   unsigned long long k;  // 0: off
   float top_p;           // 1 or more: off
@@ -194,14 +194,15 @@ struct Filters {
   __device__ bool ranks() const { return k || nucleus(); }
 };
 
-// The token that wins the race among what the filters leave, if `winner` wins it among all: the
-// winner, where it is left; else whoever wins among those that rank above it, and so on, since
-// filters leave nothing below a token that they take. They mostly leave the winner: that is what
-// they are for. `race(key)`: the winner among the tokens whose key is above that.
+// The token that wins the race among the tokens that the filters keep. `winner` wins it among all
+// tokens. If the filters keep `winner`, which is the usual case, it is the result. Otherwise the
+// race is run again among the tokens that rank above it, and so on: the filters remove every token
+// that ranks below one they remove. `race(key)` returns the winner among the tokens whose key is
+// above `key`.
 template <typename Race>
 __device__ __forceinline__ int64_t first_kept(const Row& row, const Filters& filters,
                                               int64_t winner, Race race) {
-  double target = -1.0;  // of the mass above a token: top-p takes it from there on
+  double target = -1.0;  // top-p removes a token if at least this much mass ranks above it
   for (int64_t token = winner;;) {
     const float x = row.scaled(token);
     const bool high = x >= filters.floor;

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a stage of the ring to tensor core tiles: which bytes a lane reads, and what they become.
+// From a stage of the ring to tensor core tiles: which bytes a lane reads, and how they are
+// unpacked.
 //
-// Inputs may be summed in any order that both operands share, so fragments need no shuffling: the
-// four lanes that hold a row read its bytes as they lie, sixteen each of a run of kRunBytes, and
-// make steps of 8 inputs of them. A step is two tiles of 16 inputs, to which a lane gives 4 each.
-// Hidden states lie in the same order: step by step, 16 bytes for each of the four lanes.
+// A sum may take its inputs in any order that both operands share, so fragments need no shuffling.
+// The four lanes that hold a row read its bytes as they are stored, sixteen bytes each of a run of
+// kRunBytes, and form steps of 8 inputs from them. A step is two tiles of 16 inputs; each lane
+// supplies 4 inputs of each. Hidden states are stored in the same order: step by step, 16 bytes for
+// each of the four lanes.
 //
-//   format           inputs of a run   lane t's step j                       order of the 8
-//   bf16, fp16       32                8t ...                                as they lie
-//   int8, fp8        64                16t + 8j ...                          0 2 1 3, 4 6 5 7
-//   int4             128               16t + 4j ... , and 64 further         0 2 1 3, and 64
-//   further
+//   format       inputs of a run   lane t's step j                order of the 8
+//   bf16, fp16   32                8t ...                         as stored
+//   int8, fp8    64                16t + 8j ...                   0 2 1 3, 4 6 5 7
+//   int4         128               16t + 4j ... , and 64 further  0 2 1 3, and 64 further
 #pragma once
 
 #include "primitives.cuh"
@@ -19,7 +20,7 @@
 namespace dualhead {
 namespace cuda {
 
-// Input at `position` of a run, as the table says.
+// The input at `position` of a run, according to the table.
 __device__ __forceinline__ int input_of(Format format, int position) {
   const int step = position / 32, lane = position / 8 % 4, i = position % 8;
   const int crossed = (i & 4) | (i & 1) << 1 | (i >> 1 & 1);
@@ -33,20 +34,21 @@ __device__ __forceinline__ int input_of(Format format, int position) {
   }
 }
 
-// Two bytes that were moved to where a half has its upper ones, as e4m3 numbers times 2^-8: sign,
-// exponent and fraction are the half's, one place lower; subnormals too.
+// Two e4m3 bytes, each already in the upper byte of a float16, become float16 values that are 2^-8
+// times the e4m3 values. The exponent and fraction move down one place and the sign stays; this
+// also holds for subnormals.
 __device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t bytes) {
   return (bytes & 0x80008000u) | (bytes >> 1 & 0x3F803F80u);
 }
 
-// Element i of an array that lives in registers.
+// Element i of an array that is in registers.
 template <typename T>
 __device__ __forceinline__ T pick(const T (&four)[4], int i) {
   return i < 2 ? (i == 0 ? four[0] : four[1]) : (i == 2 ? four[2] : four[3]);
 }
 
-// The pairs of one step of a lane's sixteen bytes. 0x6400 is 1024 in float16, whose last place is
-// 1: a small number in the lowest bits is added to it.
+// The float16 or bfloat16 pairs of one step of a lane's sixteen bytes. 0x6400 is 1024 in float16,
+// whose last place is 1 there: a small integer in its lowest bits is added to 1024.
 template <Format kFormat>
 __device__ __forceinline__ void unpack(const Words& sixteen, int step, uint32_t (&pairs)[4]) {
   if constexpr (steps_of(kFormat) == 1) {
@@ -64,7 +66,7 @@ __device__ __forceinline__ void unpack(const Words& sixteen, int step, uint32_t 
     for (int i = 0; i < 2; ++i) {
       const uint32_t bytes = step == 0 ? sixteen.x[i] : sixteen.x[2 + i];
       if constexpr (kFormat == Format::kInt8) {
-        const uint32_t biased = bytes ^ 0x80808080u;  // and less 1152, of which 128 is the bias
+        const uint32_t biased = bytes ^ 0x80808080u;  // then subtract 1152 = 1024 + 128, the bias
         pairs[2 * i] = half2_add(select_bytes(biased, 0x64646464u, 0x4240), 0xE480E480u);
         pairs[2 * i + 1] = half2_add(select_bytes(biased, 0x64646464u, 0x4341), 0xE480E480u);
       } else {
@@ -75,27 +77,27 @@ __device__ __forceinline__ void unpack(const Words& sixteen, int step, uint32_t 
   }
 }
 
-// What `unpack` leaves to be multiplied by.
+// The factor by which the values from `unpack` must be multiplied.
 template <Format kFormat>
 __device__ __forceinline__ constexpr float unpacked_unit() {
   return kFormat == Format::kFp8 ? 256.0f : 1.0f;
 }
 
-// The row of eight that belongs to place `place` of a tile. Lanes 8i to 8i + 7 read shared memory
-// together, two rows' sixteens of one run. Rows four apart have them in different halves of the
-// banks, so neighbouring places are given such.
+// The row, among eight, at `place` of a tile. Lanes 8i to 8i + 7 read shared memory together:
+// 16-byte pieces of two rows of one run. Neighbouring places get rows four apart, because those
+// have the pieces in different halves of the banks.
 __device__ __forceinline__ int row_of_place(int place) { return place / 2 + place % 2 * 4; }
 
-// Where a lane finds its part of a stage. All rows lie at multiples of 1024 bytes but for the
-// lane's own row among eight, whose sixteen bytes of a block's first run are at `own`; those of the
-// second run are 64 bytes away, up or down.
+// Where a lane finds its part of a stage. Every group of eight rows starts at a multiple of 1024
+// bytes. In it the lane's sixteen bytes of a block's first run are at offset `own`, and those of
+// the second run 64 bytes before or after.
 struct LaneView {
-  const unsigned char* low;  // the warp's first unit, in the first block of the first matrix
-  int high;                  // from there to the second matrix, in bytes
+  const unsigned char* low;  // the warp's first unit, first block, first matrix
+  int high;                  // offset of the second matrix, in bytes
   int block_pitch, unit_pitch;
-  const unsigned char* hidden;  // the first eight columns, in the first block
-  int hidden_pitch;             // to the next block
-  int tile_pitch, term_pitch;   // to the next 8 columns, the next term
+  const unsigned char* hidden;  // the first eight columns of the first block
+  int hidden_pitch;             // offset of the next block
+  int tile_pitch, term_pitch;   // offsets of the next 8 columns and the next term
   int own;
 };
 
@@ -103,7 +105,7 @@ __device__ __forceinline__ int own_sixteen() {
   return swizzled(row_of_place(lane_index() / 4), lane_index() % 4);
 }
 
-// int4: the scales of a stage's groups, of this lane's row of each unit and matrix.
+// int4: the scales of a stage's groups for this lane's row of each unit and matrix.
 template <Format kFormat, int kUnits>
 struct GroupScales {};
 
@@ -112,13 +114,13 @@ struct GroupScales<Format::kInt4, kUnits> {
   float low[kUnits][4], high[kUnits][4];
 };
 
-// Whether `tiles` tiles of sums leave registers to multiply several runs at once. int4 has two sets
-// of sums.
+// Whether `tiles` tiles of sums leave enough registers to multiply several runs at once. int4 has
+// two sets of sums.
 DUALHEAD_HD constexpr bool few_sums(Format format, int tiles) {
   return tiles < (format == Format::kInt4 ? 4 : 8);
 }
 
-// One run of a block: z += rows times hidden states.
+// Multiplies one run of a block: z += rows times hidden states.
 template <Format kFormat, int kTiles, int kUnits>
 __device__ __forceinline__ void multiply_run(const LaneView& at, const unsigned char* hidden,
                                              int block, int half, float (&z)[kUnits][kTiles][4]) {
@@ -132,7 +134,7 @@ __device__ __forceinline__ void multiply_run(const LaneView& at, const unsigned 
     low[u] = load_words(row);
     high[u] = load_words(row + at.high);
   }
-  // Steps one by one where their products fill the registers.
+  // Not unrolled if the sums fill the registers.
   [[maybe_unused]] constexpr int kUnroll = few_sums(kFormat, kTiles * kUnits) ? kSteps : 1;
 #pragma unroll kUnroll
   for (int step = 0; step < kSteps; ++step) {
@@ -161,8 +163,9 @@ __device__ __forceinline__ void multiply_run(const LaneView& at, const unsigned 
   }
 }
 
-// int4, both runs of a block side by side: each has a sum of its own, and the tensor cores' next
-// product of one need not wait for that of the other. The same sums as one after the other.
+// int4: multiplies both runs of a block alternately. Each run has a sum of its own, so that the
+// tensor cores' next product of one need not wait for that of the other. The sums are the same as
+// one run after the other.
 template <int kTiles, int kUnits>
 __device__ __forceinline__ void multiply_groups(const LaneView& at, const unsigned char* hidden,
                                                 int block, float (&part)[2][kUnits][kTiles][4]) {
@@ -206,8 +209,8 @@ __device__ __forceinline__ void multiply_groups(const LaneView& at, const unsign
   }
 }
 
-// Both runs of a block. Behind a row's end weights and hidden states lie as zeros. int4: a run is a
-// group, with a sum of its own, times its scale.
+// Multiplies both runs of a block. Beyond the end of a row, weights and hidden states are zeros.
+// int4: a run is a group, whose own sum is multiplied by its scale.
 template <Format kFormat, int kTiles, int kUnits>
 __device__ __forceinline__ void multiply_block(const LaneView& at, const unsigned char* hidden,
                                                int block,
@@ -250,14 +253,14 @@ __device__ __forceinline__ void multiply_block(const LaneView& at, const unsigne
   }
 }
 
-// A stage: z += rows times hidden states over `blocks` blocks, block by block, in each of them term
+// Multiplies a stage: z += rows times hidden states over `blocks` blocks; within each block, term
 // by term.
 template <Format kFormat, int kTiles, int kUnits>
 __device__ __forceinline__ void multiply_stage(const LaneView& at, int terms, int blocks,
                                                const GroupScales<kFormat, kUnits>& scales,
                                                float (&z)[kUnits][kTiles][4]) {
   if (few_sums(kFormat, kTiles * kUnits) && terms == 1) {
-    // Two blocks at once: one would leave the tensor cores waiting.
+    // Two blocks at once: one alone would leave the tensor cores waiting.
 #pragma unroll 2
     for (int block = 0; block < blocks; ++block) {
       multiply_block<kFormat>(at, at.hidden, block, scales, z);

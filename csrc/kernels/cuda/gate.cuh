@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gate of the decode step, folded (docs/paper.md): project the new position, append it to the
-// cache, attend over the cache by splits, and turn the gate's logit into alpha. Each function is
-// one phase of the launch, done by a team of warps; barriers stand between them.
+// The folded gate of the decode step (docs/paper.md): projects the new position, appends it to the
+// cache, attends over the cache in splits, and turns the gate's logit into alpha. Each function is
+// one phase of the launch, executed by a team of warps, with barriers between the phases.
 //
-// The gate's bytes are few (6.4 MB at d = 4096 and g = 384), so that what counts is how long a warp
-// waits for them: every phase asks for all that it can before it uses the first of it.
+// The gate reads few bytes (6.4 MB at d = 4096 and g = 384), so its time is mostly the latency of
+// its loads. Every phase therefore issues all the loads that it can before it uses the first.
 #pragma once
 
 #include "../head_math.h"
@@ -13,8 +13,8 @@
 namespace dualhead {
 namespace cuda {
 
-// Where row b's new position goes, or -1 if its cache is full. A negative length, which only a
-// damaged cache has, counts as full: nothing is written out of bounds.
+// The cache column of row b's new position, or -1 if its cache is full. A negative length, found
+// only in a corrupted cache, counts as full, so nothing is written out of bounds.
 __device__ __forceinline__ int64_t new_column(const DecodeParams& p, int64_t b) {
   const int64_t length = p.cache_length[b];
   return length >= 0 && length < p.S ? length : -1;
@@ -24,7 +24,8 @@ __device__ __forceinline__ bool new_is_valid(const DecodeParams& p, int64_t b) {
   return !p.new_valid || p.new_valid[b];
 }
 
-// The new position's key, folded value and valid flag to the cache: head h of row b, by a warp.
+// A warp writes the new position's key, folded value and valid flag to the cache, for head h of row
+// b.
 __device__ __forceinline__ void append(const DecodeParams& p, const Workspace& ws, DType dtype,
                                        int64_t b, int64_t h, int64_t column) {
   const int64_t g = p.H * p.d_k, at = (b * p.H + h) * p.S + column;
@@ -35,15 +36,15 @@ __device__ __forceinline__ void append(const DecodeParams& p, const Workspace& w
     p.cache_u[at] = projected(p, ws, b, key_rows(p) + h);
     if (h == 0) p.cache_valid[b * p.S + column] = new_is_valid(p, b);
   }
-  warp_barrier();  // every lane may read the column
+  warp_barrier();  // now every lane may read the column
 }
 
-constexpr int kColumns = kSplit / kWarp;  // of a split, per lane
+constexpr int kColumns = kSplit / kWarp;  // of one split, per lane
 
-// dot[i] = q . k of each column of a lane; every lane calls. q: the projections' first row for this
-// head. k_of(i): column i's key, or null. The inputs go in order, kEights of eight at once for all
-// columns, so that kAhead loads of 16 bytes are under way. kWide: d_k is a multiple of 8 and 16
-// divides the keys' addresses.
+// dot[i] = q . k for each of the lane's columns. All lanes call. first_row: the first projection
+// row of q for this head. key_of(i): the key of column i, or null. The inputs are processed in
+// order, kEights groups of eight at once for all columns, so that kAhead loads of 16 bytes are in
+// flight. kWide: d_k is a multiple of 8 and the keys are aligned to 16 bytes.
 template <DType kDType, bool kWide, int kAhead, typename KeyOf>
 __device__ __forceinline__ void attention_dots(const DecodeParams& p, const Workspace& ws,
                                                int64_t b, int64_t first_row, KeyOf key_of,
@@ -77,8 +78,9 @@ __device__ __forceinline__ void attention_dots(const DecodeParams& p, const Work
   }
 }
 
-// Phase 2: the new position to the cache, and the attention part of each split of kSplit columns,
-// by a warp; with out_attention, the raw scores go there for now, -inf where nothing is visible.
+// Phase 2: a warp per split of kSplit columns appends the new position to the cache and computes
+// the split's attention part. With out_attention it also stores the raw scores there, -inf for
+// invisible columns.
 template <DType kDType, bool kWide, int kAhead>
 __device__ __forceinline__ void attend_splits(const DecodeParams& p, const Workspace& ws,
                                               Team team) {
@@ -88,8 +90,8 @@ __device__ __forceinline__ void attend_splits(const DecodeParams& p, const Works
     const int64_t column = new_column(p, b);  // the last filled one, or -1
     if (s0 > column && !p.out_attention) continue;
     if (s0 <= column && column < s0 + kSplit) append(p, ws, kDType, b, h, column);
-    // Of the filled columns all is loaded, and what is not visible, which may be anything, NaN too,
-    // is then passed over, not weighed by 0.
+    // All filled columns are loaded. Invisible ones may contain anything, even NaN, so they are
+    // skipped, not multiplied by 0.
     uint8_t valid[kColumns];
     float u[kColumns];
 #pragma unroll
@@ -98,7 +100,8 @@ __device__ __forceinline__ void attend_splits(const DecodeParams& p, const Works
       valid[i] = s < column ? p.cache_valid[b * p.S + s] : 0;
       u[i] = s <= column ? p.cache_u[bh * p.S + s] : 0.0f;
     }
-    const bool new_valid = new_is_valid(p, b);  // head 0's warp writes the cache's flag at any time
+    // Not read from the cache, where head 0's warp may be writing it.
+    const bool new_valid = new_is_valid(p, b);
     float dot[kColumns];
     const auto key_of = [&](int i) -> const void* {
       const int64_t s = s0 + i * kWarp + lane_index();
@@ -119,7 +122,8 @@ __device__ __forceinline__ void attend_splits(const DecodeParams& p, const Works
     }
     max = warp_max(max);
     float sum = 0.0f, value = 0.0f;
-    // A part whose visible scores are all -inf has no mass; weigh() tells it from an empty one.
+    // A part whose visible scores are all -inf has no mass. `seen` distinguishes it from an empty
+    // part.
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       if (!visible[i] || dot[i] == -INFINITY) continue;
@@ -141,7 +145,7 @@ __device__ __forceinline__ void attend_in(const DecodeParams& p, const Workspace
   }
 }
 
-// kAhead: loads of sixteen bytes that a lane has under way, 8 or 16.
+// kAhead: loads of sixteen bytes that a lane has in flight, 8 or 16.
 template <int kAhead>
 __device__ __forceinline__ void attend(const DecodeParams& p, const Workspace& ws, Team team) {
   switch (p.dtype) {
@@ -154,9 +158,9 @@ __device__ __forceinline__ void attend(const DecodeParams& p, const Workspace& w
   }
 }
 
-// Shares of the gate logit, sum_s softmax_s(score) u_s, of row b's heads h0 ... h0 + 7 from
-// `splits` parts each, four lanes a head; each of the four gets it, 0 beyond the last head. Heads'
-// softmaxes go to the workspace.
+// sum_s softmax_s(score) u_s, the contributions to the gate logit, for row b's heads h0 ... h0 + 7,
+// each from `splits` parts. Four lanes share a head and all get its value; beyond the last head it
+// is 0. The softmax of each head is also stored in the workspace.
 __device__ __forceinline__ float head_shares(const DecodeParams& p, const Workspace& ws, int64_t b,
                                              int64_t h0, int64_t splits) {
   constexpr int kAhead = 8;
@@ -164,7 +168,8 @@ __device__ __forceinline__ float head_shares(const DecodeParams& p, const Worksp
   const AttentionPart* parts = ws.attention + bh * ceil_div(p.S, kSplit);
   float max = -INFINITY, sum = 0.0f, value = 0.0f;
   int seen = 0;
-  // A NaN score leaves max at -inf and sum at NaN: pass it on. Only -inf with sum 0 is empty.
+  // A NaN score leaves max at -inf and makes sum NaN, which must be passed on. Only max = -inf with
+  // sum = 0 is empty.
   const auto add = [&](float part_max, float part_sum, float part_value, float largest) {
     const float scale = part_max == -INFINITY ? 1.0f : expf(part_max - largest);
     sum = fmaf(part_sum, scale, sum);
@@ -201,10 +206,11 @@ __device__ __forceinline__ float head_shares(const DecodeParams& p, const Worksp
   }
   if (lane_index() % 4 == 0 && h < p.H) ws.attention_row[bh] = SoftmaxPart{largest, sum};
   if (h >= p.H || seen == 0) return 0.0f;  // no valid column: the gate's logit is b_g
-  return value / sum;  // 0 / 0 = NaN where every visible score is -inf, as a softmax has it
+  return value / sum;  // 0 / 0 = NaN if all visible scores are -inf, as in a softmax
 }
 
-// Which heads a row's mixture depends on: alpha 0 and 1 select one, and NaN is NaN with any.
+// Which heads a row's mixture depends on: alpha 0 and 1 select one; with alpha NaN the result is
+// NaN for any heads, so neither is needed.
 struct Needs {
   bool lm, reward;
 };
@@ -213,8 +219,8 @@ __device__ __forceinline__ Needs needs_of(float a) {
   return Needs{a == a && a != 1.0f, a == a && a != 0.0f};
 }
 
-// Phase 3: gate logit, alpha and first status of each batch row, by a warp; the cache grows by one.
-// `counted`: whether each row, and which heads it needs, is reported to the counters.
+// Phase 3: a warp per batch row computes its gate logit, alpha and initial status, and increments
+// the cache length. `counted`: each row, and the heads that it needs, are reported to the counters.
 __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws, Team team,
                                       bool counted) {
   for (int64_t b = team.first; b < p.B; b += team.stride) {
@@ -228,7 +234,7 @@ __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws
       }
       gate_logit += p.gate_bias[0];
     }
-    if (lane_index() != 0) continue;  // no exchange follows
+    if (lane_index() != 0) continue;  // no warp exchange follows
     if (p.gate_offset) gate_logit += p.gate_offset[b];
     const bool full = column < 0;
     p.out_gate_logit[b] = full ? NAN : gate_logit;
@@ -243,8 +249,8 @@ __device__ __forceinline__ void weigh(const DecodeParams& p, const Workspace& ws
   }
 }
 
-// Beside phase 4, with out_attention: raw scores become probabilities; rows that saw nothing, and
-// full ones, become 0.
+// Runs beside phase 4, with out_attention: turns raw scores into probabilities. Rows without
+// visible columns and rows with a full cache become 0.
 __device__ __forceinline__ void normalize_attention(const DecodeParams& p, const Workspace& ws,
                                                     Team team) {
   const int64_t stride = team.stride * kWarp;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both heads of the decode step and their mixture, on the plain path: logits, and per chunk of
-// vocabulary rows a softmax part and the best token. Each function is one phase of the
-// launch. The phases after the products are the streaming path's too.
+// Both heads of the decode step and their mixture on the plain path: logits, and per chunk of
+// vocabulary rows a softmax part and the best token. Each function is one phase of the launch. The
+// streaming path shares the phases that follow the products.
 #pragma once
 
 #include "../head_math.h"
@@ -24,7 +24,7 @@ __device__ __forceinline__ float postprocess(const DecodeParams& p, float z) {
   return dualhead::postprocess(p.logit_scale, p.logit_softcap, z);
 }
 
-// f((1 - a) z_LM + a z_RM); a = 0 and a = 1 select, so that what the other head holds cannot
+// f((1 - a) z_LM + a z_RM). a = 0 and a = 1 select one head, so the values of the other do not
 // matter.
 __device__ __forceinline__ float mix_logits(const DecodeParams& p, float a, float lm,
                                             float reward) {
@@ -32,7 +32,7 @@ __device__ __forceinline__ float mix_logits(const DecodeParams& p, float a, floa
   return postprocess(p, a == 0.0f ? lm : a == 1.0f ? reward : mixed);
 }
 
-// log((1 - a) exp(lm) + a exp(reward)) of log-probabilities; a = 0 and a = 1 select.
+// log((1 - a) exp(lm) + a exp(reward)) of log-probabilities; a = 0 and a = 1 select one.
 __device__ __forceinline__ float mix_log_probabilities(float a, float lm, float reward) {
   if (a == 0.0f) return lm;
   if (a == 1.0f) return reward;
@@ -44,7 +44,7 @@ __device__ __forceinline__ float mix_log_probabilities(float a, float lm, float 
 // The softmax part of a warp's 32 logits, one per lane. A NaN among them makes the sum NaN.
 __device__ __forceinline__ SoftmaxPart warp_softmax_part(float z) {
   const float max = warp_max(z);
-  // exp(-inf - (-inf)) would be NaN: a chunk without mass has sum 0, or its NaN's.
+  // exp(-inf - (-inf)) would be NaN. A chunk without mass has sum 0, or NaN if a logit is NaN.
   const float e = z == -INFINITY ? 0.0f : expf(z - max);
   return SoftmaxPart{max, warp_sum(e)};
 }
@@ -57,9 +57,9 @@ __device__ __forceinline__ float temperature_of(const DecodeParams& p, int64_t b
   return p.temperature ? p.temperature[b] : 1.0f;
 }
 
-// The key of entry v of row b. The largest key selects the row's token before filtering. For a
-// greedy row the key is the logit; for a sampled one the logit at its temperature plus noise. Not
-// inlined: the noise takes a hundred instructions, which the loops over weights need not hold.
+// The key of entry v of row b: the logit for a greedy row, the logit at its temperature plus noise
+// for a sampled one. The largest key selects the row's token before filtering. Not inlined: the
+// noise takes about a hundred instructions, which would bloat the loops over the weights.
 static __device__ __noinline__ unsigned long long score_key(const DecodeParams& p, int64_t b,
                                                             int64_t v, float z) {
   if (!is_sampled(p, b)) return rank_key(z, v);
@@ -67,7 +67,7 @@ static __device__ __noinline__ unsigned long long score_key(const DecodeParams& 
   return rank_key(z / temperature_of(p, b) + gumbel_from_word(word), v);
 }
 
-// Stores what the token phase needs of 32 mixed logits of row b: z belongs to vocabulary entry v.
+// Stores what the token phase needs of 32 mixed logits of row b. z is that of vocabulary entry v.
 __device__ __forceinline__ void summarize_chunk(const DecodeParams& p, const Workspace& ws,
                                                 int64_t b, int64_t chunk, int64_t v, float z) {
   const int64_t slot = b * ceil_div(p.V, kChunk) + chunk;
@@ -76,8 +76,9 @@ __device__ __forceinline__ void summarize_chunk(const DecodeParams& p, const Wor
   if (lane_index() == 0) ws.part[0][slot] = part, ws.best_key[slot] = key;
 }
 
-// A row of one matrix (0: LM head; m: objective m - 1) as numbers, in any way of storing them.
-// Scales of int4's groups are part of the numbers, that of a whole row is left to the sum.
+// The values of one row of a matrix (0: LM head; m: objective m - 1) in any storage format. int4's
+// group scales are applied to each value; the scale of a whole row is left to be applied to the
+// sum.
 struct HeadRow {
   const unsigned char* row;
   const float* scales;
@@ -121,7 +122,7 @@ struct HeadRow {
     }
   }
 
-  // As Numbers::four; kFours is for weights that are not quantised.
+  // Like Numbers::four. kFours is only for weights that are not quantised.
   template <bool kFours>
   __device__ __forceinline__ Four four(int64_t k, int64_t left) const {
     if constexpr (kFours) return Numbers{row, dtype}.template four<true>(k, left);
@@ -134,15 +135,15 @@ struct HeadRow {
   }
 };
 
-// Of matrix m's row v (0: LM head; m: objective m - 1).
+// The bias of row v of matrix m (0: LM head; m: objective m - 1).
 __device__ __forceinline__ float bias_of(const DecodeParams& p, DType dtype, int64_t m, int64_t v) {
   const Numbers bias{m == 0 ? p.lm_bias : p.reward_bias, dtype};
   return bias.data ? bias(m == 0 ? v : (m - 1) * p.V + v) : 0.0f;
 }
 
-// z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on; a warp per
-// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none
-// of these rows needs is not read. Of a correction, z_LM alone.
+// z_LM and z_RM of vocabulary rows v0 ... v0 + 31 for `count` batch rows from b0 on, one warp per
+// vocabulary row. z_RM = sum_k w_k (W_RM,k h + b_k), objectives in order. A head that none of these
+// rows needs is not read. For a correction, only z_LM.
 template <bool kFours, bool kCorrects>
 __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0, int64_t b0,
                                                int count, Needs needs, DType dtype,
@@ -156,7 +157,7 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
       const HeadRow row(p, m, v, dtype, quantization);
       float dots[kTile];
       dot_tile<kFours>(row, hidden, p.hidden_stride, p.d, count, dots);
-      if (lane_index() >= count) continue;  // the row's objective weights end with the batch
+      if (lane_index() >= count) continue;  // objective weights exist only for rows of the batch
       const float z = pick_own(dots) * row.scale + bias_of(p, dtype, m, v);
       if (m == 0) {
         lm = z;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void chunk_products(const DecodeParams& p, int64_t v0
   }
 }
 
-// Of a correction, z_RM of the same rows: z_LM, which the same lanes have written, and delta.
+// For a correction, z_RM of the same rows: z_LM, written before by the same lanes, plus delta.
 template <bool kFours>
 __device__ __forceinline__ void chunk_corrections(const DecodeParams& p, const Workspace& ws,
                                                   int64_t v0, int64_t b0, int count, DType dtype,
@@ -195,8 +196,8 @@ __device__ __forceinline__ void chunk_corrections(const DecodeParams& p, const W
   }
 }
 
-// What becomes of 32 entries' logits of row b, one per lane: either the mixed logits and their
-// summary, or (mix_probs) f of both heads' logits, each with its softmax part.
+// Finishes 32 entries' logits of row b, one per lane: stores the mixed logits and their summary, or
+// (mix_probs) f of both heads' logits and the softmax part of each.
 __device__ __forceinline__ void finish_chunk(const DecodeParams& p, const Workspace& ws, int64_t b,
                                              int64_t chunk, int64_t v, float lm, float reward) {
   const int64_t at = b * p.V + v;
@@ -214,7 +215,7 @@ __device__ __forceinline__ void finish_chunk(const DecodeParams& p, const Worksp
   if (lane_index() == 0) ws.part[0][slot] = part_lm, ws.part[1][slot] = part_reward;
 }
 
-// Phase 4: both products, and what becomes of them. A block per chunk and batch tile.
+// Phase 4: both products and their mixture. One block per chunk and batch tile.
 template <bool kFours, bool kCorrects>
 __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws, DType dtype,
                                       Quantization quantization) {
@@ -233,7 +234,7 @@ __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws
     if (kCorrects && needs.reward) {
       chunk_corrections<kFours>(p, ws, v0, b0, count, dtype, quantization, z);
     }
-    block_barrier();  // the warps below read what other warps computed
+    block_barrier();  // the warps below read what other warps have computed
     const int64_t v = v0 + lane_index();
     for (int t = warp_in_block(); t < count; t += warps_per_block()) {
       const int64_t b = b0 + t;
@@ -245,8 +246,8 @@ __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws
   }
 }
 
-// Phase 4 where the products are given: z_LM and z_RM = sum_k w_k (product + b_k), objectives in
-// order, and what becomes of them. A warp per chunk and batch row.
+// Phase 4 if the products are given: z_LM and z_RM = sum_k w_k (product + b_k), objectives in
+// order, and their mixture. One warp per chunk and batch row.
 __device__ __forceinline__ void finish_products(const DecodeParams& p, const Workspace& ws,
                                                 DType dtype) {
   const int64_t chunks = ceil_div(p.V, kChunk);
@@ -272,16 +273,16 @@ struct BlockScratch {
   SoftmaxPart part[kMergers];
 };
 
-// A whole row's softmax part and largest key.
+// The softmax part and the largest key of a whole row.
 struct RowSummary {
   SoftmaxPart softmax;
   unsigned long long best_key;
 };
 
-// Of a row's `count` parts, the same bits in every thread; the whole block calls. keys: one for
-// each part, or null. Part i goes to lane i % 32 of merger i / 32 % kMergers, whatever warp does
-// its work; a lane asks for the parts of kAhead rounds at once, eight bytes each: 2 times at V =
-// 32000.
+// Merges a row's `count` parts. The whole block calls, and every thread gets the same bits. keys:
+// one per part, or null. Part i goes to lane i % 32 of merger i / 32 % kMergers, no matter which
+// warp runs that merger. A lane loads kAhead parts of eight bytes at once: two rounds for the 4000
+// parts of the streaming path at V = 32000.
 __device__ __forceinline__ RowSummary merge_row(const SoftmaxPart* parts,
                                                 const unsigned long long* keys, int64_t count,
                                                 BlockScratch* scratch) {
@@ -298,7 +299,7 @@ __device__ __forceinline__ RowSummary merge_row(const SoftmaxPart* parts,
         part[i] = at < count ? parts[at] : empty_part();
         key[i] = keys && at < count ? keys[at] : 0ull;
       }
-      // As merge_parts, but one after the other only in the additions.
+      // Like merge_parts, but only the additions depend on each other.
       float max = whole.max;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) max = part[i].max > max ? part[i].max : max;
@@ -317,7 +318,7 @@ __device__ __forceinline__ RowSummary merge_row(const SoftmaxPart* parts,
   }
   block_barrier();  // all mergers are done
   RowSummary row{scratch->part[0], scratch->slot[0]};
-  // Run once, code costs more than its instructions: each line of it is fetched from memory.
+  // A loop: code that runs once costs more to fetch from memory than to execute.
 #pragma unroll 1
   for (int merger = 1; merger < kMergers; ++merger) {
     const unsigned long long key = scratch->slot[merger];
@@ -328,7 +329,7 @@ __device__ __forceinline__ RowSummary merge_row(const SoftmaxPart* parts,
   return row;
 }
 
-// Phase 5, mix_probs only: log-sum-exp of each head's row, by a block.
+// Phase 5, mix_probs only: the log-sum-exp of each head's row, one block each.
 __device__ __forceinline__ void normalizers(const DecodeParams& p, const Workspace& ws) {
   BlockScratch* scratch = reinterpret_cast<BlockScratch*>(shared_memory());
   const int64_t parts = ceil_div(p.V, ws.part_entries);
@@ -340,8 +341,8 @@ __device__ __forceinline__ void normalizers(const DecodeParams& p, const Workspa
   }
 }
 
-// Phase 6, mix_probs only: log-probabilities of the mixture in place of f(z_LM), and their summary.
-// A warp per chunk and batch row.
+// Phase 6, mix_probs only: replaces f(z_LM) by the log-probabilities of the mixture and stores
+// their summary. One warp per chunk and batch row.
 __device__ __forceinline__ void mix_distributions(const DecodeParams& p, const Workspace& ws) {
   const int64_t chunks = ceil_div(p.V, kChunk);
   for (int64_t item = warp_in_grid(); item < p.B * chunks; item += warps_in_grid()) {

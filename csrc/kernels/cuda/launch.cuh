@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A cooperative launch that cannot deadlock: the grid is no larger than what the device holds at
-// once.
+// A cooperative launch that cannot deadlock: the grid is never larger than what the device can hold
+// at once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,19 +12,19 @@
 namespace dualhead {
 namespace cuda {
 
-// What a kernel is on a device.
+// Properties of a kernel on one device.
 struct KernelFacts {
-  int arch;          // that its code was compiled for (its PTX, where the driver compiled that)
+  int arch;          // architecture of its code (of its PTX, if the driver compiled that)
   int shared_bytes;  // the most dynamic shared memory that a block may have
 };
 
-// Also raises the kernel's limit of shared memory to all that a block may have. The limit belongs
-// to the kernel and not to a launch: if each launch set what it needs, a second thread could lower
-// it between another's setting and its launch.
+// Also raises the kernel's shared memory limit to the most that a block may have. The limit belongs
+// to the kernel, not to a launch: if each launch set what it needs, another thread could lower the
+// limit between the setting and the launch.
 inline cudaError_t kernel_facts(const void* kernel, int device, KernelFacts* facts) {
   cudaFuncAttributes attributes = {};
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return error;  // above all: no code that this device can run
+  if (error != cudaSuccess) return error;  // usually: no code that this device can run
   int most = 0;
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
@@ -34,8 +34,8 @@ inline cudaError_t kernel_facts(const void* kernel, int device, KernelFacts* fac
                               facts->shared_bytes);
 }
 
-// The largest grid that the device holds at once, asked for the very kernel and shape to launch: a
-// guess that is too large would deadlock at the first barrier, if it were launched at all.
+// The largest grid that the device can hold at once, queried for exactly the kernel and shape of
+// the launch. A grid that is too large would be refused, or deadlock at the first barrier.
 inline cudaError_t resident_blocks(const void* kernel, int device, int threads, int shared_bytes,
                                    int* blocks) {
   int cooperative = 0, multiprocessors = 0, per_multiprocessor = 0;
@@ -54,7 +54,7 @@ inline cudaError_t resident_blocks(const void* kernel, int device, int threads, 
   return error;
 }
 
-// `blocks`: wanted, 0 = as many as are useful and fit.
+// `blocks`: the wanted number; 0 = as many as are useful and fit.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_cooperative(void (*kernel)(Parameters...), int device, cudaStream_t stream,
                                int blocks, int64_t useful, int threads, int shared_bytes,
@@ -78,7 +78,7 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters...), int device, cudaSt
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// The streaming path's launches (stream.cuh): of full reward heads, and of corrections.
+// Launch functions of the streaming path (stream.cuh), for full reward heads and for corrections.
 cudaError_t launch_stream(const DecodeParams& p, const Workspace& ws, int device,
                           cudaStream_t stream, int blocks);
 cudaError_t launch_stream_correction(const DecodeParams& p, const Workspace& ws, int device,

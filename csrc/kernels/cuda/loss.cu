@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row of logits of the training loss per block: log-probabilities of the labels, and later the
-// gradients of the logits in their place. Formulas: dualhead_ext/loss/rows.py.
+// One row of logits of the training loss per block: log-probabilities of the labels, and later the
+// gradients, which overwrite the logits. Formulas: dualhead_ext/loss/rows.py.
 //
-// A thread takes four neighbours at a time. Which thread takes which depends on V alone, not on how
-// the row lies in memory, and every sum has one order (a thread's own entries, its warp's lanes,
-// the warps): a row's bits depend on nothing but the row. Each pass reads the logits once: the
+// A thread takes four adjacent logits at a time. Which thread takes which depends only on V, not on
+// the alignment of the row, and every sum has one order (a thread's own entries, the lanes of its
+// warp, the warps). So a row's bits depend only on the row. Each pass reads the logits once: the
 // forward pass keeps running maxima and sums of up to two softmaxes.
 #include "../head_math.h"
 #include "../loss_math.h"
@@ -15,13 +15,13 @@ namespace dualhead {
 namespace cuda {
 namespace {
 
-// Two blocks, 64 registers each thread, are half of a multiprocessor. A chunk of the loss has few
-// rows, about one for each multiprocessor at V = 32000, so that blocks must be large.
+// Two blocks fit on a multiprocessor with 64 registers per thread: half of its threads. A chunk of
+// the loss has few rows, about one per multiprocessor at V = 32000, so blocks must be large.
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / kWarp;
 constexpr int kNeighbours = 4;
 
-// Shared by a row's threads. shares, of_mix: made by one of them, for the others; in double.
+// Shared by a row's threads. One thread computes shares and of_mix, in double, for the others.
 struct LossScratch {
   SoftmaxPart part[2][kMostWarps];
   double sum[kMostWarps];
@@ -33,7 +33,7 @@ struct LossScratch {
 struct LossRow {
   float *lm, *rm;
   int64_t label;
-  bool mixes, probs;  // probs: mixes probabilities, not logits
+  bool mixes, probs;  // probs: mixes probabilities instead of logits
 };
 
 __device__ __forceinline__ LossRow own_row(const LossRowsParams& p) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ float mix_logits(LossShares shares, float lm, float r
 
 // --- log-probabilities ---------------------------------------------------------------------------
 
-// Takes in f of the first `count`. A NaN is passed over by the maximum and makes the sum NaN.
+// Adds f of the first `count` logits. The maximum ignores NaN; the sum becomes NaN.
 __device__ __forceinline__ void add_logits(const LossRowsParams& p, SoftmaxPart& part, Four z,
                                            int count) {
   float max = part.max;
@@ -75,11 +75,11 @@ __device__ __forceinline__ void add_logits(const LossRowsParams& p, SoftmaxPart&
   part = SoftmaxPart{max, part.sum + (low + high)};
 }
 
-// The row's log-sum-exp from one part per thread, for the first warp.
+// The row's log-sum-exp from one part per thread; valid in the first warp.
 __device__ __forceinline__ double block_log_sum_exp(SoftmaxPart part, SoftmaxPart* slots) {
   part = warp_merge(part);
   if (lane_index() == 0) slots[warp_in_block()] = part;
-  block_barrier();  // every warp's part is written
+  block_barrier();  // every warp has written its part
   if (warp_in_block() != 0) return 0.0;
   part = warp_merge(lane_index() < warps_per_block() ? slots[lane_index()] : empty_part());
   return static_cast<double>(part.max) + log(static_cast<double>(part.sum));
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const double mixed_total = row.mixes ? block_log_sum_exp(of_mixed, scratch->part[1]) : 0.0;
   if (threadIdx.x != 0) return;
 
-  // The label's own value comes from the same formulas, so that its softmax is theirs.
+  // The label's value is computed by the same formulas as the softmax.
   const float label_rm = row.rm[row.label], label_lm = row.mixes ? row.lm[row.label] : 0.0f;
   const double of_reward = static_cast<double>(post_value(p, label_rm)) - rm_total;
   p.rm_normalizer[n] = rm_total;
@@ -127,10 +127,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 
 // --- gradients -----------------------------------------------------------------------------------
 
-// What a row's gradients are made from, beside its logits.
+// What a row's gradients are computed from, besides its logits.
 struct Upstream {
   LossShares shares;
-  MixedGradient of_mix;  // probability mix; else 0
+  MixedGradient of_mix;  // probability mix only; otherwise 0
   float mixed, reward;
   SplitNormalizer mixed_total, rm_total;
 };
@@ -157,14 +157,14 @@ __device__ __forceinline__ Upstream own_upstream(const LossRowsParams& p, const 
                   split_normalizer(p.rm_normalizer[n])};
 }
 
-// onehot - softmax(f(z)), through f. label: 1 where z is the label's, else 0.
+// The gradient (onehot - softmax(f(z))) f'(z). label: 1 if z is the label's logit, else 0.
 __device__ __forceinline__ float pull(const LossRowsParams& p, SplitNormalizer total, float z,
                                       float label) {
   const float y = post_value(p, z);
   return (label - expf((y - total.high) - total.low)) * post_slope(p, y);
 }
 
-// Two logits of one token become their gradients; returns the gate's term.
+// Replaces the two logits of one token by their gradients. Returns the gate's term.
 __device__ __forceinline__ float make_gradients(const LossRowsParams& p, const LossRow& row,
                                                 const Upstream& up, float label, float& lm,
                                                 float& rm) {
@@ -184,11 +184,11 @@ __device__ __forceinline__ float make_gradients(const LossRowsParams& p, const L
   return gate;
 }
 
-// The sum over the block's threads, for the first warp.
+// The sum over the block's threads; valid in the first warp.
 __device__ __forceinline__ double block_sum(double value, double* slots) {
   value = warp_sum(value);
   if (lane_index() == 0) slots[warp_in_block()] = value;
-  block_barrier();  // every warp's sum is written
+  block_barrier();  // every warp has written its sum
   if (warp_in_block() != 0) return 0.0;
   return warp_sum(lane_index() < warps_per_block() ? slots[lane_index()] : 0.0);
 }
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   LossScratch* scratch = reinterpret_cast<LossScratch*>(shared_memory());
   const LossRow row = own_row(p);
   const Upstream up = own_upstream(p, row, scratch);
-  double gate = 0.0;  // its terms cancel
+  double gate = 0.0;  // double, because its terms cancel
   for (int64_t v = threadIdx.x * kNeighbours; v < p.V; v += blockDim.x * kNeighbours) {
     const int count = p.V - v < kNeighbours ? static_cast<int>(p.V - v) : kNeighbours;
     Four rm = load_four(row.rm + v, count), lm = {};
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 
 // --- launches ------------------------------------------------------------------------------------
 
-// Enough for V, whole warps.
+// Enough threads for V, in whole warps.
 int threads_for(int64_t V) {
   const int64_t threads = ((V + kNeighbours - 1) / kNeighbours + kWarp - 1) / kWarp * kWarp;
   return static_cast<int>(threads < kMostThreads ? threads : kMostThreads);
@@ -232,7 +232,7 @@ int threads_for(int64_t V) {
 int launch(void (*kernel)(LossRowsParams), const LossRowsParams& p, int device,
            CUstream_st* stream) {
   if (p.n == 0) return cudaSuccess;
-  // This library links its own CUDA runtime, which need not know the device that torch's chose.
+  // This library links its own CUDA runtime, whose current device may differ from that of torch's.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
@@ -242,7 +242,7 @@ int launch(void (*kernel)(LossRowsParams), const LossRowsParams& p, int device,
     config.stream = stream;
     error = cudaLaunchKernelEx(&config, kernel, p);
   }
-  if (error != cudaSuccess) (void)cudaGetLastError();  // or the next to ask would get it once more
+  if (error != cudaSuccess) (void)cudaGetLastError();  // or the next caller would get it again
   return error;
 }
 

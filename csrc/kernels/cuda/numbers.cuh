@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arrays of numbers whose dtype is an argument and not a type: one copy of the code serves all of
-// them, and where the caller knows the dtype, its branches are gone once inlined.
+// Arrays whose dtype is a run-time argument instead of a type, so that one copy of the code serves
+// all dtypes. If the caller knows the dtype, its branches disappear after inlining.
 #pragma once
 
 #include <type_traits>
@@ -26,7 +26,7 @@ struct Numbers {
     }
   }
 
-  // Eight from i on; 16 divides their address.
+  // Eight values from i on, aligned to 16 bytes.
   __device__ __forceinline__ void eight(int64_t i, float (&out)[8]) const {
     switch (dtype) {
       case DType::kFloat32:
@@ -38,8 +38,8 @@ struct Numbers {
     }
   }
 
-  // Four from i on, of which the first `left` are there, the others 0. kFours: left is a multiple
-  // of 4, and 16 bytes, of 16-bit numbers 8, divide the address.
+  // Four values from i on, of which the first `left` exist; the others are 0. kFours: `left` is a
+  // multiple of 4, and the address is aligned to 16 bytes, or for 16-bit types to 8.
   template <bool kFours>
   __device__ __forceinline__ Four four(int64_t i, int64_t left) const {
     Four out = {};
@@ -70,14 +70,14 @@ struct Numbers {
   }
 };
 
-// Eight neighbours as they lie, so that many can be loaded before the first is widened.
+// Eight adjacent values as stored, so that many can be loaded before the first is widened.
 template <DType kDType>
 struct Eight {
   static constexpr bool kSingle = kDType == DType::kFloat32;
   Words words[kSingle ? 2 : 1];
 
-  // Those from i on, of which the first `left` are there, the others 0. kWide: left is a multiple
-  // of 8, and 16 divides the address.
+  // Loads the values from i on, of which the first `left` exist; the others are 0. kWide: `left` is
+  // a multiple of 8 and the address is aligned to 16 bytes.
   template <bool kWide>
   __device__ __forceinline__ void load(const void* data, int64_t i, int64_t left) {
     using T = std::conditional_t<kSingle, uint32_t, uint16_t>;

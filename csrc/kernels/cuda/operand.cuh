@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hidden states as the tensor cores meet quantised weights: float16, exactly.
+// Hidden states in float16, the operand that the tensor cores multiply with quantised weights.
 //
-// Quantised numbers are exact in float16, hidden states need not be: bfloat16 and fp32 reach
-// further. So each row is brought to a largest magnitude in [2^14, 2^15) by a power of two, which
-// the sums get back, and an fp32 row becomes three terms of 11 bits each. What is lost is below
-// 2^-39 of the row's largest number: less than one rounding of the sum.
+// Quantised weights are exact in float16. Hidden states need not be: bfloat16 and fp32 have a
+// larger range. So a power of two scales each row to a largest magnitude in [2^14, 2^15), and the
+// sums are scaled back. An fp32 row becomes three terms of 11 bits each. The error is below 2^-39
+// of the row's largest value: less than one rounding of the sum.
 #pragma once
 
 #include "fragments.cuh"
@@ -14,8 +14,8 @@
 namespace dualhead {
 namespace cuda {
 
-// What a row's sums are to be multiplied by, from its largest magnitude. Rows without one (zeros,
-// infinities, NaN) stay as they are.
+// The factor by which a row's sums must be multiplied, from the row's largest magnitude. Rows
+// without one (zeros, infinities, NaN) are not scaled.
 __device__ __forceinline__ float operand_unit(float largest) {
   if (!(largest > 0.0f && largest < INFINITY)) return 1.0f;
   const int exponent = static_cast<int>(float_bits(largest) >> 23) - 127;
@@ -23,11 +23,12 @@ __device__ __forceinline__ float operand_unit(float largest) {
   return bits_float(static_cast<uint32_t>(bounded - 14 + 127) << 23);
 }
 
-// Eights that a thread asks for before it uses the first.
+// Groups of eight that a thread loads before it uses the first.
 constexpr int kOperandAhead = 4;
 
-// Of a whole row of d inputs, a multiple of 8, among which thread `thread` has every `threads`-th
-// eight; NaN is left to the sums.
+// The largest magnitude in a thread's share of a row of d inputs, a multiple of 8: every
+// `threads`-th group of eight, starting at group `thread`. NaN is ignored here; it shows up in the
+// sums.
 template <DType kDType>
 __device__ __forceinline__ float largest_in(const void* row, int64_t d, int thread, int threads) {
   float largest = 0.0f;
@@ -58,8 +59,8 @@ static __device__ __noinline__ float largest_of(Numbers row, int64_t d, int thre
   }
 }
 
-// Where a row of the operand goes, eight positions to each sixteen bytes: one after the other, or
-// (shared memory) in blocks `block_pitch` apart, swizzled as row `row` of a box.
+// Where a row of the operand is stored, eight positions per sixteen bytes: contiguously, or (in
+// shared memory) in blocks `block_pitch` apart, swizzled as row `row` of a box.
 struct OperandPlace {
   unsigned char* first;
   int64_t block_pitch;
@@ -81,7 +82,8 @@ __device__ __forceinline__ void write_eights(Format format, const void* data, in
     Four low[kOperandAhead], high[kOperandAhead];
 #pragma unroll
     for (int n = 0; n < kOperandAhead; ++n) {
-      // Eight positions are two fours of neighbours (input_of), the middle two of each crossed.
+      // Eight positions are two groups of four adjacent inputs (input_of), the middle two of each
+      // swapped.
       const int64_t i = first + n * threads, begin = 8 * i / run * run;
       const int64_t k = begin + input_of(format, static_cast<int>(8 * i - begin));
       const int64_t further = begin + input_of(format, static_cast<int>(8 * i - begin) + 4);
@@ -113,8 +115,8 @@ __device__ __forceinline__ void write_eights(Format format, const void* data, in
   }
 }
 
-// Writes a thread's share of a row: `eights` of positions (fragments.cuh), `term_bytes` between
-// terms; zeros beyond d. Not inlined: one copy serves all formats.
+// Writes a thread's share of a row: `eights` groups of eight positions (fragments.cuh), with zeros
+// beyond d. Terms are `term_bytes` apart. Not inlined: one copy serves all formats.
 static __device__ __noinline__ void write_operand(Format format, Numbers row, int64_t d, float unit,
                                                   int terms, OperandPlace to, int64_t eights,
                                                   int64_t term_bytes, int thread, int threads) {
@@ -131,7 +133,7 @@ static __device__ __noinline__ void write_operand(Format format, Numbers row, in
   }
 }
 
-// The rows that meet the LM head.
+// The rows that the LM head multiplies.
 struct HiddenRows {
   Numbers numbers;
   int64_t stride;
@@ -145,8 +147,8 @@ struct HiddenRows {
   __device__ __forceinline__ Numbers row(int64_t i) const { return numbers.from(i * stride); }
 };
 
-// All of them to the workspace, a block per row: by its first kThreads threads, which form
-// `kGroup`. slot: one float per warp of them.
+// Prepares all rows in the workspace, one block per row. The first kThreads threads of a block do
+// the work; they form the barrier group `kGroup`. slot: one float for each of their warps.
 template <int kGroup, int kThreads>
 __device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspace& ws,
                                            Format format, float* slot) {
@@ -157,7 +159,7 @@ __device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspac
     const Numbers row = hidden.row(b);
     const float own = warp_max(largest_of(row, p.d, threadIdx.x, kThreads));
     if (lane_index() == 0) slot[warp_in_block()] = own;
-    group_barrier<kGroup, kThreads>();  // every warp's is there
+    group_barrier<kGroup, kThreads>();  // every warp has written its slot
     float largest = 0.0f;
     for (int warp = 0; warp < kThreads / kWarp; ++warp) largest = fmaxf(largest, slot[warp]);
     const float unit = operand_unit(largest);
@@ -169,9 +171,9 @@ __device__ __noinline__ void prepare_batch(const DecodeParams& p, const Workspac
   }
 }
 
-// All of them to shared memory, in swizzled blocks, by the kConsumers warps that form
-// `kGroup`: as many warps to a row as there are for each. slot: one float per warp. Not inlined,
-// for the sake of the callers' registers.
+// Prepares all rows in shared memory, in swizzled blocks, with the kConsumers warps that form
+// `kGroup`. The warps are divided evenly among the rows. slot: one float per warp. Not inlined, to
+// save the callers' registers.
 template <int kGroup>
 __device__ __noinline__ void prepare_resident(const DecodeParams& p, const Workspace& ws,
                                               Format format, int terms, unsigned char* to,
@@ -182,14 +184,14 @@ __device__ __noinline__ void prepare_resident(const DecodeParams& p, const Works
   while (warps > 1 && warps * hidden.count > kConsumers) warps /= 2;
   const int thread = warp_in_block() % warps * kWarp + lane_index(), threads = warps * kWarp;
   const int64_t term_bytes = static_cast<int64_t>(sixteens / 8) * block_pitch;
-  // Several warps to a row: one round, which all of them enter.
+  // With several warps per row there is one round, which all warps must enter.
   for (int b = warp_in_block() / warps; b < hidden.count || warps > 1; b += kConsumers / warps) {
     const bool there = b < hidden.count;
     const Numbers row = hidden.row(there ? b : 0);
     float largest = warp_max(largest_of(row, there ? p.d : 0, thread, threads));
     if (warps > 1) {
       if (lane_index() == 0) slot[warp_in_block()] = largest;
-      group_barrier<kGroup, kConsumers * kWarp>();  // every warp's is there
+      group_barrier<kGroup, kConsumers * kWarp>();  // every warp has written its slot
       for (int i = 0; i < warps; ++i) {
         largest = fmaxf(largest, slot[warp_in_block() / warps * warps + i]);
       }

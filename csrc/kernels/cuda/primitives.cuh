@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA kernels ask of the machine, by name: places in the grid, barriers, warp exchange,
-// shared memory, storage types. Every intrinsic and every line of PTX lives here, so that the
-// kernels above read as C++ and also compile, unchanged, against the host backend of csrc/testing.
-// Blocks are one-dimensional and a multiple of 32 threads.
+// The hardware features that the CUDA kernels use, under names: positions in the grid, barriers,
+// warp exchange, shared memory, storage types. All intrinsics and all PTX are here, so that the
+// kernels read as plain C++ and also compile, unchanged, against the host backend of csrc/testing.
+// Blocks are one-dimensional and have a multiple of 32 threads.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -23,14 +23,14 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-// Which of the two copy engines this compilation is for: nvcc compiles every kernel once per
-// architecture, the host backend has both.
+// Which of the two copy mechanisms this compilation uses. nvcc compiles every kernel once per
+// architecture; the host backend has both.
 #if !defined(__CUDA_ARCH__)
 constexpr bool kHasBulkCopies = true, kHasAsyncCopies = true;
 #else
 constexpr bool kHasBulkCopies = __CUDA_ARCH__ >= 900, kHasAsyncCopies = __CUDA_ARCH__ < 900;
 #endif
-constexpr int kBulkArch = 90;  // from which on it is the bulk one
+constexpr int kBulkArch = 90;  // architectures from here on use bulk copies
 
 // --- places --------------------------------------------------------------------------------------
 
@@ -50,10 +50,10 @@ __device__ __forceinline__ int64_t warps_in_grid() {
 
 // --- barriers ------------------------------------------------------------------------------------
 
-// All threads of the block; what they wrote to shared and global memory is visible to each other.
+// All threads of the block. Writes to shared and global memory become visible to all of them.
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
-// The kThreads threads of the block that name this group, 1 to 15; whole warps.
+// The kThreads threads of the block that use this group number, 1 to 15. Whole warps only.
 template <int kGroup, int kThreads>
 __device__ __forceinline__ void group_barrier() {
 #if defined(__CUDACC__)
@@ -66,14 +66,15 @@ __device__ __forceinline__ void group_barrier() {
 // The lanes of a warp.
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
-// All threads of a cooperative grid; what any wrote to global memory is visible to all.
-// It is the toolkit's own barrier, whose state the driver lends per launch, also per replay of a
-// CUDA graph. A counter of ours would have to be zeroed by a second graph node, or be cached per
-// stream, where a graph captured on one stream and replayed on another would share it with whatever
-// runs on the first.
+// All threads of a cooperative grid. Writes to global memory become visible to all of them.
+//
+// This is the toolkit's barrier. The driver provides its state per launch, and per replay of a CUDA
+// graph. A counter of our own would have to be zeroed by a second graph node or cached per stream;
+// in the second case a graph captured on one stream and replayed on another would share it with the
+// work on the first.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
-// Ends the launch with an error.
+// Aborts the launch with an error.
 __device__ __forceinline__ void trap() {
 #if defined(__CUDACC__)
   asm volatile("trap;");
@@ -82,10 +83,10 @@ __device__ __forceinline__ void trap() {
 #endif
 }
 
-// Counters in global memory that some threads of the grid raise and others wait for. What a thread
-// wrote before signal() is visible to whoever wait_for() or has_reached() lets pass.
+// Counters in global memory that some threads of the grid increment and others wait for. What a
+// thread wrote before signal() is visible after wait_for(), or after has_reached() returned true.
 
-// Alone: ordered only by the same thread's next signal().
+// Without ordering of its own: the same thread's next signal() orders it.
 __device__ __forceinline__ void raise(unsigned* counter, unsigned amount) {
   atomicAdd(counter, amount);
 }
@@ -98,7 +99,7 @@ __device__ __forceinline__ void signal(unsigned* counter, unsigned amount) {
 #endif
 }
 
-// The counter's value, without what was written before it.
+// The counter's value. Does not make visible what was written before the signal().
 __device__ __forceinline__ unsigned peek(const unsigned* counter) {
 #if defined(__CUDACC__)
   unsigned value;
@@ -109,16 +110,15 @@ __device__ __forceinline__ unsigned peek(const unsigned* counter) {
 #endif
 }
 
-// After a peek() by the same thread: what was written before the signal() that it saw. It empties
-// the multiprocessor's first-level cache, which is why nothing polls with it.
+// After a peek() by the same thread: makes visible what was written before the signal() that it
+// saw. It invalidates the multiprocessor's L1 cache, so it is not used while polling.
 __device__ __forceinline__ void acquire_fence() {
 #if defined(__CUDACC__)
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 #endif
 }
 
-// --- exchange within a warp; every lane calls
-// ------------------------------------------------------
+// --- exchange within a warp; every lane calls ----------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ T exchange_xor(T value, int offset) {
@@ -130,8 +130,8 @@ __device__ __forceinline__ T exchange_from(T value, int lane) {
   return __shfl_sync(kWholeWarp, value, lane);
 }
 
-// The reductions below give every lane the same bits: addition and max commute, so both partners of
-// each exchange compute the same number, in an order fixed by the lanes alone.
+// The reductions below give every lane the same bits. Addition and max commute, so both partners of
+// an exchange compute the same value, and the order depends only on the lanes.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) value += exchange_xor(value, offset);
@@ -156,7 +156,7 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-// Of the numbers among the values: a NaN is passed over, and is left to the sums to report.
+// The largest value that is not NaN. NaN is reported by the sums instead.
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -174,8 +174,9 @@ __device__ __forceinline__ unsigned long long warp_max(unsigned long long value)
   return value;
 }
 
-// Lower lanes first on both sides of each exchange: merging does not commute in its rounding.
-// A loop: it runs once, and its code would be fetched from memory.
+// The lower lane's part comes first on both sides of each exchange, because the rounding of a merge
+// depends on the order of its arguments. Not unrolled: the code runs once and would have to be
+// fetched from memory.
 __device__ __forceinline__ SoftmaxPart warp_merge(SoftmaxPart part) {
 #pragma unroll 1
   for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -187,7 +188,7 @@ __device__ __forceinline__ SoftmaxPart warp_merge(SoftmaxPart part) {
 
 // --- waiting for counters; the whole warp calls --------------------------------------------------
 
-// One lane looks, and fences once.
+// Only one lane polls, and it fences once.
 __device__ __forceinline__ void wait_for(const unsigned* counter, unsigned target) {
   if (lane_index() == 0) {
     while (peek(counter) < target) __nanosleep(32);
@@ -196,7 +197,7 @@ __device__ __forceinline__ void wait_for(const unsigned* counter, unsigned targe
   warp_barrier();
 }
 
-// Without waiting; the same answer in every lane.
+// Like wait_for, but returns at once. The answer is the same in every lane.
 __device__ __forceinline__ bool has_reached(const unsigned* counter, unsigned target) {
   int reached = 0;
   if (lane_index() == 0 && peek(counter) >= target) {
@@ -208,8 +209,8 @@ __device__ __forceinline__ bool has_reached(const unsigned* counter, unsigned ta
 
 // --- shared memory -------------------------------------------------------------------------------
 
-// The block's dynamic shared memory, aligned to 1024 bytes, which the copy engine's swizzle counts
-// from; the launch says how much there is.
+// The block's dynamic shared memory, aligned to 1024 bytes, the period of the copy engine's
+// swizzle. The launch sets its size.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #if defined(__CUDACC__)
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -229,8 +230,8 @@ __device__ __forceinline__ bool sixteen_divides(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// The first `count` of the four floats at p, the others 0; in one access where all four are wanted
-// and the address allows it.
+// The first `count` of the four floats at p; the others are 0. Uses a single access if all four are
+// wanted and the address is aligned.
 __device__ __forceinline__ Four load_four(const float* p, int count) {
   if (count == 4 && sixteen_divides(p)) {
     const float4 all = *reinterpret_cast<const float4*>(p);
@@ -244,7 +245,7 @@ __device__ __forceinline__ Four load_four(const float* p, int count) {
   return four;
 }
 
-// Likewise.
+// Stores the first `count`, likewise.
 __device__ __forceinline__ void store_four(float* p, Four four, int count) {
   if (count == 4 && sixteen_divides(p)) {
     *reinterpret_cast<float4*>(p) = make_float4(four.x[0], four.x[1], four.x[2], four.x[3]);
@@ -261,7 +262,7 @@ struct Words {
   uint32_t x[4];
 };
 
-// One access; 16 divides the address.
+// A single access; the address is aligned to 16 bytes.
 __device__ __forceinline__ Words load_words(const void* p) {
   const uint4 all = *static_cast<const uint4*>(p);
   return Words{{all.x, all.y, all.z, all.w}};
@@ -274,7 +275,7 @@ __device__ __forceinline__ void store_words(void* p, Words words) {
   *static_cast<uint4*>(p) = make_uint4(words.x[0], words.x[1], words.x[2], words.x[3]);
 }
 
-// Asks for the line of 128 bytes around an address to come to the second-level cache.
+// Prefetches the 128-byte line around an address into L2.
 __device__ __forceinline__ void prefetch(const void* p) {
 #if defined(__CUDACC__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -285,8 +286,8 @@ __device__ __forceinline__ void prefetch(const void* p) {
 
 // --- asynchronous copies into shared memory ------------------------------------------------------
 
-// An mbarrier: a phase ends when `count` arrivals and all bytes that were announced have come. One
-// thread makes it; a block_barrier() later all may use it.
+// An mbarrier. A phase ends when `count` arrivals have happened and all announced bytes have
+// arrived. One thread initialises it; after a block_barrier() all threads may use it.
 using Barrier = uint64_t;
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -320,7 +321,7 @@ __device__ __forceinline__ void mbarrier_arrive(Barrier* barrier) {
 #endif
 }
 
-// Waits for the end of a phase by its parity: 0 for the first, 1 for the second, ...
+// Waits until the phase with this parity has ended: 0 for the first, 1 for the second, ...
 __device__ __forceinline__ void mbarrier_wait(Barrier* barrier, unsigned parity) {
 #if defined(__CUDACC__)
   uint32_t done = 0;
@@ -344,7 +345,7 @@ __device__ __forceinline__ void mbarrier_wait(Barrier* barrier, unsigned parity)
 #endif
 }
 
-// Arrives, and announces bytes that bulk copies will bring.
+// Arrives, and announces the bytes that bulk copies will deliver.
 __device__ __forceinline__ void mbarrier_expect(Barrier* barrier, unsigned bytes) {
 #if !defined(__CUDACC__)
   host_cuda::mbarrier_expect(barrier, bytes);
@@ -356,8 +357,9 @@ __device__ __forceinline__ void mbarrier_expect(Barrier* barrier, unsigned bytes
 #endif
 }
 
-// The copy engine reads global memory past the path of ordinary stores: between what the grid wrote
-// (and a barrier that showed it to this thread) and this thread's bulk copies of it stands a fence.
+// The copy engine does not read global memory through the path of ordinary stores. A fence is
+// needed between the grid's stores (and a barrier that made them visible to this thread) and this
+// thread's bulk copies of that memory.
 __device__ __forceinline__ void proxy_fence() {
 #if !defined(__CUDACC__)
   host_cuda::proxy_fence();
@@ -366,7 +368,8 @@ __device__ __forceinline__ void proxy_fence() {
 #endif
 }
 
-// Whether memory that is read once, or once per block, should stay in the second-level cache.
+// Cache hint: whether L2 should evict a line first (it is read once) or keep it (every block reads
+// it).
 enum class Keep { kFirstToGo, kStay };
 
 __device__ __forceinline__ uint64_t cache_policy(Keep keep) {
@@ -383,9 +386,9 @@ __device__ __forceinline__ uint64_t cache_policy(Keep keep) {
   return policy;
 }
 
-// True in one lane of the warp, whose lanes meet here. The compiler knows that the branch has one
-// thread, so the copies in it take their addresses from uniform registers, without a loop over the
-// lanes.
+// True in one lane of the warp; all lanes must call it together. The compiler knows that a single
+// thread takes the branch, so the copies in it get their addresses from uniform registers, without
+// a loop over the lanes.
 __device__ __forceinline__ bool elect_one() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   uint32_t elected;
@@ -398,26 +401,27 @@ __device__ __forceinline__ bool elect_one() {
 #endif
 }
 
-// A matrix as the copy engine (sm_90) knows it: planes of rows of bytes, and the box that one copy
-// takes: kBlockBytes of each of `box_rows` rows. encode_map() in tensor_map.h makes one.
+// A matrix as described to the copy engine (sm_90): planes of rows of bytes, and the box of one
+// copy, kBlockBytes of each of `box_rows` rows. encode_map() in tensor_map.h creates it.
 #if defined(__CUDACC__)
 using TensorMap = CUtensorMap;
 #else
 using TensorMap = host_cuda::TensorMap;
 #endif
 
-// Bytes of a row in a box, and in shared memory the distance between the rows of a box.
+// Bytes of a row in a box. In shared memory also the distance between the rows of a box.
 constexpr int kBlockBytes = 128;
 
-// Where the sixteen bytes number `sixteen` (0 to 7) of row `row` of a box lie in shared memory. The
-// copy engine's 128-byte swizzle: lanes that read one sixteen of several rows meet different banks.
+// The offset of 16-byte piece `sixteen` (0 to 7) of row `row` of a box in shared memory. This is
+// the copy engine's 128-byte swizzle: lanes that read the same piece of several rows use different
+// banks.
 __device__ __forceinline__ int swizzled(int row, int sixteen) {
   return row * kBlockBytes + 16 * ((sixteen ^ row) & 7);
 }
 
-// Starts the copy of one box: from `byte` of row `row` of `plane` on, to an address that 1024
-// divides. What lies outside of the matrix becomes zeros. The barrier counts the bytes of the whole
-// box. By one lane, with arguments that are the same in all of them.
+// Starts the copy of one box, from `byte` of row `row` of `plane` on, to an address aligned to 1024
+// bytes. Bytes outside of the matrix become zeros; the barrier still counts the bytes of the whole
+// box. Called by one lane; the arguments must be uniform across the warp.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int byte, int row,
                                          int plane, Barrier* barrier, uint64_t policy) {
 #if !defined(__CUDACC__)
@@ -432,7 +436,7 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int byt
 #endif
 }
 
-// Asks for the map itself, which the first copy would otherwise wait for.
+// Prefetches the map itself; otherwise the first copy would wait for it.
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -441,8 +445,8 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
 #endif
 }
 
-// Sixteen bytes by a thread of its own accord (sm_80); where there are none (`there` false), zeros,
-// and `from` is not read.
+// Copies sixteen bytes asynchronously, as one thread (sm_80). If `there` is false it writes zeros
+// and does not read `from`.
 __device__ __forceinline__ void async_copy_16(void* to, const void* from, bool there,
                                               uint64_t policy) {
 #if defined(__CUDACC__)
@@ -456,8 +460,8 @@ __device__ __forceinline__ void async_copy_16(void* to, const void* from, bool t
 #endif
 }
 
-// Arrives for this thread once all that it has copied by async_copy_* so far has come. One of the
-// arrivals that the barrier was made for.
+// Arrives for this thread when all of its async_copy_16 copies so far have completed. Counts as one
+// of the barrier's arrivals.
 __device__ __forceinline__ void async_copies_arrive(Barrier* barrier) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
@@ -469,10 +473,14 @@ __device__ __forceinline__ void async_copies_arrive(Barrier* barrier) {
 
 // --- tensor cores and packed halves --------------------------------------------------------------
 
-// c += a b for a (16, 16), b (16, 8), c (16, 8) of a warp, in fp32. With g = lane / 4, t = lane %
-// 4: a = {row g, inputs 2t 2t+1; row g+8, the same; row g, inputs 2t+8 2t+9; row g+8, the same}, b
-// = {inputs 2t 2t+1; inputs 2t+8 2t+9} of column g, c = {row g, columns 2t 2t+1; row g+8, same}.
-// kBrain: bfloat16 pairs, else float16 ones, the first in the lower half.
+// c += a b in fp32, for a (16, 16), b (16, 8), c (16, 8) of a warp. A lane holds, with g = lane / 4
+// and t = lane % 4,
+//
+//   a = {row g, inputs 2t 2t+1; row g+8, the same; row g, inputs 2t+8 2t+9; row g+8, the same}
+//   b = {inputs 2t 2t+1; inputs 2t+8 2t+9} of column g
+//   c = {row g, columns 2t 2t+1; row g+8, the same}
+//
+// kBrain: pairs of bfloat16, otherwise of float16. The first of a pair is in the lower half.
 template <bool kBrain>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
@@ -493,7 +501,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
 #endif
 }
 
-// On two float16 numbers at once, rounded once each.
+// Operations on two float16 values at once. Each result is rounded once.
 __device__ __forceinline__ uint32_t half2_add(uint32_t a, uint32_t b) {
 #if defined(__CUDACC__)
   uint32_t sum;
@@ -514,7 +522,8 @@ __device__ __forceinline__ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c
 #endif
 }
 
-// Byte i of the result is byte (nibble i of `selector`) of a (0 to 3) and b (4 to 7).
+// Byte i of the result is the byte that nibble i of `selector` names: of a (0 to 3) or of b (4 to
+// 7).
 __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 #if defined(__CUDACC__)
   return __byte_perm(a, b, selector);
@@ -549,7 +558,7 @@ __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 
-// Eight neighbours; 16 divides the address.
+// Eight adjacent values, aligned to 16 bytes.
 template <typename T>
 __device__ __forceinline__ void load_eight(const T* p, float (&out)[8]) {
   if constexpr (sizeof(T) == sizeof(float)) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The small products of the new position: g rows of W_Q, g of W_K and the H folded ones, u, of the
-// gate; K r rows of D of a correction.
+// The small products of the new position: for the gate, g rows of W_Q, g rows of W_K and the H
+// folded rows u; for a correction, K r rows of D.
 //
-// A row's inputs are cut into slices of kSlice, and each slice's sum goes to the workspace; who
-// needs the number adds them in order (projected()). So a slice of sixteen rows is a work item of
-// its own: at d = 4096 and g = 384 there are 48 x 8 of them, one for each gate warp of 132
-// multiprocessors, 16 KiB of weights each.
+// The inputs of a row are cut into slices of kSlice, and the sum of each slice goes to the
+// workspace. Readers add the slices in order (projected()). So a slice of sixteen rows is a work
+// item of its own: at d = 4096 and g = 384 there are 48 x 8 items, one for each gate warp of 132
+// multiprocessors, with 16 KiB of weights each.
 #pragma once
 
 #include "dot.cuh"
@@ -15,11 +15,11 @@
 namespace dualhead {
 namespace cuda {
 
-// Warps that share a phase: each takes item first, first + stride, ...
+// Warps that share a phase. Each takes item first, first + stride, ...
 struct Team {
   int64_t first, stride;
 
-  // For items that follow `items` others.
+  // The team for items that follow `items` others.
   __device__ __forceinline__ Team after(int64_t items) const {
     return Team{(first + stride - items % stride) % stride, stride};
   }
@@ -27,7 +27,7 @@ struct Team {
 
 __device__ __forceinline__ Team whole_grid() { return Team{warp_in_grid(), warps_in_grid()}; }
 
-// Projection `row` of batch row b: q's rows come first, then k's, a correction's and u's.
+// Projection `row` of batch row b. In order: q, k, a correction's rows, u.
 __device__ __forceinline__ float projected(const DecodeParams& p, const Workspace& ws, int64_t b,
                                            int64_t row) {
   const int64_t rows = projection_rows(p), slices = ceil_div(p.d, kSlice);
@@ -46,7 +46,7 @@ __device__ __forceinline__ float projected(const DecodeParams& p, const Workspac
   return sum;
 }
 
-// Row `row` of W_Q, W_K and D, one below the other; the last one for those beyond.
+// Row `row` of W_Q, W_K and D stacked on each other; the last one beyond the end.
 __device__ __forceinline__ const void* key_row(const DecodeParams& p, DType dtype, int64_t row) {
   const int64_t g = p.H * p.d_k, last = row < key_rows(p) ? row : key_rows(p) - 1;
   const void* matrix = last < g ? p.q_weight : last < 2 * g ? p.k_weight : p.reward_down;
@@ -58,10 +58,9 @@ __device__ __forceinline__ const void* key_row(const DecodeParams& p, DType dtyp
 
 constexpr int kTileRows = 16, kTileBatch = 32;  // of a work item
 
-// A slice of sixteen rows of W_Q, W_K and D for up to 8 kTiles batch rows. Lanes take sixteen bytes
-// of a row as they lie, of weights and hidden states alike (fragments.cuh): the sum of each element
-// goes through the inputs in one order, whatever kTiles is. kAhead: runs of 32 inputs that are
-// asked for together.
+// A slice of sixteen rows of W_Q, W_K and D for up to 8 kTiles batch rows. Lanes load sixteen bytes
+// of a row as stored, of weights and hidden states alike (fragments.cuh), so each sum takes the
+// inputs in one order, whatever kTiles is. kAhead: runs of 32 inputs that are loaded together.
 template <bool kBrain, int kTiles, int kAhead>
 __device__ __forceinline__ void project_tile(const DecodeParams& p, const Workspace& ws,
                                              int64_t row0, int64_t slice, int64_t b0) {
@@ -116,9 +115,9 @@ __device__ __forceinline__ void project_tile(const DecodeParams& p, const Worksp
   }
 }
 
-// A slice of sixteen rows is 128 lines.
+// A slice of sixteen rows has 128 cache lines.
 __device__ __forceinline__ void prefetch_tile(const DecodeParams& p, int64_t row0, int64_t slice) {
-  constexpr int kLine = 64, kLines = kSlice / kLine;  // inputs of a line, lines of a row
+  constexpr int kLine = 64, kLines = kSlice / kLine;  // inputs per line, lines per row
 #pragma unroll
   for (int i = 0; i < kTileRows * kLines / kWarp; ++i) {
     const int line = i * kWarp + lane_index();
@@ -129,7 +128,7 @@ __device__ __forceinline__ void prefetch_tile(const DecodeParams& p, int64_t row
   }
 }
 
-// Items: tiles of rows x slices x kTileBatch batch rows.
+// Work items: tiles of rows x slices x kTileBatch batch rows.
 struct ProjectionTiles {
   int64_t slices, tiles, items;
 
@@ -152,7 +151,7 @@ __device__ __forceinline__ void project_tiles(const DecodeParams& p, const Works
     const int64_t of_batch = item % (cut.tiles * cut.slices);
     const int64_t row0 = of_batch / cut.slices * kTileRows, slice = of_batch % cut.slices;
     const int64_t b0 = item / (cut.tiles * cut.slices) * kTileBatch, rows = p.B - b0;
-    // 12 to 16 loads of sixteen bytes at once: with more, registers spill.
+    // 12 to 16 loads of sixteen bytes in flight; with more, registers spill.
     if (rows <= 8) {
       project_tile<kBrain, 1, 4>(p, ws, row0, slice, b0);
     } else if (rows <= 16) {
@@ -165,8 +164,9 @@ __device__ __forceinline__ void project_tiles(const DecodeParams& p, const Works
 
 // --- fp32 arithmetic: fp32 weights, and on the plain path all ------------------------------------
 
-// A slice of kRows rows for kFmaTile batch rows: all loads of the weights, then of the hidden
-// states, then the sums. kFours: addresses and d allow four numbers at once; the same bits without.
+// A slice of kFmaRows rows for kFmaTile batch rows: first all loads of the weights, then those of
+// the hidden states, then the sums. kFours: addresses and d allow loads of four values. The bits
+// are the same without it.
 constexpr int kFmaRows = 2, kFmaTile = 2;
 
 template <bool kFours>
@@ -211,7 +211,7 @@ __device__ __forceinline__ void project_rows(const DecodeParams& p, const Worksp
   }
 }
 
-// Items: kFmaRows rows x slices x kFmaTile batch rows, of W_Q, W_K and D, or of u.
+// Work items: kFmaRows rows x slices x kFmaTile batch rows, of W_Q, W_K and D, or of u.
 template <bool kFours, bool kFolded>
 __device__ __forceinline__ void project_by_rows(const DecodeParams& p, const Workspace& ws,
                                                 Team team, DType dtype) {
@@ -235,15 +235,15 @@ __device__ __forceinline__ void project_by_rows(const DecodeParams& p, const Wor
 
 // --- phase 1 -------------------------------------------------------------------------------------
 
-// Asks for a warp's first weights; they depend on nothing, so this may be long before project().
+// Prefetches a warp's first weights. They depend on nothing, so this can run early.
 __device__ __forceinline__ void prefetch_projection(const DecodeParams& p, Team team) {
   if (key_rows(p) > 0 && p.dtype != DType::kFloat32) {
     ProjectionTiles(p).prefetch(p, team.first);
   }
 }
 
-// All projections of the new position, to the workspace. On the streaming path (streams()) 16
-// divides every address.
+// All projections of the new position, written to the workspace. On the streaming path (streams())
+// every address is aligned to 16 bytes.
 __device__ __forceinline__ void project_streamed(const DecodeParams& p, const Workspace& ws,
                                                  Team team) {
   const Team rest = team.after(ProjectionTiles(p).items);
@@ -260,7 +260,7 @@ __device__ __forceinline__ void project_streamed(const DecodeParams& p, const Wo
   }
 }
 
-// dtype: p.dtype, where the caller knows it.
+// dtype: p.dtype, which the caller may know at compile time.
 template <bool kFours>
 __device__ __forceinline__ void project_plain(const DecodeParams& p, const Workspace& ws, Team team,
                                               DType dtype) {

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ring of shared memory through which weights come, and the warp that fills it. A stage is full
-// when its copies have landed, and empty when every consumer warp has said so; the two barriers of
-// a slot are used in turn, for ever, and never reset.
+// The ring buffer in shared memory through which the weights arrive, and the producer warp that
+// fills it. A stage is full when its copies have arrived, and empty when every consumer warp has
+// released it. Each slot has a full and an empty barrier, used alternately and never reset.
 //
-// A stage holds blocks of 128 bytes: of the tile's rows of the first matrix, block by block, then
-// of the second, then of hidden states. Within a block rows lie beneath each other, swizzled.
+// A stage contains blocks of 128 bytes: first those of the tile's rows of the first matrix, block
+// by block, then those of the second, then those of the hidden states. Within a block the rows
+// follow each other, swizzled.
 //
-// sm_90 and up: one lane asks the copy engine for whole boxes, all rows of a block in one
-// instruction. Below: sixteen bytes by a lane. Both end at the same barrier and in the same places,
-// so that consumers know no difference.
+// On sm_90 and up one lane asks the copy engine for whole boxes: all rows of a block in one
+// instruction. Below sm_90 each lane copies sixteen bytes at a time. Both use the same barrier and
+// produce the same layout, so the consumers do not distinguish them.
 #pragma once
 
 #include "gate.cuh"
@@ -18,50 +19,51 @@
 namespace dualhead {
 namespace cuda {
 
-constexpr int kBoxes = 5;  // sizes of boxes: 1, 2, 4, 8 and 16 units
+constexpr int kBoxes = 5;  // box sizes: 1, 2, 4, 8 and 16 units
 
-// What the copy engine reads, and in which boxes: of 2^i units' rows. A full tile is one box; where
-// a block's units end within a tile, the rest is a box for each of its binary digits, since a box
-// takes the engine about as long whether it has 8 rows or 32. Unused, and not filled in, where
-// lanes copy.
+// What the copy engine reads, in boxes of the rows of 2^i units. A full tile is one box. Where a
+// block's units end within a tile, there is one box per set bit of the number of units left,
+// because a box takes the engine about as long with 8 rows as with 32. Unused and not filled in
+// where lanes copy.
 struct StreamMaps {
   TensorMap lm[kBoxes];
-  TensorMap reward[kBoxes];  // a plane per objective; of a correction, the LM head's second half
+  TensorMap reward[kBoxes];  // one plane per objective; correction: LM head's second half
   TensorMap hidden;          // a batch tile; the operand's terms follow each other
 };
 
-// What a block has to do, and where its stages lie; the same numbers for all of its threads.
-// kCorrects: the reward head is a correction. Kernels of their own, so that neither kind of head
-// pays for the other's registers.
+// The work of a block and the layout of its stages, the same for all of its threads. kCorrects: the
+// reward head is a correction. Full heads and corrections are separate kernels, so that neither
+// needs the other's registers.
 template <bool kCorrects>
 struct Stream {
   const DecodeParams& p;
   const Workspace& ws;
   const StreamPlan& plan;
   const StreamMaps& maps;
-  int begin = 0, end = 0;                 // the block's units
-  int weight_bytes = 0;                   // of a row
-  int row_blocks = 0;                     // of a row of weights
-  int chunks = 0, passes = 0;             // stages of a row; pairs of matrices
-  int tile_units = 0;                     // units of a full tile
-  const unsigned char* hidden = nullptr;  // the operand of the products: (terms, B, operand inputs)
+  int begin = 0, end = 0;                      // the block's range of units
+  int weight_bytes = 0;                        // per row
+  int row_blocks = 0;                          // per row of weights
+  int chunks = 0, passes = 0;                  // stages per row; pairs of matrices
+  int tile_units = 0;                          // units per full tile
+  const unsigned char* hidden = nullptr;       // the products' operand: (terms, B, operand inputs)
   int64_t hidden_stride = 0, term_stride = 0;  // in bytes
-  int hidden_bytes = 0;                        // of a row
+  int hidden_bytes = 0;                        // per row
   int terms = 1;
-  const float* operand_scale = nullptr;  // (B,): of the sums; quantised weights only
+  const float* operand_scale = nullptr;  // (B,): factors of the sums; quantised weights only
 
-  // Of hidden states.
+  // Rows of hidden states.
   __device__ __forceinline__ int rows() const {
     return static_cast<int>(kCorrects ? product_rows(p) : p.B);
   }
 
-  // Of a correction: units from the first half of the vocabulary to the second; else 0.
+  // For a correction: the distance in units from the first half of the vocabulary to the second.
+  // Otherwise 0.
   __device__ __forceinline__ int half() const { return kCorrects ? half_units(p) : 0; }
 
   // Bytes of one block of a tile's rows.
   __device__ __forceinline__ int block_bytes() const { return tile_units * kUnit * kBlockBytes; }
 
-  // Blocks of a row of weights that a stage with this chunk holds; of hidden states steps_of()
+  // Blocks of a row of weights in a stage of this chunk. Of hidden states there are steps_of()
   // times as many.
   __device__ __forceinline__ int blocks_of(int chunk) const {
     const int left = row_blocks - chunk * plan.blocks;
@@ -71,7 +73,7 @@ struct Stream {
 
 struct Slot {
   int index = 0;
-  unsigned parity = 0;  // of the phase that this round ends
+  unsigned parity = 0;  // of the phase that this round completes
 
   __device__ __forceinline__ void advance(int stages) {
     if (++index < stages) return;
@@ -92,9 +94,9 @@ __device__ __forceinline__ unsigned char* stage_of(const StreamPlan& plan, const
   return shared_memory() + plan.ring_offset + slot.index * plan.stage_bytes;
 }
 
-// Where a box would put them: `blocks` blocks of `rows` rows, by the lanes of a warp, sixteen bytes
-// each. row_of(r) is the row's first byte, null where there is none; bytes from `left` on count as
-// zeros, as do rows that are not there.
+// Copies what a box would copy, to the same places, with the lanes of a warp: `blocks` blocks of
+// `rows` rows, sixteen bytes at a time. row_of(r) is the first byte of row r, or null if there is
+// none. Missing rows, and bytes from `left` on, become zeros.
 template <typename RowOf>
 __device__ __forceinline__ void copy_by_lanes(unsigned char* to, int rows, int blocks, int left,
                                               uint64_t policy, RowOf row_of) {
@@ -109,20 +111,20 @@ __device__ __forceinline__ void copy_by_lanes(unsigned char* to, int rows, int b
   }
 }
 
-// Walks through a block's stages in the order in which consumers take them: batch tiles, tiles of
-// units, passes over pairs of matrices, chunks of the inputs.
+// Goes through a block's stages in the order in which the consumers take them: batch tiles, tiles
+// of units, passes over pairs of matrices, chunks of the inputs.
 template <Format kFormat, bool kBulk, bool kCorrects>
 struct Producer {
   const Stream<kCorrects>& s;
   int b0 = 0, unit = s.begin, pass = 0, chunk = 0;
   Slot slot = {};
-  Needs needs = {true, true};  // of the batch, as far as is known
+  Needs needs = {true, true};  // of the batch, as far as known
   bool weighed = false;
-  unsigned seen = 0;  // lane 0: of the counter, when it was last looked at
+  unsigned seen = 0;  // lane 0: the counter's value when it was last read
 
-  // Once every row has its alpha, a head that none of them needs is not read any more: what its
-  // half of the tensor cores' tiles then holds is selected by nobody. The warp's lanes agree. What
-  // is looked at was asked for a stage ago, so that no stage waits for the answer.
+  // Once every row has its alpha, a head that no row needs is no longer read: nothing selects the
+  // values that its half of the tensor core tiles then holds. The warp's lanes agree. The counter
+  // was loaded one stage earlier, so that no stage waits for it.
   __device__ __forceinline__ void learn_needs() {
     if (weighed) return;
     const unsigned* counter = s.ws.counter;
@@ -134,7 +136,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ bool reads(int matrix) const {
-    if (kCorrects) return true;  // the LM head, whatever alpha is
+    if (kCorrects) return true;  // the LM head, for any alpha
     return matrix <= s.p.K && (matrix == 0 ? needs.lm : needs.reward);
   }
 
@@ -156,8 +158,8 @@ struct Producer {
     return s.end - unit < s.tile_units ? s.end - unit : s.tile_units;
   }
 
-  // Announces a stage, and starts to copy its weights. Read once: nothing else should leave the
-  // cache for them.
+  // Announces a stage and starts to copy its weights. They are read once, so L2 should evict them
+  // before anything else.
   __device__ __forceinline__ void copy_weights() const {
     const uint64_t policy = cache_policy(Keep::kFirstToGo);
     const int blocks = s.blocks_of(chunk), own = units();
@@ -188,7 +190,8 @@ struct Producer {
     }
   }
 
-  // One block of the tile's rows: a box for each binary digit of their number, the largest first.
+  // Copies one block of the tile's rows: one box per set bit of the number of units, the largest
+  // first.
   __device__ __forceinline__ void copy_block(unsigned char* to, int m, int byte, int own,
                                              uint64_t policy) const {
     const int plane = m == 0 ? 0 : m - 1;
@@ -203,7 +206,7 @@ struct Producer {
     }
   }
 
-  // This chunk of matrix m's row r of the tile; null where there is no such row.
+  // This chunk of row r of the tile in matrix m; null if there is no such row.
   __device__ __forceinline__ const unsigned char* row_of(int m, int r) const {
     constexpr int kPerByte = kFormat == Format::kBFloat16 || kFormat == Format::kFloat16 ? 2 : 1;
     const DecodeParams& p = s.p;
@@ -246,7 +249,7 @@ struct Producer {
     if (!kBulk) async_copies_arrive(full);
   }
 
-  // Arrivals that fill a stage.
+  // The number of arrivals that complete a stage.
   static __device__ __forceinline__ unsigned arrivals() { return kBulk ? 1 : kWarp; }
 };
 

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The decode step's streaming path: weights of two bytes or less, at the speed of memory, in one
-// cooperative launch. Every block has three kinds of warps, which run at the same time:
+// The streaming path of the decode step: weights of two bytes or less at memory bandwidth, in one
+// cooperative launch. Every block has three kinds of warps that run at the same time:
 //
-//   producer    1   copies weight rows into the ring, from the first moment on (ring.cuh)
-//   gate        3   project, attend, weigh: alpha of every batch row (gate.cuh)
-//   consumers   8   both products on the tensor cores; then alpha, logits, softmax parts
+//   producer    1   copies weight rows into the ring from the start (ring.cuh)
+//   gate        3   project, attend, weigh: compute alpha of every batch row (gate.cuh)
+//   consumers   8   compute both products on the tensor cores, then logits and softmax parts
 //                   (stream_heads.cuh)
 //
-// so that the gate is hidden behind the first tile of weights. Then all of them go on with what
-// follows the products on every path (token.cuh).
+// So the gate is hidden behind the first tile of weights. Then all warps continue with the phases
+// that follow the products on every path (token.cuh).
 //
-// A row's result is the same for every batch up to 64 rows, grid and architecture's copy engine:
-// the products go through a row's inputs in one order, one tensor core sum per column, and all
-// parts are cut at constants. Beyond 64 rows, which only quantised weights have here, they are read
-// once per 64, and that still holds.
+// A row's result is the same for every batch up to 64 rows, every grid and both copy mechanisms:
+// the products take a row's inputs in one order, with one tensor core sum per column, and all parts
+// are cut at constants. Larger batches take this path only with quantised weights or a correction.
+// The weights are then read once per 64 rows of hidden states, and a row's result is still the
+// same.
 #pragma once
 
 #include "gate.cuh"
@@ -35,7 +36,8 @@ static_assert((kMaxBatchTile + kStreamWarps) * sizeof(float) <= kHeadBytes / 2,
 static_assert(kRowBlock == kBlockBytes, "plans are made in the copy engine's blocks");
 static_assert(1 << (kBoxes - 1) == 2 * kConsumers, "the largest box is the largest tile");
 
-// All blocks' gate warps: what any wrote is visible to all. `round` counts from 1.
+// A barrier of the gate warps of all blocks; their writes become visible to all of them. `round`
+// counts from 1.
 __device__ __forceinline__ void gate_barrier(const Workspace& ws, unsigned round) {
   group_barrier<kGateGroup, kGateWarps * kWarp>();
   if (warp_in_block() == kConsumers) {
@@ -50,12 +52,13 @@ __device__ __forceinline__ Team gate_team() {
               static_cast<int64_t>(gridDim.x) * kGateWarps};
 }
 
-// Neither they nor gate() are inlined, as finish_step is not: each has all registers for its loads.
+// gate_projections, gate_attention, gate and finish_step are not inlined, so that the loads of each
+// can use all registers.
 __device__ __noinline__ void gate_projections(const DecodeParams& p, const Workspace& ws) {
   project_streamed(p, ws, gate_team());
 }
 
-// By all warps but the producer's.
+// Executed by all warps except the producer.
 __device__ __forceinline__ void correction(const DecodeParams& p, const Workspace& ws) {
   constexpr int kWarps = kConsumers + kGateWarps;
   const Team team{static_cast<int64_t>(blockIdx.x) * kWarps + warp_in_block(),
@@ -67,9 +70,9 @@ __device__ __noinline__ void gate_attention(const DecodeParams& p, const Workspa
   attend<16>(p, ws, gate_team());
 }
 
-// Whether the gate projects before the grid's barrier, while memory is still idle. That takes about
-// six thousand clocks for a batch of 16; larger ones would keep the weights waiting. What meets the
-// LM head depends on a correction's.
+// Whether the gate projects before the grid barrier, while memory is still idle. That takes about
+// six thousand clocks for a batch of 16; larger batches would delay the weights. With a correction
+// it always does, because the rows that the LM head multiplies depend on the projections.
 __device__ __forceinline__ bool projects_early(const DecodeParams& p) {
   if (corrects(p)) return projection_rows(p) > 0;
   return !p.gate_logit && p.B <= (p.dtype == DType::kFloat32 ? 2 : 16);
@@ -84,11 +87,11 @@ __device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
       gate_barrier(ws, ++round);  // all slices of the projections are complete
     }
     gate_attention(p, ws);
-    gate_barrier(ws, ++round);  // all attention parts are
+    gate_barrier(ws, ++round);  // all attention parts are complete
   }
   weigh(p, ws, team, true);
   if (p.out_attention) {
-    gate_barrier(ws, ++round);  // sums and status of all rows are
+    gate_barrier(ws, ++round);  // sums and status of all rows are complete
     normalize_attention(p, ws, team);
   }
 }
@@ -153,9 +156,10 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
       mbarrier_init(empty_barrier(slot), kConsumers);
     }
   }
-  // The last block to start: if nobody waited for it, that would be likeliest to show.
+  // Done by the block that is likely to start last, where a missing barrier would be most likely to
+  // show.
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kCounters) ws.counter[threadIdx.x] = 0;
-  block_barrier();  // the barriers are there
+  block_barrier();  // the barriers are initialised
   const bool producer = warp_in_block() == kConsumers + kGateWarps;
   const bool early = projects_early(p);
   constexpr int kStarters = (kGateWarps + 1) * kWarp;
@@ -181,7 +185,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
   if constexpr (kCorrects) {
     grid_barrier();  // all slices of the projections are complete
     if (!producer) correction(p, ws);
-    grid_barrier();  // the rows that meet the LM head are
+    grid_barrier();  // the rows that the LM head multiplies are complete
     if (plan.resident && warp_in_block() < kConsumers) load_resident<kFormat>(s);
   }
   if constexpr (steps_of(kFormat) > 1) {
@@ -196,7 +200,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
     for (int i = 0; i < filled; ++i, hidden.advance()) hidden.copy_hidden();
     Slot landed;  // plan.under_way stages behind
     for (int i = filled; weights.more(); ++i, weights.advance(), landed.advance(plan.stages)) {
-      // The phase before the one that this round's consumers will end.
+      // Waits until the consumers have emptied the slot in the previous round.
       if (i >= plan.stages) mbarrier_wait(empty_barrier(weights.slot), weights.slot.parity ^ 1u);
       weights.learn_needs();
       if (!weights.weighed) mbarrier_wait(full_barrier(landed), landed.parity);
@@ -217,7 +221,8 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     stream_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ Workspace ws,
                   const __grid_constant__ StreamPlan plan,
                   const __grid_constant__ StreamMaps maps) {
-  // launch_stream takes the kernel that this compilation has; the other one must not pass for it.
+  // launch_stream_of chooses the kernel that this compilation implements; the other one must not
+  // run.
   if constexpr (kBulk ? kHasBulkCopies : kHasAsyncCopies) {
     step<kFormat, kBulk, kCorrects>(p, ws, plan, maps);
   } else {
@@ -225,7 +230,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   }
 }
 
-// The matrices that a step reads, as the copy engine is told of them.
+// Describes the matrices that a step reads to the copy engine.
 template <Format kFormat>
 cudaError_t encode_maps(const DecodeParams& p, const Workspace& ws, const StreamPlan& plan,
                         StreamMaps* maps) {
@@ -234,14 +239,14 @@ cudaError_t encode_maps(const DecodeParams& p, const Workspace& ws, const Stream
   const Rows3 lm{p.lm_weight, row_bytes, p.V, stride, 1, p.V * stride};
   Rows3 reward;
   if (corrects(p)) {
-    // The second half of the vocabulary; of a vocabulary of one unit, a row that nobody looks at.
+    // The second half of the vocabulary. If it is empty: a row whose products are not used.
     const int64_t first = static_cast<int64_t>(half_units(p)) * kUnit;
     const int64_t rows = p.V > first ? p.V - first : 1;
     const void* base = static_cast<const unsigned char*>(p.lm_weight) + (p.V - rows) * stride;
     reward = Rows3{base, row_bytes, rows, stride, 1, p.V * stride};
   } else {
     const int64_t reward_stride = stored_bytes(p, p.reward_weight_stride);
-    // With one objective its stride may be anything.
+    // With one objective its stride is arbitrary.
     const int64_t plane = p.K > 1 ? stored_bytes(p, p.reward_weight_stride_k) : p.V * reward_stride;
     reward = Rows3{p.reward_weight, row_bytes, p.V, reward_stride, p.K, plane};
   }
@@ -265,7 +270,7 @@ cudaError_t encode_maps(const DecodeParams& p, const Workspace& ws, const Stream
 template <Format kFormat, bool kBulk, bool kCorrects>
 cudaError_t launch(const DecodeParams& p, const Workspace& ws, const StreamPlan& plan, int device,
                    cudaStream_t stream, int blocks) {
-  // The token phase has its scratch where the ring and all else were.
+  // The token phase reuses the memory of the ring and everything else for its scratch.
   const int scratch = static_cast<int>(sizeof(TokenScratch));
   const int shared_bytes = plan.shared_bytes > scratch ? plan.shared_bytes : scratch;
   StreamMaps maps = {};
@@ -298,13 +303,14 @@ cudaError_t launch_format(const DecodeParams& p, const Workspace& ws, const Stre
 
 }  // namespace
 
-// The launch of either kind of head; each has a source of its own, so that they compile side by
-// side.
+// Launches one kind of head. Each kind has a source file of its own, so that they compile in
+// parallel.
 template <bool kCorrects>
 cudaError_t launch_stream_of(const DecodeParams& p, const Workspace& ws, int device,
                              cudaStream_t stream, int blocks) {
-  // What the code was compiled for says which of the two copy engines it has: on a Hopper device it
-  // may well be sm_80's PTX, compiled by the driver. One kernel speaks for all.
+  // The architecture that the code was compiled for determines the copy mechanism. It need not be
+  // the device's: a Hopper device may run PTX of sm_80, compiled by the driver. All kernels of the
+  // library have the same one, so a single kernel is queried.
   KernelFacts facts;
   const auto kernel = stream_kernel<Format::kBFloat16, true, kCorrects>;
   const cudaError_t error = kernel_facts(reinterpret_cast<const void*>(kernel), device, &facts);

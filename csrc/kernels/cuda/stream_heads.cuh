@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps that multiply, on the streaming path: both heads of a tile of units from the ring, and,
-// while they are still in registers, their mixture, the logits, and each unit's softmax part and
-// best token. alpha is waited for only then.
+// The consumer warps of the streaming path. They multiply both heads of a tile of units from the
+// ring and, while the products are still in registers, compute the mixture, the logits, and each
+// unit's softmax part and best token. They wait for alpha only after the products.
 #pragma once
 
 #include "fragments.cuh"
@@ -12,25 +12,25 @@
 namespace dualhead {
 namespace cuda {
 
-// Of group_barrier; 0 is the block's.
+// Barrier groups of group_barrier; 0 is the whole block.
 constexpr int kConsumerGroup = 1, kGateGroup = 2, kPrepareGroup = 3, kStartGroup = 4;
 
-// In the head of shared memory, behind the ring's barriers: scales of at most kMaxBatchTile rows of
-// resident hidden states; and a float per warp for prepare_batch.
+// In the head of shared memory, after the ring's barriers: the scales of at most kMaxBatchTile rows
+// of resident hidden states, then one float per warp for prepare_batch.
 __device__ __forceinline__ float* resident_scales() {
   return reinterpret_cast<float*>(shared_memory() + kHeadBytes / 2);
 }
 
 __device__ __forceinline__ float* prepare_slots() { return resident_scales() + kMaxBatchTile; }
 
-// This lane's vocabulary entry of a unit, and what belongs to its rows.
+// This lane's vocabulary entry of a unit.
 struct Entry {
   int unit;
   int64_t v;
   bool there;
 };
 
-// The scale of a whole row: int4 has them inside its sums.
+// The scale of a whole row. int4 applies its scales inside the sums.
 template <Format kFormat>
 __device__ __forceinline__ float row_scale(const DecodeParams& p, int64_t matrix, int64_t v) {
   if constexpr (kFormat != Format::kInt8 && kFormat != Format::kFp8) return 1.0f;
@@ -38,7 +38,7 @@ __device__ __forceinline__ float row_scale(const DecodeParams& p, int64_t matrix
   return scale * unpacked_unit<kFormat>();
 }
 
-// The eight lanes that hold one column of a tile, an entry each.
+// Reduces over the eight lanes that hold one column of a tile, one entry each.
 template <typename Combine, typename T>
 __device__ __forceinline__ T column_reduce(T value, Combine combine) {
 #pragma unroll
@@ -54,13 +54,13 @@ __device__ __forceinline__ SoftmaxPart column_part(float z) {
   return SoftmaxPart{max, column_reduce(e, [](float a, float b) { return a + b; })};
 }
 
-// Stores one entry's logits of batch row b, and with the other lanes of the column the unit's
-// summary. `real`: whether there is such an entry and row.
+// Stores one entry's logits for batch row b and, together with the column's other lanes, the unit's
+// summary. `real`: whether the entry and the row exist.
 __device__ __forceinline__ void finish_entry(const DecodeParams& p, const Workspace& ws,
                                              const Entry& entry, int64_t b, bool real, float lm,
                                              float reward) {
   const int64_t at = b * p.V + entry.v, slot = b * ceil_div(p.V, kUnit) + entry.unit;
-  const bool reports = lane_index() / 4 == 0 && b < p.B;  // the column's first entry
+  const bool reports = lane_index() / 4 == 0 && b < p.B;  // the lane of the column's first entry
   if (p.mix_probs) {
     const float f_lm = real ? postprocess(p, lm) : -INFINITY;
     const float f_reward = real ? postprocess(p, reward) : -INFINITY;
@@ -73,27 +73,28 @@ __device__ __forceinline__ void finish_entry(const DecodeParams& p, const Worksp
   if (real) p.out_logits[at] = z;
   const SoftmaxPart part = column_part(z);
   unsigned long long own = 0;
-  if (real) own = is_sampled(p, b) ? score_key(p, b, entry.v, z) : rank_key(z, entry.v);  // no call
+  // A greedy row avoids the call of score_key.
+  if (real) own = is_sampled(p, b) ? score_key(p, b, entry.v, z) : rank_key(z, entry.v);
   const unsigned long long key =
       column_reduce(own, [](unsigned long long x, unsigned long long y) { return x > y ? x : y; });
   if (reports) ws.part[0][slot] = part, ws.best_key[slot] = key;
 }
 
-// The sums of one tile of a correction become logits: low's are those of the two columns of this
-// lane's entry, high's of the entry in the second half of the vocabulary. Under an embedding head
-// the columns are z_LM and delta of one request.
+// Turns the sums of one tile of a correction into logits. low0 and low1 are the two columns of this
+// lane's entry, high0 and high1 those of the entry in the second half of the vocabulary. Under an
+// embedding head the two columns are z_LM and delta of one request.
 template <Format kFormat>
 __device__ __forceinline__ void finish_correction(const DecodeParams& p, const Workspace& ws,
                                                   const float* operand_scale, int unit, int row0,
                                                   float low0, float low1, float high0,
                                                   float high1) {
   const bool embeds = p.reward_head == RewardHead::kEmbedding;
-  const int first = row0 + lane_index() % 4;  // row_of_place(2 t); and four further
+  const int first = row0 + lane_index() % 4;  // row_of_place(2 t); the other is four further
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
     Entry entry;
     entry.unit = unit + side * half_units(p);
-    if (entry.unit >= ceil_div(p.V, kUnit)) return;  // the second half may have a unit less
+    if (entry.unit >= ceil_div(p.V, kUnit)) return;  // the second half may have one unit less
     entry.v = static_cast<int64_t>(entry.unit) * kUnit + row_of_place(lane_index() / 4);
     entry.there = entry.v < p.V;
     const float bias = entry.there ? bias_of(p, p.dtype, 0, entry.v) : 0.0f;
@@ -108,7 +109,8 @@ __device__ __forceinline__ void finish_correction(const DecodeParams& p, const W
     }
     float delta[2] = {};
     if (!embeds) low_rank_deltas(p, ws, entry.v, row0, entry.there, delta);
-    // One place of code for both: an embedding head has one request, whose delta is the other sum.
+    // One copy of the code for both kinds of head. With an embedding head a lane has one request,
+    // whose delta is the other sum.
 #pragma unroll 1
     for (int column = 0; column < (embeds ? 1 : 2); ++column) {
       const int64_t b = embeds ? row0 / 2 + lane_index() % 4 : first + 4 * column;
@@ -119,19 +121,19 @@ __device__ __forceinline__ void finish_correction(const DecodeParams& p, const W
   }
 }
 
-// A tile's sums become logits; or, where more objectives follow, sums over those so far, kept in
-// memory by the very lanes that read them in the next pass.
+// Turns a tile's sums into logits. If more objectives follow, the sums so far are kept in memory,
+// and the same lanes read them in the next pass.
 template <Format kFormat, int kTiles, int kUnits, bool kCorrects>
 __device__ __forceinline__ void finish_pass(const Stream<kCorrects>& s, int unit0, int b0, int pass,
                                             const float (&z)[kUnits][kTiles][4]) {
   const DecodeParams& p = s.p;
-  const int64_t m = 2 * pass;  // and m + 1: the pass's matrices
+  const int64_t m = 2 * pass;  // the pass's matrices are m and m + 1
   const bool last = pass == s.passes - 1, second = m + 1 <= p.K;
   const auto add = [&](float reward, int64_t b, int64_t k, float product) {
     return fmaf(objective_weight(p, b, k), product, reward);
   };
-  // One place of code for all tiles of all units, columns two by two: the sums are picked out of
-  // their registers. Unrolled, this would be most of the kernel.
+  // Not unrolled: one copy of the code for all tiles of all units, two columns at a time, with the
+  // sums selected from their registers. Unrolled, it would be most of the kernel.
 #pragma unroll 1
   for (int i = 0; i < kUnits * kTiles; ++i) {
     float own[4] = {};
@@ -142,7 +144,7 @@ __device__ __forceinline__ void finish_pass(const Stream<kCorrects>& s, int unit
     }
     Entry entry;
     entry.unit = unit0 + warp_in_block() + i / kTiles * kConsumers;
-    if (entry.unit >= s.end) return;  // the whole warp
+    if (entry.unit >= s.end) return;  // true for the whole warp
     if constexpr (kCorrects) {
       finish_correction<kFormat>(p, s.ws, s.operand_scale, entry.unit, b0 + 8 * (i % kTiles),
                                  own[0], own[1], own[2], own[3]);
@@ -182,10 +184,10 @@ __device__ __forceinline__ void finish_pass(const Stream<kCorrects>& s, int unit
   }
 }
 
-// Hidden states of the one batch tile that stay in shared memory, by all consumers, before the
-// grid's barrier shows them to each other: as they are, or
-// (quantised weights) prepared, a row by a warp, with scales below the ring. In blocks as the
-// ring's, zeros behind a row's end.
+// Loads the hidden states of the only batch tile into shared memory, where they stay. All consumers
+// do this before the grid barrier. Quantised weights: the hidden states are prepared (operand.cuh),
+// and their scales stored below the ring. Otherwise they are copied unchanged. The blocks are those
+// of the ring, with zeros beyond the end of a row.
 template <Format kFormat, bool kCorrects>
 __device__ __forceinline__ void load_resident(const Stream<kCorrects>& s) {
   const DecodeParams& p = s.p;
@@ -227,7 +229,7 @@ __device__ __forceinline__ LaneView lane_view(const Stream<kCorrects>& s, const 
   return at;
 }
 
-// int4: where the scales of this lane's rows of a tile begin; null where there is no such row.
+// int4: where the scales of this lane's rows of a tile begin; null if there is no such row.
 template <Format kFormat, int kUnits>
 struct ScaleRows {
   template <bool kCorrects>
@@ -258,7 +260,8 @@ struct ScaleRows<Format::kInt4, kUnits> {
   }
 };
 
-// From memory, as they are needed: a chunk's groups of a row are at most sixteen bytes.
+// Loaded from memory when needed: the groups of one chunk of a row have at most sixteen bytes of
+// scales.
 template <Format kFormat, int kUnits, bool kCorrects>
 __device__ __forceinline__ void load_scales(const Stream<kCorrects>& s,
                                             const ScaleRows<kFormat, kUnits>& rows, int chunk,
@@ -280,7 +283,7 @@ __device__ __forceinline__ void load_scales(const Stream<kCorrects>& s,
   }
 }
 
-// Products of tiles that are complete before alpha is: the lane's own, in shared memory.
+// Products of tiles that are complete before alpha is. Each lane keeps its own, in shared memory.
 template <int kTiles, int kUnits>
 struct KeptProducts {
   static constexpr int kNumbers = kUnits * kTiles * 4;
@@ -308,7 +311,7 @@ struct KeptProducts {
   }
 };
 
-// Whether every row has its alpha; if `wait`, once it is so. The warp's lanes agree.
+// Whether every row has its alpha. With `wait`, waits until it has. The warp's lanes agree.
 template <bool kCorrects>
 __device__ __forceinline__ bool alpha_is_there(const Stream<kCorrects>& s, bool wait) {
   const unsigned* counter = s.ws.counter + kWeighedRows;
@@ -322,8 +325,8 @@ __device__ __forceinline__ bool alpha_is_there(const Stream<kCorrects>& s, bool 
   return there;
 }
 
-// All of a block's stages, in the producer's order. Where alpha is not there when a tile ends, the
-// tile's products are kept, as long as there is room, and finished later.
+// Consumes all of a block's stages, in the producer's order. If alpha is not known when a tile
+// ends, its products are kept as long as there is room, and finished later.
 template <Format kFormat, int kTiles, bool kCorrects>
 __device__ void consume(const Stream<kCorrects>& s) {
   constexpr int kUnits = units_per_warp(kFormat, kTiles);
@@ -357,7 +360,8 @@ __device__ void consume(const Stream<kCorrects>& s) {
         }
         if (!weighed || kept > 0) products.store(kept++, z);
         if (!weighed) continue;
-        // This tile, or all that were kept: the last of a run of tiles, this one among them.
+        // Finishes this tile, or all kept tiles: the run of consecutive tiles that ends with this
+        // one.
         int unit = unit0, first = b0;
         for (int back = 1; back < kept; ++back) {
           unit -= s.tile_units;

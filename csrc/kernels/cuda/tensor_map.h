@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Makes the maps that the copy engine reads (primitives.cuh): on the host, before a launch.
+// Creates the tensor maps that the copy engine reads (primitives.cuh), on the host before a launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 namespace dualhead {
 namespace cuda {
 
-// A matrix of planes x rows x row_bytes bytes. Strides are in bytes, multiples of 16; so is base.
+// A matrix of planes x rows x row_bytes bytes. base and the strides, in bytes, are multiples of 16.
 struct Rows3 {
   const void* base;
   int64_t row_bytes, rows, row_stride, planes, plane_stride;
@@ -22,7 +22,7 @@ struct Rows3 {
 
 #if defined(__CUDACC__)
 
-// The driver's function, by the runtime: this library does not link the driver.
+// The driver's function, looked up through the runtime: this library does not link the driver.
 inline cudaError_t find_encode(PFN_cuTensorMapEncodeTiled_v12000* encode) {
   static void* found = nullptr;
   static const cudaError_t error = [] {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The choice of a token from one row of logits, by a block: the one with the largest score
-// (heads.cuh), or, where filters take that away, the winner of the race over what they leave.
+// Chooses a token from one row of logits with one block: the token with the largest score
+// (heads.cuh) or, if the filters remove that, the winner of the race among the tokens that they
+// keep.
 #pragma once
 
 #include "filters.cuh"
@@ -16,7 +17,7 @@ __device__ __forceinline__ int64_t race_above(const DecodeParams& p, int64_t b, 
                                               unsigned long long key) {
   const uint64_t seed = p.seeds[b], draw = p.draws[b];
   unsigned long long best = 0;
-  // Four neighbours at a time: they share one block of random words.
+  // Four adjacent tokens at a time: they share one block of random words.
   for (int64_t v0 = 4 * static_cast<int64_t>(threadIdx.x); v0 < p.V; v0 += 4 * blockDim.x) {
     const Philox4 words = philox(seed, draw, static_cast<uint32_t>(v0 / 4));
 #pragma unroll
@@ -32,10 +33,10 @@ __device__ __forceinline__ int64_t race_above(const DecodeParams& p, int64_t b, 
   return index_of_rank_key(block_reduce(best, &row.scratch->block, CombineMax()));
 }
 
-// Last phase: token, log-probability, status and draw counter of each batch row, by a block.
+// Last phase: token, log-probability, status and draw counter of each batch row, one block per row.
 __device__ __forceinline__ void pick_tokens(const DecodeParams& p, const Workspace& ws) {
   TokenScratch* scratch = reinterpret_cast<TokenScratch*>(shared_memory());
-  // mix_distributions makes chunks of its own.
+  // mix_distributions writes parts of kChunk entries on every path.
   const int64_t parts = ceil_div(p.V, p.mix_probs ? kChunk : ws.part_entries);
   for (int64_t b = blockIdx.x; b < p.B; b += gridDim.x) {
     const RowSummary whole =
@@ -58,14 +59,14 @@ __device__ __forceinline__ void pick_tokens(const DecodeParams& p, const Workspa
   }
 }
 
-// All that follows the products, on every path. Not inlined: one copy serves the kernels of all
-// formats, and its registers do not count among theirs.
+// All phases that follow the products, on every path. Not inlined: one copy serves the kernels of
+// all formats, and they need no registers for it.
 static __device__ __noinline__ void finish_step(const DecodeParams& p, const Workspace& ws) {
   if (p.mix_probs) {
     normalizers(p, ws);
-    grid_barrier();  // both heads' log-sum-exps are, and their parts may be overwritten
+    grid_barrier();  // both log-sum-exps are complete, and their parts may be overwritten
     mix_distributions(p, ws);
-    grid_barrier();  // log-probabilities and their parts are
+    grid_barrier();  // log-probabilities and their parts are complete
   }
   pick_tokens(p, ws);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scratch memory of one launch of the decode step, and the sizes into which its work is cut. The
-// cuts are constants of a path (stream_plan.h), not functions of the grid or the batch: a row's
-// bits depend on neither.
+// Scratch memory of one launch of the decode step, and the sizes into which its work is cut. These
+// are constants of each path (stream_plan.h), independent of the grid and the batch, so that a
+// row's bits depend on neither.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,8 @@ namespace cuda {
 
 constexpr int kTile = 8;     // batch rows that share one pass over a weight row
 constexpr int kChunk = 32;   // vocabulary entries that share one softmax part: one per lane
-constexpr int kMergers = 8;  // warps' worth of lanes that share the parts of a row
-constexpr int kSlice = 512;  // inputs that share one partial sum of a gate projection
+constexpr int kMergers = 8;  // warps' worth of lanes that merge the parts of a row
+constexpr int kSlice = 512;  // inputs that share one partial sum of a projection
 constexpr int kSplit = 128;  // cache columns that share one attention part: four per lane
 
 // Attention over one split of the cache: softmax numerators relative to the split's own maximum.
@@ -28,7 +28,7 @@ struct alignas(16) AttentionPart {
   int32_t seen;  // number of visible columns
 };
 
-// The counters of the streaming path, each in a sector of its own.
+// The counters of the streaming path, each in a cache line of its own.
 enum Counter {
   kGateBlocks = 0,
   kWeighedRows = 32,
@@ -37,32 +37,34 @@ enum Counter {
   kCounters = 128
 };
 
-// Of one position, in the dtype of hidden states: q, k, and D h of a correction, which comes last.
+// Projection rows of one position in the dtype of hidden states: q, k, and last D h of a
+// correction.
 DUALHEAD_HD int64_t key_rows(const DecodeParams& p) { return 2 * p.H * p.d_k + p.K * p.r; }
 DUALHEAD_HD int64_t inner_row(const DecodeParams& p) { return 2 * p.H * p.d_k; }
-// And u below them, in fp32.
+// All projection rows: those and, after them, u in fp32.
 DUALHEAD_HD int64_t projection_rows(const DecodeParams& p) { return key_rows(p) + p.H; }
 
-// Uninitialised at launch; each field is written in one phase and read after a grid barrier, or by
-// whom a counter lets pass.
+// Uninitialised at launch. Each field is written in one phase and read after a grid barrier, or
+// after waiting for a counter.
 struct Workspace {
-  int64_t part_entries;          // vocabulary entries of a part of the heads: kChunk or kUnit
+  int64_t part_entries;          // vocabulary entries per part: kChunk or kUnit
   float* projection;             // (slices of d, B, projection_rows): partial sums
   AttentionPart* attention;      // (B, H, splits)
   SoftmaxPart* attention_row;    // (B, H): softmax over the whole row
-  SoftmaxPart* part[2];          // (B, parts): of the mixture, or of LM and reward head (mix_probs)
+  SoftmaxPart* part[2];          // (B, parts): of the mixture; mix_probs: of the LM and reward head
   unsigned long long* best_key;  // (B, parts): largest score_key of the part
-  float* reward_logits;  // (B, V): f(z_RM) with mix_probs; sums over objectives on their way
-  float* normalizer[2];  // (B,): log-sum-exp of f(z_LM), f(z_RM), mix_probs only
-  unsigned* counter;     // (kCounters,), streaming path only
-  uint16_t* operand;     // (terms, B, operand_inputs): hidden states for quantised weights
-  float* operand_scale;  // (B,): what they are to be multiplied by; both of product_rows()
-  void* rows;            // (product_rows, d), streaming path: h and M h + c of an embedding head
-  float* change;         // (B, d), plain path: M h + c
-  float* inner;          // (B, K r): w_k D_k h of a low-rank head
+  float* reward_logits;          // (B, V): f(z_RM) if mix_probs; else partial sums over objectives
+  float* normalizer[2];          // (B,): log-sum-exp of f(z_LM), f(z_RM), mix_probs only
+  unsigned* counter;             // (kCounters,), streaming path only
+  uint16_t* operand;             // (terms, B, operand_inputs): hidden states for quantised weights
+  float* operand_scale;          // (B,): factors of their sums; both for product_rows() rows
+  void* rows;     // (product_rows, d), streaming path: h and M h + c of an embedding head
+  float* change;  // (B, d), plain path: M h + c
+  float* inner;   // (B, K r): w_k D_k h of a low-rank head
 };
 
-// Lays the fields out from `base` on; with base null, only counts. Returns the bytes in all.
+// Places the fields from `base` on; if base is null, only counts. Returns the total number of
+// bytes.
 inline size_t lay_out_workspace(const DecodeParams& p, void* base, Workspace* workspace) {
   size_t used = 0;
   const auto take = [&](auto*& field, int64_t count) {
