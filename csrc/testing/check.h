@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A harness as small as a test needs: TEST(name) { CHECK(...); } and check.h's own main(), so one
+// A minimal test harness: TEST(name) { CHECK(...); }. This file has its own main(), so each
 // *_test.cpp is one program under CTest. A program without a single check fails.
 #pragma once
 

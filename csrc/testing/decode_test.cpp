@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One decode step of every compiled kernel (each CPU instruction set, and the CUDA one on the host
-// backend) over awkward sizes, against a computation in double. Every buffer is a heap block of
-// exactly its size, so that with -DDUALHEAD_SANITIZE a stray access is an error. Behaviour in depth
-// is tested from Python; this is the part that sanitizers can see.
+// One decode step of every compiled kernel (each CPU instruction set, and the CUDA kernel on the
+// host backend) at irregular sizes, compared with a computation in double. Every buffer is a heap
+// block of exactly its size, so with -DDUALHEAD_SANITIZE any access out of bounds is an error. The
+// Python tests cover behaviour in depth; these tests exist for the sanitizers.
 #include "kernels/cpu/decode.h"
 
 #include <algorithm>
@@ -33,7 +33,7 @@ struct Case {
   int64_t r;
 };
 
-// Numbers that are exact in the dtype, and their bytes in a block of their own.
+// Values that are exact in the dtype, and their bytes in a separate block.
 struct Array {
   std::vector<double> value;
   std::unique_ptr<unsigned char[]> bytes;
@@ -57,7 +57,7 @@ Array random_array(int64_t count, DType dtype, double scale, std::mt19937& gener
   return array;
 }
 
-// A step's inputs, outputs and cache, all filled in.
+// The inputs, outputs and cache of one step, filled with test data.
 struct Problem {
   Problem(const Case& c, int64_t filled) : c(c), generator(c.B * 7919 + c.V * 31 + c.d) {
     const int64_t g = c.H * c.d_k;
@@ -87,7 +87,7 @@ struct Problem {
     token.assign(c.B, -1), status.assign(c.B, -1);
   }
 
-  // What a correction changes: hidden states or logits.
+  // The size of what a correction changes: hidden states or logits.
   int64_t changed() const { return c.reward_head == RewardHead::kEmbedding ? c.d : c.V; }
 
   DecodeParams params() {
@@ -117,7 +117,7 @@ struct Problem {
     return p;
   }
 
-  // (changed(),): the mean over objectives of U_k D_k h + c_k.
+  // The mean over objectives of U_k D_k h + c_k, (changed(),).
   std::vector<double> change(int64_t b) const {
     const int64_t n = changed();
     std::vector<double> sum(n, 0.0);
@@ -141,7 +141,7 @@ struct Problem {
     return sum;
   }
 
-  // The gate's logit of row b from the definition; the new position is column `column`.
+  // The gate logit of row b, computed from the definition. The new position is in column `column`.
   double expected_gate_logit(int64_t b, int64_t column) const {
     double logit = gate_bias.value[0];
     for (int64_t h = 0; h < c.H; ++h) {
@@ -214,7 +214,7 @@ struct Problem {
 
 void check_step(const Problem& problem, int64_t filled) {
   const Case& c = problem.c;
-  // The key is rounded to the dtype on its way into the cache; the rest is fp32.
+  // The key is rounded to the dtype when it is stored in the cache. All else is fp32.
   const double tolerance = c.dtype == DType::kBFloat16 ? 2e-2 : 2e-5;
   for (int64_t b = 0; b < c.B; ++b) {
     if (filled == c.S) {
@@ -232,7 +232,7 @@ void check_step(const Problem& problem, int64_t filled) {
     const float* row = problem.logits.data() + b * c.V;
     double worst = 0;
     for (int64_t v = 0; v < c.V; ++v) worst = std::max(worst, std::fabs(row[v] - expected[v]));
-    // The hidden states of an embedding head are rounded to the dtype once more.
+    // For an embedding head the changed hidden states are rounded to the dtype too.
     const bool rounds = c.reward_head == RewardHead::kEmbedding && c.dtype == DType::kBFloat16;
     CHECK(worst < (rounds ? 0.2 : 5e-5));
     CHECK(problem.token[b] >= 0 && problem.token[b] < c.V);
@@ -252,7 +252,8 @@ std::vector<Case> all_cases() {
                               {3, 33, 65, 2, 3, 5, 9},
                               {2, 64, 131, 1, 2, 16, 130},
                               {9, 47, 64, 3, 1, 48, 17},
-                              // In bfloat16 these and the one with d = 64 stream on CUDA.
+                              // In bfloat16 these two and the case with d = 64 take the streaming
+                              // path on CUDA.
                               {1, 8, 9, 1, 1, 1, 1},
                               {9, 136, 150, 2, 1, 8, 17}};
   for (const auto& n : sizes) {
@@ -272,7 +273,7 @@ std::vector<Case> all_cases() {
   return cases;
 }
 
-// Runs `step` on every case, on an empty, a nearly full and a full cache.
+// Runs `step` on every case with an empty, a nearly full and a full cache.
 template <typename Step>
 void check_all(const Step& step) {
   for (const Case& c : all_cases()) {
@@ -284,7 +285,7 @@ void check_all(const Step& step) {
   }
 }
 
-// In ranges as small as allowed, last one first: no phase may rely on an order.
+// Uses the smallest allowed ranges, the last one first, because no phase may rely on an order.
 void backwards(int64_t count, int64_t grain, cpu::RangeFunction body, void* context) {
   for (int64_t begin = (count - 1) / grain * grain; count > 0 && begin >= 0; begin -= grain) {
     body(begin, std::min(begin + grain, count), context);
@@ -319,7 +320,7 @@ TEST(every_cpu_instruction_set_agrees_with_double) {
 }
 
 TEST(the_cuda_kernels_on_the_host_agree_with_double) {
-  for (int compute_major : {8, 9}) {  // the streaming path's two ways to copy
+  for (int compute_major : {8, 9}) {  // both copy mechanisms of the streaming path
     host_cuda::device().compute_major = compute_major;
     host_cuda::device().schedule.seed = static_cast<uint64_t>(compute_major);
     check_all([](const DecodeParams& params) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches from several threads, and what a bulk copy must not read, on the host backend.
+// Launches from several threads, and bulk copies without the fence that they need, on the host
+// backend.
 #include "kernels/cuda/launch.cuh"
 
 #include <atomic>
@@ -17,7 +18,8 @@ namespace {
 
 void count_threads(std::atomic<int>* threads) { ++*threads; }
 
-// A warp whose lane 0 copies what `write` has left in `global`.
+// Runs one warp: lane 1 stores to `global`, then lane 0 copies it in bulk. Returns the error's
+// text.
 std::string error_of_copy(bool fenced, bool stored_later) {
   alignas(16) static unsigned char global[128];
   cuda::TensorMap map;
@@ -75,7 +77,7 @@ TEST(more_shared_memory_than_there_is_is_refused) {
 TEST(a_bulk_copy_of_what_the_grid_stored_needs_a_fence) {
   CHECK_EQUAL(error_of_copy(true, false), std::string());
   for (const bool fenced : {false, true}) {
-    const std::string error = error_of_copy(fenced, fenced);  // too late a store, or no fence
+    const std::string error = error_of_copy(fenced, fenced);  // no fence, or a store after it
     CHECK(error.find("without a proxy fence") != std::string::npos);
   }
 }

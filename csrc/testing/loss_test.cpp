@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The training loss's rows, forward and backward, by every compiled kernel (each CPU instruction
-// set, and the CUDA one on the host backend), against the definition in double and its central
-// differences. Every buffer is a heap block of exactly its size, so that with -DDUALHEAD_SANITIZE a
-// stray access is an error. Behaviour in depth is tested from Python; this is the part that
-// sanitizers can see.
+// The rows of the training loss, forward and backward, in every compiled kernel (each CPU
+// instruction set, and the CUDA kernel on the host backend), compared with the definition in double
+// and its central differences. Every buffer is a heap block of exactly its size, so with
+// -DDUALHEAD_SANITIZE any access out of bounds is an error. The Python tests cover behaviour in
+// depth; these tests exist for the sanitizers.
 #include "kernels/cuda/loss.h"
 
 #include <algorithm>
@@ -39,7 +39,7 @@ struct Block {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// A chunk's tensors; what is not asked for has no memory at all.
+// The tensors of one chunk. Those that are not wanted have no memory at all.
 struct Problem {
   explicit Problem(const Case& c)
       : c(c),
@@ -87,7 +87,7 @@ struct Problem {
   std::vector<float> original_lm, original_rm;
 };
 
-// One row in double, by the definition.
+// One row in double, computed from the definition.
 struct Row {
   Row(const Problem& problem, int64_t n) : c(problem.c), label(problem.labels[n]) {
     const auto row = [&](const std::vector<float>& z) {
@@ -161,7 +161,7 @@ void check_problem(const Problem& problem) {
   }
 }
 
-// Runs both passes of `kernels` on every case.
+// Runs both passes on every case.
 template <typename Forward, typename Backward>
 void check_all(const Forward& forward, const Backward& backward) {
   const int64_t sizes[][2] = {{1, 1}, {3, 3}, {2, 5}, {4, 16}, {3, 33}, {3, 131}};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bare CUDA kernels on the host backend, for pytest: NumPy arrays in, results written in place.
-// bfloat16 and float16 arrays come as their uint16 bits. Strides are read from the arrays; shapes
-// are not checked: that is the operators' binding's part.
+// The CUDA kernels on the host backend for pytest, without torch: takes NumPy arrays and writes the
+// results in place. bfloat16 and float16 arrays are passed as uint16 bits. Strides are read from
+// the arrays. Shapes are not checked; the binding of the operators does that.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -23,7 +23,7 @@ namespace py = pybind11;
 namespace dualhead {
 namespace {
 
-// The data of arguments[name], whose items must have T's size; null if it is missing or None.
+// The data of arguments[name], whose items must have the size of T; null if it is missing or None.
 template <typename T>
 T* pointer(const py::dict& arguments, const char* name) {
   if (!arguments.contains(name) || arguments[name].is_none()) return nullptr;
@@ -56,7 +56,7 @@ RewardHead reward_head_from(const std::string& name) {
   throw std::invalid_argument("reward_head must be full, embedding or lowrank, got " + name);
 }
 
-// A pointer to the array of that name, or a number.
+// Fills a field from the array of that name (as a pointer) or from its number.
 template <typename T>
 void fill(T& field, const py::dict& arguments, const char* name) {
   if constexpr (std::is_pointer_v<T>) {
@@ -104,8 +104,8 @@ DType dtype_from(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
 }
 
-// Runs one step and returns the launch's error by name. The workspace has exactly the size asked
-// for, and every byte of it is `dirt` before.
+// Runs one step and returns the name of the launch's error. The workspace has exactly the requested
+// size and is filled with the byte `dirt` before.
 std::string decode_step(const py::dict& arguments, const std::string& dtype, int blocks,
                         int threads, int device, uint8_t dirt) {
   const DecodeParams params = params_from(arguments, dtype_from(dtype));
@@ -134,7 +134,7 @@ LossRowsParams loss_params_from(const py::dict& a) {
   return p;
 }
 
-// Returns the launch's error by name.
+// Returns the name of the launch's error.
 std::string loss_rows(const py::dict& arguments, bool backward, int device) {
   const auto kernel = backward ? cuda::loss_rows_backward : cuda::loss_rows;
   const int error = kernel(loss_params_from(arguments), device, nullptr);
@@ -152,7 +152,7 @@ void set_device(int multiprocessors, int blocks_per_multiprocessor, bool coopera
       proxy_fences,       {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
 }
 
-// Whether these arguments take the streaming path, and how it cuts them.
+// The plan of the streaming path; None if these arguments do not take that path.
 py::object stream_plan(const py::dict& arguments, const std::string& dtype, int shared_kib) {
   const DecodeParams params = params_from(arguments, dtype_from(dtype));
   cuda::StreamPlan plan;
@@ -188,7 +188,7 @@ py::array_t<uint16_t> rounded(const py::array_t<float>& values) {
 }  // namespace dualhead
 
 PYBIND11_MODULE(dualhead_testing, m) {
-  using namespace dualhead;  // NOLINT: one list of names
+  using namespace dualhead;  // NOLINT: only used for this list of names
   m.def("decode_step", &decode_step, py::arg("arguments"), py::arg("dtype"), py::arg("blocks") = 0,
         py::arg("threads") = 0, py::arg("device") = 0, py::arg("dirt") = 0xFF);
   m.def("loss_rows", &loss_rows, py::arg("arguments"), py::arg("backward"), py::arg("device") = 0);

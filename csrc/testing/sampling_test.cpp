@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// kernels/sampling.h: random words against the published vectors, the race's noise against double
-// precision, the order of tokens, and the merge of softmax parts.
+// Tests of kernels/sampling.h: random words against the published vectors, the noise of the race
+// against double precision, the order of tokens, and the merge of softmax parts.
 #include "kernels/sampling.h"
 
 #include <array>
@@ -18,7 +18,7 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 using Words = std::array<uint32_t, 4>;
 
-// Philox4x32-10 as its paper states it, over the whole counter; sampling.h fixes one word to 0.
+// Philox4x32-10 as in its paper, for any counter; sampling.h fixes one of the words to 0.
 Words textbook_philox(Words counter, std::array<uint32_t, 2> key) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t left = uint64_t{0xD2511F53} * counter[0];
@@ -31,7 +31,7 @@ Words textbook_philox(Words counter, std::array<uint32_t, 2> key) {
   return counter;
 }
 
-// A sequence of test inputs that is not the generator under test (splitmix64).
+// Test inputs from another generator than the one under test (splitmix64).
 uint64_t next_input(uint64_t& state) {
   uint64_t z = state += 0x9E3779B97F4A7C15u;
   z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
@@ -81,7 +81,7 @@ TEST(noise_is_that_of_double_precision) {
   uint64_t state = 2;
   double worst_exponential = 0, worst_gumbel = 0;
   for (int i = 0; i < 200000; ++i) {
-    // Every other one from an edge: the extremes decide a race.
+    // Every other word is very small or very large, because extremes decide a race.
     uint32_t word = static_cast<uint32_t>(next_input(state));
     if (i % 4 == 1) word >>= next_input(state) % 32;
     if (i % 4 == 3) word = ~(word >> next_input(state) % 32);
@@ -94,7 +94,7 @@ TEST(noise_is_that_of_double_precision) {
     CHECK(gumbel_upper_bound(word) >= gumbel_from_word(word));
   }
   CHECK(worst_exponential < std::ldexp(1.0, -21));
-  CHECK(worst_gumbel < 3e-6);  // absolute: noise is added to logits; values reach 22.9
+  CHECK(worst_gumbel < 3e-6);  // absolute: noise is added to logits and reaches 22.9
 }
 
 TEST(the_higher_value_wins_then_the_lower_index) {

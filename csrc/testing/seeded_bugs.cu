@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One bug for each tool of compute-sanitizer: `seeded_bugs TOOL`. A tool that does not find its own
-// here says nothing about our kernels either (tools/gpu/sanitizers.py). They have the
-// namespace of our kernels, so that a filter of kernels which misses ours misses these too.
+// One bug for each tool of compute-sanitizer: `seeded_bugs TOOL`. A tool that does not find its bug
+// here proves nothing about our kernels (tools/gpu/sanitizers.py). The bugs are in the namespace of
+// our kernels, so that a kernel filter that misses our kernels misses these too.
 #include <cstdio>
 #include <cstring>
 
@@ -9,7 +9,7 @@ namespace dualhead {
 
 __global__ void memcheck_bug(int* out) { out[threadIdx.x + 1] = 1; }  // one beyond the end
 
-__global__ void racecheck_bug(int* out) {  // reads its neighbour's cell without a barrier
+__global__ void racecheck_bug(int* out) {  // reads another thread's cell without a barrier
   __shared__ int cells[64];
   cells[threadIdx.x] = threadIdx.x;
   out[threadIdx.x] = cells[(threadIdx.x + 32) % 64];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host backend's asynchronous copies, their barriers and tensor cores: that they are late, and
-// what they say to code that does not wait.
+// The host backend's asynchronous copies, mbarriers and tensor cores: copies arrive late, and code
+// that does not wait is reported.
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kCopied = 128;  // bytes: a row of a box
 
-// A warp whose lane 0 copies from `source` to shared memory, after a barrier of its own; what is
-// there before and after the wait.
+// Runs one warp whose lane 0 copies from `source` to shared memory, counted by an mbarrier. Returns
+// a byte of the destination before and after the wait.
 struct Seen {
   uint8_t before, after;
 };
@@ -78,7 +78,7 @@ TEST(a_copy_lands_when_it_is_waited_for) {
       CHECK_EQUAL(int{seen.after}, 7);
       early += seen.before == 7;
     }
-    CHECK(early > 0 && early < 40);  // and now and then before
+    CHECK(early > 0 && early < 40);  // and sometimes before
   }
 }
 
@@ -100,7 +100,7 @@ TEST(misuse_is_named) {
       error_of({},
                [&] { cuda::copy_box(cuda::shared_memory() + 16, &map, 0, 0, 0, barrier(), 0); }),
       "not aligned"));
-  // The wrong phase: the second has not ended when the first has.
+  // The wrong phase: the first has ended, the second has not.
   CHECK(mentions(error_of({},
                           [&] {
                             if (threadIdx.x == 0) cuda::mbarrier_init(barrier(), 32);
@@ -149,8 +149,9 @@ TEST(a_tile_is_the_product_of_two_matrices) {
   }
 }
 
-// A box lands row by row, 128 bytes apart, each row's sixteens exchanged as swizzled() says; what
-// is outside of the matrix is zeros. Here rows 5 to 12 of 10, from byte 128 on, of 160 bytes each.
+// The rows of a box arrive 128 bytes apart, each with its 16-byte pieces permuted by swizzled();
+// bytes outside of the matrix are zeros. Here rows 5 to 12 of 10, from byte 128 on, of 160 bytes
+// each.
 TEST(a_box_is_swizzled_and_ends_in_zeros) {
   constexpr int kRow = 160, kRows = 10, kPlanes = 2;
   alignas(16) static unsigned char source[kPlanes][kRows][kRow];
@@ -179,7 +180,7 @@ TEST(a_box_is_swizzled_and_ends_in_zeros) {
   }
 }
 
-// The eight lanes that read shared memory together meet all 32 banks, in both runs of a block.
+// The eight lanes that read shared memory together use all 32 banks, in both runs of a block.
 TEST(lanes_that_read_together_meet_different_banks) {
   for (int phase = 0; phase < 4; ++phase) {
     std::vector<int> seen(8);
@@ -190,7 +191,7 @@ TEST(lanes_that_read_together_meet_different_banks) {
   }
 }
 
-// Every byte, at every place of a step, becomes the number that it is.
+// Every byte is unpacked to its value, at every position of a step.
 template <cuda::Format kFormat>
 void check_unpack(float (*number)(int byte, int half)) {
   constexpr int kBytes = 16 / cuda::steps_of(kFormat);
@@ -206,7 +207,7 @@ void check_unpack(float (*number)(int byte, int half)) {
         const uint16_t half = static_cast<uint16_t>(pairs[i / 2] >> 16 * (i % 2));
         const int input = cuda::input_of(kFormat, i);  // of lane 0, step 0
         const float expected = number(stored[input % 64 + step * kBytes], input / 64);
-        if (expected != expected) continue;  // fp8's NaN, which no row holds
+        if (expected != expected) continue;  // fp8's NaN, which quantised rows do not contain
         CHECK_EQUAL(cuda::to_float(cuda::Float16{half}) * cuda::unpacked_unit<kFormat>(), expected);
       }
     }

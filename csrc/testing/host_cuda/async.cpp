@@ -18,16 +18,16 @@ namespace dualhead {
 namespace host_cuda {
 namespace {
 
-constexpr int kBoxBytes = 128;  // of a row
+constexpr int kBoxBytes = 128;  // per row
 
 struct Phase {
   unsigned count;       // arrivals per phase
   unsigned missing;     // in this phase
-  long long bytes = 0;  // announced and not yet there; below 0 while a copy is early
-  unsigned parity = 0;  // of the phase that is under way
+  long long bytes = 0;  // announced, not yet arrived; negative if a copy was early
+  unsigned parity = 0;  // of the current phase
 };
 
-// A copy, or, with bytes = 0, a thread's arrival after the copies that it made before.
+// A copy; or, with bytes = 0, a thread's arrival after its earlier copies.
 struct Copy {
   unsigned thread;
   bool bulk;
@@ -35,14 +35,14 @@ struct Copy {
   const void* from;
   unsigned bytes;
   uint64_t* barrier;
-  TensorMap map = {};  // of a box, which starts at:
+  TensorMap map = {};  // for a box; it starts at:
   int byte = 0, row = 0, plane = 0;
 };
 
 std::map<const uint64_t*, Phase> phases;
 std::map<unsigned, std::vector<Copy>> under_way;  // by block
 uint64_t copied = 0, boxes = 0;
-// For note_store: when each sixteen bytes were stored, and when each thread fenced, by one clock.
+// For note_store: the time of the last store to each 16-byte piece and of each thread's last fence.
 uint64_t stores = 0;
 std::unordered_map<uintptr_t, uint64_t> stored;
 std::map<std::pair<unsigned, unsigned>, uint64_t> fenced;  // by block and thread
@@ -66,7 +66,7 @@ void arrive(Phase& phase) {
   settle(phase);
 }
 
-// The bytes of the matrix among it.
+// Writes a box to its destination. Returns how many of its bytes are inside the matrix.
 unsigned land_box(const Copy& copy) {
   const TensorMap& map = copy.map;
   unsigned read = 0;
@@ -106,12 +106,12 @@ void land(std::vector<Copy>& copies, size_t i) {
   }
 }
 
-// Up to `most` of this block's copies, the youngest first, or drawn from the seed.
+// Completes up to `most` of this block's copies: the most recent first, or drawn from the seed.
 void land_some(size_t most) {
   std::vector<Copy>& copies = under_way[blockIdx.x];
   for (; most > 0 && !copies.empty(); --most) {
     size_t i = schedule_seed() == 0 ? copies.size() - 1 : next_random() % copies.size();
-    if (copies[i].bytes == 0) {  // an arrival comes after the thread's own copies
+    if (copies[i].bytes == 0) {  // an arrival comes after its thread's copies
       const unsigned thread = copies[i].thread;
       i = static_cast<size_t>(
           std::find_if(copies.begin(), copies.end(),
@@ -122,14 +122,14 @@ void land_some(size_t most) {
   }
 }
 
-// Copies may land early too: under a seed, now and then.
+// With a seed, copies sometimes also arrive early.
 void maybe_land() {
   if (schedule_seed() != 0 && next_random() % 16 == 0) land_some(1 + next_random() % 4);
 }
 
 void start(const Copy& copy) {
   const auto bits = reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from);
-  const unsigned unit = copy.bulk ? 1024 : copy.bytes;  // of the swizzle, or the copy's own
+  const unsigned unit = copy.bulk ? 1024 : copy.bytes;  // the swizzle's period, or the copy's size
   if (bits % unit != 0) stop("an asynchronous copy is not aligned");
   std::memset(copy.to, 0xFF, copy.bytes);
   under_way[blockIdx.x].push_back(copy);
@@ -192,7 +192,7 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   if (count_copy_wait() == skipped_copy_wait()) return;
   maybe_land();
   while (phase_of(barrier).parity == parity) {
-    land_some(1);  // no more than is needed, so that whoever does not wait comes too early
+    land_some(1);  // no more than needed, so that a missing wait is noticed
     if (phase_of(barrier).parity == parity) nap();
   }
 }
@@ -274,7 +274,8 @@ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
     const auto half = [shift](uint32_t word) {
       return __half2float(__half{static_cast<uint16_t>(word >> shift)});
     };
-    // A product of two halves is exact in fp32, and so is its sum with a third up to 24 bits.
+    // The product of two float16 values is exact in fp32, and so is its sum with a third up to 24
+    // bits.
     const __half sum = __float2half_rn(fmaf(half(a), half(b), half(c)));
     result |= static_cast<uint32_t>(sum.bits) << shift;
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host backend's device: one, number 0.
+// The host backend's only device, number 0.
 #include "cuda_runtime.h"
 
 #include <map>
@@ -15,7 +15,7 @@ constexpr unsigned kMostThreads = 1024;
 
 thread_local cudaError_t last_error = cudaSuccess;
 
-// The limits of shared memory that kernels were given; the default where they were not.
+// The shared memory limits set for kernels; the default for all others.
 struct SharedLimits {
   std::mutex mutex;
   std::map<const void*, size_t> of_kernel;
@@ -157,8 +157,9 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
                                                           size_t shared_bytes) {
   if (threads < 1) return record(cudaErrorInvalidValue);
-  std::this_thread::yield();  // between a thread's settings and its launch others have theirs
-  // A multiprocessor's shared memory is one block's and 1 KiB, which the driver keeps per block.
+  std::this_thread::yield();  // lets other threads run between these settings and the launch
+  // A multiprocessor has the shared memory of one block plus 1 KiB, which the driver reserves per
+  // block.
   const size_t all = static_cast<size_t>(device().shared_bytes_per_block) + 1024;
   const int fit = static_cast<int>(all / (shared_bytes + 1024));
   *blocks = fit < device().blocks_per_multiprocessor ? fit : device().blocks_per_multiprocessor;

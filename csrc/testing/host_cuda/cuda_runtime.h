@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the CUDA runtime and language that the kernels use, with a meaning on the CPU: found
-// in the toolkit's place by the include path of the test build. Streams are ignored, a launch has
-// run when it returns.
+// The part of the CUDA runtime and language that the kernels use, implemented for the CPU. The
+// include path of the test build finds this file instead of the toolkit's. Streams are ignored: a
+// launch is complete when it returns.
 #pragma once
 
 #include <cmath>
@@ -30,7 +30,8 @@ using dualhead::host_cuda::blockIdx;
 using dualhead::host_cuda::gridDim;
 using dualhead::host_cuda::threadIdx;
 
-// As on the device, an address that 16 does not divide is an error: a fault, and UBSan's report.
+// As on the device, an address that is not aligned to 16 bytes is an error: a fault, and a report
+// by UBSan.
 struct __attribute__((aligned(16), may_alias)) float4 {
   float x, y, z, w;
 };
@@ -65,7 +66,7 @@ T host_cuda_exchange(T value, int source) {
   return value;
 }
 
-// Whole warps only: the mask is that of all lanes.
+// Only for whole warps: the mask is ignored.
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lanes) {
   return host_cuda_exchange(value, static_cast<int>(threadIdx.x % 32) ^ lanes);
@@ -100,7 +101,7 @@ T atomicCAS(T* address, T expected, T value) {
   return old;
 }
 
-// What nvcc says that it compiles for.
+// The architectures that nvcc reports to the code.
 #define __CUDA_ARCH_LIST__ 800, 900, 1000
 
 // --- runtime -------------------------------------------------------------------------------------
@@ -170,21 +171,21 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 namespace dualhead {
 namespace host_cuda {
 
-// What the one device, number 0, claims to be, and how it schedules.
+// The properties of the only device, number 0, and its schedule.
 struct Device {
   int multiprocessors = 4;
   int blocks_per_multiprocessor = 2;
   bool cooperative_launch = true;
   int compute_major = 9;
-  int compiled_major = 0;  // that the kernels are compiled for: 0 = the device's, -1 = none
+  int compiled_major = 0;                   // of the kernels' code: 0 = the device's, -1 = none
   int shared_bytes_per_block = 227 * 1024;  // with cudaFuncSetAttribute; 48 KiB without
-  bool proxy_fences = true;                 // false, a seeded bug: proxy_fence() does nothing
+  bool proxy_fences = true;                 // false: proxy_fence() does nothing (a seeded bug)
   Schedule schedule;
 };
 
 Device& device();
 
-// Refuses what a device would; else runs body once per thread.
+// Fails where a device would refuse the launch; otherwise runs body once per thread.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& body);
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scheduler behind grid.h. Threads wait in meetings; whoever completes a meeting makes all of
-// it ready; whoever must wait hands over directly to a ready thread. None ready: a deadlock.
-#undef _FORTIFY_SOURCE  // its longjmp refuses to leave a stack for another
+// The scheduler behind grid.h. Threads wait in meetings. The thread that completes a meeting makes
+// all of its threads ready, and a thread that must wait switches directly to a ready one. If none
+// is ready, there is a deadlock.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to switch stacks
 #include "grid.h"
 
 #include <setjmp.h>
@@ -38,8 +39,8 @@ constexpr int kWarp = 32;
 
 struct Fiber;
 
-// A point that `expected` threads must reach before any goes on. Can be reused at once: nobody
-// arrives again before all have left.
+// A point that `expected` threads must reach before any of them continues. It can be reused at
+// once, because no thread arrives again before all have left.
 struct Meeting {
   size_t expected = 0;
   const char* name = nullptr;  // what the waiting threads called
@@ -48,7 +49,8 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  // Two sets of slots in turn: a fast lane may give its next value while slow ones read the last.
+  // Two sets of slots, used alternately: a fast lane may write its next value while slow lanes
+  // still read the last.
   uint64_t slot[2][kWarp];
   uint32_t words[2][kWarp][6];
   std::vector<Fiber*> ready;
@@ -62,16 +64,16 @@ struct Block {
   Index3 index;
   Meeting meeting;
   std::map<int, Meeting> groups;
-  std::unique_ptr<unsigned char, FreeMemory> shared;  // at a multiple of 1024, as on the device
+  std::unique_ptr<unsigned char, FreeMemory> shared;  // aligned to 1024, as on the device
 };
 
-// A stack and where its execution stands.
+// A stack and its saved execution state.
 struct Execution {
   ucontext_t context;
   jmp_buf jump;
   const void* stack = nullptr;
   size_t stack_bytes = 0;
-  void* fake_stack = nullptr;  // AddressSanitizer's own
+  void* fake_stack = nullptr;  // of AddressSanitizer
   bool started = false;
 };
 
@@ -98,13 +100,13 @@ struct Grid {
   std::vector<Block> blocks;
   std::vector<Warp*> ready_warps;  // those with a ready thread
   size_t finished = 0;
-  size_t naps = 0;  // since a meeting was completed or a thread finished
+  size_t naps = 0;  // since the last completed meeting or finished thread
   std::string error;
   Execution host;  // the thread that called run_grid
 };
 
 Grid* grid_now = nullptr;    // one grid at a time
-Fiber* fiber_now = nullptr;  // null while the host's own stack runs
+Fiber* fiber_now = nullptr;  // null while the host's stack runs
 
 // --- stacks and switches -------------------------------------------------------------------------
 
@@ -114,8 +116,8 @@ constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
 
-// Stacks are kept between grids. Below each lies a page that faults, so that an overflow is a crash
-// and not damage to a neighbour.
+// Stacks are kept between grids. Below each is a page that faults, so that an overflow crashes
+// instead of corrupting the next stack.
 unsigned char* stack_of(size_t i) {
   static std::vector<unsigned char*> stacks;
   while (stacks.size() <= i) {
@@ -128,14 +130,14 @@ unsigned char* stack_of(size_t i) {
   return stacks[i];
 }
 
-// Leaves `from`, to come back when another switch names it; `last`: never.
+// Switches from `from`, which continues when another switch names it; with `last`, never.
 void switch_stacks(Execution* from, Execution* to, bool last) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(last ? nullptr : &from->fake_stack, to->stack, to->stack_bytes);
   swapcontext(&from->context, &to->context);
   __sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
 #else
-  // ucontext makes the stacks, but each of its switches is a system call; these are not.
+  // ucontext creates the stacks, but each of its switches is a system call; longjmp is not.
   (void)last;
   if (_setjmp(from->jump) != 0) return;
   if (to->started) _longjmp(to->jump, 1);
@@ -164,13 +166,13 @@ uint64_t next_random() {  // splitmix64
   return z ^ z >> 31;
 }
 
-// The grid's threads are abandoned where they stand.
+// Abandons all of the grid's threads where they are.
 void stop(std::string error) {
-  // Moved: the caller's frame is abandoned with whatever it still owns, and LeakSanitizer would
-  // tell.
+  // Moved, because the caller's frame is abandoned with everything it still owns, and LeakSanitizer
+  // would report that.
   grid_now->error = std::move(error);
   run(nullptr, true);
-  std::abort();  // nobody comes back to an abandoned thread
+  std::abort();  // an abandoned thread is never resumed
 }
 
 namespace {
@@ -181,7 +183,7 @@ void make_ready(Fiber* fiber) {
   fiber->warp->ready.push_back(fiber);
 }
 
-// A ready thread, no longer counted as such; null if there is none.
+// Removes and returns a ready thread; null if there is none.
 Fiber* take_ready(bool another_warp) {
   std::vector<Warp*>& line = grid_now->ready_warps;
   if (line.empty()) return nullptr;
@@ -210,9 +212,9 @@ std::string place(const Fiber& fiber) {
          std::to_string(fiber.thread.x);
 }
 
-// How many threads have finished, and how many wait where.
+// Describes how many threads have finished, and where the others wait.
 std::string whereabouts() {
-  std::map<std::string, std::pair<size_t, std::string>> places;  // what: how many, for example
+  std::map<std::string, std::pair<size_t, std::string>> places;  // wait: count, example
   for (const Fiber& fiber : grid_now->fibers) {
     if (!fiber.waits_for) continue;
     auto& [count, example] = places[fiber.waits_for];
@@ -257,7 +259,7 @@ void meet(Meeting* meeting, const char* name) {
 
 void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
-  // The first fiber comes from the host's stack and so learns where that lies.
+  // The first fiber is entered from the host's stack, and so learns where that is.
   Execution& host = grid_now->host;
   if (host.stack) {
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
@@ -360,7 +362,8 @@ void wait_for_grid() {
 }
 
 void nap() {
-  // Each nap lets others run up to their next wait, so this many in a row are nobody's progress.
+  // Each nap lets other threads run to their next wait, so after this many in a row none makes
+  // progress.
   if (++grid_now->naps > 1000 + 100 * grid_now->fibers.size()) {
     std::string text =
         "no progress: " + place(*fiber_now) + " and others only sleep and look again; ";

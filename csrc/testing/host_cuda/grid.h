@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a CUDA grid on the CPU, for tests: each CUDA thread is a fiber (ucontext), all blocks of the
-// grid are alive at once, and one host thread switches between them. A fiber runs until it waits (a
-// barrier, an exchange within a warp, __nanosleep) or meets an atomic, and which one goes on next
-// is drawn from a seed, so that code which lacks a barrier meets orders that break it.
+// Runs a CUDA grid on the CPU, for tests. Each CUDA thread is a fiber (ucontext), all blocks of the
+// grid exist at once, and one host thread switches between them. A fiber runs until it waits (a
+// barrier, an exchange within a warp, __nanosleep) or reaches an atomic. The next one is drawn from
+// a seed, so code without a necessary barrier is run in orders that break it.
 //
-// Not the device: memory is sequentially consistent, lanes of a warp do not run in step, expf and
-// its like are the host's. What it finds: wrong indices, missing or diverging barriers, reads of
-// what nobody wrote (shared memory is poisoned), deadlocks, and under sanitizers stray accesses.
+// It differs from a device: memory is sequentially consistent, the lanes of a warp do not run in
+// lockstep, and expf and similar functions are the host's. It finds wrong indices, missing or
+// diverging barriers, reads of unwritten memory (shared memory is poisoned), deadlocks, and with
+// sanitizers accesses out of bounds.
 #pragma once
 
 #include <cstddef>
@@ -22,18 +23,19 @@ struct Index3 {
 };
 
 struct Schedule {
-  // 0 = in turn; odd = drawn from this seed, one warp as far as it goes; even = drawn from this
-  // seed, any thread next.
+  // 0: in turn. Odd: drawn from this seed, each warp as far as it goes. Even: drawn from this seed,
+  // any thread next.
   uint64_t seed = 0;
-  // Seeded bugs, to show that tests see them: every thread walks through its n-th barrier (from 0)
-  // of the kind without waiting. -1: none.
+  // Seeded bugs, to show that tests detect them: every thread passes its n-th barrier (from 0) of
+  // the kind without waiting. -1: none.
   int skipped_grid_barrier = -1;
   int skipped_block_barrier = -1;  // group barriers count among them
   int skipped_copy_wait = -1;      // waits for an mbarrier
 };
 
-// Runs body once per thread of the grid; throws std::runtime_error, saying who waits where, if the
-// threads can never all finish. Shared memory is filled with 0xFF bytes (floats: NaN) before.
+// Runs body once per thread of the grid. If the threads can never all finish, throws
+// std::runtime_error that says which of them wait where. Shared memory is filled with 0xFF bytes
+// (floats: NaN) first.
 void run_grid(Index3 grid, Index3 block, size_t shared_bytes, bool cooperative, Schedule schedule,
               const std::function<void()>& body);
 
@@ -43,7 +45,7 @@ extern Index3 threadIdx, blockIdx, blockDim, gridDim;  // set at every switch
 unsigned char* shared_memory();
 
 void wait_for_block();                        // __syncthreads: all threads of the block
-void wait_for_group(int group, int threads);  // barrier.sync: those who name the group
+void wait_for_group(int group, int threads);  // barrier.sync: all that name the group
 void wait_for_warp();                         // __syncwarp: all 32 lanes
 void wait_for_grid();  // the grid barrier; an error unless the grid was launched as cooperative
 void nap();            // __nanosleep: lets other warps go first
@@ -51,15 +53,15 @@ void step_back();      // before an atomic: lets any ready thread go first
 
 // --- for async.cpp ---
 [[noreturn]] void stop(std::string error);  // ends the grid; run_grid throws it
-void note_progress();                       // nap() gives up after long without any
+void note_progress();                       // nap() gives up after too long without it
 uint64_t next_random();                     // drawn from the seed
 uint64_t schedule_seed();
-int count_copy_wait();  // how often this thread has called it
+int count_copy_wait();  // number of calls by this thread
 int skipped_copy_wait();
-// Every lane gives six words; all lanes' words, by lane. All 32 must call.
+// Every lane gives six words and gets those of all lanes, by lane. All 32 must call.
 const uint32_t (*exchange_six(const uint32_t (&mine)[6]))[6];
 
-// Every lane of the warp gives a value and gets that of lane `source`; all 32 must call.
+// Every lane gives a value and gets that of lane `source`. All 32 must call.
 uint64_t exchange(uint64_t value, int source);
 
 }  // namespace host_cuda
