@@ -36,13 +36,11 @@ def train(arguments: Namespace) -> int | None:
     """Train, measure on held-out rows, save, and print a summary; see :func:`_train`. Of several
     processes only the first one prints.
     """
-    quiet = int(os.environ.get("RANK") or 0) > 0
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if quiet else sys.stdout):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if _quiet() else sys.stdout):
             return _train(arguments)
     except KeyboardInterrupt:
-        print(f"\n{_after_interrupt(arguments)}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted(_after_interrupt(arguments))
 
 
 def _train(arguments: Namespace) -> int | None:
@@ -79,7 +77,7 @@ def _train(arguments: Namespace) -> int | None:
             trainer.cache_hidden()
     with argument("--output"):
         trainer.try_saving()
-    bars, stop = ProgressBars.put_on(trainer), StopAfterStep()
+    bars, stop = ProgressBars.put_on(trainer), StopAfterStep(quiet=_quiet())
     trainer.add_callback(stop)
     before = summary.measure(trainer)
     try:
@@ -87,9 +85,7 @@ def _train(arguments: Namespace) -> int | None:
             trainer.train(resume_from_checkpoint=_checkpoint(arguments))
     except Stopped as stopped:
         bars.close()
-        command = resuming_command(arguments.argv)
-        print(f"\nstopped at step {stopped.step}; to resume: {command}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted(f"stopped at step {stopped.step}; {_how_to_resume(arguments)}")
     except (BusyFolderError, SaveError) as error:
         raise UserError(f"--output: {one_line(error)}") from error
     except LostProcessError as error:
@@ -149,7 +145,24 @@ def _after_interrupt(arguments: Namespace) -> str:
     last = latest_checkpoint(folder) if folder.is_dir() else None
     if last is None:
         return "stopped before the first checkpoint; there is nothing to resume"
-    return f"stopped; {last} is complete; to resume: {resuming_command(arguments.argv)}"
+    return f"stopped; {last} is complete; {_how_to_resume(arguments)}"
+
+
+def _how_to_resume(arguments: Namespace) -> str:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return "to resume, start the processes as before, with --resume"
+    return f"to resume: {resuming_command(arguments.argv)}"
+
+
+def _interrupted(message: str) -> int:
+    if not _quiet():
+        print(f"\n{message}", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def _quiet() -> bool:
+    """Whether a launcher started this process, and not as the first one."""
+    return int(os.environ.get("RANK") or 0) > 0
 
 
 def _generate_command(arguments: Namespace) -> str:

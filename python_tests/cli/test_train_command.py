@@ -16,6 +16,7 @@ import torch
 from legible import check_legible
 from safetensors.torch import load_file
 from terminal import Terminal
+from torchrun import run_in_two_processes
 
 import dualhead_ext as dh
 from dualhead_ext import cli
@@ -154,6 +155,12 @@ def test_a_second_ctrl_c_is_what_it_was_outside(interruptible):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_two_processes_stop_after_the_same_step(tmp_path):
+    run_in_two_processes("ddp_interrupt.py", tmp_path)
+    told = [(tmp_path / f"told-{rank}.txt").read_text() for rank in range(2)]
+    assert told == ["[False, True, True]"] * 2
 
 
 def test_after_the_last_step_ctrl_c_stops_at_once(interruptible):
