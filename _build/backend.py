@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PEP 517 backend: setuptools', asking for torch only where the environment has none.
+"""The PEP 517 backend: that of setuptools, which asks for torch only if the environment has none.
 
-The extension needs torch's headers to compile and runs on any torch from 2.11 on. With torch in
-``[build-system] requires``, pip would download its newest CUDA build into the isolated build
-environment although the right one is installed beside it. DUALHEAD_BUILD_TORCH names another
-requirement than "torch>=2.11" for the case that there is none.
+The extension needs torch's headers to compile, and runs on any torch from 2.11 on. If torch stood
+in ``[build-system] requires``, pip would download its newest CUDA build into the isolated build
+environment, although a suitable torch is already installed. If no torch is installed, the build
+requires "torch>=2.11", or what DUALHEAD_BUILD_TORCH names instead.
 """
 
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small make: runs compiler commands in parallel, and only those whose result is out of date."""
+"""A small make: runs compiler commands in parallel, and only those whose output is out of date."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pathlib import Path
 
 from toolchain import BuildError
 
-ROOT = Path(__file__).resolve().parent.parent  # commands run here: sources are named from here
+ROOT = Path(__file__).resolve().parent.parent  # commands run here; source paths are relative to it
 
-# What `nvcc -Xptxas=-v` says of each kernel: for the log, not for the terminal.
+# What `nvcc -Xptxas=-v` reports about each kernel. It belongs in the log, not on the terminal.
 _RESOURCES = re.compile(r"ptxas info|\s+\d+ bytes stack frame|\s*$")
 
 
 @dataclass
 class Step:
-    """One command and the file it makes; what the command says is kept in ``log``.
+    """One command and the file that it makes. The command's output is kept in ``log``.
 
-    command: runs in ROOT; paths below it are relative, so a moved checkout is not out of date.
+    command: runs in ROOT. Paths below ROOT are relative, so that a moved checkout stays up to date.
     stamp: what else the result depends on, such as the compiler's version, as text.
-    inputs: files it reads, beside those that the compiler lists in ``output + '.d'``.
+    inputs: files that it reads, besides those that the compiler lists in ``output + '.d'``.
     """
 
     output: Path
@@ -55,7 +55,7 @@ class Step:
         listed = self.output.with_name(self.output.name + ".d")
         if not listed.is_file():
             return self.inputs
-        # "a.o: x.cpp \\\n y.h": a makefile's rule, names escaped as a shell would.
+        # A makefile rule such as "a.o: x.cpp \\\n y.h"; names are escaped as in a shell.
         names = shlex.split(listed.read_text().replace("\\\n", " "))
         return [*self.inputs, *(ROOT / name for name in names if not name.endswith(":"))]
 
@@ -94,7 +94,7 @@ def job_count() -> int:
 
 
 def run_steps(steps: list[Step]) -> None:
-    """Runs all steps that are out of date; the first failure stops those not yet started."""
+    """Run all steps that are out of date. After a failure, no further step is started."""
     pending = [step for step in steps if not step.up_to_date()]
     with ThreadPoolExecutor(job_count()) as pool:
         futures = [pool.submit(step.run) for step in pending]
@@ -108,7 +108,7 @@ def run_steps(steps: list[Step]) -> None:
 
 @contextmanager
 def build_lock(folder: Path) -> Iterator[None]:
-    """Two builds of one checkout at once would read each other's half-written objects."""
+    """Keep other builds of this checkout out: two at once would read half-written objects."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two libraries of the package: _C.so (schemas and CPU kernels, loads on every torch from 2.11
-on) and _C_cuda.so (CUDA kernels, loads only on a CUDA torch, so it is a file of its own).
+"""The two libraries of the package.
+
+_C.so holds the schemas and the CPU kernels and loads on every torch from 2.11 on. _C_cuda.so holds
+the CUDA kernels. It is a separate file because it loads only on a CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ PRODUCTS = (CPU_LIBRARY, CUDA_LIBRARY, BUILD_INFO)
 
 @dataclass(frozen=True)
 class Tools:
-    """What a build uses. nvcc: None for no CUDA library."""
+    """The tools of a build. If nvcc is None, no CUDA library is built."""
 
     cxx: list[str]
     cxx_version: str
@@ -62,7 +64,9 @@ def find_tools() -> Tools:
 
 
 def sources(kind: str) -> list[Path]:
-    """Relative to ROOT. A binding whose name ends in _cuda.cpp belongs to the CUDA library."""
+    """The sources of one library, relative to ROOT. Bindings in *_cuda.cpp belong to the CUDA
+    library.
+    """
     bindings = sorted((ROOT / "csrc").glob("*.cpp"))
     if kind == "cuda":
         found = [path for path in bindings if path.stem.endswith("_cuda")]
@@ -77,7 +81,8 @@ def _binding_flags(torch: Torch) -> list[str]:
     return [
         "-DTORCH_STABLE_ONLY",
         f"-DTORCH_TARGET_VERSION=0x{MINIMUM[0]:02x}{MINIMUM[1]:02x}000000000000",
-        # Headers put their own path into error messages: not the build machine's.
+        # Torch's headers put their own path into error messages: leave the build machine's path
+        # out.
         f"-fmacro-prefix-map={torch.include}=torch",
         "-isystem",
         str(torch.include),
@@ -91,7 +96,7 @@ def _from_root(path: Path) -> str:
 
 
 def _host_compiler(cxx: list[str]) -> str:
-    """What of "ccache g++" nvcc can use."""
+    """The compiler in a command such as "ccache g++", for nvcc, which cannot use ccache."""
     return next(word for word in cxx if Path(word).name not in ("ccache", "sccache"))
 
 
@@ -104,11 +109,13 @@ def _compile_step(source: Path, folder: Path, tools: Tools) -> Step:
         stamp += tools.nvcc.version
     else:
         command = [*tools.cxx, *CXX_FLAGS]
-        if len(source.parts) == 2:  # csrc/*.cpp are the bindings; below are the kernels, torch-free
+        # csrc/*.cpp are the bindings; the kernels below csrc/ do not use torch
+        if len(source.parts) == 2:
             command += _binding_flags(tools.torch)
             stamp += tools.torch.version
         if source.stem.endswith("_cuda"):
-            command += ["-DUSE_CUDA"]  # declares the shim of the current CUDA stream
+            # Declares the function of the stable ABI that returns the current CUDA stream
+            command += ["-DUSE_CUDA"]
     command += ["-Icsrc", "-MMD", "-MF", _from_root(output) + ".d"]
     command += ["-c", str(source), "-o", _from_root(output)]
     return Step(output, command, f"compile {source}", stamp)
@@ -116,8 +123,8 @@ def _compile_step(source: Path, folder: Path, tools: Tools) -> Step:
 
 def _link_step(output: Path, objects: list[Path], tools: Tools, cuda: bool) -> Step:
     command = [*tools.cxx, "-shared", "-o", _from_root(output), *map(_from_root, objects)]
-    # libtorch.so is needed by name although nothing of it is used: on a CUDA torch it is what
-    # brings libtorch_cuda.so into scope, so one file serves both.
+    # Nothing in libtorch.so is used, but the library must name it: in a CUDA build of torch,
+    # libtorch.so loads libtorch_cuda.so. Without "--no-as-needed" the linker would drop it.
     command += [f"-L{tools.torch.lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     command += ["-Wl,--as-needed"]
     if cuda:
@@ -129,7 +136,7 @@ def _link_step(output: Path, objects: list[Path], tools: Tools, cuda: bool) -> S
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in this checkout; None where this is no checkout of its own, or has no git."""
+    """Output of git in this checkout, or None without git or outside a checkout of this project."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -137,8 +144,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def csrc_hash() -> str:
-    """SHA-256 over the contents of the files of csrc/ that git knows (all of them in a source
-    archive), in the byte order of their names."""
+    """SHA-256 over the contents of the tracked files of csrc/, in the byte order of their names.
+
+    A source archive has no git; there, all files of csrc/ count.
+    """
     listed = _git("ls-files", "-z", "csrc")
     if listed is not None:
         names = [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
@@ -170,8 +179,10 @@ def compile_steps(kind: str, folder: Path, tools: Tools) -> list[Step]:
 
 
 def build(folder: Path) -> dict[str, Path]:
-    """Builds what is out of date below `folder`. Returns the path of each product by its name; no
-    CUDA_LIBRARY where none was asked for."""
+    """Build what is out of date below `folder`. Returns {file name: path}.
+
+    The result holds CUDA_LIBRARY only if a CUDA library was asked for.
+    """
     tools = find_tools()
     kinds = {"cpu": CPU_LIBRARY} | ({"cuda": CUDA_LIBRARY} if tools.nvcc else {})
     with build_lock(folder):
@@ -198,9 +209,9 @@ def build(folder: Path) -> dict[str, Path]:
 
 
 def install(products: dict[str, Path], package: Path) -> None:
-    """Puts the products into the package's folder and removes what an earlier build left there.
+    """Copy the products into the package's folder and remove the libraries of an earlier build.
 
-    Each file is replaced by a rename: a process that has the old library mapped keeps it.
+    Each file is replaced by a rename, so that a process which has mapped the old library keeps it.
     """
     package.mkdir(parents=True, exist_ok=True)
     for name in PRODUCTS:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compilers and their flags: $CXX or the system's C++ compiler, and nvcc where it is found.
+"""Compilers and their flags: $CXX or the system's C++ compiler, and nvcc if it is found.
 
-nvcc is called directly: torch.utils.cpp_extension refuses to build CUDA beside a CPU-only torch,
-and takes the folder above a wrapper script on PATH for the toolkit's root.
+nvcc is called directly. torch.utils.cpp_extension refuses to build CUDA code beside a CPU-only
+torch, and if nvcc on PATH is a wrapper script, it takes the folder above the script for the
+toolkit's root.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
-# Beside a CPU-only torch, which runs none of it: the architecture whose machine code the tests read.
+# The default beside a CPU-only torch. Nothing runs there, but tests read this architecture's code.
 TESTED_ARCHS = "9.0a"
 DEFAULT_CUDA_ROOT = "/usr/local/cuda"
 
@@ -32,7 +33,7 @@ NVCC_FLAGS = _flags("nvcc_flags.txt")
 
 
 class BuildError(Exception):
-    """One sentence for the person who builds."""
+    """A build error, as one sentence for the person who builds."""
 
 
 def find_cxx() -> list[str]:
@@ -56,8 +57,10 @@ class Nvcc:
     version: str
 
     def library_folders(self) -> list[Path]:
-        """Where libcudart_static.a is, as nvcc itself says: the root cannot be told from the
-        program's path when that is a wrapper script."""
+        """The folders of libcudart_static.a, as nvcc reports them.
+
+        If the program is a wrapper script, its path does not tell the toolkit's root.
+        """
         trace = subprocess.run(
             [self.program, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
             capture_output=True,
@@ -86,10 +89,10 @@ def find_nvcc() -> Nvcc | None:
 
 
 def choose_cuda(torch_cuda: str | None) -> Nvcc | None:
-    """What DUALHEAD_CUDA = auto | nvcc | 0 | 1 asks for: nvcc for the CUDA library, None for none.
+    """The nvcc to build the CUDA library with, or None, by DUALHEAD_CUDA = auto | nvcc | 0 | 1.
 
-    torch_cuda: the CUDA version of the torch that will load it; None of a CPU-only torch, which
-    cannot, so that "auto" spares the minutes.
+    torch_cuda: the CUDA version of the torch that will load the library; None if it is CPU-only. A
+    CPU-only torch cannot load the library, so "auto" then saves the minutes that compiling takes.
     """
     switch = os.environ.get("DUALHEAD_CUDA", "auto")
     if switch not in ("auto", "nvcc", "0", "1"):
@@ -106,9 +109,9 @@ def choose_cuda(torch_cuda: str | None) -> Nvcc | None:
 
 
 def cuda_archs(torch_cuda: str | None) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST as torch spells it: '8.0;9.0a' or '8.0 9.0+PTX'.
+    """The architectures in TORCH_CUDA_ARCH_LIST, in torch's syntax: '8.0;9.0a' or '8.0 9.0+PTX'.
 
-    torch_cuda: as in choose_cuda; it decides the default.
+    torch_cuda: as in choose_cuda. It decides the default.
     """
     default = TESTED_ARCHS if torch_cuda is None else DEFAULT_ARCHS
     archs = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())

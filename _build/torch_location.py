@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where torch's headers and libraries are, found without importing torch (two seconds, and not
-importable at all in pip's isolated build environment).
+"""Find torch's headers and libraries without importing torch.
+
+The import takes two seconds, and is impossible in pip's isolated build environment.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-# Built for the stable ABI of this torch, the libraries run on it and every later one.
+# The libraries are built for the stable ABI of this torch, and run on it and on every later one.
 MINIMUM = (2, 11)
 
 
@@ -33,10 +34,10 @@ class Torch:
 
 
 def _target_folders() -> list[str]:
-    """The site-packages of the environment that is installed into, best first.
+    """The site-packages folders of the environment that the package is installed into, best first.
 
-    Under pip's isolation ``sys.path`` has only the build environment, but the interpreter is still
-    the target's.
+    Under pip's isolation ``sys.path`` holds the build environment only, but the interpreter is that
+    of the target environment.
     """
     paths = [sysconfig.get_paths()[key] for key in ("purelib", "platlib")]
     configuration = Path(sys.prefix, "pyvenv.cfg")
@@ -65,7 +66,7 @@ def _torch_in(folder: str) -> Torch | None:
 
 
 def find_installed_torch() -> Torch | None:
-    """A new enough torch in the environment that is installed into."""
+    """The torch of the environment that the package is installed into, if it is new enough."""
     found = (_torch_in(folder) for folder in _target_folders())
     return next((torch for torch in found if torch), None)
 
