@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode step by size: fused, eager, torch.compile, and the plain head.
 
-See :mod:`dualhead_ext.bench.contenders`. Fails where the fused step is slower than eager PyTorch,
-or, at d = 4096, V = 32000, B = 1 in bf16, neither 1.5 times as fast nor at 90 % of the bandwidth.
+See :mod:`dualhead_ext.bench.contenders`. A benchmark fails if the fused step is slower than eager
+PyTorch. At d = 4096, V = 32000, B = 1 in bf16 it also fails if the step is neither 1.5 times as
+fast as eager nor at 90 % of the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -27,5 +28,5 @@ def test_decode_step(group, benchmarks):
 
 
 def test_growth(group, benchmarks):
-    """Measure how the step's time grows with V, T and B; there are no requirements here."""
+    """Measure how the step's time grows with V, T and B. No speed is required here."""
     runner.run_growth(group, benchmarks.found, benchmarks.seconds, benchmarks.emit)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused training loss against eager PyTorch, torch.compile and PyTorch's chunked loss.
 
-See :mod:`dualhead_ext.bench.loss`. Fails if it is slower than eager, or at d = 1024, V = 32000
-takes more than 0.8 of eager's time or 15 % of its memory.
+See :mod:`dualhead_ext.bench.loss`. A benchmark fails if the loss is slower than eager or, at
+d = 1024, V = 32000, if it takes more than 0.8 of eager's time or 15 % of eager's memory.
 """
 
 from __future__ import annotations

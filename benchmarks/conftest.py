@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pytest --benchmark``: the report that the benchmarks fill. Options: ../conftest.py."""
+"""The report that ``pytest --benchmark`` fills. Its options are in ../conftest.py."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def pytest_configure(config: pytest.Config) -> None:
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
     for name in ("benchmark_quick", "benchmark_seconds", "results_json"):
-        value = getattr(option, name)  # 0 seconds are a value too
+        value = getattr(option, name)  # 0 is a valid number of seconds
         if value is not None and value is not False and not option.benchmark:
             raise pytest.UsageError(f"--{name.replace('_', '-')} needs --benchmark")
     if option.benchmark and option.showcapture == "all":
-        # Benchmarks print past capturing. The captured rest is thousands of log lines of torch's
-        # compiler, which would hide the failure.
+        # The benchmarks print with capturing disabled. What is captured is thousands of lines of
+        # the log of torch's compiler, which would hide the failure.
         option.showcapture = "no"
 
 
 @dataclass
 class Session:
-    """State shared by the benchmarks: the report, seconds per case, and printing past capturing."""
+    """State shared by the benchmarks: report, seconds per case, printing without capture."""
 
     found: report.Report
     seconds: float | None

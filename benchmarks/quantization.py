@@ -33,8 +33,9 @@ TEST_PAIRS, CALIBRATION_PAIRS, TOKENS = 100, 60, 256
 
 @torch.no_grad()
 def hidden_states(model, tokenizer, split: str, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (N, d) of the prompts and chosen responses of pairs, and the alpha (N,) of a
-    gated model's gate.
+    """The hidden states (N, d) of pairs' prompts and chosen responses.
+
+    Also returns alpha (N,), if the model has a gate.
     """
     states, alphas = [], []
     model.lm_head.register_forward_hook(lambda module, x, out: states.append(x[0][0]))
@@ -47,8 +48,10 @@ def hidden_states(model, tokenizer, split: str, pairs: int) -> tuple[torch.Tenso
 
 
 def quantized(heads: DualHead, name: str, calibration: str, states: torch.Tensor) -> DualHead:
-    """A quantised copy of the heads. calibration: "nearest": round to nearest; "default":
-    `quantize` without hidden states; "states": calibrate on ``states`` (N, d).
+    """A quantised copy of the heads.
+
+    calibration: "nearest" rounds to nearest, "default" calls `quantize` without hidden states, and
+    "states" calibrates on ``states`` (N, d).
     """
     copied = copy.deepcopy(heads)
     if calibration != "nearest":
@@ -62,10 +65,12 @@ def quantized(heads: DualHead, name: str, calibration: str, states: torch.Tensor
 def agreement(
     heads: DualHead, hidden: torch.Tensor, alpha: torch.Tensor, states: torch.Tensor | None
 ) -> list[dict]:
-    """Greedy agreement of quantised heads with bf16 and KL(bf16 || quantised) in nats per token, at
-    hidden states (N, d) and alpha (N,), with calibration on other ``states``.
+    """How far quantised heads agree with bf16 ones, at hidden states (N, d) and alpha (N,).
+
+    Returns the share of equal greedy tokens and KL(bf16 || quantised) in nats per token. The
+    quantised heads are calibrated on ``states``, which are other hidden states.
     """
-    # "eager" rounds logits to bf16; "fused" sums the same weights in fp32, as the kernel does.
+    # "eager" rounds logits to bf16. "fused" sums the same weights in fp32, as the kernel does.
     wide = copy.deepcopy(heads).float()(hidden[:, None].float(), alpha=alpha)
     bases = {
         name: torch.log_softmax(out.logits[:, 0], -1)
@@ -88,9 +93,10 @@ def agreement(
 
 
 def accuracy(trained: str | None) -> dict:
-    """The accuracy of three reward heads: a copy of the LM head, a copy with noise of a tenth of
-    its standard deviation, and trained heads if a folder is given. alpha = 1/2; for trained heads
-    also the alpha of their gate.
+    """The accuracy of three reward heads, at alpha = 1/2.
+
+    They are a copy of the LM head, a copy with noise of a tenth of its standard deviation, and
+    trained heads if a folder is given. Trained heads are also measured at the alpha of their gate.
     """
     path = str(embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)

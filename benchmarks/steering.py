@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documentation of the steering suite's committed results: docs/steering.png, and the text between
-``<!-- steering -->`` and ``<!-- /steering -->`` in README.md and docs/results.md.
+"""Update the documentation of the steering suite from its committed results.
 
     python benchmarks/steering.py
+
+Writes docs/steering.png, and the text between ``<!-- steering -->`` and ``<!-- /steering -->`` in
+README.md and docs/results.md.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "steering" / "results.json"
 PICTURE = ROOT / "docs" / "steering.png"
 _OWN, _GENARM, _DPO = PALETTE[0], PALETTE[1], PALETTE[2]
-# (system, reward head, gate): name, marker, colour, in the order of the legend. Other systems are
-# only in the table. Ours are blue and differ by the marker.
+# {(system, reward head, gate): (name, marker, colour)}, in the order of the legend. Other systems
+# are only in the table. The project's own systems are blue and differ by the marker.
 SHOWN = {
     ("dual-head", "embedding", "fixed"): ("Dual-Head, fixed gate", "o-", _OWN),
     ("dual-head", "embedding", "linear"): ("Dual-Head, linear gate", "s--", _OWN),
@@ -33,12 +35,12 @@ SHOWN = {
     ("best-of-16", None, None): ("best of 16 samples", "*", PALETTE[5]),
 }
 _BACKBONE = ("backbone", None, None)
-_NEAR = 0.1  # nats per token at which the title compares
+_NEAR = 0.1  # nats per token at which the plot's title compares the systems
 Point = tuple[float, float, float, float]
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The seeds of each system and target."""
+    """{system and target: the rows of its seeds}."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         place = (row["system"], row["reward_head"], row["gate"])
@@ -68,7 +70,7 @@ def held_out_of(rows: list[dict[str, Any]]) -> dict[tuple, list[tuple[float, flo
 
 
 def finding(rows: list[dict[str, Any]]) -> str:
-    """The effect of Dual-Head near 0.1 nats per token, by both scorers."""
+    """The sentence about the effect of Dual-Head near 0.1 nats per token, by both scorers."""
     gold, held_out = points_of(rows), held_out_of(rows)
     own = next(place for place in SHOWN if place in gold)
     at = min(range(len(gold[own])), key=lambda i: abs(gold[own][i][0] - _NEAR))
@@ -82,14 +84,14 @@ def finding(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:
-    """Plot of the scorer that ranked the training data and of a held-out scorer."""
+    """Two plots: by the scorer that ranked the training data, and by a held-out scorer."""
     gold, held_out = points_of(rows), held_out_of(rows)
     figure = blank(9.0, 4.4)
     left, right = figure.subplots(1, 2)
     for place, (label, style, color) in SHOWN.items():
         if place not in gold:
             continue
-        lines = len(style) > 1  # a single marker is one point, without a line from the backbone
+        lines = len(style) > 1  # a line from the backbone, unless the system is a single point
         start = [(0.0, *gold[_BACKBONE][0][1:])] if lines else []
         kl, value, low, high = zip(*[*start, *gold[place]], strict=True)
         left.plot(kl, value, style, label=label, color=color, markersize=5, linewidth=1.4)
@@ -135,8 +137,9 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], attribute: str, target: float | None = None) -> str:
-    """A table with a row for each system, at one target (None: all); systems without a target are
-    always included. Values are means over seeds.
+    """A table with a row for each system at one target, or at all targets if it is None.
+
+    Systems without a target are always included. Values are means over seeds.
     """
     groups: dict[tuple[str, Any], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -162,12 +165,12 @@ def table(rows: list[dict[str, Any]], attribute: str, target: float | None = Non
 
 
 def fmean_of(rows: list[dict[str, Any]], name: str) -> float:
-    """The mean of a field."""
+    """The mean of a field over the rows."""
     return fmean(row[name] for row in rows)
 
 
 def blocks(rows: list[dict[str, Any]], run: dict[str, Any]) -> dict[Path, str]:
-    """{document: text between its marks}."""
+    """{document: text between its markers}."""
     targets = [row["kl_target"] for row in rows if row["kl_target"] is not None]
     first = min(targets, key=lambda t: abs(t - 0.1)) if targets else None
     return {
@@ -177,10 +180,10 @@ def blocks(rows: list[dict[str, Any]], run: dict[str, Any]) -> dict[Path, str]:
 
 
 def filled(document: str, block: str) -> str:
-    """The document with the block between its marks.
+    """The document with the block between its markers.
 
     Raises:
-        ValueError: it has no marks.
+        ValueError: the document has no markers.
     """
     begin, end = "<!-- steering -->\n", "<!-- /steering -->"
     head, found, rest = document.partition(begin)

@@ -3,12 +3,15 @@
 
     python benchmarks/vllm_serving.py RESULTS.json
 
-It needs vLLM's environment (`make vllm-env`). The backbone is a random Llama of d = 1024, 24 layers
-and V = 32000, in bfloat16. For each head, a plain and a gated engine in this process take turns.
-Figures are CPU seconds of the process with one thread, which other programs on the machine change
-less than the seconds of a clock: of a decode step (a text of 25 tokens minus one of 1 token, by 24)
-at B requests, and of a prompt of 256 tokens. ratio: plain by gated, the median of all turns and
-their extremes; 1 is free.
+This needs vLLM's environment (`make vllm-env`). The backbone is a random Llama with d = 1024, 24
+layers and V = 32000, in bfloat16. For each head, a plain and a gated engine run alternately in this
+process.
+
+Figures are CPU seconds of this process with one thread: other programs on the machine disturb them
+less than wall-clock time. They are given for a decode step at B requests (the time of a text of 25
+tokens minus that of 1 token, divided by 24), and for a prompt of 256 tokens. ratio: the plain
+engine's time divided by the gated one's, as the median and the extremes over all rounds; 1 means
+that the gated head costs nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ WORK = {
 
 
 def folders(place: Path) -> dict[str, Path]:
-    """An exported folder of each head."""
+    """The folder of each head's export."""
     torch.manual_seed(0)
     backbone = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **SHAPE)).bfloat16()
     backbone.save_pretrained(place / "backbone")
@@ -90,7 +93,7 @@ def seconds(llm: LLM, batch: int, length: int, new: int) -> float:
 
 
 def measure(llm: LLM, batch: int, length: int, new: int) -> float:
-    """Milliseconds of a decode step, or of a prompt where ``new`` is 0."""
+    """Milliseconds of a decode step, or of a prompt if ``new`` is 0."""
     first = seconds(llm, batch, length, 0)
     return 1e3 * first if new == 0 else 1e3 * (seconds(llm, batch, length, new) - first) / new
 
@@ -103,7 +106,7 @@ def main(path: str) -> None:
             gated = engine(folder)
             for work, sizes in WORK.items():
                 both = [(measure(plain, *sizes), measure(gated, *sizes)) for _ in range(TURNS + 1)]
-                ratios = [a / b for a, b in both[1:]]  # the first turn warms up
+                ratios = [a / b for a, b in both[1:]]  # the first round is the warm-up
                 row = {
                     "reward_head": name,
                     "work": work,

@@ -35,7 +35,9 @@ class NetworkGate(Gate):
         self.out_bias = nn.Parameter(torch.zeros(1))  # alpha starts at 1/2 everywhere
 
     def forward(self, hidden: torch.Tensor, attention_mask: object = None) -> torch.Tensor:
-        """hidden (..., d) -> (...), fp32. Each position stands alone, so the mask is not needed."""
+        """hidden (..., d) -> (...), in fp32. This gate looks at single positions, so it needs no
+        mask.
+        """
         units = torch.tanh(hidden.float() @ self.in_weight.float().T)
         return (units @ self.out_weight.float().T).squeeze(-1) + self.out_bias.float()
 
@@ -54,7 +56,7 @@ def main() -> None:
         output_dir=str(arguments.output),
         num_train_epochs=2,
         max_length=96,
-        gate_learning_rate=1e-3,  # a gate that learns needs smaller steps than the reward head
+        gate_learning_rate=1e-3,  # a trained gate needs smaller steps than the reward head
         pref_gate=1,  # token rewards are weighted by alpha, so that the gate learns from them
         save_strategy="no",
         report_to="none",
