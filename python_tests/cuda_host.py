@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the CUDA decode kernels on the host backend (csrc/testing/host_cuda) over NumPy arrays, and
-checks a step against float64; shared by the tests of both paths."""
+"""Run the CUDA decode kernels on the host backend and check a step against float64.
+
+The host backend is csrc/testing/host_cuda; it takes NumPy arrays. The tests of both paths use this
+module.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ import numpy_decode as model
 from numpy_model import log_softmax
 
 STATE = ("cache_k", "cache_u", "cache_valid", "cache_length", "draws")  # what a step writes
-GUARD = 64  # elements before and after each output that nobody may touch
-# Products of bfloat16 and float16 are exact in fp32, so that every dtype has fp32's error; logits
-# here are sums of at most 64 terms of size about 1.
+GUARD = 64  # elements before and after each output; nothing may write to them
+# Products of bfloat16 and float16 are exact in fp32, so that every dtype has the error of fp32.
+# Logits here are sums of at most 64 terms of a size of about 1.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
 class Step(NamedTuple):
-    """A step's outputs, and the state it left behind."""
+    """A step's outputs, and the state after it."""
 
     logits: np.ndarray
     alpha: np.ndarray
@@ -35,7 +38,7 @@ class Step(NamedTuple):
 
 
 def guarded(shape, dtype, fill):
-    """An array of `fill` inside a larger one of 0xA5 bytes."""
+    """An array of `fill` values inside a larger array of 0xA5 bytes; returns both."""
     size = math.prod(shape)
     whole = np.frombuffer(b"\xa5" * ((size + 2 * GUARD) * np.dtype(dtype).itemsize), dtype).copy()
     view = whole[GUARD : GUARD + size].reshape(shape)
@@ -49,8 +52,10 @@ def runner(testing_module):
     def step(
         arguments, dtype="float32", *, record=False, blocks=3, threads=64, dirt=0xFF, **device
     ):
-        """Nothing of ``arguments`` changes, the state comes back in the result. device: as
-        ``set_device`` of the module takes it."""
+        """Run one step. ``arguments`` do not change; the new state is in the result.
+
+        device: options of the testing module's ``set_device``.
+        """
         arguments = arguments | {k: arguments[k].copy() for k in STATE if k in arguments}
         B, V = len(arguments["hidden"]), len(arguments["lm_weight"])
         outputs = {
@@ -64,7 +69,7 @@ def runner(testing_module):
         if record:
             outputs["attention"] = guarded(arguments["cache_u"].shape, np.float32, np.nan)
         named = {f"out_{name}": view for name, (_, view) in outputs.items()}
-        if "lm_product" in arguments:  # in the logits' place, where the operator has it
+        if "lm_product" in arguments:  # in the same memory as the logits, as in the operator
             named["out_logits"][...] = arguments["lm_product"]
             named["lm_product"] = named["out_logits"]
         testing_module.set_device(**device)
@@ -86,7 +91,7 @@ def runner(testing_module):
 
 
 def stream_runner(testing_module):
-    """The same for steps that must take the streaming path."""
+    """A runner for steps that must take the streaming path."""
     step = runner(testing_module)
 
     def stream(arguments, dtype, **options):
@@ -99,7 +104,7 @@ def stream_runner(testing_module):
 
 
 def same_bits(a: Step, b: Step, but=()) -> list[str]:
-    """Names of what differs in any bit."""
+    """Names of the arrays that differ in any bit."""
     left, right = a.arrays(), b.arrays()
     return [
         name
@@ -109,7 +114,7 @@ def same_bits(a: Step, b: Step, but=()) -> list[str]:
 
 
 def check_appended(arguments, step, dtype, b):
-    """Row b's new column, and nothing else of its cache, has changed."""
+    """Check that row b's new column is right, and that nothing else of its cache has changed."""
     column = int(arguments["cache_length"][b])
     k, u, valid = model.append(arguments, dtype, b)
     stored = model.widen(step.state["cache_k"][b, :, column], dtype).ravel()
@@ -126,12 +131,13 @@ def check_appended(arguments, step, dtype, b):
 
 
 def check_row(arguments, step, dtype, b, close=CLOSE):
-    """A row with a finite result, from gate to token. close: of the logits."""
+    """Check a row with a finite result, from gate to token. close: the logits' tolerances."""
     if "gate_logit" in arguments:
         gate_logit = float(arguments["gate_logit"][b])
     else:
         check_appended(arguments, step, dtype, b)
-        # The stored key, once checked, stands for the exact one: it is what attention sees.
+        # The stored key has been checked above. From here on it replaces the exact one, since
+        # attention reads it.
         columns = int(step.state["cache_length"][b])
         gate_logit, rows = model.attend(arguments | step.state, dtype, b, columns)
         if step.attention is not None:
@@ -152,7 +158,7 @@ def check_row(arguments, step, dtype, b, close=CLOSE):
     draw = int(arguments["draws"][b])
     assert step.state["draws"][b] == draw + 1
     raced = model.race(arguments, b, step.logits[b], draw)
-    # The noise is good to about 1e-6; the winner is open only where two are closer than that.
+    # The noise is accurate to about 1e-6. If two scores are closer than that, either may win.
     assert raced[token] >= raced.max() - 1e-5
     if (raced >= raced.max() - 1e-5).sum() == 1:
         assert token == raced.argmax()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments for decode_step, the truth in float64, and comparisons, shared by the tests of the
-operator on every device."""
+"""Arguments for decode_step, the exact result in float64, and comparisons.
+
+The tests of the operator use them on every device.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,11 @@ def make_case(
     sample: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Random arguments. gate: "attention", with caches filled to random lengths below S, or
-    "logit". reward_head: a correction has rank r and always a bias."""
+    """Random arguments.
+
+    gate: "attention", with caches filled to random lengths below S, or "logit".
+    reward_head: a correction has rank r and always a bias.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
@@ -91,7 +96,7 @@ def make_case(
 
 
 def quantized(case: dict[str, Any], name: str) -> dict[str, Any]:
-    """The case with its (V, d) heads in a format."""
+    """The case with its (V, d) heads in a quantised format."""
     case = dict(case)
     for head in ("lm", "reward") if "reward_weight" in case else ("lm",):
         q, scale = quantize(case[f"{head}_weight"], name)
@@ -100,7 +105,9 @@ def quantized(case: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def in_double(case: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64; quantised ones as they are, whose scales say in what to sum."""
+    """The case in float64. Quantised weights stay as they are; the sums take the dtype of the
+    scales.
+    """
 
     def widened(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()
@@ -110,7 +117,7 @@ def in_double(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(step, case: dict[str, Any]) -> tuple[reference.DecodeOutput, dict[str, Tensor]]:
-    """``step`` on copies of what it writes; returns its output and those copies afterwards."""
+    """Call ``step`` with copies of what it writes. Returns its output and the copies afterwards."""
     case = {k: v.clone() if k in STATE else v for k, v in case.items()}
     with torch.no_grad():
         out = step(**case)
@@ -118,7 +125,7 @@ def run(step, case: dict[str, Any]) -> tuple[reference.DecodeOutput, dict[str, T
 
 
 def rows(case: dict[str, Any], keep: list[int]) -> dict[str, Any]:
-    """The case of some of its requests."""
+    """The case with only some of its requests."""
     shared = ("lm_weight", "lm_bias", "reward_weight", "reward_bias", "lm_scale", "reward_scale")
     shared += ("reward_down", "reward_up", "q_weight", "k_weight", "u_weight", "gate_bias")
     return {
@@ -134,7 +141,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_same_bits(got, expected, what: str = "") -> None:
-    """Outputs, or dicts of state, equal to the last bit."""
+    """Check that outputs, or dicts of state, are equal to the last bit."""
     pairs = (
         [(k, got[k], expected[k]) for k in expected]
         if isinstance(expected, dict)
@@ -147,7 +154,7 @@ def assert_same_bits(got, expected, what: str = "") -> None:
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """The CPU kernels of one instruction set."""
+    """Use the CPU kernels of one instruction set."""
     torch.ops.dualhead._force_cpu_isa(name)
     try:
         yield

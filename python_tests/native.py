@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds what CMakeLists.txt describes, into build/cmake: the C++ tests, and the Python module of
-the bare kernels. `make cpp-test` runs this file; tests take the module from the fixture
-``testing_module``.
+"""Builds what CMakeLists.txt describes into build/cmake: C++ tests and the module of bare kernels.
+
+`make cpp-test` runs this file. Tests get the Python module from the fixture ``testing_module``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = ROOT / "build" / "cmake"
 
 
 def _tool(name: str) -> str:
-    """A program of this environment, else of PATH."""
+    """The path of a program, in this environment or else on PATH."""
     path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if path is None:
         raise RuntimeError(f"{name} is not installed: pip install '.[test]' brings it")
@@ -34,7 +34,7 @@ def _run(*command: str, quiet: bool) -> None:
 
 
 def build(folder: Path = FOLDER, *options: str, quiet: bool = True) -> Path:
-    """Configures and compiles what is out of date; safe to call from several processes at once.
+    """Configure, and compile what is out of date. Several processes may call this at once.
 
     quiet: show the compilers' messages only if they fail.
     """
@@ -50,7 +50,7 @@ def build(folder: Path = FOLDER, *options: str, quiet: bool = True) -> Path:
 
 
 def testing_module() -> ModuleType:
-    """The pybind11 module of csrc/testing, of this build, not of any other on the path."""
+    """The pybind11 module of csrc/testing, from this build and no other."""
     found = list(build().glob("dualhead_testing*.so"))
     if len(found) != 1:
         raise RuntimeError(f"one dualhead_testing*.so must be in {FOLDER}, found {len(found)}")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decode step in float64 NumPy, a row at a time, and random arguments for it: what the bare
-kernels are checked against. Shares no code with the package.
+"""One decode step in float64 NumPy, a row at a time, and random arguments for it.
 
-Arguments are a dict by the names of ``dualhead::decode_step``; bfloat16 and float16 arrays are
-their uint16 bits, as the kernels take them. Dimensions: B batch, d hidden, V vocabulary, K
+The bare kernels are compared with it. It shares no code with the package.
+
+Arguments are a dict with the names of ``dualhead::decode_step``. bfloat16 and float16 arrays hold
+uint16 bit patterns, as the kernels take them. Dimensions: B batch, d hidden, V vocabulary, K
 objectives, H gate heads, d_k their size, g = H d_k, S cache columns.
 """
 
@@ -21,7 +22,7 @@ STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
 
 
 def narrow(values, dtype):
-    """Rounds to nearest even and stores."""
+    """Round to nearest even, and store."""
     values = np.asarray(values, dtype=np.float32)
     if dtype == "float16":
         with np.errstate(over="ignore"):
@@ -44,7 +45,7 @@ def widen(stored, dtype):
 
 
 def spacing(values, dtype):
-    """Distance to the next representable value."""
+    """The distance to the next representable value."""
     digits = {"float32": 23, "bfloat16": 7, "float16": 10}[dtype]
     smallest = -14 if dtype == "float16" else -126
     exponent = np.floor(np.log2(np.maximum(np.abs(values), 2.0**smallest)))
@@ -57,14 +58,14 @@ def _e4m3(bits):
     return -magnitude if bits & 128 else magnitude
 
 
-E4M3 = np.array([_e4m3(bits) for bits in range(256)])  # 127 and 255 are NaN, which no row holds
+E4M3 = np.array([_e4m3(bits) for bits in range(256)])  # 127 and 255 are NaN and do not occur
 
 
 # --- the step ------------------------------------------------------------------------------------
 
 
 def append(arguments, dtype, b):
-    """What row b's new column holds: (k (g,), u (H,), valid), or None if the cache is full."""
+    """The contents of row b's new column: (k (g,), u (H,), valid), or None if the cache is full."""
     length, capacity = arguments["cache_length"][b], arguments["cache_k"].shape[2]
     if not 0 <= length < capacity:
         return None
@@ -75,7 +76,7 @@ def append(arguments, dtype, b):
 
 
 def attend(arguments, dtype, b, columns):
-    """Gate logit before its offset, and the attention rows (H, S), over the first `columns`."""
+    """The gate's logit before its offset, and attention rows (H, S), over the first `columns`."""
     cache_k = widen(arguments["cache_k"][b], dtype)
     heads, capacity, head_size = cache_k.shape
     q = (widen(arguments["q_weight"], dtype) @ widen(arguments["hidden"][b], dtype)).reshape(
@@ -106,7 +107,7 @@ def controlled_weight(arguments, b, gate_logit):
 
 
 def head_weight(arguments, name, dtype):
-    """(..., V, d) of "lm" or "reward"; what formats mean: dualhead_ext/quantization.py."""
+    """(..., V, d) of "lm" or "reward". The formats are defined in dualhead_ext/quantization/."""
     stored = arguments[f"{name}_weight"]
     if "format" not in arguments:
         return widen(stored, dtype)
@@ -128,7 +129,7 @@ def corrections(arguments, dtype, hidden):
         change = change + np.einsum("knr,kr->kn", widen(arguments["reward_up"], dtype), inner)
     if arguments["reward_head"] == "lowrank":
         return change
-    # The streaming path multiplies it in the dtype of hidden states.
+    # The streaming path rounds the change to the dtype of hidden states first.
     return change @ head_weight(arguments, "lm", dtype).T
 
 
@@ -149,7 +150,8 @@ def row_logits(arguments, dtype, b, alpha):
     weights = weights.astype(np.float64)
     reward = weights @ rewards
     if "reward_weight" not in arguments:
-        reward = reward + (1 - weights.sum()) * lm  # z_LM once, whatever the weights add up to
+        # z_LM counts once, whatever the sum of the weights is
+        reward = reward + (1 - weights.sum()) * lm
     scale, cap = arguments["logit_scale"], arguments["logit_softcap"]
     if alpha == 0 or alpha == 1:
         z = post(reward if alpha else lm, scale, cap)
@@ -163,7 +165,7 @@ def row_logits(arguments, dtype, b, alpha):
 
 
 def race(arguments, b, logits, draw):
-    """What row b may choose from the fp32 logits given: (V,) racing values, -inf where filtered."""
+    """Scores (V,) of row b for the given fp32 logits. The largest one wins; -inf where filtered."""
 
     def own(name, default):
         return arguments[name][b] if name in arguments else default
@@ -171,7 +173,8 @@ def race(arguments, b, logits, draw):
     temperature = np.float32(own("temperature", 1.0))
     if not temperature > 0:
         return logits.astype(np.float64)
-    x = (logits / temperature).astype(np.float32)  # as the kernels: ranked after rounding
+    # As in the kernels: ranks follow the rounded values
+    x = (logits / temperature).astype(np.float32)
     order = np.argsort(-x.astype(np.float64), kind="stable")
     top_k, top_p, min_p = own("top_k", 0), own("top_p", 1.0), own("min_p", 0.0)
     kept = order[:top_k] if top_k > 0 else order
@@ -194,7 +197,7 @@ def race(arguments, b, logits, draw):
 
 
 def slack(values, rows=0, columns=0):
-    """The same values as a view with NaN, or its bits, between its rows and after them."""
+    """The same values as a view, with NaN, or its bit pattern, between rows and after them."""
     shape = (*values.shape[:-2], values.shape[-2] + rows, values.shape[-1] + columns)
     filler = np.nan if values.dtype == np.float32 else 0x7FFF
     padded = np.full(shape, filler, dtype=values.dtype)
@@ -204,7 +207,10 @@ def slack(values, rows=0, columns=0):
 
 
 def random_cache(rng, dtype, batch, heads, head_size, capacity, lengths):
-    """Filled up to `lengths`; NaN where nobody may look: beyond the length, and where not valid."""
+    """A cache filled up to `lengths`, with NaN beyond the length and in columns that are not valid.
+
+    Nothing may read them.
+    """
     k = rng.standard_normal((batch, heads, capacity, head_size))
     u = rng.standard_normal((batch, heads, capacity)).astype(np.float32)
     lengths = np.asarray(lengths, dtype=np.int32)
@@ -236,8 +242,11 @@ def random_arguments(
     rng, dtype, *, B=2, d=13, V=37, K=1, H=2, d_k=3, S=9, lengths=None, gate="attention",
     bias=False, aligned=False, reward_head="full", r=3
 ):  # fmt: skip
-    """Arguments without controls or sampling; hidden and the heads are strided. aligned: rows start
-    at multiples of 16 bytes, which the streaming path needs. r: rank of a correction."""
+    """Arguments without controls or sampling. hidden and the heads are strided.
+
+    aligned: rows start at multiples of 16 bytes, which the streaming path needs.
+    r: the rank of a correction.
+    """
 
     def normal(*shape, scale=1.0):
         return narrow(rng.standard_normal(shape) * scale, dtype)
@@ -272,8 +281,10 @@ def random_arguments(
 
 
 def quantized(rng, arguments, name, apart=0):
-    """The arguments with random heads in a format, their rows ``apart`` elements further from each
-    other. Every number that a format has comes up."""
+    """The arguments with random heads in a quantised format. Every value of the format occurs.
+
+    apart: elements between the rows of the heads.
+    """
     V, d = arguments["lm_weight"].shape
     shapes = {"lm": (V,)}
     if "reward_weight" in arguments:

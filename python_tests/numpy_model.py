@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's formulas once more, in float64 NumPy with a loop per position: what the reference is
-checked against.
+"""The paper's formulas in float64 NumPy, position by position and row by row.
 
-Shares no code with the package, and works position by position, row by row, as slowly as it likes.
+The reference is compared with them. They share no code with the package, and need not be fast.
 """
 
 import math
@@ -20,8 +19,10 @@ def softmax(z):
 
 
 def gate_logits(hidden, mask, weights, num_heads):
-    """(T, d) of one row, mask (T,) -> (T,): causal multi-head attention, output projection, w_g,
-    b_g."""
+    """(T, d) of one row, mask (T,) -> (T,).
+
+    Causal multi-head attention, the output projection, w_g and b_g.
+    """
     wq, wk, wv, wo, wg, bg = weights
     size = wq.shape[0] // num_heads
     logits = []
@@ -46,7 +47,7 @@ def post(z, scale, cap):
 
 
 def mixture(z_lm, z_rm, alpha, mix, scale, cap):
-    """(V,), (V,), number -> logits, or log-probabilities for mix="probs"."""
+    """(V,), (V,), a number -> logits, or log-probabilities if mix is "probs"."""
     if mix == "logits":
         return post((1 - alpha) * z_lm + alpha * z_rm, scale, cap)
     p = (1 - alpha) * softmax(post(z_lm, scale, cap)) + alpha * softmax(post(z_rm, scale, cap))
@@ -71,8 +72,10 @@ def philox_word(seed, draw, index):
 
 
 def filtered_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """softmax(logits / temperature) after top-k, top-p, min-p, renormalised, as a loop over
-    ranks."""
+    """softmax(logits / temperature) after top-k, top-p and min-p, renormalised.
+
+    Written as a loop over ranks.
+    """
     x = np.asarray(logits, dtype=np.float64) / temperature
     order = sorted(range(len(x)), key=lambda v: (-x[v], v))
     if top_k > 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of logits, filters, and whether tokens follow the distribution that they leave."""
+"""Rows of logits, filters, and a test whether tokens follow a distribution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from decode_cases import make_case
 
 
 def case_of_logits(logits: torch.Tensor, seed: int, **options) -> dict:
-    """A step whose logits are exactly these (B, V) or, for all of ``rows`` requests, (V,)."""
+    """A step with exactly these logits: (B, V), or (V,) for all of ``rows`` requests."""
     B = options.pop("rows", None) or logits.shape[0]
     V = logits.shape[-1]
     case = make_case(seed, B, 1, V, gate="logit", sample=True, alpha=torch.zeros(B))
@@ -43,7 +43,7 @@ def filtered_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
 
 
 def assert_distribution(tokens: torch.Tensor, expected: torch.Tensor) -> None:
-    """Chi-square at p = 5e-7 (Wilson and Hilferty's approximation); nothing outside the support."""
+    """Chi-square test at p = 5e-7 (approximation of Wilson and Hilferty). No other tokens occur."""
     counts = torch.bincount(tokens, minlength=len(expected)).double()
     assert counts[expected == 0].sum() == 0
     mean = expected * len(tokens)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA step on a real device, from the operator to generate() and training: what the host
-backend (test_cuda_*_host.py) cannot show. The same cases and bounds as for the CPU."""
+"""The CUDA step on a real device, from the operator to generate() and training.
+
+These tests cover what the host backend (test_cuda_*_host.py) cannot show, with the cases and bounds
+of the CPU's tests.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def test_the_kernel_is_built_and_used(dtype):
     head = dh.DualHead(dh.DualHeadConfig(hidden_size=64, vocab_size=100)).to(DEVICE, dtype)
     cache = head.new_cache(2, 8)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the reference taking over warns
+        warnings.simplefilter("error")  # a fallback to the reference warns
         head.prefill(torch.randn(2, 3, 64, device=DEVICE, dtype=dtype), cache)
         out = head.step(torch.randn(2, 64, device=DEVICE, dtype=dtype), cache)
     assert out.token.device.type == DEVICE and out.status.eq(0).all()
@@ -59,7 +62,7 @@ def test_the_kernel_is_built_and_used(dtype):
 
 @pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
 def test_errors_are_at_most_those_of_eager(dtype, mix_probs, seed):
-    """Against float64 on the same numbers: root mean square and largest error, over all sizes."""
+    """Against float64 with the same inputs: root mean square and largest error, over all sizes."""
     names = ("logits", "alpha", "gate_logit", "attention")
     ours, theirs = ({name: [] for name in names} for _ in range(2))
     for i, (B, d, V, K, options) in enumerate(SIZES):
@@ -78,7 +81,8 @@ def test_errors_are_at_most_those_of_eager(dtype, mix_probs, seed):
                 errors[name].append(((getattr(out, name) - exact) / scale).flatten())
     for name in names:
         mine, other = torch.cat(ours[name]).abs(), torch.cat(theirs[name]).abs()
-        # Eager splits sums over a block's threads; the plain kernel's chains are longer.
+        # In fp32, eager splits a sum over the threads of a block; the plain kernel adds longer
+        # chains.
         factor = 2.0 if dtype == torch.float32 else 1.1
         assert mine.square().mean() <= (factor * other.square().mean().sqrt()) ** 2, name
         assert mine.max() <= 2 * factor * other.max(), name
@@ -131,14 +135,16 @@ def test_corrections_are_close_to_float64_and_the_same_in_any_batch(
             continue
         case = make_case(seed + i, B, d, V, K, dtype, reward_head=reward_head,
                          mix_probs=mix_probs, sample=True, **options)  # fmt: skip
-        case["alpha"] = torch.rand(B)  # log(1 - alpha) near 1 would show the gate's errors alone
+        # If log(1 - alpha) were near 1, only the gate's errors would show
+        case["alpha"] = torch.rand(B)
         case = there(quantized(case, format) if format else case)
         got, state = run(ops.decode_step, case)
         truth, _ = run(reference.decode_step, in_double(case))
         eager, _ = run(reference.decode_step, case)
         assert got.status.eq(0).all()
         mine, other = (x.logits - truth.logits for x in (got, eager))
-        # M h + c meets the LM head in the dtype of hidden states.
+        # M h + c is rounded to the dtype of the hidden states before it is multiplied by the LM
+        # head.
         rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
         most = max(2 * other.square().mean().sqrt(), rounding * truth.logits.abs().max())
         assert mine.square().mean().sqrt() <= most
@@ -161,8 +167,11 @@ QUANTIZED_SIZES = [  # B, d, V, K, options; int4's groups divide d
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantized_heads_err_less_than_their_weights_in_bf16(dtype, name, seed):
-    """Against float64 on the same numbers; eager: the formats' meaning rounded to bf16, which is
-    what a step without this kernel would multiply."""
+    """Against float64 with the same inputs.
+
+    Eager multiplies the dequantised weights in bf16, which is what a step without this kernel would
+    do.
+    """
     ours, theirs = [], []
     for i, (B, d, V, K, options) in enumerate(QUANTIZED_SIZES):
         case = there(quantized(make_case(seed + i, B, d, V, K, dtype, **options), name))
@@ -191,7 +200,7 @@ def test_a_quantized_head_steps_without_a_warning(dtype, name):
     head.quantize(name)
     cache = head.new_cache(2, 8)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the reference taking over warns
+        warnings.simplefilter("error")  # a fallback to the reference warns
         head.prefill(torch.randn(2, 3, 128, device=DEVICE, dtype=dtype), cache)
         out = head.step(torch.randn(2, 128, device=DEVICE, dtype=dtype), cache)
     assert out.token.device.type == DEVICE and out.status.eq(0).all()
@@ -199,7 +208,7 @@ def test_a_quantized_head_steps_without_a_warning(dtype, name):
 
 @pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
 def test_a_head_that_no_row_needs_changes_nothing_but_time(dtype, mix_probs, seed):
-    """Large enough that reading stops while it runs; the other head may hold anything."""
+    """The kernel stops reading the unneeded head while it runs. That head's weights may be NaN."""
     case = make(seed, 2, 512, 32003, 1, dtype, mix_probs=mix_probs, S=64)
     for alpha, head in ((0.0, "reward"), (1.0, "lm")):
         case["alpha"] = torch.full((2,), alpha, device=DEVICE)
@@ -229,7 +238,7 @@ def test_not_finite_rows_and_full_caches_stay_alone(dtype, seed):
 def test_distribution_of_400000_draws(filters, seed):
     logits = torch.randn(37, generator=torch.Generator().manual_seed(seed)) * 1.5
     case = there(case_of_logits(logits, seed, rows=4096, **filters))
-    with torch.no_grad():  # the step counts its draws itself
+    with torch.no_grad():  # the step advances the draw counters itself
         tokens = torch.cat([ops.decode_step(**case).token.cpu() for _ in range(100)])
     assert_distribution(tokens, filtered_probabilities(logits, **filters))
 
@@ -276,7 +285,7 @@ def test_two_streams_share_no_scratch(seed):
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma2-softcap", "phi-bias"])
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 def test_generate_writes_what_the_cpu_writes(family, mix):
-    """fp32, greedy, left-padded rows."""
+    """In fp32, greedy, with left-padded rows."""
     model, batch = make_model(family, mix=mix), prompts()
     options = {"max_new_tokens": 8, "do_sample": False}
     expected = model.generate(**batch, **options)
@@ -287,7 +296,7 @@ def test_generate_writes_what_the_cpu_writes(family, mix):
 
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 def test_the_fused_loop_writes_what_the_ordinary_one_writes(mix):
-    """Rows that end at different steps; without a streamer the loop ends one step late."""
+    """Rows end at different steps. Without a streamer the loop ends one step late."""
     model, batch = make_model("llama", mix=mix).to(DEVICE), there(prompts())
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
     text = model.generate(**batch, **options, fused=False)[:, -12:]
@@ -311,7 +320,7 @@ def test_the_fused_loop_from_a_compiled_static_cache():
 
 
 def test_the_benchmark_of_a_small_step(monkeypatch, tmp_path):
-    """Graphs, events and all contenders but torch.compile."""
+    """With CUDA graphs, events, and all contenders except torch.compile."""
     from dualhead_ext.bench import cases, runner
 
     tiny = (cases.Case(2, 9, graphs=True), cases.Case(1, 5, sampled=True, graphs=True))
@@ -323,7 +332,7 @@ def test_the_benchmark_of_a_small_step(monkeypatch, tmp_path):
 
 
 def test_training_on_the_device_follows_the_cpu(tmp_path):
-    """Three optimizer steps in fp32: the same losses up to rounding."""
+    """Three optimizer steps in fp32 give the same losses up to rounding."""
     from transformers import AutoTokenizer, set_seed
 
     path = str(dh.data.embedded_backbone_path())

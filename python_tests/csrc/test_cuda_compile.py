@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compile gate: every CUDA kernel compiles (the slow tests: for sm_80, sm_90a and sm_100), and
-the hot ones stay within their limits of registers and spills. Needs nvcc, no GPU: ptxas says what
-it allotted.
+"""Every CUDA kernel compiles, and the hot kernels keep their limits of registers and spills.
+
+The slow tests compile for sm_80, sm_90a and sm_100. The resources are those that ptxas reports, so
+the tests need nvcc, but no GPU.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ from build_backend import ROOT, incremental, libraries, toolchain
 
 @dataclass(frozen=True)
 class Limit:
-    """registers: per thread. A kernel of n threads per block has 65536 / n of them per resident
-    block; a barrier of the grid needs all blocks resident."""
+    """registers: per thread.
+
+    With n threads per block, a multiprocessor's 65536 registers allow 65536 / (n * registers)
+    resident blocks. A grid barrier needs all blocks to be resident.
+    """
 
     registers: int
     spill_bytes: int = 0
     stack_bytes: int = 0
 
 
-# Hot kernels by a part of their name. A kernel named nowhere must not spill at all.
+# Hot kernels, by a part of their name. All other kernels must not spill at all.
 LIMITS = {
     "decode_step_kernel": Limit(registers=128),  # 256 threads: two blocks per multiprocessor
-    # 384 threads: one block, whose ring fills the multiprocessor's shared memory. What is spilled
-    # is used once per stage, tile or launch: test_machine_code.py allows none among the products.
+    # 384 threads: one block, whose ring buffer fills the multiprocessor's shared memory. A spilled
+    # value is used once per stage, tile or launch. test_machine_code.py allows no spill among the
+    # products.
     "stream_kernel": Limit(registers=168, spill_bytes=416, stack_bytes=96),
     # 256 threads: four blocks or more, for enough reads in flight
     "loss_rows_kernel": Limit(registers=64),
@@ -38,7 +43,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says of one kernel on one architecture."""
+    """The resources of one kernel on one architecture, as ptxas reports them."""
 
     kernel: str
     arch: str
@@ -56,9 +61,12 @@ _REGISTERS = re.compile(r"ptxas info\s*: Used (\d+) registers")
 
 
 def parse_resources(log: str) -> list[Resources]:
-    """Each entry function of a log of ``nvcc -Xptxas=-v``, with the functions that it calls. Raises
-    ValueError for one whose lines are incomplete: a log that cannot be read must not pass for one
-    without spills."""
+    """The resources of each entry function, with the functions that it calls, from a log of ``nvcc
+    -Xptxas=-v``.
+
+    Raises ValueError if lines of a kernel are missing: otherwise a log that cannot be read would
+    pass as one without spills.
+    """
     found = []
     for block in re.split(r"(?=ptxas info\s*: Compiling entry function)", log)[1:]:
         entry, properties = _ENTRY.match(block), _PROPERTIES.search(block)
@@ -86,7 +94,7 @@ needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvc
 
 @dataclass(frozen=True)
 class Compiled:
-    """archs: those asked for, as ptxas names them. kernels: resources by object file."""
+    """archs: the requested architectures in ptxas' names. kernels: resources by object file."""
 
     archs: set[str]
     kernels: dict[Path, list[Resources]]
@@ -97,7 +105,9 @@ LISTS = [toolchain.TESTED_ARCHS, pytest.param(toolchain.DEFAULT_ARCHS, marks=pyt
 
 @pytest.fixture(scope="module", params=LISTS)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
-    """The objects of `make build` where it has these architectures; compiled now if out of date."""
+    """The objects of `make build` for these architectures. Objects that are out of date are
+    compiled.
+    """
     archs = request.param.split(";")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DUALHEAD_CUDA", "1")
@@ -118,7 +128,7 @@ def test_every_kernel_is_compiled_for_every_arch(compiled):
         assert kernels, f"{source}: ptxas reports no kernel"
         for name in {one.kernel for one in kernels}:
             archs = {one.arch for one in kernels if one.kernel == name}
-            # sm_100 comes with its PTX, which ptxas sees once.
+            # For sm_100 the library also has PTX, but ptxas compiles it only once.
             assert archs == compiled.archs, f"{source}: {name} is compiled for {sorted(archs)}"
 
 
@@ -140,7 +150,7 @@ def test_no_other_kernel_spills(compiled):
             assert named or one.spill_bytes == 0, f"{one.kernel} on {one.arch} spills"
 
 
-# --- that the gate can close ----------------------------------------------------------------------
+# --- that the limits are enforced -----------------------------------------------------------------
 
 SPILLING = """
 __global__ void __launch_bounds__(1024) greedy(const float* in, float* out) {
@@ -156,7 +166,7 @@ __global__ void __launch_bounds__(1024) greedy(const float* in, float* out) {
 
 @needs_nvcc
 def test_a_spill_is_seen(tmp_path):
-    """128 live values, 64 registers: the real compiler, flags and log format."""
+    """128 live values in 64 registers, with the real compiler, flags and log format."""
     source, output = tmp_path / "greedy.cu", tmp_path / "greedy.o"
     source.write_text(SPILLING)
     command = [toolchain.find_nvcc().program, *toolchain.NVCC_FLAGS]
@@ -199,7 +209,7 @@ def test_logs_are_read():
 def test_incomplete_logs_do_not_pass(line):
     lines = BLOCK.splitlines(keepends=True)
     del lines[line]
-    if line == 1:  # without its first line there is no kernel at all
+    if line == 1:  # without its first line, the log names no kernel
         assert parse_resources("".join(lines)) == []
         return
     with pytest.raises(ValueError, match="not as ptxas reports"):

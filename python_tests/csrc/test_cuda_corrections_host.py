@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA step of a reward head that is a correction, on the host backend against float64: both
-paths, every format of the LM head, both copy engines, and that a row's bits depend on nothing else.
+"""The CUDA step with a reward head that is a correction, on the host backend, against float64.
+
+The tests cover both paths, every format of the LM head and both copy engines. A row's bits depend
+on nothing but the row.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from cuda_host import CLOSE, check_step, runner, same_bits, stream_runner
 
 from dualhead_ext.quantization import FORMATS
 
-BULK, PIECES = 9, 8  # compute capability: a bulk copy per row, or 16 bytes by a lane
+BULK, PIECES = 9, 8  # compute capability: 9 has bulk copies of rows, 8 copies 16 bytes per lane
 KINDS = [("embedding", 0), ("embedding", 5), ("lowrank", 0), ("lowrank", 37)]
 
 
@@ -32,13 +34,16 @@ def stream(testing_module):
 
 
 def close(arguments, dtype):
-    """An embedding head's change of hidden states meets the LM head in their dtype."""
+    """Tolerances.
+
+    An embedding head rounds the moved hidden state to its dtype before the LM head.
+    """
     rounds = arguments["reward_head"] == "embedding" and dtype != "float32"
     return {"rtol": 0, "atol": {"bfloat16": 0.12, "float16": 0.015}[dtype]} if rounds else CLOSE
 
 
 def everything(rng, dtype, B, aligned, **sizes):
-    """All controls of the two heads, and sampled rows."""
+    """Arguments with all controls of both heads, and sampled rows."""
     options = {"d": 40, "V": 67, "K": 2, "H": 2, "d_k": 8, "S": 9, "bias": True} | sizes
     arguments = model.random_arguments(rng, dtype, B=B, aligned=aligned, **options)
     return arguments | {
@@ -103,7 +108,8 @@ def check_rows_alone(run, arguments, dtype, whole, choices):
 
 # --- the streaming path --------------------------------------------------------------------------
 
-STREAM_SIZES = {  # two rows a request of an embedding head: batch tiles of 8 rows are of 4 requests
+# An embedding head has two rows per request, so that a batch tile of 8 rows holds 4 requests
+STREAM_SIZES = {
     "least": dict(B=1, d=8, V=1, H=1, d_k=1, S=1, lengths=[0]),
     "two units": dict(B=1, d=8, V=9),
     "one row": dict(B=1, d=1000, V=301, d_k=3),
@@ -168,7 +174,9 @@ def test_bits_depend_neither_on_device_grid_and_schedule_nor_on_the_batch(
 
 
 def test_alpha_0_is_the_plain_lm_head(stream, plain, seed, kind):
-    """Bit for bit the logits of a full head at strength 0, whatever the correction holds."""
+    """The logits are those of a full head at strength 0, bit for bit, whatever the correction
+    holds.
+    """
     rng = np.random.default_rng(seed)
     for run, dtype, rows in ((stream, "bfloat16", True), (plain, "float32", False)):
         arguments = everything(rng, dtype, 3, rows, gate="given", **kind)
@@ -185,11 +193,12 @@ def test_one_matrix_is_read_once(testing_module, stream, seed, kind):
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", B=4, d=512, V=512, gate="given", **kind)
     stream(arguments, "bfloat16", compute_major=BULK, blocks=1)
-    assert testing_module.bytes_copied() == 512 * 512 * 2  # hidden states are resident
+    # Hidden states stay in shared memory and are not copied again
+    assert testing_module.bytes_copied() == 512 * 512 * 2
 
 
 def differs(stream, arguments, **bug):
-    """Whether a barrier that is left out shows under at least one of a few schedules."""
+    """Whether a skipped barrier changes a result or raises an error, under any of 8 schedules."""
     right = stream(arguments, "bfloat16")
     for schedule in range(8):
         try:
@@ -203,7 +212,7 @@ def differs(stream, arguments, **bug):
 
 @pytest.mark.parametrize("barrier", [0, 1])
 def test_a_missing_grid_barrier_is_seen(stream, seed, barrier):
-    """Before D h is read, and before the rows that it makes."""
+    """One barrier is before D h is read, the other before the rows that are computed from it."""
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", reward_head="embedding", r=5, d=520, V=70)
     assert differs(stream, arguments, skipped_grid_barrier=barrier)

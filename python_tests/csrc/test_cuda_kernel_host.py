@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA decode kernel, the very source, on the host backend (csrc/testing/host_cuda) against
-float64 NumPy: every path at small odd sizes, under several schedules, with poisoned scratch. What
-only a GPU can show is in test_cuda.py.
+"""The CUDA decode kernel, compiled from the same source for the host backend, against NumPy.
+
+The backend is csrc/testing/host_cuda; NumPy computes in float64. Every path runs at small odd
+sizes, under several schedules, with poisoned scratch memory. test_cuda.py covers what only a GPU
+can show.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def run(testing_module):
 # --- against float64 -----------------------------------------------------------------------------
 
 
-SIZES = {  # each a tail of some cut: tiles of 8, chunks of 32, splits of 128, warps of 32 lanes
+# Each size leaves a remainder of some split: tiles of 8, chunks of 32, splits of 128, warps of 32
+SIZES = {
     "one of each": dict(B=1, d=1, V=1, K=1, H=1, d_k=1, S=1, lengths=[0]),
     "odd": dict(B=3, d=33, V=65, K=2, H=3, d_k=5, S=11),
     "chunks": dict(B=2, d=31, V=32, H=1, d_k=2, S=4),
@@ -72,7 +75,8 @@ def test_controls_per_request(run, seed, gate, mix_probs):
     step = run(arguments, seed=seed)
     check_step(arguments, step, "float32")
     assert step.alpha[0] == 0 and step.alpha[6] == 0
-    driven = np.float32(9) * offset_only.alpha[5]  # two distributions mix by 1 at most
+    # In a mixture of distributions, alpha is at most 1
+    driven = np.float32(9) * offset_only.alpha[5]
     assert step.alpha[5] == (min(driven, 1) if mix_probs else driven)
     arguments["alpha"] = np.array([0.3, 0, 1, 0.25, 0.5, 0.75, 0.1], **f32)
     check_step(arguments, run(arguments, seed=seed), "float32")
@@ -80,7 +84,7 @@ def test_controls_per_request(run, seed, gate, mix_probs):
 
 @pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
 def test_alpha_of_0_and_1_select_and_never_multiply(run, seed, mix_probs):
-    """Row 0 takes only the LM head, row 1 only the reward head: the other may hold anything."""
+    """Row 0 uses only the LM head, row 1 only the reward head. The other head may hold NaN."""
     rng = np.random.default_rng(seed)
     arguments = model.random_arguments(rng, "float32", B=2, gate="given")
     arguments |= {"mix_probs": mix_probs, "alpha": np.array([0, 1], np.float32)}
@@ -108,7 +112,8 @@ def test_new_position_that_is_padding_is_written_and_not_seen(run, seed):
     arguments["new_valid"] = np.array([False, True, False, True])
     step = run(arguments, "bfloat16", record=True, seed=seed)
     check_step(arguments, step, "bfloat16")
-    assert step.gate_logit[0] == arguments["gate_bias"][0]  # nothing to see
+    # Row 0's only column is padding, so it attends to nothing
+    assert step.gate_logit[0] == arguments["gate_bias"][0]
     assert (step.attention[0] == 0).all() and (step.attention[2, :, 3] == 0).all()
 
 
@@ -149,8 +154,7 @@ def test_lengths_grow_step_by_step_until_the_cache_is_full(run, seed):
 
 
 def everything(rng, dtype, B=10):
-    """Arguments that take every branch at once: mixture of distributions, all filters, all
-    controls."""
+    """Arguments that reach every branch: a mixture of distributions, all filters, all controls."""
     arguments = model.random_arguments(
         rng, dtype, B=B, d=19, V=70, K=2, S=140, lengths=rng.integers(100, 139, B), bias=True
     )
@@ -174,7 +178,7 @@ def everything(rng, dtype, B=10):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_every_grid_schedule_and_scratch(run, seed, dtype):
-    """Grid, block size, order of threads and contents of the workspace leave no trace."""
+    """Grid, block size, thread order and the workspace's old contents do not change a bit."""
     arguments = everything(np.random.default_rng(seed), dtype)
     first = run(arguments, dtype, record=True, blocks=1, threads=32)
     check_step(arguments, first, dtype)
@@ -197,7 +201,7 @@ def test_default_launch_fills_the_device_and_no_more(run, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_in_every_batch(run, seed, dtype):
-    """Alone, first, last, beside NaN neighbours, in batches that end anywhere in a tile."""
+    """Alone, first, last, beside rows of NaN, and in batches that end anywhere in a tile."""
     rng = np.random.default_rng(seed)
     arguments = everything(rng, dtype, B=17)
     shared = {
@@ -209,7 +213,7 @@ def test_a_row_has_the_same_bits_in_every_batch(run, seed, dtype):
     for rows in ([4], [16], [9, 4], [2, 0, 4, 7, 7, 1, 3, 5], [4, *range(16, 4, -1)]):
         batch = shared | {k: v[rows].copy() for k, v in per_row.items()}
         if 2 in rows:
-            batch["hidden"][0] = nan  # a neighbour, not a row that is compared
+            batch["hidden"][0] = nan  # this neighbour is not compared
         part = run(batch, dtype, record=True).arrays()
         for i, row in enumerate(rows):
             for name in whole if row != 2 else ():
@@ -223,12 +227,15 @@ def test_repeated_steps_are_equal_to_the_bit(run, seed):
         assert not same_bits(first, run(arguments, "bfloat16", record=True, seed=schedule))
 
 
-# --- the rig itself ------------------------------------------------------------------------------
+# --- that the tests can fail ---------------------------------------------------------------------
 
 
 def _differs(run, arguments, **bug):
-    """Whether a seeded bug shows under at least one of a few schedules. Greedy: a sampler whose
-    logits change under its hands would read out of bounds, and end the process."""
+    """Whether a seeded bug shows under at least one of a few schedules.
+
+    Decoding is greedy here: if logits changed while a token is sampled, the sampler would read out
+    of bounds and end the process.
+    """
     arguments = {k: v for k, v in arguments.items() if k not in ("seeds", "draws")}
     right = run(arguments, "float32", record=True)
     for schedule in range(8):
@@ -243,14 +250,16 @@ def _differs(run, arguments, **bug):
 
 @pytest.mark.parametrize("barrier", range(7))
 def test_a_missing_grid_barrier_is_seen(run, seed, barrier):
-    """The step has six grid barriers with attention and mix_probs; there is no seventh."""
+    """With attention and mix_probs, the step has six grid barriers. There is no seventh."""
     arguments = everything(np.random.default_rng(seed), "float32", B=2)
     assert _differs(run, arguments, skipped_grid_barrier=barrier) == (barrier < 6)
 
 
 @pytest.mark.parametrize("barrier", range(6))
 def test_a_missing_block_barrier_is_seen(run, seed, barrier):
-    """Two for each of three chunks: z complete, z free again. Nothing needs the very last one."""
+    """Each of three chunks has two barriers: z is complete, z may be reused. The last one is not
+    needed.
+    """
     arguments = everything(np.random.default_rng(seed), "float32", B=2)
     assert _differs(run, arguments, blocks=1, skipped_block_barrier=barrier) == (barrier < 5)
 
@@ -278,7 +287,8 @@ def test_a_grid_that_does_not_fit_is_refused(testing_module, run, seed):
             testing_module.set_device()
 
     before = {k: v.copy() for k, v in (arguments | outputs).items() if isinstance(v, np.ndarray)}
-    assert error(blocks=9) == "cudaErrorCooperativeLaunchTooLarge"  # 4 x 2 fit
+    # 4 multiprocessors hold 2 blocks each
+    assert error(blocks=9) == "cudaErrorCooperativeLaunchTooLarge"
     assert error(blocks_per_multiprocessor=0) == "cudaErrorCooperativeLaunchTooLarge"
     assert error(cooperative_launch=False) == "cudaErrorNotSupported"
     assert error(index=1) == "cudaErrorInvalidDevice"
@@ -302,7 +312,7 @@ def test_every_stored_value_widens_and_rounds_back(testing_module, dtype):
     bits = np.arange(2**16, dtype=np.uint16)
     widened = getattr(testing_module, f"{dtype}_to_float")(bits)
     exact = model.widen(bits, dtype)
-    with np.errstate(invalid="ignore"):  # signalling NaN
+    with np.errstate(invalid="ignore"):  # widening a signalling NaN warns
         np.testing.assert_array_equal(widened.astype(np.float64), exact)
     numbers = ~np.isnan(exact)
     back = getattr(testing_module, f"float_to_{dtype}")(widened)

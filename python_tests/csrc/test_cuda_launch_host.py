@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CUDA step asks of a device before it launches, and of the copy engine, on the host
-backend: the code that the device runs, and the fence before bulk copies of what the grid wrote."""
+"""What the CUDA step asks a device before it launches, on the host backend.
+
+It must take the path of the architecture that the code was compiled for. It needs a fence before
+bulk copies of data that the grid wrote.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ def run(testing_module):
 
 @pytest.fixture
 def arguments(seed):
-    """int8 heads and more batch rows than shared memory holds: the grid prepares hidden states."""
+    """int8 heads, and too many batch rows for shared memory, so that the grid prepares hidden
+    states.
+    """
     rng = np.random.default_rng(seed)
     sizes = dict(B=20, d=2048, V=20, H=2, d_k=8, S=5)
     arguments = model.random_arguments(rng, "bfloat16", aligned=True, **sizes)
@@ -27,8 +32,10 @@ def arguments(seed):
 
 
 def test_code_of_an_older_architecture_runs_as_what_it_is(run, seed, arguments):
-    """sm_80's PTX, compiled by the driver for Hopper, has no bulk copies: a kernel with them would
-    be empty there, which the host backend says where the first one is made."""
+    """The driver may compile sm_80's PTX for Hopper, but that code has no bulk copies.
+
+    A kernel with bulk copies would be empty there. The host backend reports this at the first copy.
+    """
     step = run(arguments, "bfloat16", record=True, compute_major=9, compiled_major=8, seed=seed)
     check_step(arguments, step, "bfloat16")
     newest = run(arguments, "bfloat16", record=True, compute_major=9, seed=seed)
@@ -51,5 +58,5 @@ def test_bulk_copies_of_prepared_hidden_states_stand_behind_a_fence(
     check_step(arguments, run(arguments, "bfloat16", seed=seed), "bfloat16")
     with pytest.raises(RuntimeError, match="without a proxy fence"):
         run(arguments, "bfloat16", seed=seed, proxy_fences=False)
-    # Sixteen bytes by a lane go the ordinary way.
+    # Copies of 16 bytes per lane use the ordinary path, which needs no fence.
     run(arguments, "bfloat16", seed=seed, proxy_fences=False, compute_major=8)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss on a real device: its numbers against the reference in float64 and eager's
-error, autocast, equal bits, and that the host never waits. The same cases as for the CPU."""
+"""The training loss on a real device, with the cases of the CPU's tests.
+
+The tests compare it with the reference in float64 and with eager's error. They also cover autocast,
+equal bits, and that the host never waits.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,10 @@ def workspace(request, monkeypatch):
 
 @pytest.mark.parametrize("name", OPTION_SETS)
 def test_every_option_follows_the_cpu(workspace, name, seed):
-    """float64, through PyTorch's operators; the reference on the CPU."""
+    """In float64 the loss uses PyTorch's operators.
+
+    It is compared with the reference on the CPU.
+    """
     for rows, K, more in ((8, 1, {}), (9, 3, {"num_pairs": 3, **objectives(seed, 3, 3)})):
         t, options = batch(seed, rows, objectives=K), OPTION_SETS[name] | more
         got, grads = loss_and_gradients(there(t), **there(options))
@@ -121,7 +127,7 @@ def test_every_option_follows_the_cpu(workspace, name, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["default", "probs", "mixed"])
 def test_errors_are_at_most_those_of_eager(monkeypatch, name, dtype, seed):
-    """Through the kernel: gradients and loss against float64, root mean square over problems."""
+    """The kernel's loss and gradients against float64: root mean square error over all problems."""
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 40_000)
     wanted, options = ("reward_weight", "gate_logit"), OPTION_SETS[name]
     ours, theirs = ({n: [] for n in (*wanted, "loss")} for _ in range(2))
@@ -144,7 +150,7 @@ def test_errors_are_at_most_those_of_eager(monkeypatch, name, dtype, seed):
 
 
 def test_autocast_multiplies_in_bf16(seed):
-    """fp32 weights: as near to fp32 as bf16 factors allow, and not equal to it."""
+    """With fp32 weights, the result is as close to fp32 as bf16 factors allow, but not equal."""
     t = there(batch(seed, 8, 16, 64, 500, dtype=torch.float32))
     wanted = ("reward_weight", "gate_logit")
     plain, exact = loss_and_gradients(t, wanted)
@@ -171,7 +177,7 @@ def test_reruns_are_equal_to_the_bit(workspace, name, seed):
 
 @pytest.fixture
 def no_waiting():
-    """Called, makes every wait of the host an error; until the test ends."""
+    """A function that makes every wait of the host an error, until the test ends."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss's CUDA kernel, the very source, on the host backend: what is its own, blocks' shapes,
-alignment, barriers, launches. Its numbers, over every option and at the edge, are compared with
-float64 in test_loss_rows.py, beside the CPU kernels'; what only a GPU can show is in
-test_cuda_loss.py.
+"""The loss's CUDA kernel, compiled from the same source for the host backend.
+
+These tests cover what is specific to CUDA: the shapes of blocks, alignment, barriers and launches.
+test_loss_rows.py compares the values with float64, for every option and for extreme values, beside
+the CPU's kernels. test_cuda_loss.py covers what only a GPU can show.
 """
 
 import numpy as np
@@ -14,7 +15,8 @@ from loss_rows_host import on_the_host_backend
 
 from dualhead_ext.loss.terms import LossOptions
 
-# Threads of a block: one warp, one warp and a bit, several, all 512 with one round and with more.
+# Sizes for blocks of one warp, one and a partial warp, several warps, and all 512 threads, with one
+# round and with more.
 VOCABULARIES = [1, 31, 128, 129, 515, 2048, 2049, 6151]
 
 
@@ -25,7 +27,7 @@ def same_bits(a, b):
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("V", VOCABULARIES)
 def test_every_shape_of_block(V, name, seed):
-    """Against float64; the bound is fp32's own over sums of this length."""
+    """Against float64. The bound is that of fp32 sums of this length."""
     p, options = problem(seed, 2, V), LossOptions(**OPTIONS[name])
     exact = run(in_double(p), options)
     with on_the_host_backend():
@@ -48,8 +50,10 @@ def test_bits_do_not_depend_on_the_schedule(name, seed):
 @pytest.mark.parametrize("name", ["logits", "post_probs"])
 @pytest.mark.parametrize("V", [64, 67, 2053])
 def test_bits_do_not_depend_on_how_a_row_lies(V, name, seed):
-    """Rows at every distance from an address that 16 divides, in memory of their own and, for odd
-    V, in a batch."""
+    """A row's address may have any remainder modulo 16.
+
+    Each row has memory of its own. For odd V, the rows of a batch have different remainders too.
+    """
     p, options = problem(seed, 4, V), LossOptions(**OPTIONS[name])
 
     def at(z, offset):
@@ -65,7 +69,7 @@ def test_bits_do_not_depend_on_how_a_row_lies(V, name, seed):
             row = {k: v[i : i + 1] for k, v in p.items()}
             expected = {k: v[i : i + 1] for k, v in whole.items()}
             for lm, rm in ((0, 0), (1, 1), (0, 2), (3, 0)):
-                # run() clones what it is given, which would align it.
+                # run() clones its arguments, and a clone would be aligned.
                 z_lm, z_rm = Unmoved(at(row["z_lm"], lm)), Unmoved(at(row["z_rm"], rm))
                 got = run(row | {"z_lm": z_lm, "z_rm": z_rm}, options)
                 assert same_bits(got, expected), (i, lm, rm)
@@ -81,15 +85,16 @@ class Unmoved:
         return self.tensor
 
 
-# Barriers, forward and backward together by their number within a launch: 0, what one thread found
-# for all; then those of the reductions, one for each softmax and for the gate's sum.
+# Forward and backward barriers have the same numbers within a launch. Barrier 0 publishes what one
+# thread found. The next ones belong to the reductions: one for each softmax, and one for the gate's
+# sum.
 @pytest.mark.parametrize(
     ("name", "barrier", "needed"),
     [
         ("logits", 0, True),
         ("logits", 1, True),
         ("logits", 2, True),
-        ("logits", 3, False),  # there is no fourth
+        ("logits", 3, False),  # there is no fourth barrier
         ("probs", 0, True),
         ("probs", 1, True),
         ("probs", 2, True),
@@ -112,8 +117,10 @@ def test_a_missing_barrier_is_seen(name, barrier, needed, seed):
 
 
 def test_poisoned_shared_memory_leaves_no_trace(seed):
-    """The backend fills it with NaN before each block; slots of warps that a small block lacks are
-    never read."""
+    """The backend fills shared memory with NaN before each block.
+
+    A small block has fewer warps than slots; the slots of missing warps are never read.
+    """
     for V in (3, 130, 900):
         p = problem(seed, 2, V)
         for name in OPTIONS:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8, fp8 and int4 heads in the CUDA step, on the host backend against float64: streaming and
-plain path, hidden states of every dtype, all tiles and both copy engines."""
+"""int8, fp8 and int4 heads in the CUDA step, on the host backend, against float64.
+
+The tests cover the streaming and the plain path, hidden states of every dtype, all tiles and both
+copy engines.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from cuda_host import check_step, runner, same_bits, stream_runner
 
 from dualhead_ext.quantization import FORMATS
 
-BULK, PIECES = 9, 8  # compute capability: a bulk copy per row, or 16 bytes by a lane
+BULK, PIECES = 9, 8  # compute capability: 9 has bulk copies of rows, 8 copies 16 bytes per lane
 EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -26,7 +29,7 @@ def heads(rng, name, dtype, *, d, **sizes):
     return model.quantized(rng, arguments, name, apart=16)
 
 
-SIZES = {  # d is made a multiple of int4's groups, or of nothing above 16
+SIZES = {  # d is a multiple of int4's groups; other formats get 16 more, a multiple of 16 only
     "least": dict(B=1, d=128, V=1, H=1, d_k=1, S=1, lengths=[0]),
     "one row": dict(B=1, d=1152, V=150),
     "odd": dict(B=3, d=384, V=65, K=2),
@@ -40,7 +43,7 @@ SIZES = {  # d is made a multiple of int4's groups, or of nothing above 16
 @EVERY_FORMAT
 @pytest.mark.parametrize("size", SIZES)
 def test_step_is_the_float64_one(run, seed, name, size):
-    """Dtypes of hidden states, and copy engines, in turn."""
+    """The sizes take turns with the dtypes of hidden states and the copy engines."""
     turn = list(FORMATS).index(name) + list(SIZES).index(size)
     dtype, engine = ("float32", "bfloat16", "float16")[turn % 3], (BULK, PIECES)[turn % 2]
     rng = np.random.default_rng(seed)
@@ -52,7 +55,7 @@ def test_step_is_the_float64_one(run, seed, name, size):
 
 @EVERY_FORMAT
 def test_every_stored_number_is_exact_and_in_its_place(run, seed, name):
-    """Rows of hidden states with a single 1: the logits are the numbers themselves."""
+    """Each row of hidden states holds a single 1, so that the logits are the stored values."""
     rng = np.random.default_rng(seed)
     arguments = heads(rng, name, "bfloat16", d=128, B=64, V=64, gate="given", bias=False)
     arguments["alpha"] = np.repeat(np.array([0, 1], np.float32), 32)
@@ -74,8 +77,10 @@ def test_every_stored_number_is_exact_and_in_its_place(run, seed, name):
 @EVERY_FORMAT
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hidden_states_of_any_size_are_not_rounded(run, seed, name, dtype):
-    """Rows from 1e-30 to 1e30, and one whose numbers are 30 binary places apart: float16 holds
-    none of them. Error: eager fp32's, a rounding of each sum."""
+    """Rows range from 1e-30 to 1e30, and the values of one row are 30 binary places apart.
+
+    float16 could not hold any of them. The error is that of fp32 sums, which round once.
+    """
     rng = np.random.default_rng(seed)
     arguments = heads(rng, name, dtype, d=256, B=5, gate="given", bias=False)
     arguments["alpha"] = np.full(5, 0.5, np.float32)

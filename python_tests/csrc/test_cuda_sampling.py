@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ten million draws of the CUDA step per filter against the float64 distribution."""
+"""Ten million draws of the CUDA step for each filter, against the float64 distribution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_distribution_of_ten_million_draws(filters, mixture, seed):
     case = case_of_logits(logits, seed, rows=ROWS, mix_probs=mixture, **filters)
     case = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     counts = torch.zeros(len(logits), dtype=torch.int64, device="cuda")
-    with torch.no_grad():  # the step counts its draws itself
+    with torch.no_grad():  # the step advances the draw counters itself
         for _ in range(CALLS):
             counts += torch.bincount(ops.decode_step(**case).token, minlength=len(logits))
     assert counts.sum() >= 10**7

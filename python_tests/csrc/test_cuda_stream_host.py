@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA step's streaming path (csrc/kernels/cuda/stream.cu) on the host backend against float64:
-both copy engines, all batch tiles, tails of every cut, and that a row's bits depend on none of it.
-Copies land late and in any order there (csrc/testing/host_cuda/async.h)."""
+"""The CUDA step's streaming path (csrc/kernels/cuda/stream.cu) on the host backend, against
+float64.
+
+The tests cover both copy engines, all batch tiles, and remainders of every split. A row's bits
+depend on none of these. The host backend completes copies late and in any order
+(csrc/testing/host_cuda/async.h).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import pytest
 from cuda_host import check_row, check_step, runner, same_bits, stream_runner
 
 DTYPES = ["bfloat16", "float16"]
-BULK, PIECES = 9, 8  # compute capability: a bulk copy per row, or 16 bytes by a lane
+BULK, PIECES = 9, 8  # compute capability: 9 has bulk copies of rows, 8 copies 16 bytes per lane
 
 
 @pytest.fixture
@@ -26,7 +30,8 @@ def aligned(rng, dtype, **sizes):
 
 # --- against float64 -----------------------------------------------------------------------------
 
-SIZES = {  # tails of units of 8, tiles of 8 and 16 units, runs of 32 inputs, stages, batch tiles
+# Remainders of units of 8, tiles of 8 and 16 units, runs of 32 inputs, stages and batch tiles
+SIZES = {
     "least": dict(B=1, d=8, V=1, H=1, d_k=1, S=1, lengths=[0]),
     "one row": dict(B=1, d=1000, V=301, d_k=3),
     "odd": dict(B=3, d=136, V=65, K=2),
@@ -52,7 +57,7 @@ def test_step_is_the_float64_one(run, seed, dtype, size, engine):
         check_step(arguments, step, dtype)
 
 
-LARGEST = {  # of what is promised: hidden size, vocabulary, width of the gate
+LARGEST = {  # the largest supported sizes: hidden size, vocabulary, width of the gate
     "hidden": dict(B=2, d=8192, V=20),
     "hidden, a full batch": dict(B=64, d=8192, V=9),
     "vocabulary": dict(B=2, d=8, V=262144),
@@ -64,7 +69,7 @@ LARGEST = {  # of what is promised: hidden size, vocabulary, width of the gate
 def test_the_largest_sizes(run, seed, size):
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", **LARGEST[size])
-    if size == "vocabulary":  # the best entry far beyond what 16 bits count
+    if size == "vocabulary":  # the best token has an index that needs more than 16 bits
         arguments["lm_weight"][261111] = model.narrow(8 * np.ones(8), "bfloat16")
         arguments["hidden"][...] = model.narrow(np.ones((2, 8)), "bfloat16")
         arguments["alpha"] = np.float32([0, 0.25])
@@ -74,7 +79,7 @@ def test_the_largest_sizes(run, seed, size):
 
 
 def test_every_plan_is_among_the_tested_ones(testing_module, seed):
-    """Small shared memory shortens the runs: of a step that then takes the same bits from them."""
+    """Less shared memory gives shorter runs. The sizes of these tests reach every kind of plan."""
     rng = np.random.default_rng(seed)
     found = set()
     for size in SIZES.values():
@@ -93,8 +98,12 @@ def test_every_plan_is_among_the_tested_ones(testing_module, seed):
 @pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
 @pytest.mark.parametrize("B", [1, 8, 9, 40])
 def test_bits_do_not_depend_on_device_grid_or_schedule(run, seed, engine, B):
-    """How much shared memory there is, and so stages, runs and what is resident; how many blocks;
-    in which order threads run and copies land; what the workspace held; and the copy engine."""
+    """The bits do not depend on any of the following.
+
+    They are the amount of shared memory (and so the stages, the runs and what stays resident), the
+    number of blocks, the order in which threads run and copies complete, the workspace's old
+    contents, and the copy engine.
+    """
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", B=B, d=584, V=150, K=2)
     first = run(arguments, "bfloat16", record=True)
@@ -112,7 +121,7 @@ def test_bits_do_not_depend_on_device_grid_or_schedule(run, seed, engine, B):
 
 
 def everything(rng, dtype, B):
-    """All controls, both mixtures' numbers, and of the filters those that take few passes."""
+    """Arguments with all controls, for both mixtures, and with the filters that need few passes."""
     f32 = {"dtype": np.float32}
     return aligned(rng, dtype, B=B, V=34, K=2, S=140, lengths=rng.integers(100, 139, B)) | {
         "logit_scale": 0.5,
@@ -130,7 +139,7 @@ def everything(rng, dtype, B):
 
 @pytest.mark.parametrize(("dtype", "mix_probs"), [("bfloat16", False), ("float16", True)])
 def test_a_row_has_the_same_bits_in_every_batch(run, seed, dtype, mix_probs):
-    """Alone, at any place, beside NaN, in batches of every tile and one of more than 64."""
+    """Alone, anywhere, beside NaN, in batches of every tile, and in one of more than 64 rows."""
     rng = np.random.default_rng(seed)
     arguments = everything(rng, dtype, 64) | {"mix_probs": mix_probs}
     shared = {
@@ -144,10 +153,10 @@ def test_a_row_has_the_same_bits_in_every_batch(run, seed, dtype, mix_probs):
     for count in (1, 3, 9, 17, 33, 66):
         rows = np.concatenate([order, order])[:count]
         batch = shared | {k: v[rows].copy() for k, v in per_row.items()}
-        hidden = np.zeros((count, 48), np.uint16)[:, :40]  # rows that 16 divides
+        hidden = np.zeros((count, 48), np.uint16)[:, :40]  # rows start at multiples of 16 bytes
         hidden[...] = arguments["hidden"][rows]
         if count > 1:
-            hidden[count // 2] = model.narrow(np.nan, dtype)  # a neighbour, not compared
+            hidden[count // 2] = model.narrow(np.nan, dtype)  # this neighbour is not compared
         batch["hidden"] = hidden
         part = run(batch, dtype, record=True, compute_major=(BULK, PIECES)[count % 2]).arrays()
         for i, row in enumerate(rows):
@@ -157,8 +166,10 @@ def test_a_row_has_the_same_bits_in_every_batch(run, seed, dtype, mix_probs):
 
 @pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
 def test_controls_select_and_never_multiply(run, seed, mix_probs):
-    """alpha 0 and 1: the other head may hold anything. Offsets and strengths as on the plain
-    path."""
+    """At alpha 0 or 1 the unused head may hold NaN.
+
+    Offsets and strengths act as on the plain path.
+    """
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", B=7, gate="given") | {"mix_probs": mix_probs}
     f32 = {"dtype": np.float32}
@@ -241,8 +252,11 @@ def test_lengths_grow_step_by_step(run, seed):
 def test_a_head_that_no_row_needs_is_no_longer_read(
     testing_module, run, seed, K, engine, mix_probs
 ):
-    """From when every row has its alpha, which is soon without attention: the same results, of
-    fewer bytes. One whose alpha is NaN needs neither."""
+    """Once every row has its alpha, the unneeded head is not read any further.
+
+    Without attention this is soon. The results are the same, with fewer bytes read. A row whose
+    alpha is NaN needs neither head.
+    """
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", B=3, d=520, V=540, K=K, gate="given")
     arguments |= {"mix_probs": mix_probs, "seeds": np.arange(3), "draws": np.arange(3)}
@@ -254,9 +268,10 @@ def test_a_head_that_no_row_needs_is_no_longer_read(
         assert step.status.tolist() == [0, 1, 0]
         for b in (0, 2):
             check_row(arguments, step, "bfloat16", b)
-    one = 540 * 520 * 2  # of one matrix
-    assert bytes_read[0.5] == (K + 1) * one  # hidden states are resident
-    # What had been asked for before, of both: two blocks' rings.
+    one = 540 * 520 * 2  # bytes of one matrix
+    # Hidden states stay in shared memory and are not copied again
+    assert bytes_read[0.5] == (K + 1) * one
+    # Copies of both heads that were already requested: the ring buffers of two blocks.
     early = 2 * testing_module.stream_plan(arguments, "bfloat16")["stages"] * 128 * 256
     assert one < bytes_read[0.0] <= one + early < 0.9 * bytes_read[0.5], bytes_read
     assert K * one < bytes_read[1.0] <= K * one + early < bytes_read[0.5], bytes_read
@@ -265,7 +280,7 @@ def test_a_head_that_no_row_needs_is_no_longer_read(
 @pytest.mark.parametrize("B", [1, 16, 64])
 @pytest.mark.parametrize("d", [256, 576, 4096])
 def test_one_instruction_copies_a_kilobyte_or_more(testing_module, run, seed, d, B):
-    """The producer is one lane: at 16.5 bytes a clock it has 62 clocks for a copy of 1 KiB."""
+    """The producer is a single lane: at 16.5 bytes per clock, it has 62 clocks to copy 1 KiB."""
     arguments = aligned(np.random.default_rng(seed), "bfloat16", B=B, d=d, V=1024, gate="given")
     run(arguments, "bfloat16", seed=seed)
     assert testing_module.bytes_copied() >= 1024 * testing_module.boxes_copied() > 0
@@ -287,9 +302,10 @@ def test_what_streams_and_what_does_not(testing_module, seed):
         assert not testing_module.stream_plan(aligned(rng, "bfloat16", d=d), "bfloat16")
     for name in ("hidden", "lm_weight", "reward_weight"):
         apart = np.zeros((*base[name].shape[:-1], 44), np.uint16)
-        assert not plan(**{name: apart[..., :40]}), name  # 16 does not divide 88
+        # The rows' stride of 88 bytes is not a multiple of 16
+        assert not plan(**{name: apart[..., :40]}), name
         flat = np.zeros(base[name].size + 1, np.uint16)[1:]
-        assert not plan(**{name: flat.reshape(base[name].shape)}), name  # nor the address
+        assert not plan(**{name: flat.reshape(base[name].shape)}), name  # nor is the address
 
 
 def test_a_device_with_too_little_shared_memory_refuses(testing_module, run, seed):
@@ -300,17 +316,17 @@ def test_a_device_with_too_little_shared_memory_refuses(testing_module, run, see
     with pytest.raises(AssertionError, match="cudaErrorInvalidValue"):
         run(arguments, "bfloat16", threads=64)
     with pytest.raises(AssertionError, match="cudaErrorCooperativeLaunchTooLarge"):
-        run(arguments, "bfloat16", blocks=5)  # of 4 multiprocessors
+        run(arguments, "bfloat16", blocks=5)  # more blocks than the 4 multiprocessors
 
 
-# --- that these tests can fail -------------------------------------------------------------------
+# --- that the tests can fail ---------------------------------------------------------------------
 
 
 _CAUGHT = ("deadlock", "diverged", "no progress", "mbarrier")
 
 
 def _differs(run, arguments, schedules=8, **bug):
-    """Whether a seeded bug shows under at least one of some schedules."""
+    """Whether a seeded bug shows under at least one of a few schedules."""
     right = run(arguments, "bfloat16", record=True)
     for schedule in range(schedules):
         device = {"seed": schedule, "compute_major": (BULK, PIECES)[schedule // 2 % 2]}
@@ -325,7 +341,10 @@ def _differs(run, arguments, schedules=8, **bug):
 
 @pytest.fixture
 def long_enough(seed):
-    """Three rounds of the ring in every block, the gate's three barriers, and mix_probs."""
+    """Sizes that give three rounds of the ring in every block, and use all the barriers.
+
+    These are the gate's three barriers and those of mix_probs.
+    """
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", B=2, d=520, V=270)
     return arguments | {"mix_probs": True}
@@ -333,12 +352,12 @@ def long_enough(seed):
 
 @pytest.mark.parametrize("barrier", [1, 2, 3, 4])
 def test_a_missing_grid_barrier_is_seen(run, long_enough, barrier):
-    """Heads and gate are done; two of mix_probs. There is no fifth."""
+    """Barrier 1 follows the heads and the gate, 2 and 3 belong to mix_probs. There is no fifth."""
     assert _differs(run, long_enough, skipped_grid_barrier=barrier) == (barrier < 4)
 
 
 def test_counters_that_are_not_zero_yet_are_seen(run, seed):
-    """The first grid barrier. It takes a block that is late by a whole gate to miss it."""
+    """The first grid barrier. It shows only if a block is late by the time of a whole gate."""
     arguments = aligned(np.random.default_rng(seed), "bfloat16", d=8, S=300, lengths=[290, 290])
     assert _differs(run, arguments, 400, blocks=4, skipped_grid_barrier=0)
 
@@ -350,6 +369,7 @@ def test_a_missing_wait_for_a_copy_is_seen(run, long_enough, wait):
 
 @pytest.mark.parametrize("barrier", range(6))
 def test_a_missing_block_or_gate_barrier_is_seen(run, long_enough, barrier):
-    """mbarriers are made; then those of the phases after the products, and the gate's two for each
-    of attention and its normalisation."""
+    """Block barriers in order: one after the mbarriers are initialised, those of the phases after
+    the products, and two each for the gate's attention and its normalisation.
+    """
     assert _differs(run, long_enough, skipped_block_barrier=barrier)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA step under load on a real device: very many launches, a device that is busy with other
-kernels, every batch size, threads of the host that launch at once. What may go wrong here is a
-barrier that waits for blocks which never run, and what one launch leaves behind for the next."""
+"""The CUDA step under load on a real device.
+
+The tests make very many launches, keep the device busy with other kernels, take every batch size,
+and launch from several host threads at once. Two things may go wrong: a barrier waits for blocks
+that never run, or a launch leaves something behind that changes the next one.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def make(seed, *sizes, format=None, **options):
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("B", [1, 9])
 def test_a_hundred_thousand_launches_end_and_agree(B, format, seed):
-    """Back to back, so that a launch begins while the last one's blocks still end."""
+    """Launches follow one another directly: one begins while blocks of the last one still end."""
     case = make(seed, B, 128, 515, 1, format=format, H=2, d_k=16, S=40)
     expected, _ = run(ops.decode_step, case)
     before = {name: case[name].clone() for name in STATE if name in case}
@@ -52,7 +55,10 @@ def test_a_hundred_thousand_launches_end_and_agree(B, format, seed):
 
 @pytest.mark.parametrize(("B", "format"), [(1, None), (64, None), (1, "int4")])
 def test_other_kernels_may_hold_the_multiprocessors(B, format, seed):
-    """GEMMs on two other streams take all of them, now and then. The step waits for its turn."""
+    """GEMMs on two other streams occupy all multiprocessors at times.
+
+    The step waits for its turn.
+    """
     case = make(seed, B, 512, 8003, 1, format=format, H=8, d_k=48, S=100, sample=True)
     expected, state = run(ops.decode_step, case)
     others = [torch.cuda.Stream() for _ in range(2)]
@@ -71,7 +77,7 @@ def test_other_kernels_may_hold_the_multiprocessors(B, format, seed):
 
 @pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
 def test_every_batch_from_1_to_64(format, seed):
-    """Each row has the bits that it has among 64."""
+    """Each row has the same bits as in a batch of 64."""
     case = make(seed, 64, 384, 1003, 1, format=format, H=4, d_k=16, S=60, sample=True)
     expected, state = run(ops.decode_step, case)
     for B in range(1, 65):
@@ -85,8 +91,10 @@ def test_every_batch_from_1_to_64(format, seed):
 
 
 def test_two_threads_with_different_plans(seed):
-    """Small and large blocks' memory by turns: what one thread asks of the driver must not change
-    what the other launches with."""
+    """Threads launch blocks with little and with much shared memory in turns.
+
+    What one thread asks of the driver must not change what another thread launches with.
+    """
     cases = [
         make(seed, 1, 512, 5003, 1, H=8, d_k=48, S=64),
         make(seed + 1, 64, 4096, 999, 1, format="int4", H=2, d_k=16, S=64),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a token on CUDA (filters.cuh, token.cuh), the very source on the host backend,
-against NumPy: the race, filters, ties, rows that are not finite. All else of a step is in
-test_cuda_kernel_host.py.
+"""The choice of a token on CUDA (filters.cuh, token.cuh), on the host backend, against NumPy.
+
+The tests cover the Gumbel race, filters, ties and rows that are not finite.
+test_cuda_kernel_host.py covers the rest of a step.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def test_sampled_token_wins_the_race_among_what_the_filters_leave(run, seed, fil
 
 @pytest.mark.parametrize("filters", ["top_k", "top_p", "min_p", "all"])
 def test_filters_leave_exactly_the_right_tokens(run, seed, filters):
-    """Many draws of one row: only tokens that should stay come up, and all likely ones do."""
+    """Over many draws from one row, only tokens that the filters keep are drawn, and all likely
+    ones are.
+    """
     rng = np.random.default_rng(seed)
     B = 192
     arguments = model.random_arguments(rng, "float32", B=B, d=3, V=9, gate="given")
@@ -70,7 +73,7 @@ def test_filters_leave_exactly_the_right_tokens(run, seed, filters):
 
 
 def equal_logits(values):
-    """Arguments whose LM logits are these numbers, exactly, for one row that uses only them."""
+    """Arguments for one row whose logits are exactly these values, all from the LM head."""
     values = np.asarray(values, np.float32)
     return {
         "hidden": np.ones((1, 1), np.float32),
@@ -96,7 +99,7 @@ def test_ties_go_to_the_lowest_index(run):
     ("filters", "kept"),
     [
         (dict(top_k=2), {35, 36}),
-        (dict(top_p=0.5), {35, 36}),  # four share the mass, all else has none of it
+        (dict(top_p=0.5), {35, 36}),  # four tokens share all of the probability
         (dict(top_p=0.51), {35, 36, 70}),
         (dict(min_p=1.0), {35, 36, 70, 99}),
     ],
@@ -115,7 +118,7 @@ def test_equal_logits_at_a_cut_keep_the_lowest_indices(run, filters, kept):
     assert drawn == kept
 
 
-HARD_ROWS = {  # for a cut that is looked for in bins of 1/64 nat, up to 512 tokens of one bin
+HARD_ROWS = {  # the cut is searched for in bins of 1/64 nat, with up to 512 tokens in one bin
     "equal": np.full(1100, 1.5),
     "nearly equal": 1.5 + np.arange(1100) * 1e-6,
     "two values": np.where(np.arange(1100) % 3 == 0, 2.0, -50.0),
@@ -129,7 +132,7 @@ HARD_ROWS = {  # for a cut that is looked for in bins of 1/64 nat, up to 512 tok
 @pytest.mark.parametrize(
     "filters",
     [
-        dict(top_k=1),  # nearly every winner is refused, and the race run again above it
+        dict(top_k=1),  # nearly every winner is refused, and the race is repeated above it
         dict(top_k=600),
         dict(top_p=1e-6),
         dict(top_k=600, top_p=0.50042),
@@ -185,7 +188,7 @@ def test_rows_without_any_mass_or_with_a_nan_alpha_are_not_finite(run):
     assert run(equal_logits([0.0] * 39 + [np.inf])).status.tolist() == [1]
     nan = run(equal_logits([0.0, 1.0]) | {"alpha": np.array([np.nan], np.float32)})
     assert nan.status.tolist() == [1] and nan.token.tolist() == [0] and np.isnan(nan.alpha).all()
-    # Strength 0 switches the gate off, NaN or not.
+    # Strength 0 switches the gate off, even if alpha is NaN.
     zero = equal_logits([0.0, 1.0]) | {"alpha": np.array([np.nan], np.float32)}
     zero["strength"] = np.zeros(1, np.float32)
     step = run(zero)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches that the CUDA step multiplies by GEMMs of torch: csrc/head_products.h on CPU tensors, and
-the launch around given products on the host backend."""
+"""Large batches, whose products the CUDA step computes with torch's GEMMs.
+
+The tests run csrc/head_products.h on CPU tensors, and the launch with given products on the host
+backend.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def head_products(tmp_path_factory):
 
 @pytest.fixture
 def wide_products_on_the_cpu():
-    """mm.dtype_out, which torch has for CUDA alone: operands and result as its schema says."""
+    """A CPU version of mm.dtype_out, which torch has for CUDA only, with the schema's dtypes."""
     seen = []
 
     def mm(a, b, out_dtype, *, out):
@@ -59,13 +62,13 @@ def test_products_are_those_of_float64(
     generator = torch.Generator().manual_seed(seed)
     B, d, V, K = 7, 24, 33, 3
     make = [torch.randn(*s, generator=generator).to(dtype) for s in ((B, d), (V, d), (K, V, d))]
-    if strided:  # rows of a wider matrix, as a slice of a fused one has them
+    if strided:  # rows of a wider matrix, like a slice of a fused weight
         make = [torch.cat([x, x * 2], -1)[..., :d] for x in make]
     hidden, lm_weight, reward_weight = make
     lm, reward = torch.full((B, V), torch.nan), torch.full((K, B, V), torch.nan)
     references = [x._use_count() for x in (lm, reward)]
     head_products(hidden, lm_weight, reward_weight, lm, reward)
-    assert [x._use_count() for x in (lm, reward)] == references  # none is kept, none taken
+    assert [x._use_count() for x in (lm, reward)] == references  # no reference is kept or lost
     torch.testing.assert_close(lm.double(), hidden.double() @ lm_weight.double().T, **CLOSE)
     exact = hidden.double() @ reward_weight.double().transpose(1, 2)
     torch.testing.assert_close(reward.double(), exact, **CLOSE)
@@ -86,7 +89,7 @@ def test_batches_beyond_one_pass_want_them(testing_module, dtype, seed):
 
 
 def given_products(arguments, dtype):
-    """The products beside weights that nobody may read."""
+    """The products, beside weights of NaN: nothing may read them."""
     hidden = model.widen(arguments["hidden"], dtype)
     lm, reward = (model.widen(arguments[f"{name}_weight"], dtype) for name in ("lm", "reward"))
     products = {
@@ -98,7 +101,7 @@ def given_products(arguments, dtype):
     return arguments | products | nans
 
 
-SIZES = {  # tails of chunks of 32 entries, of tiles of 8 rows, and more than 64 rows
+SIZES = {  # remainders of chunks of 32 entries and of tiles of 8 rows, and more than 64 rows
     "one": dict(B=1, d=1, V=1, H=1, d_k=1, S=1, lengths=[0]),
     "odd": dict(B=3, d=33, V=65, K=2, H=3, d_k=5, S=11),
     "aligned": dict(B=9, d=32, V=64, K=3, H=2, d_k=8, S=16),
@@ -142,7 +145,7 @@ def test_a_head_that_a_row_does_not_need_may_be_anything(testing_module, seed):
 
 @pytest.mark.parametrize("barrier", [0, 1, 2, 3, 4, 5])
 def test_a_missing_barrier_shows(testing_module, seed, barrier):
-    """Grid barriers: project, attend, weigh, products, normalizers, mixture."""
+    """Grid barriers, in order: project, attend, weigh, products, normalizers, mixture."""
     rng = np.random.default_rng(seed)
     arguments = model.random_arguments(rng, "bfloat16", B=9, d=24, V=200, H=3, d_k=5, S=140)
     arguments["mix_probs"] = barrier > 3

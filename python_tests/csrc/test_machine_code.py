@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report on the CUDA kernels' machine code, and the prediction that is made of it: on listings
-written by hand, and on the library that is built, where nvcc and cuobjdump are."""
+"""The report on the CUDA kernels' machine code, and the prediction that is based on it.
+
+Listings written by hand are always tested. The built library is tested if nvcc and cuobjdump are
+there.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ FORMATS = ("bf16", "fp16", "int8", "fp8", "int4")
 
 
 def listing(*instructions, name="_ZN8dualhead13stream_kernelILNS0_6FormatE4ELb1EEEv"):
-    """As cuobjdump prints them. Each: (text, stall, scoreboard set, scoreboards waited for)."""
+    """A listing as cuobjdump prints it. Each instruction is (text, stall, scoreboard set,
+    scoreboards waited for).
+    """
     lines = [f"\t\tFunction : {name}"]
     rows = [*instructions, *[("NOP", 0, 7, 0)] * 40]
     for place, (text, stall, sets, waits) in enumerate(rows):
@@ -82,7 +87,7 @@ def test_shared_loads_of_products_by_width():
         plain("LDSM.16.M88.4 R4, [R2]"),
         plain("HMMA.16816.F32 R4, R8, R12, R4", 7),
         plain("@P0 BRA 0x0", 5),
-        plain("LDS.U8 R4, [R2]"),  # outside
+        plain("LDS.U8 R4, [R2]"),  # outside of the loop
         plain("STL [R1], R4"),
     )
     spilling = report_of(
@@ -175,7 +180,7 @@ def kernels(**changes):
 
 
 def test_bytes_are_those_that_the_benchmark_counts():
-    """Of a head in bf16, and of int4 with its scales."""
+    """For a head in bf16, and for an int4 head with its scales."""
     heads, everything = prediction.bytes_read(4096, 32000, 1, 256, "bf16")
     assert heads == 2 * 32000 * 4096 * 2 and 0 < everything - heads < 0.02 * heads
     assert prediction.bytes_read(4096, 32000, 1, 256, "int4")[0] == 2 * 32000 * (2048 + 32 * 4)
@@ -257,7 +262,7 @@ def test_streaming_kernels_keep_their_limits(library_report, of_these_sources, f
 
 
 def test_the_report_has_every_hot_kernel(library_report):
-    """With copies and products; a pattern that no longer matches would find none."""
+    """Every report has copies and products. A pattern that no longer matches would find none."""
     for name in (f"stream_kernel<{format}, 1, {kind}>" for format in FORMATS for kind in (0, 1)):
         one = library_report[name]
         assert one["copy_loops"] and one["consumer_loops"] and one["global_loops"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instruction sets and dtypes of the CPU's step."""
+"""Fixtures: instruction sets and dtypes of the CPU's step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(params=CPU_ISAS)
 def isa(request):
-    """Runs the test once per instruction set, forced."""
+    """Run the test once for each instruction set."""
     with forced_isa(request.param):
         assert ops.cpu_isa() == request.param
         yield request.param

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled libraries: what they contain and need, what they say of themselves, and that one
-that is missing or does not load is a sentence, not a crash.
+"""The compiled libraries: their contents, what they need, and what they report.
+
+A library that is missing or does not load gives one sentence, not a crash.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def test_only_the_stable_abi_is_used(built):
     for library in built:
         undefined = dynamic_symbols(library, "undefined-only")
         assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
-        # By the Itanium mangling, 3c10, 2at and 5torch are those namespaces.
+        # In the Itanium mangling, 3c10, 2at, 5torch and 6caffe2 are torch's namespaces.
         unstable = [n for n in undefined if re.match(r"_Z[A-Z]*(3c10|2at|5torch|6caffe2)", n)]
         assert not unstable
         assert not [name for name in undefined if name.startswith(("Py", "_Py"))]
 
 
 def test_nothing_of_ours_is_exported(built):
-    """Two versions in one process, or another library's cudart, must not meet."""
+    """Exported symbols could clash with those of a second version or another library's cudart."""
     for library in built:
         exported = dynamic_symbols(library, "defined-only")
         assert not [n for n in exported if "dualhead" in n or n.startswith(("cuda", "__cuda"))]
@@ -66,7 +67,7 @@ def test_no_path_of_the_build_machine_is_in_the_libraries(built):
 
 
 def test_the_library_is_of_these_sources():
-    """Stale otherwise: make build."""
+    """If this fails, the library is out of date: run make build."""
     listed = libraries._git("ls-files", "csrc")
     if listed is None:
         pytest.skip("this is not a git checkout")
@@ -128,7 +129,7 @@ def forced_isa(name: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def other_package(tmp_path, monkeypatch):
-    """The loader, looking for libraries in an empty folder."""
+    """The loader, which looks for libraries in an empty folder."""
     monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
     monkeypatch.setattr(_extension, "_problems", {"cpu": None, "cuda": None})
     return tmp_path

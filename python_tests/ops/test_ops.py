@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused CPU step against the reference, for every instruction set this machine runs: values,
-controls, NaN, and that a row's bits depend on nothing but the row."""
+"""The fused CPU step against the reference, for every instruction set that this machine supports.
+
+The tests cover values, controls and NaN. A row's bits depend on nothing but the row.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from dualhead_ext import ops, reference
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64]
 
 
-# Every feature and odd size at least once with each mixture: B, d, V, K, options.
+# B, d, V, K, options. Every feature and odd size occurs at least once with each mixture.
 VALUE_CASES = [
     (1, 1, 1, 1, {"S": 1}),
     (2, 3, 5, 1, {"H": 1, "d_k": 1, "S": 2}),
@@ -39,7 +41,7 @@ VALUE_CASES = [
 
 @pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
 def test_errors_are_at_most_those_of_eager(isa, dtype, mix_probs, seed):
-    """Against float64 on the same numbers: root mean square and largest error, over all cases."""
+    """Against float64 with the same inputs: root mean square and largest error, over all cases."""
     names = ("logits", "alpha", "gate_logit", "logprob", "attention")
     ours, theirs = ({name: [] for name in names} for _ in range(2))
     for i, (B, d, V, K, options) in enumerate(VALUE_CASES * 3):
@@ -52,7 +54,7 @@ def test_errors_are_at_most_those_of_eager(isa, dtype, mix_probs, seed):
         assert got.status.eq(0).all() and got.logits.dtype == torch.float32
         for name in names:
             exact = getattr(truth, name)
-            # logprob is compared where all picked the same token.
+            # logprob is compared only where all three chose the same token.
             same = (got.token == truth.token) & (eager.token == truth.token)
             keep = same if name == "logprob" else slice(None)
             scale = exact.abs().max().clamp(min=1.0) if exact.numel() else 1.0
@@ -60,7 +62,7 @@ def test_errors_are_at_most_those_of_eager(isa, dtype, mix_probs, seed):
                 errors[name].append(((getattr(out, name) - exact) / scale)[keep].flatten())
     for name in names:
         mine, other = torch.cat(ours[name]).abs(), torch.cat(theirs[name]).abs()
-        # Eager fp32 sums in 16 lanes or more; fewer lanes make longer chains.
+        # Eager adds up fp32 values in at least 16 lanes. Fewer lanes add longer chains.
         factor = 1.1 if dtype == torch.bfloat16 or isa.startswith("avx512") else 2.0
         rms, eager_rms = mine.square().mean().sqrt(), other.square().mean().sqrt()
         assert rms <= factor * eager_rms, (name, rms, eager_rms)
@@ -68,8 +70,10 @@ def test_errors_are_at_most_those_of_eager(isa, dtype, mix_probs, seed):
 
 
 def test_dot_products_are_within_the_proven_bound(isa, dtype, seed):
-    """|z - exact| <= gamma_n sum |w| |h|, n = additions that a term passes through: products of
-    bf16 are exact in fp32, those of fp32 are rounded once."""
+    """|z - exact| <= gamma_n sum |w| |h|, where n counts the additions that a term passes through.
+
+    Products of bf16 are exact in fp32, and products of fp32 are rounded once.
+    """
     lanes = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "portable": 4}[isa]
     for d in (1, 15, 16, 17, 31, 32, 33, 100, 1023, 4097):
         case = make_case(seed + d, 5, d, 130, 1, dtype, gate="logit", alpha=torch.zeros(5))
@@ -82,7 +86,7 @@ def test_dot_products_are_within_the_proven_bound(isa, dtype, seed):
 
 
 def test_greedy_token_is_the_exact_argmax(isa, dtype, seed):
-    """Wherever the float64 margin exceeds the rounding of fp32 sums."""
+    """Where the margin in float64 exceeds the rounding errors of fp32 sums."""
     case = make_case(seed, 300, 65, 257, 1, dtype, H=1, d_k=2, S=3)
     got, _ = run(ops.decode_step, case)
     case |= {"alpha": got.alpha}
@@ -133,7 +137,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_its_place(isa, dtype, mix_pro
 
 @pytest.mark.parametrize("d", [1024, 2100, 4096, 9000])
 def test_a_row_depends_not_on_its_batch_when_rows_are_long(isa, dtype, d, seed):
-    """Sums in several turns, row by row or in tiles, as d and B have it."""
+    """Depending on d and B, a sum is computed in several passes, row by row or in tiles."""
     case = make_case(seed, 11, d, 70, 2, dtype, S=9, sample=True)
     whole, _ = run(ops.decode_step, case)
     for chosen in ([0], [10], [3, 4], [5, 6, 7], [0, 1, 2, 8, 9]):
@@ -144,7 +148,7 @@ def test_a_row_depends_not_on_its_batch_when_rows_are_long(isa, dtype, d, seed):
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_bad_rows_stay_alone(isa, dtype, seed, poison):
-    """NaN or infinite hidden states: status 1, token 0; every other row keeps its bits."""
+    """NaN or infinite hidden states give status 1 and token 0. Every other row keeps its bits."""
     for B in (2, 7, 16):
         case = make_case(seed + B, B, 65, 200, 1, dtype, sample=True, record_attention=True)
         clean, _ = run(ops.decode_step, case)
@@ -161,7 +165,7 @@ def test_bad_rows_stay_alone(isa, dtype, seed, poison):
 
 @pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
 def test_thread_count_changes_no_bit(isa, dtype, mix_probs, seed):
-    """Large enough that every phase is shared between threads."""
+    """The case is large enough for every phase to be shared between threads."""
     case = make_case(
         seed, 5, 300, 4000, 1, dtype, H=4, d_k=32, S=1200, sample=True, mix_probs=mix_probs,
         record_attention=True,
@@ -211,7 +215,9 @@ def test_controls_follow_the_reference(isa, seed, mix_probs):
 
 @pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
 def test_a_head_that_is_switched_off_does_not_matter(isa, dtype, mix_probs, seed):
-    """alpha 0 and 1 select: by strength, by alpha, by an infinite gate logit; NaN elsewhere."""
+    """alpha 0 or 1 selects a head: by strength, by alpha, by an infinite gate logit. The other has
+    NaN.
+    """
     case = make_case(seed, 4, 40, 90, 1, dtype, gate="logit", mix_probs=mix_probs)
     expected, _ = run(ops.decode_step, case | {"alpha": torch.zeros(4)})
     broken = case | {"reward_weight": torch.full_like(case["reward_weight"], torch.nan)}
@@ -241,7 +247,7 @@ def test_status_of_what_is_not_finite(isa, dtype, seed):
         return got.status.tolist()
 
     bias = case["lm_bias"].clone()
-    bias[:-1] = -torch.inf  # one survivor is a distribution
+    bias[:-1] = -torch.inf  # a single token that is left is a valid distribution
     assert status(lm_bias=bias, reward_bias=bias[None]) == [0, 0, 0]
     assert status(lm_bias=nothing, reward_bias=nothing[None]) == [1, 1, 1]
     assert status(lm_bias=-nothing, reward_bias=-nothing[None]) == [1, 1, 1]

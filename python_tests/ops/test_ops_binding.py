@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""decode_step as an operator: bad input, opcheck, torch.compile, gradients, the choice of the
-instruction set."""
+"""decode_step as an operator of torch.
+
+The tests cover invalid arguments, opcheck, torch.compile, gradients, and the choice of the
+instruction set.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from dualhead_ext import ops
 
 B, d, V, K, H, d_k, S = 3, 16, 40, 2, 2, 4, 6
 SCHEMA = torch.ops.dualhead.decode_step.default._schema.arguments
-SCALES = ("lm_scale", "reward_scale")  # of quantised weights: test_ops_quantized.py
+SCALES = ("lm_scale", "reward_scale")  # of quantised weights, see test_ops_quantized.py
 TENSORS = [a.name for a in SCHEMA if "Tensor" in str(a.type) and a.name not in SCALES]
 ATTENTION = ("q_weight", "k_weight", "u_weight", "gate_bias", "cache_k", "cache_u", "cache_valid",
              "cache_length")  # fmt: skip
@@ -29,7 +32,7 @@ OPTIONS = ("mix_probs", "logit_scale", "logit_softcap", "return_logits", "record
 
 
 def full_case(seed: int, gate: str = "attention", reward_head: str = "full") -> dict:
-    """Every argument that can be given beside this gate and reward head."""
+    """Every argument that this gate and this reward head allow."""
     case = make_case(seed, B, d, V, K, torch.bfloat16, H=H, d_k=d_k, S=S, gate=gate, bias=True,
                      objective_weights=True, reward_head=reward_head, controls=True,
                      sample=True)  # fmt: skip
@@ -66,11 +69,11 @@ def test_a_missing_library_is_said(monkeypatch):
         ops.decode_step(hidden=torch.ones(1, 2), lm_weight=torch.ones(2, 2))
 
 
-# --- bad input ------------------------------------------------------------------------------------
+# --- invalid arguments ----------------------------------------------------------------------------
 
 
 def assert_refused(case: dict, changes: dict, error: type, pattern: str) -> None:
-    """The error, its text, and that nothing was written."""
+    """Check the error and its text, and that nothing was written."""
     bad = case | changes
     before = {n: bad[n].clone() for n in STATE if isinstance(bad.get(n), torch.Tensor)}
     with torch.no_grad(), pytest.raises(error, match=pattern):
@@ -98,7 +101,8 @@ def test_every_argument_is_checked(name, fault, seed):
     value = case[name]
     own = rf"^decode_step: {name} must "
     if fault == "dtype":
-        # The heads' dtype is the LM head's: another one there makes the others wrong.
+        # The LM head defines the dtype of all heads, so that another dtype there makes the others
+        # wrong.
         named = "hidden|lm_weight" if name == "lm_weight" else name
         pattern = rf"^decode_step: ({named}) must have dtype \w+, got \w+$"
         changed = value.to(OTHER_DTYPE[value.dtype])
@@ -106,7 +110,8 @@ def test_every_argument_is_checked(name, fault, seed):
     elif fault == "rank":
         assert_refused(case, {name: value[None]}, ValueError, own + r"be \(.*\), got \(1, .*\)$")
     elif fault == "size":
-        # Sizes that define others (B, V, d, H, S, d_k) make another argument wrong.
+        # lm_weight and others define sizes (B, V, d, H, S, d_k), so that another argument is
+        # reported.
         for dim in range(value.dim()):
             shape = list(value.shape)
             shape[dim] += 1
@@ -125,7 +130,7 @@ def test_every_argument_is_checked(name, fault, seed):
     elif name in ("reward_weight", "seeds", "draws", "gate_logit", *ATTENTION, *CORRECTION):
         pattern = r"^decode_step: \w+ must be given( with [\w ]+)?, got None"
         assert_refused(case, {name: None}, ValueError, pattern)
-    else:  # truly optional
+    else:  # really optional
         got, _ = run(ops.decode_step, case | {name: None})
         assert got.status.eq(0).all()
 
@@ -253,7 +258,7 @@ def test_a_cache_without_room(seed):
 
 
 def opcheck_cases() -> dict[str, tuple]:
-    """Arguments, positionally: each dtype, gate and mixture, odd sizes and strides."""
+    """Positional arguments for each dtype, gate and mixture, with odd sizes and strides."""
     wide = torch.randn(3, 30)
     cases = {
         "fp32": make_case(1, 2, 16, 40),
@@ -296,7 +301,10 @@ def test_opcheck(arguments):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("gate, reward_head", [("attention", "full"), ("logit", "embedding")])
 def test_compiled_whole_equals_direct(backend, gate, reward_head, seed):
-    """fullgraph, caches written, other work around it; new batch sizes recompile at most once."""
+    """One whole graph, with other operations around the step, and caches that it writes.
+
+    New batch sizes recompile at most once.
+    """
     torch._dynamo.reset()
     frames = []
 
@@ -392,7 +400,7 @@ def test_choice_is_the_best_level():
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for x86 instructions")
 def test_wide_instructions_stay_in_their_functions():
-    """A shared inline function compiled with AVX would run, and fail, on machines without it."""
+    """The linker may share inline functions: one compiled with AVX would crash older machines."""
     library = Path(dualhead_ext.__file__).with_name("_C.so")
     listing = subprocess.run(
         ["objdump", "--disassemble", "--no-show-raw-insn", str(library)],

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU's step of a reward head that is a correction, for every instruction set: against float64,
-the same bits in any batch and with any number of threads, and what does not matter at alpha 0.
+"""The CPU's step with a reward head that is a correction, for every instruction set.
+
+It is compared with float64. The bits do not depend on the batch or on the number of threads. At
+alpha 0 the correction does not matter.
 """
 
 from __future__ import annotations
@@ -52,14 +54,15 @@ def moved_hidden(case, alpha):
 
 
 def test_errors_are_at_most_those_of_eager(isa, dtype, mix_probs, kind, seed):
-    # Where bf16 hidden states are moved in bf16, eager PyTorch moves them too.
+    # Where the step changes hidden states in bf16, eager must do so too, to be comparable.
     rounds = kind["reward_head"] == "embedding" and isa == "avx512bf16" and not mix_probs
     rounds = rounds and dtype == torch.bfloat16
     names = ("logits", "logprob")
     ours, theirs = ({name: [] for name in names} for _ in range(2))
     for i, (B, d, V, K, options) in enumerate(CASES * 2):
         case = make_case(seed + i, B, d, V, K, dtype, mix_probs=mix_probs, **kind, **options)
-        case["alpha"] = torch.rand(B)  # log(1 - alpha) near 1 would show the gate's errors alone
+        # If log(1 - alpha) were near 1, only the gate's errors would show
+        case["alpha"] = torch.rand(B)
         truth, _ = run(reference.decode_step, in_double(case))
         got, _ = run(ops.decode_step, case)
         eager, _ = run(reference.decode_step, case)
@@ -110,14 +113,14 @@ def test_a_quantised_lm_head_is_what_its_numbers_mean(isa, dtype, mix_probs, kin
     case = quantized(case, format)
     got, _ = run(ops.decode_step, case)
     truth, _ = run(reference.decode_step, in_double(case))
-    # An embedding head's hidden state is rounded to its dtype once more.
+    # An embedding head's changed hidden state is rounded to its dtype once more.
     error = (got.logits - truth.logits).square().mean().sqrt()
     rounding = 2.0**-8 if dtype == torch.bfloat16 and kind["reward_head"] == "embedding" else 1e-5
     assert error <= rounding * truth.logits.abs().max()
 
 
 def test_alpha_0_is_the_plain_lm_head_whatever_the_correction_is(isa, dtype, mix_probs, kind, seed):
-    """Bit for bit; alone, and beside a row that listens."""
+    """Bit for bit, alone and beside a row with alpha above 0."""
     case = make_case(seed, 4, 40, 90, 1, dtype, gate="logit", mix_probs=mix_probs, **kind)
     full = make_case(seed, 4, 40, 90, 1, dtype, gate="logit", mix_probs=mix_probs)
     plain, _ = run(ops.decode_step, full | {"strength": torch.zeros(4)})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused CPU step reads and writes: its cache, nothing around the tensors, any layout."""
+"""Memory that the fused CPU step uses: its cache, tensors of any layout, and nothing else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_cache_gets_one_column_and_nothing_else_changes(isa, dtype, seed):
 
 
 def test_steps_in_a_row_equal_the_reference(isa, dtype, seed):
-    """40 steps from an empty cache, over several blocks of columns, ragged and with padding."""
+    """40 steps from an empty cache over several blocks of columns, with ragged rows and padding."""
     case = make_case(seed, 4, 40, 60, 1, dtype, H=2, d_k=6, S=140, record_attention=True)
     for name in STATE[:4]:
         case[name] = torch.zeros_like(case[name])
@@ -95,11 +95,12 @@ def test_a_position_that_sees_nothing_gets_the_bias(isa, dtype, seed):
 
 
 def test_what_is_not_visible_is_not_read(isa, dtype, seed):
-    """NaN in columns that are unfilled or padding changes no bit."""
+    """NaN in columns that are padding or not filled changes no bit."""
     case = make_case(seed, 4, 30, 40, 1, dtype, S=100, record_attention=True)
     expected, _ = run(ops.decode_step, case)
     hidden = (torch.arange(100) >= case["cache_length"][:, None]) | ~case["cache_valid"]
-    hidden[torch.arange(4), case["cache_length"].long()] = False  # the new column is written anyway
+    # The new column is overwritten in any case
+    hidden[torch.arange(4), case["cache_length"].long()] = False
     for name in ("cache_k", "cache_u"):
         case[name].movedim(2, 1)[hidden] = torch.nan
     got, _ = run(ops.decode_step, case)
@@ -108,8 +109,10 @@ def test_what_is_not_visible_is_not_read(isa, dtype, seed):
 
 @pytest.mark.parametrize("length", [9, 10, 2**31 - 1, -1, -(2**31)])
 def test_full_cache(isa, dtype, seed, length):
-    """Status 2, nothing of the row written, neighbours untouched; a length that no cache can have
-    counts as full."""
+    """The status is 2, nothing of the row is written, and its neighbours are not changed.
+
+    An impossible length counts as a full cache.
+    """
     case = make_case(seed, 4, 33, 70, 1, dtype, S=9, sample=True, record_attention=True)
     case["cache_length"][:] = torch.tensor([3, length, 8, length])
     got, state = run(ops.decode_step, case)
@@ -126,7 +129,10 @@ def test_full_cache(isa, dtype, seed, length):
 
 
 def test_nothing_outside_the_tensors_is_written_or_read(isa, dtype, seed):
-    """Caches between guard bands; weights, hidden states and biases with NaN around every row."""
+    """Caches lie between guard bands.
+
+    Weights, hidden states and biases have NaN around every row.
+    """
     case = make_case(seed, 3, 45, 70, 2, dtype, bias=True, sample=True)
     expected, expected_state = run(ops.decode_step, case)
     guarded, bands = dict(case), []
@@ -154,7 +160,7 @@ def test_nothing_outside_the_tensors_is_written_or_read(isa, dtype, seed):
         assert torch.equal(block[:64], before[:64]) and torch.equal(block[-64:], before[-64:]), name
 
 
-# Every tensor ends, and in a second round begins, at a page that must not be touched.
+# Each tensor ends at a protected page and, in a second round, begins after one.
 GUARD_PAGES = """
 import ctypes, mmap, torch
 from decode_cases import CPU_ISAS, forced_isa, make_case
@@ -203,7 +209,7 @@ print("touched nothing")
 
 
 def test_pages_around_the_tensors_are_not_touched():
-    """In a child process: a stray access ends it."""
+    """In a child process, because a stray access kills it."""
     done = subprocess.run(
         [sys.executable, "-c", GUARD_PAGES],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [HERE, HERE.parent]))},
@@ -215,7 +221,7 @@ def test_pages_around_the_tensors_are_not_touched():
 
 @pytest.mark.parametrize("offset", [1, 3, 8, 15])
 def test_layouts_change_no_bit(isa, dtype, seed, offset):
-    """Misaligned pointers, rows apart, expanded and column-major small arguments."""
+    """Misaligned pointers, rows with gaps, small arguments that are expanded or column-major."""
     B, d, V, K = 5, 70, 100, 2
     case = make_case(seed, B, d, V, K, dtype, controls=True, objective_weights=True, sample=True)
     case["temperature"] = torch.full((B,), 0.7)

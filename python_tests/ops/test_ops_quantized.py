@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""decode_step with quantised heads, on the CPU: every instruction set against float64, the same
-bits in any batch and with any number of threads, and its refusals.
+"""decode_step with quantised heads on the CPU, for every instruction set, against float64.
+
+The bits do not depend on the batch or on the number of threads. Invalid arguments are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def quantized_case(name: str, *sizes, **options) -> dict:
 
 
 def truth_of(case: dict) -> reference.DecodeOutput:
-    """In float64, from the quantised numbers and the fp32 scales."""
+    """The result in float64, from the quantised weights and the fp32 scales."""
     return run(reference.decode_step, in_double(case))[0]
 
 
@@ -60,7 +61,7 @@ def test_against_float64(isa, name, dtype, mix_probs):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_every_number_of_a_byte(isa, dtype, name):
-    """-128 too, which quantize does not make; fp8 without NaN."""
+    """All byte values except fp8's NaN. This includes -128, which quantize never produces."""
     numbers = torch.arange(256, dtype=torch.uint8).view(FORMATS[name].dtype)
     numbers = numbers[~numbers.float().isnan()]
     weight, count = numbers[:, None], numbers.numel()
@@ -80,8 +81,10 @@ def test_every_number_of_a_byte(isa, dtype, name):
 @pytest.mark.parametrize("isa", CPU_ISAS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_input_meets_its_own_weight(isa, name):
-    """Logit v is a multiple of the sum of the inputs from v on: a wrong order of inputs shows, in
-    every step, tail and turn."""
+    """Logit v is a multiple of the sum of the inputs from v on.
+
+    A wrong order of inputs shows, in the main loop, in remainders and in every pass.
+    """
     d = 2176 if name == "int4" else 2117
     steps = torch.ones(d, d).triu()
     q, scale = quantize(steps, name)
@@ -123,7 +126,7 @@ def test_rows_may_be_apart(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_nothing_is_read_beyond_its_end(name):
-    """The bytes around every weight are other numbers; the last row ends with the storage."""
+    """The bytes before every weight have other values, and the last row ends with the storage."""
     case = quantized_case(name, 7, 2, 128, 37, 1, gate="logit")
     for isa in CPU_ISAS:
         with forced_isa(isa):
@@ -176,7 +179,7 @@ def test_opcheck(name):
         ({"reward_head": "full"} | case | options).get(argument.name) for argument in schema
     ]
     utilities = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if name != "fp8":  # it multiplies its inputs, which torch cannot do in fp8
+    if name != "fp8":  # test_schema multiplies its inputs, which torch cannot do in fp8
         utilities.append("test_schema")
     operator = torch.ops.dualhead.decode_step.default
     results = torch.library.opcheck(operator, arguments, test_utils=utilities)

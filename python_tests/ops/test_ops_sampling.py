@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens drawn by the fused CPU step: their distribution, the filters' edges, and equality with the
-reference."""
+"""Tokens drawn by the fused CPU step: distribution, edge cases of filters, and the reference's
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def test_distribution_of_the_mixture(seed):
 
 
 def test_draws_of_one_request_are_independent(seed):
-    """Consecutive draws of one seed: pairs follow the product distribution."""
+    """Pairs of consecutive draws with one seed follow the product distribution."""
     logits = torch.tensor([0.0, 1.0, -0.5, 0.3])
     tokens = draw(logits, seed, calls=200, rows=1000).view(200, 1000)
     p = torch.softmax(logits.double(), 0)
@@ -60,7 +61,9 @@ def test_neighbouring_seeds_are_independent(seed):
 
 @pytest.mark.parametrize("V", [5, 64, 1000, 20011])
 def test_tokens_equal_the_references(V, seed):
-    """Every filter at random strength; tokens differ only where the race is won by a rounding."""
+    """Every filter at random strength. Tokens differ only if rounding decides which score is
+    larger.
+    """
     B = max(16, 40000 // V)
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(B, V, generator=generator) * 2
@@ -101,10 +104,11 @@ def test_equal_logits_at_a_cut_keep_the_lowest_indices(seed):
     equal = torch.zeros(8)
     assert support(equal, seed) == list(range(8))
     assert support(equal, seed, top_k=3) == [0, 1, 2]
-    # Mass above the n-th is n / 8: kept while below top_p.
+    # The mass before the n-th token is (n - 1) / 8; the token is kept if that is below top_p.
     assert support(equal, seed, top_p=0.25) == [0, 1]
     assert support(equal, seed, top_p=0.25001) == [0, 1, 2]
-    assert support(equal, seed, top_k=4, top_p=0.5) == [0, 1]  # of the renormalised rest
+    # top_p applies to what top_k keeps, renormalised
+    assert support(equal, seed, top_k=4, top_p=0.5) == [0, 1]
     assert support(equal, seed, min_p=1.0) == list(range(8))
     assert support([0.0, 1.0, 0.0, 1.0, 1.0, 0.0], seed, top_k=2) == [1, 3]
     assert support([0.0, 1.0, 0.0, 1.0, 1.0, 0.0], seed, top_k=4) == [0, 1, 3, 4]
@@ -126,8 +130,9 @@ def test_filters_that_are_off(seed):
 
 
 def test_min_p_compares_in_double(seed):
-    """p = min_p p_max is kept, one ulp of x below is not."""
-    edge = torch.tensor(math.log(0.5), dtype=torch.float32)  # rounds to just below log 0.5
+    """A token with p = min_p p_max is kept, and one whose x is an ulp smaller is not."""
+    # The nearest fp32 value is just below log 0.5
+    edge = torch.tensor(math.log(0.5), dtype=torch.float32)
     above = torch.nextafter(edge, torch.tensor(0.0))
     assert support(torch.stack((torch.tensor(0.0), edge)), seed, min_p=0.5) == [0]
     assert support(torch.stack((torch.tensor(0.0), above)), seed, min_p=0.5) == [0, 1]
@@ -143,7 +148,7 @@ def test_masked_tokens_are_never_drawn(seed):
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6, 1e30, math.inf, math.nan, -1.0])
 def test_extreme_temperatures(temperature, seed):
-    """Logits that overflow tie at infinity, and ties go to the lowest index that is kept."""
+    """Logits that overflow are equal at infinity; the lowest index that is kept wins."""
     logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(seed))
     logits[1] -= 100.0
     logits[2] += 100.0
@@ -157,7 +162,7 @@ def test_extreme_temperatures(temperature, seed):
 
 
 def test_top_p_deep_in_the_tail(seed):
-    """The cut falls among hundreds of tokens below e^-32 of the top, and among equal ones."""
+    """The cut falls among hundreds of tokens below e^-32 of the largest, and among equal tokens."""
     logits = torch.cat((torch.zeros(1), torch.full((500,), -40.0), torch.full((500,), -50.0)))
     case = case_of_logits(logits, seed, rows=64, top_p=1 - 2**-24, top_k=700)
     ours, _ = run(ops.decode_step, case)
@@ -177,7 +182,7 @@ def test_temperature_zero_is_greedy_and_still_counts(seed):
 
 
 def test_draws_count_and_choose(seed):
-    """The counter alone moves a request to its next draw; 2^32 draws do not wrap."""
+    """Only the counter advances a request to its next draw. It does not wrap after 2^32 draws."""
     logits = torch.zeros(1000)
     case = case_of_logits(logits, seed, rows=3)
     case["seeds"][:] = 5

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``skip_threshold``: which alpha counts as 0 or 1, the bounds on what that changes, and that a
-head that nobody listens to is not read.
+"""``skip_threshold``: which alpha counts as 0 or 1, and bounds on the change that it makes.
+
+A head that no row needs is not read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from dualhead_ext import ops, reference
 HERE = Path(__file__).resolve().parents[1]
 F32, BF16 = torch.float32, torch.bfloat16
 MIXES = pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
-# alpha, threshold, what is used: inside, at and beyond both ends; 1 - 0.9375 is exact.
+# alpha, threshold, the alpha that is used. They lie below, at and above both limits; 1 - 0.9375 is
+# exact.
 RULE = [
     (0.03, 0.0625, 0.0),
     (0.0625, 0.0625, 0.0625),
@@ -57,8 +59,10 @@ def rule_case(seed: int, dtype: torch.dtype, mix_probs: bool) -> tuple[dict, tor
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @MIXES
 def test_a_step_is_the_one_with_the_alpha_that_is_used(isa, dtype, mix_probs, seed):
-    """The rule, and to the last bit that of the rounded alpha: alone, where a head is skipped, and
-    beside rows that need both."""
+    """The rule itself, and the same bits as with the rounded alpha.
+
+    A row is tested alone, where a head is skipped, and beside rows that need both heads.
+    """
     case, used = rule_case(seed, dtype, mix_probs)
     plain = {name: value for name, value in case.items() if name != "skip_threshold"}
     with forced_isa(isa):
@@ -76,7 +80,7 @@ def test_a_step_is_the_one_with_the_alpha_that_is_used(isa, dtype, mix_probs, se
 
 
 def test_the_rule_comes_after_strength_and_passes_nan():
-    """Beyond 1 too: alpha a little above 1 is the reward head's, far above it is kept."""
+    """Above 1 too: alpha slightly above 1 counts as 1, and alpha far above 1 is kept."""
     logit = torch.tensor([0.0, 0.0, torch.nan, 3.0, 0.0, 0.0])
     strength = torch.tensor([0.1, 1.95, 1.0, 1.0, 2.1, 3.4])
     threshold = torch.full((6,), 0.06)
@@ -109,7 +113,7 @@ def test_the_cuda_kernels_rule(testing_module, seed):
         np.testing.assert_allclose(case["out_logits"][b], expected, rtol=2e-5, atol=2e-5)
 
 
-# Each head in turn lies in pages that must not be touched: a read kills the process.
+# Each head in turn is in protected pages, and reading them kills the process.
 UNREADABLE = """
 import ctypes, mmap, sys, torch
 from decode_cases import CPU_ISAS, forced_isa, make_case
@@ -153,7 +157,7 @@ print("read both")
 
 
 def test_a_head_that_no_row_listens_to_is_not_read():
-    """In a child process. It ends, as it must, at the step in which one row does listen."""
+    """In a child process. It must be killed in the last step, in which one row needs the head."""
     done = subprocess.run(
         [sys.executable, "-c", UNREADABLE],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [HERE, HERE.parent]))},
@@ -167,7 +171,7 @@ def test_a_head_that_no_row_listens_to_is_not_read():
 
 
 def trained_like_head(seed: int, mix: str) -> dh.DualHead:
-    """float64, with a gate and a reward head that differ from the start's."""
+    """A head in float64 whose gate and reward head differ from those at the start."""
     torch.manual_seed(seed)
     config = dh.DualHeadConfig(
         hidden_size=24, vocab_size=60, gate_num_heads=2, gate_head_dim=4, mix=mix
@@ -181,8 +185,11 @@ def trained_like_head(seed: int, mix: str) -> dh.DualHead:
 @pytest.mark.parametrize("threshold", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 def test_the_error_is_within_its_bound(mix, threshold, seed):
-    """logits: |z - z_exact| <= threshold |z_RM - z_LM|, elementwise; probs: total variation <=
-    threshold. Both are nearly reached."""
+    """logits: |z - z_exact| <= threshold |z_RM - z_LM|, elementwise. probs: total variation <=
+    threshold.
+
+    Both bounds are nearly reached.
+    """
     head, hidden = trained_like_head(seed, mix), torch.randn(40, 30, 24, dtype=torch.float64)
     exact, got = head(hidden), head(hidden, skip_threshold=threshold)
     changed = got.alpha != exact.alpha

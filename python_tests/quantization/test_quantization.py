@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised weights: what they mean, how large their error can be, and heads that hold them."""
+"""Quantised weights: their values, bounds of their error, and heads that hold them."""
 
 from __future__ import annotations
 
@@ -45,18 +45,21 @@ def test_error_is_at_most_half_a_step(name, shape):
     scale = (
         scale.double().abs().view(*shape[:-1], groups).repeat_interleave(shape[-1] // groups, -1)
     )
-    if name == "fp8":  # 3 bits after the point; 2^-10 is half of the smallest number
+    if name == "fp8":  # fp8 has 3 bits after the point; 2^-10 is half of the smallest value
         allowed = (weight.double().abs() * 2.0**-4).maximum(scale * 2.0**-10)
     elif name == "int8":
         allowed = scale / 2
-    else:  # or what is cut off beyond the ends of a group's numbers
+    else:  # values beyond the ends of a group's range are clipped
         allowed = torch.where(weight.double().abs() < 7 * scale, scale / 2, torch.inf)
     assert (error <= allowed * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("name", ["fp8", "int4"])
 def test_no_scale_of_the_search_is_better(name):
-    """A slow search, group by group, finds the very scales; and they beat that of the maximum."""
+    """A slow search, group by group, finds the same scales.
+
+    They are no worse than the maximum's.
+    """
     weight, kind = random_weight(5, 256), FORMATS[name]
     scale = quantize(weight, name)[1]
     largest = {"fp8": 448.0, "int4": 7.5}[name]
@@ -111,7 +114,7 @@ def test_calibration_lessens_the_error_of_products(name, d):
 
 
 def test_feedback_is_least_squares_step_by_step():
-    """Against the definition: after each input is rounded, the rest is chosen anew by solving."""
+    """By definition, after each input is rounded, the later weights are found again by solving."""
     d = 12
     weight, hidden = random_weight(3, d).double(), hidden_states(40, d).double()
     second = hidden.T @ hidden / len(hidden)
@@ -123,7 +126,7 @@ def test_feedback_is_least_squares_step_by_step():
         for i in range(d):
             expected[v, i] = (row[i] / scale[v]).round().clamp(-8, 7)
             error = row[i] - expected[v, i] * scale[v]
-            if i + 1 < d:  # least x^T H x with x_i = -error, the inputs before i at rest
+            if i + 1 < d:  # minimises x^T H x with x_i = -error, without changing earlier inputs
                 rest = second[i + 1 :, i + 1 :]
                 row[i + 1 :] += error * torch.linalg.solve(rest, second[i + 1 :, i])
     got = round_with_feedback(
@@ -196,7 +199,7 @@ def test_a_refused_format_leaves_the_head_as_it_was():
 
 
 def meaning(head: DualHead) -> DualHead:
-    """An unquantised float64 head with the numbers that ``head``'s heads mean."""
+    """A plain float64 head with the dequantised weights of ``head``."""
     plain = make_head(torch.float64, **head.config.to_dict())
     state = {n: v.double() for n, v in head.state_dict().items() if n.startswith("gate.")}
     for part in ("lm_head", "reward_head"):
@@ -262,7 +265,7 @@ def test_safetensors_restore_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_of_another_format_is_refused(name):
-    """copy_ would make small integers of weights, and weights of small integers."""
+    """copy_ would convert weights to small integers, or small integers to weights."""
     plain, head = make_head(), make_head().quantize(name)
     for target, source in ((plain, head), (head, plain), (head, make_head().quantize("int4"))):
         if name == "int4" and source.quantized == target.quantized:
@@ -288,7 +291,7 @@ def test_calibrated_heads_decode_their_numbers():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lm_heads_rows_stand_in_for_hidden_states(name):
-    """In int4, which needs it; a row that is not finite stays out of it."""
+    """Only int4 needs them. A row that is not finite is left out."""
     head = make_head()
     with torch.no_grad():
         head.lm_head.weight[3, 5] = torch.nan

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs torchao_cases.py in a process of its own: torchao lies apart from the other packages, since
-transformers imports it wherever it finds it, and that writes to stderr.
+"""Runs torchao_cases.py in a process of its own.
+
+torchao is installed apart from the other packages: transformers imports it wherever it finds it,
+which writes to stderr.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def ragged_mask(generator, batch, length):
 def test_gate_logit_is_the_papers(seed, d, heads, size):
     generator = torch.Generator().manual_seed(seed)
     hidden, mask = normal(generator, 3, 6, d), ragged_mask(generator, 3, 6)
-    mask[0] = False  # a row of padding alone: alpha must be sigmoid(b_g)
+    mask[0] = False  # a row that is all padding: alpha must be sigmoid(b_g)
     weights = gate_weights(generator, d, heads * size)
     got = reference.attention_gate_logit(hidden, *weights, heads, mask)
     plain = [w.numpy().squeeze() if w.shape[0] == 1 else w.numpy() for w in weights]
@@ -136,8 +136,9 @@ def test_genarm_identity():
 
 
 def test_philox_known_answers():
-    """Vectors of the Random123 distribution (kat_vectors, philox4x32-10), as far as our counter
-    layout reaches."""
+    """Vectors of the Random123 distribution (kat_vectors, philox4x32-10), where our counters allow
+    them.
+    """
     # counter 0, key 0 -> 6627e8d5 e169c58d bc57ac4c 9b00dbd8
     words = [npm.philox_word(0, 0, v) for v in range(4)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
@@ -210,7 +211,7 @@ def decode_arguments(generator, dtype, batch=3, d=10, vocab=13, heads=2, size=3,
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_steps_equal_the_papers_formulas(seed):
-    """Folding, cache and mixture over several steps, from a cache whose unused columns are NaN."""
+    """Folding, cache and mixture over several steps, with NaN in unused columns of the cache."""
     generator = torch.Generator().manual_seed(seed)
     arguments, gate = decode_arguments(generator, torch.float64)
     gate = [w if isinstance(w, float) else w.numpy() for w in gate]
