@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by torchrun in test_wrapped_loss.py: the loss inside a model that FSDP has sharded over two
-processes, one pair each."""
+"""Run by torchrun in test_wrapped_loss.py: the loss inside a model that FSDP shards.
+
+Each of the two processes has one pair.
+"""
 
 import sys
 from pathlib import Path

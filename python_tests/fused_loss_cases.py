@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems of the whole loss, by the chunked path and by the reference."""
+"""Problems of the whole loss, solved by the chunked path and by the reference."""
 
 import torch
 from loss_cases import DIFFERENTIABLE
@@ -11,7 +11,7 @@ WEIGHTS = ("lm_weight", "lm_bias", "reward_weight", "reward_bias")
 
 
 def with_reference(function, *args, **kwargs):
-    """The same call over reference_loss."""
+    """The same call with the reference loss."""
     return function(*args, **kwargs, impl=reference_loss.dual_head_loss)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Head folders with other contents and hashes that fit them, as an attacker or a bug makes them."""
+"""Change the contents of head folders and make their hashes match, as an attacker could."""
 
 import hashlib
 import json
@@ -11,13 +11,14 @@ from dualhead_ext.model.head_folder import CONFIG_NAME, WEIGHTS_NAME, _own_sha25
 
 
 def read(folder):
-    """The configuration of a folder, unchecked."""
+    """The configuration of a folder, without checks."""
     return json.loads((Path(folder) / CONFIG_NAME).read_text())
 
 
 def write(folder, stored=None, weights=None):
-    """Put another configuration, or other weights (tensors or bytes), in a folder; both hashes are
-    made to fit.
+    """Replace the configuration or the weights (tensors or bytes) in a folder.
+
+    Both hashes are made to match.
     """
     folder, stored = Path(folder), read(folder) if stored is None else stored
     if weights is not None:

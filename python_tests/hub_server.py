@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model hub on this machine: what ``huggingface_hub`` asks of one to make a repository, upload
-files (small ones in the commit, weights by Git LFS) and download them again.
+"""A model hub on this machine.
+
+It answers the requests by which ``huggingface_hub`` creates a repository, uploads files (small ones
+in the commit, weights by Git LFS), and downloads them again.
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-COMMIT = "1" * 40  # it keeps one version of a file
+COMMIT = "1" * 40  # it keeps one version of each file
 _LFS = (".safetensors", ".bin")
 
 
 class Hub(ThreadingHTTPServer):
-    """Attributes:
-    files: {(repository, path): content}. messages: of the commits.
-    tokens: what requests were authorised with. unknown: requests that it has no answer to.
+    """The server.
+
+    Attributes:
+        files: {(repository, path): content}.
+        messages: of the commits.
+        tokens: with which requests were authorised.
+        unknown: requests that it cannot answer.
     """
 
     daemon_threads = True
@@ -59,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing: tests read what pytest shows."""
+        """Log nothing: pytest would show it among the tests' output."""
 
     def _read(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

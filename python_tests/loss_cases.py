@@ -59,8 +59,10 @@ def batch(
     dtype=torch.float64,
     head="full",
 ):
-    """Arguments of a random problem; some responses are empty, some fill the row. head: of
-    `REWARD_HEADS`."""
+    """Arguments of a random problem. Some responses are empty, and some fill the row.
+
+    head: a name in `REWARD_HEADS`.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -93,7 +95,7 @@ def batch(
 
 
 def ranked(seed, rows, objectives=1):
-    """pairs and objective of a batch of ranked lists, which a row may be in twice or not at all."""
+    """pairs and objective of a batch of ranked lists. A row may be in several pairs or in none."""
     g = torch.Generator().manual_seed(seed)
     pairs = [
         (a, b)
@@ -216,8 +218,10 @@ def numpy_loss(
 
 
 class Products(TorchDispatchMode):
-    """The matrix products that run: (dtype, rows of the first factor, address
-    of the second, result's shape)."""
+    """Records the products of matrices that run.
+
+    Each entry is (dtype, rows of the first factor, address of the second, result's shape).
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems of the loss over rows of logits, and their solutions in PyTorch and in float64."""
+"""Problems of the loss over rows of logits, with solutions in PyTorch and in float64."""
 
 import torch
 
@@ -29,7 +29,7 @@ def problem(seed, n, V, scale=3.0):
 
 
 def run(p, options, mixed=True, reward=True, lm=True, impl=None):
-    """{name: result}; the kernel for fp32, PyTorch's operators for float64."""
+    """{name: result}, by the kernel for fp32 and by PyTorch's operators for float64."""
     z_lm, z_rm = p["z_lm"].clone(), p["z_rm"].clone()
     rows = loss_rows.log_probabilities(
         z_lm if mixed else None, z_rm, p["gate_logit"], p["labels"], options, mixed=mixed,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss's operators by the CUDA kernel's source on the host backend: `dualhead_ext.ops`'s
-functions of the same names over tensors on the CPU."""
+"""The loss's operators by the CUDA kernel, compiled for the host backend.
+
+The functions have the names of those in `dualhead_ext.ops`, and take tensors on the CPU.
+"""
 
 import contextlib
 import functools
@@ -11,14 +13,15 @@ import torch
 
 from dualhead_ext import ops
 
-_GUARD = 64  # elements around each output that nobody may touch
+_GUARD = 64  # elements around each output; nothing may write to them
 
 
-_module = functools.cache(native.testing_module)  # which looks for what is out of date each time
+# Cached: native.testing_module checks on each call what is out of date
+_module = functools.cache(native.testing_module)
 
 
 def _guarded(*shape, dtype=torch.float32):
-    """NaN inside a larger tensor of 7s; returns (check, view)."""
+    """A view of NaN inside a larger tensor of 7s; returns (check, view)."""
     size = torch.Size(shape).numel()
     whole = torch.full((size + 2 * _GUARD,), 7, dtype=dtype)
     view = whole[_GUARD : _GUARD + size].view(shape).fill_(torch.nan)
@@ -67,7 +70,9 @@ def loss_rows_backward_(
 
 @contextlib.contextmanager
 def on_the_host_backend(**device):
-    """`dualhead_ext.loss.rows` through the CUDA kernel. device: of the module's set_device."""
+    """Use `dualhead_ext.loss.rows` with the CUDA kernel. device: options of the module's
+    set_device.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "loss_rows", loss_rows)
         patch.setattr(ops, "loss_rows_backward_", loss_rows_backward_)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding of a gated model by the paper's formulas, a whole pass for each token."""
+"""Greedy decoding of a gated model by the paper's formulas, with a full pass for each token."""
 
 import slow_decoding
 import torch
@@ -10,7 +10,7 @@ NEW = slow_decoding.NEW
 
 
 def hidden_states(model, ids):
-    """What the backbone's lm_head would see, from its decoder alone."""
+    """The inputs of the backbone's lm_head, from its decoder alone."""
     with torch.no_grad():
         return model.get_decoder()(input_ids=ids, use_cache=False)[0]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The obvious way to decode, a whole pass for each token."""
+"""The slow way to decode: a full pass for each token."""
 
 import torch
 
@@ -7,7 +7,7 @@ NEW = 6
 
 
 def slow_batch(batch, next_logits):
-    """Greedy text of each row alone, unpadded: next_logits of its (1, T) ids."""
+    """Greedy text of each row alone, without padding. next_logits: a function of its ids (1, T)."""
     texts = []
     for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         ids = row[mask.bool()][None]

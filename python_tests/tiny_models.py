@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of twelve families, with what each is here for."""
+"""Tiny random models of twelve families, with the property that each one is here to test."""
 
 import torch
 from transformers import (
@@ -67,7 +67,7 @@ FAMILIES = {
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     ),
 }
-# Where a backbone post-processes its logits: (logit_scale, logit_softcap).
+# {backbone that post-processes its logits: (logit_scale, logit_softcap)}
 POST_PROCESSING = {
     "gemma2-softcap": (1.0, 3.0),
     "granite-scale": (0.4, 0.0),
@@ -76,8 +76,9 @@ POST_PROCESSING = {
 
 
 def make_backbone(family: str, seed: int = 0, **sizes):
-    """The family's tiny model, random but for a wider spread than fresh weights have: text must not
-    be one token. sizes: fields of its configuration.
+    """The family's tiny model with random weights, larger than fresh ones, so that its text varies.
+
+    sizes: fields of its configuration.
     """
     model_class, config_class, changes = FAMILIES[family]
     shape = _COMMON if family == "gpt2" else _SHAPE
@@ -86,14 +87,14 @@ def make_backbone(family: str, seed: int = 0, **sizes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    # Random text must not end at once in some rows.
+    # No row of random text may end early.
     model.generation_config.eos_token_id = None
     model.config.eos_token_id = None
     return model
 
 
 def make_model(family: str, seed: int = 0, sizes: dict | None = None, **config):
-    """The same with a gated head whose gate and reward head have something to say."""
+    """The family's tiny model with a gated head whose gate and reward head have an effect."""
     model = dh.DualHeadForCausalLM.from_backbone(
         make_backbone(family, seed, **sizes or {}),
         **{"reward_head": "full", "gate": "attention"}
@@ -106,7 +107,7 @@ def make_model(family: str, seed: int = 0, sizes: dict | None = None, **config):
         for parameter in (*head.reward_head.parameters(), *head.gate.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
         if hasattr(head.gate, "out_weight"):
-            head.gate.out_weight.mul_(0.2)  # alpha away from 0 and 1
+            head.gate.out_weight.mul_(0.2)  # keeps alpha away from 0 and 1
     return model.eval()
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LM heads that torchao has quantised: numbers taken over bit for bit, or a refusal that says why
-and leaves the backbone as it was. Run by test_torchao_weights.py.
+"""LM heads that torchao has quantised. Run by test_torchao_weights.py.
+
+Their weights are taken over bit for bit, or refused with a reason, which leaves the backbone as it
+was.
 """
 
 from __future__ import annotations
@@ -60,13 +62,13 @@ def test_numbers_are_taken_over_bit_for_bit(case, dtype):
     head = model.lm_head
     assert head.quantized == name and head.hidden_dtype == dtype
     ours = dequantize(head.weight, head.weight_scale)
-    # What torchao itself makes of them, rounded to its dtype once.
+    # torchao's own dequantised weights, rounded once to its dtype.
     assert torch.equal(ours.to(dtype), theirs.dequantize())
     scale = theirs.scale.float().view(head.weight_scale.shape)
     assert torch.equal(head.weight_scale, scale)
     if name != "int4":
         assert torch.equal(head.weight.view(torch.int8), theirs.qdata.view(torch.int8))
-    for k in range(2):  # the reward heads start as its copy: in numbers too
+    for k in range(2):  # the reward heads start as copies of the LM head, in quantised weights too
         assert torch.equal(
             head.reward_head.weight[k].view(torch.uint8), head.weight.view(torch.uint8)
         )
@@ -74,7 +76,7 @@ def test_numbers_are_taken_over_bit_for_bit(case, dtype):
 
 
 def test_greedy_text_is_torchaos():
-    """In fp32, with both heads alike: what the torchao model itself writes."""
+    """In fp32, with equal heads: the text that the torchao model itself writes."""
     backbone, batch = torchao_backbone(Int8WeightOnlyConfig()), prompts()
     expected = backbone.generate(**batch, **GREEDY)
     model = dh.DualHeadForCausalLM.from_backbone(
@@ -84,7 +86,7 @@ def test_greedy_text_is_torchaos():
 
 
 def test_a_backbone_quantised_throughout(tmp_path):
-    """Its layers stay torchao's, and a file of its heads goes with it, and with the plain one."""
+    """Its layers stay torchao's. The heads' file loads on it, and on one whose layers are plain."""
     model = dh.DualHeadForCausalLM.from_backbone(
         torchao_backbone(Int8WeightOnlyConfig(), everything=True),
         quantize="int8",
@@ -103,7 +105,7 @@ def test_a_backbone_quantised_throughout(tmp_path):
 
 
 def test_trained_heads_on_a_torchao_lm_head(tmp_path):
-    """The LM head's numbers are torchao's, the reward head's its own."""
+    """The LM head keeps torchao's weights, and the reward head keeps its own."""
     trained = make_model("llama", sizes=WIDE)
     trained.save_pretrained(tmp_path)
     backbone = torchao_backbone(Int8WeightOnlyConfig())
@@ -158,7 +160,7 @@ def test_what_is_not_ours_is_refused(config, name, message):
             backbone, quantize=name, reward_head="full", gate="attention"
         )
     assert not isinstance(backbone, dh.DualHeadForCausalLM)
-    # The message says how to go on, and that works.
+    # The message suggests a conversion, which works.
     assert "linear.weight = nn.Parameter(linear.weight.dequantize(), False)" in str(error.value)
     linear = backbone.lm_head
     linear.weight = torch.nn.Parameter(linear.weight.dequantize(), False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models wide enough for every format of quantised weights."""
+"""Tiny models that are wide enough for every format of quantised weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDE = {"hidden_size": 128, "head_dim": 16}  # int4 needs a multiple of 128
 
 
 def wide_model(family: str = "llama", seed: int = 0, **config):
-    """tiny_models.make_model, wide enough."""
+    """tiny_models.make_model, but wide enough."""
     return make_model(family, seed, sizes=WIDE, **config)
 
 

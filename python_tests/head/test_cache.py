@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GateCache as a state machine: after any sequence of operations, decoding equals a fresh pass over
-the same tokens."""
+"""GateCache as a state machine.
+
+After any sequence of operations, decoding equals a pass without a cache over the same tokens.
+"""
 
 import copy
 
@@ -26,7 +28,7 @@ ACTIONS = st.one_of(
 
 
 class Model:
-    """The obvious twin of a cache: each row's hidden states and mask, kept whole."""
+    """The model of a cache: each row's complete hidden states and mask."""
 
     def __init__(self, batch):
         self.hidden = torch.zeros(batch, 0, D, dtype=torch.float64)
@@ -72,7 +74,7 @@ def apply(cache, model, action, value):
         cache.reset()
         model.hidden, model.mask = model.hidden[:, :0], model.mask[:, :0]
     elif action == "device":
-        cache.advanced_on_device()  # as after a compiled step: the host must find out again
+        cache.advanced_on_device()  # as after a compiled step: the host must read the length again
     elif action == "deepcopy":
         cache = copy.deepcopy(cache)
     return cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration: strength 1 is 0.1 nats per token of decoded text, and kl= picks the strength."""
+"""Calibration: strength 1 gives 0.1 nats per token of decoded text, and kl= chooses a strength."""
 
 import logging
 
@@ -29,7 +29,7 @@ def some_prompts(count=12, seed=0):
 
 @pytest.mark.parametrize(("head", "mix"), HEADS)
 def test_kl_of_states_is_that_of_the_mixture(head, mix):
-    """At alpha above 1 too, which only the logits mix has."""
+    """This includes alpha above 1, which only the logits mix allows."""
     model = make_model("llama", reward_head=head, mix=mix)
     module = model.lm_head_module
     hidden, gate_logit = states(model)
@@ -60,7 +60,7 @@ def test_scale_reward_scales_delta_alone(head):
 
 @pytest.mark.parametrize(("head", "mix"), HEADS)
 def test_decoded_text_has_the_kl_that_was_asked(head, mix, monkeypatch):
-    """On other prompts and other random numbers than calibration saw."""
+    """On other prompts and other random numbers than those of the calibration."""
     monkeypatch.setattr(calibration, "REQUESTS", 96)
     model = make_model("llama", reward_head=head, mix=mix, gate="linear")
     curve = calibrate(model, *states(model), some_prompts(24))
@@ -78,7 +78,7 @@ def test_decoded_text_has_the_kl_that_was_asked(head, mix, monkeypatch):
 
 @pytest.mark.parametrize("gate", ["attention", "linear", "fixed"])
 def test_kl_of_sampled_text_is_that_of_a_pass_over_it(gate):
-    """Prompts of several lengths, and texts that end early."""
+    """Prompts have several lengths, and some texts end early."""
     model = make_model("llama", reward_head="embedding", gate=gate)
     model.generation_config.eos_token_id = list(range(3, 23))
     given = [prompt[: 1 + i % 5] for i, prompt in enumerate(some_prompts(12))]
@@ -120,14 +120,14 @@ def test_calibration_repeats_itself_and_leaves_the_random_numbers_alone():
         torch.manual_seed(3)
         curves.append(calibrate(model, *states(model), some_prompts()))
         assert torch.equal(torch.rand(2), expected)
-    # Eager PyTorch's sums may end in another last bit where memory lies otherwise.
+    # The last bit of eager PyTorch's sums may depend on the memory's alignment.
     assert curves[0] == [pytest.approx(point, rel=1e-12) for point in curves[1]]
 
 
 def test_strength_of_kl():
     curve = [[0.0, 0.0], [1.0, 0.1], [2.0, 0.4]]
     assert strength_of_kl(curve, 0.0) == 0.0 and strength_of_kl(curve, 0.4) == 2.0
-    # KL goes with the square of the strength.
+    # KL is proportional to the square of the strength.
     assert strength_of_kl(curve, 0.025) == pytest.approx(0.5)
     assert strength_of_kl(curve, [0.1, 0.225]) == pytest.approx([1.0, 1.5])
     assert strength_of_kl(curve, torch.tensor([0.1])) == pytest.approx([1.0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Controls and sampling as objects, and the formulas of production against those of the oracle."""
+"""Controls and sampling as objects, and the package's formulas against the reference's."""
 
 import inspect
 from dataclasses import fields
@@ -50,7 +50,7 @@ def test_rows_repeat_and_select():
     assert rows.strength.tolist() == [0.5, 2.0] and rows.alpha.tolist() == [0.25, 0.25]
     assert rows.objective_weights.tolist() == [[1.0, 3.0]] * 2
     assert rows.repeat(2).strength.tolist() == [0.5, 0.5, 2.0, 2.0]
-    # K = B: weights that all requests share are no weight for each.
+    # Here K = B, so that shared objective weights could be mistaken for one weight per request.
     assert rows.select(torch.tensor([1, 0, 1])).objective_weights.tolist() == [[1.0, 3.0]] * 3
     assert set(rows.operands()) == {"strength", "alpha", "objective_weights"}
     assert "max_kl" not in Controls(max_kl=torch.ones(2)).operands()

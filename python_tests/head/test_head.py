@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DualHead: full pass, prefill and step against the reference and each other; controls."""
+"""DualHead: full pass, prefill and step against the reference and each other, and controls."""
 
 import copy
 
@@ -14,7 +14,7 @@ from dualhead_ext.head.gate import GATES
 
 
 def full_reference(head, hidden, mask=None, alpha=None):
-    """The paper's unfolded formulas on the head's own weights."""
+    """The paper's formulas, unfolded, with the head's own weights."""
     gate, config = head.gate, head.config
     logit = reference.attention_gate_logit(
         hidden,
@@ -69,7 +69,7 @@ def test_prefill_and_steps_equal_the_full_pass(config, chunks):
     controls = {"strength": torch.tensor([1.0, 0.5, 1.7]), "gate_offset": 0.2}
     if config["num_objectives"] > 1:
         controls["objective_weights"] = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.5, 0.9]])
-    mask[:, sum(chunks) :] = 1  # steps are always real tokens
+    mask[:, sum(chunks) :] = 1  # a step's token is never padding
     full = head(hidden, mask, **controls)
     cache, start = head.new_cache(3, 9), 0
     for chunk in chunks:
@@ -116,7 +116,7 @@ def test_a_padded_row_is_what_it_is_alone(side):
 
 @pytest.mark.parametrize("config", VARIANTS)
 def test_what_padding_holds_has_no_part(config):
-    """NaN included, which backbones leave where a row of attention sees nothing."""
+    """Not even NaN, which a backbone gives where an attention row is masked completely."""
     head, hidden, mask = make_head(**config), torch.randn(2, 6, D).double(), torch.ones(2, 6)
     mask[0, :3] = mask[1, 4:] = 0
     poisoned = hidden.masked_fill(mask[..., None] == 0, torch.nan)
@@ -145,7 +145,7 @@ def test_strength_zero_is_the_lm_head_itself():
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.93])
 def test_attention_gate_of_zero_weights_is_a_fixed_gate(alpha):
-    """The theorem's construction, W_g = 0 and b_g = logit(alpha)."""
+    """The construction in the theorem: W_g = 0 and b_g = logit(alpha)."""
     head = make_head()
     with torch.no_grad():
         head.gate.out_weight.zero_()
@@ -238,13 +238,13 @@ def test_gradients_reach_the_gate_and_the_reward_head(mix):
 
 
 def test_fp32_heads_beside_a_bf16_lm_head():
-    """As while training: weights are cast for the products, and decoding works on a cast."""
+    """As in training: weights are cast for the products, and decoding uses a cast copy."""
     head = make_head(dtype=torch.float32)
     head.lm_head.to(torch.bfloat16)
     hidden = torch.randn(2, 4, D).bfloat16()
     out = head(hidden)
     cast = copy.deepcopy(head).to(torch.bfloat16)
-    # The gate's read-out stays in fp32 here and is rounded there.
+    # The gate's output layer stays in fp32 here, and is rounded in the cast copy.
     torch.testing.assert_close(out.logits, cast(hidden).logits, rtol=0.02, atol=0.05)
     cache = head.new_cache(2, 4)
     assert cache.k.dtype == torch.bfloat16

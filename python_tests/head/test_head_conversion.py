@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same head in another form: merged, expanded, compressed; and a vocabulary that grows."""
+"""Conversions of a head: merged, expanded, compressed, and with a larger vocabulary."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_compress_finds_a_correction_again(kind):
     other = {"embedding": "lowrank", "lowrank": "embedding"}[kind[0]]
     rank = max(kind[1], 1)
     as_other = head.compress(other, rank).error
-    # W_LM (M h + c) is of low rank; B A h + b is seldom in the LM head's space.
+    # W_LM (M h + c) is of low rank, but B A h + b is seldom in the LM head's column space.
     assert as_other.max() < 1e-6 if other == "lowrank" else as_other.min() > 0.1
 
 

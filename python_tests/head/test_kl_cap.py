@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""max_kl: the mixture stays within it at each token, alpha is the largest that does, in each place
-that mixes.
+"""max_kl limits the KL of the mixture at each token, in every place that mixes.
+
+alpha must be the largest value that keeps the limit.
 """
 
 import itertools
@@ -45,7 +46,7 @@ def test_kl_is_its_definition(mix, seed):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 40), st.floats(0.01, 30), st.floats(0.1, 3.0))
 def test_kl_grows_with_alpha(mix, seed, size, spread, scale):
-    """What makes bisection exact; with a scale too, which is part of the exponent."""
+    """Bisection is exact because of this. A logit scale does not change it."""
     z_lm, z_rm = heads(seed, 1, size, spread)
     alpha = torch.linspace(0, 1, 41, dtype=torch.float64)
     kl = kl_from_backbone(z_lm.expand(41, -1), z_rm.expand(41, -1), alpha, mix, scale)
@@ -62,10 +63,10 @@ def test_the_cap_holds_and_alpha_is_the_largest(mix, seed, cap, post):
     z_lm, z_rm = heads(seed, 7, 11, 3.0)
     alpha = torch.linspace(0, 1, 7, dtype=torch.float64)
     found = capped_alpha(z_lm, z_rm, alpha, torch.full((7,), cap), mix, *post)
-    cap = torch.tensor(cap).double()  # through fp32, as given
+    cap = torch.tensor(cap).double()  # rounded to fp32, like the given values
     kl, before = (kl_from_backbone(z_lm, z_rm, a, mix, *post) for a in (found, alpha))
     assert (found <= alpha).all() and (kl <= cap).all()
-    assert torch.equal(found == alpha, before <= cap)  # untouched where it does not bind
+    assert torch.equal(found == alpha, before <= cap)  # unchanged unless the cap binds
     if post[1] == 0.0:
         bound = found < alpha
         more = kl_from_backbone(z_lm, z_rm, (found + 1e-9).clamp(max=1), mix, *post)
@@ -90,9 +91,10 @@ def test_rows_that_are_not_finite_stay_loud():
     cap = torch.tensor([0.1, 0.1, torch.nan])
     for mix in ("logits", "probs"):
         found = capped_alpha(z_lm, z_rm, torch.ones(3), cap, mix)
-        assert found[0] == 1.0  # the mixture is NaN, and is reported as such
+        assert found[0] == 1.0  # the mixture is NaN, and is reported as NaN
         assert torch.isnan(found[2])
-        # Under the logits mix any alpha excludes it at once: KL jumps at 0, here beyond the cap.
+        # With the logits mix, any alpha above 0 excludes the token: KL jumps at 0, here above the
+        # cap.
         assert found[1] == 0 if mix == "logits" else 0 < found[1] < 1
         assert float(kl_from_backbone(z_lm, z_rm, found, mix)[1]) <= 0.1 + 1e-6
 
@@ -197,7 +199,7 @@ def test_zero_is_the_backbones_own_text(family, mix):
 @MIXES
 @pytest.mark.parametrize("family", ["llama", "gemma2-softcap", "granite-scale"])
 def test_generate_keeps_within_each_rows_cap(family, mix):
-    """The distributions that chose each token, against the backbone's after the same text."""
+    """The distribution of each token, against the backbone's distribution after the same text."""
     model, batch, caps = make_model(family, mix=mix), prompts(), [0.03, 0.5, 0.0]
     options = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
     out = model.generate(**batch, **options, max_kl=caps, output_gate=True)
@@ -206,8 +208,8 @@ def test_generate_keeps_within_each_rows_cap(family, mix):
     with torch.no_grad():
         full = make_backbone(family)(out.sequences, attention_mask=mask, position_ids=positions)
     kl = kl_of(torch.stack(out.logits, 1), full.logits[:, -NEW - 1 : -1])
-    assert (kl.amax(1) <= torch.tensor(caps) + 1e-4).all()  # two passes' rounding
-    assert kl[0].max() > 0.03 - 1e-4  # it binds
+    assert (kl.amax(1) <= torch.tensor(caps) + 1e-4).all()  # the two passes round differently
+    assert kl[0].max() > 0.03 - 1e-4  # the cap binds
     assert not out.gate_alpha[2].any() and (out.gate_alpha[0] > 0).all()
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt's keys and folded values from one GEMM. torch has it for CUDA alone: here the CPU gets
-one, as exact."""
+"""A prompt's keys and folded values from one GEMM.
+
+torch has this GEMM for CUDA only. These tests give the CPU an equally exact one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def products(monkeypatch):
-    """Shapes of what went through mm.dtype, on the CPU."""
+    """Shapes of the products computed by mm.dtype, on the CPU."""
     seen = []
 
     def mm(a, b, out_dtype):
@@ -33,7 +35,7 @@ def products(monkeypatch):
 @pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e4])
 def test_the_three_terms_are_the_folded_rows(dtype, scale, seed):
-    """To the last bit of fp32, of rows whose numbers are within 2^14 of the largest."""
+    """Their sum is exact in fp32, for rows whose values are within a factor 2^14 of the largest."""
     generator = torch.Generator().manual_seed(seed)
     u_weight = scale * (torch.rand(5, 40, generator=generator) + 1e-4)
     u_weight[2], u_weight[3, ::2] = 0, -u_weight[3, ::2]

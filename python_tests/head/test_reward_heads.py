@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reward heads that are corrections of the LM head: every path against formulas written out here.
 
-Tolerances in float64 leave no room for another formula."""
+The float64 tolerances are too small for any other formula to pass.
+"""
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def deltas(head, hidden):
 
 
 def written_out(head, hidden, alpha, shares):
-    """Logits (B, T, V) of the mixture; alpha (B, T), shares (B, K)."""
+    """Logits (B, T, V) of the mixture, for alpha (B, T) and shares (B, K)."""
     config = head.config
     z_lm = hidden @ head.lm_weight.T + (0 if head.lm_bias is None else head.lm_bias)
     z_rm = z_lm + torch.einsum("bk,kbtv->btv", shares, deltas(head, hidden))
@@ -192,19 +193,19 @@ def test_public_config():
     assert dh.DualHeadConfig.from_dict(config.to_dict()) == config
 
 
-# The compiled step stands for float64 of the same rounded weights up to these.
+# How far the compiled step may differ from float64 with the same rounded weights.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 6e-2}
 
 
 def in_double(head):
-    """The head in float64, and its weights as they are: what any dtype of it should mean."""
+    """The head in float64 with unchanged weights: the exact result for a head of any dtype."""
     twin = DualHead(head.config).double()
     twin.load_state_dict({name: value.double() for name, value in head.state_dict().items()})
     return twin
 
 
 def step_both(head, hidden, mask=None, **controls):
-    """(out of the compiled step, out of the float64 reference), after the same prompt."""
+    """(output of the compiled step, output of the float64 reference), after the same prompt."""
     outs = []
     for one, states in ((head, hidden), (in_double(head), hidden.double())):
         cache = one.new_cache(len(hidden), hidden.shape[1])
@@ -276,7 +277,7 @@ def test_status_and_draws_of_full_and_broken_rows(config):
     cache, hidden = head.new_cache(3, 4), torch.randn(3, 3, D)
     head.prefill(hidden, cache)
     if attends:
-        cache.length[0] = 4  # full, as only the device knows
+        cache.length[0] = 4  # full, but only the device knows
     last = torch.randn(3, D)
     last[2, 0] = torch.nan
     out = head.step(last, cache, do_sample=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dual_head_loss as a function: dtypes, autocast, autograd, strides, bad input."""
+"""dual_head_loss as a function: dtypes, autocast, autograd, strides, invalid arguments."""
 
 import re
 
@@ -29,7 +29,8 @@ def test_mixed_dtypes(hidden, lm, reward, autocast):
     assert t["reward_weight"].grad.dtype == reward
     exact = {k: v.detach().double() if v.is_floating_point() else v.detach() for k, v in t.items()}
     wanted = dual_head_loss(**exact)
-    # Products rounded to 8 bits of mantissa at logits of order 10, or not at all.
+    # With bf16, products are rounded to 8 bits of mantissa, at logits of about 10. Otherwise they
+    # are not rounded.
     loose = autocast or torch.bfloat16 in (lm, reward)
     tolerance = 5e-2 if loose else 2e-5
     torch.testing.assert_close(out.loss.double(), wanted.loss, rtol=tolerance, atol=tolerance)
@@ -47,7 +48,7 @@ def test_autocast_runs_the_products_in_bf16_where_that_pays(pays, monkeypatch):
 
 
 def test_the_lm_head_works_for_chosen_responses_alone():
-    """z_LM is computed where the language model term needs it, and tokens are dropped before."""
+    """z_LM is computed only for the language model term, and only for its tokens."""
     t = batch(15, rows=6, length=7, bias=False)
     with Products() as products:
         dual_head_loss(**t)
@@ -91,7 +92,7 @@ def test_detached_terms_do_not_hold_the_graph():
         assert not getattr(out, name).requires_grad
 
 
-# --- bad input -----------------------------------------------------------------------------------
+# --- invalid arguments ---------------------------------------------------------------------------
 
 
 def replaced(**changes):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chunked loss against the reference: values and gradients over random shapes and options, any
-workspace, extreme numbers, and what it does not compute."""
+"""The chunked loss against the reference: values and gradients.
+
+The tests use random shapes and options, every workspace size and extreme values. They also check
+what the loss does not compute.
+"""
 
 import math
 import random
@@ -21,8 +24,11 @@ EVERY_ENTRY = ("default", "mixed_probs", "post")
 
 @pytest.fixture(params=[1, 700, 64 << 20], ids=["1 B", "700 B", "64 MiB"])
 def workspace(request, monkeypatch):
-    """From one row of logits at a time, every pair too long, to everything in one chunk; and from
-    the reward of one token at a time."""
+    """Workspaces from one row of logits at a time to everything in one chunk.
+
+    With the smallest, every pair is longer than the workspace, and token rewards are computed one
+    token at a time.
+    """
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", request.param)
     monkeypatch.setitem(token_rewards.BLOCK_BYTES, "cpu", request.param)
     return request.param
@@ -36,7 +42,7 @@ def assert_same(tensors, tolerance=1e-9, **options):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), **close)
     assert grads.keys() == exact.keys()
     for name, grad in exact.items():
-        # None and zeros say the same: that the loss does not depend on it.
+        # None and zeros both mean that the loss does not depend on the argument.
         zeros = torch.zeros_like(tensors[name])
         pair = (zeros if g is None else g for g in (grads[name], grad))
         torch.testing.assert_close(*pair, msg=lambda m, n=name: f"{n}: {m}", **close)
@@ -62,7 +68,7 @@ def test_every_reward_head_on_ranked_lists(workspace, name, head, seed):
 
 @pytest.mark.slow
 def test_500_random_problems(monkeypatch, seed):
-    """Shapes, options, objectives, rows without pairs, workspaces: all at random."""
+    """Random shapes, options, objectives and workspaces, also with rows that are in no pair."""
     r = random.Random(seed)
     for i in range(500):
         monkeypatch.setattr(chunked, "WORKSPACE_BYTES", r.choice([1, 200, 900, 5000, 1 << 26]))
@@ -86,7 +92,7 @@ def test_500_random_problems(monkeypatch, seed):
 @pytest.mark.quick_cases(17)
 @pytest.mark.parametrize("name", OPTION_SETS)
 def test_gradcheck(workspace, name, seed):
-    """Every entry for three sets of options, along a random direction for the others."""
+    """Every entry for three sets of options, and a random direction for the others."""
     t = batch(seed, rows=5, length=3)
     names = [n for n in DIFFERENTIABLE if n in t]
     leaves = [t[n].requires_grad_() for n in names]
@@ -102,7 +108,7 @@ def test_gradcheck(workspace, name, seed):
 @pytest.mark.parametrize("name", OPTION_SETS)
 @pytest.mark.parametrize("head", ["embedding", "embedding, rank 0", "lowrank"])
 def test_gradcheck_of_corrections(head, name, monkeypatch, seed):
-    """By every weight, the hidden states and the gate; chunks and blocks are small."""
+    """By every weight, the hidden states and the gate, with small chunks and blocks."""
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 700)
     monkeypatch.setitem(token_rewards.BLOCK_BYTES, "cpu", 40)
     monkeypatch.setattr(loss_rows, "KL_ROWS", 3)
@@ -122,7 +128,7 @@ def test_gradcheck_of_corrections(head, name, monkeypatch, seed):
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 @pytest.mark.parametrize("pref_on", ["reward", "mixed"])
 def test_extreme_logits_and_gates(workspace, mix, pref_on, seed):
-    """Logits of 1e4, gates at 60, and of 0 and 1 exactly."""
+    """Logits of 1e4, gate logits of +-60, and alpha of exactly 0 and 1."""
     t = batch(seed, rows=6, length=6)
     t["hidden"] *= 1e3
     values = torch.tensor([60.0, -60.0, torch.inf, -torch.inf, 800.0, -800.0])
@@ -132,7 +138,7 @@ def test_extreme_logits_and_gates(workspace, mix, pref_on, seed):
     expected, exact = with_reference(loss_and_gradients, t, mix=mix, pref_on=pref_on)
     torch.testing.assert_close(got.loss, expected.loss)
     for name, grad in exact.items():
-        # The reference's own way through the mixture leaves NaN at infinite logits of the gate.
+        # The reference's gradient of the mixture is NaN where the gate's logit is infinite.
         same = {"rtol": 1e-7, "atol": 1e-7 * float(grad.nan_to_num().abs().max() + 1)}
         torch.testing.assert_close(grads[name], grad.nan_to_num(), **same)
 
@@ -150,7 +156,7 @@ def in_eager(*args, **kwargs):
 
 
 def relative_errors(problem, exact, wanted, options, call):
-    """{name: root mean square error against exact, over its largest entry}"""
+    """{name: root mean square error against exact, relative to exact's largest entry}"""
     truth, true_grads = exact
     out, grads = call(problem, wanted, **options)
     pairs = {n: (grads[n], true_grads[n]) for n in wanted if true_grads[n] is not None}
@@ -161,9 +167,9 @@ def relative_errors(problem, exact, wanted, options, call):
     }
 
 
-# By how much our error may pass eager's. Narrow products round as eager's do, so both err alike but
-# for noise; the gradient of a bf16 weight is a sum of such products, one for each chunk, rounded
-# once more. Widened products do not round at all.
+# How much larger than eager's our error may be. Narrow products round as eager's do, so that both
+# errors are alike except for noise. The gradient of a bf16 weight is a sum of such products, one
+# for each chunk, and is rounded once more. Widened products are not rounded.
 ALLOWED = {"fp32": 1.1, "autocast": 1.05, "bf16": 1.15}
 
 
@@ -171,10 +177,12 @@ ALLOWED = {"fp32": 1.1, "autocast": 1.05, "bf16": 1.15}
 @pytest.mark.parametrize("pays", [True, False], ids=["narrow products", "widened"])
 @pytest.mark.parametrize("kind", ALLOWED)
 def test_errors_are_at_most_those_of_eager(kind, pays, monkeypatch, seed):
-    """Of every gradient and the loss, over 500 random shapes, options and numbers of objectives:
-    the geometric mean of the ratios, which no single problem decides.
+    """Errors of the loss and of every gradient, over 500 random shapes, options and objectives.
 
-    kind: of weights and hidden states; autocast: bf16 hidden states, fp32 weights, as in training.
+    The test compares the geometric mean of the ratios, so that no single problem decides.
+
+    kind: the dtype of weights and hidden states. autocast: hidden states in bf16, weights in fp32,
+    as in training.
     """
     monkeypatch.setattr(loss_products, "narrow_pays", lambda device, dtype: pays)
     monkeypatch.setattr(loss_products, "VOCABULARY_BLOCK", 64)
@@ -214,7 +222,7 @@ def under_autocast(call):
 
 
 class Watch(TorchDispatchMode):
-    """Products by kind, and the largest tensor that was made."""
+    """Counts the products of matrices, and records the size of the largest tensor."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +238,9 @@ class Watch(TorchDispatchMode):
 
 
 def test_three_products_where_the_lm_head_is_frozen(seed):
-    """z_LM of the chosen, z_RM and dW of both together: no dW_LM, no dh."""
+    """z_LM of the chosen responses, z_RM of both responses, dW of both. There is no dW_LM and no
+    dh.
+    """
     t = batch(seed, rows=4, length=9, dtype=torch.float32, bias=False)
     with Watch() as watch:
         loss_and_gradients(t, ("reward_weight", "gate_logit"))
@@ -243,8 +253,11 @@ def test_three_products_where_the_lm_head_is_frozen(seed):
 @pytest.mark.parametrize("name", ["token_reward_alone", "token_reward", "kl_post", "kl"])
 @pytest.mark.parametrize("head", ["embedding", "lowrank"])
 def test_products_with_the_vocabulary_of_a_correction(head, name, seed):
-    """Token rewards need none. Else z_LM is made once and the correction's part once: "lowrank"
-    has two gradients of that, by B and by A h, "embedding" one, by M h + c."""
+    """Token rewards need no product with the vocabulary.
+
+    Otherwise there is one for z_LM and one for the correction. The correction's gradient takes two
+    for "lowrank", by B and by A h, and one for "embedding", by M h + c.
+    """
     t = batch(seed, rows=4, length=9, d=5, vocab=50, dtype=torch.float32, head=head)
     wanted = ("reward_down", "reward_up", "reward_bias", "gate_logit")
     with Products() as products:
@@ -255,7 +268,7 @@ def test_products_with_the_vocabulary_of_a_correction(head, name, seed):
 
 
 def test_token_rewards_hold_a_block_of_rows(monkeypatch, seed):
-    """Neither the hidden states nor the labels' rows of all tokens are there at once."""
+    """The hidden states, or the labels' rows, of all tokens are never in memory at once."""
     t = batch(seed, rows=12, length=40, d=32, vocab=16, dtype=torch.float32, head="embedding")
     count = int(t["mask"].sum())
     monkeypatch.setitem(token_rewards.BLOCK_BYTES, "cpu", 4 * 4 * 32)
@@ -285,7 +298,7 @@ def test_double_backward_is_refused():
 
 
 def test_gradients_are_handed_over_without_a_copy(monkeypatch):
-    """What was summed is what .grad is: the weight's gradient is held once."""
+    """.grad is the tensor in which the gradient was summed, so that it exists only once."""
     made = []
     gradients_of = chunked._gradients_of
     monkeypatch.setattr(

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled rows of the training loss against the same in PyTorch's operators, for every
-instruction set and the CUDA kernel on the host backend, odd sizes, and numbers at the edge."""
+"""The compiled rows of the training loss, against the same formulas in PyTorch's operators.
+
+The tests run for every instruction set and for the CUDA kernel on the host backend, with odd sizes
+and extreme values.
+"""
 
 import pytest
 import torch

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss never waits for its device where the host knows the lengths: over tensors without
-values, reading one is an error. test_cuda_loss.py asks a GPU the same."""
+"""The loss never waits for its device if the host knows the lengths.
+
+Here the tensors have no values (FakeTensor), so that reading one is an error. test_cuda_loss.py
+checks the same on a GPU.
+"""
 
 from functools import partial
 
@@ -16,7 +19,7 @@ from dualhead_ext.loss.terms import LossCounts
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Tensors without values stand for tensors on a device."""
+    """Tensors without values count as tensors on a device."""
     monkeypatch.setattr(chunked, "on_device", lambda x: isinstance(x, FakeTensor))
     with FakeTensorMode():
         yield
@@ -29,7 +32,7 @@ def without_values(tensors, trained=("reward_weight", "gate_logit")):
     return found
 
 
-# What the host knows: made before any test, since inside of one there are no values.
+# What the host knows. It is made outside of the tests, where tensors have no values.
 PROBLEM = batch(5, rows=9, objectives=3, dtype=torch.float32)
 LENGTHS = PROBLEM["mask"].sum(-1).tolist()
 OBJECTIVE = {"objective": torch.tensor([2, 0, 2, 1]), "objective_weights": torch.rand(3)}
@@ -54,7 +57,7 @@ def test_nothing_is_read(elsewhere, monkeypatch, name, kernel, workspace):
 
 
 def test_one_transfer_where_the_host_knows_nothing(monkeypatch):
-    """And none for what is on the CPU."""
+    """Tensors on the CPU need no transfer."""
     transfers = []
     copied = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: transfers.append(x.shape) or copied(x))

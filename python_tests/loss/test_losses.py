@@ -18,7 +18,7 @@ def test_gate_entropy_is_the_formula_and_its_gradient_at_any_logit():
     entropy = gate_entropy(x)
     (gradient,) = torch.autograd.grad(entropy.sum(), x)
     for i, logit in enumerate(logits):
-        # The smaller of a and 1-a, exact however small; both logs from log(1 + e^-|l|).
+        # The smaller one of a and 1 - a, without cancellation. Both logarithms use log(1 + e^-|l|).
         small = math.exp(-abs(logit)) / (1 + math.exp(-abs(logit)))
         softplus = math.log1p(math.exp(-abs(logit)))
         expected = (1 - small) * softplus + small * (abs(logit) + softplus)

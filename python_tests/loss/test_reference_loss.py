@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objective: values against float64 NumPy, gradients against gradcheck, edge cases, data."""
+"""The objective: values against float64 NumPy, gradients by gradcheck, edge cases, its effect."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_gradcheck(name, objectives, head):
 
 
 def test_the_gate_gradient_is_the_identity_of_the_kernels():
-    """dL/da = sum_v dz_v (z_RM,v - z_LM,v), the form that a fused backward uses."""
+    """dL/da = sum_v dz_v (z_RM,v - z_LM,v), the formula of the fused backward pass."""
     t = batch(3, rows=2, bias=False)
     t["gate_logit"].requires_grad_(True)
     out = dual_head_loss(**t, lambda_r=0.0, gate_regularizer="none")
@@ -113,7 +113,7 @@ def test_the_gate_gradient_is_the_identity_of_the_kernels():
 
 
 def test_a_prompt_shared_by_both_responses_cancels():
-    """Counted or masked, a prompt with the same hidden states on both sides leaves the margin."""
+    """A prompt with equal hidden states on both sides does not change the margin."""
     t = batch(5, rows=4, length=9)
     t["mask"][:] = False
     t["mask"][:, 4:] = True
@@ -229,7 +229,10 @@ def test_a_fixed_alpha_of_zero_or_one_selects_a_head(mix):
 @pytest.mark.parametrize("name", ["default", "mean", "mixed", "probs"])
 @pytest.mark.parametrize("sizes", [[1] * 8, [3, 5], [2, 2, 4], [7, 1]])
 def test_parts_with_the_counts_of_the_whole_add_up(name, sizes):
-    """1 x 8 = 8 x 1 = 3 + a last partial window: loss, terms and gradients."""
+    """One batch of 8 pairs, 8 batches of 1, or batches of different sizes: the sums are the same.
+
+    This holds for the loss, its terms and the gradients.
+    """
     t = batch(9, rows=16, length=6)
     per_row = ("hidden", "labels", "mask", "gate_logit")
     t["reward_weight"].requires_grad_(True)
@@ -268,7 +271,7 @@ def test_one_head_may_be_given_without_its_dimension():
 
 
 def test_logits_equal_those_of_the_reference_head():
-    """The mixture of the loss and the mixture that decodes are one model."""
+    """The loss and the decoder use the same mixture."""
     t = batch(13, rows=2, vocab=5, bias=False)
     t["mask"][:], t["labels"] = True, t["labels"].clamp(min=0)
     for mix in ("logits", "probs"):
@@ -282,11 +285,11 @@ def test_logits_equal_those_of_the_reference_head():
         torch.testing.assert_close(out.rejected_logps, logps[1:].sum(-1))
 
 
-# --- the regulariser on data ---------------------------------------------------------------------
+# --- the regulariser's effect --------------------------------------------------------------------
 
 
 def trained_gate(regularizer, steps=400):
-    """alpha over a tiny problem after training gate and reward head with a strong lambda_G."""
+    """alpha for a tiny problem, after training gate and reward head with a large lambda_G."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(16, 6, 8, generator=generator)
     labels = torch.randint(0, 12, (16, 6), generator=generator)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training by token rewards: every head and gate, ranked lists, the price on the KL, learning rates
-of their own, early stopping, hidden states in memory, and what is refused."""
+"""Training by token rewards.
+
+The tests cover every head and gate, ranked lists, the KL penalty, separate learning rates, early
+stopping, hidden states in memory, and refusals.
+"""
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ TOKEN = {"preset": "default", "calibrate": False}
 
 
 def fresh(**config):
-    """A model whose reward head starts at zero, as a user's does."""
+    """A model whose reward head starts at zero, like a user's."""
     torch.manual_seed(0)
     config = {"reward_head": "embedding", "reward_rank": 0, "gate": "fixed"} | config
     sizes = {"gate_num_heads": 2, "gate_head_dim": 6}
@@ -48,7 +51,7 @@ def test_ranked_lists_train(tmp_path):
 
 
 class Sizes(TorchDispatchMode):
-    """The largest number of elements with the vocabulary as a dimension that any operator made."""
+    """The size of the largest result that has the vocabulary as a dimension."""
 
     def __init__(self, vocab):
         super().__init__()
@@ -64,8 +67,10 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("head", ["embedding", "lowrank", "full"])
 def test_no_product_with_the_vocabulary(head):
-    """Token rewards read the rows of the tokens that occur; nothing but weights and their gradients
-    has a row for each token of the vocabulary."""
+    """Token rewards read only the rows of tokens that occur.
+
+    Only weights and their gradients have a row for each token of the vocabulary.
+    """
     model = fresh(reward_head=head, reward_rank=2)
     module, vocab = model.lm_head_module, model.config.vocab_size
     for parameter in module.reward_head.parameters():
@@ -82,7 +87,7 @@ def test_no_product_with_the_vocabulary(head):
 
 
 def test_memory_is_bounded_with_a_price_on_the_kl(monkeypatch):
-    """The logits of all tokens are never there at once."""
+    """The logits of all tokens are never in memory at once."""
     from dualhead_ext.loss import chunked
     from dualhead_ext.loss import rows as loss_rows
 
@@ -135,7 +140,7 @@ def test_the_gate_has_a_learning_rate_of_its_own(tmp_path):
     trainer = make_trainer(
         tmp_path, model, **TOKEN, learning_rate=0.0, gate_learning_rate=0.1, max_steps=2
     )
-    # A reward for the gate to weigh: it starts at zero.
+    # The gate has no gradient while the reward is zero, as at the start.
     model.lm_head_module.reward_head.bias.data.normal_()
     before = heads(model)
     trainer.train()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss inside a model that something else has wrapped: torch.compile, activation checkpointing,
-FSDP (DDP is in test_trainer.py); and a run of 200 steps beside eager's."""
+"""The loss inside a wrapped model: torch.compile, activation checkpointing and FSDP.
+
+test_trainer.py covers DDP. A run of 60 steps is compared with eager's.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def assert_same(got, expected):
 
 @pytest.mark.slow
 def test_in_a_compiled_model():
-    """A break in the graph at the loss, none of its parts traced; training goes on through it."""
+    """The graph breaks at the loss, which is not traced. Gradients still flow through it."""
     model, batch = make_case()
     expected = model(**batch).loss
     compiled = torch.compile(model, backend="aot_eager")
@@ -68,15 +70,18 @@ def test_in_a_model_sharded_by_fsdp(tmp_path):
 
 
 def with_reference_loss(model, arguments, named):
-    """A forward's hook: the loss of the call is the oracle's."""
+    """A forward's hook: the loss of the call is computed by the reference."""
     options = named["loss_options"] | {"impl": reference_loss.dual_head_loss}
     return arguments, named | {"loss_options": options}
 
 
 @pytest.mark.slow
 def test_60_steps_follow_eager(tmp_path):
-    """The same fp32 run twice, fused and eager: losses differ by what reordered sums explain, i.e.
-    no more than eager's own run from weights that differ in the last bit."""
+    """The same fp32 run twice, fused and eager.
+
+    The losses may differ as much as those of eager runs whose initial weights differ in the last
+    bit.
+    """
 
     def run(name, eager=False, nudge=0.0):
         model = make_model("llama")

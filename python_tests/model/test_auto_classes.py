@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of heads in the hands of transformers' Auto classes and pipelines."""
+"""A folder of heads with transformers' Auto classes and pipelines."""
 
 import json
 import subprocess
@@ -27,7 +27,8 @@ def test_the_folder_points_to_its_authority_and_has_a_card(heads):
         "dualhead_config": "dualhead_config.json",
     }
     card = (heads / "README.md").read_text()
-    assert "library_name: dualhead_ext" in card and "base_model" not in card  # no hub's name
+    # The card must not name a hub's model
+    assert "library_name: dualhead_ext" in card and "base_model" not in card
     snippet = card.split("```python\n")[1].split("```")[0]
     done = subprocess.run(
         [sys.executable, "-c", snippet], cwd=heads.parent, capture_output=True, text=True
@@ -96,7 +97,7 @@ print(type({alone}.from_pretrained({str(heads)!r})).__name__)
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("module", ["head_folder", "sharing", "auto", "pretrained", "causal_lm"])
 def test_a_module_that_imports_transformers_first(module):
-    """Registering happens in the middle of its imports."""
+    """The classes are registered while the module is still being imported."""
     code = f"import dualhead_ext.model.{module}, transformers; transformers.AutoTokenizer"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones that call their lm_head in a way of their own: served, or refused when heads are
+"""Backbones that call their lm_head in an unusual way are supported, or refused when heads are
 attached.
 """
 
@@ -26,7 +26,7 @@ _SIZES = {
     "eos_token_id": None,
 }
 _BERT = {"is_decoder": True, "is_encoder_decoder": False, "use_cache": True}
-# family: (model class, configuration class, changes)
+# {family: (model class, configuration class, changes)}
 SERVED = {
     "minicpm3": (
         "MiniCPM3ForCausalLM",
@@ -95,7 +95,10 @@ def steer(model):
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 @pytest.mark.parametrize("family", SERVED)
 def test_served(family, mix):
-    """The backbone's own text at strength 0; a cached text equal to full passes at strength 1."""
+    """At strength 0 the text is the backbone's.
+
+    At strength 1, cached decoding equals full passes.
+    """
     backbone = backbone_of(*SERVED[family])
     ids = torch.randint(3, VOCAB, (2, 7))
     plain = backbone.generate(ids, **GREEDY)
@@ -122,7 +125,7 @@ def test_the_usual_families_pass(family):
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_refused(family):
-    """By name, with the backbone as it was."""
+    """The error names the reason, and the backbone is unchanged."""
     *parts, reason = REFUSED[family]
     backbone = backbone_of(*parts)
     ids = torch.randint(3, VOCAB, (2, 7))
@@ -136,7 +139,7 @@ def test_refused(family):
 
 
 class Changed(transformers.LlamaForCausalLM):
-    """A backbone that adds to its logits what no config says."""
+    """A backbone that changes its logits although its config does not say so."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -145,7 +148,7 @@ class Changed(transformers.LlamaForCausalLM):
 
 
 class Unusual(transformers.LlamaForCausalLM):
-    """A backbone that gives its lm_head something else in a cached step alone."""
+    """A backbone that passes something else to its lm_head, but only in a cached step."""
 
     def forward(self, *args, **kwargs):
         cache = cache_in(kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones with a short name: SmolLM2 as its authors meant it, converted once and whole."""
+"""Backbones with a short name: SmolLM2 works as its authors intended, and is converted once."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def test_smollm2_is_a_whole_chat_model(smollm2):
     assert generation.eos_token_id == generation.pad_token_id == tokenizer.eos_token_id == 2
     assert tokenizer.model_max_length == model.config.max_position_embeddings == 8192
     assert not hasattr(model.config, "_model_name_or_path")
-    # As the model was trained: each digit alone, the blanks before it together.
+    # As in the model's training: each digit is a token, and the spaces before it form another.
     assert tokenizer.tokenize("a  12 x") == ["a", "ĠĠ", "1", "2", "Ġx"]
     prompt = tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -93,7 +93,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch, 
 
 @pytest.fixture
 def conversion(monkeypatch, tmp_path):
-    """The number of conversions in a fresh cache folder, and what is done in each."""
+    """The conversions done so far, and a function that replaces them, with a fresh cache folder."""
     made = []
 
     def convert(source, folder):
@@ -131,7 +131,7 @@ def test_a_broken_conversion_leaves_nothing_that_looks_whole(conversion, tmp_pat
         smollm2_path()
     cache = tmp_path / "dualhead_ext"
     assert [p.name for p in cache.iterdir() if not p.name.endswith(".lock")] == []
-    # What a killed process leaves in the staging folder does not reach the next one's result.
+    # Files of a killed process in the staging folder do not become part of the next conversion.
     name = next(cache.iterdir()).name.removesuffix(".lock")
     (cache / f"{name}.staging").mkdir()
     (cache / f"{name}.staging" / "half").write_text("")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' continuous batching with a gated head: each request's text is what `generate()`
-writes for it alone.
+"""transformers' continuous batching with a gated head.
+
+Each request must have the text that `generate()` writes for it alone.
 """
 
 import pytest
@@ -29,7 +30,7 @@ def prompts():
 
 
 def batching(**options):
-    """Chunks of 16 positions, pages of 4: prompts are cut and share batches with decoding."""
+    """Chunks of 16 positions, pages of 4: prompts are split, and batches mix them with decoding."""
     sizes = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 16}
     return ContinuousBatchingConfig(**sizes | options)
 
@@ -46,7 +47,7 @@ def batched(model, inputs, config=None, **controls):
 
 
 def check(model, inputs=None, config=None, **controls):
-    """controls: one for each prompt."""
+    """Compare with `generate()`. controls: one value for each prompt."""
     inputs = inputs or prompts()
     rows = [{name: value[i] for name, value in controls.items()} for i in range(len(inputs))]
     expected = [alone(model, ids, **own) for ids, own in zip(inputs, rows, strict=True)]
@@ -83,7 +84,7 @@ def test_every_gate_and_reward_head(gate, reward_head, mix, controls):
 
 @supported
 def test_paged_eager_attention_and_a_wide_gate():
-    # Its state takes three layers of the tiny backbone's cache.
+    # The gate's state needs three layers of the tiny backbone's cache.
     model = make_model("llama", gate_num_heads=4, gate_head_dim=20)
     model.set_attn_implementation("eager")
     check(model, **SCALED)
@@ -96,7 +97,7 @@ def test_bfloat16_keeps_the_folded_values_in_fp32():
     text = batched(model, prompts()[:1], strength=1.0)[0]
     manager_alpha = model.lm_head_module.last_alpha[0, 0]
     model(torch.tensor([text[:-1]]))
-    # The backbone rounds both ways the same here; bf16 folded values would be off by 1e-3.
+    # The backbone rounds equally on both sides. Folded values in bf16 would change alpha by 1e-3.
     torch.testing.assert_close(
         manager_alpha, model.lm_head_module.last_alpha[0, -1], rtol=0, atol=2e-3
     )
@@ -165,7 +166,8 @@ def test_a_cache_too_small_for_all(monkeypatch):
     monkeypatch.setattr(OffloadingManager, "offload_requests", counting)
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randint(3, VOCAB, (4, 12), generator=generator).tolist()
-    # All four prompts fit, not their texts: a request is put off and starts again.
+    # The cache has room for all four prompts, but not for their texts: a request is offloaded and
+    # restarted.
     config = batching(num_blocks=16, safety_margin=0.0)
     check(make_model("llama"), inputs, config, strength=[1.0, 2.0, 0.0, 1.5])
     assert any(offloaded)
@@ -196,7 +198,7 @@ def test_generate_with_a_paged_cache():
     options = {"max_new_tokens": NEW, "do_sample": False}
     expected = model.generate(ids, strength=torch.tensor([2.0, 0.0]), **options)
     options["cache_implementation"] = "paged"
-    # The sizes come from the machine's memory where none are given.
+    # By default the sizes depend on the machine's memory.
     options["continuous_batching_config"] = batching()
     found = model.generate(ids, strength=torch.tensor([2.0, 0.0]), **options)
     assert torch.equal(found[0], expected)
@@ -233,6 +235,7 @@ def test_another_manager_is_refused():
 
 def test_an_older_transformers_is_refused(monkeypatch):
     monkeypatch.setattr(continuous_batching, "OLDEST", "99.0")
-    # Not by generate_batch: unrefused it would take most of the machine's memory for its cache.
+    # generate_batch is not called here: if it were not refused, its cache would take most of the
+    # machine's memory.
     with pytest.raises(NotImplementedError, match=r"needs transformers 99\.0 or newer, got"):
         continuous_batching.batching_config(None)

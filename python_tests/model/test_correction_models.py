@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models whose reward head is a correction: generate(), its loops and caches, files, weak to
-strong, a vocabulary that grows."""
+"""Whole models whose reward head is a correction.
+
+The tests cover generate(), its loops and caches, files, weak-to-strong guidance, and a larger
+vocabulary.
+"""
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ def model_of(kind, family="llama-tied", **config):
 
 
 def slow_greedy(model, row):
-    """Greedy text of one row without a cache, from full passes of the head."""
+    """Greedy text of one row, from full passes of the head without a cache."""
     batch = prompts()
     real = batch["attention_mask"][row].bool()
     ids = batch["input_ids"][row][real][None]
@@ -114,7 +117,7 @@ def test_weak_to_strong_corrects_the_strong_model(kind, mix):
 @pytest.mark.parametrize("kind", [("full", 1), *KINDS], ids=str)
 @pytest.mark.parametrize("family", ["llama-tied", "phi-bias", "gemma2-softcap"])
 def test_a_plain_model_decodes_as_the_gated_one_with_the_merged_head(kind, family):
-    """Of a fixed gate; a tied embedding stays as it is."""
+    """The gate is fixed. A tied embedding stays as it is."""
     model, batch = model_of(kind, family, gate="fixed", gate_alpha=0.3), prompts()
     shares = [0.2, 0.8]
     controls = {"strength": 1.7, "objective_weights": shares}
@@ -142,7 +145,7 @@ def test_the_heads_follow_a_larger_vocabulary(kind, family):
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     model.resize_token_embeddings(VOCAB + 7, mean_resizing=False)
     assert model.dual_head_config.vocab_size == VOCAB + 7
-    model.post_init()  # makes new numbers for what transformers does not know to be made
+    model.post_init()  # initialises the weights that transformers does not know to be initialised
     after = model(input_ids=ids, strength=1.7).logits
     torch.testing.assert_close(after[..., :VOCAB], before)
     assert {name for name, value in model.named_parameters() if value.requires_grad} == trained

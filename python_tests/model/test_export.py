@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that engines serve: whole, and a plain backbone to whatever does not know the heads.
-What vLLM makes of it is in python_tests/vllm_plugin.
+"""The folder that engines serve.
+
+It is complete, and a program that does not know the heads can load it as a plain backbone.
+python_tests/vllm_plugin tests it with vLLM.
 """
 
 import json
@@ -21,7 +23,7 @@ FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2", "qwen3", "gemma2-
 
 
 def saved(folder, family="llama", quantize=None, shards=False, **config):
-    """(heads, backbone): folders."""
+    """(folder of the heads, folder of the backbone)."""
     heads, backbone = folder / "heads", folder / "backbone"
     plain = make_backbone(family)
     plain.save_pretrained(backbone, **{"max_shard_size": "20KB"} if shards else {})
@@ -45,7 +47,7 @@ def test_the_folder_is_the_backbone_with_heads(family, tmp_path):
     inputs = prompts()
     want = AutoModelForCausalLM.from_pretrained(backbone)(**inputs).logits
     torch.testing.assert_close(plain(**inputs).logits, want, rtol=0, atol=0)
-    # Its own backbone: the heads need not know where the first one was.
+    # The export contains its own backbone, so the heads' original backbone need not be found.
     gated = dh.DualHeadForCausalLM.from_pretrained(folder, trial=False)
     want = dh.DualHeadForCausalLM.from_pretrained(heads, backbone=backbone, trial=False)
     torch.testing.assert_close(gated(**inputs).logits, want(**inputs).logits, rtol=0, atol=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells backbones apart, of parameters as large as real ones."""
+"""The fingerprint of a backbone, for parameters as large as real ones."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from tiny_models import make_backbone, make_model
 from dualhead_ext.model.fingerprint import VALUES, _few_values, check_fingerprint, fingerprint
 from dualhead_ext.train.state import _rows_hash
 
-# (rows, columns): of heads of Llama 2, Llama 3 and Qwen 3, and one that float32 cannot count.
+# (rows, columns) of the heads of Llama 2, Llama 3 and Qwen 3, and a size that float32 cannot count.
 LARGE = [(32_000, 4096), (128_256, 4096), (151_936, 2048), (2**24 + 2, 3)]
 
 
 @pytest.mark.parametrize("shape", LARGE)
 def test_parameters_beyond_what_float32_counts(shape):
-    """One row or column, seen as a whole parameter: no memory is taken."""
+    """One row or column is expanded to a whole parameter, which takes no memory."""
     rows, columns = shape
     column = torch.arange(rows, dtype=torch.float32)[:, None].expand(shape)
     row = torch.arange(columns, dtype=torch.float32).expand(shape)
@@ -36,7 +36,9 @@ def test_the_first_and_the_last_value_are_among_them(shape):
 
 
 def test_version_1_chose_by_float32():
-    """Where they differ, a file of version 1 must still find its values."""
+    """For some sizes, version 1 chose other indices. A file of version 1 must still match its
+    values.
+    """
     differing = 0
     for count in (4, 101, 4096 * 7, 9_429_140, 2**24):
         values = torch.arange(count, dtype=torch.float64)
@@ -53,7 +55,8 @@ def test_what_is_not_there_is_not_compared():
     for parameter in make_backbone("llama").parameters():
         assert all(map(lambda x: x == x, _few_values(parameter)))
     check_fingerprint(make_backbone("llama"), stored, "here")
-    check_fingerprint(make_backbone("llama").to("meta"), stored, "here")  # offloaded
+    # On meta, as offloaded weights are
+    check_fingerprint(make_backbone("llama").to("meta"), stored, "here")
 
 
 class Rows:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused decoding loop of generate() against transformers' own loop over the same model."""
+"""The fused decoding loop of generate(), against transformers' own loop with the same model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERY = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture
 def loops(monkeypatch):
-    """Counts of fused loops and of steps without and with logits."""
+    """Counts of fused loops, and of steps without and with logits."""
     seen = {"fused": 0, "tokens": 0, "logits": 0}
     loop, step = fused_loop.fused_sample, decoding.run_step
 
@@ -42,7 +42,7 @@ def loops(monkeypatch):
 
 
 def assert_same(model, batch, **options):
-    """The fused loop and transformers' own write the same."""
+    """Check that the fused loop and transformers' own loop write the same text."""
     expected = model.generate(**batch, **options, fused=False)
     got = model.generate(**batch, **options, fused=True)
     assert torch.equal(got, expected), options
@@ -106,7 +106,7 @@ def test_greedy_from_embeddings_and_from_one_token():
 
 @pytest.mark.slow
 def test_a_compiled_static_cache_is_the_same():
-    """What transformers does by itself on a GPU. Compiled once: the third call adds no graph."""
+    """As transformers does by default on a GPU. The third call must not compile another graph."""
     model, batch = make_model("llama"), prompts()
     compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     compiled._compile_all_devices = True
@@ -122,7 +122,7 @@ def test_a_compiled_static_cache_is_the_same():
         assert 0 < graphs[0] and graphs[1] == graphs[2], graphs
 
 
-# --- the rule -------------------------------------------------------------------------------------
+# --- when the fused loop is used ------------------------------------------------------------------
 
 
 class Nothing(LogitsProcessor):
@@ -199,7 +199,7 @@ def test_a_callers_own_loop_is_called():
 
 
 class MaskingLlama(LlamaForCausalLM):
-    """A backbone that does to its logits what no config says: half the vocabulary is out."""
+    """A backbone that masks half the vocabulary although its config does not say so."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -208,7 +208,7 @@ class MaskingLlama(LlamaForCausalLM):
 
 
 class TrimmingLlama(LlamaForCausalLM):
-    """One whose vocabulary was padded: the last entries are no tokens."""
+    """A backbone whose vocabulary is padded: its last entries are not tokens."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -255,7 +255,7 @@ class StopsRow(StoppingCriteria):
 
 
 def ending(model, batch):
-    """A token that ends the first row after 2 new tokens, and the options to make it do so."""
+    """A token that ends the first row after 2 new tokens, and options that make it do so."""
     text = model.generate(**batch, max_new_tokens=12, do_sample=False, fused=False)[:, -12:]
     return {"max_new_tokens": 12, "do_sample": False, "eos_token_id": int(text[0, 1])}
 
@@ -356,7 +356,8 @@ def test_a_row_that_is_not_finite_is_named():
     with pytest.warns(RuntimeWarning, match=r"rows \[1\] became infinite or NaN"):
         got = model.generate(**batch, **GREEDY, gate_offset=offset)
     assert torch.equal(got[[0, 2]], expected[[0, 2]])
-    with pytest.warns(RuntimeWarning, match=r"rows \[1\]"):  # from the prompt's logits alone
+    # A single token depends on the prompt's logits only
+    with pytest.warns(RuntimeWarning, match=r"rows \[1\]"):
         got = model.generate(**batch, max_new_tokens=1, do_sample=False, gate_offset=offset)
     assert got[1, -1] == 0
     with warnings.catch_warnings():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling in the fused decoding loop of generate(): its distribution, its seeds."""
+"""Sampling in the fused decoding loop of generate(): its distribution and its seeds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ FILTERS = {
 
 
 def pair_probabilities(model, row, filters, kept=12):
-    """float64 probabilities of the first two tokens: (V,) and, of the likeliest first ones, rows
-    of the second's."""
+    """Probabilities of the first two tokens in float64.
+
+    Returns (V,) for the first token and, for each of the likeliest first tokens, (V,) for the
+    second.
+    """
 
     def after(ids):
         with torch.no_grad():
@@ -75,7 +78,7 @@ def test_sampling_by_a_generator_and_by_seeds():
     seeds = torch.tensor([11, 12, 13])
     together = model.generate(**batch, **SAMPLED, seeds=seeds)
     assert torch.equal(together, model.generate(**batch, **SAMPLED, seeds=seeds))
-    order = [2, 0, 1]  # a row's text is its own, wherever it lies
+    order = [2, 0, 1]  # a row's text does not depend on its position in the batch
     moved = {name: value[order] for name, value in batch.items()}
     assert torch.equal(model.generate(**moved, **SAMPLED, seeds=seeds[order]), together[order])
 
@@ -90,7 +93,7 @@ def test_copies_of_a_request_draw_from_seeds_of_their_own():
 
 
 def test_a_second_turn_draws_anew():
-    """Copies of one cache, as of a prompt that several answers share, must not write one text."""
+    """Copies of one cache, as for several answers to one prompt, must not give the same text."""
     model, batch = make_model("llama"), prompts()
     one = model.generate(**batch, **SAMPLED, return_dict_in_generate=True)
     more = torch.cat((one.sequences, one.sequences[:, :1]), 1)

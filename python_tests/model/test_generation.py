@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's generate() with a gated head, in every mode, against a slow loop over the
-reference.
+"""Hugging Face's generate() with a gated head, in every mode.
+
+It is compared with a slow loop over the reference.
 """
 
 import copy
@@ -217,7 +218,7 @@ def test_the_fused_step_decodes_single_tokens(monkeypatch):
     original = ops.decode_step
     monkeypatch.setattr(ops, "decode_step", lambda **kw: calls.append(1) or original(**kw))
     model.generate(**batch, **GREEDY)
-    assert len(calls) == NEW - 1  # the first token comes from the prompt
+    assert len(calls) == NEW - 1  # the first token comes from the prompt's pass
 
 
 def test_two_threads_do_not_mix_their_calls():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate() with each kind of key-value cache: the same tokens, and what is refused."""
+"""generate() with each kind of key-value cache gives the same tokens. Other caches are refused."""
 
 import copy
 
@@ -31,7 +31,7 @@ def test_every_way_of_caching_gives_the_same_tokens(family, options):
 
 @EVERY
 def test_a_static_cache_of_prompts_without_padding(family):
-    """transformers may drop a mask of ones, and then makes the static cache's own without it."""
+    """transformers may drop a mask of ones, and then makes the static cache's mask without it."""
     model, ids = make_model(family), prompts()["input_ids"].clamp(min=3)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(**batch, **GREEDY, use_cache=False)
@@ -50,11 +50,11 @@ def test_beams_equal_beams_without_a_cache(family):
 
 @EVERY
 def test_several_turns_with_ragged_second_turns(family):
-    """The second turn's padding leaves holes in the cache."""
+    """Padding in the second turn leaves gaps in the cache."""
     model, first = make_model(family), prompts()
     second_mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
     second = torch.randint(3, VOCAB, (3, 4), generator=torch.Generator().manual_seed(9))
-    if family == "lfm2-hybrid":  # a convolution sees the holes
+    if family == "lfm2-hybrid":  # a convolution does not skip the gaps
         first, second, second_mask = first_row(first), second[:1], second_mask[:1]
     one = model.generate(**first, **GREEDY, return_dict_in_generate=True)
     answer_mask = torch.ones(len(second), NEW, dtype=torch.long)
@@ -62,7 +62,7 @@ def test_several_turns_with_ragged_second_turns(family):
         "input_ids": torch.cat((one.sequences, second * second_mask), 1),
         "attention_mask": torch.cat((first["attention_mask"], answer_mask, second_mask), 1),
     }
-    if "sliding_window" in FAMILIES[family][2]:  # the backbone's own window counts the holes
+    if "sliding_window" in FAMILIES[family][2]:  # the backbone's own window counts the gaps
         expected = model.generate(**both, **GREEDY, use_cache=False)[:, -NEW:]
     else:
         expected = slow_batch(model, both)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GGUF file as the backbone: its numbers, its tokenizer, heads that find it again, and what is
-said of files that are none."""
+"""A GGUF file as the backbone: weights, tokenizer, heads that find it again, and files that are
+invalid.
+"""
 
 import importlib.util
 import json
@@ -26,7 +27,8 @@ def write_gguf(path, without=(), **options):
     """A llama of two layers with random weights and a byte-pair tokenizer.
 
     Args:
-        without: tensors that the file lacks. options: of the writer.
+        without: tensors that the file lacks.
+        options: of the writer.
     """
     width, layers, inner, heads = 32, 2, 48, 4
     writer = gguf.GGUFWriter(path, "llama", **options)
@@ -75,7 +77,7 @@ def write_gguf(path, without=(), **options):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """The file and its tensors; converted below a cache folder of this module's own."""
+    """The file and its tensors. It is converted below a cache folder of this module's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         path = tmp_path_factory.mktemp("models") / "tiny.Q8.gguf"
@@ -127,15 +129,15 @@ def test_heads_find_it_again_and_take_no_other(file, tmp_path):
     ids = torch.arange(3, 9)[None]
     again = dh.DualHeadForCausalLM.from_pretrained(tmp_path / "heads")
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
-    # The card of such heads names no path; what is uploaded holds none.
+    # The card contains no path, because it may be uploaded.
     assert str(path.parent) not in (tmp_path / "heads" / "README.md").read_text()
-    # Another model in its place is no backbone of theirs, and none is said so.
+    # If another model is at the stored path, it is refused. If nothing is there, the error says so.
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "heads", moved)
     for place, message in (
         (dh.backbone_path("embedded"), "its backbone must be a llama|vocab_size"),
         (str(tmp_path / "gone.gguf"), "gone.gguf', which is not here.*pass backbone="),
-        ("heads", "which is not here"),  # a relative path is nobody's
+        ("heads", "which is not here"),  # a relative path is not accepted
     ):
         config = json.loads((moved / "dualhead_config.json").read_text())
         config["backbone"]["local_path"] = place
@@ -245,10 +247,10 @@ def test_a_part_is_refused_by_its_name_and_by_its_content(file, tmp_path, capsys
         assert run("train", "--backbone", name, "--output", tmp_path / "heads") == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert f"one of {len(parts)} parts; merge them first" in last
-    # Of the hub too, before it is asked.
+    # This also holds for a model on the hub, which is not contacted.
     with pytest.raises(ValueError, match=r"q/x-00001-of-00002\.gguf, one of 2 parts"):
         dh.DualHeadForCausalLM.from_backbone("me/models/q/x-00001-of-00002.gguf")
-    alone = tmp_path / "tiny-00001-of-00001.gguf"  # a model in one part is whole
+    alone = tmp_path / "tiny-00001-of-00001.gguf"  # a model in one part is complete
     shutil.copy(file[0], alone)
     assert backbone_path(alone) == backbone_path(file[0])
 

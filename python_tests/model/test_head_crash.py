@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head save interrupted at every call that changes the disk: what loads is the old head or the
-new one, whole.
+"""Saving of heads that is interrupted at every call that changes the disk.
+
+Afterwards the folder loads, with the old heads or with the new ones, complete.
 """
 
 import textwrap

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads on a model hub: one program pushes them, another loads them, both by huggingface_hub."""
+"""Heads on a model hub: one program pushes them and another loads them, with huggingface_hub."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def hub():
 
 
 def run(code, hub, folder):
-    """A program with that hub, and a cache and settings of its own."""
+    """Run a program with that hub, and with its own cache and settings."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_TOKEN": "a-token"}
-    environment["HF_HUB_DISABLE_XET"] = "1"  # uploads by Git LFS, which the hub here speaks
+    environment["HF_HUB_DISABLE_XET"] = "1"  # uploads use Git LFS, which this hub supports
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -58,7 +58,7 @@ def test_pushed_heads_are_loaded_with_one_line(hub, tmp_path):
     logits = run(PUSH, hub, tmp_path / "author")
     assert run(LOAD, hub, tmp_path / "reader") == logits
     assert not [asked for asked in hub.unknown if "me/" in asked]
-    # Exactly what a folder of heads holds.
+    # The repository holds exactly the files of a folder of heads.
     files = ["README.md", "config.json", "dualhead_config.json", "dualhead_model.safetensors"]
     assert hub.names("me/heads") == hub.names("me/others") == files
     assert hub.messages[0] == "first heads"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads as large as real ones. Where their memory would be silly, one row stands for all of them:
-an expanded tensor has the shape and the indices, and takes no memory.
+"""Heads as large as real ones.
+
+Where they would take too much memory, one row is expanded to the whole tensor. An expanded tensor
+has the shape and the indices, and takes no memory.
 """
 
 import pytest
@@ -21,7 +23,7 @@ def config_of(shape, **changes):
 
 
 def expanded_state(config, dtype=torch.float32):
-    """A state of a head whose every row of every matrix is one row."""
+    """The state of a head in which all rows of a matrix are the same row."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in dh.DualHead(config).state_dict().items()}
     shapes.pop("lm_head.weight")
@@ -61,7 +63,7 @@ def test_large_finite_numbers_are_finite():
 
 
 def test_a_head_of_llamas_size_is_saved_and_restored(tmp_path):
-    """In bf16, 262 MB: the whole path, with its hash."""
+    """The whole path with its hash, in bf16: 262 MB."""
     shape = SHAPES[0]
     config = config_of(shape)
     state = expanded_state(config, torch.bfloat16)
@@ -79,7 +81,7 @@ def test_a_head_of_llamas_size_is_saved_and_restored(tmp_path):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantising_by_rows_is_the_same_whatever_their_number(name):
-    """Rows are quantised in pieces; the last row of 128,256 is what it is alone."""
+    """Rows are quantised in pieces. The last of 128,256 rows has the values that it has alone."""
     torch.manual_seed(0)
     few = torch.randn(3, 128)
     rows = few.repeat(42_752, 1)
@@ -93,7 +95,7 @@ def test_quantising_by_rows_is_the_same_whatever_their_number(name):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_step(shape):
-    """The last token of the vocabulary is chosen where its row alone points along the state."""
+    """The last token of the vocabulary is chosen, since only its row is not zero."""
     vocabulary, d = shape
     weight = torch.zeros(shape, dtype=torch.bfloat16)
     weight[-1] = 1

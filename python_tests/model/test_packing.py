@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed batches against padded ones: the same loss, gradients and training, for every family whose
-layers keep sequences apart; the others are refused."""
+"""Packed batches against padded ones.
+
+Loss, gradients and training are the same for every family whose layers keep sequences apart. The
+other families are refused.
+"""
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from trainer_cases import make_trainer, pairs
 from dualhead_ext.data.collate import PreferenceCollator
 from dualhead_ext.model import packing
 
-# Its short convolutions run on from one sequence into the next.
+# Its short convolutions mix the end of a sequence into the next one.
 LEAKING = {"lfm2-hybrid"}
 
 
@@ -30,7 +33,7 @@ def loss_and_gradients(model, batch, **options):
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - LEAKING))
 def test_a_packed_batch_is_the_padded_one(family, seed):
-    # In float64 Gemma 2's own attention is NaN where a window holds padding alone.
+    # In fp32: in float64, Gemma 2's own attention is NaN where a window holds only padding.
     model = make_model(family)
     padded, packed = batches(seed=seed)
     assert packed["input_ids"].shape[0] == 1
@@ -81,7 +84,7 @@ def test_bad_positions(positions, error, words):
 
 
 def test_training_without_padding_is_training(tmp_path):
-    """Losses, counts and evaluations of whole runs agree to rounding."""
+    """Losses, counts and evaluations of complete runs agree up to rounding."""
 
     def run(name, padding_free):
         trainer = make_trainer(

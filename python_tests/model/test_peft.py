@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's adapters on a gated model: they adapt the backbone and leave the heads alone."""
+"""PEFT's adapters on a gated model change the backbone and leave the heads unchanged."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
 def adapted(model, **options):
-    """The model with a LoRA adapter that does something."""
+    """The model with a LoRA adapter that has an effect."""
     options = {"r": 2, "task_type": "CAUSAL_LM"} | options
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(5)
@@ -37,7 +37,7 @@ def test_targets_leave_the_heads_alone(targets, gate, tmp_path):
     adapters = [n for n, _ in wrapped.named_parameters() if "lora_" in n]
     assert adapters and not any("lm_head" in name for name in adapters)
     assert set(model.lm_head.state_dict()) == names
-    # Decoding and a full pass agree on the adapted model.
+    # On the adapted model, decoding agrees with a full pass.
     ids = wrapped.generate(**batch, **GREEDY)
     mask = torch.cat((batch["attention_mask"], batch["attention_mask"].new_ones(3, 6)), 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -127,7 +127,7 @@ def test_prefix_tuning_is_named():
 
 
 def test_heads_on_an_adapted_backbone():
-    """from_backbone extends the model inside PEFT's wrapper, which stays usable."""
+    """from_backbone extends the model inside PEFT's wrapper, and the wrapper can still be used."""
     wrapped, batch = adapted(make_backbone("llama"), target_modules="all-linear"), prompts()
     plain = wrapped.generate(**batch, **GREEDY)
     model = dh.DualHeadForCausalLM.from_backbone(wrapped, reward_head="full", gate="attention")
@@ -139,7 +139,7 @@ def test_heads_on_an_adapted_backbone():
 
 
 def test_an_embedding_adapter_merges_as_into_the_plain_backbone():
-    """PEFT warns that a tied lm_head changes with the embedding; gated or not, the same happens."""
+    """PEFT warns that a tied lm_head changes with the embedding. A gated model must do the same."""
     merged = []
     for model in (make_backbone("llama-tied"), make_model("llama-tied")):
         torch.manual_seed(0)

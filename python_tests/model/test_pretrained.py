@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads-only files: restored bit for bit, versions, and the arguments of saving."""
+"""Files of heads: restored bit for bit, their versions, and the arguments of saving."""
 
 import dataclasses
 import json
@@ -110,7 +110,7 @@ def test_no_path_of_this_machine_is_stored(tmp_path, name):
 
 
 def version_1(folder):
-    """Turn a saved folder into what release 0.1.0 wrote."""
+    """Turn a saved folder into one as release 0.1.0 wrote it."""
     stored = head_forging.read(folder)
     old = ("gate", "gate_num_heads", "gate_head_dim", "gate_alpha", "mix", "num_objectives", "bias")
     old = (*old, "hidden_size", "vocab_size", "logit_scale", "logit_softcap")
@@ -179,7 +179,7 @@ def test_heads_that_are_not_finite_are_not_saved(saved):
 
 
 def test_the_arguments_that_trainer_trl_and_accelerate_pass(tmp_path):
-    """accelerate's recipe, word for word; then each argument does what it says."""
+    """accelerate's documented call as it stands, then the effect of each argument."""
     from accelerate import Accelerator
 
     accelerator, model = Accelerator(cpu=True), make_model("llama")
@@ -236,7 +236,7 @@ def test_an_adapter_on_the_backbone_is_not_dropped_without_a_word(tmp_path, capl
     model.add_adapter(config, "mine")
     model.save_pretrained(tmp_path)
     assert "adapters (mine), which the heads' files do not contain" in caplog.text
-    assert fingerprint(model) == plain  # of the backbone as it is without
+    assert fingerprint(model) == plain  # the adapter does not change the backbone's fingerprint
     load(tmp_path, backbone=make_backbone("llama"))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Head folders that are refused: damaged, foreign, hostile, or of another backbone."""
+"""Head folders that are refused: damaged, foreign, hostile, or for another backbone."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_every_truncation_is_refused(saved):
             with pytest.raises(ValueError, match=name):
                 load(folder, backbone=backbone)
         (folder / name).write_bytes(whole)
-    assert not isinstance(backbone, dh.DualHeadForCausalLM)  # untouched by all of that
+    assert not isinstance(backbone, dh.DualHeadForCausalLM)  # all the refusals left it unchanged
     load(folder, backbone=backbone)
 
 
@@ -219,7 +219,7 @@ def test_hostile_files_are_one_error_that_names_the_file_within_a_second(saved, 
 
 
 def test_every_flipped_bit_is_refused_or_changes_nothing(saved, seed):
-    """A sample of all bits of both files; blanks of the JSON may change into other blanks."""
+    """A sample of all bits of both files. A blank in the JSON may become another kind of blank."""
     model, folder = saved
     expected = model.lm_head_module.state_dict()
     generator = random.Random(seed)
@@ -248,7 +248,7 @@ def test_only_regular_files_of_the_folder_are_read(saved, tmp_path):
         load(folder, backbone=make_backbone("llama"))
     (folder / WEIGHTS_NAME).unlink()
     os.mkfifo(folder / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="must be a regular file"):  # and does not hang
+    with pytest.raises(ValueError, match="must be a regular file"):  # and opening it must not block
         load(folder, backbone=make_backbone("llama"))
     (folder / WEIGHTS_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=f"holds no {WEIGHTS_NAME}"):

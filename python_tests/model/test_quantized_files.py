@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of quantised heads: restored bit for bit, refused when damaged or contradictory."""
+"""Files of quantised heads: restored bit for bit, refused if damaged or contradictory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_full_precision_files_are_quantised_when_loaded(name, tmp_path):
 
 
 def test_the_embedded_backbone_by_name(tmp_path):
-    """The whole of it as a user does: quantise, save, restore, on a backbone that has a name."""
+    """The steps of a user: quantise, save and restore, with a backbone that has a name."""
     model = dh.DualHeadForCausalLM.from_backbone(
         str(dh.data.embedded_backbone_path()), quantize="int4", reward_head="full", gate="attention"
     )
@@ -71,12 +71,13 @@ def test_the_embedded_backbone_by_name(tmp_path):
     assert torch.equal(again.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
     head = model.lm_head
     size = (tmp_path / WEIGHTS_NAME).stat().st_size
-    assert size < 2 * head.in_features * head.out_features * 0.6 + 10**6  # not the plain weights
+    # The plain weights would be larger
+    assert size < 2 * head.in_features * head.out_features * 0.6 + 10**6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quantised_heads_do_not_stay_mapped_to_their_file(name, tmp_path):
-    """Overwriting the file must not change the model, truncating it must not kill the process."""
+    """Overwriting the file must not change the model; truncating it must not kill the process."""
     model = wide_model(num_objectives=2).quantize(name)
     model.save_pretrained(tmp_path)
     again = load(tmp_path, backbone=make_backbone("llama", **WIDE))
@@ -186,7 +187,7 @@ def test_a_file_of_before_the_format_was_noted(tmp_path):
 
 
 def test_a_whole_folder(tmp_path):
-    """save_full has the backbone in full precision, or says that it is gone."""
+    """save_full writes the LM head in full precision. If that is lost, it raises an error."""
     tied, batch = wide_model("llama-tied").quantize("int8"), prompts()
     tied.save_pretrained(tmp_path / "tied", save_full=True)
     again = load(tmp_path / "tied", backbone=str(tmp_path / "tied"))

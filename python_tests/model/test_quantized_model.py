@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantised heads inside a Hugging Face model: every way of generating, casts, copies, detaching.
-What their numbers mean is tested in test_quantization.
+
+test_quantization tests the quantised weights themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
 def meaning(model):
-    """A copy of a model whose plain heads have the values of the quantised ones' numbers."""
+    """A copy of the model whose plain heads have the dequantised weights."""
     plain = copy.deepcopy(model)
     head = plain.lm_head_module
     lm, reward = head.dequantized(), head.reward_head.dequantized()
@@ -36,7 +37,7 @@ def meaning(model):
     )
     head = plain.lm_head_module
     with torch.no_grad():
-        head.weight = torch.nn.Parameter(lm, requires_grad=False)  # also of a tied one
+        head.weight = torch.nn.Parameter(lm, requires_grad=False)  # in place of a tied weight too
         head.reward_head.weight.copy_(reward)
         if bias is not None:
             head.reward_head.bias.copy_(bias)
@@ -88,7 +89,7 @@ def test_assisted_by_the_plain_backbone():
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_steps(name):
-    """The whole forward as one graph without a break, as with plain heads."""
+    """The complete forward pass is one graph without a break, as with plain heads."""
     model, batch = wide_model().quantize(name), prompts()
     tokens = model.generate(**batch, **GREEDY)
     torch._dynamo.reset()
@@ -131,12 +132,12 @@ def test_a_tied_embedding_stays(family):
     sizes = {} if family == "gpt2" else WIDE
     model, plain = make_model(family, sizes=sizes), make_backbone(family, **sizes)
     embedding = model.get_input_embeddings().weight
-    assert model.lm_head.weight is embedding  # tied indeed
+    assert model.lm_head.weight is embedding  # the weight is really tied
     model.quantize("int8")
     assert model.get_input_embeddings().weight is embedding and embedding.dtype == torch.float32
     numbers = model.lm_head.weight
     for recompute in (True, False):
-        model.tie_weights(recompute_mapping=recompute)  # as transformers and peft do now and then
+        model.tie_weights(recompute_mapping=recompute)  # transformers and peft call this at times
         assert model.lm_head.weight is numbers
     assert model.config.tie_word_embeddings
     detached = dh.detach(model)
@@ -151,7 +152,8 @@ def test_detaching_an_untied_head():
     batch, tokens = prompts(), model.generate(**prompts(), **GREEDY)
     with pytest.raises(RuntimeError, match=r"detach: the LM head is quantised \(int4\)"):
         dh.detach(model)
-    assert torch.equal(model.generate(**batch, **GREEDY), tokens)  # still whole
+    # The refused call has changed nothing
+    assert torch.equal(model.generate(**batch, **GREEDY), tokens)
     head = model.lm_head
     values = dequantize(head.weight, head.weight_scale)
     only_lm = model.generate(**batch, **GREEDY, strength=0.0)
@@ -268,7 +270,7 @@ def test_calibration_reaches_both_heads():
 
 @torch.no_grad()
 def test_int4_of_a_trained_backbone_is_nearer_than_nearest_numbers():
-    """Its LM head's rows as stand-ins for hidden states, on real ones: KL(bf16 || int4)."""
+    """By KL(bf16 || int4) on real hidden states. The LM head's rows stand in for hidden states."""
     model = dh.DualHeadForCausalLM.from_backbone(
         embedded_backbone_path(), reward_head="full", gate="attention"
     )

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on a real chat model, SmolLM2-135M-Instruct (d = 576, V = 49152, tied embeddings, a
-chat template): attach, train, save, load, generate, stream, quantise, evaluate, and the commands.
+"""The main use on a real chat model: attach, train, save, load, generate, stream, quantise,
+evaluate.
+
+The commands are tested too. The model is SmolLM2-135M-Instruct (d = 576, V = 49152, tied
+embeddings, a chat template).
 """
 
 import json
@@ -33,12 +36,12 @@ def tokenizer(smollm2):
 
 @pytest.fixture(scope="module")
 def backbone(smollm2):
-    """As it is, for comparison."""
+    """The unchanged backbone, for comparison."""
     return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
 
 
 def asked(tokenizer, *questions):
-    """A padded batch of questions, as the chat template has them."""
+    """A padded batch of questions in the chat template."""
     return tokenizer.apply_chat_template(
         [[{"role": "user", "content": question}] for question in questions],
         add_generation_prompt=True,
@@ -106,12 +109,12 @@ def test_heads_come_back_by_the_backbones_name(trained, tokenizer):
     own, read = (model.lm_head.state_dict() for model in (trainer.model, again))
     assert own.keys() == read.keys()
     assert all(torch.equal(own[name], read[name]) for name in own)
-    with torch.no_grad():  # the one still trains, the other decodes: the same to fp32's rounding
+    with torch.no_grad():  # training and decoding round differently in fp32
         expected = trainer.model(**inputs).logits
         torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=1e-3)
     assert again.dual_head_config == trainer.model.dual_head_config
     if preset == "default":
-        assert again.dual_head_config.kl_curve  # training has measured its strength
+        assert again.dual_head_config.kl_curve  # training has calibrated its strength
     else:
         checkpoint = folder.parent / "run" / "checkpoint-20"
         assert (checkpoint / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()

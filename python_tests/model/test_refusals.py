@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused before anything is touched: arguments, caches, generators, wrapped models."""
+"""What is refused before anything changes: arguments, caches, generators, wrapped models."""
 
 import copy
 import pickle
@@ -71,7 +71,7 @@ BAD_STEPS = {
 
 @pytest.mark.parametrize("case", BAD_STEPS)
 def test_a_refused_step_moves_nothing(case):
-    """No seeds are drawn, torch's generator stays, the cache is as it was."""
+    """No seeds are drawn, torch's generator does not advance, and the cache stays as it was."""
     options, error, match = BAD_STEPS[case]
     head, cache = head_and_cache()
     before, generator = state_of(cache), torch.get_rng_state()
@@ -93,7 +93,7 @@ def test_a_full_cache_draws_nothing():
 
 
 def test_large_integers_that_are_numbers():
-    """An integer of 2^63 or more is a strength like any other."""
+    """An integer of 2^63 or more is a valid strength."""
     head, cache = head_and_cache()
     hidden = torch.ones(B, D)
     out = head.step(hidden, copy.deepcopy(cache), gate_offset=-(2**64), strength=2**63)
@@ -192,7 +192,7 @@ def test_labels_outside_are_refused(label):
 @pytest.mark.parametrize("mix_probs", [False, True])
 def test_rows_that_were_not_asked_for_are_zero(mix_probs):
     filler = [torch.full((2, 64), 7.0, dtype=torch.float64) for _ in range(8)]
-    del filler  # memory that is not zero
+    del filler  # so that the memory allocated next is not zero
     z = torch.randn(64, V)
     labels = torch.zeros(64, dtype=torch.int64)
     _, _, normalizers = ops.loss_rows(
@@ -204,7 +204,7 @@ def test_rows_that_were_not_asked_for_are_zero(mix_probs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_probabilities_are_at_most_0(dtype):
-    """One token with all the probability, under every gate."""
+    """Even if one token has all of the probability, under every gate."""
     n = 4096
     z = torch.full((n, V), -40.0, dtype=dtype)
     z[:, 3] = 10.0 + torch.rand(n, dtype=dtype)
@@ -245,7 +245,7 @@ def test_pickled_and_copied_models():
             assert type(twin) is type(model) and twin.lm_head is not model.lm_head
             assert torch.equal(twin.generate(**batch, **GREEDY), expected)
             with torch.no_grad():
-                twin.model.norm.weight.add_(1.0)  # its own backbone, its own hook
+                twin.model.norm.weight.add_(1.0)  # the copy has its own backbone and its own hook
             assert torch.equal(model.generate(**batch, **GREEDY), expected)
         assert torch.equal(
             dh.detach(twin).generate(**batch, max_new_tokens=1)[:, :7], expected[:, :7]
@@ -256,7 +256,7 @@ def test_pickled_and_copied_models():
 
 
 def test_mixed_precision_wrappers_come_off():
-    """What accelerate's prepare() does under bf16, then unwrap_model() and detach()."""
+    """As accelerate's prepare() does under bf16, followed by unwrap_model() and detach()."""
     from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 
     for unwrap in (False, True):
@@ -361,13 +361,13 @@ def test_a_prompt_without_tokens():
     ):
         with pytest.raises(ValueError, match="generate: expected a prompt of at least one token"):
             model.generate(**given, **GREEDY)
-    ids = torch.zeros(1, 0, dtype=torch.long)  # with embeddings transformers takes no ids
+    ids = torch.zeros(1, 0, dtype=torch.long)  # valid: transformers takes empty ids with embeddings
     model.generate(input_ids=ids, inputs_embeds=torch.zeros(1, 2, embeds.shape[-1]), **GREEDY)
 
 
 def test_dequantize_names_the_call_that_is_meant():
     model = make_model("llama")
-    with pytest.raises(ValueError, match="need to first quantize"):  # transformers' own
+    with pytest.raises(ValueError, match="need to first quantize"):  # transformers' own message
         model.dequantize()
     model.quantize("int8")
     with pytest.raises(ValueError, match=r"quantised \(int8\).*detach\(model, dequantize=True\)"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weak model's heads guiding a strong one, against a loop without caches."""
+"""A weak model's heads guide a strong model, against a loop without caches."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CONTROLS = {
 
 
 def make_strong(seed=11):
-    """A larger Llama than the tiny ones, of another width and depth."""
+    """A Llama with another width and depth, larger than the tiny models."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -38,13 +38,13 @@ def make_strong(seed=11):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.lm_head.weight.mul_(3.0)  # as sure of itself as the tiny models are
+        model.lm_head.weight.mul_(3.0)  # its probabilities are about as peaked as the tiny models'
     return model
 
 
 @torch.no_grad()
 def slow_logits(strong, weak, ids, row=None):
-    """The formula at the last position of one text (1, T): (1, V). row: of CONTROLS."""
+    """The formula at the last position of one text (1, T): (1, V). row: an index into CONTROLS."""
     controls = {} if row is None else {name: value[row] for name, value in CONTROLS.items()}
     head, config = weak.lm_head_module, weak.dual_head_config
     hidden = weak.get_decoder()(input_ids=ids, use_cache=False)[0]
@@ -99,7 +99,7 @@ def test_a_model_that_guides_itself_is_the_dual_head(family, mix):
 @EVERY
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 def test_its_logits_are_the_dual_heads_too(family, mix):
-    """Values, not only their order: the backbone's own f is applied once, where it belongs."""
+    """Their values, not only their order: the backbone's own f is applied exactly once."""
     weak, ids = make_model(family, mix=mix), torch.randint(3, VOCAB, (2, 9))
     with torch.no_grad():
         expected = weak(ids, strength=0.8).logits
@@ -115,7 +115,8 @@ def test_strength_zero_is_the_strong_models_own_text(family):
     expected = strong.generate(**batch, **GREEDY)
     assert torch.equal(guided.generate(**batch, **GREEDY, strength=0.0), expected)
     assert not torch.equal(guided.generate(**batch, **GREEDY), expected)
-    assert torch.equal(strong.generate(**batch, **GREEDY), expected)  # left as it was
+    # The strong model is unchanged
+    assert torch.equal(strong.generate(**batch, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma2-softcap"])
