@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny cases of the benchmarks, and results made up, for the tests of their machinery."""
+"""Tiny cases of the benchmarks, and made-up results, for the tests of the benchmarks' code."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One bit of a file."""
+"""Flip one bit of a file."""
 
 
 def flip(path, position, bit):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules of _build/, which is not a package: pip puts the folder itself on the path."""
+"""The modules of _build/. It is not a package: pip puts the folder itself on the path."""
 
 from __future__ import annotations
 

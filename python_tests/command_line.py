@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dualhead` in this process and as a command, and what a short training run needs."""
+"""`dualhead` in this process and as a command, and options for a short training run."""
 
 import json
 import sys
@@ -9,13 +9,13 @@ import dualhead_ext as dh
 from dualhead_ext import cli
 
 COMMAND = [sys.executable, "-m", "dualhead_ext.cli"]
-# A training run of seconds.
+# Options for a training run of a few seconds.
 TINY = ["--max-steps", "2", "--batch-size", "2", "--accumulate", "1", "--max-length", "64"]
 TINY += ["--preset", "paper"]
 
 
 def run(*argv: str) -> int:
-    """The exit code."""
+    """Run the command in this process; returns its exit code."""
     try:
         return cli.main(argv)
     except SystemExit as stop:  # argparse

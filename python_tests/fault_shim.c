@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Preloaded into a test's child process: counts the calls that change a disk and makes the Nth one
-// kill the process, fail, or write half of what it was given. Also keeps a log of them.
+// Preloaded into a test's child process. Counts and logs the calls that change the disk. The Nth
+// call kills the process, fails, or writes only half of its data.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -40,8 +40,8 @@ static void note_descriptor(const char* call, int descriptor) {
   note(call, path, "");
 }
 
-// True if the call has to fail, with errno set. Does not come back where it kills. What removes
-// things still works on a full disk (removes = 1).
+// Returns true, and sets errno, if the call must fail. Does not return if it kills the process.
+// Calls that remove files (removes = 1) still work on a full disk.
 static int faulty(int removes) {
   if (mode == OFF) return 0;
   ++calls;

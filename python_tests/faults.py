@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Crashes and full disks at every point of a save.
 
-A test hands `run` a script; it runs in a child process under `fault_shim.c`, and there calls
-`every_point` with three functions: each point is tried in a fork of its own, from a fresh folder.
+A test passes a script to `run`, which runs it in a child process under `fault_shim.c`. The script
+calls `every_point` with three functions. Each point is tried in a fork of its own, with a fresh
+folder.
 """
 
 import ctypes
@@ -32,7 +33,7 @@ KINDS = {
 
 
 def run(script, folder):
-    """The JSON that a script, given the modules it needs, prints last."""
+    """Run a script with the modules that it imports; returns the JSON that it prints last."""
     shim = folder / "fault_shim.so"
     source = HERE / "fault_shim.c"
     subprocess.run(
@@ -50,7 +51,7 @@ def run(script, folder):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=900,  # for a machine that is slow and busy
+        timeout=900,  # enough for a slow, busy machine
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -72,7 +73,7 @@ def _fresh(prepare):
 
 
 def record(prepare, act):
-    """What ``act(folder)`` does to the disk: a list of [call, path, other path]."""
+    """Calls of ``act(folder)`` that change the disk: a list of [call, path, other path]."""
     folder, shim = _fresh(prepare), _shim()
     shim.shim_arm(COUNT, 0, 0)
     act(folder)
@@ -88,9 +89,12 @@ def record(prepare, act):
 
 
 def every_point(kind, prepare, act, check, only=None):
-    """Try ``act(folder)`` with a fault at each of its calls, or those that ``only(entry)`` of the
-    record picks. ``check(folder, outcome)`` returns what is wrong or None; outcome is "killed",
-    "done" or the error's text. Returns {"points": ..., "problems": [...]}.
+    """Try ``act(folder)`` with a fault at each of its calls. Returns {"points": ..., "problems":
+    [...]}.
+
+    only: if given, only the calls whose entry in the record satisfies ``only(entry)`` are tried.
+    check: ``check(folder, outcome)`` returns what is wrong, or None. outcome is "killed", "done" or
+    the text of the error.
     """
     mode, code = KINDS[kind]
     entries = record(prepare, act)

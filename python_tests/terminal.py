@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dualhead` in a pseudo-terminal, with a person at it."""
+"""`dualhead` in a pseudo-terminal, with a simulated user."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Terminal:
         self.seen = ""
 
     def until(self, pattern, timeout=300):
-        """What came up to a match, which is taken away."""
+        """The output up to and including a match, which is removed from the buffer."""
         deadline = time.monotonic() + timeout
         while (found := re.search(pattern, self.seen)) is None:
             ready = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]
@@ -41,7 +41,7 @@ class Terminal:
                 raise TimeoutError(f"no {pattern!r} in {self.seen!r}")
             try:
                 self.seen += os.read(self.fd, 4096).decode(errors="replace").replace("\r\n", "\n")
-            except OSError:  # how Linux says that the other end is closed
+            except OSError:  # on Linux this means that the other end is closed
                 raise AssertionError(f"ended before {pattern!r}: {self.seen!r}") from None
         text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return text
@@ -50,8 +50,11 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def interrupt(self, pattern):
-        """Press Ctrl-C until the pattern comes. Python's input() misses one that arrives between
-        readline's prompt and its wait for a key; a person presses it again."""
+        """Press Ctrl-C until the pattern appears.
+
+        Python's input() misses a Ctrl-C between readline's prompt and its wait for a key. A person
+        would press it again.
+        """
         for _ in range(20):
             self.type("\x03")
             try:
@@ -61,7 +64,7 @@ class Terminal:
         raise AssertionError(f"no {pattern!r} in {self.seen!r}")
 
     def end(self):
-        """The rest of what it shows, and its exit code."""
+        """The rest of its output, and its exit code."""
         text = ""
         try:
             while True:

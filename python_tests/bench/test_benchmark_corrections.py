@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of reward heads that are corrections: its contenders compute what they should, what
-it calls reached and missed, and how it is shown; on tiny sizes."""
+"""The benchmark of reward heads that are corrections, on tiny sizes.
+
+The tests cover what its contenders compute, which goals it reports as met and missed, and its
+tables.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ def test_a_step_times_all_contenders(format_name, mix):
 
 
 def test_every_contender_reads_cold_copies(monkeypatch):
-    """Each call gets the next of its own copies, and every step finds T - 1 columns."""
+    """Each call gets the next of the contender's own copies, and every step finds T - 1 columns."""
     seen = {}
 
     def spy(**arguments):
@@ -135,7 +138,7 @@ def test_the_plain_step_is_the_lm_head_alone():
 
 
 def test_the_goals_are_those_of_one_request(monkeypatch):
-    """At d = 4096, V = 32000, B = 1 and the logits mix, by made-up times."""
+    """The goals hold for d = 4096, V = 32000, B = 1 and the logits mix. The times are made up."""
     factors = {"plain": 1.0, "full": 2.0, "embedding": 1.05, "lowrank": 1.05, "lm_head": 1.2}
     factors |= {"plain int8": 0.5, "embedding int8": 0.7, "lowrank int8": 0.8}
 

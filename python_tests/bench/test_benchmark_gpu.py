@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU benchmark's own path, run on the CPU: its contenders, its clock, its file, and that no
-figure is quoted which other sources gave."""
+"""The GPU benchmark's code path, run on the CPU: contenders, clock and results file.
+
+One test fails if a document quotes GPU figures that were measured on other sources.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ NAMES = ["dualhead", "eager", "two_gemms", "one_gemm", "lm_head"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The file of a whole run on the CPU."""
+    """The results file of a complete run on the CPU."""
     path = tmp_path_factory.mktemp("run") / "results.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cases, "gpu_plan", lambda quick: [GROUP])
@@ -52,7 +54,7 @@ def results(tmp_path_factory):
 
 
 def gpu(results, **changes):
-    """The same, as if a GPU had given it."""
+    """The same results, as if they came from a GPU."""
     added = {"driver": "580.1", "device": "Made Up 9000", "csrc_sha256": libraries.csrc_hash()}
     return results | added | changes
 
@@ -77,7 +79,7 @@ def test_the_loss_is_timed_too(results):
 
 @pytest.mark.slow
 def test_parts_are_run_once_each(tmp_path, monkeypatch):
-    """What `--part` asks for, over the plans of a GPU; nothing else is run."""
+    """`--part` runs the parts that it names, and nothing else, with the plans of a GPU."""
     path = tmp_path / "results.json"
     settings = {"compile": False, "pairs": 0, "sequences": 4}
     variant = loss_cases.LossCase(24, 77, "bf16", tokens=32, **settings)
@@ -116,7 +118,7 @@ def test_a_quick_run_of_a_part_is_small():
 
 
 def test_it_writes_after_each_case(tmp_path, monkeypatch):
-    """A case that fails, in the middle of its group, leaves the rows of those before it."""
+    """If a case fails in the middle of its group, the file keeps the rows of earlier cases."""
     run_case, path = decode.run_case, tmp_path / "results.json"
 
     def fails_at_the_second(case, *others):
@@ -177,7 +179,9 @@ def test_a_wrong_gemm_is_not_timed(monkeypatch):
 
 
 def test_steps_of_one_round_have_room_in_the_cache():
-    """Ten calls on a GPU, from T - 1 columns on: the last is no step over a full cache."""
+    """A round has ten calls on a GPU and starts with T - 1 columns; the last finds room in the
+    cache.
+    """
     assert decode.calls_per_round(2**10) == 10 and decode.calls_per_round(10**11) == 1
     assert decode.calls_per_round(524 * 10**6) == 10 and decode.calls_per_round(2 * 10**9) == 2
     operands, case = contenders.Operands(GROUP, 1), cases.Case(2, 9)
@@ -233,7 +237,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("parts", [None, ["models"], ["loss", "decode"]])
 def test_the_parts_of_a_command(parts, monkeypatch):
-    """On a GPU and on the CPU, whose default the runner states."""
+    """For a GPU, and for the CPU, where the runner passes its default."""
     seen = []
 
     def run_gpu(quick, seconds, emit, path, parts):
@@ -301,8 +305,11 @@ def test_a_plot_needs_a_report_and_matplotlib(results, tmp_path, monkeypatch):
 
 
 def quoted_stale_rows(files, documents, csrc_sha256):
-    """(sentences, findings): the GPU results that are of other sources; rows of theirs that a
-    document quotes."""
+    """(sentences, findings).
+
+    A sentence names GPU results that were measured on other sources. A finding is one of their rows
+    that a document quotes.
+    """
     sentences, findings = [], []
     for path in files:
         results = report.load(path)
@@ -318,7 +325,7 @@ def quoted_stale_rows(files, documents, csrc_sha256):
 
 
 def test_no_stale_figure_of_a_gpu_is_quoted():
-    """A results file that csrc/ has left behind is warned of; a document that quotes it fails."""
+    """A results file that is older than csrc/ gives a warning. A document that quotes it fails."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     files = [path for path in files if "cases" in json.loads(path.read_text())]
     assert files
@@ -341,5 +348,6 @@ def test_stale_figures_are_found(results, tmp_path):
     assert len(findings) == 5 and "README.md quotes made-up.json" in findings[0]
     document.write_text("nothing")
     assert quoted_stale_rows([path], [document], "f" * 64)[1] == []
-    path.write_text(json.dumps(results))  # a CPU's: `pytest --benchmark` looks at its build
+    # Results of a CPU are not checked here: `pytest --benchmark` checks its build
+    path.write_text(json.dumps(results))
     assert quoted_stale_rows([path], [document], "f" * 64) == ([], [])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss's benchmark: its contenders agree, its memory figure, what it calls a failure."""
+"""The loss's benchmark: contenders agree, the memory figure is right, wrong results are errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dualhead_ext.loss import chunked as fused_loss
 from dualhead_ext.measurement.timing import Contender, Timing
 
 TINY = {"d": 24, "V": 77, "format": "fp32", "tokens": 32, "pairs": 2, "compile": False}
-# What gpu_variants() runs, small: name -> fields.
+# The variants of gpu_variants(), at small sizes: name -> fields.
 VARIANTS = {
     "six products": {"pairs": 0, "sequences": 4, "gradients": ("reward", "lm", "hidden")},
     "four products": {"pairs": 0, "sequences": 4, "gradients": ("reward", "lm")},
@@ -43,7 +43,10 @@ def test_a_case_runs(name):
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_runs(variant, name, monkeypatch):
-    """All contenders agree, gradients and all; a pair longer than the workspace is one here too."""
+    """All contenders agree, including gradients.
+
+    Here too, one pair is longer than the workspace.
+    """
     monkeypatch.setattr(fused_loss, "WORKSPACE_BYTES", 20 * 77 * 4)
     case = tiny(format=name, **VARIANTS[variant])
     rows = loss.run_case(case, seconds=0, min_rounds=2).rows()
@@ -55,7 +58,7 @@ def test_a_variant_runs(variant, name, monkeypatch):
 
 
 def test_the_plan_of_a_gpu_holds_the_variants_tested_here():
-    """At its own sizes, of which one pair is longer than the loss's workspace."""
+    """The plan has its own sizes. One of its pairs is longer than the loss's workspace."""
 
     def kind(case):
         one = case.pairs == 1
@@ -78,7 +81,7 @@ def test_packed_rows_hold_half_of_the_tokens_each():
     assert min(lengths) < 0.7 * 20 and max(lengths) > 1.3 * 20
     batch = loss_contenders.Batch(case)
     assert batch.hidden.shape == (1, 240, 24) and batch.mask.sum(-1).tolist() == lengths
-    # Row-major, the rows' tokens are the packed ones in their order.
+    # In row-major order, the tokens of the rows are the packed tokens.
     assert torch.equal(batch.in_rows(batch.hidden)[batch.mask], batch.hidden[0])
 
 
@@ -104,7 +107,7 @@ def test_a_case_that_makes_no_sense_is_refused(fields, message):
 
 @pytest.mark.parametrize("what", ["loss", "gate_logit", "reward_weight", "lm_weight", "hidden"])
 def test_contenders_that_disagree_are_an_error(what, monkeypatch):
-    """In the loss, or in one of the gradients."""
+    """They may disagree in the loss or in any one of the gradients."""
     right = fused_loss.dual_head_loss
 
     def wrong(hidden, labels, mask, gate_logit, heads, *rest):
@@ -127,7 +130,7 @@ def test_contenders_that_disagree_are_an_error(what, monkeypatch):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_wrong_language_model_term_is_an_error(variant, monkeypatch):
-    """Whoever computes that term alone is compared with eager's, in bf16 too."""
+    """A contender that computes only that term is compared with eager's, in bf16 too."""
 
     def wrong(hidden, weight, labels):
         return 1.5 * torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
@@ -147,7 +150,11 @@ def test_a_wrong_language_model_term_is_an_error(variant, monkeypatch):
 
 
 def test_memory_is_counted_beyond_every_gradient(monkeypatch):
-    """Of W_RM and the gate in fp32, of a trained W_LM in fp32, of hidden states in their own."""
+    """The memory figure leaves out the gradients.
+
+    They are those of W_RM and the gate in fp32, of a trained W_LM in fp32, and of hidden states in
+    their own dtype.
+    """
     monkeypatch.setattr(loss, "peak_of", lambda device: lambda contender: 10**6)
     case = tiny(format="bf16", **VARIANTS["six products"])
     found = loss.run_case(case, seconds=0, min_rounds=2).extra_bytes["dualhead"]
@@ -185,7 +192,7 @@ def test_what_is_missed(factor, memory, words):
 
 @pytest.mark.parametrize("variant", ["", *VARIANTS])
 def test_liger_takes_the_language_model_term(variant, monkeypatch):
-    """Where it is installed: the call that its documentation gives, over [(1 - a) h; a h]."""
+    """Liger, where it is installed, is called as its documentation says, over [(1 - a) h; a h]."""
     batch = loss_contenders.Batch(tiny(**VARIANTS.get(variant, {})))
     seen = []
 
@@ -207,7 +214,9 @@ def test_liger_takes_the_language_model_term(variant, monkeypatch):
 
 
 def test_a_report_of_the_loss_alone():
-    """No table without rows, no bandwidth that was not measured; Liger's column where it ran."""
+    """Liger's column is shown. Without rows there is no table, and without a measurement no
+    bandwidth.
+    """
     case = tiny()
     timings = {name: Timing(name, tuple(STEADY)) for name in ("dualhead", "eager", "liger")}
     extra = dict.fromkeys(timings, 10**6)
@@ -220,13 +229,13 @@ def test_a_report_of_the_loss_alone():
 
 
 def made_up(case, factor):
-    """Rows of a case in which eager takes ``factor`` times as long as dualhead's 10 us."""
+    """Rows of a case in which dualhead takes 10 us, and eager ``factor`` times as long."""
     timings = {n: Timing(n, (us,) * 9) for n, us in (("dualhead", 10.0), ("eager", 10.0 * factor))}
     return loss.LossResult(case, timings, dict.fromkeys(timings, 10**6)).rows()
 
 
 def test_cases_are_told_apart_in_tables():
-    """And files from before there was more than one setting are read as they were."""
+    """Files from before there was more than one setting are still read."""
     rows = made_up(tiny(), 2)
     for name in ("pairs", "gradients", "objectives", "packed"):
         for row in rows:

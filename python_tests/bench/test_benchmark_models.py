@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of whole models: their backbones, decoding and training, on tiny sizes by the code
-that a GPU runs."""
+"""The benchmarks of whole models: backbones, decoding and training.
+
+They run on tiny sizes, through the code that a GPU runs.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from dualhead_ext.measurement.timing import Contender, Timing
 
 
 def test_a_backbone_is_made_in_bf16_at_once():
-    """At 7B, a copy in fp32 would take 27 GB."""
+    """The backbone is never built in fp32: at 7B, that copy would take 27 GB."""
     made = []
     shape = models.Llama(128, 2, 4, 256, 4096)
     peak = memory.peak_bytes(Contender("build", lambda copy: made.append(shape.build())))
@@ -59,7 +61,8 @@ def test_a_twin_shares_every_weight_and_stays_plain(tied):
     assert not shared and not any(module._forward_hooks for module in plain.modules())
     assert not isinstance(plain, DualHeadForCausalLM) and type(plain.lm_head) is torch.nn.Linear
     assert torch.equal(plain.generate(prompt, **options), before)
-    with torch.no_grad():  # nothing of the gated head is heard
+    # From here on the gated head has an effect, which the plain model must not show
+    with torch.no_grad():
         gated.lm_head.reward_head.weight.normal_()
     assert not torch.equal(gated.generate(prompt, **options), before)
     assert torch.equal(plain.generate(prompt, **options), before)
@@ -84,8 +87,8 @@ def test_whole_models_decode_with_each_step(monkeypatch):
     monkeypatch.setattr(reference, "decode_step", spy("eager", reference.decode_step))
     model = generation.tiny_model()
     result = generation.run_model(model, seconds=0, min_rounds=2)
-    # The first token comes from the prompt's pass; three calls each, one to warm up. The fused step
-    # serves two loops, and the trial when heads are attached.
+    # The first token comes from the prompt's pass. There are three calls, one of them to warm up.
+    # The fused step serves two loops, and the trial when heads are attached.
     expected = 3 * (model.new_tokens - 1)
     assert (calls.count("fused"), calls.count("eager")) == (2 * expected + 1, expected)
     rows = {row["contender"]: row for row in result.rows()}
@@ -101,10 +104,10 @@ def test_whole_models_decode_with_each_step(monkeypatch):
 
 @pytest.mark.slow
 def test_a_gpus_contenders_decode_compiled_with_a_static_cache(monkeypatch):
-    """As transformers compiles by itself on CUDA: once for each model, with no break in a graph."""
+    """As transformers does by default on CUDA: one graph for each model, without a graph break."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch.compiler, "reset", lambda: None)  # keep what was counted
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)  # keep the counters
     model = generation.tiny_model(generation.GPU_CONTENDERS)
     result = generation.run_model(model, seconds=0, min_rounds=3)
     assert list(result.timings) == list(generation.GPU_CONTENDERS)
@@ -156,7 +159,7 @@ def test_what_a_gated_head_may_add_to_a_7b_model(factor, misses):
 
 @pytest.fixture(scope="module")
 def trained():
-    """One run of the tiny case: its result, and who computed each loss."""
+    """One run of the tiny case: its result, and the names of the functions called, in order."""
     calls = []
 
     def spy(name, function):
@@ -189,9 +192,9 @@ def test_training_steps_are_timed(trained):
         assert row["repeats"] == 3 and row["extra_bytes"] > 0
         against = result.against_forward(name)
         assert f", {against.value:.3f} times forward's time" in result.text()
-    # Agreement, the optimizer's first step, memory, warm-up, rounds.
+    # Calls for: agreement, the optimizer's first step, memory, warm-up, rounds.
     assert (calls.count("fused"), calls.count("eager")) == (2 + 1 + 2 * 5, 1 + 5)
-    # The hidden states that are given are made once; the cached steps make none.
+    # The given hidden states are computed once, and the cached steps compute none.
     assert calls.count("backbone") == 1 + 2 + 1 + 3 * 5
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks print and write, and their two front ends, over tiny sizes."""
+"""What the benchmarks print and write, and their two front ends, on tiny sizes."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_the_command_runs_writes_and_reports(tmp_path, monkeypatch, capsys):
     assert len(results["cases"]) == len(results["growth"]) == 6
     assert len(results["generate"]) == 4
     assert {row["contender"] for row in results["loss"]} >= {"dualhead", "eager"}
-    monkeypatch.setattr(cases, "plan", None)  # nothing runs now
+    monkeypatch.setattr(cases, "plan", None)  # from here on, nothing may run
     assert command_line("--report", path) == 0
     printed = capsys.readouterr().out
     assert "random Llama" in printed and "| 24 x 77 | bf16 | 32 |" in printed
@@ -199,11 +199,11 @@ TINY_SESSION = """
 
 
 def pytest_session(*arguments, required, csrc_hash="libraries.csrc_hash()"):
-    """``pytest --benchmark`` from the root, over tiny groups."""
+    """``pytest --benchmark`` from the root, on tiny groups."""
     source = textwrap.dedent(TINY_SESSION).format(
         build=str(ROOT / "_build"), required=required, csrc_hash=csrc_hash
     )
-    # -k: should collection ever go wrong, it must not run this file from within itself.
+    # -k: if collection ever goes wrong, pytest must not run this file from within itself.
     arguments = (
         "-p",
         "no:cacheprovider",
@@ -217,7 +217,7 @@ def pytest_session(*arguments, required, csrc_hash="libraries.csrc_hash()"):
 
 @pytest.mark.slow
 def test_pytest_benchmark_from_the_root(tmp_path):
-    """One group is fast enough and one is not: the figures of both are printed and written."""
+    """One group is fast enough and one is not. Both are printed and written."""
     path = tmp_path / "results.json"
     done = pytest_session(f"--results-json={path}", required={"fp32": 0.01, "bf16": 1e9})
     assert done.returncode == 1, done.stdout + done.stderr
@@ -268,7 +268,7 @@ def test_options_of_pytest(arguments, message):
     ],
 )
 def test_the_documents_tables_are_of_the_committed_results(document, head, file, least):
-    """Row by row; a figure that no results file holds is not quoted."""
+    """Each row of a quoted table is in a committed results file."""
     lines = (ROOT / document).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(head))
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
@@ -279,7 +279,7 @@ def test_the_documents_tables_are_of_the_committed_results(document, head, file,
 
 
 def test_the_comparisons_shown_are_those_of_the_committed_run():
-    """Every table of the run, row by row, and its plots; no system without a row."""
+    """The documents show every table of the run, row by row, and its plots, and no other system."""
     run = ROOT / "benchmarks" / "results" / "paper" / "small"
     text, tables = (ROOT / "docs" / "results.md").read_text(), (run / "tables.md").read_text()
     text = text[text.index("## The paper's comparisons, run") :]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' timer, on a clock of its own, and what they say about their machine."""
+"""The benchmarks' timer, with a fake clock, and their description of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Clock:
-    """A clock that moves when told to."""
+    """A clock that moves only when told to."""
 
     def __init__(self, monkeypatch):
         self.ns = 0
@@ -110,7 +110,8 @@ def test_quartiles_are_numpy_s(seed):
 
 
 def test_ratio_cancels_drift(seed):
-    drift = numpy.exp(numpy.random.default_rng(seed).normal(size=40))  # the machine's, shared
+    # The machine's drift, which both share
+    drift = numpy.exp(numpy.random.default_rng(seed).normal(size=40))
     got = timing.ratio(Timing("a", tuple(3.0 * drift)), Timing("b", tuple(2.0 * drift)))
     assert got.value == pytest.approx(1.5)
     assert got.low == pytest.approx(1.5)
@@ -126,7 +127,7 @@ def test_the_interval_covers_the_true_ratio(repeats, seed):
         faster = generator.lognormal(sigma=0.3, size=repeats)
         got = timing.ratio(Timing("a", tuple(slower)), Timing("b", tuple(faster)))
         inside += got.low <= 2.0 <= got.high
-    # Nominal 95 %, a little more for few repeats; 600 trials are good to 0.9 % (one sigma).
+    # Nominally 95 %, and a little more for few repeats. 600 trials have a standard error of 0.9 %.
     assert 0.92 <= inside / trials <= 0.99
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' cases: the bytes and ratios they report, contenders that must agree; on
-tiny sizes, with the real operator."""
+"""The benchmarks' cases: the bytes and ratios that they report, and contenders that must agree.
+
+They run on tiny sizes, with the real operator.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from dualhead_ext.quantization import FORMATS
 
 
 def bytes_by_hand(d, V, B, T, itemsize, heads=8, head_dim=48):
-    """What one step reads: heads, W_Q and W_K, folded rows; keys, values and their validity."""
+    """Bytes that one step reads: heads, W_Q, W_K, folded rows; keys, values and their validity."""
     weights = (2 * V * d + 2 * heads * head_dim * d) * itemsize + heads * d * 4
     return weights + B * T * (heads * head_dim * itemsize + heads * 4 + 1)
 
@@ -31,7 +33,7 @@ def test_a_case_times_all_contenders(format_name, sampled):
     group = cases.Group(40, 77, format_name, ())
     itemsize = 4 if format_name == "fp32" else 2
     operands = contenders.Operands(group, cold_bytes=500_000)
-    # The cache's bytes count as well, so fewer copies of both than of the weights alone.
+    # The bytes of the cache count as well, so there are fewer copies than of the weights alone.
     result = decode.run_case(
         cases.Case(2, 9, sampled), operands, decode.Effort(0.0, 500_000, 2**40, min_rounds=4)
     )
@@ -51,10 +53,13 @@ def test_a_case_times_all_contenders(format_name, sampled):
 
 
 def test_a_plain_read_takes_turns_with_the_steps(monkeypatch):
-    """The share is of what was read in the same turns, and the loop no contender of the results."""
+    """The share refers to a read bandwidth measured in the same rounds.
+
+    The results do not list it.
+    """
     operands = contenders.Operands(TINY, 200_000)
     seen, real = [], machine.read_loops
-    rate = 1e-3  # GB/s, which an empty call beats on the busiest machine
+    rate = 1e-3  # GB/s; even an empty call on a busy machine is faster
     before = machine.ReadBandwidth(rate, READ.method, {READ.method: rate})
 
     def spy(buffer):
@@ -64,14 +69,15 @@ def test_a_plain_read_takes_turns_with_the_steps(monkeypatch):
 
     monkeypatch.setattr(decode, "read_loops", spy)
     result = decode.run_case(TINY.cases[0], operands, EFFORT, before)
-    assert set(seen) == {READ.method} and len(seen) == EFFORT.min_rounds + 2  # and the warm-up
+    # 2 more for the warm-up
+    assert set(seen) == {READ.method} and len(seen) == EFFORT.min_rounds + 2
     assert list(result.timings) == list(result.num_bytes) == ["dualhead", "eager", "lm_head"]
     assert result.read.method == READ.method and result.read.gb_per_s > rate
     assert decode.run_case(TINY.cases[0], operands, EFFORT).read is None
 
 
 def test_quantised_heads_take_part(monkeypatch):
-    """Their bytes by hand, and that each call gets the next of their own copies."""
+    """Their bytes are counted by hand, and each call gets the next of their own copies."""
     seen = {}
 
     def spy(**arguments):
@@ -109,7 +115,7 @@ def test_a_wrong_quantised_contender_is_not_timed(monkeypatch):
 
 
 def test_every_step_has_t_columns():
-    """Steps append to the cache they read; it must not fill up, nor grow, from call to call."""
+    """A step appends to the cache that it reads. From call to call, the cache must not grow."""
     seen = []
 
     def spy(**arguments):
@@ -125,7 +131,7 @@ def test_every_step_has_t_columns():
 
 @pytest.mark.parametrize(("format_name", "freeze"), [("fp32", True), ("bf16", False)])
 def test_the_compiled_contender_takes_part(format_name, freeze, monkeypatch):
-    """Without autotuning, which takes longer than all tests here."""
+    """Without autotuning, which would take longer than all the other tests here together."""
     monkeypatch.setattr(contenders, "_COMPILE_OPTIONS", {})
     group = cases.Group(40, 77, format_name, ())
     operands = contenders.Operands(group, cold_bytes=400_000)
@@ -140,7 +146,10 @@ def test_the_compiled_contender_takes_part(format_name, freeze, monkeypatch):
 
 
 def test_weights_to_freeze_share_no_storage():
-    """The operands do; autotuned and frozen, one of them would be computed with another's rows."""
+    """The operands share storage.
+
+    With autotuning and freezing, inductor would mix up their rows.
+    """
     weights = contenders.Operands(TINY, 1).copies[0]
     frozen = dict(contenders._Step(weights).named_buffers())
     assert len({weight.untyped_storage().data_ptr() for weight in frozen.values()}) == len(weights)
@@ -189,7 +198,7 @@ def test_too_slow_fails(group, case, speedup, fails):
 
 
 def test_at_the_machines_limit_no_speedup_is_required():
-    """1000 bytes in 10 us are 0.1 GB/s."""
+    """1000 bytes in 10 us are 0.1 GB/s, the machine's limit here."""
     result = case_result(FLAGSHIP, cases.Case(1, 256), [10.0] * 20, [12.0] * 20)
     limit = 0.1 / cases.SHARE_AT_THE_LIMIT
     for rate, fails in ((limit * 1.01, True), (limit * 0.99, False)):
@@ -197,7 +206,7 @@ def test_at_the_machines_limit_no_speedup_is_required():
 
 
 def test_a_draw_does_not_fail_by_chance(seed):
-    """Ratio of medians below 1, but so is the noise."""
+    """The ratio of medians is below 1, but within the noise."""
     noise = numpy.random.default_rng(seed).lognormal(sigma=0.2, size=(2, 31))
     eager = noise[1] * numpy.median(noise[0]) / numpy.median(noise[1]) * 0.99
     result = case_result(TINY, TINY.cases[0], noise[0], eager)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Campaigns: what no list of cases holds, by random numbers from each test's own ``seed``.
+"""Campaigns: random cases that no list covers, drawn from each test's own ``seed``.
 
-Every test here runs once in the suite, in well under a minute, and ``--rounds N`` times with other
-numbers: `make campaign` takes half an hour. A round that fails is run again by its name.
+The suite runs each test once, in well under a minute. ``--rounds N`` runs it N times with different
+random numbers; `make campaign` takes half an hour. To repeat a failed round, run it by its name.
 """
 
 from __future__ import annotations

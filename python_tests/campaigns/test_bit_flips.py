@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A flipped bit in any file that the package writes is refused, or changes nothing that is read."""
+"""A flipped bit in any file of the package is refused, or changes nothing that is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLIPS = 500
 
 @contextlib.contextmanager
 def flipped(path: Path, rng: random.Random) -> Iterator[int]:
-    """The file with one random bit changed; yields which."""
+    """Flip one random bit of the file; yields its position."""
     whole = path.read_bytes()
     bit = rng.randrange(8 * len(whole))
     changed = bytearray(whole)
@@ -85,7 +85,7 @@ def test_checkpoints(tmp_path, seed):
 
 
 def test_cached_hidden_states(tmp_path, seed, monkeypatch):
-    """Of shards and of the index: read as they were, or said to be no whole cache."""
+    """A bit of a shard or of the index: the cache reads as before, or is reported as unusable."""
     monkeypatch.setattr(hidden_cache_build, "SHARD_BYTES", 400)
     rng = random.Random(seed)
     lengths = [(rng.randint(1, 4), rng.randint(1, 4)) for _ in range(8)]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random arguments for the heads' methods: each call works, or raises an error that names an
-argument and leaves cache and generator as they were.
+"""Random arguments for the heads' methods.
+
+Each call works, or raises an error that names an argument. After an error the cache and the random
+generator are unchanged.
 """
 
 from __future__ import annotations
@@ -136,6 +138,6 @@ def test_every_call_works_or_names_its_argument(seed):
             assert torch.equal(torch.get_rng_state(), generator), f"{told}\ndrew numbers"
         except Exception as error:
             if "allocate memory" in str(error) and same(state(cache), before):
-                continue  # 2^31 rows
+                continue  # out of memory: the call asked for 2^31 rows
             raise AssertionError(f"{told}\nraised {error!r}") from error
     assert CALLS / 10 < refused < CALLS, refused

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate()` with random models, controls per request and batches, against a slow plain loop.
 
-Each row is looked at by itself, without padding and without a cache: its logits come from the
-formulas, in one pass of the backbone's decoder over its text, and each token of the text must be
-the one that they choose. A row in another batch has the same text.
+The loop looks at each row alone, without padding and without a cache. Its logits come from the
+formulas, in one pass of the backbone's decoder over the text. They must choose each token of the
+text. A row in another batch must have the same text.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dualhead_ext import reference
 from dualhead_ext.head.kl_cap import capped_alpha
 
 CALLS = 8
-# A cached step and a pass over the whole text differ by their rounding: tokens that are nearer to
-# each other than this may change places, and so may a number at the edge of a threshold or filter.
+# A cached step and a pass over the whole text round differently. Tokens that are closer to each
+# other than this may swap places, and a value at the edge of a threshold or filter may cross it.
 NEAR = 1e-4
 
 
@@ -55,7 +55,7 @@ def gate_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def slow_logits(model: Any, ids: Tensor, controls: dict[str, Any], nudge: float = 0.0) -> Tensor:
-    """(T, V) logits after f of one text; nudge: by how much skip_threshold is moved."""
+    """(T, V) logits after f for one text. nudge: how far skip_threshold is moved."""
     hidden = model.get_decoder()(input_ids=ids[None], use_cache=False)[0][0]
     config = model.dual_head_config
     post = (config.mix, config.logit_scale, config.logit_softcap)
@@ -76,7 +76,7 @@ def slow_logits(model: Any, ids: Tensor, controls: dict[str, Any], nudge: float 
 
 
 def chosen(logits: Tensor, filters: dict[str, float], seed: int | None, nudge: float) -> Tensor:
-    """(T, V) scores whose largest is the token, of T tokens one after the other."""
+    """(T, V) scores for T tokens in sequence. The token with the largest score is chosen."""
     if seed is None:
         return logits
     scaled = logits / filters.get("temperature", 1.0)
@@ -92,7 +92,7 @@ def chosen(logits: Tensor, filters: dict[str, float], seed: int | None, nudge: f
 
 
 def assert_chosen(model, prompt, text, controls, filters, seed) -> None:
-    """Each token of the text is the one that the slow loop chooses, or as good as that."""
+    """Check that each token is the one that the slow loop chooses, or as good up to rounding."""
     ids, start = torch.cat((prompt, text)), len(prompt) - 1
     good = torch.zeros(len(text), dtype=torch.bool)
     for nudge in (0.0, NEAR, -NEAR):
@@ -120,7 +120,7 @@ def random_model(rng: random.Random) -> Any:
 
 
 def random_controls(rng: random.Random, count: int) -> dict[str, Any]:
-    """Of one request, every name that a call has, as numbers."""
+    """All controls of one request, as numbers."""
     return {
         "strength": rng.choice([0.0, 0.5, 1.0, rng.uniform(0, 4)]),
         "gate_offset": rng.uniform(-3, 3),
@@ -143,7 +143,7 @@ def random_filters(rng: random.Random) -> dict[str, float]:
 
 
 def batch_of(requests: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-    """Arguments of `generate()`: prompts padded on the left, controls per row."""
+    """Arguments of `generate()`: prompts padded on the left, and one row of controls per prompt."""
     width = max(len(request["prompt"]) for request in requests)
     ids = torch.zeros(len(requests), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

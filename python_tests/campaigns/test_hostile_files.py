@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files with hostile values at random places, and hashes that fit them: each loads, or is one
-ValueError that names its file, in under a second.
+"""Files with hostile values at random places, and hashes that match them.
+
+Each file loads, or raises one ValueError that names the file, within a second.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ VALUES = (None, True, False, -1, 0, 1, 2**31, 2**63, -(2**64), 0.5, 1e308, -0.0,
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """The paths to all that is inside a JSON value."""
+    """The paths to all entries inside a JSON value."""
     inside = value.items() if isinstance(value, dict) else enumerate(value)
     found = []
     for key, entry in inside:
@@ -47,7 +48,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 
 
 def mutated(value: Any, rng: random.Random) -> tuple[Any, str]:
-    """(a copy with one thing changed, the JSON text that stands for its string "RAW")."""
+    """(a copy with one entry changed, the JSON text that replaces its string "RAW")."""
     value = json.loads(json.dumps(value))
     *path, key = rng.choice(places(value))
     parent = value
@@ -70,7 +71,7 @@ def text_of(value: Any, raw: str) -> bytes:
 
 
 def tried(act: Callable[[], Any], name: str, told: str, error: type = ValueError) -> bool:
-    """Whether it was refused, as it should be."""
+    """Whether the file was refused. Any other error, or more than a second, fails the test."""
     started, refusal = time.process_time(), None
     try:
         act()
@@ -90,7 +91,7 @@ def head_config(folder: Path, rng: random.Random) -> Callable[[], Any]:
     if raw and rng.random() < 0.5 and '"RAW"' not in json.dumps(stored):
         head_forging.write(folder, stored if isinstance(stored, dict) else {})
     else:
-        stored.pop("sha256", None)  # none is asked for
+        stored.pop("sha256", None)  # the field is optional
         (folder / CONFIG_NAME).write_bytes(text_of(stored, raw))
     return lambda: loaded(folder)
 
@@ -156,7 +157,7 @@ def test_checkpoints_and_states(tmp_path, seed):
 
 
 def test_cached_hidden_states(tmp_path, seed):
-    """Of the index; a build afterwards has the right states again."""
+    """Hostile values in the index. The next build has the right states again."""
     rng, refused = random.Random(seed), 0
     lengths, identity = [(2, 1), (1, 3), (2, 2)], {"a": 1, "b": "x"}
     states = [torch.randn(sum(pair), 4) for pair in lengths]
@@ -181,7 +182,8 @@ def test_cached_hidden_states(tmp_path, seed):
         cache = build()
         try:
             rows = [torch.cat(cache[i]) for i in range(len(lengths))]
-        except UnusableCacheError as error:  # a hash that no longer fits: said, not built again
+        # A hash that no longer matches is reported, and the cache is not rebuilt
+        except UnusableCacheError as error:
             assert str(tmp_path) in str(error)
             index.unlink()
             rows = [torch.cat(build()[i]) for i in range(len(lengths))]
@@ -190,7 +192,7 @@ def test_cached_hidden_states(tmp_path, seed):
 
 
 def test_preference_files(tmp_path, seed):
-    """A file of pairs with one hostile row, whole or cut, plain or under another name."""
+    """A file of pairs with one hostile row: whole or truncated, and with any file extension."""
     rng = random.Random(seed)
     rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(4)]
     for number in range(FILES):

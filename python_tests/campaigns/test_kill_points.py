@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training that is killed, or whose disk is full, at random calls that change the disk, time and
-again: resumed until it ends, it has the heads of a run that nothing interrupted.
+"""Training that is killed, or that runs out of disk space, at random calls that change the disk.
 
-Every single point of a save is tried by test_head_crash, test_checkpoint_crash,
-test_trainer_checkpoints and test_hidden_cache_build.
+The run is resumed until it ends. It must then have the heads of an uninterrupted run.
+
+test_head_crash, test_checkpoint_crash, test_trainer_checkpoints and test_hidden_cache_build try
+every single point of a save.
 """
 
 from __future__ import annotations

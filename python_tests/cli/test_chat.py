@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dualhead chat` as a person uses it: in a terminal, and with its input from a pipe."""
+"""`dualhead chat`, in a terminal and with its input from a pipe."""
 
 import io
 import json
@@ -21,7 +21,7 @@ QUESTION = "How do I bake bread?"
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
-    """Heads on the built-in backbone whose gate and reward head have something to say."""
+    """Heads on the built-in backbone whose gate and reward head have an effect."""
     folder = tmp_path_factory.mktemp("chat") / "heads"
     model = dh.DualHeadForCausalLM.from_backbone(
         "embedded", reward_head="embedding", gate="linear", num_objectives=2, trial=False
@@ -44,7 +44,7 @@ def talk(heads, monkeypatch, lines, *options):
 
 
 class Bytes:
-    """A tokenizer of one token per byte."""
+    """A tokenizer with one token per byte."""
 
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
         return bytes(i for i in ids if i != 0).decode(errors="replace")
@@ -170,12 +170,12 @@ def test_compare_reset_system_and_save(heads, monkeypatch, capsys, tmp_path):
 # --- in a terminal --------------------------------------------------------------------------------
 
 
-# The first letter of a reply: after what the user typed, and what readline says to the terminal.
+# The first letter of a reply, after what the user typed and readline's control codes.
 BEGUN = r"bread\?\n(?:\x1b\[\?2004l\r?)?\s*[^\s\x1b]"
 
 
 def test_a_chat_in_a_terminal(heads):
-    """Alpha in colours, Ctrl-C in a reply and at the prompt, a command mistyped, Ctrl-D."""
+    """Alpha in colours, Ctrl-C during a reply and at the prompt, a mistyped command, Ctrl-D."""
     person = Terminal("chat", str(heads), "--max-new-tokens", "600", "--sample", "--top-k", "0",
                       "--temperature", "3", NO_COLOR="")  # fmt: skip
     assert "/help lists the commands" in person.until("> ")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line as a user meets it, without heads: help, completion, info, training."""
+"""The command line without heads: help, completion, info, training."""
 
 import json
 import shlex
@@ -29,11 +29,12 @@ def test_help_shows_examples(command, capsys):
     out = capsys.readouterr().out
     assert "examples:" in out and f"dualhead {command or 'demo'}" in out
     if command == "train":
-        assert "margin (default 1.0)" in " ".join(out.split())  # beta_r's, of the default preset
+        # The default of beta_r, in the default preset
+        assert "margin (default 1.0)" in " ".join(out.split())
 
 
 def test_help_of_every_command_imports_nothing_heavy():
-    """What makes help slow is what it imports: torch alone takes seconds."""
+    """Help must be fast. Imports are what makes it slow: torch alone takes seconds."""
     code = """
 import contextlib, io, sys
 from dualhead_ext import cli
@@ -80,7 +81,7 @@ print(set(codes), [name for name in ("torch", "transformers", "numpy") if name i
     assert not list(tmp_path.iterdir())
 
 
-COMPLETIONS = {  # words, the last one half typed -> some of what may follow
+COMPLETIONS = {  # words, of which the last is incomplete -> some of its completions
     ("tr",): {"train"},
     ("train", "--gate-l"): {"--gate-learning-rate"},
     ("train", "--preset", ""): {"default", "paper"},
@@ -101,7 +102,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 
 def _asking_fish(words):
-    # Each line it prints is a completion, a tab and what it means.
+    # fish prints a completion, a tab and its description on each line.
     return f"source ./script; complete -C {shlex.quote(' '.join(['dualhead', *words]))}"
 
 
@@ -234,7 +235,7 @@ def test_a_misspelled_choice_is_answered_by_the_nearest(argv, word, capsys):
 
 
 def test_info_shows_the_curve_of_calibrated_heads(tmp_path, capsys):
-    """It failed: a curve is a list of lists."""
+    """A regression: a curve is a list of lists, and the command failed on it."""
     path = dh.backbone_path("embedded")
     curve = [[0.0, 0.0], [1.0, 0.1], [2.0, 0.312345]]
     dh.DualHeadForCausalLM.from_backbone(path, kl_curve=curve).save_pretrained(tmp_path)

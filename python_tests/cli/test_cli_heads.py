@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line over heads that `dualhead train` has written: what each command prints, signals,
-and that a mistake is one sentence, exit code 2, and no change to any file."""
+"""The command line with heads that `dualhead train` has written.
+
+The tests cover what each command prints, and signals. A mistake gives one sentence and exit code 2,
+and changes no file.
+"""
 
 import json
 import os
@@ -28,7 +31,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
-    """Heads that `dualhead train` has written, and what it printed."""
+    """Heads that `dualhead train` has written. What it printed is in out.txt beside them."""
     folder = tmp_path_factory.mktemp("cli") / "heads"
     done = subprocess.run(
         [*COMMAND, "train", "--output", str(folder), "--limit", "6", *TINY,
@@ -58,7 +61,7 @@ def test_train_measures_saves_and_says_how_to_go_on(heads):
     assert f"dualhead generate {heads}" in out
     weights = load_file(heads / WEIGHTS_NAME)
     assert {"reward_head.weight", "gate.out.weight"} <= weights.keys()
-    assert weights["gate.out.weight"].abs().max() > 0  # it starts as zero: training moved it
+    assert weights["gate.out.weight"].abs().max() > 0  # training changed it: it starts as zero
 
 
 def test_generate_streams_what_the_model_writes(heads, capsys):
@@ -139,7 +142,8 @@ def test_prompt_from_standard_input(heads, capsys, monkeypatch):
     assert done.stdout == expected
 
 
-# Options after the command; {heads}, {dir} and {file} are filled in. Words of the sentence.
+# Options after the command, in which {heads}, {dir} and {file} are filled in, and words of the
+# error.
 MISTAKES = [
     (["generate", "{dir}/none", "hi"], "expected a folder written by train"),
     (["generate", "{dir}", "hi"], "heads:"),
@@ -237,7 +241,7 @@ def test_ctrl_c_while_it_writes(heads):
          "--temperature", "3"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert process.stdout.read(1)  # it has begun
+    assert process.stdout.read(1)  # wait until it has started
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo at its smallest: what it prints is what it measured, and what it leaves works."""
+"""The demo at its smallest size: it prints what it measured, and its files can be used."""
 
 import re
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of an inspection and that of `dualhead demo --web`, as a person uses them: in headless
-Chromium. The server behind the second is also asked without a browser.
+"""The page of an inspection and the page of `dualhead demo --web`, in headless Chromium.
+
+The demo's server is also tested without a browser.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
-    """Heads on the built-in backbone whose gate and reward head have something to say."""
+    """Heads on the built-in backbone whose gate and reward head have an effect."""
     folder = tmp_path_factory.mktemp("pages") / "heads"
     model = dh.DualHeadForCausalLM.from_backbone(
         "embedded", reward_head="embedding", gate="linear", trial=False
@@ -57,7 +58,7 @@ def speaker(heads):
 
 @pytest.fixture(scope="module")
 def address(speaker):
-    """Of a running server."""
+    """The address of a running server."""
     server = web.open_server(0)
     server.speaker = speaker
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -70,7 +71,7 @@ def address(speaker):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, driven by Playwright. It waits for what is expected, so a slow machine is fine."""
+    """Chromium, driven by Playwright, which waits for what is expected even on a slow machine."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     named = os.environ.get("DUALHEAD_BROWSER")
     program = named or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -84,7 +85,7 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    """A new tab; an error of a script, or a request to another place, fails the test."""
+    """A new tab. A script error, or a request to another server, fails the test."""
     opened = browser.new_page(viewport={"width": 1000, "height": 800})
     opened.set_default_timeout(120_000)
     errors, asked = [], []
@@ -97,7 +98,7 @@ def page(browser):
 
 
 def picture(page, name):
-    """A screenshot, where DUALHEAD_SCREENSHOTS names a folder for them."""
+    """Save a screenshot if DUALHEAD_SCREENSHOTS names a folder."""
     if folder := os.environ.get("DUALHEAD_SCREENSHOTS"):
         page.screenshot(path=os.path.join(folder, f"{name}.png"), full_page=True)
 
@@ -107,7 +108,7 @@ def picture(page, name):
 
 @pytest.fixture(scope="module")
 def inspected(speaker, tmp_path_factory):
-    """(file, what it shows): a text at three strengths."""
+    """(the file of a page, what it shows): a text at three strengths."""
     tokenizer = speaker.tokenizer
     prompt = tokenizer("The cake was")["input_ids"]
     text = " a lie, and </script> so is <b>bread</b>."
@@ -170,7 +171,7 @@ def test_the_keyboard_reaches_the_tokens(page, inspected):
 
 
 def expected(speaker, strength):
-    """The reply of one request by itself: what a row of the batch has to be."""
+    """The reply to a single request, which a row of the batch must equal."""
     inputs = encode(QUESTION, speaker.tokenizer)
     options = {"strength": strength, "do_sample": False, "max_new_tokens": web.NEW_TOKENS}
     return write_reply(speaker.model, speaker.tokenizer, inputs, options, strip=True)
@@ -213,7 +214,7 @@ def test_stop_ends_the_replies(page, address, speaker, monkeypatch):
     page.goto(address)
     page.locator("#prompt").fill(QUESTION)
     page.locator("#go").click()
-    page.locator("#reply1:not(:empty)").wait_for()  # it streams
+    page.locator("#reply1:not(:empty)").wait_for()  # it has started to stream
     page.locator("#go", has_text="Stop").click()
     page.locator("#note", has_text="stopped").wait_for()
     assert page.locator("#go").inner_text() == "Answer"
@@ -264,7 +265,7 @@ def test_what_it_refuses(address, speaker):
 
 
 def test_a_page_of_another_name_is_refused(address):
-    """A site whose name is made to lead to this machine could read the replies."""
+    """Otherwise a site whose name resolves to this machine could read replies (DNS rebinding)."""
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(address, "/", Host="evil.example:80")
     assert refused.value.code == 403

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead sample`` as a user meets it, and what its rows hold."""
+"""``dualhead sample``: the command, and the rows that it writes."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def test_rows_are_ranked_and_train_reads_them(place, capsys):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_without_doing_anything_twice(place):
-    """The file at the end is that of a run that nobody stopped, whatever the batches."""
+    """The file at the end is that of an uninterrupted run, also if the batch size has changed."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     argv = [sys.executable, "-m", "dualhead_ext.cli", *command("--max-new-tokens", "60")]
     process = subprocess.Popen(
@@ -81,14 +81,14 @@ def test_a_killed_run_goes_on_without_doing_anything_twice(place):
     there = path.read_bytes().count(b"\n")
     assert there >= 2
     with open(path, "ab") as file:
-        file.write(b'{"prompt": [{"role": "us')  # killed in the middle of a line
+        file.write(b'{"prompt": [{"role": "us')  # as if killed in the middle of a line
     assert run(*command("--max-new-tokens", "60", "--batch-size", "9")) == 0
     rows = rows_of(path)
     path.unlink()
     assert run(*command("--max-new-tokens", "60")) == 0
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in rows_of(path)]
     same = [a == b for a, b in zip(rows, rows_of(path), strict=True)]
-    assert sum(same) >= len(same) - 1  # another batch rounds differently, and may flip a draw
+    assert sum(same) >= len(same) - 1  # another batch rounds differently, which may change one draw
 
 
 def test_mistakes_are_one_sentence(place, capsys):
@@ -140,7 +140,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def gated():
-    """The same backbone under a head that has learned something."""
+    """The same backbone with a head whose weights are not zero."""
     torch.manual_seed(0)
     path = dh.data.embedded_backbone_path()
     model = dh.DualHeadForCausalLM.from_backbone(path, dtype=torch.float32, gate="attention")
@@ -166,7 +166,7 @@ def test_the_noise_samples_from_the_softmax():
 
 @pytest.mark.parametrize("kind", ["backbone", "gated"])
 def test_a_response_is_what_plain_decoding_of_its_own_noise_gives(kind, request):
-    """One row at a time, the whole text through the model again for each token."""
+    """The slow way: one row at a time, with a pass over the whole text for each token."""
     model, tokenizer = request.getfixturevalue(kind)
     found = sampling.sample(model, tokenizer, PROMPTS, range(2), 6, temperature=0.7, seed=5)
     ends = {model.generation_config.eos_token_id}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the terminal gets: colours where they are wanted, numbers elsewhere, never control codes."""
+"""Output for a terminal: colours if they are wanted, else numbers, and never control codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALPHAS = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16]
 
 @pytest.mark.parametrize(("system", "least"), [("truecolor", 9), ("256", 9), ("standard", 5)])
 def test_a_small_range_of_alpha_takes_the_whole_palette(system, least):
-    """What was one flat blue: alpha between 0.00 and 0.16."""
+    """A regression: alpha between 0.00 and 0.16 was a single blue."""
     stream = io.StringIO()
     to = Console(file=stream, force_terminal=True, color_system=system, soft_wrap=True)
     tokens = [(f"w{i}", alpha) for i, alpha in enumerate(ALPHAS)]
@@ -110,7 +110,7 @@ def test_rows_that_a_text_takes(text, rows):
 
 
 class Bytes:
-    """A tokenizer of one token per byte."""
+    """A tokenizer with one token per byte."""
 
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
         return bytes(i for i in ids if i != 0).decode(errors="replace")

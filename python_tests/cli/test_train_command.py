@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dualhead train` as a person meets it: what it shows, Ctrl-C and what goes on from there, options
-in a file, and what it says at the end."""
+"""`dualhead train`: its output, Ctrl-C and resuming, options in a file, and its last report."""
 
 import contextlib
 import io
@@ -56,11 +55,11 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with pairs and a config file; the working directory of this module."""
+    """A folder with pairs and a config file. It is the working directory of this module."""
     folder = tmp_path_factory.mktemp("train")
     write_rows(folder / "pairs.jsonl", dh.data.load_preference_data("embedded")[:8])
     held_out = [dict(row) for row in dh.data.load_preference_data("embedded", "test")[:6]]
-    for row in held_out[2:]:  # fewer prompts than replies that are shown
+    for row in held_out[2:]:  # fewer prompts than the number of replies that are shown
         row["prompt"] = held_out[1]["prompt"]
     write_rows(folder / "held_out.jsonl", held_out)
     (folder / "run.yaml").write_text(CONFIG)
@@ -71,7 +70,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(place):
-    """(what the terminal showed, the exit code) of a run with Ctrl-C in its middle."""
+    """(what the terminal showed, the exit code) of a run that Ctrl-C stops in the middle."""
     person = Terminal("train", "--config", "run.yaml", PYTHONUNBUFFERED="1")
     shown = person.until(rf"step +\d+/{STEPS} [^\n]*\n")
     person.type("\x03")
@@ -81,7 +80,7 @@ def stopped(place):
 
 @pytest.fixture(scope="module")
 def resumed(stopped, place):
-    """What the command that the stopped run named has printed."""
+    """The output of the command that the stopped run suggests."""
     command = re.search(r"to resume: (dualhead train .*--resume)", stopped[0])[1]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -97,7 +96,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(stopped, place):
     assert 0 < step < STEPS
     state = json.loads((place / "heads" / f"checkpoint-{step}" / "trainer_state.json").read_text())
     assert state["global_step"] == step
-    # The reporters get the histogram, the terminal does not.
+    # The histogram goes to the reporters, not to the terminal.
     assert any("gate/histogram/0.0-0.1" in row for row in state["log_history"])
     assert "histogram" not in shown and "{" not in shown
     line = re.search(rf"step +1/{STEPS} .*", shown)[0]
@@ -132,7 +131,7 @@ def test_the_card_says_how_well_they_rank(resumed, place):
     assert "accuracy on 6 held-out pairs of held_out.jsonl | 95 % interval |" in card
     assert f"| reward head | {percent} |" in card
     assert f"Trained on 8 pairs of pairs.jsonl, {STEPS} optimizer steps." in card
-    # Saved again, the figures go with the heads that they are of.
+    # If the heads are saved again, the figures that belong to them are saved too.
     model = dh.DualHeadForCausalLM.from_pretrained(place / "heads")
     model.save_pretrained(place / "heads")
     assert "accuracy on" not in (place / "heads" / "README.md").read_text()
@@ -143,7 +142,7 @@ def test_the_card_says_how_well_they_rank(resumed, place):
 
 @pytest.fixture
 def interruptible():
-    """Python's own handling of Ctrl-C, which a shell's background job starts without."""
+    """Python's own handling of Ctrl-C, which a background job of a shell does not have."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -164,7 +163,7 @@ def test_two_processes_stop_after_the_same_step(tmp_path):
 
 
 def test_after_the_last_step_ctrl_c_stops_at_once(interruptible):
-    """Calibration has no step to finish."""
+    """Calibration follows the last step, so there is no step to finish."""
     stop = StopAfterStep()
     with pytest.raises(KeyboardInterrupt), stop.listening():
         stop.on_train_end(None, None, None)
@@ -183,7 +182,7 @@ def test_the_command_that_goes_on():
 
 
 def history(steps, tied=0):
-    """Logs of a run; the first ``tied`` of heads that prefer nothing yet."""
+    """Logs of a run. In the first ``tied`` steps the heads prefer neither response."""
     return [
         {
             "step": step,
@@ -205,7 +204,8 @@ def test_the_curves_are_legible_and_ties_are_no_accuracy(steps):
     lines = {axes.get_title().split(" ")[0]: axes.get_lines() for axes in figure.axes}
     assert len(lines["loss"][0].get_xdata()) == steps
     assert [line.get_label() for line in lines["share"][1:]] == ["training", "held out"]
-    assert list(lines["share"][1].get_xdata()) == list(range(2, steps + 1))  # not the ties
+    # Steps with ties are left out
+    assert list(lines["share"][1].get_xdata()) == list(range(2, steps + 1))
     assert list(lines["share"][2].get_xdata()) == [0, steps]
 
 
@@ -225,7 +225,7 @@ def parsed(*argv):
 
 
 def test_a_stream_is_read_while_it_trains(place, capsys, monkeypatch):
-    """In the rows' own order it gives the heads of the same steps over rows in memory."""
+    """In the order of the rows, streaming gives the same heads as rows in memory."""
     pytest.importorskip("datasets", reason="the extra data is not installed")
     monkeypatch.setattr(training_data, "_SHUFFLED", 1)
     words = ["--data", "pairs.jsonl", "--eval-data", "held_out.jsonl", "--max-steps", 3]
@@ -310,7 +310,7 @@ def test_without_yaml_the_extra_is_named(place, monkeypatch):
 
 
 def test_without_transformers_the_extra_is_named(place, monkeypatch):
-    """A field's name is looked up in a class that needs it."""
+    """Looking up the name of a field needs a class that transformers provides."""
     import sys
 
     (place / "field.yaml").write_text("max_grad_norm: 2")

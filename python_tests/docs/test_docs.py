@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation: the site builds without a warning and without a network, and lines of prose
-are short. That the code in it runs is in test_docs_code.py.
+"""The documentation: the site builds offline and without warnings, and lines of prose are short.
+
+test_docs_code.py runs the code in it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FETCHED = re.compile(
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, as `make docs` builds it; a warning is an error there."""
+    """The site, built as by `make docs`, where a warning is an error."""
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
@@ -69,8 +70,10 @@ def test_the_pages_fetch_nothing(site):
 
 
 def long_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines of prose over the width. Code, tables and comments are no prose, and a line that is one
-    long word (a link) cannot be shorter."""
+    """Lines of prose that are too long. Code, tables and comments are not prose.
+
+    A line that is one long word, such as a link, cannot be shorter.
+    """
     in_code = False
     for number, line in enumerate(text.splitlines(), start=1):
         if line.lstrip().startswith("```"):

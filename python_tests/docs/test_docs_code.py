@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every block of Python or shell in README and docs runs.
 
-The blocks of a page run in their order, in one namespace and one folder, which holds what a reader
+The blocks of a page run in order, in one namespace and one folder. The folder holds what a reader
 would have: heads trained on the built-in model, pairs, ranked lists and questions. A comment before
-a block is for this test, and invisible to a reader:
+a block configures this test, and a reader does not see it:
 
     <!-- not run: the reason -->
-    <!-- test: text => its replacement; text => its replacement -->     smaller sizes, say
+    <!-- test: text => its replacement; text => its replacement -->     e.g. smaller sizes
 
-A block of another language (text, json, diff) is not run.
+Blocks of other languages (text, json, diff) are not run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PAGES += sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^( *)```(\S*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!-- (not run|test): ((?:(?!-->).)*) -->\s*\Z", re.DOTALL)
 LANGUAGES = {"python", "sh", "text", "json", "diff"}
-# Commands of a shell block that are checked, not run: they would change the environment.
+# Commands of a shell block that are checked but not run: they would change the environment.
 INSTALLS = ("pip install ",)
 
 
@@ -65,7 +65,7 @@ def blocks_of(text: str) -> Iterator[Block]:
         yield Block(line, match[2], code, reason)
 
 
-# Those that train by more than one process or on more than one kind of data.
+# Pages that train with several processes or on several kinds of data.
 LONG = [ROOT / "docs" / name for name in ("generation.md", "scale.md", "training.md")]
 PAGES_WITH_CODE = [
     pytest.param(page, marks=pytest.mark.slow) if page in LONG else page
@@ -76,7 +76,7 @@ PAGES_WITH_CODE = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages take for granted."""
+    """A folder with the files that the pages assume."""
     folder = tmp_path_factory.mktemp("docs")
     rows = dh.data.load_preference_data("embedded")[:8]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
@@ -97,7 +97,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_shell(code: str) -> None:
-    """A shell block: `dualhead` in this process, which has imported torch; the rest in bash."""
+    """Run a shell block: `dualhead` in this process, which has imported torch, the rest in bash."""
     for command in re.split(r"(?<!\\)\n", code.strip()):
         words = shlex.split(command, comments=True)
         if not words or command.startswith(INSTALLS):

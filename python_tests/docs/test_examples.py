@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts of examples/ run on the built-in model, and do what they say."""
+"""The scripts in examples/ run on the built-in model, and do what they describe."""
 
 import re
 import runpy
@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(capsys: pytest.CaptureFixture, name: str, *arguments: str) -> tuple[str, dict]:
-    """What the script prints, and its names."""
+    """What the script prints, and its global names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *arguments])
         names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
@@ -49,7 +49,7 @@ def test_two_objectives(tmp_path, capsys):
 
 @pytest.fixture
 def gates():
-    """The gates as they were, afterwards too."""
+    """The registered gates, which are restored after the test."""
     from dualhead_ext import config
 
     before = dict(GATES), list(config.GATE_NAMES)
@@ -77,6 +77,6 @@ def test_registering_refuses(gates):
     with pytest.raises(ValueError, match="name must be new, got 'linear'"):
         register_gate("linear", type("Mine", (Gate,), {}))
     assert "mine" not in gates
-    register_gate("linear", gates["linear"])  # the same again changes nothing
+    register_gate("linear", gates["linear"])  # registering the same class again changes nothing
     with pytest.raises(ValueError, match="gate must be one of attention, fixed, linear, got"):
         dh.DualHeadConfig(hidden_size=8, vocab_size=8, gate="network")

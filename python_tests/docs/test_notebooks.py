@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebooks run from the first cell to the last, in their order, on the built-in model."""
+"""The notebooks run from first to last cell, in order, on the built-in model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from build_backend import ROOT
 
 FOLDER = ROOT / "examples" / "notebooks"
-ORDER = ("train_and_steer", "inspect_alpha")  # the second reads what the first leaves
+ORDER = ("train_and_steer", "inspect_alpha")  # the second notebook reads what the first one saves
 
 
 def test_they_are_committed_without_outputs():
@@ -23,7 +23,7 @@ def test_they_are_committed_without_outputs():
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """{name: the notebook with its outputs}, and the folder they ran in."""
+    """{name: the notebook with its outputs}, and the folder in which they ran."""
     client = pytest.importorskip("nbclient", reason="the extra test is not installed: nbclient")
     nbformat = pytest.importorskip("nbformat", reason="the extra test is not installed: nbformat")
     pytest.importorskip("ipykernel", reason="the extra test is not installed: ipykernel")
@@ -31,7 +31,7 @@ def executed(tmp_path_factory):
     done = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DUALHEAD_NOTEBOOK_BACKBONE", "embedded")
-        # Set by users of a terminal; here a kernel would read settings of whoever runs the tests.
+        # Otherwise the kernel would read the settings of the user who runs the tests.
         patch.setenv("IPYTHONDIR", str(folder / ".ipython"))
         for name in ORDER:
             notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
@@ -53,7 +53,7 @@ def printed(notebook) -> str:
 
 
 def shown(notebook, kind: str) -> list:
-    """What cells' last lines showed, of one MIME type."""
+    """What the cells displayed, of one MIME type."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return [o["data"][kind] for o in outputs if kind in o.get("data", {})]
 

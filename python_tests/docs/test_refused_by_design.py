@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/refused.md quotes the sentences that the package says."""
+"""docs/refused.md quotes the package's error messages."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def sentences(source: str) -> list[str]:
-    """The string constants of a module, those of f-strings with their gaps left out."""
+    """The string constants of a module. f-strings have {} for each of their expressions."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.JoinedStr):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build: what it finds, what it recompiles, what is in the wheel, what it says when something
-is missing. (What was built, and loading it: test_extension.py.)
+"""The build: what it finds, what it recompiles, the contents of the wheel, and its errors.
+
+test_extension.py tests the libraries that it makes, and how they are loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def fake_torch(folder: Path, version: str, cuda: str = "None") -> Path:
 
 @pytest.fixture
 def only_folders(monkeypatch):
-    """Makes the given folders the target environment, and sys.path free of torch."""
+    """Make the given folders the target environment, and hide torch from sys.path."""
 
     def set_folders(*folders: Path) -> None:
         monkeypatch.setattr(torch_location, "_target_folders", lambda: list(map(str, folders)))
@@ -82,7 +83,7 @@ def test_the_target_environment_goes_before_the_build_environment(
 
 
 def test_shared_site_packages_are_the_target_too(tmp_path, monkeypatch):
-    """A venv made with --system-site-packages runs the system's torch."""
+    """A venv made with --system-site-packages uses the system's torch."""
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     configuration = tmp_path / "pyvenv.cfg"
     configuration.write_text("include-system-site-packages = true\n")
@@ -103,7 +104,7 @@ def test_one_minimum_everywhere():
 
 @pytest.fixture
 def no_tools(tmp_path, monkeypatch):
-    """An environment without compilers; returns the folder that is its PATH."""
+    """An environment without compilers. Returns the folder that is its PATH."""
     for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "DUALHEAD_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -141,7 +142,7 @@ def test_cuda_switch(no_tools, monkeypatch):
     nvcc = fake_program(no_tools / "toolkit" / "bin" / "nvcc", "Cuda tools, release 12.8, V12.8.93")
     monkeypatch.setenv("CUDA_HOME", str(no_tools / "toolkit"))
     found = toolchain.Nvcc(str(nvcc), "12.8")
-    # (switch, CUDA of torch) -> whether the CUDA library is built.
+    # {(DUALHEAD_CUDA, CUDA version of torch): whether the CUDA library is built}
     cases = {("1", None): True, ("1", "12.8"): True, ("0", None): False, ("0", "12.8"): False}
     cases |= {("auto", None): False, ("auto", "13.0"): True, ("nvcc", None): True}
     for (switch, torch_cuda), built in cases.items():
@@ -176,7 +177,7 @@ def test_archs_are_those_of_the_environment(monkeypatch):
 
 @pytest.fixture
 def project(tmp_path):
-    """A source that includes a header, and the step that compiles it."""
+    """A source file that includes a header, and the step that compiles it."""
     (tmp_path / "part.h").write_text("inline int part() { return 1; }\n")
     (tmp_path / "a b.cpp").write_text('#include "part.h"\nint whole() { return part(); }\n')
     output = tmp_path / "out" / "a b.o"
@@ -191,7 +192,7 @@ def project(tmp_path):
 
 def touch_later(path: Path, text: str) -> None:
     path.write_text(text)
-    later = time.time() + 10  # coarse file times must not decide
+    later = time.time() + 10  # file times may be coarse, so the difference must be large
     os.utime(path, (later, later))
 
 
@@ -223,7 +224,7 @@ def test_a_failed_step_is_not_up_to_date(project, capfd):
 
 
 def test_kernels_are_not_compiled_with_torch():
-    """The rule of the layers, as the compiler sees it: no include path leads there."""
+    """The compiler cannot find torch's headers: no include path leads to them."""
     tools = libraries.find_tools()
     steps = libraries.compile_steps("cpu", ROOT / "build" / "objects", tools)
     kernels = [step for step in steps if "kernels" in step.title]
@@ -236,7 +237,7 @@ def test_kernels_are_not_compiled_with_torch():
 
 
 def test_a_dropped_library_leaves_the_package(tmp_path):
-    """The trap of a stale _C_cuda.so: DUALHEAD_CUDA=0 after a build with CUDA."""
+    """A build with DUALHEAD_CUDA=0 removes the _C_cuda.so of an earlier build with CUDA."""
     names = (libraries.CPU_LIBRARY, libraries.CUDA_LIBRARY, libraries.BUILD_INFO)
     products = {name: tmp_path / name for name in names}
     for path in products.values():
@@ -254,12 +255,12 @@ def test_a_dropped_library_leaves_the_package(tmp_path):
     held.close()
 
 
-# --- the whole way --------------------------------------------------------------------------------
+# --- complete builds ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the sources without the CUDA part's cost, with the objects compiled so far."""
+    """A copy of the sources with the objects compiled so far, to build without CUDA."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("_build", "csrc", "dualhead_ext", "python_tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
@@ -284,7 +285,7 @@ def test_a_moved_checkout_is_up_to_date(checkout):
 
 
 def test_the_wheel(checkout):
-    """Its tag, its files, and that it loads; with a stale CUDA library and module lying about."""
+    """Its tag, its files, and that it loads. The checkout has a stale CUDA library and module."""
     (checkout / "dualhead_ext" / libraries.CUDA_LIBRARY).write_text("stale")
     first = run_setup(checkout, "build")
     assert first.returncode == 0, first.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu-check` without a GPU: budgets that hold, and its stages on the CPU's operator."""
+"""`make gpu-check` without a GPU: budgets are kept, and its stages run with the CPU's operator."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_budget_is_kept_and_later_stages_have_their_share(tmp_path):
     run = Stages(Output(tmp_path, "gpu-test"), 10)
     run.run([stage("greedy", 60, 1, 60), stage("b", 3, 2, 0), stage("c", 60, 3, 60)])
     assert time.monotonic() - start < 12
-    assert given["greedy"] == pytest.approx(5, abs=0.5)  # 10 less what is reserved
+    assert given["greedy"] == pytest.approx(5, abs=0.5)  # 10 minus what is reserved
     assert given["b"] == pytest.approx(2, abs=0.5)
     assert given["c"] == pytest.approx(5, abs=0.8)
     assert "shortened from 60 s" in (tmp_path / "log.txt").read_text()
@@ -121,7 +121,10 @@ def test_without_a_gpu_it_says_so_and_exits_with_3(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_on_the_cpu(tmp_path):
-    """Small sizes, the CPU's operator; what needs the GPU's tools did not run."""
+    """Small sizes with the CPU's operator.
+
+    Stages that need a GPU's tools are reported as not run.
+    """
     smoke = ["bf16-1", "int4-9", "attention-2", "loss"]
     done = command_line(
         *("--device", "cpu", "--no-build", "--output", tmp_path, "--commit", "c0ffee"),
@@ -156,7 +159,7 @@ def checked(tmp_path, **options):
 
 
 def test_a_failing_test_is_reported_with_its_message(tmp_path):
-    """By pytest itself, over a file of its own; the others go on."""
+    """pytest reports it, from a file of its own, and the other tests run."""
     (tmp_path / "tests").mkdir()
     path = tmp_path / "tests" / "test_some.py"
     path.write_text(
@@ -175,7 +178,7 @@ def test_a_failing_test_is_reported_with_its_message(tmp_path):
         base = ["-q", "-p", "no:cacheprovider", "-p", "tools.gpu.worker"]
         return [sys.executable, "-m", "pytest", *base, "-c", os.devnull, *names]
 
-    # pytest names tests from its root: the folder of the file, here.
+    # pytest names tests relative to its root, which here is the folder of the file.
     short = [name.removeprefix(f"{path.parent}/") for name in names]
 
     def from_short(left):
@@ -199,7 +202,7 @@ def test_the_stages_fit_into_their_budgets(tmp_path):
     for mode, seconds in check.SECONDS.items():
         planned = check.plan(checked(tmp_path, tests=["python_tests/csrc/test_cuda.py"]), mode)
         assert seconds < (480 if mode == "check" else 200)
-        assert sum(stage.least for stage in planned) + 40 < seconds  # 40: loading
+        assert sum(stage.least for stage in planned) + 40 < seconds  # 40 s for loading
         assert all(stage.least <= stage.limit for stage in planned)
     names = [stage.name for stage in check.plan(checked(tmp_path), "check")]
     assert names == [
@@ -211,7 +214,7 @@ def test_the_stages_fit_into_their_budgets(tmp_path):
 
 
 def test_it_builds_for_this_gpu_whatever_the_image_asks_for(tmp_path, monkeypatch):
-    """Only where loading fails, with --no-build."""
+    """With --no-build, it builds only if the library does not load."""
     asked = []
 
     def run(command, limit, environment=None, seen=None):
@@ -280,7 +283,7 @@ def test_files_of_one_results_file_are_of_one_source(tmp_path):
 
 
 def test_stages_of_one_module_are_those_of_the_check():
-    """A rename must not leave the plan's cases behind."""
+    """If a stage were renamed, the plan would still name the old one."""
     from tools.gpu import smoke, timings
 
     assert set(counters.CASES) <= set(smoke.CASES)

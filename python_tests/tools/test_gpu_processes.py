@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of `make gpu-check`: limits that kill, and results that survive a kill."""
+"""The processes of `make gpu-check`: time limits kill them, and results survive that."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fake_worker(cases):
 
 
 def through(cases, case=20.0, start=60.0, seconds=120.0):
-    """The records of workers over cases, and the log."""
+    """Run workers over the cases; returns their records and the log."""
     records, log = [], []
     limits = Limits(start, case, time.monotonic() + seconds)
     go_through(fake_worker, cases, limits, records.append, log.append)
@@ -149,8 +149,10 @@ Stages(output, 60).run([stage(file) for file in ("smoke", "timings", "tests", "b
 
 @pytest.mark.slow
 def test_partial_results_survive_a_kill_at_any_moment(tmp_path):
-    """The whole run takes some seconds; it is killed 20 times, anywhere from its start to its
-    end."""
+    """The whole run takes a few seconds.
+
+    It is killed 20 times, at moments spread over that time.
+    """
     whole, start = tmp_path / "whole", time.monotonic()
     subprocess.run([sys.executable, "-c", KILLED, str(whole)], cwd=ROOT, capture_output=True)
     seconds = time.monotonic() - start

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check's use of Nsight Compute and compute-sanitizer, with programs that stand for them: what
-their output means, and that a tool which finds nothing is not believed."""
+"""How the check uses Nsight Compute and compute-sanitizer, with programs that stand in for them.
+
+The tests cover what their output means. A tool that misses a seeded bug is not trusted.
+"""
 
 from __future__ import annotations
 
@@ -81,12 +83,13 @@ def test_reports_are_told_apart():
     [
         (0, "========= ERROR SUMMARY: 0 errors", PASSED),
         (86, MEMCHECK.format(kernel=OURS), FAILED),
-        (86, MEMCHECK.format(kernel=THEIRS), FAILED),  # the API error has no kernel: it counts
+        # An API error counts, although it names no kernel
+        (86, MEMCHECK.format(kernel=THEIRS), FAILED),
         (86, RACE.format(kernel=OURS), FAILED),
         (86, RACE.format(kernel=THEIRS), PASSED),
         (1, "Traceback\nImportError: no torch", FAILED),
         (86, "", FAILED),
-        (None, RACE.format(kernel=OURS), FAILED),  # found before its time ran out
+        (None, RACE.format(kernel=OURS), FAILED),  # the error was found before the time limit
         (None, "fine: a\nfine: b\n", TIMED_OUT),
     ],
 )
@@ -138,7 +141,7 @@ def test_a_tool_is_believed_once_it_has_found_its_bug(tmp_path, monkeypatch):
 def test_a_filter_of_kernels_is_used_where_the_seeded_bug_passes_it(
     tmp_path, monkeypatch, tool, refuses, filtered
 ):
-    """initcheck must see every kernel that writes."""
+    """initcheck needs no filter: it must see every kernel that writes."""
     lines = []
     how = {"tool": tool, "refuses_filter": refuses, "seen": lines.append}
     assert sanitize_with(tmp_path, monkeypatch, **how).word == PASSED
@@ -148,7 +151,7 @@ def test_a_filter_of_kernels_is_used_where_the_seeded_bug_passes_it(
 
 @pytest.mark.parametrize(("code", "why"), [(0, "exit code 0"), (255, "exit code 255")])
 def test_a_tool_that_refuses_or_misses_did_not_run(tmp_path, monkeypatch, code, why):
-    """Though it would have called our kernels clean."""
+    """It does not count as run, although it would have reported our kernels as correct."""
     refusal = "========= Error: Device not supported."
     how = {"finds_seeded": False, "refusal": refusal, "refusal_code": code}
     outcome = sanitize_with(tmp_path, monkeypatch, **how)
@@ -188,8 +191,9 @@ def test_the_seeded_bugs_compile(tmp_path):
 
 
 def test_the_small_steps_run(monkeypatch, capsys):
-    """On the CPU: the arguments that compute-sanitizer's target passes are accepted, and what is
-    wrong is seen."""
+    """On the CPU. The arguments that compute-sanitizer's target passes are accepted, and a wrong
+    result is found.
+    """
     import torch
 
     from tools.gpu import small_steps

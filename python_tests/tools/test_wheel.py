@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make wheel` lets through, and that the version is written in one place. (The build itself
-takes a fresh environment: `make wheel`.)"""
+"""What `make wheel` accepts, and that the version is written in one place.
+
+The build itself needs a fresh environment, and is tested by `make wheel`.
+"""
 
 from __future__ import annotations
 
@@ -64,14 +66,14 @@ def test_no_sources_are_inside(tmp_path):
 
 
 def test_torch_is_left_out_by_the_names_that_are_linked():
-    """auditwheel would copy each of them into the wheel."""
+    """Otherwise auditwheel would copy these libraries into the wheel."""
     step = libraries._link_step(ROOT / "x.so", [], libraries.find_tools(), cuda=False)
     linked = {f"lib{word[2:]}.so" for word in step.command if word.startswith("-l")}
     assert linked == set(build.TORCH_LIBRARIES)
 
 
 def test_the_smoke_test_refuses_a_source_tree(monkeypatch, tmp_path):
-    """One that found the checkout would pass whatever the wheel holds."""
+    """If it imported the checkout, it would pass whatever the wheel contains."""
     smoke = importlib.import_module("tools.wheel.smoke")
     monkeypatch.setattr("sys.prefix", str(tmp_path))
     with pytest.raises(SystemExit, match="imported from"):
@@ -79,7 +81,7 @@ def test_the_smoke_test_refuses_a_source_tree(monkeypatch, tmp_path):
 
 
 def test_one_version(capsys):
-    """dualhead_ext.__version__, which pyproject.toml reads, is everybody's."""
+    """All take it from dualhead_ext.__version__, which pyproject.toml reads."""
     version = dualhead_ext.__version__
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version"]' in pyproject
