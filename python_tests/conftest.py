@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: seeds, the rule for GPU tests, bare kernels. Options: ../conftest.py."""
+"""Shared by all tests: seeds, the rule for GPU tests, bare kernels. Options: ../conftest.py."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NO_CUDA = "needs a CUDA device"
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A number for this test's own generators, from --seed and the test's name."""
-    # Its folder does not count: a test that moves keeps its numbers.
+    # The folder does not count, so that a test which moves keeps its random numbers.
     name = f"python_tests/{request.node.nodeid.rpartition('/')[2]}"
     return zlib.crc32(f"{request.config.option.seed} {name}".encode())
 
 
 @pytest.fixture(autouse=True)
 def _seeded(seed: int) -> None:
-    """The same random numbers whatever ran before."""
+    """Give each test the same random numbers, whatever ran before it."""
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -38,13 +38,13 @@ def _seeded(seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def testing_module() -> ModuleType:
-    """The bare kernels (CPU ones, and the CUDA ones on the host backend) over NumPy arrays."""
+    """The bare kernels over NumPy arrays: the CPU's, and the CUDA ones on the host backend."""
     return native.testing_module()
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
-    """The folder of a real chat model of 135M parameters; its first use converts it."""
+    """The folder of a real chat model with 135M parameters. Its first use converts the model."""
     from dualhead_ext.model.builtin_backbones import smollm2_path
 
     try:
@@ -55,8 +55,10 @@ def smollm2() -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the cases that quick_cases(n) does not choose as slow. The choice follows a hash of the
-    names, which mixes the parameters, and is always the same."""
+    """Mark the cases that quick_cases(n) does not choose as slow.
+
+    The choice follows a hash of the names, so that it mixes the parameters and is always the same.
+    """
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("quick_cases"):
@@ -74,7 +76,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """With --require-cuda, a GPU test that skips, for whatever reason, has failed."""
+    """With --require-cuda, a GPU test that is skipped for any reason counts as failed."""
     report = yield
     required = item.config.option.require_cuda and item.get_closest_marker("cuda")
     if required and report.skipped and not hasattr(report, "wasxfail"):
@@ -85,7 +87,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """With --require-cuda, a run without a single GPU test proves nothing."""
+    """With --require-cuda, a run without any GPU test fails."""
     if session.config.option.require_cuda and not any(
         item.get_closest_marker("cuda") for item in session.items
     ):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by torchrun in test_hidden_cache.py: two processes build one cache and read it."""
+"""Run by torchrun in test_hidden_cache.py: two processes build one cache together and read it."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def make(name, cache=None):
 
 
 def run(name, cache=None):
-    """(trainer, how often the backbone ran on this process)."""
+    """(trainer, how often the backbone ran in this process)."""
     trainer, calls = make(name, cache), []
     trainer.model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
     trainer.train()

@@ -17,7 +17,7 @@ folder = Path(sys.argv[1])
 class EndAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3 and args.process_index == 1:
-            os._exit(0)  # as torchrun sees it, all is well: it does not end the other process
+            os._exit(0)  # torchrun sees a successful exit and does not end the other process
 
 
 trainer = make_trainer(

@@ -12,7 +12,7 @@ from trainer_cases import heads, history, make_trainer, pairs, same
 
 folder = Path(sys.argv[1])
 RUN = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "ddp_backend": "gloo"}
-RUN |= {"optim": "sgd", "max_grad_norm": 0.0}  # clipping or Adam would hide a wrong scale
+RUN |= {"optim": "sgd", "max_grad_norm": 0.0}  # with Adam or clipping, a wrong scale would not show
 
 
 def run(name, resume=False, data=None):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that FSDP2 trains over two processes, and one process alone, with the same rows a step."""
+"""Runs that FSDP2 trains in two processes, and the same runs in one process, with equal steps."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from trainer_cases import make_trainer, pairs
 
 CONFIGURATIONS = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
 
-# Clipping or Adam would hide a wrong scale.
+# With Adam or clipping, a wrong scale would not show.
 PLAIN = {"optim": "sgd", "max_grad_norm": 0.0, "num_train_epochs": 2}
-# With Adam, whose state is gathered for a checkpoint.
+# Adam's state is gathered for a checkpoint.
 SAVED = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
 CORRECTION = SAVED | {"preset": "default", "calibrate": False}
 LEARNED = {"preset": "default", "num_train_epochs": 2, "calibrate": True, "log_kl": True}
@@ -26,7 +26,7 @@ def tied():
 
 
 def rows():
-    """A vocabulary that two processes can share evenly."""
+    """A model whose vocabulary can be split evenly between two processes."""
     return make_model("llama", sizes={"vocab_size": 102})
 
 
@@ -41,7 +41,7 @@ def lora():
     return peft.inject_adapter_in_model(config, model)
 
 
-# name -> what makes the model, the run's options.
+# {name: (what makes the model, the run's options)}
 CASES = {
     "rows": (rows, SAVED),
     "tied": (tied, PLAIN),
@@ -56,7 +56,7 @@ CASES = {
 
 
 def run(folder, name, resume=None, **changes):
-    """The trainer of a case, which has trained."""
+    """The trainer of a case, after training."""
     make, options = CASES[name]
     model = make()
     count = model.dual_head_config.num_objectives
@@ -67,7 +67,7 @@ def run(folder, name, resume=None, **changes):
 
 
 def launched_with(configuration):
-    """The variables that ``accelerate launch`` makes of a file of examples/accelerate."""
+    """The variables that ``accelerate launch`` sets for a file of examples/accelerate."""
     from accelerate.commands import launch
 
     given = ["--config_file", str(CONFIGURATIONS / configuration), "script.py"]

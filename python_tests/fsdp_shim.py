@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accelerate shards on accelerators alone; for the tests it does so on CPUs too, where FSDP2 itself
-works over gloo.
+"""Let accelerate shard on CPUs.
+
+accelerate shards on accelerators only, but FSDP2 itself works on CPUs with gloo.
 """
 
 from accelerate.state import AcceleratorState
@@ -8,7 +9,7 @@ from accelerate.utils import DistributedType
 
 
 def shard_on_cpus() -> None:
-    """Let accelerate's state keep FSDP on CPUs as it does on GPUs."""
+    """Make accelerate's state keep FSDP on CPUs, as it does on GPUs."""
     plain = AcceleratorState.__init__
 
     def keeping_fsdp(self, *args, fsdp_plugin=None, **kwargs):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by torchrun in test_sharding.py: two processes train models that FSDP2 shards over them.
-one/rows in the folder holds checkpoints of a run in one process.
+"""Run by torchrun in test_sharding.py: two processes train models that FSDP2 shards.
+
+The subfolder one/rows holds checkpoints of a run in one process.
 """
 
 import json
@@ -22,7 +23,10 @@ found = {}
 
 
 def train(name, case, **changes):
-    """The trainer of a case, and copies of its trained tensors, which the first process writes."""
+    """The trainer of a case, and copies of its trained tensors.
+
+    The first process also saves them.
+    """
     trainer = run(folder / name, case, ddp_backend="gloo", **changes)
     named = trainer.model.named_parameters()
     heads = {n: p.detach().full_tensor() for n, p in named if p.requires_grad}
@@ -43,7 +47,7 @@ for name in CASES:
         "curve": trainer.model.dual_head_config.kl_curve,
     }
 
-# What accelerate launch makes of its configuration, instead of an argument.
+# From here on, the variables of accelerate launch configure FSDP, instead of an argument.
 os.environ |= launched_with("fsdp2.yaml")
 for name, origin in (("again", "rows"), ("from_one", "one/rows")):
     if main:
@@ -55,7 +59,7 @@ for name, origin in (("again", "rows"), ("from_one", "one/rows")):
         "same_history": history(first)[:2] == history(other)[:2],
     }
 
-# A cache of hidden states is built by the sharded backbone.
+# The sharded backbone builds a cache of hidden states.
 train("cached-memory", "tied", cache_hidden="memory")
 train("cached-folder", "tied", cache_hidden=str(folder / "cache"))
 

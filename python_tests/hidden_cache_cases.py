@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of the trainer with and without cached hidden states, and what a cache holds."""
+"""Training runs with and without cached hidden states, and the contents of a cache."""
 
 import json
 
@@ -39,7 +39,7 @@ def names(folder):
 
 
 def another_weight(model):
-    with torch.no_grad():  # one number, by one unit in the last place
+    with torch.no_grad():  # changes one value, by one unit in the last place
         weight = model.get_decoder().layers[0].mlp.up_proj.weight[3, 5]
         weight.copy_(torch.nextafter(weight, torch.tensor(9.0)))
 

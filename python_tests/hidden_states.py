@@ -7,7 +7,10 @@ import torch
 
 
 def hidden_states(count: int, d: int) -> torch.Tensor:
-    """Alike, as a backbone's are: a few directions, a mean, a little of everything."""
+    """Hidden states that resemble each other like a backbone's.
+
+    They are made of a few directions, a mean, and a little noise in every direction.
+    """
     generator = torch.Generator().manual_seed(5)
     few = torch.randn(count, 12, generator=generator) @ torch.randn(12, d, generator=generator)
     return few + 0.1 * torch.randn(count, d, generator=generator) + 2.0

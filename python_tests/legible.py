@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a picture can be read: no text covers another or leaves the page."""
+"""Whether a plot can be read: no text overlaps another or leaves the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.text import Text
 
 
 def drawn_texts(figure) -> list[tuple[str, object]]:
-    """Each text that is seen, with its box in pixels. (matplotlib keeps ticks outside an axis.)"""
+    """Each visible text with its box in pixels. matplotlib also keeps ticks outside of an axis."""
     FigureCanvasAgg(figure).draw()
     hidden = {
         tick.label1
@@ -29,7 +29,7 @@ def check_legible(figure) -> None:
     for text, box in boxes:
         assert page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1, text
         assert page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1, text
-        assert "10^" not in text and "times" not in text, text  # 3 x 10^0
+        assert "10^" not in text and "times" not in text, text  # no labels such as 3 x 10^0
     for i, (text, box) in enumerate(boxes):
         for other, its in boxes[i + 1 :]:
             assert not box.padded(-1).overlaps(its.padded(-1)), (text, other)

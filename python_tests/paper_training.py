@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny backbone and pairs of the eval's training tests."""
+"""A tiny backbone and pairs for the tests that train the compared systems."""
 
 import torch
 from transformers import AutoTokenizer
@@ -11,7 +11,7 @@ from dualhead_ext.eval.paper.settings import BackboneSpec
 
 TINY = BackboneSpec(hidden_size=32, layers=2, heads=2, intermediate=48, context=32)
 WORDS = "Tea Bread Rain Music Maths Gardens Trains Cats Snow Chess Ships Stars".split()
-# Easily told apart: what is chosen and what is rejected share no word, and are equally long.
+# Chosen and rejected responses share no word and are equally long, so that they are easy to rank.
 PAIRS = [
     {
         "prompt": f"\n\nHuman: {word}?\n\nAssistant:",
@@ -24,7 +24,7 @@ FAST = {"batch_size": 4, "max_length": 48, "logging_steps": 1, "learning_rate": 
 
 
 def save_backbone(folder, seed=0):
-    """A tiny Llama with the built-in tokenizer and weights that have something to say."""
+    """Save a tiny Llama with the built-in tokenizer and weights that have an effect."""
     tokenizer = AutoTokenizer.from_pretrained(dh.data.embedded_backbone_path())
     torch.manual_seed(seed)
     model = make_model(TINY, tokenizer)
@@ -42,9 +42,7 @@ def batch_of(pairs, tokenizer):
 
 @torch.no_grad()
 def response_logps(model, pairs, tokenizer):
-    """(sum, length) of each text's response, one text at a time: the slow, obvious way. Chosen
-    texts first.
-    """
+    """(sum, length) of the response of each text, one text at a time. Chosen texts come first."""
     sums, lengths = [], []
     for side in ("chosen", "rejected"):
         for row in tokenize_pairs(pairs, tokenizer, FAST["max_length"]):

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream of tokenised pairs, and a short run over it."""
+"""A stream of tokenised pairs, and options for a short run over it."""
 
 import torch
 from torch.utils.data import IterableDataset
 from trainer_cases import pairs
 
-# 5 steps of 2 micro-batches of 2 rows: 20 rows, two passes over 10.
+# 5 steps of 2 micro-batches of 2 rows are 20 rows: two passes over 10 rows.
 RUN = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 COUNT = 10
 
 
 class Stream(IterableDataset):
-    """Rows in an order that depends on the pass, numbered by their objective's place."""
+    """A stream whose order depends on the pass."""
 
     def __init__(self, rows=None):
         self.rows, self.epoch, self.passes = rows or pairs(COUNT), 0, []
@@ -31,7 +31,7 @@ class Stream(IterableDataset):
 
 
 class InOrder(torch.utils.data.Dataset):
-    """What a stream gives, in memory; the trainer's sampler is made to keep it in order."""
+    """The rows of a stream in memory. The trainer's sampler must keep their order."""
 
     def __init__(self, rows):
         self.rows = rows

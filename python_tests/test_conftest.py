@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of the test suite itself: which folder is run, GPU tests that cannot run, seeds."""
+"""The rules of the test suite itself: which folder runs, GPU tests that cannot run, seeds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_speed(pytestconfig):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A project with our configuration, one GPU test, one other, and one benchmark."""
+    """A project with our pytest configuration, one GPU test, one other test and one benchmark."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("pyproject.toml", "conftest.py", "python_tests/conftest.py"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architecture as rules: imports point downwards only, the kernels know no torch, nothing
-unpickles or runs code from a file, and importing the package is light.
+"""Rules of the architecture.
 
-Each rule is a function from source text to findings, and is shown to find something.
+Imports point downwards only. The kernels do not use torch. Nothing unpickles, or runs code from a
+file. Importing the package is fast.
+
+Each rule is a function from source text to findings, and a test shows that it finds something.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dualhead_ext"
 KERNELS = ROOT / "csrc" / "kernels"
 
-# The package's rooms, bottom first. What is in one imports from the rooms before it, and within it
-# without a cycle.
+# The package's folders and root modules, lowest first. Each imports only from those before it.
+# Within one there are no import cycles.
 ORDER = (
     "config",
     "quantization",
@@ -47,8 +49,10 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported_modules(source: str, package: tuple[str, ...] = ()) -> set[str]:
-    """Modules of dualhead_ext that a source text imports, lazily too. package: where it lies,
-    below dualhead_ext."""
+    """Modules of dualhead_ext that a source text imports, including imports inside functions.
+
+    package: the folder of the source text, below dualhead_ext.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -59,7 +63,8 @@ def imported_modules(source: str, package: tuple[str, ...] = ()) -> set[str]:
                 base = node.module.split(".")[1:]
             else:
                 continue
-            # "from . import ops" names modules, "from .ops import decode_step" things in one.
+            # "from . import ops" imports modules, "from .ops import decode_step" imports a module's
+            # names.
             for alias in node.names:
                 deeper = ".".join([*base, alias.name])
                 found.add(deeper if deeper in MODULES else ".".join(base))
@@ -97,7 +102,8 @@ def test_no_cycles():
     graph = {}
     for name, path in MODULES.items():
         graph[name] = imported_modules(path.read_text(), path.relative_to(PACKAGE).parent.parts)
-        # A package's __init__ may hand its own modules constants, and import them when called.
+        # A package's __init__ may import its own modules inside functions, and they may read its
+        # constants.
         graph[name] = {other for other in graph[name] if not name.startswith(f"{other}.")}
     finished: set[str] = set()
 
@@ -112,16 +118,16 @@ def test_no_cycles():
         visit(name, ())
 
 
-# The oracle is there to be compared with. Who else may import it, and for what.
+# The reference implementation is for comparisons. These modules may import it, for these names.
 ORACLES = {"reference", "reference.heads", "reference.sampling", "loss.reference"}
 MAY_IMPORT_THE_ORACLE = {
-    "ops": {"DecodeOutput"},  # the type of what a step returns
+    "ops": {"DecodeOutput"},  # the type of a step's result
     "head.decoding": {"decode_step"},  # the fallback, which ops.warn_of_reference announces
 }
 
 
 def uses_of_the_oracle(module: str) -> set[str]:
-    """Names that a module takes from the reference: imported from it, or attributes of it."""
+    """Names that a module uses from the reference: imported, or as attributes of it."""
     path, found = MODULES[module], set()
     package = path.relative_to(PACKAGE).parent.parts
     tree = ast.parse(path.read_text())
@@ -145,8 +151,10 @@ def uses_of_the_oracle(module: str) -> set[str]:
 
 
 def test_only_the_fallback_uses_the_oracle():
-    """Production has formulas of its own, so that a slip in one shows against the other. The
-    benchmarks time the oracle."""
+    """The package has formulas of its own, so that an error in one of the two shows.
+
+    Benchmarks may time the reference.
+    """
     for module in MODULES:
         if module not in ORACLES and room(module) != "bench":
             assert uses_of_the_oracle(module) <= MAY_IMPORT_THE_ORACLE.get(module, set()), module
@@ -160,8 +168,9 @@ def test_uses_of_the_oracle_are_found():
 
 
 def test_a_control_is_named_in_four_places():
-    """What CONTRIBUTING promises: a new control is its field, its formula, the oracle's formula
-    and the operator's argument."""
+    """As CONTRIBUTING states, they are the field, its formula, the reference's formula, and the
+    operator's argument.
+    """
     named = {n for n, path in MODULES.items() if re.search(r"\bskip_threshold\b", path.read_text())}
     assert named == {"head.controls", "head.mixture", "reference", "ops"}
 
@@ -208,7 +217,7 @@ def test_foreign_headers_are_found(header):
 
 
 def own_includes(path: Path) -> list[Path]:
-    """Files of csrc/ that a file of it includes: beside itself, or from csrc/."""
+    """Files of csrc/ that a file includes: beside itself, or from csrc/."""
     found = []
     for name in OWN_HEADER.findall(path.read_text()):
         places = [(path.parent / name).resolve(), (ROOT / "csrc" / name).resolve()]
@@ -217,7 +226,7 @@ def own_includes(path: Path) -> list[Path]:
 
 
 def test_kernels_include_nothing_above_or_beside_them():
-    """params.h and its like serve both devices; neither device includes the other's files."""
+    """params.h and similar headers serve both devices. No device includes the other's files."""
     seen = 0
     for path in C_FILES:
         if not path.is_relative_to(KERNELS):
@@ -251,14 +260,14 @@ UNSAFE_METHODS = {
     "yaml.load",
     "yaml.unsafe_load",
 }
-UNSAFE_KEYWORDS = {"trust_remote_code", "allow_pickle", "shell"}  # when they are literally True
+UNSAFE_KEYWORDS = {"trust_remote_code", "allow_pickle", "shell"}  # with the literal value True
 
 
 def unsafe_uses(source: str) -> list[str]:
-    """Ways to run code, to unpickle, or to check nothing that a source text contains."""
+    """Ways to run code, to unpickle or to skip checks that a source text contains."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assert):  # python -O leaves them out, and the check with them
+        if isinstance(node, ast.Assert):  # python -O removes asserts, and the checks in them
             found.append("assert")
         elif isinstance(node, ast.Import):
             found += [a.name for a in node.names if a.name.split(".")[0] in UNSAFE_MODULES]
@@ -328,7 +337,7 @@ def run_python(source: str) -> subprocess.CompletedProcess:
 
 
 def test_the_package_alone_imports_neither_torch_nor_transformers():
-    """`dualhead --help` must not take the seconds that torch takes."""
+    """`dualhead --help` must not take the seconds that importing torch takes."""
     done = run_python("""
         import sys, dualhead_ext
         dualhead_ext.DualHeadConfig
@@ -354,7 +363,7 @@ def test_the_core_needs_torch_alone():
 
 
 def test_importing_does_not_touch_cuda():
-    """A context made at import time breaks every process that forks afterwards."""
+    """A CUDA context created by an import breaks every process that forks afterwards."""
     done = run_python(f"""
         import importlib, torch
 
@@ -382,7 +391,7 @@ def test_public_names_resolve():
 
 
 def test_build_info_stays_a_function():
-    """It shares its name with the module it comes from, which importing could put in its place."""
+    """It has the name of its module, and importing the module could replace the function."""
     import dualhead_ext
     import dualhead_ext.build_info
 

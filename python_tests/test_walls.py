@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks and the comparison with the paper stand behind one wall each: the package works
-without their folder."""
+"""The package works without the folder of the benchmarks, and without that of the paper's
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dualhead_ext"
-# Everything else is imported; then a head decodes, a backbone generates, and the commands answer.
+# Imports every other module. Then a head decodes, a backbone generates, and the commands run.
 PROGRAM = """
 import contextlib, importlib, io, pkgutil, sys
 import dualhead_ext as dh
@@ -43,7 +44,8 @@ for command in ([], ["sample"], ["train"], ["generate"], ["eval"], ["bench"], ["
     ("folder", "behind"),
     [
         pytest.param("bench", ["bench"], marks=pytest.mark.slow),
-        # `dualhead eval --suite` is what runs it; the steering suite stores its cells as it does.
+        # `dualhead eval --suite` runs eval/paper, and the steering suite uses its way to store
+        # cells.
         ("eval/paper", ["eval.paper", "eval.steering", "cli.eval_suite", "cli.eval_steering"]),
     ],
 )

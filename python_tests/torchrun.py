@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a script of this folder in two processes, over gloo."""
+"""Run a script of this folder in two processes, with gloo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def run_in_two_processes(script: str, folder: Path) -> None:
-    """``script``, which ends with :func:`leave`, gets ``folder`` as its argument."""
+    """Run ``script`` with ``folder`` as its argument. It must end with :func:`leave`."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
@@ -20,17 +20,18 @@ def run_in_two_processes(script: str, folder: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,  # for a machine that is slow and busy
+        timeout=900,  # enough for a slow, busy machine
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def leave() -> None:
-    """End this process, its results written, without the interpreter's finalization.
+    """End this process after its results are written, without finalising the interpreter.
 
-    In it, a thread of gloo that wants the GIL, to free what a collective long done had held, would
-    be ended by Python inside a destructor, and so the process: "terminate called without an active
-    exception", seen twice in one run on a busy machine, that being the likeliest reason.
+    During finalisation, a thread of gloo may need the GIL to free the objects of a finished
+    collective. Python would end the thread inside a destructor, and with it the process: "terminate
+    called without an active exception". This is the likeliest reason for two such failures seen in
+    one run on a busy machine.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny training runs: tokenised pairs with something to learn, and trainers over them."""
+"""Tiny training runs: tokenised pairs that can be learnt, and trainers for them."""
 
 import torch
 from tiny_models import VOCAB, make_model
 
 import dualhead_ext as dh
 
-# Chosen responses are made of these tokens, rejected ones of those.
+# Chosen responses use tokens of the first range, rejected ones of the second.
 CHOSEN, REJECTED = (3, 9), (60, 66)
 
 
@@ -29,7 +29,7 @@ def pairs(count, seed=0, objectives=1):
 
 
 def ranked_lists(count=10, seed=0, objectives=1):
-    """Ranked lists of 2 to 4 responses, scored by the share of chosen tokens."""
+    """Ranked lists of 2 to 4 responses, scored by their share of chosen tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(count):
@@ -89,7 +89,7 @@ def same(a, b):
 
 
 def history(trainer):
-    """Every logged number as its bits, but for the wall clock."""
+    """The bits of every logged number, except for times."""
     clock = ("runtime", "per_second", "train_loss", "total_flos")
     return [
         {k: float(v).hex() for k, v in entry.items() if not any(word in k for word in clock)}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the vLLM plugin share: exported folders, requests with every control, what
-`generate()` answers them, and engines.
+"""Shared by the tests of the vLLM plugin.
+
+They are exported folders, requests with every control, the answers of `generate()` to them, and
+engines.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Before anything imports vllm: it reads them once.
+# Set before vllm is imported, since it reads them only once.
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
@@ -44,7 +46,7 @@ def with_something_to_say(model: Any, spread: float, seed: int = 1) -> Any:
 
 
 def gated(backbone: Any = None, **config: Any) -> Any:
-    """The embedded backbone, or another, with a gated head, in fp32."""
+    """The embedded backbone, or another one, with a gated head, in fp32."""
     if backbone is None:
         backbone = AutoModelForCausalLM.from_pretrained(
             embedded_backbone_path(), dtype=torch.float32
@@ -63,7 +65,7 @@ def served(model: Any, folder: Path, backbone: str | Path = "embedded") -> Path:
 
 
 def prompts(vocab: int = 4096) -> list[list[int]]:
-    """2 to 260 tokens; the last two share their first 96."""
+    """Prompts of 2 to 260 tokens. The last two share their first 96 tokens."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, vocab, (260,), generator=generator).tolist()
     return [ids[:2], ids[5:36], ids, [*ids[:96], 7, 9, 11]]
@@ -88,7 +90,7 @@ def jobs(num_objectives: int, vocab: int = 4096) -> list[tuple[list[int], dict[s
 
 
 def expected(model: Any, work: list[tuple[list[int], dict[str, Any]]], new: int = NEW) -> list:
-    """(tokens, alpha of each) of every job, alone."""
+    """(tokens, the alpha of each) for every job, run alone."""
     found = []
     for ids, own in work:
         out = model.generate(
@@ -106,7 +108,7 @@ def expected(model: Any, work: list[tuple[list[int], dict[str, Any]]], new: int 
 
 
 def engine(folder: Path, **options: Any) -> Any:
-    """A small fp32 engine: chunks of 64, so that prompts are cut and decode beside others."""
+    """A small fp32 engine. Its chunks of 64 split prompts and mix them with decoding."""
     from vllm import LLM
 
     sizes = {
@@ -121,14 +123,14 @@ def engine(folder: Path, **options: Any) -> Any:
 
 
 def close(llm: Any) -> None:
-    """Let go of an engine of this process."""
+    """Free an engine of this process."""
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
 
 
 def answers(llm: Any, work: list[tuple[list[int], dict[str, Any]]], new: int = NEW) -> list:
-    """(tokens, alpha of each) of every job, all at once."""
+    """(tokens, the alpha of each) for every job, all at once."""
     from vllm import SamplingParams
 
     from dualhead_ext.vllm.alpha import take_alpha
@@ -149,10 +151,10 @@ def answers(llm: Any, work: list[tuple[list[int], dict[str, Any]]], new: int = N
 
 
 def check(found: list, wanted: list, tolerance: float = 1e-4) -> None:
-    """Every text is equal, every alpha near."""
+    """Check that all texts are equal and that every alpha is close."""
     assert len(found) == len(wanted)
     texts = {tuple(tokens) for tokens, _ in wanted}
-    assert len(texts) > len(wanted) // 3  # prompts and controls matter
+    assert len(texts) > len(wanted) // 3  # otherwise prompts and controls would have no effect
     for i, ((tokens, alpha), (own, own_alpha)) in enumerate(zip(found, wanted, strict=True)):
         assert tokens == own, f"job {i}"
         torch.testing.assert_close(alpha, own_alpha, rtol=0, atol=tolerance, msg=f"job {i}")

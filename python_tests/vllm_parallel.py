@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FOLDER OUT: every job in an engine of two processes, into a file. A script, since vLLM's workers
-import the main module again.
+"""FOLDER OUT: run every job in an engine of two processes, and write the results to a file.
+
+This is a script because vLLM's workers import the main module again.
 """
 
 import json

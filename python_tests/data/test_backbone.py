@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbone in the package: small, whole, and as good as its recipe says."""
+"""The backbone in the package: its size, its files, and the loss that its recipe states."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_any_text_comes_back_exactly(tokenizer, text):
 
 
 def test_its_loss_on_unseen_dialogues_is_near_the_recipes(tokenizer):
-    """The sample's test pairs share no prompt with what it was trained on."""
+    """None of its training data has a prompt of the sample's test pairs."""
     model = AutoModelForCausalLM.from_pretrained(PATH, dtype=torch.float32)
     rows = load_preference_data("embedded", "test")[:24]
     ids = tokenizer(

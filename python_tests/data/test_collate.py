@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens, masks and batches of preference pairs, with the embedded tokenizer and with others'
-habits.
+"""Tokens, masks and batches of preference pairs.
+
+The tokenizers are the embedded one, and others that behave differently.
 """
 
 import pytest
@@ -20,7 +21,7 @@ def tokenizer():
 
 
 def said(coded, tokenizer):
-    """The text under the mask."""
+    """The text that the mask selects."""
     pairs = zip(coded["input_ids"], coded["completion_mask"], strict=True)
     return tokenizer.decode([token for token, on in pairs if on])
 
@@ -44,7 +45,8 @@ def test_role_markers_and_human_turns_inside_a_response_are_not_said(tokenizer):
 def test_a_token_that_straddles_the_seam_belongs_to_the_response(tokenizer):
     coded = encode("ab", "c", tokenizer, 100)
     whole = tokenizer("abc", add_special_tokens=False)["input_ids"]
-    assert coded["input_ids"][1:-1] == whole  # as it would be read while decoding: no seam
+    # The tokens are those of the whole text, as a decoder would read it
+    assert coded["input_ids"][1:-1] == whole
     assert coded["completion_mask"][len(whole)] == 1
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference pairs: every oddity of HH-RLHF, TRL's layouts, what is skipped and said, what is
-refused.
-"""
+"""Preference pairs: the irregularities of HH-RLHF, TRL's layouts, skipped rows, and refusals."""
 
 import gzip
 import json
@@ -177,7 +175,8 @@ def test_the_embedded_sample():
     with gzip.open(embedded_pairs_path(), "rb") as file:
         assert file.read(1) == b"{"
     header = embedded_pairs_path().read_bytes()[:10]
-    assert header[3] == 0 and header[4:8] == bytes(4)  # no name, no time: repeatable
+    # The gzip header has no file name and no time, so that the file is reproducible
+    assert header[3] == 0 and header[4:8] == bytes(4)
 
 
 @needs_data

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and datasets that people have: encodings, compressions, folders, layouts of other projects;
-and the trainer, which takes what the loader takes.
+"""Files and datasets that users have: encodings, compression, folders, layouts of other projects.
+
+The trainer takes the same data as the loader.
 """
 
 import bz2
@@ -399,7 +400,7 @@ def test_read_file_names_who_asked(tmp_path):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A folder and the address at which a server on this machine gives its files."""
+    """A folder, and the address at which a local server provides its files."""
     folder = tmp_path_factory.mktemp("served")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -425,7 +426,7 @@ def test_files_of_urls(served):
         found = load_preference_data(f"{address}/{name}?download=true")
         assert list(found) == ROWS, name
     assert list(load_preference_data(f"{address}/rows.tsv")) == ROWS[:1]
-    # Any file system of fsspec: this one has no server, as s3:// and gs:// have.
+    # Any file system of fsspec works. This one needs no server, unlike s3:// and gs://.
     fsspec.filesystem("memory").pipe("/bucket/rows.jsonl", LINES.encode())
     assert list(load_preference_data("memory://bucket/rows.jsonl")) == ROWS
 

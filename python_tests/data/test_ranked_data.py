@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranked lists, several scored responses to one prompt: rows, tokens, batches, cached states."""
+"""Ranked lists (several scored responses to one prompt): rows, tokens, batches, cached states."""
 
 import json
 
@@ -144,7 +144,7 @@ def test_batches_that_make_no_sense_are_refused():
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_hidden_states_go_back_to_the_texts_they_are_of(padding_free):
-    """Through the cache's cutting and padding, a batch's states are those it came with."""
+    """After the cache has split and padded them, a batch's hidden states are the original ones."""
     rows = [ranked([2, 3, 2], [1.0, 3.0, 2.0]), ranked([4, 2], [0.0, 5.0])]
     plain = PreferenceCollator(0, padding_free=padding_free)
     batch = plain(rows)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What counts as the response: of messages through several styles of chat template, of dialogues in
-HH-RLHF's layout, of plain strings; and that decoding sees the layout of training.
+"""Which tokens count as the response.
+
+The inputs are messages through several styles of chat template, dialogues in HH-RLHF's layout, and
+plain strings. Decoding must see the layout of training.
 """
 
 import time
@@ -35,7 +37,8 @@ LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content | trim }} "
     "{{ eos_token }}{% else %}[INST] {{ m.content | trim }} [/INST]{% endif %}{% endfor %}"
 )
-# Thinks: the prompt opens with it, and what was thought is taken out of an answer.
+# Templates of models that think. An answer starts with a thought, and the template removes the
+# thought that an answer contains.
 QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}"
     "{% if m.role == 'assistant' %}{% if loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -47,7 +50,7 @@ R1 = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
 NO_GENERATION_PROMPT = CHATML.partition("{% if add")[0]
-# name: template, its special tokens, what follows an answer
+# {name: (template, its special tokens, what follows an answer)}
 STYLES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     "gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
@@ -69,7 +72,7 @@ def styled(template, special=()):
 
 @pytest.fixture(scope="module", params=[*STYLES, "smollm2"])
 def style(request):
-    """(tokenizer, what it puts after an answer, the space before an answer)"""
+    """(tokenizer, what follows an answer, the space before an answer)"""
     if request.param == "smollm2":
         return AutoTokenizer.from_pretrained(smollm2_path()), "<|im_end|>", ""
     template, special, end = STYLES[request.param]
@@ -77,7 +80,7 @@ def style(request):
 
 
 def said(prompt, response, tokenizer, max_length=100_000):
-    """What is learnt, as runs of text."""
+    """The texts that are trained on, one for each run of tokens under the mask."""
     coded = encode(prompt, response, tokenizer, max_length)
     runs, before = [], 0
     for token, on in zip(coded["input_ids"], coded["completion_mask"], strict=True):
@@ -103,7 +106,7 @@ def test_an_answer_and_one_end_are_learnt(style):
 
 
 def test_text_ends_with_the_turn(style):
-    """Nothing stands behind the end, and no second one."""
+    """The text ends with one end-of-turn marker, and nothing follows it."""
     tokenizer, end, _ = style
     coded = encode([user("Hi")], [assistant("Yes.")], tokenizer, 1000)
     assert coded["completion_mask"][-1] == 1
@@ -125,7 +128,7 @@ def test_other_turns_in_a_response_are_not_learnt(style):
     assert len(runs) == 3 and runs[-1] == f"{space}Three.{end}"
     assert "And" not in learnt and "So" not in learnt and "user" not in learnt
     for run, text in zip(runs, ("One.", "Two."), strict=False):
-        bare = end == "<|eos|>"  # a layout without an end of turn
+        bare = end == "<|eos|>"  # a layout without an end-of-turn marker
         assert run == f"{space}{text}" + ("" if bare else end)
 
 
@@ -142,7 +145,8 @@ def test_the_prompt_of_generate_is_what_training_saw(style):
     prompt = coded["input_ids"][: coded["completion_mask"].index(1)]
     if tokenizer.chat_template == NO_GENERATION_PROMPT:
         header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-        assert prompt[-len(header) :] == header  # which nothing teaches and nothing asks for
+        # Training does not train on the header, and generate() does not add it
+        assert prompt[-len(header) :] == header
         prompt = prompt[: -len(header)]
     assert generate_tokens("Hi there", tokenizer)["input_ids"][0].tolist() == prompt
 
@@ -161,14 +165,14 @@ def test_dialogues_are_trained_in_the_layout_that_generate_decodes(style):
 
 
 def seconds(prompt, response, tokenizer):
-    """Of this process: others on the machine do not count."""
+    """CPU time of this process, which other processes do not change."""
     start = time.process_time()
     encode(prompt, response, tokenizer, 10**6)
     return time.process_time() - start
 
 
 def is_linear(prompt, response_of, tokenizer):
-    """Eight times the turns take well under 64 times as long."""
+    """Eight times the turns take less than 24 times as long; quadratic time would give 64."""
     few, many = (seconds(prompt, response_of(turns), tokenizer) for turns in (400, 3200))
     return many < 24 * few + 0.1
 
@@ -211,7 +215,8 @@ def test_plain_strings_stay_as_they_are(style):
 def test_a_template_that_thinks():
     tokenizer = styled(QWEN3, ["<|im_start|>", "<|im_end|>"])
     runs = said([user("Hi")], [assistant("Yes")], tokenizer)
-    # generate asks with the bare header, so the empty thought is the model's to say.
+    # generate() ends the prompt with the bare header, so that the model must write the empty
+    # thought.
     assert runs == ["<think>\n\n</think>\n\nYes<|im_end|>"]
     runs = said([user("Hi")], [assistant("<think>hm</think>\nYes")], tokenizer)
     assert runs == ["<think>\n\n</think>\n\nYes<|im_end|>"]

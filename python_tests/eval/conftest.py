@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compared systems are trained on in the eval's tests."""
+"""Fixtures of the evaluation's tests: the backbone that the compared systems are trained on."""
 
 import pytest
 from paper_training import save_backbone

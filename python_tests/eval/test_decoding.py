@@ -22,7 +22,7 @@ def make_reward_model(seed=5, labels=1):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_labels=labels,
-        pad_token_id=None,  # or its own forward would take token 0 for padding
+        pad_token_id=None,  # otherwise its own forward would treat token 0 as padding
     )
     model = LlamaForSequenceClassification(config).eval()
     with torch.no_grad():
@@ -39,7 +39,7 @@ def log_probs(model, ids):
 
 @torch.no_grad()
 def reward(model, ids):
-    """Of one text, from the classifier's own forward."""
+    """The reward of one text, from the classifier's own forward."""
     return model(ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
 
 
@@ -101,7 +101,7 @@ def test_args_equals_a_slow_loop(weight, k):
 
 @pytest.mark.parametrize("kind", ["Mistral", "Gemma2"])
 def test_args_beyond_a_sliding_window(kind):
-    """Texts longer than the window of the reward model's layers, all or some of which slide."""
+    """Texts are longer than the window of the reward model. All or some of its layers have one."""
     torch.manual_seed(7)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=VOCAB,

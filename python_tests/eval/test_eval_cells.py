@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells of a run: what decides a key, what is computed and in which order, what a crash, a dropped
-file or a broken record leads to. With steps that add numbers.
+"""Cells of a run: what determines a key, what is computed, and in which order.
+
+The tests also cover crashes, dropped files and broken records. The steps only add numbers.
 """
 
 import json
@@ -15,7 +16,7 @@ COUNTER = {"runs": 0}
 
 
 def make(cell, store, folder):
-    """A file with the cell's number plus what it needs; a new digest each time it is made."""
+    """Write the sum of the cell's number and its needs' numbers. Each call gives a new digest."""
     COUNTER["runs"] += 1
     total = cell.options["n"] + sum(
         int((store.folder(need) / "n").read_text()) for need in cell.needs.values()
@@ -65,7 +66,7 @@ def test_a_key_is_of_all_that_decides_the_result_and_of_nothing_else(monkeypatch
     *_, reader = chain()
     assert reader.key == chain()[2].key
     assert Cell("read", "another label", {}, reader.needs).key == reader.key
-    assert chain(n=2)[2].key != reader.key  # an option two levels below
+    assert chain(n=2)[2].key != reader.key  # an option of a cell that the needed cell needs
     assert Cell("make", "", {"n": 1}).key != Cell("read", "", {"n": 1}).key
     monkeypatch.setattr(cells, "RECIPE", cells.RECIPE + 1)
     assert chain()[2].key != reader.key
@@ -86,7 +87,8 @@ def test_files_that_are_gone_are_made_again_only_where_something_left_reads_them
     base, top, reader = chain(bytes=100)
     cells.run([top], store)
     assert store.drop_files([base, top], [], limit=store.bytes_held() - 1) == [base]
-    assert computed([reader], store) == ["reader"]  # top's files are still there
+    # top's files are still there, and nothing else is read
+    assert computed([reader], store) == ["reader"]
     assert store.drop_files([top], [], limit=store.bytes_held() - 1) == [top]
     another = Cell("read", "another", {"x": 1}, {"of": top})
     assert computed([another], store) == ["base", "top", "another"]
@@ -112,7 +114,7 @@ def test_time_that_runs_out_leaves_the_rest_for_the_next_call(store):
 
 
 def test_pieces_without_time_or_room_still_come_to_an_end(store):
-    """Each leaves one more record, though every file is dropped and has to be made again."""
+    """Each piece adds one record, although every file is dropped and must be computed again."""
     *_, reader = chain(bytes=1000)
     for labels in (["base"], ["base", "top"], ["base", "top", "reader"], []):
         assert computed([reader], store, seconds=0) == labels

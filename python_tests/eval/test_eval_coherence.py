@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coherence with a tiny sentence embedder and with a backbone's hidden states, text by text."""
+"""Coherence by a tiny sentence embedder and by a backbone's hidden states, text by text."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    """A random BERT that takes 40 tokens, saved beside a tokenizer."""
+    """A random BERT that takes at most 40 tokens, saved with a tokenizer."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Costs: FLOPs against torch's own counter, passes of each decoder against counting on fingers,
-bytes and parameters against sums over tensors.
+"""Costs, against independent counts.
+
+FLOPs are compared with torch's own counter, the passes of each decoder with a count by hand, and
+bytes and parameters with sums over tensors.
 """
 
 import copy
@@ -45,14 +47,14 @@ def counted(function):
     ids=["llama", "llama-head-dim", "mistral-sliding", "qwen3"],
 )
 def test_backbone_flops_are_torchs(config, context):
-    """One token on a cache, eager attention: torch counts products of matrices and nothing else."""
+    """One token with a cache and eager attention. torch counts only products of matrices."""
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
     cache = DynamicCache(config=config)
     if context > 1:
         model(torch.ones(1, context - 1, dtype=torch.long), past_key_values=cache)
     total = counted(lambda: model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache))
-    # Where transformers makes the rotation's angles by a product, torch counts it.
+    # If transformers computes the angles of the rotary embedding by a product, torch counts it.
     rotation = 2 * model.model.rotary_emb.inv_freq.numel()
     ours = cost.flops_per_token(config, context)
     assert total - ours in (0, rotation)
@@ -63,7 +65,7 @@ def test_backbone_flops_are_torchs(config, context):
 @pytest.mark.parametrize("gate", ["attention", "linear", "fixed"])
 @pytest.mark.parametrize("objectives", [1, 3])
 def test_head_flops_are_torchs(gate, objectives):
-    """In float64 the step is the eager one, whose products torch sees."""
+    """In float64 the step runs in eager PyTorch, so that torch sees its products."""
     config = LlamaConfig(**SHAPE)
     sizes = {"hidden_size": 24, "vocab_size": 61, "gate_num_heads": 2, "gate_head_dim": 6}
     head_config = dh.DualHeadConfig(**sizes, gate=gate, num_objectives=objectives)
@@ -72,8 +74,9 @@ def test_head_flops_are_torchs(gate, objectives):
     head.prefill(torch.randn(1, context - 1, 24).double(), cache)
     total = counted(lambda: head.step(torch.randn(1, 24).double(), cache))
     lm_head = 2 * 24 * 61
-    # The sum of p u over positions and heads is not a product of matrices in eager PyTorch, nor is
-    # w.h of the linear gate, which adds up in the same order for every batch.
+    # Eager PyTorch does not compute these two as products of matrices: the sum of p u over
+    # positions and heads, and w.h of the linear gate, which is summed in the same order for every
+    # batch.
     unseen = {"attention": 2 * context * 2, "linear": 2 * 24, "fixed": 0}[gate]
     ours = cost.flops_per_token(config, context, head_config) - cost.flops_per_token(
         config, context
@@ -153,15 +156,16 @@ def test_memory_on_the_cpu_is_what_is_held():
     found = cost.measure(table, prompts(2), NEW, batch_sizes=(2,), seconds=0.0, min_rounds=2)
     config = base.config
     keys = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    keys *= LENGTH + NEW - 1  # both caches end one short: the last token is not fed
+    keys *= LENGTH + NEW - 1  # both caches end one token short: the last token is not an input
     weights = sum(t.numel() * t.element_size() for t in (*base.parameters(), *base.buffers()))
     assert found["backbone"][0].memory_bytes == weights + keys
     head = gated.lm_head_module
     added = sum(p.numel() * 4 for p in (*head.reward_head.parameters(), *head.gate.parameters()))
     columns, (heads, size) = 64, (head.gate.num_heads, head.gate.head_dim)
-    layer = 2 * (columns * (heads * size * 4 + heads * 4 + 1) + 4)  # k, u, valid; length
+    # For k, u and validity, then for the length
+    layer = 2 * (columns * (heads * size * 4 + heads * 4 + 1) + 4)
     more = found["gated"][0].memory_bytes - found["backbone"][0].memory_bytes - added - layer
-    assert 0 <= more <= 64  # the draw counter and its like
+    assert 0 <= more <= 64  # the draw counter and similar small tensors
 
 
 def test_parameters_count_once():

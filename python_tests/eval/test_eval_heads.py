@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dualhead eval HEADS`` as a user meets it; its figures against the slow ones of likelihood."""
+"""``dualhead eval HEADS``: the command, and its figures against slow versions of them."""
 
 import html
 import importlib.util
@@ -35,7 +35,7 @@ def run(*argv: str) -> int:
 
 
 def make_heads(**config):
-    """A gated model whose heads do something, though nothing trained them."""
+    """An untrained gated model whose heads have an effect."""
     torch.manual_seed(0)
     model = dh.DualHeadForCausalLM.from_backbone(
         dh.backbone_path("embedded"), dtype=torch.float32, **config
@@ -134,7 +134,7 @@ def test_accuracies_are_those_of_likelihood(reward_head, mix, tokenizer, pairs):
 
 
 def token_reward_accuracy(model, tokenizer, pairs):
-    """Sum of alpha delta over the response, one text at a time."""
+    """Ranks by the sum of alpha * delta over the response, one text at a time."""
     head, wins = model.lm_head_module, 0.0
     for row in pairs:
         sums = []
@@ -189,7 +189,7 @@ def test_the_sweep_is_what_the_model_gives_its_own_text(model, tokenizer):
         scores = [len(found[i].text) for found in replies]
         assert row["scores"]["characters"][0] == pytest.approx(sum(scores) / 3)
     assert rows[0]["gains"]["characters"] == [0.0, 0.0, 0.0]
-    # Strength 0 is the backbone's own sample of the same seed.
+    # At strength 0 the text is a sample of the backbone with the same seed.
     backbone = AutoModelForCausalLM.from_pretrained(
         dh.backbone_path("embedded"), dtype=torch.float32
     )
@@ -198,7 +198,10 @@ def test_the_sweep_is_what_the_model_gives_its_own_text(model, tokenizer):
 
 
 def test_two_objectives_and_two_scorers(place, capsys, tokenizer):
-    """Objective 1 has a reward head of its own; a scorer of the registry beside one's own; bars."""
+    """Each objective has a reward head.
+
+    One scorer is built in, one is the user's. Bars are shown.
+    """
     model = make_heads(
         gate="linear", reward_head="embedding", preference="token_reward", num_objectives=2
     )
@@ -217,14 +220,14 @@ def test_two_objectives_and_two_scorers(place, capsys, tokenizer):
             assert bar in err
     first, second = reports
     assert first["scorers"] == ["words", "rule:vowels"]
-    # Each pair asks the head of its own objective, whatever the replies are steered by.
+    # Each pair is ranked by the head of its own objective, whatever steers the replies.
     assert first["pairs"] == second["pairs"]
     expected = pair_figures(model, tokenizer, rows, 96)["accuracy"]
     apart = [pair_figures(model, tokenizer, [row], 96)["accuracy"] for row in rows]
     for name, (value, *_) in expected.items():
         assert value == pytest.approx(sum(one[name][0] for one in apart) / len(rows))
         assert first["pairs"]["accuracy"][name][0] == pytest.approx(value)
-    # Without the heads the objectives do not matter; with them they do.
+    # The weights of the objectives matter only if the heads are used.
     assert first["sweep"][0]["kl"] == second["sweep"][0]["kl"] == [0.0, 0.0, 0.0]
     assert first["sweep"][1]["kl"] != second["sweep"][1]["kl"]
     for report in reports:

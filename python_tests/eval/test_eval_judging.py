@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Win rates against numbers known beforehand; the endpoint's judge against a local server."""
+"""Win rates against known values, and the judge behind an endpoint against a local server."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_length_controlled_rate_against_torchs_optimizer(seed):
 
 
 def test_a_judge_of_length_alone_is_seen_through(seed):
-    """A wins often by being longer; at equal length it would win half."""
+    """A often wins because it is longer. At equal lengths it would win half of the comparisons."""
     generator = random.Random(seed)
     differences = [generator.gauss(50, 60) for _ in range(2000)]
     verdicts = [
@@ -104,7 +104,7 @@ def test_reward_judge():
 
 
 class _Server(BaseHTTPRequestHandler):
-    """Answers with the first of `answers` left; remembers what came."""
+    """Sends the next one of `answers`, and records the requests."""
 
     answers: ClassVar[list] = []
     requests: ClassVar[list] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities and what is made of them, against loops over one unpadded text at a time."""
+"""Log-probabilities and figures based on them, against loops over one unpadded text at a time."""
 
 import math
 
@@ -46,7 +46,7 @@ def random_texts(seed, lengths=(9, 3, 14, 2, 6)):
 
 
 def systems(family):
-    """name: (Distribution, the same for one text (1, T) from the model's own logits)."""
+    """{name: (Distribution, a slow function of one text (1, T) by the model's own logits)}."""
     base, arm = make_backbone(family), make_backbone(family, seed=7)
     gated = make_model(family, mix="probs", num_objectives=2)
     weights = torch.tensor([0.3, 0.9])
@@ -79,7 +79,7 @@ def systems(family):
 
 @torch.no_grad()
 def slow_rows(slow, text):
-    """log-probabilities (n, V) at the positions before each response token, one text alone."""
+    """Log-probabilities (n, V) at the positions before each response token of a single text."""
     found = slow(torch.tensor([text.ids]))[0]
     return torch.stack([found[t - 1] for t in range(1, len(text.ids)) if text.response[t]])
 
@@ -95,7 +95,8 @@ def test_token_log_probs_equal_one_text_at_a_time(name, family, side, seed):
     for text, values in zip(texts, found, strict=True):
         targets = [t for t, r in zip(text.ids[1:], text.response[1:], strict=True) if r]
         expected = slow_rows(slow, text)[torch.arange(len(targets)), targets]
-        # fp32 logits of like size, padded and not: their rounding, not a bound on the method's.
+        # Padded and unpadded logits in fp32 round differently. The tolerance allows for that
+        # rounding.
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -130,7 +131,7 @@ def test_perplexity_and_token_mean():
     assert likelihood.perplexity(values).value == pytest.approx(64 ** (1 / 3))
     mean = likelihood.token_mean(values)
     assert mean.value == pytest.approx(-math.log(64) / 3)
-    # Two texts: resamples are of one, the other, or both.
+    # There are two texts: a resample holds one of them twice, the other twice, or both.
     assert (mean.low, mean.high) == pytest.approx((-math.log(8), -math.log(8) / 2))
     high = likelihood.perplexity(values)
     assert (high.low, high.high) == pytest.approx((8**0.5, 8))
@@ -225,14 +226,15 @@ def test_truthfulqa_equals_a_loop(embedded, tokenizer):
 
 
 def test_a_uniform_system_guesses(tokenizer):
-    """MC2 of a system that knows nothing is the share of correct answers of the same length."""
+    """MC2 of a uniform system is the share of correct answers, if all answers have one length."""
     size = len(tokenizer)
     uniform = likelihood.Distribution(
         lambda ids, mask: torch.full((*ids.shape, size), -math.log(size)), torch.device("cpu")
     )
     row = {"prompt": "Q:", "best": "a", "correct": ("a",), "incorrect": ("b", "c", "d")}
     got = likelihood.truthfulqa(uniform, [row], tokenizer)
-    assert got.mc2.value == pytest.approx(0.25) and got.mc1.value == 0.0  # a tie is no success
+    # A tie does not count as a success
+    assert got.mc2.value == pytest.approx(0.25) and got.mc1.value == 0.0
 
 
 def test_what_is_refused(tokenizer):

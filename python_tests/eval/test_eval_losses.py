@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compared systems' losses are their papers', on the tokens that the gated head trains on."""
+"""The compared systems have their papers' losses, on the tokens that the gated head trains on."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from dualhead_ext.eval.paper import trl_trainers  # noqa: E402  TRL is there, so
 
 
 def slow_loss(name, model, reference, tokenizer, beta, gamma):
-    """The formula by hand, over all pairs."""
+    """The formula over all pairs, written out."""
     sums, lengths = response_logps(model, PAIRS, tokenizer)
     if name == "dpo":
         sums = sums - response_logps(reference, PAIRS, tokenizer)[0]
@@ -40,9 +40,12 @@ def slow_reward_loss(model, tokenizer):
 
 @pytest.mark.parametrize("name", ["autoregressive_reward", "simpo", "dpo", "reward_model"])
 def test_the_loss_is_the_papers(tmp_path, backbone, tokenizer, name):
-    """TRL's first loss over one batch of all pairs, against the formula in float64; as near as the
-    formula itself comes in float32."""
-    other = save_backbone(tmp_path / "reference", seed=1)  # or DPO's loss would be log 2
+    """TRL's loss for one batch of all pairs, before training, against the formula in float64.
+
+    The error allowed is that of the formula in float32.
+    """
+    # With equal models, DPO's loss would be log 2
+    other = save_backbone(tmp_path / "reference", seed=1)
     settings = TrainSettings(**FAST | {"batch_size": len(PAIRS)})
     arguments = training_run.training_arguments(settings, tmp_path, progress=False)
     rows = tokenize_pairs(PAIRS, tokenizer, FAST["max_length"])
@@ -78,7 +81,7 @@ def test_the_loss_is_the_papers(tmp_path, backbone, tokenizer, name):
 
 
 def test_the_recipes_options_reach_trl(tmp_path, backbone, monkeypatch):
-    """beta's defaults, GenARM's sums, SimPO's means and margin; no behaviour-cloning term."""
+    """beta's defaults, GenARM's sums, SimPO's means and margin, and no behaviour-cloning term."""
     seen = {}
     real = trl_trainers.contrastive_trainer
 
@@ -97,7 +100,7 @@ def test_the_recipes_options_reach_trl(tmp_path, backbone, monkeypatch):
 
 
 def test_an_option_that_repeats_a_setting_is_an_error(tmp_path, backbone):
-    """The record would say one thing and the run do another."""
+    """Otherwise the record could state one value while the run uses another."""
     for train, option in (("dpo", {"learning_rate": 1.0}), ("simpo", {"cpo_alpha": 1.0})):
         with pytest.raises(TypeError, match=next(iter(option))):
             training.TRAINERS[train](
@@ -109,7 +112,7 @@ def test_an_option_that_repeats_a_setting_is_an_error(tmp_path, backbone):
 
 
 def real_pairs(tokenizer, max_length, count=6):
-    """Pairs of HH-RLHF that nobody has to cut, and whose responses hold no further turn."""
+    """Pairs of HH-RLHF that need no truncation and whose responses have a single turn."""
     rows = dh.data.load_preference_data("embedded")
     plain = [r for r in rows if "\n\n" not in r["chosen"] + r["rejected"]]
     short = [
@@ -149,7 +152,7 @@ def test_trl_trains_on_the_gated_heads_tokens(tmp_path, tokenizer):
 
 
 def test_our_tokens_are_trls_own(tmp_path, backbone, tokenizer):
-    """Where nothing is cut and no response holds a further turn, TRL's own tokenisation agrees."""
+    """TRL's tokenisation agrees, for pairs without truncation and responses of a single turn."""
     pairs = real_pairs(tokenizer, 200)
     data = datasets.Dataset.from_list(pairs)
     rows = tokenize_pairs(pairs, tokenizer, 200)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small backbones from scratch: both architectures learn, repeat themselves, and share a
-tokenizer.
+"""Small backbones trained from scratch.
+
+Both architectures learn, give the same weights for the same seed, and share a tokenizer.
 """
 
 import dataclasses
@@ -52,13 +53,13 @@ def test_a_backbone_from_scratch(tmp_path, architecture):
     assert recipe["steps"] == 20 and recipe["parameters"] == model.num_parameters()
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(TOKENIZER).get_vocab()
-    # What it says of its held-out text is true of the files, to bf16.
+    # The recipe's loss on held-out text is that of the saved files, up to bf16 rounding.
     held = [t for t in dialogues() if pretraining.is_held_out(t)]
     ids = [[*i, tokenizer.eos_token_id] for i in tokenizer(held)["input_ids"]]
     rows = pretraining.pack(ids, random.Random(1), spec.context)
     loss = pretraining.validation_loss(model, rows)
     assert loss == pytest.approx(recipe["validation_loss_nats_per_token"], rel=2e-3)
-    assert loss < 0.8 * math.log(len(tokenizer))  # of a guess
+    assert loss < 0.8 * math.log(len(tokenizer))  # a uniform guess has a loss of log V
     prompt = tokenizer(held[0][:30], return_tensors="pt")
     written = model.eval().generate(**prompt, max_new_tokens=3, do_sample=False)
     assert written.shape[1] > prompt["input_ids"].shape[1]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the systems are asked: each file's layout and oddities, on small files of the same shape
-and, where DUALHEAD_DATA is at hand, on the real ones.
+"""The prompts for the compared systems: each file's layout and irregularities.
+
+The tests use small files of the same layout, and the real files if DUALHEAD_DATA names their
+folder.
 """
 
 import csv

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's suite at its smallest scale, as a user runs it: every cell, every table, going on
-after an interruption, and what its decoders must agree with.
+"""The paper's suite at its smallest scale, as a user runs it.
+
+The tests cover every cell and every table, resuming after an interruption, and decoders that must
+agree.
 """
 
 import csv
@@ -44,7 +46,7 @@ def write_gz(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Files of the real layouts, filled from the sample in the package."""
+    """Files in the real layouts, filled from the package's sample."""
     folder = tmp_path_factory.mktemp("data")
     for split, name in (("train", TRAIN), ("test", TEST)):
         rows = dh.data.load_preference_data("embedded", split)[:160]
@@ -78,7 +80,7 @@ def command(data: Path, out: Path, *others: str) -> int:
 
 @pytest.fixture(scope="module")
 def done(data, tmp_path_factory):
-    """A whole run."""
+    """A complete run."""
     out = tmp_path_factory.mktemp("suite")
     assert command(data, out) == 0
     return out
@@ -145,7 +147,7 @@ def test_what_was_not_run_says_so_and_is_computed_when_asked_for(done, data, sto
     row = next(line for line in shown.splitlines() if line.startswith("| GenARM (LoRA) |"))
     assert set(row.split(" | ")[1:-1]) == {"not run"}
     assert "Left out by the command" in shown
-    # The same cells by the same keys, with the same figures but for those of time.
+    # Cells with the same keys have the same figures, except for times.
     small = Planner(SCALES["tiny"], Data(data), names=FEW.split(","))()
     there = Store(out, STEPS, Data(data))
     for cell in unfolded(small.cells()):
@@ -157,8 +159,9 @@ def test_what_was_not_run_says_so_and_is_computed_when_asked_for(done, data, sto
 
 
 def test_pieces_with_little_room_come_to_the_same(data, done, plan, store, tmp_path):
-    """One more record a call, hardly a file kept: models are trained again where they are read, to
-    the same weights.
+    """Each call adds one record and keeps hardly any file.
+
+    Models are trained again where they are needed, and get the same weights.
     """
     some = Planner(SCALES["tiny"], Data(data), names=["backbone", "linear_gate"])()
     cells = [cell for cell in some.systems[MAIN, "linear_gate", 0].cells if cell.step != "decode"]
@@ -197,7 +200,7 @@ def test_a_swept_gate_at_zero_is_the_backbone_and_at_its_own_alpha_itself(plan, 
     at_half = store.result(plan.sweep[0.5].likelihood)
     own = store.result(plan.systems[MAIN, "fixed_gate", 0].likelihood)
     assert at_half["perplexity"] == pytest.approx(own["perplexity"], rel=1e-5)
-    assert at_half["kl"][0] > 1e-5  # training moved it
+    assert at_half["kl"][0] > 1e-5  # training has had an effect
 
 
 def test_the_merged_head_writes_what_the_fixed_gate_does(plan, store):
@@ -215,7 +218,7 @@ def test_exponents_that_sum_to_more_than_one_raise_the_temperature(plan, store):
 
 
 def test_systems_differ_from_the_backbone(plan, store):
-    """Each was really trained and really decodes: KL above rounding."""
+    """Each system was really trained and really decodes: its KL is above rounding errors."""
     for (_, name, _), measured in plan.systems.items():
         if name != "backbone" and measured.likelihood is not None:
             assert store.result(measured.likelihood)["kl"][0] > 1e-6, name
@@ -229,7 +232,8 @@ def test_costs_are_of_what_each_system_runs(plan, store):
     assert found["backbone"]["trained_parameters"] == 0
     assert found["genarm_lora"]["flops_per_token"] == 2 * found["backbone"]["flops_per_token"]
     plain = found["backbone"]["rows"][0]["resident_parameters"]
-    assert found["merged"]["rows"][0]["resident_parameters"] > plain  # no longer tied
+    # The embedding and the LM head are no longer tied
+    assert found["merged"]["rows"][0]["resident_parameters"] > plain
     assert found["genarm_lora"]["rows"][0]["resident_parameters"] == 2 * plain
 
 
@@ -299,7 +303,7 @@ def test_a_missing_package_is_named_before_anything_runs(data, tmp_path, capsys,
 
 
 def test_a_decoder_that_breaks_stops_the_run(data, done, tmp_path, monkeypatch):
-    """No figure without a run behind it, and none of the backbone's in another's place."""
+    """No figure is written without its run, and the backbone's figures are not used instead."""
     from dualhead_ext.eval import decoding
 
     def broken(*args, **options):
@@ -335,7 +339,7 @@ class _PrefersTheLonger(http.server.BaseHTTPRequestHandler):
 
 
 def test_win_rates_by_an_endpoint(data, done, tmp_path):
-    """Over the texts of the whole run."""
+    """The judge compares the texts of the complete run."""
     out = shutil.copytree(done, tmp_path / "out")
     server = http.server.ThreadingHTTPServer(("localhost", 0), _PrefersTheLonger)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of texts against counts by hand."""
+"""Figures of texts, against counts by hand."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_repetition_without_the_added_one():
 
 @pytest.mark.parametrize("count, expected", [(3, 0.0), (4, 0.25), (10, 0.70), (30, 0.90)])
 def test_diversity_of_different_words_grows_with_length(count, expected):
-    """The table of the confound; 10 words have 9 / 10 * 8 / 9 * 7 / 8."""
+    """Diversity depends on length: for 10 different words it is 9 / 10 * 8 / 9 * 7 / 8."""
     line = " ".join(f"w{i}" for i in range(count))
     assert text.diversity([line]) == pytest.approx(expected, abs=0.005)
     assert text.diversity([line], plus_one=False) == 1.0

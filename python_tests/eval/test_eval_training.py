@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the systems that are compared: each learns, loads and repeats itself."""
+"""Training of the compared systems: each learns, can be loaded, and is reproducible."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ pytest.importorskip("peft", reason="the extra peft is not installed")
 
 ON_PAIRS = [name for name in training.TRAINERS if name != "rloo"]
 ADAPTED = [(name, lora) for name in ON_PAIRS for lora in (False, True)]
-ADAPTED.remove(("dual_head", True))  # its backbone is frozen in any case
+ADAPTED.remove(("dual_head", True))  # its backbone is always frozen
 
 
 def settings_of(steps, lora=False, learning_rate=1e-2):
@@ -30,7 +30,7 @@ def settings_of(steps, lora=False, learning_rate=1e-2):
 
 
 def ranked(name, model, backbone, tokenizer):
-    """The share of the pairs that a system ranks as the people did, by its own measure."""
+    """The share of pairs that a system ranks as people did, by the system's own measure."""
     if name == "reward_model":
         batch = batch_of(PAIRS, tokenizer)
         scores = sequence_rewards(model, batch["input_ids"], batch["attention_mask"])
@@ -60,7 +60,7 @@ def test_learns_and_loads(tmp_path, backbone, tokenizer, name, lora):
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     model = load(name, out, backbone)
     assert ranked(name, model, backbone, tokenizer) == 1.0
-    if name != "reward_model":  # whose score starts anywhere
+    if name != "reward_model":  # an untrained reward model's scores are arbitrary
         assert ranked(name, trained.load_policy(backbone), backbone, tokenizer) < 0.5
     assert (record["trained_parameters"] < record["parameters"]) == (lora or name == "dual_head")
     kinds = {path.suffix for path in out.iterdir() if path.name != ".lock"}
@@ -86,8 +86,11 @@ def test_a_seed_repeats_itself(tmp_path, backbone, name, lora):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_rloo_raises_the_reward(tmp_path, backbone, tokenizer, lora, monkeypatch):
-    """A judge that likes half of the vocabulary, one that a direction of the embeddings tells from
-    the other: the policy says it more and more; a seed repeats itself."""
+    """The reward is the share of tokens from a preferred half of the vocabulary.
+
+    The sign of one component of their embeddings defines that half. The policy must write more and
+    more of these tokens. Two runs with one seed give the same weights.
+    """
     liked = trained.load_policy(backbone).get_input_embeddings().weight[:, 0] > 0
     judged = []
 
@@ -116,7 +119,7 @@ def test_rloo_raises_the_reward(tmp_path, backbone, tokenizer, lora, monkeypatch
 
 
 def test_rloo_scores_the_texts_as_the_judge_was_trained_to(backbone, tokenizer):
-    """BOS, prompt, response, EOS: the score of an encoded pair."""
+    """Both score the same tokens: BOS, prompt, response, EOS."""
     judge = trained.fresh_reward_model(backbone).eval()
     rows = tokenize_pairs(PAIRS, tokenizer, FAST["max_length"])
     ids, mask = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: what their titles say, and that no text covers another or leaves the picture."""
+"""Plots: their titles are right, and no text overlaps another or leaves the picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLAIN = [0.01, -0.02, 0.04]
 
 
 class MadeUp:
-    """Stands for `Results`: every system measured; as close together as real ones are."""
+    """Replaces `Results`: every system has figures, about as close together as real ones."""
 
     def __init__(self, **rewards):
         names = dict.fromkeys([*TIMED, *ABLATIONS])
@@ -101,8 +101,10 @@ def test_titles_say_what_the_numbers_say():
 
 
 def test_colours_differ_for_everybody():
-    """In lightness too, so that grey print and any kind of colour blindness leave a difference;
-    where two are close, the marker tells."""
+    """Colours differ in lightness too, for grey print and for every kind of colour blindness.
+
+    Where two are close, the markers differ.
+    """
     assert len(set(style.PALETTE)) == len(style.PALETTE) == len(set(style.MARKERS))
     weights = (0.3, 0.59, 0.11)
     light = sorted(

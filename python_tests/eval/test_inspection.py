@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of each token of a text, against the slow formula; the page that shows it."""
+"""The inspection of each token of a text, against the slow formula, and its page."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from dualhead_ext.eval.inspection import Inspection, inspect_tokens, write_page
 
 
 class Letters:
-    """A tokenizer of a letter for each token."""
+    """A tokenizer with one letter per token."""
 
     def decode(self, ids, **options):
         return "".join(chr(ord("a") + i % 26) if i % 5 else "</script><b>" for i in ids)
@@ -39,7 +39,7 @@ def test_inspection_is_what_the_model_computes(family, mix, controls):
         model(input_ids=ids, **controls)
     alpha = model.lm_head_module.last_alpha[0]
     assert [token.token for token in found.tokens] == IDS[2:]
-    for i, token in enumerate(found.tokens, start=1):  # position i foretells token i + 1
+    for i, token in enumerate(found.tokens, start=1):  # position i predicts token i + 1
         p, q = mixture[i], backbone[i]
         assert token.alpha == pytest.approx(float(alpha[i]), abs=1e-5)
         assert token.kl == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-5)
@@ -72,7 +72,7 @@ def test_refusals(options, error, words):
 
 
 class Page(HTMLParser):
-    """Tokens, their tooltips, the data, and everything that would load something."""
+    """A page's tokens, their tooltips, its data, and everything that would load a resource."""
 
     def __init__(self, text):
         super().__init__()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads in lm-evaluation-harness, on a task of two files: the figures are those of the model's own
-logits. Offline; skipped where the harness is not installed (`make test-lm-eval` installs it).
+"""Heads in lm-evaluation-harness, offline, on a task of two files.
+
+The figures must be those of the model's own logits. The tests are skipped if the harness is not
+installed; `make test-lm-eval` installs it.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def heads(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(heads, tasks):
-    """The harness's samples by task."""
+    """The harness's samples for each task."""
     return lm_eval.simple_evaluate(
         model="dualhead",
         model_args=f"pretrained={heads},strength={STRENGTH},device=cpu",
@@ -87,7 +89,7 @@ def found(heads, tasks):
 
 
 def log_likelihood(model, tokenizer, text, continuation, strength):
-    """Summed over the continuation's tokens, one forward pass for each."""
+    """The sum over the continuation's tokens, with one forward pass for each token."""
     whole = tokenizer(text + continuation)["input_ids"]
     start, total = len(tokenizer(text)["input_ids"]), 0.0
     for end in range(start, len(whole)):

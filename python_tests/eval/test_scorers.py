@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scorers: each tells a text that has its property from one that has not, and refuses what it
-cannot use in one sentence."""
+"""Scorers: each ranks a text that has its property above one that has not.
+
+An input that a scorer cannot use gives one sentence.
+"""
 
 import builtins
 import json
@@ -43,7 +45,7 @@ def test_the_better_text_gets_the_higher_reward(name):
     assert high > low
     measured = found.measure("A question", [better, worse])
     assert (measured[0] > measured[1]) == found.higher_is_better
-    # A text's number does not depend on the texts beside it.
+    # A text's value does not depend on the texts beside it.
     assert found.measure("A question", [worse]) == [measured[1]]
 
 

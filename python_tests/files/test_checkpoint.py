@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint folders: what they hold, rotation, damage, foreign and hostile files."""
+"""Checkpoint folders: contents, rotation, damaged folders, foreign and hostile files."""
 
 import hashlib
 import json
@@ -114,7 +114,8 @@ def test_rotation_counts_and_removes_whole_checkpoints_only(tmp_path, caplog):
 
 def test_rotation_removes_nothing_while_the_newest_is_damaged(tmp_path):
     make(tmp_path, 1, 2, 3)
-    flip(tmp_path / "checkpoint-3" / "heads.bin", 77, 1)  # of the right size: only its hash tells
+    # The size is right, so that only the hash shows the damage
+    flip(tmp_path / "checkpoint-3" / "heads.bin", 77, 1)
     with pytest.raises(CheckpointError, match=r"heads\.bin has changed"):
         rotate(tmp_path, 1)
     assert steps(tmp_path) == [1, 2, 3]
@@ -130,7 +131,7 @@ def test_rotation_needs_a_limit(tmp_path, limit):
 
 
 def refused(directory, name, reason):
-    """The damaged checkpoint-2 is refused by name and reason, and checkpoint-1 is found instead."""
+    """The damaged checkpoint-2 is refused with the reason, and checkpoint-1 is found instead."""
     with pytest.raises(CheckpointError, match=reason) as error:
         verify(directory / "checkpoint-2")
     assert name in str(error.value) and "checkpoint-2" in str(error.value)
@@ -200,7 +201,7 @@ def pipe(path):
 
 def unix_socket(path):
     old = os.getcwd()
-    os.chdir(path.parent)  # a socket's path must be short
+    os.chdir(path.parent)  # the path of a socket must be short
     socket.socket(socket.AF_UNIX).bind(path.name)
     os.chdir(old)
 
@@ -237,7 +238,7 @@ def test_a_linked_checkpoint_is_not_picked(tmp_path):
 
 
 def forge(folder, files, **fields):
-    """A manifest with a right hash of its own over whatever it says."""
+    """Write a manifest with arbitrary fields and a hash that matches them."""
     data = json.loads(checkpoint._manifest_bytes(files)) | fields
     if fields:
         body = {k: v for k, v in data.items() if k != "manifest_sha256"}

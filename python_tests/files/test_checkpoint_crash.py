@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints under crashes, full and broken disks, at every call that changes the disk."""
+"""Checkpoints under crashes and full or broken disks, at every call that changes the disk."""
 
 import os
 import shutil
@@ -74,7 +74,7 @@ def assert_no_problem(results, least):
 
 
 def test_killed_at_every_call_of_a_save(tmp_path):
-    """A new checkpoint, one that takes another's place, and a rotation."""
+    """For a new checkpoint, for one that replaces another, and for a rotation."""
     results = run_script(
         tmp_path,
         """
@@ -143,7 +143,7 @@ def test_interrupted_and_short_writes_are_carried_through(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_its_name_is(tmp_path):
-    """Power loss: the rename may reach the disk before anything that was not synchronised."""
+    """After a power loss the rename may be on the disk, but not data that was not synchronised."""
     body = """
         def problems(log):
             rename = next(i for i, e in enumerate(log) if e[0] == "rename" and "staging" in e[1]
@@ -174,11 +174,12 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path):
         """
     found = run_script(tmp_path, body)
     assert found["good"] == []
-    assert len(found["without_fsync"]) == 7  # four files, two folders, the parent: each is missed
+    # Four files, two folders and the parent: each is found missing
+    assert len(found["without_fsync"]) == 7
 
 
 def test_the_harness_sees_what_an_unsafe_save_breaks(tmp_path):
-    """Writing in place and taking the highest number: what the tests above must not let through."""
+    """The faults must break an unsafe save, which writes in place and loads the highest number."""
     results = run_script(
         tmp_path,
         """
@@ -209,7 +210,7 @@ STRACE_POINTS = ["fsync:1", "fsync:3", "fsync:5", "mkdir:1", "rename:1", "rename
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_killed_by_strace_at_real_system_calls(tmp_path):
-    """The shim's view, cross-checked at the kernel's: overwriting a checkpoint, then rotating."""
+    """Check the shim against the kernel: overwrite a checkpoint, then rotate."""
     program = """
 import sys
 sys.path[:0] = sys.argv[2:]

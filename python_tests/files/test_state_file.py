@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nested state in one safetensors file: everything an optimizer holds comes back, bit for bit."""
+"""Nested state in one safetensors file: all of an optimizer's state comes back, bit for bit."""
 
 import functools
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches of hidden states in several files."""
+"""Fixture: caches of hidden states that have several files."""
 
 import pytest
 
@@ -8,5 +8,5 @@ from dualhead_ext.train import hidden_cache_build
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """A cache of a few rows has several shards."""
+    """Make shards so small that a cache of a few rows has several."""
     monkeypatch.setattr(hidden_cache_build, "SHARD_BYTES", 5000)

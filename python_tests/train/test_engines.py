@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that the heads do not train under are refused by what is really set, before anything is
-trained. FSDP2 is in test_sharding.py.
+"""Engines that cannot train the heads are refused before training, by what is really set.
+
+test_sharding.py tests FSDP2.
 """
 
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from dualhead_ext.train.engines import refuse_engines, refuse_ignored_fsdp
 def test_by_an_argument(tmp_path):
     with pytest.raises(ValueError, match=r"deepspeed=.* cannot train heads.*fsdp_version: 2"):
         arguments(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
-    arguments(tmp_path)  # nothing of it stays in the environment
+    arguments(tmp_path)  # the refused settings do not stay in the environment
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
@@ -39,7 +40,7 @@ def test_by_the_environment_that_accelerate_launch_sets(tmp_path, monkeypatch, n
 
 
 def test_by_the_state_of_accelerate(tmp_path):
-    """As on a GPU, where accelerate keeps the plugin; on a CPU it drops FSDP's."""
+    """As on a GPU, where accelerate keeps the plugin. On a CPU it drops FSDP's plugin."""
     trainer = make_trainer(tmp_path)
 
     def refused(engine, **plugin):
@@ -58,7 +59,7 @@ def test_by_the_state_of_accelerate(tmp_path):
 
 
 def test_fsdp_that_accelerate_leaves_out(tmp_path):
-    """On CPUs: two processes that were to share a model would each hold it whole."""
+    """On CPUs, each of two processes that should share a model would hold all of it."""
     args = SimpleNamespace(fsdp=True)
     state, device = SimpleNamespace(), SimpleNamespace(type="cpu")
     two = SimpleNamespace(state=state, num_processes=2, device=device)
@@ -69,7 +70,7 @@ def test_fsdp_that_accelerate_leaves_out(tmp_path):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there, accelerate joins them")
 def test_processes_that_accelerate_has_not_joined(tmp_path, monkeypatch):
-    """torchrun on a machine without a GPU, without use_cpu: two runs in one folder, silently."""
+    """torchrun without a GPU and without use_cpu starts two separate runs in one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, and each of them would train"):
         make_trainer(tmp_path, use_cpu=False)

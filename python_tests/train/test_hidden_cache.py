@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cached hidden states: the same losses as without, in one process and in several."""
+"""Cached hidden states give the same losses as no cache, in one process and in several."""
 
 import json
 import os
@@ -36,7 +36,9 @@ from dualhead_ext.train.hidden_cache import CachedRows, HiddenCache, UnusableCac
     ],
 )
 def test_every_number_keeps_its_bits(tmp_path, small_shards, make, changes, dtype):
-    """One epoch: its batches are those in which the states were computed. Then from the cache."""
+    """The first run has one epoch, in the batches of the cached states. A second run reads the
+    cache.
+    """
     changes = dict(changes)
     family, config = changes.pop("group", ("llama", {}))
     plain, _ = run(tmp_path, None, make(family, **config), **changes)
@@ -52,8 +54,11 @@ def test_every_number_keeps_its_bits(tmp_path, small_shards, make, changes, dtyp
 
 
 def test_the_first_epochs_batches_are_those_that_are_cached(tmp_path):
-    """With a backbone whose rounding is coarse, and another in each batch: cached pair by pair it
-    gives other numbers, cached in these batches it does not."""
+    """The rounding of this backbone is coarse, and differs from batch to batch.
+
+    States cached pair by pair give other losses. States cached in the batches of the first epoch
+    give the same losses.
+    """
 
     def coarse(module, args, kwargs, output):
         output[0].mul_(1 + 2.0**-8 * (kwargs["input_ids"].sum() % 61))
@@ -70,14 +75,18 @@ def test_the_first_epochs_batches_are_those_that_are_cached(tmp_path):
 
 
 def test_the_backbone_runs_once_over_each_row(tmp_path):
-    """Three epochs: 14 pairs in batches of 2 and 7 held-out ones in batches of 4, and once more to
-    know the size of each."""
+    """In three epochs: 14 pairs in batches of 2, and 7 held-out pairs in batches of 4.
+
+    Each of the two caches runs one more batch, to know its size.
+    """
     _, calls = run(tmp_path, tmp_path / "cache", num_train_epochs=3)
     assert calls == 7 + 2 + 2
 
 
 def test_other_batches_differ_by_the_backbones_rounding(tmp_path):
-    """Cached one pair at a time, read in batches of 5: as far from float64 as without a cache."""
+    """Cached pair by pair and read in batches of 5, they are as close to float64 as without a
+    cache.
+    """
     path = str(dh.data.embedded_backbone_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = tokenize_pairs(dh.data.load_preference_data("embedded")[:5], tokenizer, 100)
@@ -121,7 +130,7 @@ def test_bfloat16_on_request_halves_the_size(tmp_path):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, keep):
-    """With the cache at hand, and with one that the resumed run has to build again."""
+    """With the same cache, and with a cache that the resumed run must build again."""
     options = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
     whole, _ = run(tmp_path / "whole", tmp_path / "cache", **options)
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
@@ -142,7 +151,7 @@ def test_several_evaluation_sets_and_one_that_is_not_cached(tmp_path):
 
 
 class LeftPadded(PreferenceCollator):
-    """A collator of a user's own."""
+    """A user's own collator."""
 
     def __call__(self, rows):
         batch = super().__call__(rows)
@@ -186,7 +195,7 @@ def test_rows_travel_to_spawned_workers(tmp_path):
     rows = CachedRows(data)
     rows.cache = HiddenCache(folder, index_of(folder)["identity"], lengths)
     sent = pickle.dumps(rows)
-    assert len(sent) < 20_000  # the files are mapped there, not sent
+    assert len(sent) < 20_000  # the worker maps the files and does not receive them
     for row in range(14):
         ours, theirs = rows[row]["hidden_states"][0], pickle.loads(sent)[row]["hidden_states"][0]
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -197,8 +206,10 @@ def test_rows_travel_to_spawned_workers(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_one_cache(tmp_path):
-    """Each computes its own batches; the numbers are those without a cache; a failure of one is a
-    failure of both, and nothing stays."""
+    """Each process computes its own batches, with the results of a run without a cache.
+
+    If one process fails, the other fails too, and no files remain.
+    """
     run_in_two_processes("ddp_hidden_cache.py", tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == {

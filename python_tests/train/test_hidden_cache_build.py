@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building a cache of hidden states: the space it takes, other runs that wait, crashes."""
+"""Building a cache of hidden states: its disk space, other runs that wait, crashes."""
 
 import shutil
 import threading
@@ -23,7 +23,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
     with pytest.raises(OSError, match="the hidden states need"):
         run(tmp_path, tmp_path / "cache", data=pairs(60))
     assert {p: p.read_bytes() for p in before} == before
-    run(tmp_path, tmp_path / "cache", data=another_row())  # in the place of the old one
+    run(tmp_path, tmp_path / "cache", data=another_row())  # it replaces the old cache
 
 
 def test_the_announced_size_is_enough_and_not_far_off(tmp_path, capsys, small_shards):
@@ -35,7 +35,7 @@ def test_the_announced_size_is_enough_and_not_far_off(tmp_path, capsys, small_sh
 
 
 def test_another_run_waits_for_the_one_that_builds(tmp_path):
-    """And reads what that one has built."""
+    """And then reads what the other run has built."""
     import fcntl
 
     run(tmp_path, tmp_path / "cache")
@@ -50,12 +50,15 @@ def test_another_run_waits_for_the_one_that_builds(tmp_path):
         assert other.is_alive() and not (tmp_path / "cache" / "train" / "index.json").exists()
         (tmp_path / "cache" / "train" / "index.json").write_bytes(index)
     other.join(60)
-    assert calls == [1]  # it had measured the size
+    assert calls == [1]  # only the pass that measures the size
 
 
 def test_killed_out_of_space_or_broken_at_every_call_of_a_build(tmp_path):
-    """Over nothing and over a stale cache: there is never what is taken for a whole one but is not,
-    and the next build leaves its own files alone."""
+    """In an empty folder, and over a stale cache.
+
+    An incomplete cache is never taken for a complete one, and the next build leaves only its own
+    files.
+    """
     results = faults.run(
         """
         import builtins, contextlib, io, json, os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cached hidden states are computed again when they are damaged or out of date."""
+"""Cached hidden states are computed again if they are damaged or out of date."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_what_has_changed_is_computed_again(tmp_path, capsys, changes, why):
 
 
 def test_a_shorter_text_is_computed_again(tmp_path, capsys):
-    """max_length where the text is tokenised here."""
+    """With another max_length, if the trainer tokenises the texts."""
     tokenizer = AutoTokenizer.from_pretrained(dh.data.embedded_backbone_path())
     rows = dh.data.load_preference_data("embedded")[:3]
     for length, lines in ((64, 1), (64, 0), (48, 1)):

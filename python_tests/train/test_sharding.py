@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 over two gloo processes: the heads of one process, checkpoints that any number of processes
-goes on from, the backbone sharded while its hidden states are cached.
+"""FSDP2 in two gloo processes.
+
+The heads are those of one process. Any number of processes can resume from a checkpoint. The
+backbone stays sharded while its hidden states are cached.
 """
 
 import json
@@ -17,7 +19,7 @@ import dualhead_ext as dh
 
 pytestmark = pytest.mark.slow
 
-ONE = {"gradient_accumulation_steps": 4}  # two processes have two each
+ONE = {"gradient_accumulation_steps": 4}  # two processes take two each
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """Each case's trainer in one process; one/rows has checkpoints."""
+    """Each case's trainer in one process. The folder one/rows has checkpoints."""
     return {name: run(folder / "one" / name, name, **ONE) for name in CASES}
 
 
 @pytest.fixture(scope="module")
 def two(folder, one):
-    """What fsdp_training.py has found."""
+    """The results of fsdp_training.py."""
     run_in_two_processes("fsdp_training.py", folder)
     return json.loads((folder / "result.json").read_text())
 
@@ -51,7 +53,7 @@ def test_the_heads_and_figures_of_one_process(folder, one, two, name):
     start = dict(CASES[name][0]().named_parameters())
     assert not any(torch.equal(start[n], value) for n, value in expected.items() if n in start)
     logs = one[name].state.log_history
-    assert len(two[name]["logs"]) == len(logs) + 1  # the evaluation
+    assert len(two[name]["logs"]) == len(logs) + 1  # the last entry is the evaluation
     for ours, theirs in zip(logs, two[name]["logs"], strict=False):
         for key in ("loss", "grad_norm", "rewards/margins", "gate/mean", "kl"):
             if key in ours:
@@ -66,8 +68,11 @@ def test_the_heads_and_figures_of_one_process(folder, one, two, name):
 
 
 def test_who_holds_what(two):
-    """Full heads by rows of the vocabulary where these divide, else by columns; nobody has the
-    whole of a parameter that can be split."""
+    """Full heads are split by rows of the vocabulary if the number of rows is even, else by
+    columns.
+
+    No process holds all of a parameter that can be split.
+    """
     assert two["rows"]["shares"]["lm_head.reward_head.weight"] == [1, 51, 32]
     assert two["tied"]["shares"]["lm_head.reward_head.weight"] == [1, 101, 16]
     for name in CASES:
@@ -79,7 +84,10 @@ def test_who_holds_what(two):
 
 
 def test_files_are_those_of_any_run(folder, two):
-    """Heads saved by two processes load in one; the shared model itself refuses to be saved."""
+    """Heads saved by two processes load in one process.
+
+    Saving the shared model itself is refused.
+    """
     backbone = make_backbone("llama", vocab_size=102)
     model = dh.DualHeadForCausalLM.from_pretrained(folder / "rows", backbone)
     expected = load_file(folder / "rows.safetensors")
@@ -94,7 +102,9 @@ def test_resumed_by_as_many_processes_to_the_bit(two):
 
 
 def test_resumed_by_another_number_of_processes(folder, one, two):
-    """Two go on from one's checkpoint, one from theirs, and both end where neither stopped."""
+    """Two processes resume from one process's checkpoint, one from theirs, and the result is the
+    same.
+    """
     expected = heads(one["rows"].model)
     assert_close(load_file(folder / "from_one.safetensors"), expected)
     resumed = run(folder / "from_two", "rows", resume=folder / "rows" / "checkpoint-2", **ONE)
@@ -113,7 +123,7 @@ def test_a_cache_of_hidden_states_built_by_a_sharded_backbone(folder, two, place
 
 
 def test_heads_train_alone_on_what_two_processes_have_cached(folder, two, monkeypatch):
-    """For a backbone that no device holds: its pass sharded, then one process without it."""
+    """For a backbone too large for one device: cache with sharding, then train in one process."""
     monkeypatch.setattr(
         dh.DualHeadForCausalLM, "_hidden_states", lambda *_, **__: pytest.fail("the backbone runs")
     )

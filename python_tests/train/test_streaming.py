@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on an IterableDataset: the same heads as on rows in memory, resumed to the bit, each
-process with its own rows.
+"""Training on an IterableDataset gives the same heads as rows in memory.
+
+It resumes to the bit, and each process has its own rows.
 """
 
 import json
@@ -58,8 +59,8 @@ def test_two_processes_share_the_rows(tmp_path):
     for rank, part in enumerate(seen):
         own = [*Stream().order(0)[rank::2], *Stream().order(1)[rank::2]]
         assert part == [rows[i] for i in own[:6]]
-    # Process p has row i of each pass if i = p mod 2. Ten rows and eight a step: passes end within
-    # steps. One process takes the same steps over the same rows.
+    # Process p gets row i of each pass if i = p mod 2. There are ten rows, and a step takes eight,
+    # so that a pass ends within a step. One process takes the same steps over the same rows.
     order = [[i for epoch in range(4) for i in Stream().order(epoch)[rank::2]] for rank in range(2)]
     data = [rows[own[start + i]] for start in range(0, 20, 4) for own in order for i in range(4)]
     trainer = make_trainer(

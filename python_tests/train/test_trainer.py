@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DualHeadTrainer: what trains and what does not, the loss across batches, metrics, options."""
+"""DualHeadTrainer: which parameters train, the loss across batches, metrics, options."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def test_the_heads_train_and_nothing_else_does(tmp_path):
 
 
 def test_the_backbone_is_in_eval_mode_while_training(tmp_path):
-    """With dropout, the loss of the first step is that of an evaluation."""
+    """The model has dropout, but the loss of the first step is that of an evaluation."""
     model = make_model("gpt2")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -74,7 +74,7 @@ def test_backbone_gradients_are_never_computed(tmp_path):
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_accumulation_does_not_change_a_step(tmp_path, reduction):
-    """1 x 6 = 3 x 2 = 2 x 3 = 6 x 1, and the last, smaller window of an epoch."""
+    """1 x 6 = 3 x 2 = 2 x 3 = 6 x 1, including the last, smaller window of an epoch."""
     results = {}
     for size, count in ((6, 1), (3, 2), (2, 3), (1, 6)):
         model = make_model("llama")
@@ -132,8 +132,11 @@ def test_one_step_is_the_gradient_of_the_loss(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_to_the_bit(tmp_path):
-    """DDP over gloo, find_unused_parameters=False: the same weights as one process with the same
-    global batch; each pair evaluated once; interrupted and resumed, the same bits."""
+    """DDP with gloo and find_unused_parameters=False.
+
+    The weights are those of one process with the same global batch. Each pair is evaluated once. An
+    interrupted run resumes with the same bits.
+    """
     run_in_two_processes("ddp_training.py", tmp_path)
     two = json.loads((tmp_path / "result.json").read_text())
     assert two["find_unused_parameters"] is False and two["resumed_equal"] is True
@@ -228,7 +231,7 @@ def test_predictions_are_the_totals_of_each_pair(tmp_path):
 
 
 def test_logs_average_over_the_window(tmp_path):
-    """Logging every 3 steps reports what logging every step does, weighted by examples."""
+    """Logging every 3 steps gives the mean of logging every step, weighted by examples."""
     every = make_trainer(tmp_path, logging_steps=1)
     every.train()
     third = make_trainer(tmp_path, logging_steps=3)
@@ -337,7 +340,7 @@ def test_a_tied_lm_head_is_not_trained_unless_untied(tmp_path):
     assert not torch.equal(model.lm_head_module.weight, embedding)
     first, second = tmp_path / "first", tmp_path / "second"
     model.save_pretrained(first)
-    for folder in (first, second):  # loaded, saved again, loaded: the embedding stays
+    for folder in (first, second):  # load, save, load again: the embedding stays the same
         backbone = make_backbone("llama-tied")
         loaded = dh.DualHeadForCausalLM.from_pretrained(folder, backbone=backbone)
         assert torch.equal(loaded.lm_head_module.weight, model.lm_head_module.weight)
@@ -351,7 +354,7 @@ def test_a_low_precision_lm_head_is_not_trained(tmp_path):
 
 
 def test_text_is_tokenised_with_the_tokenizer(tmp_path):
-    """The package's own sample and backbone; the tokenizer goes along with the heads."""
+    """With the package's own sample and backbone. The tokenizer is saved with the heads."""
     path = embedded_backbone_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = dh.DualHeadForCausalLM.from_backbone(str(path), reward_head="full", gate="attention")

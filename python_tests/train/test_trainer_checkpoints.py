@@ -19,7 +19,7 @@ from dualhead_ext.files.checkpoint import CheckpointError, SaveError, latest_che
 from dualhead_ext.files.state_file import load_state
 from dualhead_ext.model import pretrained
 
-# 14 pairs, 4 to a step: an epoch is 3 whole steps and a smaller one, and 2 epochs are 8 steps.
+# 14 pairs, 4 to a step: an epoch is 3 full steps and a smaller one, and 2 epochs are 8 steps.
 RUN = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "eval_steps": 3}
 RUN |= {"eval_strategy": "steps", "logging_steps": 1}
 NO_EVAL = {"eval_strategy": "no"}
@@ -40,7 +40,7 @@ def copy_of(source, target, *steps):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run that saved after each of its 8 steps."""
+    """An uninterrupted run that saves after each of its 8 steps."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = run(folder)
     return folder, heads(trainer.model), history(trainer)
@@ -52,8 +52,11 @@ def whole(tmp_path_factory):
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 7])
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, whole, step):
-    """In the middle of an epoch and at its edge (4), in accumulation, between evaluations: every
-    loss, metric, gradient norm, learning rate and weight."""
+    """Every loss, metric, gradient norm, learning rate and weight is the same.
+
+    The run accumulates gradients. The steps are in the middle of an epoch, at its end (4), and
+    between evaluations.
+    """
     folder, expected, numbers = whole
     trainer = run(copy_of(folder, tmp_path, step), resume=True)
     assert same(expected, heads(trainer.model))
@@ -61,7 +64,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, whole, step):
 
 
 def test_a_finished_run_takes_no_further_step(tmp_path):
-    """transformers' loop would take one before it sees that the end has been reached."""
+    """transformers' loop would take another step before it notices that the run has ended."""
     options = {"max_steps": 3, "lr_scheduler_type": "constant"}
     expected = run(tmp_path, **options)
     names = sorted(os.listdir(tmp_path))
@@ -80,7 +83,7 @@ def test_saving_does_not_change_a_run(tmp_path, whole):
     "changes",
     [
         {"dataloader_num_workers": 2},
-        {"logging_steps": 3},  # saved in the middle of what a log averages
+        {"logging_steps": 3},  # the save lies between two logs
         {"bf16": True, "config": {"mix": "probs", "gate": "linear"}},
         {"optim": "sgd", "lr_scheduler_type": "linear", "warmup_steps": 2},
         {"train_lm_head": True},
@@ -92,7 +95,7 @@ def test_resumed_is_uninterrupted_in_other_runs(tmp_path, changes):
     config, noise = changes.pop("config", {}), changes.pop("noise", False)
 
     def disturb(module, inputs, output):
-        """What dropout would do, from all three generators."""
+        """Noise like that of dropout, from all three generators."""
         draws = torch.rand_like(output[0]) + random.random() + np.random.rand()
         output[0].mul_(0.5 + 0.3 * draws)
 
@@ -110,7 +113,7 @@ def test_resumed_is_uninterrupted_in_other_runs(tmp_path, changes):
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, whole, caplog):
-    """Announced, and the run still ends with the same bits."""
+    """It is reported, and the run still ends with the same bits."""
     folder, expected, _ = whole
     copy_of(folder, tmp_path, 3, 5, 6)
     flip(tmp_path / "checkpoint-6" / "optimizer.safetensors", 2000, 3)
@@ -160,7 +163,8 @@ def test_other_data_is_accepted_when_asked_for(tmp_path, whole):
 
 
 def test_another_head_or_backbone_is_refused(tmp_path, whole):
-    other = make_model("llama", gate_num_heads=3, gate_head_dim=4)  # tensors of the same shapes
+    # Its tensors have the same shapes
+    other = make_model("llama", gate_num_heads=3, gate_head_dim=4)
     refused(tmp_path / "head", whole, ValueError, "gate_num_heads=2.*gate_num_heads=3", model=other)
     other = make_model("llama", seed=5)
     refused(tmp_path / "backbone", whole, ValueError, "another backbone", model=other)
@@ -209,7 +213,7 @@ def test_a_checkpoint_holds_the_heads_and_no_pickle(whole):
             json.loads(data)
         elif name == "README.md":
             data.decode()
-        else:  # a safetensors file: the header's length, then JSON
+        else:  # a safetensors file: the length of the header, then the header as JSON
             json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     trained = sum(t.numel() * t.element_size() for t in whole[1].values())
     assert (path / "dualhead_model.safetensors").stat().st_size < trained + 2000
@@ -275,8 +279,10 @@ def test_a_damaged_best_is_not_loaded(tmp_path):
 
 @pytest.mark.slow
 def test_killed_or_out_of_space_at_every_call_of_a_training_checkpoint(tmp_path):
-    """With rotation: after any of it the last whole checkpoint is the old one or the new one, and
-    the next save cleans up."""
+    """With rotation. The last complete checkpoint is the old one or the new one, at every point.
+
+    The next save removes what is left over.
+    """
     results = faults.run(
         """
         import json, logging, os, shutil
@@ -324,7 +330,7 @@ def test_killed_or_out_of_space_at_every_call_of_a_training_checkpoint(tmp_path)
 
 
 def test_training_begins_with_a_trial_save(tmp_path, monkeypatch):
-    """What would fail at the first checkpoint fails before the first step."""
+    """An error that would stop the first checkpoint is raised before the first step."""
     trainer = make_trainer(tmp_path, **RUN | NO_EVAL)
     steps = []
     monkeypatch.setattr(type(trainer), "training_step", lambda *a, **k: steps.append(1))

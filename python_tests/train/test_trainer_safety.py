@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a run's work: one run to a folder, whole checkpoints, hashes of cached states; what
-is refused before training.
+"""What protects the work of a run: one run per folder, complete checkpoints, hashes of cached
+states.
+
+Errors are raised before training.
 """
 
 import json
@@ -21,11 +23,11 @@ from dualhead_ext.train.hidden_cache import HiddenCache, UnusableCacheError, row
 SAVE = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 
 
-# --- one run to a folder --------------------------------------------------------------------------
+# --- one run per folder ---------------------------------------------------------------------------
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    """The lock of another process: while it holds, nothing of its staging folder is touched."""
+    """While another process holds the lock, its staging folder is not touched."""
     staging = tmp_path / ".checkpoint-1.staging"
     staging.mkdir()
     source = (
@@ -103,7 +105,7 @@ def test_a_changed_bit_of_cached_states_is_found(tmp_path):
     assert whole[0][0].isfinite().all()
     path = folder / entry["name"]
     content = bytearray(path.read_bytes())
-    content[-3] ^= 0x40  # an exponent's bit of the last state
+    content[-3] ^= 0x40  # a bit in the exponent of the last state
     path.write_bytes(content)
     damaged = HiddenCache(folder, index["identity"], lengths)
     with pytest.raises(UnusableCacheError, match=f"{entry['name']}: has changed since it was"):
@@ -114,7 +116,7 @@ def test_a_changed_bit_of_cached_states_is_found(tmp_path):
 
 
 def test_labels_of_cached_rows_are_checked(tmp_path):
-    """With cached states the embedding is not asked, which would refuse them."""
+    """With cached states, no embedding is computed, which would otherwise refuse such labels."""
     rows = [*pairs(4), {"prompt_ids": [1], "chosen_ids": [10**6], "rejected_ids": [3]}]
     with pytest.raises(ValueError, match=r"token ids must be below 101.*got 1000000 in row 4"):
         make_trainer(tmp_path, data=rows, cache_hidden=str(tmp_path / "cache"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DualHeadTrainingArguments and what DualHeadTrainer refuses: the paper's defaults, bad input."""
+"""DualHeadTrainingArguments and what DualHeadTrainer refuses: defaults, invalid values."""
 
 import pytest
 from tiny_models import make_backbone, make_model
@@ -19,7 +19,7 @@ def test_the_papers_preset_has_its_numbers(tmp_path):
 
 
 def test_a_run_of_any_length_logs_a_curve(tmp_path):
-    """Every step of a short run, and 20 to 40 times in a longer one."""
+    """A short run logs every step, a longer one 20 to 40 times."""
     args = dh.DualHeadTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     for steps in (1, 12, 40, 41, 60, 219, 1000, 30001):
         state = TrainerState()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM with the gated head: in fp32 each request's greedy text is what `generate()` writes for it
-alone, whatever the batch, the cache and the scheduler do.
+"""vLLM with the gated head.
+
+In fp32, each request's greedy text is the one that `generate()` writes for it alone. It does not
+depend on the batch, the cache or the scheduler.
 """
 
 import os
@@ -15,7 +17,7 @@ try:
 except ImportError:
     pytest.skip("vLLM is not in this environment: make test-vllm", allow_module_level=True)
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # run the engine in this process
 
 from tiny_models import make_backbone
 from transformers import Phi3Config, Phi3ForCausalLM
@@ -85,7 +87,7 @@ def test_a_wrong_control_is_refused_and_its_neighbours_are_not_harmed(llm, wante
         params = SamplingParams(extra_args=wrong)
         with pytest.raises(VLLMValidationError, match=message):
             llm.generate([{"prompt_token_ids": [5, 6]}], params, use_tqdm=False)
-        # Beside good ones: vLLM refuses the call, and forgets them all.
+        # Beside a valid request: vLLM refuses the whole call and drops both requests.
         both = [SamplingParams(max_tokens=4), params]
         with pytest.raises(VLLMValidationError, match=message):
             llm.generate([{"prompt_token_ids": [5, 6]}] * 2, both, use_tqdm=False)
@@ -116,7 +118,7 @@ def test_prompt_logprobs_are_the_mixtures(llm, model):
 
 
 def test_a_cache_too_small_for_all_preempts(folder, model):
-    # 20 pages of 32 positions and vLLM's empty one. Every text begins another page as it grows.
+    # 20 pages of 32 positions, and vLLM's empty page. Each text needs another page as it grows.
     llm = engine(folder, num_gpu_blocks_override=21, block_size=32, enable_prefix_caching=False)
     work, before = jobs(K)[:14], metric(llm, "num_preemptions")
     try:
@@ -159,7 +161,7 @@ def _phi3():
     return model
 
 
-# Sliding windows, soft caps, scaled logits, norms of queries, biases, fused projections.
+# Sliding windows, soft caps, scaled logits, normalised queries, biases, fused projections.
 OTHERS = ("mistral-sliding", "qwen2", "qwen3", "gemma2-softcap", "gemma3", "granite-scale", "phi3")
 
 
@@ -169,7 +171,7 @@ def test_other_backbones(family, tmp_path):
     backbone = _phi3() if family == "phi3" else make_backbone(family, **sizes)
     backbone.save_pretrained(tmp_path / "backbone")
     name = ARCHITECTURES[backbone.config.model_type][0]
-    # Otherwise vLLM starts a process to look at the class, seconds for each.
+    # Otherwise vLLM would start a process to inspect the class, which takes seconds.
     ModelRegistry.register_model(name, getattr(models, name))
     model = gated(backbone, gate_num_heads=2, gate_head_dim=6)
     work = [
@@ -213,7 +215,7 @@ def test_bfloat16_gate_logits_are_those_of_the_same_hidden_states(folder, model)
         own = model.lm_head_module.gate(hidden[None])[0]
         assert len(own) >= 139
         torch.testing.assert_close(logits.sigmoid(), own.sigmoid(), rtol=0, atol=2e-2)
-        assert own.sigmoid().std() > 0.1  # there is something to get wrong
+        assert own.sigmoid().std() > 0.1  # alpha varies, so that an error would show
     finally:
         close(llm)
 

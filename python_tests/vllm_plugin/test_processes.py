@@ -20,7 +20,7 @@ pytest.importorskip("vllm.entrypoints", reason="vLLM is not in this environment:
 from vllm_cases import NEW, check, expected, gated, jobs, served
 
 TESTS = Path(__file__).resolve().parent.parent
-PATIENCE = 600  # seconds, for a server that takes ten to be ready
+PATIENCE = 600  # seconds, for a server that takes about ten to start
 K = 2
 
 
@@ -104,7 +104,7 @@ def model():
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
-    model.save_pretrained(folder / "heads")  # served through a folder of links
+    model.save_pretrained(folder / "heads")  # served from a folder of links
     server = Server(folder / "heads", folder / "log")
     try:
         yield server.wait()
