@@ -241,7 +241,7 @@ class CheckpointedTrainer(Trainer):
             if name not in names:
                 raise CheckpointError(
                     f"{path}: holds no {name} (save_only_model?): its heads can be loaded, but a "
-                    "run cannot go on from it"
+                    "run cannot resume from it"
                 )
         progress = load_state(Path(path) / PROGRESS_NAME)
         device = progress["processes"][0]["random"]["device"]
@@ -357,7 +357,7 @@ def _what_is_safe(run_dir: Path) -> str:
         last = checkpoint.latest_checkpoint(run_dir)
     if last is None:
         return f"{run_dir} holds no whole checkpoint"
-    return f"{last} is whole, and resume_from_checkpoint=True goes on from it"
+    return f"{last} is whole, and resume_from_checkpoint=True resumes from it"
 
 
 @contextlib.contextmanager

@@ -110,5 +110,5 @@ def test_a_process_that_ends_leaves_one_sentence_and_a_folder_to_go_on_from(tmp_
     assert last.name == "checkpoint-2" and verify(last)
     assert said == (
         "DualHeadTrainer: another process of this run has ended or does not answer; "
-        f"{last} is whole, and resume_from_checkpoint=True goes on from it"
+        f"{last} is whole, and resume_from_checkpoint=True resumes from it"
     )
