@@ -262,7 +262,7 @@ def test_a_goal_is_judged_on_three_seeds_only():
         return place | {"attribute": "sentiment", "gains": scores}
 
     def table(rows, found):
-        return goals.table(rows, {"gains": found, "costs": {}, "front": {}, "trained": {}})
+        return goals.table(rows, {"gains": found, "costs": {}, "front": {}, "training_time": None})
 
     def judged(rows, found):
         lines = table(rows, found).splitlines()[2:]

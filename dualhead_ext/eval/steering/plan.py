@@ -118,16 +118,19 @@ class Plan:
         decoded: (system, attribute, target, seed) -> the cell with the texts; target is None for
             systems without one.
         costs: system -> the cell with its timing.
+        training: the cell that times the training of the default head, if that head is wanted.
         front: weight -> the cell decoded with it.
     """
 
     size: Size
     decoded: dict[tuple[System, str, float | None, int], Cell] = field(default_factory=dict)
     costs: dict[tuple[str | None, ...], Cell] = field(default_factory=dict)
+    training: Cell | None = None
     front: dict[float, Cell] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
-        return [*self.decoded.values(), *self.front.values(), *self.costs.values()]
+        timed = [*self.costs.values(), *([self.training] if self.training else [])]
+        return [*self.decoded.values(), *self.front.values(), *timed]
 
 
 class Planner:
@@ -165,6 +168,10 @@ class Planner:
         for system in (BACKBONE, *DUAL_HEADS.values(), GENARM):
             if self._wanted(system):
                 self._plan.costs[tuple(system.parts.values())] = self._cost(system)
+        if self._wanted(FRONT_SYSTEM):
+            trained = self._train(FRONT_SYSTEM, ("sentiment",), 0)
+            label = f"time of training, {trained.label}"
+            self._plan.training = Cell("training_time", label, trained.options, trained.needs)
         return self._plan
 
     def _wanted(self, system: System) -> bool:

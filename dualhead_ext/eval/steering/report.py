@@ -129,6 +129,7 @@ def _run(plan: Plan, store: Store) -> Row:
     for cell in unfolded(plan.cells()):
         if cell.step == "train" and (record := store.record(cell)) is not None:
             trained[cell.label] = record["result"]
+    timed = store.record(plan.training) if plan.training else None
     decoded, missing = {}, []
     for cell in plan.decoded.values():
         if (record := store.record(cell)) is None:
@@ -143,6 +144,7 @@ def _run(plan: Plan, store: Store) -> Row:
         "front": front,
         "costs": costs,
         "trained": trained,
+        "training_time": timed and timed["result"],
         "decoded": decoded,
         "missing": missing,
     }
