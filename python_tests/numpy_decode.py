@@ -40,7 +40,7 @@ def widen(stored, dtype):
         stored = stored.view(np.float16)
     elif dtype == "bfloat16":
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(invalid="ignore"):  # signalling NaN
+    with np.errstate(invalid="ignore"):  # a signalling NaN warns
         return stored.astype(np.float64)
 
 

@@ -203,7 +203,7 @@ def test_what_training_holds_is_weights_and_the_optimizers_state():
     steps = training_steps.Training(case, "cpu")
     weights = sum(p.nbytes for p in steps.model.parameters())
     heads = sum(p.nbytes for p in steps.trained)
-    assert heads >= 4 * 512 * 64  # fp32
+    assert heads >= 4 * 512 * 64  # heads in fp32
     buffers = sum(b.nbytes for b in steps.model.buffers())
     assert steps.held_bytes() == weights + buffers
     steps.step(steps.batch, chunked.dual_head_loss)

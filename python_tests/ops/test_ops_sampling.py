@@ -16,7 +16,7 @@ from dualhead_ext import ops, reference
 
 
 def draw(logits: torch.Tensor, seed: int, calls: int = 1, **options) -> torch.Tensor:
-    """calls x rows tokens."""
+    """Draw calls x rows tokens."""
     case = case_of_logits(logits, seed, **options)
     with torch.no_grad():
         return torch.cat([ops.decode_step(**case).token for _ in range(calls)])

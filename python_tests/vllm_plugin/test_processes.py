@@ -199,7 +199,7 @@ def test_the_port_in_use_is_one_sentence(server):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_sigterm_ends_it_gracefully(server):  # the last one
+def test_sigterm_ends_it_gracefully(server):  # keep this test last: it stops the server
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(PATIENCE) == 0
     with pytest.raises(urllib.error.URLError):
