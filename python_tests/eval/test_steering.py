@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steering suite: its policies against plain decoding, its search for a KL, and a whole run at
-the smallest scale as a user starts it."""
+"""The steering suite: its policies against plain decoding, and its search for a KL.
+
+A whole run uses the smallest scale, and is started as a user would start it.
+"""
 
 import gzip
 import json
@@ -39,7 +41,7 @@ def prefix(backbone):
 
 
 def gated(gate="attention", **config):
-    """A gated head that has learned something, on a backbone of its own."""
+    """A gated head whose weights are not those of the start, with a backbone of its own."""
     torch.manual_seed(0)
     path = str(dh.data.embedded_backbone_path())
     model = dh.DualHeadForCausalLM.from_backbone(
@@ -144,7 +146,7 @@ def test_guidance_by_the_backbone_itself_changes_nothing(backbone, prefix):
 
 
 class _Rolled:
-    """A rollout of which only the KL is known."""
+    """A rollout that has nothing but a KL."""
 
     def __init__(self, kl):
         self.kl = torch.full((1, 4), kl)
@@ -217,7 +219,8 @@ def test_the_planned_cells_read_their_own_splits():
                 assert deeper.options["split"] == split
     keys = [cell.key for cell in plan.cells()]
     assert len(set(keys)) == len(keys)
-    # Sentiment: every system; of the others the winner, the paper's, GenARM, DPO and best of 4.
+    # Sentiment has every system. The other attributes have the winner, the paper's, GenARM, DPO and
+    # best of 4.
     systems = {}
     for system, attribute, target, _ in plan.decoded:
         systems.setdefault(attribute, set()).add((*system.parts.values(), target))
@@ -273,10 +276,10 @@ def test_a_goal_is_judged_on_three_seeds_only():
     clear = [gains(seed, 0.3, 0.2) for seed in range(3)]
     verdicts = judged(rows, clear)
     assert verdicts[:2] == ["yes", "yes"] and verdicts[2] == "-"
-    assert verdicts[6] == "**no**"  # the perplexity
+    assert verdicts[6] == "**no**"  # its perplexity is too high
     assert judged(rows, [*clear[:2], gains(2, 0.3, -0.01)])[0] == "**no**"
     assert judged([r for r in rows if r["seed"] == 0], clear[:1])[:2] == ["open", "open"]
-    # Systems are compared on the seeds that both have: 0.2 against 0.25, not a mean of 0.3.
+    # Systems are compared on the seeds that both have: 0.2 against 0.25, not the mean 0.3.
     uneven = [gains(seed, value, 0.1) for seed, value in enumerate((0.2, 0.3, 0.4))]
     rival = gains(0, 0.25, 0.1, system="dpo", reward_head=None, gate=None)
     assert "| +0.20 against +0.25 (1 seed) | open |" in table(rows, [*uneven, rival])
