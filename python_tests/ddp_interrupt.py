@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by torchrun in test_train_command.py: Ctrl-C reaches one of two processes."""
+"""Run by torchrun in test_interruption.py: Ctrl-C reaches one of two processes."""
 
 import os
 import signal

@@ -17,9 +17,12 @@ import json
 import lzma
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 Row = dict[str, Any]
 
@@ -80,7 +83,7 @@ def rows_of(
     if _URL.match(name):
         if split is not None:
             raise ValueError(f"{function}: split must be None for a file, got {split!r}")
-        return Rows(_url_rows(function, name), "row")
+        return _url_rows(function, name)
     path = Path(name)
     if path.is_dir():
         return _folder_rows(function, path, split, default_split, configuration)
@@ -131,6 +134,11 @@ def _open_stream(datasets: Any, name: str, split: str | None) -> Any:
     if split is not None:
         raise ValueError(f"split must be None for a file, got {split!r}")
     reader, options = _reader(name)
+    if name.endswith((".gz", ".bz2", ".xz")) and not re.match(r"(https?|hf)://|[^:]*$", name):
+        raise ValueError(
+            "the datasets library streams compressed files of https:// and hf:// alone: unpack it, "
+            "or load it without streaming"
+        )
     return datasets.load_dataset(reader, data_files=name, split="train", streaming=True, **options)
 
 
@@ -201,10 +209,20 @@ def _folder_rows(
     return Rows(enumerate(data), "row")
 
 
-def _url_rows(function: str, url: str) -> Iterator[tuple[int, Row]]:
-    """The rows of the file at a URL, as the datasets library streams them."""
-    with _saying_what_failed(function, url):
-        yield from enumerate(_open_stream(_library(function, f"{url} needs"), url, None))
+def _url_rows(function: str, url: str) -> Rows:
+    """The rows of the file at a URL, which is fetched whole."""
+    with tempfile.TemporaryDirectory(prefix="dualhead-") as folder:
+        path = Path(folder, Path(urlsplit(url).path).name or "file")
+        with _saying_what_failed(function, url):
+            import fsspec
+
+            with fsspec.open(url, "rb") as source, open(path, "wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+        try:
+            rows = read_file(path, function)
+            return Rows(list(rows), rows.place)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), url)) from error
 
 
 # --- files ----------------------------------------------------------------------------------------

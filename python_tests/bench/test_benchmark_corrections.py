@@ -49,7 +49,7 @@ def timing(name, factor):
         (9.0, 9.0, None, ""),
     ],
 )
-def test_what_is_reached(value, low, goal, outcome):
+def test_goals_that_are_met(value, low, goal, outcome):
     found = comparisons.Comparison("time", "plain", value, low, 2 * value, goal)
     assert found.outcome == outcome == found.as_row()["outcome"]
     contest = comparisons.Contest("step", {"B": 1}, {"lowrank": {}}, {"lowrank": [found]})

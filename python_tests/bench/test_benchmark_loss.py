@@ -178,7 +178,7 @@ def test_peak_bytes_are_those_in_use_at_once():
     ("factor", "memory", "words"),
     [(1.3, 0.1, []), (1.2, 0.1, ["times as long"]), (1.3, 0.2, ["20% of the memory"])],
 )
-def test_what_is_missed(factor, memory, words):
+def test_goals_that_are_missed(factor, memory, words):
     timings = {
         "dualhead": Timing("dualhead", tuple(STEADY)),
         "eager": Timing("eager", tuple(factor * us for us in STEADY)),

@@ -63,7 +63,7 @@ def test_rows_are_ranked_and_train_reads_them(place, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_without_doing_anything_twice(place):
+def test_a_killed_run_resumes_without_repeating_work(place):
     """The file at the end is that of an uninterrupted run, also if the batch size has changed."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     argv = [sys.executable, "-m", "dualhead_ext.cli", *command("--max-new-tokens", "60")]

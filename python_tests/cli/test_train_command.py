@@ -4,10 +4,8 @@
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
-import signal
 from dataclasses import fields
 
 import pytest
@@ -15,14 +13,12 @@ import torch
 from legible import check_legible
 from safetensors.torch import load_file
 from terminal import Terminal
-from torchrun import run_in_two_processes
 
 import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.cli import train_config, training_data, training_options, training_summary
-from dualhead_ext.cli.interruption import StopAfterStep
 from dualhead_ext.cli.progress import log_line
-from dualhead_ext.cli.train import _training_arguments, resuming_command
+from dualhead_ext.cli.train import _training_arguments
 from dualhead_ext.cli.training_plot import training_figure
 from dualhead_ext.eval.heads.sweep import Reply
 from dualhead_ext.eval.likelihood import Text
@@ -138,44 +134,6 @@ def test_the_card_says_how_well_they_rank(resumed, place):
     (place / "heads" / "README.md").write_text("mine\n")
     model.save_pretrained(place / "heads")
     assert (place / "heads" / "README.md").read_text() == "mine\n"
-
-
-@pytest.fixture
-def interruptible():
-    """Python's own handling of Ctrl-C, which a background job of a shell does not have."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_second_ctrl_c_is_what_it_was_outside(interruptible):
-    stop = StopAfterStep()
-    with pytest.raises(KeyboardInterrupt), stop.listening():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_two_processes_stop_after_the_same_step(tmp_path):
-    run_in_two_processes("ddp_interrupt.py", tmp_path)
-    told = [(tmp_path / f"told-{rank}.txt").read_text() for rank in range(2)]
-    assert told == ["[False, True, True]"] * 2
-
-
-def test_after_the_last_step_ctrl_c_stops_at_once(interruptible):
-    """Calibration follows the last step, so there is no step to finish."""
-    stop = StopAfterStep()
-    with pytest.raises(KeyboardInterrupt), stop.listening():
-        stop.on_train_end(None, None, None)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_the_command_that_goes_on():
-    argv = ["train", "--output", "my heads", "--overwrite", "--resume", "old", "--epochs", "3"]
-    assert resuming_command(argv) == "dualhead train --output 'my heads' --epochs 3 --resume"
-    assert resuming_command(["train", "--resume"]) == "dualhead train --resume"
-    assert resuming_command(["train", "--resume=x", "-q"]) == "dualhead train -q --resume"
 
 
 # --- the curves -----------------------------------------------------------------------------------

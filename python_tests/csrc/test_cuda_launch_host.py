@@ -31,7 +31,7 @@ def arguments(seed):
     return model.quantized(rng, arguments, "int8", apart=16)
 
 
-def test_code_of_an_older_architecture_runs_as_what_it_is(run, seed, arguments):
+def test_code_for_an_older_architecture_takes_its_own_path(run, seed, arguments):
     """The driver may compile sm_80's PTX for Hopper, but that code has no bulk copies.
 
     A kernel with bulk copies would be empty there. The host backend reports this at the first copy.

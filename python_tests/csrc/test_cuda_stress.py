@@ -90,7 +90,7 @@ def test_every_batch_from_1_to_64(format, seed):
             assert torch.equal(bits(left[name]), bits(value[first])), (B, name)
 
 
-def test_two_threads_with_different_plans(seed):
+def test_three_threads_with_different_plans(seed):
     """Threads launch blocks with little and with much shared memory in turns.
 
     What one thread asks of the driver must not change what another thread launches with.

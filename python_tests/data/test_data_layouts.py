@@ -6,13 +6,10 @@ The trainer takes the same data as the loader.
 
 import bz2
 import codecs
-import functools
 import gzip
-import http.server
 import json
 import lzma
 import sys
-import threading
 
 import pytest
 from tiny_models import make_model
@@ -393,55 +390,3 @@ def test_learned_positions_are_known_beforehand(tmp_path, tokenizer):
 def test_read_file_names_who_asked(tmp_path):
     with pytest.raises(IsADirectoryError, match=r"^read_file: .* is a folder"):
         read_file(tmp_path)
-
-
-# --- URLs -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A folder, and the address at which a local server provides its files."""
-    folder = tmp_path_factory.mktemp("served")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@needs_datasets
-def test_files_of_urls(served):
-    import fsspec
-    import pyarrow
-    from pyarrow import parquet
-
-    folder, address = served
-    (folder / "rows.jsonl").write_text(LINES, encoding="utf-8")
-    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
-    table = {name: [row[name] for row in ROWS] for name in ROWS[0]}
-    parquet.write_table(pyarrow.table(table), folder / "rows.parquet")
-    tabs = ["\t".join(ROWS[0]), "\t".join(ROWS[0].values())]
-    (folder / "rows.tsv").write_text("\n".join(tabs) + "\n", encoding="utf-8")
-    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet"):
-        found = load_preference_data(f"{address}/{name}?download=true")
-        assert list(found) == ROWS, name
-    assert list(load_preference_data(f"{address}/rows.tsv")) == ROWS[:1]
-    # Any file system of fsspec works. This one needs no server, unlike s3:// and gs://.
-    fsspec.filesystem("memory").pipe("/bucket/rows.jsonl", LINES.encode())
-    assert list(load_preference_data("memory://bucket/rows.jsonl")) == ROWS
-
-
-@needs_datasets
-def test_urls_that_cannot_be_read(served, tmp_path):
-    folder, address = served
-    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
-    for url, error, problem in (
-        (f"{address}/missing.jsonl", FileNotFoundError, "there is no file http"),
-        (f"{address}/broken.parquet", ValueError, r"broken\.parquet cannot be read"),
-        (f"{address}/rows", ValueError, "must name a file that ends in .jsonl"),
-        ("nosuch://bucket/rows.jsonl", ValueError, "cannot be read .*nosuch"),
-    ):
-        with pytest.raises(error, match=problem):
-            load_preference_data(url)
-    with pytest.raises(ValueError, match="split must be None for a file"):
-        load_preference_data("s3://bucket/rows.jsonl", "test")

@@ -240,7 +240,7 @@ def test_costs_are_of_what_each_system_runs(plan, store):
 # --- data -----------------------------------------------------------------------------------------
 
 
-def test_what_judges_has_seen_nothing_of_what_guides(data):
+def test_judge_and_guide_share_no_training_data(data):
     rows = Data(data)
     guide, judge = (rows.training_pairs(half, 1000) for half in HALVES)
     assert len(guide) + len(judge) == 160 and min(len(guide), len(judge)) > 40

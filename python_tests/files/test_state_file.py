@@ -52,7 +52,7 @@ def test_tensors_that_share_memory(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_an_optimizer_goes_on_as_if_nothing_had_happened(tmp_path, kind):
+def test_a_restored_optimizer_takes_the_same_steps(tmp_path, kind):
     def trained(saved_after=None):
         torch.manual_seed(0)
         layer = nn.Linear(4, 3)

@@ -34,7 +34,7 @@ def products(monkeypatch):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e4])
-def test_the_three_terms_are_the_folded_rows(dtype, scale, seed):
+def test_three_terms_sum_to_the_folded_rows(dtype, scale, seed):
     """Their sum is exact in fp32, for rows whose values are within a factor 2^14 of the largest."""
     generator = torch.Generator().manual_seed(seed)
     u_weight = scale * (torch.rand(5, 40, generator=generator) + 1e-4)
@@ -64,7 +64,7 @@ def test_keys_and_values_are_those_of_two_products(products, dtype, seed):
     torch.testing.assert_close(u.double(), expected_u, rtol=1e-5, atol=1e-5)
 
 
-def test_a_prompt_goes_through_it_and_says_the_same(products, seed):
+def test_prefill_uses_the_projection_with_equal_results(products, seed):
     torch.manual_seed(seed)
     head = dh.DualHead(dh.DualHeadConfig(hidden_size=64, vocab_size=50)).bfloat16()
     torch.nn.init.normal_(head.gate.out_weight)

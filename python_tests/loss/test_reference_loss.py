@@ -96,7 +96,7 @@ def test_gradcheck(name, objectives, head):
     assert torch.autograd.gradcheck(loss, leaves, nondet_tol=0.0, fast_mode=head != "full")
 
 
-def test_the_gate_gradient_is_the_identity_of_the_kernels():
+def test_the_gate_gradient_formula():
     """dL/da = sum_v dz_v (z_RM,v - z_LM,v), the formula of the fused backward pass."""
     t = batch(3, rows=2, bias=False)
     t["gate_logit"].requires_grad_(True)

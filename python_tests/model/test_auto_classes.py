@@ -20,7 +20,7 @@ def heads(tmp_path_factory):
     return folder
 
 
-def test_the_folder_points_to_its_authority_and_has_a_card(heads):
+def test_the_folder_has_a_config_and_a_model_card(heads):
     assert json.loads((heads / "config.json").read_text()) == {
         "model_type": "dualhead",
         "architectures": ["DualHeadForCausalLM"],

@@ -94,7 +94,7 @@ def steer(model):
 
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 @pytest.mark.parametrize("family", SERVED)
-def test_served(family, mix):
+def test_unusual_backbones_decode_correctly(family, mix):
     """At strength 0 the text is the backbone's.
 
     At strength 1, cached decoding equals full passes.

@@ -48,7 +48,7 @@ def test_version_1_chose_by_float32():
     assert differing
 
 
-def test_what_is_not_there_is_not_compared():
+def test_offloaded_weights_are_not_compared():
     model = make_model("llama")
     stored = fingerprint(model)
     assert len(stored["parameters"]) > 5

@@ -238,7 +238,7 @@ def test_a_cut_file_is_one_sentence(file, tmp_path, capsys):
     assert not list(gguf_files.cache_folder().glob("cut*"))
 
 
-def test_a_part_is_refused_by_its_name_and_by_its_content(file, tmp_path, capsys):
+def test_a_split_gguf_file_is_refused(file, tmp_path, capsys):
     write_gguf(tmp_path / "whole.gguf", split_max_tensors=8)
     parts = sorted(tmp_path.glob("whole-*.gguf"))
     assert len(parts) > 2

@@ -186,7 +186,7 @@ def test_a_file_of_before_the_format_was_noted(tmp_path):
     assert again.lm_head.quantized is None
 
 
-def test_a_whole_folder(tmp_path):
+def test_save_full_of_quantised_heads(tmp_path):
     """save_full writes the LM head in full precision. If that is lost, it raises an error."""
     tied, batch = wide_model("llama-tied").quantize("int8"), prompts()
     tied.save_pretrained(tmp_path / "tied", save_full=True)

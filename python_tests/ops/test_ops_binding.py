@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -370,25 +369,6 @@ def test_gradients_are_refused_by_name(name, seed):
 
 
 # --- the instruction set --------------------------------------------------------------------------
-
-
-def in_process(isa: str) -> subprocess.CompletedProcess:
-    code = "from dualhead_ext import ops; print(ops.cpu_isa())"
-    environment = os.environ | {"DUALHEAD_FORCE_ISA": isa}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-
-
-def test_environment_forces_the_instruction_set():
-    done = in_process("portable")
-    assert done.stdout.strip() == "portable", done.stderr
-
-
-def test_environment_with_an_unknown_instruction_set_fails():
-    done = in_process("avx1024")
-    assert done.returncode == 1
-    assert "DUALHEAD_FORCE_ISA must be one of" in done.stderr and "'avx1024'" in done.stderr
 
 
 def test_choice_is_the_best_level():

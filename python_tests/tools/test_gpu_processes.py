@@ -100,7 +100,7 @@ def test_a_start_that_hangs_is_killed():
 
 
 @pytest.mark.slow
-def test_the_end_of_all_comes_before_that_of_a_case():
+def test_the_total_limit_ends_a_case_early():
     start = time.monotonic()
     records, _ = through(["sleep 60", "b", "c"], case=50, seconds=8)
     assert time.monotonic() - start < 20

@@ -103,7 +103,7 @@ def test_tensor_parallelism_is_refused_by_from_backbone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_ends_leaves_one_sentence_and_a_folder_to_go_on_from(tmp_path):
+def test_a_lost_process_is_reported_and_the_run_can_resume(tmp_path):
     run_in_two_processes("ddp_lost_process.py", tmp_path)
     said = (tmp_path / "said.txt").read_text()
     last = latest_checkpoint(tmp_path / "run")

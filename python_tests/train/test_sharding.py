@@ -67,7 +67,7 @@ def test_the_heads_and_figures_of_one_process(folder, one, two, name):
     )
 
 
-def test_who_holds_what(two):
+def test_which_process_holds_which_shard(two):
     """Full heads are split by rows of the vocabulary if the number of rows is even, else by
     columns.
 
