@@ -40,11 +40,15 @@ def refuse_engines(operator: str, args: Any, accelerator: Any = None) -> None:
             _refuse(operator, engine, f"accelerate's {plugin}")
     if kind in ("TP", "MEGATRON_LM"):
         _refuse(operator, kind, "accelerate's state")
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{name}_enabled", False):
+            raise ValueError(f"{operator}: {name}_size > 1 is not supported; leave it out")
     if (plugin := getattr(state, "fsdp_plugin", None)) is not None:
-        _refuse_options(operator, plugin, getattr(accelerator, "parallelism_config", None))
+        _refuse_options(operator, plugin)
 
 
-def _refuse_options(operator: str, plugin: Any, parallelism: Any) -> None:
+def _refuse_options(operator: str, plugin: Any) -> None:
     """Raise ValueError for FSDP1 and for unsupported options of FSDP2."""
     if plugin.fsdp_version != 2:
         _refuse(operator, "FSDP1", "accelerate's fsdp_plugin")
@@ -59,11 +63,6 @@ def _refuse_options(operator: str, plugin: Any, parallelism: Any) -> None:
             f"{operator}: FSDP2 shards by decoder layers here, SIZE_BASED_WRAP is not supported; "
             "use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
         )
-    for name in ("tp", "cp", "sp"):
-        if getattr(parallelism, f"{name}_enabled", False):
-            raise ValueError(
-                f"{operator}: FSDP2 with {name}_size > 1 is not supported; leave it out"
-            )
 
 
 def refuse_lone_processes(operator: str, accelerator: Any) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from tiny_models import make_backbone, make_model
 from torch import distributed, nn
@@ -56,6 +57,19 @@ def test_by_the_state_of_accelerate(tmp_path):
     assert "SIZE_BASED_WRAP is not supported" in refused("fsdp", **vars(plain))
     plain = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)
     assert "offload_params (cpu_offload) is not supported" in refused("fsdp", **vars(plain))
+
+
+@pytest.mark.parametrize("name", ["tp", "cp", "sp"])
+def test_other_parallelism(tmp_path, name):
+    found = SimpleNamespace(
+        state=SimpleNamespace(),
+        distributed_type=DistributedType.MULTI_CPU,
+        parallelism_config=ParallelismConfig(**{f"{name}_size": 2}),
+    )
+    with pytest.raises(ValueError, match=f"DualHeadTrainer: {name}_size > 1 is not supported"):
+        refuse_engines("DualHeadTrainer", arguments(tmp_path), found)
+    found.parallelism_config = ParallelismConfig(dp_shard_size=2)
+    refuse_engines("DualHeadTrainer", arguments(tmp_path), found)
 
 
 def test_fsdp_that_accelerate_leaves_out(tmp_path):
