@@ -70,6 +70,8 @@ def per_row(
                 f"{operator}: {name} must be ({batch_size},), got {tuple(value.shape)}"
             )
         return value.to(device=device, dtype=dtype)
+    if hasattr(value, "tolist"):  # of NumPy
+        value = value.tolist()
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     largest = torch.finfo(dtype).max if dtype.is_floating_point else sys.maxsize
     for number in numbers:

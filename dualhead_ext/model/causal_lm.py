@@ -40,7 +40,7 @@ from .backbones import (
 )
 from .builtin_backbones import backbone_path
 from .continuous_batching import GatedBatchingManager, batching_config, prompts_with_controls
-from .generate import alpha_of, check_prompt, new_valid, strength_of
+from .generate import add_controls_of, alpha_of, check_prompt, new_valid, strength_of
 from .generation_options import Decoding
 from .head_folder import CONFIG_NAME, without_local_path
 from .hf_cache import CACHE_NAMES, StaticGateLayer, cache_in
@@ -436,7 +436,8 @@ class DualHeadForCausalLM(_Extension):
 
         Args:
             kwargs: the fields of :class:`dualhead_ext.head.controls.Controls`, each one number for
-                all requests or one per request; all others are Hugging Face's.
+                all requests or one per request. Default: an attribute of that name of the
+                generation config. All others are Hugging Face's.
             kl: instead of a strength, the mean KL from the backbone in nats per token, one number
                 or one per request. The strength is read from the calibration curve, which was
                 measured at uniform objective weights.
@@ -459,6 +460,8 @@ class DualHeadForCausalLM(_Extension):
         )
         check_prompt(given if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"])
         batch = 1 if given is None else given.shape[0]
+        config = args[0] if args else kwargs.get("generation_config")
+        add_controls_of(config or self.generation_config, kwargs)
         if (kl := kwargs.pop("kl", None)) is not None:
             kwargs["strength"] = strength_of(self.dual_head_config.kl_curve, kl, kwargs)
         decoding = fused_loop.decoding_of(kwargs, batch, self.generation_config)
@@ -477,6 +480,12 @@ class DualHeadForCausalLM(_Extension):
                     )
                 out["gate_alpha"] = alpha_of(self, out.sequences, given, kwargs, controls)
         return out
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> Any:
+        # A config that has an attribute of the same name would swallow the argument.
+        controls = Controls.take(kwargs).given()
+        config, arguments = super()._prepare_generation_config(generation_config, **kwargs)
+        return config, arguments | controls
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, attention_mask=None, inputs_embeds=None, **kwargs
@@ -549,7 +558,9 @@ class DualHeadForCausalLM(_Extension):
                 "generate_batch: inputs must hold no padding, got an attention_mask with zeros; "
                 "prompts may have different lengths"
             )
-        inputs = prompts_with_controls(self, "generate_batch", inputs, kwargs)
+        config = args[0] if args else kwargs.get("generation_config")
+        place = (self, "generate_batch", kwargs, config or self.generation_config)
+        inputs = prompts_with_controls(*place, inputs)
         return super().generate_batch(inputs, *args, **kwargs)
 
     # --- training ---

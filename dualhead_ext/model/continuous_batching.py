@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from ..head.controls import Controls
 from ..head.request_controls import numbers_of_requests, rows_of_requests
-from .generate import strength_of
+from .generate import add_controls_of, strength_of
 from .paged_gate import PagedGate
 
 OLDEST = "5.23.0"  # transformers; older paged caches have another layout
@@ -41,15 +41,15 @@ class GatedBatchingManager(ContinuousBatchingManager):
             TypeError, ValueError: a wrong control. The request is not queued.
         """
         if (own := getattr(input_ids, "controls", None)) is None:
-            own = controls_of_requests(self.model, "add_request", kwargs, 1)[0]
+            place = (self.model, "add_request", kwargs, self.generation_config)
+            own = controls_of_requests(*place, 1)[0]
         add: Any = super().add_request
         return add(input_ids, *args, **own, **kwargs)
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
         """As transformers'; kwargs may hold controls, one number or one per request."""
-        return super().add_requests(
-            prompts_with_controls(self.model, "add_requests", inputs, kwargs), *args, **kwargs
-        )
+        place = (self.model, "add_requests", kwargs, self.generation_config)
+        return super().add_requests(prompts_with_controls(*place, inputs), *args, **kwargs)
 
     def _create_batch_processor(self) -> Any:
         head, model = self.model.lm_head_module, self.model
@@ -98,14 +98,15 @@ class _Prompt(list):
 
 
 def controls_of_requests(
-    model: Any, operator: str, kwargs: dict[str, Any], count: int
+    model: Any, operator: str, kwargs: dict[str, Any], generation_config: Any, count: int
 ) -> list[dict[str, Any]]:
     """Remove the controls from kwargs and return those of each of ``count`` requests, as Python
-    numbers.
+    numbers. Those that kwargs do not have are taken from the generation config.
 
     Raises:
         TypeError, ValueError: a wrong control.
     """
+    add_controls_of(generation_config, kwargs)
     config = model.dual_head_config
     if (kl := kwargs.pop("kl", None)) is not None:
         kwargs["strength"] = strength_of(config.kl_curve, kl, kwargs)
@@ -113,10 +114,14 @@ def controls_of_requests(
 
 
 def prompts_with_controls(
-    model: Any, operator: str, inputs: list[list[int]], kwargs: dict[str, Any]
+    model: Any,
+    operator: str,
+    kwargs: dict[str, Any],
+    generation_config: Any,
+    inputs: list[list[int]],
 ) -> list[list[int]]:
-    """The prompts, each with its controls, which are removed from kwargs."""
-    controls = controls_of_requests(model, operator, kwargs, len(inputs))
+    """The prompts, each with its controls; see :func:`controls_of_requests`."""
+    controls = controls_of_requests(model, operator, kwargs, generation_config, len(inputs))
     # Prompts that already have controls keep them: generate_batch calls add_requests.
     return [
         ids if isinstance(ids, _Prompt) else _Prompt(ids, own)

@@ -26,9 +26,21 @@ def check_prompt(prompt: Tensor | None) -> None:
     """
     if prompt is not None and 0 in prompt.shape[:2]:
         raise ValueError(
-            "generate: expected a prompt of at least one token, got input of shape "
-            f"{tuple(prompt.shape)}; begin with the tokenizer's beginning-of-sequence token"
+            "generate: expected one prompt or more, each of at least one token (the tokenizer's "
+            f"beginning-of-sequence token, for example), got input of shape {tuple(prompt.shape)}"
         )
+
+
+def add_controls_of(config: Any, kwargs: dict[str, Any]) -> None:
+    """Add the controls that a generation config holds to the arguments of ``generate()``, which
+    stand over them. A GenerationConfig keeps any attribute, so there they would be ignored.
+    """
+    held = {name: getattr(config, name, None) for name in (*Controls.NAMES, "kl")}
+    if "strength" in kwargs or "kl" in kwargs:
+        held["strength"] = held["kl"] = None
+    for name, value in held.items():
+        if value is not None:
+            kwargs.setdefault(name, value)
 
 
 def new_valid(inputs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:

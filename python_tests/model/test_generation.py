@@ -6,6 +6,7 @@ It is compared with a slow loop over the reference.
 
 import copy
 
+import numpy
 import pytest
 import torch
 from paper_decoding import NEW, reference_logits, slow_batch
@@ -18,6 +19,7 @@ from tiny_models import (
     make_model,
     prompts,
 )
+from transformers import GenerationConfig
 
 import dualhead_ext as dh
 
@@ -102,6 +104,33 @@ def test_controls_are_per_request():
     assert torch.equal(beams[0], model.generate(**alone, **GREEDY, strength=0.0, num_beams=2)[0])
     fixed = model.generate(**batch, **GREEDY, alpha=0.0)
     assert torch.equal(fixed, model.generate(**batch, **GREEDY, strength=0.0))
+
+
+def test_controls_may_be_numpys():
+    model, batch = make_model("llama"), prompts()
+    expected = model.generate(**batch, **GREEDY, strength=[0.0, 1.0, 2.0])
+    given = numpy.linspace(0, 2, 3, dtype=numpy.float32)
+    assert torch.equal(model.generate(**batch, **GREEDY, strength=given), expected)
+    alone = model.generate(**batch, **GREEDY, strength=given[2])
+    assert torch.equal(alone[2], expected[2])
+
+
+def test_controls_of_a_generation_config():
+    """It keeps any attribute, so that one that is not read would be ignored silently."""
+    model, batch = make_model("llama"), prompts()
+    zero, two = (model.generate(**batch, **GREEDY, strength=s) for s in (0.0, 2.0))
+    assert not torch.equal(zero, two)
+    config = GenerationConfig(**GREEDY, strength=0.0, pad_token_id=0)
+    assert torch.equal(model.generate(**batch, generation_config=config), zero)
+    assert torch.equal(
+        model.generate(batch["input_ids"], config, attention_mask=batch["attention_mask"]), zero
+    )
+    assert torch.equal(model.generate(**batch, generation_config=config, strength=2.0), two)
+    model.generation_config.strength = 0.0
+    assert torch.equal(model.generate(**batch, **GREEDY), zero)
+    config.strength = -1.0
+    with pytest.raises(ValueError, match="generate: strength must be"):
+        model.generate(**batch, generation_config=config)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -359,7 +359,7 @@ def test_a_prompt_without_tokens():
         {"inputs": torch.zeros(2, 0, dtype=torch.long)},
         {"inputs_embeds": embeds},
     ):
-        with pytest.raises(ValueError, match="generate: expected a prompt of at least one token"):
+        with pytest.raises(ValueError, match="generate: expected one prompt or more, each of at"):
             model.generate(**given, **GREEDY)
     ids = torch.zeros(1, 0, dtype=torch.long)  # valid: transformers takes empty ids with embeddings
     model.generate(input_ids=ids, inputs_embeds=torch.zeros(1, 2, embeds.shape[-1]), **GREEDY)
