@@ -30,7 +30,7 @@ from ..model.shards import copy_whole, is_sharded, whole_heads
 from .arguments import DualHeadTrainingArguments
 from .engines import refuse_engines, refuse_ignored_fsdp, refuse_lone_processes
 from .gate_probe import ROWS, STATES, GateProbe
-from .hidden_cache import AUTO, IN_MEMORY, HiddenCollator
+from .hidden_cache import AUTO, IN_MEMORY, CachedRows, HiddenCollator
 from .sharding import shard
 from .state import agree_on
 from .streaming import StreamingTrainer, first_rows
@@ -251,6 +251,26 @@ class DualHeadTrainer(StreamingTrainer):
         rows = self._held_out("test_dataset", test_dataset)
         self._check_limits("test_dataset", rows)
         return super().predict(rows, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(
+            self._with_lengths(self.train_dataset if train_dataset is None else train_dataset)
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return super()._get_eval_sampler(self._with_lengths(eval_dataset))
+
+    def _with_lengths(self, rows: Any) -> Any:
+        """What transformers reads lengths from, if batches are to hold texts of similar lengths:
+        each row as ``input_ids`` as long as its longest text.
+        """
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy not in ("group_by_length", "batch_rebalance") or not hasattr(rows, "__len__"):
+            return rows
+        names = getattr(self.processing_class, "model_input_names", ["input_ids"])
+        rows = rows.rows if isinstance(rows, CachedRows) else rows
+        longest = (max(len(tokens) for tokens, _ in texts_of(rows[i])) for i in range(len(rows)))
+        return [{names[0]: range(length)} for length in longest]
 
     def _held_out(self, name: str, rows: Any) -> Any:
         if isinstance(rows, str):  # the name of one of several datasets

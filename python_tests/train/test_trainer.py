@@ -353,6 +353,22 @@ def test_a_low_precision_lm_head_is_not_trained(tmp_path):
         make_trainer(tmp_path, make_model("llama").bfloat16(), train_lm_head=True)
 
 
+@pytest.mark.parametrize("cache", [None, "memory"])
+def test_batches_of_similar_lengths(tmp_path, cache):
+    rows = pairs(24)
+    options = {"train_sampling_strategy": "group_by_length", "max_steps": 2, "cache_hidden": cache}
+    trainer = make_trainer(tmp_path, data=rows, **options)
+    trainer.train()
+    longest = [
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in rows
+    ]
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(24)) and longest[order[0]] == max(longest)
+    batches = [[longest[i] for i in order[at : at + 4]] for at in range(0, 24, 4)]
+    assert all(batch == sorted(batch, reverse=True) for batch in batches)
+
+
 def test_text_is_tokenised_with_the_tokenizer(tmp_path):
     """With the package's own sample and backbone. The tokenizer is saved with the heads."""
     path = embedded_backbone_path()
