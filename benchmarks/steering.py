@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from dualhead_ext.eval.steering import goals
+from dualhead_ext.eval.steering.attributes import ATTRIBUTES
 from dualhead_ext.measurement.figure import GREY, PALETTE, bare, blank, headline, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +165,29 @@ def table(rows: list[dict[str, Any]], attribute: str, target: float | None = Non
     return "\n".join(lines)
 
 
+def other_attributes(rows: list[dict[str, Any]], target: float) -> str:
+    """attribute | gold and held-out score of the backbone and of the default head at ``target``."""
+    lines = [
+        "| attribute | gold scorer | backbone | steered [95 %] | held out | backbone | steered | "
+        "seeds |",
+        "|" + " --- |" * 8,
+    ]
+    for name, attribute in ATTRIBUTES.items():
+        of = [row for row in rows if row["attribute"] == name]
+        plain = [row for row in of if row["system"] == "backbone"]
+        place = goals.OURS | {"kl_target": target}
+        ours = [row for row in of if all(row[key] == value for key, value in place.items())]
+        if name == "sentiment" or not plain or not ours:
+            continue
+        low, high = (fmean(row["gold_ci95"][i] for row in ours) for i in (0, 1))
+        lines.append(
+            f"| {name} | {attribute.gold} | {fmean_of(plain, 'gold'):.3f} | "
+            f"{fmean_of(ours, 'gold'):.3f} [{low:.3f}, {high:.3f}] | {attribute.heldout[0]} | "
+            f"{fmean_of(plain, 'heldout'):.3f} | {fmean_of(ours, 'heldout'):.3f} | {len(ours)} |"
+        )
+    return "\n".join(lines)
+
+
 def fmean_of(rows: list[dict[str, Any]], name: str) -> float:
     """The mean of a field over the rows."""
     return fmean(row[name] for row in rows)
@@ -175,7 +199,9 @@ def blocks(rows: list[dict[str, Any]], run: dict[str, Any]) -> dict[Path, str]:
     first = min(targets, key=lambda t: abs(t - 0.1)) if targets else None
     return {
         ROOT / "README.md": table(rows, "sentiment", first),
-        ROOT / "docs" / "results.md": f"{table(rows, 'sentiment')}\n\n{goals.table(rows, run)}",
+        ROOT / "docs" / "results.md": "\n\n".join(
+            (table(rows, "sentiment"), goals.table(rows, run), other_attributes(rows, _NEAR))
+        ),
     }
 
 
