@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 
         generation_config: Any
         generate: Callable[..., Any]
+        _prepare_generation_config: Callable[..., Any]
         _sample: Callable[..., Any]
         _prepare_static_cache: Callable[..., Cache]
         _previous_max_cache_length: int
