@@ -461,8 +461,9 @@ class DualHeadForCausalLM(_Extension):
         )
         check_prompt(given if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"])
         batch = 1 if given is None else given.shape[0]
-        config = args[0] if args else kwargs.get("generation_config")
-        add_controls_of(config or self.generation_config, kwargs)
+        if args:
+            kwargs["generation_config"], args = args[0], args[1:]  # its options choose the loop
+        add_controls_of(kwargs.get("generation_config") or self.generation_config, kwargs)
         if (kl := kwargs.pop("kl", None)) is not None:
             kwargs["strength"] = strength_of(self.dual_head_config.kl_curve, kl, kwargs)
         decoding = fused_loop.decoding_of(kwargs, batch, self.generation_config)

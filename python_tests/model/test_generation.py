@@ -133,6 +133,17 @@ def test_controls_of_a_generation_config():
         model.generate(**batch, generation_config=config)
 
 
+def test_a_generation_config_by_position():
+    """Its options choose the loop, wherever it stands."""
+    model, batch = make_model("llama"), prompts()
+    ids = batch.pop("input_ids")
+    config = GenerationConfig(**GREEDY, num_beams=3, pad_token_id=0)
+    expected = model.generate(ids, **batch, generation_config=config)
+    assert torch.equal(model.generate(ids, config, **batch), expected)
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(ids, config, **batch, fused=True)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_output_gate(beams):
     model, batch = make_model("llama"), prompts()
