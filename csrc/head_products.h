@@ -16,7 +16,7 @@ namespace dualhead {
 inline void multiply_into(const Tensor& hidden, const Tensor& weight, const Tensor& out) {
   const Tensor transposed = torch::stable::transpose(weight, 0, 1);
   const auto call = [](const char* overload, auto stack) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
     (void)torch::stable::detail::to<Tensor>(stack[0]);  // releases the second handle of `out`
   };

@@ -34,7 +34,7 @@ DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
   const int64_t bytes = static_cast<int64_t>(cuda::decode_workspace_bytes(params));
   const Tensor workspace = allocate<1>({bytes}, ScalarType::Byte, hidden);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error =
       cuda::decode_step(params, workspace.data_ptr(), device, static_cast<CUstream_st*>(stream));
   if (error != 0) {

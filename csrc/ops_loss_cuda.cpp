@@ -18,7 +18,7 @@ void launch_rows(const char* op, int (*kernel)(const LossRowsParams&, int, CUstr
   const auto device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = kernel(p, device, static_cast<CUstream_st*>(stream));
   if (error != 0) {
     fail(op, "the kernel must start on CUDA device " + std::to_string(device) + ", got " +

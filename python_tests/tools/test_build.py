@@ -236,6 +236,14 @@ def test_kernels_are_not_compiled_with_torch():
         assert "-DTORCH_STABLE_ONLY" in step.command
 
 
+def test_bindings_use_no_macro_of_a_newer_torch():
+    """Torch 2.11 lacks these macros. Newer headers define them for every TORCH_TARGET_VERSION, so
+    the compiler finds them there. `make test-oldest` compiles with 2.11."""
+    newer = re.compile(r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b")  # 2.13; the same as without STABLE_
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert sources and not [path for path in sources if newer.search(path.read_text())]
+
+
 def test_a_dropped_library_leaves_the_package(tmp_path):
     """A build with DUALHEAD_CUDA=0 removes the _C_cuda.so of an earlier build with CUDA."""
     names = (libraries.CPU_LIBRARY, libraries.CUDA_LIBRARY, libraries.BUILD_INFO)
