@@ -7,7 +7,8 @@ This is a script because vLLM's workers import the main module again.
 import json
 import sys
 
-from vllm_cases import answers, engine, jobs
+from serving_cases import jobs
+from vllm_cases import answers, engine
 
 
 def main(folder: str, out: str, num_objectives: str) -> None:

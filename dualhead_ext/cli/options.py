@@ -264,7 +264,7 @@ OPTIONS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     ),
     "sample": (add_sample, "sample and rank responses to train on", _SAMPLE),
     "export": (add_export, "write heads and backbone as a folder for vLLM", EXPORT),
-    "serve": (add_serve, "serve a gated model with vLLM's OpenAI-compatible API", SERVE),
+    "serve": (add_serve, "serve a gated model by OpenAI's API, with vLLM or without", SERVE),
     "eval": (
         add_eval,
         "measure heads on your pairs and prompts, or compare whole systems",

@@ -72,9 +72,18 @@ class ReplyStream:
             return
         alpha = None if self._head is None else float(self._head.last_alpha[0, -1])
         for token in value.flatten().tolist():
-            if self._end is None:
-                self._ids.append(token)
-                self._add(self._text.push(token), alpha)
+            self.push(token, alpha)
+
+    def push(self, token: int, alpha: float | None = None) -> None:
+        """Take one new token. After a marker, tokens are ignored."""
+        if self._end is None:
+            self._ids.append(token)
+            self._add(self._text.push(token), alpha)
+
+    @property
+    def at_marker(self) -> bool:
+        """Whether the text has reached a marker."""
+        return self._end is not None
 
     def _add(self, text: str, alpha: float | None) -> None:
         self._said += text

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .argument_types import number
+from .argument_types import add_device, number
 
 EXPORT = """\
 examples:
@@ -16,6 +16,7 @@ SERVE = """\
 examples:
   dualhead serve heads
   dualhead serve served --port 9000
+  dualhead serve heads --engine transformers      without vLLM although it is installed
   dualhead serve heads -- --max-model-len 2048    options of vLLM's server follow --
 
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -56,3 +57,19 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         help="port to listen on (default %(default)s)",
     )
     parser.add_argument("--name", help="model name for clients (default: the folder's name)")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        help="auto (default): vllm where it is installed, otherwise transformers' continuous "
+        "batching",
+    )
+    engine = parser.add_argument_group("options of --engine transformers")
+    add_device(engine)
+    engine.add_argument(
+        "--positions",
+        type=number(int, 32, 2**31 - 1),
+        metavar="N",
+        help="size of the cache, in tokens of all requests together, prompts and new ones "
+        "(default on a CPU: the model's context, at most 8192; on a GPU: what its memory allows)",
+    )

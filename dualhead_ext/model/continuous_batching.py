@@ -6,6 +6,7 @@ also holds the gate's state (`paged_gate`).
 from __future__ import annotations
 
 import copy
+import uuid
 from typing import Any, cast
 
 import transformers
@@ -16,6 +17,7 @@ from ..head.controls import Controls
 from ..head.request_controls import numbers_of_requests, rows_of_requests
 from .generate import add_controls_of, strength_of
 from .paged_gate import PagedGate
+from .request_sampling import RequestSampling
 
 OLDEST = "5.23.0"  # transformers; older paged caches have another layout
 
@@ -25,26 +27,62 @@ class GatedBatchingManager(ContinuousBatchingManager):
     :class:`dualhead_ext.head.controls.Controls`, and ``kl``, as ``generate()`` does.
     """
 
+    alphas: dict[str, list[float]]  # request -> alpha of each token so far
+
     # transformers constructs the manager itself, so its class is changed afterwards.
     @classmethod
     def of(cls, manager: Any) -> GatedBatchingManager:
         """Change the class of transformers' manager to this one."""
         manager.__class__ = cls
+        manager.alphas = {}
         # Further arguments that a request may have; `add_request` has checked them.
         manager.logit_processor.supported_keys |= dict.fromkeys(Controls.NAMES, object)
         return manager
 
-    def add_request(self, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        *args: Any,
+        output_gate: bool = False,
+        **kwargs: Any,
+    ) -> str | None:
         """As transformers'; kwargs may hold controls, one number each (objective_weights: K).
 
+        Args:
+            output_gate: keep alpha of each token until :meth:`take_alpha` takes it.
         Raises:
             TypeError, ValueError: a wrong control. The request is not queued.
         """
         if (own := getattr(input_ids, "controls", None)) is None:
             place = (self.model, "add_request", kwargs, self.generation_config)
             own = controls_of_requests(*place, 1)[0]
+        if output_gate:  # known before the request is queued
+            request_id = uuid.uuid4().hex if request_id is None else request_id
+            self.alphas[request_id] = []
         add: Any = super().add_request
-        return add(input_ids, *args, **own, **kwargs)
+        return add(input_ids, request_id, *args, **own, **kwargs)
+
+    def take_alpha(self, request_id: str) -> list[float] | None:
+        """Return alpha of each token so far of a request with ``output_gate``, and stop keeping it.
+        None for another request.
+        """
+        return self.alphas.pop(request_id, None)
+
+    def sample_per_request(self) -> None:
+        """Let each request set ``seed``, ``temperature``, ``top_k``, ``top_p`` and ``min_p``.
+        Requests without a seed are greedy. It replaces all logits processors of the generation
+        config. Call it before :meth:`start`.
+
+        Raises:
+            ValueError: the generation config samples, from one generator for all requests.
+        """
+        if self.generation_config.do_sample:
+            raise ValueError("sample_per_request: do_sample must be False in the generation config")
+        chain = self.logit_processor
+        chain.logits_processor[:] = [RequestSampling()]
+        chain.tensors_required, chain.do_processing = 1, True
+        chain.supported_keys |= RequestSampling.supported_kwargs
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
         """As transformers'; kwargs may hold controls, one number or one per request."""
@@ -70,11 +108,20 @@ class GatedBatchingManager(ContinuousBatchingManager):
     def _generation_step(self) -> None:
         processor: Any = self.batch_processor
         requests = processor.inputs_and_outputs.requests_in_batch
-        given = [r.state.logit_processor_kwargs for r in requests if r.has_new_token]
+        states = [request.state for request in requests if request.has_new_token]
+        given = [state.logit_processor_kwargs for state in states]
         model: Any = self.model
         count = model.dual_head_config.num_objectives
         processor.cache.paged_gate.controls = rows_of_requests(given, count)
         super()._generation_step()
+        asking = [(i, kept) for i, s in enumerate(states) if (kept := self._kept(s)) is not None]
+        if asking:
+            alpha = model.lm_head_module.last_alpha.flatten().tolist()
+            for i, kept in asking:
+                kept.append(alpha[i])
+
+    def _kept(self, state: Any) -> list[float] | None:
+        return self.alphas.get(state.request_id)
 
 
 class _ModelOfCache:

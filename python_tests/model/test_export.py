@@ -124,5 +124,5 @@ def test_the_command(tmp_path, capsys):
     assert f"dualhead serve {served}" in capsys.readouterr().out
     assert run(*words) == 2
     assert capsys.readouterr().err.startswith("dualhead export: export: ")
-    assert run("serve", served) == 2
+    assert run("serve", served, "--engine", "vllm") == 2
     assert "vLLM is not installed" in capsys.readouterr().err

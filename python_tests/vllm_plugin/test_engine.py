@@ -19,21 +19,10 @@ except ImportError:
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # run the engine in this process
 
+from serving_cases import check, controls, expected, gated, jobs, prompts, served
 from tiny_models import make_backbone
 from transformers import Phi3Config, Phi3ForCausalLM
-from vllm_cases import (
-    answers,
-    check,
-    close,
-    controls,
-    engine,
-    expected,
-    gated,
-    jobs,
-    metric,
-    prompts,
-    served,
-)  # fmt: skip
+from vllm_cases import answers, close, engine, metric
 
 from dualhead_ext.model.served_folder import ARCHITECTURES
 from dualhead_ext.vllm import models

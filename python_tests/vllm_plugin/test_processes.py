@@ -2,13 +2,9 @@
 """vLLM with the gated head in several processes: tensor parallelism, and the server."""
 
 import json
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +13,21 @@ import torch
 
 pytest.importorskip("vllm.entrypoints", reason="vLLM is not in this environment: make test-vllm")
 
-from vllm_cases import NEW, check, expected, gated, jobs, served
+import vllm_cases  # noqa: F401  sets the environment of the processes
+from serving_cases import (
+    WRONG,
+    Server,
+    answered,
+    check,
+    events,
+    expected,
+    gated,
+    jobs,
+    request,
+    served,
+)
 
 TESTS = Path(__file__).resolve().parent.parent
-PATIENCE = 600  # seconds, for a server that takes about ten to start
 K = 2
 
 
@@ -44,56 +51,9 @@ def test_two_processes_share_the_vocabulary(parallel):
 # --- the server -----------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    def __init__(self, heads, log):
-        self.port, self.log = free_port(), log
-        options = ["--dtype", "float32", "--max-model-len", "320", "--enforce-eager"]
-        options += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16"]
-        options += [
-            "--kv-cache-memory-bytes",
-            str(2**26),
-            "--chat-template",
-            str(log.parent / "t.jinja"),
-        ]
-        (log.parent / "t.jinja").write_text(
-            "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-        )
-        command = [sys.executable, "-m", "dualhead_ext", "serve", str(heads), "--name", "gated"]
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), "--", *options], stdout=file, stderr=file
-            )
-
-    def wait(self):
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                with self.open("/health"):
-                    return self
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
-        raise RuntimeError(self.log.read_text()[-3000:])
-
-    def open(self, path, body=None):
-        data = None if body is None else json.dumps({"model": "gated"} | body).encode()
-        headers = {"Content-Type": "application/json"}
-        url = f"http://127.0.0.1:{self.port}{path}"
-        return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=PATIENCE)
-
-    def post(self, path, body):
-        with self.open(path, body) as answer:
-            return json.load(answer)
-
-    def refusal(self, path, body):
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            self.post(path, body)
-        return caught.value.code, json.loads(caught.value.read())["error"]["message"]
+OPTIONS = ["--", "--dtype", "float32", "--max-model-len", "320", "--enforce-eager"]
+OPTIONS += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16"]
+OPTIONS += ["--kv-cache-memory-bytes", str(2**26)]
 
 
 @pytest.fixture(scope="module")
@@ -105,31 +65,21 @@ def model():
 def server(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     model.save_pretrained(folder / "heads")  # served from a folder of links
-    server = Server(folder / "heads", folder / "log")
+    template = folder / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    options = [*OPTIONS, "--chat-template", str(template)]
+    server = Server(folder / "heads", folder / "log", *options)
     try:
         yield server.wait()
     finally:
-        server.process.kill() if server.process.poll() is None else None
-        server.process.wait()
-
-
-def request(ids, own):
-    body = {"prompt": ids, "max_tokens": NEW, "temperature": 0.0, "ignore_eos": True}
-    return body | {"vllm_xargs": own | {"return_alpha": True}, "return_token_ids": True}
-
-
-def events(lines):
-    data = [line.removeprefix(b"data: ").strip() for line in lines if line.startswith(b"data: ")]
-    assert data[-1] == b"[DONE]"
-    return [json.loads(part) for part in data[:-1]]
+        server.kill()
 
 
 def test_twelve_clients(server, model):
     work = jobs(K)
     with ThreadPoolExecutor(12) as pool:
         found = list(pool.map(lambda job: server.post("/v1/completions", request(*job)), work))
-    choices = [answer["choices"][0] for answer in found]
-    check([(c["token_ids"], torch.tensor(c["alpha"])) for c in choices], expected(model, work))
+    check([answered(answer) for answer in found], expected(model, work))
 
 
 def test_a_stream_ends_with_alpha(server):
@@ -160,24 +110,16 @@ def test_chat_and_what_was_not_asked_for_is_not_there(server):
 
 def test_wrong_requests_are_400_beside_good_ones(server, model):
     work = jobs(K)[:6]
-    wrong = (
-        ({"strenght": 1.0}, "did you mean strength"),
-        ({"strength": "much"}, "strength must be a number >= 0"),
-        ({"alpha": 1.5}, "alpha must be a number in [0, 1]"),
-        ({"objective_weights": [1.0, 2.0, 3.0]}, "objective_weights must be"),
-        ({"return_alpha": "yes"}, "return_alpha must be true"),
-    )
     with ThreadPoolExecutor(12) as pool:
         good = [pool.submit(server.post, "/v1/completions", request(*job)) for job in work]
         bad = [
             pool.submit(server.refusal, "/v1/completions", {"prompt": [5], "vllm_xargs": own})
-            for own, _ in wrong
+            for own, _ in WRONG
         ]
-        for one, (_, message) in zip(bad, wrong, strict=True):
+        for one, (_, message) in zip(bad, WRONG, strict=True):
             code, found = one.result()
             assert code == 400 and message in found
-        choices = [one.result()["choices"][0] for one in good]
-    check([(c["token_ids"], torch.tensor(c["alpha"])) for c in choices], expected(model, work))
+        check([answered(one.result()) for one in good], expected(model, work))
     two = {"prompt": ["a", "b"], "vllm_xargs": {"return_alpha": True}}
     assert server.refusal("/v1/completions", two)[0] == 400
 
@@ -187,8 +129,8 @@ def test_a_client_that_goes_away_in_mid_stream_harms_nobody(server, model):
     body = request(ids, own) | {"stream": True, "max_tokens": 200}
     with server.open("/v1/completions", body) as answer:
         assert answer.readline().startswith(b"data: ")
-    found = server.post("/v1/completions", request(ids, own))["choices"][0]
-    check([(found["token_ids"], torch.tensor(found["alpha"]))], expected(model, [(ids, own)]))
+    found = server.post("/v1/completions", request(ids, own))
+    check([answered(found)], expected(model, [(ids, own)]))
 
 
 def test_the_port_in_use_is_one_sentence(server):
@@ -200,8 +142,7 @@ def test_the_port_in_use_is_one_sentence(server):
 
 
 def test_sigterm_ends_it_gracefully(server):  # keep this test last: it stops the server
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(PATIENCE) == 0
+    assert server.stop() == 0
     with pytest.raises(urllib.error.URLError):
         server.open("/health")
     assert "Traceback" not in server.log.read_text()
