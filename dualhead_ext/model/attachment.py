@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..config import DualHeadConfig
 from .backbone_trial import can_be_tried, plain_logits, try_backbone
-from .backbones import replace_module
+from .backbones import refuse_offloaded, replace_module
 from .lm_head import DualHeadLMHead
 
 
@@ -65,12 +65,7 @@ def attach(
         NotImplementedError: the trial (:mod:`dualhead_ext.model.backbone_trial`) failed, or the LM
             head is not in memory. The model stays as it was.
     """
-    if linear.weight.device.type == "meta" and hasattr(linear, "_hf_hook"):
-        raise NotImplementedError(
-            f"{operator}: the weight of {type(model).__name__}'s lm_head is offloaded; the heads "
-            "need it in memory: give lm_head (and an embedding tied to it) a device in device_map, "
-            'instead of cpu_offload, disk_offload or "disk"'
-        )
+    refuse_offloaded(linear, operator, type(model).__name__)
     if not (trial and can_be_tried(model, linear)):
         return _attach(model, linear, config, extended)
     expected = plain_logits(model, operator)

@@ -117,3 +117,17 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replace the module ``old`` of the model by ``new``."""
     parent, _, attribute = module_name(model, old).rpartition(".")
     setattr(model.get_submodule(parent), attribute, new)
+
+
+def refuse_offloaded(head: nn.Module, operator: str, model: str) -> None:
+    """Refuse an LM head whose weights accelerate keeps elsewhere.
+
+    Raises:
+        NotImplementedError: the head is on the meta device, and a hook of accelerate fetches it.
+    """
+    if head.weight.device.type == "meta" and hasattr(head, "_hf_hook"):
+        raise NotImplementedError(
+            f"{operator}: the weight of {model}'s lm_head is offloaded; the heads need it in "
+            "memory: give lm_head (and an embedding tied to it) a device in device_map, instead "
+            'of cpu_offload, disk_offload or "disk"'
+        )

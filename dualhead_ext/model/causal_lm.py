@@ -36,6 +36,7 @@ from .backbones import (
     inside_peft,
     module_name,
     refuse_bypass,
+    refuse_offloaded,
     refuse_packed,
 )
 from .builtin_backbones import backbone_path
@@ -235,10 +236,12 @@ class DualHeadForCausalLM(_Extension):
                 then removed from the configuration.
             save_full: also write the backbone with its own ``save_pretrained(**kwargs)``. The
                 folder is then its own backbone.
-            kwargs: other arguments of the backbone's ``save_pretrained``.
+            kwargs: other arguments of the backbone's ``save_pretrained``, and
+                ``safe_serialization=True``, which transformers before 5 had.
         Raises:
             TypeError: an unknown argument.
-            ValueError: the heads hold NaN or infinite numbers, or do not match the configuration,
+            ValueError: safe_serialization is False, the heads hold NaN or infinite numbers, or do
+                not match the configuration,
                 or state_dict lacks them. Nothing is written.
             RuntimeError: save_full, but the LM head is quantised and was not tied to the embedding,
                 so its full-precision weights are gone.
@@ -627,7 +630,8 @@ class DualHeadForCausalLM(_Extension):
         """The gated head, under whatever name the backbone keeps its lm_head.
 
         Raises:
-            NotImplementedError: an adapter has replaced the head, its gate or its reward head.
+            NotImplementedError: an adapter has replaced the head, its gate or its reward head; or
+                the head was offloaded after it was attached.
         """
         head = self.get_output_embeddings()
         if not isinstance(head, DualHeadLMHead):
@@ -636,6 +640,7 @@ class DualHeadForCausalLM(_Extension):
                 f"{_NOT_ADAPTED}"
             )
         if not torch.compiler.is_compiling():
+            refuse_offloaded(head, "DualHeadForCausalLM", type(self).__name__)
             for name in ("reward_head", "gate"):
                 part = getattr(head, name)
                 if class_name(part).startswith("peft "):

@@ -60,6 +60,8 @@ def save_heads(
     kwargs: dict[str, Any],
 ) -> None:
     """:meth:`dualhead_ext.DualHeadForCausalLM.save_pretrained`."""
+    if not kwargs.pop("safe_serialization", True):
+        raise ValueError("save_pretrained: safe_serialization must be True: no pickles are written")
     known = (*_BACKBONE_ONLY, *_HUB_OPTIONS)
     if unknown := sorted(set(kwargs) - set(known)):
         raise TypeError(f"save_pretrained: unknown arguments {', '.join(unknown)}")

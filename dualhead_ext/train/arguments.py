@@ -5,7 +5,9 @@ objective.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from transformers import TrainingArguments
@@ -18,6 +20,7 @@ from ..loss.terms import (
     PREFERENCE_REDUCTIONS,
     LossOptions,
 )
+from .argument_checks import check_arguments
 from .engines import refuse_engines
 from .hidden_cache import AS_COMPUTED, AUTO, STORAGE_DTYPES
 from .presets import PRESET_NAMES, PRESETS
@@ -196,8 +199,25 @@ class DualHeadTrainingArguments(TrainingArguments):
             self._stop_early()
         if self.data_seed is None:
             self.data_seed = self.seed
+        _ = self.loss_options  # checked there
+        check_arguments(self, left_out={f.name for f in fields(LossOptions)})
+        weights = self.objective_weights
+        if weights is not None and (isinstance(weights, str) or not _are_numbers(weights)):
+            raise TypeError(
+                "DualHeadTrainingArguments: objective_weights must be numbers, one per reward "
+                f"head, got {weights!r}"
+            )
         super().__post_init__()
-        _ = self.loss_options
+        if not isinstance(self.lr_scheduler_kwargs or {}, dict):
+            raise TypeError(
+                "DualHeadTrainingArguments: lr_scheduler_kwargs must be a mapping or JSON of one, "
+                f"got {self.lr_scheduler_kwargs!r}"
+            )
+        if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
+            raise ValueError(
+                "DualHeadTrainingArguments: optim_args must be key=value, separated by commas, "
+                f"got {self.optim_args!r}"
+            )
         for name, wanted, reason in (
             ("label_smoothing_factor", 0, "is transformers' own; use label_smoothing"),
             ("push_to_hub", False, "would push no heads; use model.push_to_hub after training"),
@@ -247,3 +267,7 @@ class DualHeadTrainingArguments(TrainingArguments):
         options = {f.name: getattr(self.loss_options, f.name) for f in fields(LossOptions)}
         options = {name: value for name, value in options.items() if name not in _OF_THE_MODEL}
         return options | {"objective_weights": self.objective_weights}
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, Iterable) and all(isinstance(value, Real) for value in values)

@@ -498,6 +498,12 @@ def _check_objective(model: DualHeadForCausalLM, args: DualHeadTrainingArguments
         )
     if config.gate != "fixed" and not args.loss_options.teaches_gate(args.lm_on_chosen):
         raise ValueError(f"DualHeadTrainer: {UNTAUGHT_GATE}")
+    weights = args.objective_weights
+    if weights is not None and len(weights) != config.num_objectives:
+        raise ValueError(
+            "DualHeadTrainer: objective_weights must hold one number per reward head, "
+            f"{config.num_objectives}, got {len(weights)}"
+        )
     config.preference = args.preference
 
 

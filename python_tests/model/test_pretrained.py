@@ -191,11 +191,13 @@ def test_the_arguments_that_trainer_trl_and_accelerate_pass(tmp_path):
     )
     read_head_folder(tmp_path / "recipe")
     model.save_pretrained(tmp_path / "other", is_main_process=False)
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        model.save_pretrained(tmp_path / "other", safe_serialization=False)
     assert not (tmp_path / "other").exists()
 
     gathered = {name: value.clone() for name, value in model.state_dict().items()}
     gathered["lm_head.reward_head.weight"] += 1
-    model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
+    model.save_pretrained(tmp_path / "gathered", state_dict=gathered, safe_serialization=True)
     state = read_head_folder(tmp_path / "gathered")[1]
     assert torch.equal(state["reward_head.weight"], gathered["lm_head.reward_head.weight"])
     del gathered["lm_head.reward_head.weight"]

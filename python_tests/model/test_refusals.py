@@ -317,6 +317,19 @@ def test_an_lm_head_on_the_disk_is_one_sentence(tmp_path):
         dh.DualHeadForCausalLM.from_backbone(backbone, reward_head="full", gate="attention")
 
 
+def test_heads_offloaded_later_are_one_sentence(tmp_path):
+    from accelerate import cpu_offload
+
+    model = make_model("llama")
+    cpu_offload(model)
+    for call in (lambda: model.generate(**prompts(), **GREEDY), lambda: model(**prompts())):
+        with pytest.raises(NotImplementedError, match="LlamaForCausalLM's lm_head is offloaded"):
+            call()
+    with pytest.raises(NotImplementedError, match="lm_head is offloaded"):
+        model.save_pretrained(tmp_path / "heads")
+    assert not (tmp_path / "heads").exists()
+
+
 def test_arguments_of_from_pretrained(tmp_path):
     make_backbone("llama").save_pretrained(tmp_path)
     model = dh.DualHeadForCausalLM.from_backbone(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DualHeadTrainingArguments and what DualHeadTrainer refuses: defaults, invalid values."""
 
+import numpy as np
 import pytest
 from tiny_models import make_backbone, make_model
 from trainer_cases import arguments, pairs
@@ -41,11 +42,46 @@ def test_a_run_of_any_length_logs_a_curve(tmp_path):
         ({"bf16_full_eval": True}, ValueError, "bf16_full_eval=True would leave the heads in half"),
         ({"fp16_full_eval": True}, ValueError, "fp16_full_eval=True would leave.*use fp16=True"),
         ({"ddp_static_graph": True}, ValueError, "ddp_static_graph=True is not supported"),
+        ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": -1.0}, ValueError, "learning_rate must be >= 0, got -1.0"),
+        ({"learning_rate": float("nan")}, TypeError, "learning_rate must be a number, got nan"),
+        ({"adam_beta1": 2}, ValueError, "adam_beta1 must be below 1, got 2"),
+        ({"max_grad_norm": "abc"}, TypeError, "max_grad_norm must be a number"),
+        ({"weight_decay": -1}, ValueError, "weight_decay must be >= 0"),
+        ({"warmup_steps": "abc"}, TypeError, "warmup_steps must be a number"),
+        ({"max_steps": 1.5}, TypeError, "max_steps must be a whole number, got 1.5"),
+        ({"max_length": "long"}, TypeError, "max_length must be a whole number"),
+        ({"save_total_limit": "all"}, TypeError, "save_total_limit must be a whole number"),
+        ({"per_device_train_batch_size": 0}, ValueError, "train_batch_size must be >= 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, ValueError, "accumulation_steps must be >= 1, got 0"),
+        ({"dataloader_num_workers": -1}, ValueError, "dataloader_num_workers must be >= 0"),
+        ({"seed": "abc"}, TypeError, "seed must be a whole number"),
+        ({"seed": 2**32}, ValueError, "seed must be below 4294967296"),
+        ({"bf16": "abc"}, TypeError, "bf16 must be True or False, got 'abc'"),
+        ({"gate_learning_rate": "abc"}, TypeError, "gate_learning_rate must be a number"),
+        ({"objective_weights": "abc"}, TypeError, "objective_weights must be numbers, one per"),
+        ({"optim_args": "abc"}, ValueError, "optim_args must be key=value"),
+        ({"lr_scheduler_kwargs": "abc"}, TypeError, "lr_scheduler_kwargs must be a mapping"),
     ],
 )
 def test_bad_arguments(tmp_path, changes, error, message):
+    """Before the backbone runs, which may take hours."""
     with pytest.raises(error, match=message):
         arguments(tmp_path, **changes)
+
+
+def test_objective_weights_are_one_per_reward_head(tmp_path):
+    with pytest.raises(ValueError, match="must hold one number per reward head, 1, got 2"):
+        dh.DualHeadTrainer(
+            make_model("llama"), arguments(tmp_path, objective_weights=[1.0, 2.0]), pairs(2)
+        )
+
+
+def test_numbers_of_other_types_are_taken(tmp_path):
+    args = arguments(
+        tmp_path, adam_epsilon="1e-8", learning_rate=np.float32(0.5), max_steps=np.int64(3), bf16=0
+    )
+    assert args.adam_epsilon == 1e-8 and args.learning_rate == 0.5 and args.max_steps == 3
 
 
 def test_every_own_option_has_help_and_parses(tmp_path):
