@@ -148,7 +148,7 @@ campaign: build
 	$(VENV_PYTHON) -m pytest python_tests/campaigns --rounds 30 --seed $(SEED)
 
 # One peer at a time: make test-peers PEERS=peft. More of pytest's options: PEER_OPTIONS="-k Llama"
-PEERS ?= transformers peft cut_cross_entropy lm_eval
+PEERS ?= transformers peft cut_cross_entropy liger lm_eval
 PEER_OPTIONS ?=
 test-peers: build
 	$(VENV_PYTHON) -m pytest --tb=short -p no:cacheprovider --results-json benchmarks/results/peers.json \

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "peers"
 # Versions of the libraries that need not be installed.
-VERSIONS = {"cut-cross-entropy": "25.1.1", "lm-eval": "0.4.13"}
+VERSIONS = {"cut-cross-entropy": "25.1.1", "liger-kernel": "0.8.5", "lm-eval": "0.4.13"}
 
 
 def version_of(name: str) -> str:
