@@ -151,7 +151,7 @@ campaign: build
 PEERS ?= transformers peft cut_cross_entropy liger lm_eval
 PEER_OPTIONS ?=
 test-peers: build
-	$(VENV_PYTHON) -m pytest --tb=short -p no:cacheprovider --results-json benchmarks/results/peers.json \
+	$(VENV_PYTHON) -m pytest --tb=short -p no:cacheprovider --results-json=benchmarks/results/peers.json \
 	  $(PEER_OPTIONS) $(PEERS:%=tools/peers/test_%.py)
 
 cpp-test: build

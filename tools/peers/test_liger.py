@@ -13,7 +13,7 @@ import contextlib
 import importlib
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ REPLACED: dict[str, Any] = {
 class Absent(types.ModuleType):
     """A module of Liger that is not loaded: its names are replaced, or empty classes."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
