@@ -121,3 +121,9 @@ def test_the_benchmark_flag_runs_benchmarks_only(project):
     assert "bench_one.py::test_speed" in done.stdout
     assert "1 passed" in done.stdout and "test_one" not in done.stdout
     assert "to results.json" in done.stdout
+
+
+def test_make_passes_files_of_results_in_one_word():
+    """pytest takes the second of two words for a path, and reads the conftest.py beside it."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--results-json=benchmarks/" in makefile and "--results-json " not in makefile
