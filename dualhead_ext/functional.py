@@ -39,6 +39,7 @@ def dual_head_loss(
     lambda_r: float = LossOptions.lambda_r,
     lambda_g: float = LossOptions.lambda_g,
     kl_price: float = LossOptions.kl_price,
+    reward_l2: float = LossOptions.reward_l2,
     preference: str = LossOptions.preference,
     pref_gate: int = LossOptions.pref_gate,
     gate_regularizer: str = LossOptions.gate_regularizer,
@@ -58,11 +59,13 @@ def dual_head_loss(
     lengths: Sequence[int] | Tensor | None = None,
     impl: Callable[..., DualHeadLossOutput] | None = None,
 ) -> DualHeadLossOutput:
-    """``L = L_LM + lambda_R L_pref + L_gate + L_KL`` of a batch of pairs, without N x V logits.
+    """``L = L_LM + lambda_R L_pref + L_gate + L_KL + L_2`` of a batch of pairs, without N x V
+    logits.
 
     ``L_LM = -E_{(x,y)} sum_t log P(y_t)`` of the mixture, over the chosen responses and the rows in
     no pair. ``L_pref = -E log sigmoid(beta_r (r(y+) - r(y-)) - gamma)``. ``L_gate = -lambda_G
     E_t[H(a_t)]`` and ``L_KL = kl_price E_t[KL(pi_mix || pi_LM)]``, over all response tokens.
+    ``L_2 = 1/2 reward_l2 E_t[sum_k delta_t,k(y_t)^2]``, for token rewards alone.
 
     ``preference="log_prob"`` (the paper's): ``r(y) = sum_t log pi_r(y_t)`` with ``pi_r =
     softmax(f(z_RM))``. ``"token_reward"``: ``r(y) = sum_t a_t^kappa delta_t(y_t)`` with ``delta =
@@ -131,6 +134,7 @@ def dual_head_loss(
         lambda_r=lambda_r,
         lambda_g=lambda_g,
         kl_price=kl_price,
+        reward_l2=reward_l2,
         preference=preference,
         pref_gate=pref_gate,
         gate_regularizer=gate_regularizer,

@@ -30,6 +30,13 @@ OPTION_SETS = {
         "pref_reduction": "mean",
         "lm_on_chosen": False,
     },
+    "l2": {"preference": "token_reward", "reward_l2": 2.0},
+    "l2_gate": {
+        "preference": "token_reward",
+        "pref_gate": 1,
+        "reward_l2": 0.6,
+        "lm_on_chosen": False,
+    },
     "kl": {"kl_price": 0.7},
     "kl_probs": {"kl_price": 1.3, "mix": "probs", "pref_on": "mixed"},
     "kl_post": {
@@ -138,6 +145,7 @@ def numpy_loss(
     lambda_r=1.0,
     lambda_g=0.01,
     kl_price=0.0,
+    reward_l2=0.0,
     preference="log_prob",
     pref_gate=0,
     gate_regularizer="entropy",
@@ -150,7 +158,7 @@ def numpy_loss(
     logit_scale=1.0,
     logit_softcap=0.0,
 ):
-    """The objective token by token: (loss, lm, pref, gate, kl, chosen sums, rejected sums)."""
+    """The objective token by token: (loss, lm, pref, gate, kl, l2, chosen sums, rejected sums)."""
     a = {k: v if isinstance(v, str) else v.numpy() for k, v in t.items()}
     rows, length = a["mask"].shape
     heads = len(a["reward_weight"] if "reward_weight" in a else a["reward_bias"])
@@ -168,7 +176,7 @@ def numpy_loss(
         return npm.log_softmax(z) if mix == "logits" else z
 
     sums, lengths = np.zeros((rows, heads)), np.zeros(rows, dtype=int)
-    lm_total, lm_tokens, sequences, entropies, kls = 0.0, 0, 0, [], []
+    lm_total, lm_tokens, sequences, entropies, kls, squares = 0.0, 0, 0, [], [], []
     for r in range(rows):
         in_lm = r not in worse and (lm_on_chosen or r not in better)
         sequences += in_lm
@@ -188,7 +196,9 @@ def numpy_loss(
             lengths[r] += 1
             for k, z in enumerate(z_heads):
                 if preference == "token_reward":
-                    sums[r, k] += alpha**pref_gate * (z - z_lm)[y]
+                    reward = alpha**pref_gate * (z - z_lm)[y]
+                    sums[r, k] += reward
+                    squares.append((z - z_lm)[y] ** 2)
                 elif pref_on == "reward":
                     sums[r, k] += npm.log_softmax(post(z))[y]
                 else:
@@ -212,9 +222,10 @@ def numpy_loss(
     sign = {"entropy": -1.0, "entropy_as_printed": 1.0, "none": 0.0}[gate_regularizer]
     gate = lambda_g * sign * (sum(entropies) / max(1, len(entropies)))
     kl = kl_price * sum(kls) / max(1, len(kls))
-    total = lm + lambda_r * pref + gate + kl
+    l2 = reward_l2 / 2 * sum(squares) / max(1, len(kls))
+    total = lm + lambda_r * pref + gate + kl + l2
     chosen, rejected = np.array(compared).reshape(-1, 2).T
-    return total, lm, pref, gate, kl, chosen, rejected
+    return total, lm, pref, gate, kl, l2, chosen, rejected
 
 
 class Products(TorchDispatchMode):

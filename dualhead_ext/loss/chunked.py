@@ -417,11 +417,13 @@ def dual_head_loss(
 
     rewards = carrier = None
     zero = torch.zeros(len(lengths), dtype=accumulator_dtype(hidden.dtype), device=hidden.device)
-    lm_nll = kl = zero
+    lm_nll = kl = squares = zero
     # `Products` applies autocast itself; nothing else may be cast.
     with torch.autocast(hidden.device.type, enabled=False):
         if options.preference == "token_reward":
             of_tokens = token_rewards(hidden, (rows, columns), picked_labels, heads)
+            if options.reward_l2:
+                squares = sums(of_tokens.square().sum(0))
             if options.pref_gate:
                 of_tokens = of_tokens * torch.sigmoid(picked_gate)
             rewards = torch.stack([sums(of_objective) for of_objective in of_tokens], -1)
@@ -447,7 +449,7 @@ def dual_head_loss(
             done = run(dict.fromkeys(_INPUTS, False))
             lm_nll, log_probs, kl = done.lm_nll, done.rewards, done.kl
         rewards = log_probs if rewards is None else rewards
-    per_row = RowSums(lm_nll, rewards, sums(gate_entropy(picked_gate)), kl, counted)
+    per_row = RowSums(lm_nll, rewards, sums(gate_entropy(picked_gate)), kl, squares, counted)
     gate_sums = {name: sums(x) for name, x in gate_statistics(picked_gate).items()}
     out = combine(per_row, gate_sums, pairing, counts, options)
     if carrier is not None:

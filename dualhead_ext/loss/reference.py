@@ -206,8 +206,8 @@ def row_sums(
     options: LossOptions,
     pairing: Pairing,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Sums over each row's response tokens: (``lm_nll``, ``entropy``, ``kl``, ``tokens`` and
-    `terms.GATE_STATISTICS`, (R,) each; r under each objective's head (R, K)).
+    """Sums over each row's response tokens: (``lm_nll``, ``entropy``, ``kl``, ``reward_squares``,
+    ``tokens`` and `terms.GATE_STATISTICS`, (R,) each; r under each objective's head (R, K)).
     """
     num_rows, length = mask.shape
     rows, columns = mask.bool().nonzero(as_tuple=True)
@@ -217,10 +217,14 @@ def row_sums(
     in_lm = to_device(pairing.in_lm(options.lm_on_chosen), rows.device)
     lm_logps = torch.zeros_like(kept.gate_logit)
     kl = torch.zeros_like(kept.gate_logit)
+    squares = torch.zeros_like(kept.gate_logit)
     rewards = kept.gate_logit.new_zeros(heads.num_objectives, len(rows))
     if options.preference == "token_reward":
         alpha = torch.sigmoid(kept.gate_logit)
-        rewards = token_rewards(heads, kept.hidden, kept.labels) * alpha**options.pref_gate
+        rewards = token_rewards(heads, kept.hidden, kept.labels)
+        if options.reward_l2:
+            squares = sum(of_objective**2 for of_objective in rewards)
+        rewards = rewards * alpha**options.pref_gate
     for in_term in (True, False):
         index = (in_lm[rows] == in_term).nonzero().squeeze(-1)
         part = kept[index]
@@ -248,6 +252,7 @@ def row_sums(
         return dense.index_put((rows, columns), of_tokens).sum(-1)
 
     per_token = {"lm_nll": -lm_logps, "entropy": entropy(kept.gate_logit), "kl": kl}
+    per_token["reward_squares"] = squares
     per_row = {name: sums(x) for name, x in (per_token | _of_alpha(kept.gate_logit)).items()}
     per_row["tokens"] = mask.bool().sum(-1)
     of_rewards = torch.stack([sums(of_objective) for of_objective in rewards], dim=-1)
@@ -355,7 +360,9 @@ def objective(
     mean_entropy = per_row["entropy"].sum() / at_least_one(counts.tokens)
     gate_loss = options.lambda_g * GATE_REGULARIZERS[options.gate_regularizer](mean_entropy)
     kl_loss = options.kl_price * per_row["kl"].sum() / at_least_one(counts.tokens)
-    loss = lm_loss + options.lambda_r * preference_loss + gate_loss + kl_loss
+    mean_square = per_row["reward_squares"].sum() / at_least_one(counts.tokens)
+    l2_loss = options.reward_l2 * mean_square / 2
+    loss = lm_loss + options.lambda_r * preference_loss + gate_loss + kl_loss + l2_loss
 
     in_lm = to_device(pairing.in_lm(options.lm_on_chosen), length.device)
     per_row = per_row | {"sequences": in_lm, "lm_tokens": length * in_lm}
@@ -366,5 +373,13 @@ def objective(
         named = dict(zip((*per_row, *_OF_PAIRS), sums, strict=True))
         totals.append(torch.stack([named[name] for name in TOTAL_NAMES]))
     compared = (by_name[f"{side}_{kind}"] for kind in ("logps", "rewards") for side in _SIDES)
-    detached = (lm_loss, preference_loss, gate_loss, kl_loss, *compared, torch.stack(totals))
+    detached = (
+        lm_loss,
+        preference_loss,
+        gate_loss,
+        kl_loss,
+        l2_loss,
+        *compared,
+        torch.stack(totals),
+    )
     return DualHeadLossOutput(loss, *(x.detach() for x in detached))

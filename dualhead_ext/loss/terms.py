@@ -130,6 +130,10 @@ class LossOptions:
         lambda_r: weight of the preference term. Default 1.
         lambda_g: weight of the gate's term. Default 0.01.
         kl_price: eta, the weight of the KL penalty ``eta E_t[KL(pi_mix || pi_LM)]``. Default 0.
+        reward_l2: weight of the squared token rewards, ``1/2 reward_l2 E_t[sum_k
+            delta_t,k(y_t)^2]`` over all response tokens; for ``"token_reward"`` alone. Default 0.
+            If the responses are the backbone's own samples, ``E_t[delta^2] / 2`` is to second order
+            at least the KL at alpha = 1, and needs no product with the vocabulary.
         preference: the reward of a response. ``"log_prob"`` (default, the paper's): ``r(y) = sum_t
             log pi_r(y_t)``. ``"token_reward"``: ``r(y) = sum_t alpha_t^kappa delta_t(y_t)``, delta
             = z_RM - z_LM, which needs no product with the vocabulary.
@@ -154,6 +158,7 @@ class LossOptions:
     lambda_r: float = 1.0
     lambda_g: float = 0.01
     kl_price: float = 0.0
+    reward_l2: float = 0.0
     preference: str = "log_prob"
     pref_gate: int = 0
     gate_regularizer: str = "entropy"
@@ -188,8 +193,13 @@ class LossOptions:
                 f"got {self.pref_on!r}"
             )
         self._check_number("beta_r", "a number > 0", lambda x: x > 0)
-        for name in ("lambda_r", "lambda_g", "kl_price", "gamma", "logit_softcap"):
+        for name in ("lambda_r", "lambda_g", "kl_price", "reward_l2", "gamma", "logit_softcap"):
             self._check_number(name, "a number >= 0", lambda x: x >= 0)
+        if self.reward_l2 and self.preference != "token_reward":
+            raise ValueError(
+                "dual_head_loss: reward_l2 must be 0 if preference is not 'token_reward', "
+                f"got {self.reward_l2!r}"
+            )
         self._check_number("label_smoothing", "a number in [0, 0.5)", lambda x: 0 <= x < 0.5)
         self._check_number("logit_scale", "a number other than 0", lambda x: x != 0)
         if not isinstance(self.lm_on_chosen, bool):
@@ -285,6 +295,7 @@ TOTAL_NAMES = (
     "saturated_pairs",
     "entropy",
     "kl",
+    "reward_squares",
     *GATE_STATISTICS,
 )
 
@@ -294,9 +305,10 @@ class DualHeadLossOutput:
     """The result of `functional.dual_head_loss`, fp32 (float64 for float64) unless noted.
 
     Args:
-        loss: 0-d, differentiable: ``lm_loss + lambda_R preference_loss + gate_loss + kl_loss``.
-        lm_loss, preference_loss, gate_loss, kl_loss: 0-d, detached. gate_loss includes lambda_G,
-            kl_loss includes kl_price.
+        loss: 0-d, differentiable: ``lm_loss + lambda_R preference_loss + gate_loss + kl_loss +
+            l2_loss``.
+        lm_loss, preference_loss, gate_loss, kl_loss, l2_loss: 0-d, detached. gate_loss includes
+            lambda_G, kl_loss kl_price, l2_loss reward_l2.
         chosen_logps, rejected_logps: (P,), detached, r of the better and the worse response:
             ``sum_t log pi(y_t)`` of the distribution that the preference term compares, or the sum
             of token rewards.
@@ -312,6 +324,7 @@ class DualHeadLossOutput:
     preference_loss: Tensor
     gate_loss: Tensor
     kl_loss: Tensor
+    l2_loss: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
     chosen_rewards: Tensor
@@ -324,7 +337,7 @@ def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
     (len(TOTAL_NAMES),).
 
     - ``loss, lm_loss, preference_loss, gate_loss``; with a kl_price also ``kl_loss`` and ``kl``
-      (nats per token);
+      (nats per token), with a reward_l2 also ``l2_loss``;
     - ``rewards/chosen|rejected|accuracies|margins``, ``logps/chosen|rejected``;
     - ``preference/saturation``: share of pairs whose sigmoid is within 1 % of 0 or 1;
     - ``gate/mean|std|entropy``; ``gate/below_0.01|above_0.99``: shares of the tokens;
@@ -355,6 +368,9 @@ def metrics_of_totals(totals: Tensor, options: LossOptions) -> dict[str, float]:
             metrics["kl"] = t["kl"] / t["tokens"]
             metrics["kl_loss"] = options.kl_price * metrics["kl"]
             metrics["loss"] += metrics["kl_loss"]
+        if options.reward_l2:
+            metrics["l2_loss"] = options.reward_l2 / 2 * t["reward_squares"] / t["tokens"]
+            metrics["loss"] += metrics["l2_loss"]
         mean, entropy = t["alpha"] / t["tokens"], t["entropy"] / t["tokens"]
         mean_entropy = torch.tensor(entropy, dtype=torch.float64)
         regularizer = GATE_REGULARIZERS[options.gate_regularizer]

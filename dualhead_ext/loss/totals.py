@@ -29,13 +29,14 @@ from .terms import (
 @dataclass
 class RowSums:
     """Sums over each row's response tokens, (R,) each. rewards (R, K): r under each objective's
-    head, 0 if no pair needs it.
+    head, 0 if no pair needs it. reward_squares: of squared token rewards, over all objectives.
     """
 
     lm_nll: Tensor
     rewards: Tensor
     entropy: Tensor
     kl: Tensor
+    reward_squares: Tensor
     length: Tensor
 
 
@@ -78,7 +79,8 @@ def combine(
     regularizer = GATE_REGULARIZERS[options.gate_regularizer]
     gate_loss = options.lambda_g * regularizer(sums.entropy.sum() / at_least_one(counts.tokens))
     kl_loss = options.kl_price * (sums.kl.sum() / at_least_one(counts.tokens))
-    loss = lm_loss + options.lambda_r * preference_loss + gate_loss + kl_loss
+    l2_loss = options.reward_l2 / 2 * (sums.reward_squares.sum() / at_least_one(counts.tokens))
+    loss = lm_loss + options.lambda_r * preference_loss + gate_loss + kl_loss + l2_loss
 
     with torch.no_grad():
         of_pairs = {
@@ -99,10 +101,11 @@ def combine(
             "lm_nll": sums.lm_nll,
             "entropy": sums.entropy,
             "kl": sums.kl,
+            "reward_squares": sums.reward_squares,
             **gate_sums,
         }
         totals = _totals(of_pairs, of_rows, pairing)
-    detached = (lm_loss, preference_loss, gate_loss, kl_loss, *logps, chosen, rejected)
+    detached = (lm_loss, preference_loss, gate_loss, kl_loss, l2_loss, *logps, chosen, rejected)
     values: list[Any] = [*(x.detach() for x in detached), totals]
     return DualHeadLossOutput(loss, *values)
 

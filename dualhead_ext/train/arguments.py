@@ -112,6 +112,9 @@ class DualHeadTrainingArguments(TrainingArguments):
     kl_price: float = _option(
         "kl_price", "Weight of the KL divergence from the backbone, per token."
     )
+    reward_l2: float | None = _of_preset(
+        "Weight of the mean squared token reward. It makes the reward go further at the same KL."
+    )
     gate_regularizer: str | None = _of_preset(
         "entropy: keeps alpha away from 0 and 1; entropy_as_printed: the paper's sign; none.",
         GATE_REGULARIZERS,
@@ -192,6 +195,8 @@ class DualHeadTrainingArguments(TrainingArguments):
                 "DualHeadTrainingArguments: preset must be one of "
                 f"{', '.join(PRESET_NAMES)}, got {self.preset!r}"
             )
+        if self.reward_l2 is None and self.preference not in (None, "token_reward"):
+            self.reward_l2 = 0.0  # a preset's is for token rewards
         for name, value in PRESETS[self.preset]["training"].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

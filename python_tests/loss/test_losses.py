@@ -94,6 +94,9 @@ def test_pair_reductions():
         ("lambda_g", math.nan, ValueError),
         ("lambda_g", True, TypeError),
         ("gamma", math.inf, ValueError),
+        ("reward_l2", -1.0, ValueError),
+        ("reward_l2", "100", TypeError),
+        ("reward_l2", 1.0, ValueError),  # with the default preference, log_prob
         ("label_smoothing", 0.5, ValueError),
         ("logit_scale", 0, ValueError),
         ("logit_softcap", -1, ValueError),

@@ -62,6 +62,7 @@ def test_loss_is_the_formula_token_by_token(
         out.preference_loss,
         out.gate_loss,
         out.kl_loss,
+        out.l2_loss,
         out.chosen_logps,
         out.rejected_logps,
     )

@@ -14,7 +14,8 @@ from trainer_cases import arguments, heads, make_trainer, pairs, ranked_lists, s
 import dualhead_ext as dh
 from dualhead_ext.functional import dual_head_loss
 
-TOKEN = {"preset": "default", "calibrate": False}
+# Without the weight on squared rewards, under which so few steps on a toy learn too little.
+TOKEN = {"preset": "default", "calibrate": False, "reward_l2": 0.0}
 
 
 def fresh(**config):
@@ -81,6 +82,7 @@ def test_no_product_with_the_vocabulary(head):
         out = dual_head_loss(
             hidden, labels, labels >= 0, torch.zeros(8, 50), lm_weight=module.lm_weight,
             **module.reward_head.tensors(), preference="token_reward", lm_on_chosen=False,
+            reward_l2=1.0,
         )  # fmt: skip
         out.loss.backward()
     assert sizes.largest <= vocab * 32
@@ -117,6 +119,22 @@ def test_a_price_on_the_kl_lowers_it(tmp_path):
         found[price] = trainer.evaluate()
     assert found[100.0]["eval_kl"] < 0.5 * found[1e-6]["eval_kl"]
     assert found[100.0]["eval_kl_loss"] == pytest.approx(100.0 * found[100.0]["eval_kl"])
+
+
+def test_a_weight_on_squared_rewards_lowers_them(tmp_path):
+    found = {}
+    for weight in (1e-6, 25.0):
+        trainer = make_trainer(
+            tmp_path, fresh(), pairs(32), pairs(16, seed=1), **TOKEN | {"reward_l2": weight},
+            num_train_epochs=4, learning_rate=0.03,
+        )  # fmt: skip
+        trainer.train()
+        result = trainer.evaluate()
+        found[weight] = result["eval_l2_loss"] / weight
+        assert result["eval_rewards/accuracies"] > 0.8
+        terms = result["eval_preference_loss"] + result["eval_l2_loss"]
+        assert result["eval_loss"] == pytest.approx(terms)
+    assert found[25.0] < 0.1 * found[1e-6]
 
 
 @pytest.mark.parametrize("gate", ["attention", "linear"])
