@@ -5,7 +5,8 @@
 # make test-all  all tests, including the slow ones: weekly, and before a release
 # make test-fast  the core's tests without the slow ones, under two minutes
 # make test-lm-eval  installs lm-evaluation-harness (35 packages, 140 MB) and tests the adapter to it
-# make test-vllm  the plugin for vLLM, in a separate environment, $(VLLM_ENV), which vllm-env makes
+# make test-vllm  the plugin for vLLM without its slow tests, in a separate environment, $(VLLM_ENV),
+#                which vllm-env makes; test-vllm-all: all tests
 # make campaign  tests with random calls, files, faults and texts, half an hour
 # make test-newest  tests with the newest torch, transformers, PEFT and TRL
 # make test-oldest  tests with the oldest torch and transformers, without TRL, PEFT and datasets
@@ -129,6 +130,9 @@ test-oldest: build
 	  python_tests/train python_tests/loss python_tests/ops python_tests/data
 
 test-vllm: vllm-env
+	$(VLLM_ENV)/bin/python -m pytest -q -m "not slow" --durations=5 python_tests/vllm_plugin
+
+test-vllm-all: vllm-env
 	$(VLLM_ENV)/bin/python -m pytest -q --durations=5 python_tests/vllm_plugin
 
 vllm-env: build $(VLLM_INSTALLED)

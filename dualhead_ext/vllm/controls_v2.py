@@ -2,7 +2,7 @@
 """The check of controls for vLLM's second model runner, which needs Triton: the default on GPUs.
 ``RequestControlsK`` is the processor for K objectives. `model_state_v2` does the rest.
 
-Written by vLLM's source; no GPU has run it.
+No GPU has run it; the tests run it on a CPU, with Triton's interpreter.
 """
 
 from __future__ import annotations

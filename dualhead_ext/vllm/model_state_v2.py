@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Controls of requests in vLLM's second model runner, which gets the inputs of a model's
-forward from the model state. Written from vLLM's source; not run on any GPU.
+forward from the model state. No GPU has run it; the tests run it on a CPU, with Triton's
+interpreter.
 """
 
 from __future__ import annotations

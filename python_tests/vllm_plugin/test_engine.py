@@ -117,6 +117,7 @@ def test_a_cache_too_small_for_all_preempts(folder, model):
         close(llm)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "config",
     [
@@ -154,6 +155,7 @@ def _phi3():
 OTHERS = ("mistral-sliding", "qwen2", "qwen3", "gemma2-softcap", "gemma3", "granite-scale", "phi3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_backbones(family, tmp_path):
     sizes = {"head_dim": 32, "max_position_embeddings": 512, "hidden_size": 128}

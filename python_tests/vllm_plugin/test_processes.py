@@ -15,6 +15,7 @@ pytest.importorskip("vllm.entrypoints", reason="vLLM is not in this environment:
 
 import vllm_cases  # noqa: F401  sets the environment of the processes
 from serving_cases import (
+    NEW,
     WRONG,
     Server,
     answered,
@@ -31,7 +32,12 @@ TESTS = Path(__file__).resolve().parent.parent
 K = 2
 
 
-@pytest.fixture(scope="module", params=["probs", "logits"])
+@pytest.fixture(scope="module")
+def model():
+    return gated(num_objectives=K)
+
+
+@pytest.fixture(scope="module", params=["probs", pytest.param("logits", marks=pytest.mark.slow)])
 def parallel(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     config = {"probs": {"reward_head": "full"}, "logits": {"reward_head": "lowrank"}}
@@ -48,17 +54,28 @@ def test_two_processes_share_the_vocabulary(parallel):
     check([(tokens, torch.tensor(alpha)) for tokens, alpha in found], expected(model, jobs(K)))
 
 
+@pytest.mark.slow
+def test_the_second_runner_in_tritons_interpreter(model, tmp_path):
+    command = [sys.executable, str(TESTS / "vllm_second_runner.py")]
+    folder, out = served(model, tmp_path), tmp_path / "a.json"
+    done = subprocess.run(
+        [*command, str(folder), str(out), str(K)], capture_output=True, text=True, cwd=TESTS
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
+    wanted = expected(model, jobs(K), NEW // 2)
+    for name, own in (("found", wanted), ("again", wanted[14:17])):
+        check([(tokens, torch.tensor(alpha)) for tokens, alpha in found[name]], own)
+    assert found["hits"] > 0
+
+
 # --- the server -----------------------------------------------------------------------------------
 
 
 OPTIONS = ["--", "--dtype", "float32", "--max-model-len", "320", "--enforce-eager"]
 OPTIONS += ["--max-num-batched-tokens", "64", "--max-num-seqs", "16"]
 OPTIONS += ["--kv-cache-memory-bytes", str(2**26)]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return gated(num_objectives=K)
 
 
 @pytest.fixture(scope="module")
