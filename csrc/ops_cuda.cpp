@@ -24,12 +24,11 @@ DecodeResult decode_step_cuda(DecodeArguments&& arguments) {
   const Tensor& hidden = bound.arguments.hidden;
   const auto device = hidden.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor reward_product;  // must live until the kernel is launched on the stream
+  HeadProducts products;  // must live until the kernel is launched on the stream
   if (cuda::decode_wants_products(params)) {
-    reward_product = allocate<3>({params.K, params.B, params.V}, ScalarType::Float, hidden);
-    head_products(bound.arguments, bound.logits, reward_product);
-    params.lm_product = pointer<const float>(bound.logits);
-    params.reward_product = pointer<const float>(reward_product);
+    products = head_products(bound.arguments, bound.logits);
+    params.lm_product = pointer<const float>(products.lm);
+    params.reward_product = pointer<const float>(products.reward);
   }
   const int64_t bytes = static_cast<int64_t>(cuda::decode_workspace_bytes(params));
   const Tensor workspace = allocate<1>({bytes}, ScalarType::Byte, hidden);

@@ -58,7 +58,7 @@ struct DecodeParams {
   // W h without bias or scale, if the caller has already computed it (CUDA, batches above 64).
   // Null: the launch computes it. lm_product may be the same memory as out_logits.
   const float* lm_product;      // (B, V)
-  const float* reward_product;  // (K, B, V)
+  const float* reward_product;  // (K, B, V); kEmbedding: delta; kLowRank: delta without bias
 
   // --- attention gate; all null when gate_logit is given ---
   const void* q_weight;      // (g, d)

@@ -65,14 +65,57 @@ def test_products_are_those_of_float64(
     if strided:  # rows of a wider matrix, like a slice of a fused weight
         make = [torch.cat([x, x * 2], -1)[..., :d] for x in make]
     hidden, lm_weight, reward_weight = make
-    lm, reward = torch.full((B, V), torch.nan), torch.full((K, B, V), torch.nan)
-    references = [x._use_count() for x in (lm, reward)]
-    head_products(hidden, lm_weight, reward_weight, lm, reward)
-    assert [x._use_count() for x in (lm, reward)] == references  # no reference is kept or lost
-    torch.testing.assert_close(lm.double(), hidden.double() @ lm_weight.double().T, **CLOSE)
+    logits = torch.full((B, V), torch.nan)
+    references = logits._use_count()
+    lm, reward = head_products("full", hidden, lm_weight, reward_weight, None, None, None, logits)
+    assert lm.data_ptr() == logits.data_ptr()
+    del lm
+    assert logits._use_count() == references  # no reference is kept or lost
+    torch.testing.assert_close(logits.double(), hidden.double() @ lm_weight.double().T, **CLOSE)
     exact = hidden.double() @ reward_weight.double().transpose(1, 2)
     torch.testing.assert_close(reward.double(), exact, **CLOSE)
     assert wide_products_on_the_cpu == [dtype] * (dtype != torch.float32) * (K + 1)
+
+
+def corrected(hidden, lm_weight, down, up, bias, kind):
+    """delta of each objective in float64, (K, B, V), without a bias of the vocabulary."""
+    hidden, lm_weight, bias = hidden.double(), lm_weight.double(), bias.double()
+    moved = torch.zeros(len(bias), len(hidden), bias.shape[1], dtype=torch.float64)
+    if down is not None:
+        moved += hidden @ down.double().mT @ up.double().mT
+    return moved if kind == "lowrank" else (moved + bias[:, None]) @ lm_weight.T
+
+
+@pytest.mark.parametrize("kind", ["embedding", "lowrank"])
+@pytest.mark.parametrize("r", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_of_corrections_are_those_of_float64(
+    head_products, wide_products_on_the_cpu, kind, r, dtype, seed
+):
+    """M h + c, and D h of a low-rank head, are rounded to the dtype of the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    B, d, V, K = 7, 24, 33, 2
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    n = d if kind == "embedding" else V
+    hidden, lm_weight, bias = normal(B, 2 * d)[:, :d], normal(V, d, scale=0.3), normal(K, n)
+    down = up = None
+    if r:
+        down, up = normal(K, r, d, scale=0.3), normal(K, n, r, scale=0.5)
+    logits = torch.full((B, V), torch.nan)
+    lm, reward = head_products(kind, hidden, lm_weight, None, down, up, bias, logits)
+    torch.testing.assert_close(lm.double(), hidden.double() @ lm_weight.double().T, **CLOSE)
+    exact = corrected(hidden, lm_weight, down, up, bias, kind)
+    error = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
+    assert reward.shape == (K, B, V) and reward.dtype == torch.float32
+    torch.testing.assert_close(
+        reward.double(), exact, rtol=0, atol=error * exact.abs().max() + 1e-9
+    )
+    products = {"embedding": 1, "lowrank": 1 + (K if r else 0)}[kind]
+    products += (2 * K if kind == "embedding" else K) if r else 0
+    assert len(wide_products_on_the_cpu) == products * (dtype != torch.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -81,6 +124,9 @@ def test_batches_beyond_one_pass_want_them(testing_module, dtype, seed):
     for B, wanted in ((1, False), (64, False), (65, True), (300, True)):
         arguments = model.random_arguments(rng, dtype, B=B, gate="given")
         assert testing_module.wants_products(arguments, dtype) is wanted, B
+        for kind in ("embedding", "lowrank"):
+            other = model.random_arguments(rng, dtype, B=B, gate="given", reward_head=kind)
+            assert testing_module.wants_products(other, dtype) is wanted, (B, kind)
         arguments["format"] = "int8"
         assert testing_module.wants_products(arguments, dtype) is False, B
 
@@ -90,15 +136,24 @@ def test_batches_beyond_one_pass_want_them(testing_module, dtype, seed):
 
 def given_products(arguments, dtype):
     """The products, beside weights of NaN: nothing may read them."""
-    hidden = model.widen(arguments["hidden"], dtype)
-    lm, reward = (model.widen(arguments[f"{name}_weight"], dtype) for name in ("lm", "reward"))
-    products = {
-        "lm_product": (hidden @ lm.T).astype(np.float32),
-        "reward_product": (hidden @ reward.transpose(0, 2, 1)).astype(np.float32),
-    }
-    names = ("lm_weight", "reward_weight")
-    nans = {n: np.full_like(arguments[n], model.narrow(np.nan, dtype)) for n in names}
+    wide = {n: model.widen(arguments[n], dtype) for n in _WEIGHTS if n in arguments}
+    hidden, lm = model.widen(arguments["hidden"], dtype), wide["lm_weight"]
+    kind = arguments.get("reward_head", "full")
+    if kind == "full":
+        reward = hidden @ wide["reward_weight"].transpose(0, 2, 1)
+    else:
+        inner = hidden @ wide["reward_down"].transpose(0, 2, 1)
+        reward = inner @ wide["reward_up"].transpose(0, 2, 1)
+    if kind == "embedding":
+        reward = (reward + model.widen(arguments["reward_bias"], dtype)[:, None]) @ lm.T
+        wide["reward_bias"] = None
+    products = {"lm_product": hidden @ lm.T, "reward_product": reward}
+    products = {name: value.astype(np.float32) for name, value in products.items()}
+    nans = {n: np.full_like(arguments[n], model.narrow(np.nan, dtype)) for n in wide}
     return arguments | products | nans
+
+
+_WEIGHTS = ("lm_weight", "reward_weight", "reward_down", "reward_up")
 
 
 SIZES = {  # remainders of chunks of 32 entries and of tiles of 8 rows, and more than 64 rows
@@ -127,6 +182,21 @@ def test_step_is_the_float64_one(testing_module, seed, dtype, size, mix_probs):
     check_step(arguments, step, dtype)
     other = run(given, dtype, record=True, seed=seed + 1, blocks=1, threads=256, dirt=0)
     assert not same_bits(step, other)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "lowrank"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mix_probs", [False, True], ids=["logits", "probs"])
+def test_a_correction_s_step_is_the_float64_one(testing_module, seed, kind, dtype, mix_probs):
+    """Neither the weights nor D and U are read, nor c of an embedding head: they hold NaN."""
+    rng = np.random.default_rng(seed)
+    sizes = dict(B=70, d=16, V=33, K=2, H=1, d_k=4, S=5, bias=True, reward_head=kind, r=3)
+    arguments = model.random_arguments(rng, dtype, **sizes) | {"mix_probs": mix_probs}
+    arguments["objective_weights"] = rng.standard_normal((70, 2)).astype(np.float32)
+    arguments |= {"seeds": rng.integers(0, 2**40, 70), "draws": np.arange(70)}
+    given = given_products(arguments, dtype)
+    step = runner(testing_module)(given, dtype, record=True, seed=seed)
+    check_step(arguments, step, dtype)
 
 
 def test_a_head_that_a_row_does_not_need_may_be_anything(testing_module, seed):

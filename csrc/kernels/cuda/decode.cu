@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     grid_barrier();  // all attention parts are complete
   }
   weigh(p, ws, whole_grid(), false);
-  if (kCorrects) prepare_correction(p, ws, whole_grid(), dtype);
+  if (kCorrects && !p.lm_product) prepare_correction(p, ws, whole_grid(), dtype);
   grid_barrier();  // alpha, status and the correction's operands are complete
   if (p.out_attention) normalize_attention(p, ws, whole_grid());
   if (p.lm_product) {

@@ -247,7 +247,8 @@ __device__ __forceinline__ void heads(const DecodeParams& p, const Workspace& ws
 }
 
 // Phase 4 if the products are given: z_LM and z_RM = sum_k w_k (product + b_k), objectives in
-// order, and their mixture. One warp per chunk and batch row.
+// order, and their mixture. For a correction the sum is added to z_LM, and an embedding head's
+// product includes its bias. One warp per chunk and batch row.
 __device__ __forceinline__ void finish_products(const DecodeParams& p, const Workspace& ws,
                                                 DType dtype) {
   const int64_t chunks = ceil_div(p.V, kChunk);
@@ -256,14 +257,15 @@ __device__ __forceinline__ void finish_products(const DecodeParams& p, const Wor
     float lm = 0.0f, reward = 0.0f;
     for (int64_t m = 0; m <= p.K && v < p.V; ++m) {
       const float* product = m == 0 ? p.lm_product : p.reward_product + (m - 1) * p.B * p.V;
-      const float z = product[b * p.V + v] + bias_of(p, dtype, m, v);
+      const bool biased = m == 0 || p.reward_head != RewardHead::kEmbedding;
+      const float z = product[b * p.V + v] + (biased ? bias_of(p, dtype, m, v) : 0.0f);
       if (m == 0) {
         lm = z;
       } else {
         reward = fmaf(objective_weight(p, b, m - 1), z, reward);
       }
     }
-    finish_chunk(p, ws, b, chunk, v, lm, reward);
+    finish_chunk(p, ws, b, chunk, v, lm, corrects(p) ? lm + reward : reward);
   }
 }
 

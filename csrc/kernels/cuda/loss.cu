@@ -98,10 +98,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   SoftmaxPart of_mixed = empty_part(), of_rm = empty_part();
   for (int64_t v = threadIdx.x * kNeighbours; v < p.V; v += blockDim.x * kNeighbours) {
     const int count = p.V - v < kNeighbours ? static_cast<int>(p.V - v) : kNeighbours;
+    // Both rows are loaded before either is used.
     const Four rm = load_four(row.rm + v, count);
+    Four z = {};
+    if (row.mixes) z = load_four(row.lm + v, count);
     if (wants_rm) add_logits(p, of_rm, rm, count);
     if (!row.mixes) continue;
-    Four z = load_four(row.lm + v, count);
 #pragma unroll
     for (int i = 0; i < kNeighbours; ++i) {
       if (!row.probs) z.x[i] = mix_logits(shares, z.x[i], rm.x[i]);

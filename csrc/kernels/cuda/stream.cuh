@@ -12,7 +12,7 @@
 //
 // A row's result is the same for every batch up to 64 rows, every grid and both copy mechanisms:
 // the products take a row's inputs in one order, with one tensor core sum per column, and all parts
-// are cut at constants. Larger batches take this path only with quantised weights or a correction.
+// are cut at constants. Larger batches take this path only with quantised weights.
 // The weights are then read once per 64 rows of hidden states, and a row's result is still the
 // same.
 #pragma once

@@ -181,10 +181,9 @@ inline bool streams(const DecodeParams& p) {
 
 // Beyond the rows of one pass, a GEMM reads the weights once and the kernels once per pass. A GEMM
 // of quantised weights would need them dequantised first: per weight one byte read, two written and
-// two read again. Five passes over the one byte, enough for 320 rows, move no more. Corrections
-// have no GEMM path yet.
+// two read again. Five passes over the one byte, enough for 320 rows, move no more.
 inline bool wants_products(const DecodeParams& p) {
-  return p.B > kMaxBatchTile && p.quantization == Quantization::kNone && !corrects(p);
+  return p.B > kMaxBatchTile && p.quantization == Quantization::kNone;
 }
 
 // Tiles whose products can be kept while alpha is not yet known. A tile of 8 batch rows at d = 4096

@@ -37,9 +37,11 @@ enum Counter {
   kCounters = 128
 };
 
-// Projection rows of one position in the dtype of hidden states: q, k, and last D h of a
-// correction.
-DUALHEAD_HD int64_t key_rows(const DecodeParams& p) { return 2 * p.H * p.d_k + p.K * p.r; }
+// Rows of D h of a correction. Given products include the correction.
+DUALHEAD_HD int64_t inner_rows(const DecodeParams& p) { return p.lm_product ? 0 : p.K * p.r; }
+
+// Projection rows of one position in the dtype of hidden states: q, k, and last D h.
+DUALHEAD_HD int64_t key_rows(const DecodeParams& p) { return 2 * p.H * p.d_k + inner_rows(p); }
 DUALHEAD_HD int64_t inner_row(const DecodeParams& p) { return 2 * p.H * p.d_k; }
 // All projection rows: those and, after them, u in fp32.
 DUALHEAD_HD int64_t projection_rows(const DecodeParams& p) { return key_rows(p) + p.H; }
@@ -93,8 +95,8 @@ inline size_t lay_out_workspace(const DecodeParams& p, void* base, Workspace* wo
   unsigned char* rows = nullptr;
   take(rows, embeds && stream ? product_rows(p) * p.d * (p.dtype == DType::kFloat32 ? 4 : 2) : 0);
   workspace->rows = rows;
-  take(workspace->change, embeds && !stream ? p.B * p.d : 0);
-  take(workspace->inner, p.reward_head == RewardHead::kLowRank ? p.B * p.K * p.r : 0);
+  take(workspace->change, embeds && !stream && !p.lm_product ? p.B * p.d : 0);
+  take(workspace->inner, p.reward_head == RewardHead::kLowRank ? p.B * inner_rows(p) : 0);
   return used;
 }
 
