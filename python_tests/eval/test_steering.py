@@ -287,6 +287,22 @@ def test_a_goal_is_judged_on_three_seeds_only():
     assert "| +10% of the fixed gate's gain (1 seed) | open |" in table(rows, [*uneven, attention])
 
 
+def test_a_front_is_judged_on_three_seeds_only():
+    def verdict(readability, seeds):
+        front = {
+            str(i / 4): {"sentiment": [i, i - 0.4, i + 0.4], "readability": [value, value, value]}
+            | {"kl": 0.1, "seeds": seeds}
+            for i, value in enumerate(readability)
+        }
+        found = {"gains": [], "costs": {}, "front": front, "training_time": None}
+        lines = goals.table([], found).splitlines()
+        return next(line for line in lines if "five weights" in line).split(" | ")[-1]
+
+    assert verdict([5, 6, 7, 8, 9], 3) == "yes |"
+    assert verdict([5, 6, 7, 8, 9], 2) == "open |"
+    assert verdict([5, 4.9, 7, 8, 9], 3) == "**no** |"
+
+
 # --- a whole run ----------------------------------------------------------------------------------
 
 KEYS = [

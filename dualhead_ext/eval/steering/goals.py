@@ -164,7 +164,7 @@ def _front(results: _Results) -> Found:
         steps = [b[0] - a[0] for a, b in pairwise(values)]
         low, high = (values[0], values[-1]) if rises else (values[-1], values[0])
         reached &= all((step >= 0) == rises for step in steps) and low[2] < high[1]
-    return "; ".join(text), 1, reached
+    return "; ".join(text), min(found["seeds"] for _, found in front), reached
 
 
 def _training(results: _Results) -> Found:

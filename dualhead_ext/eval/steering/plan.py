@@ -119,14 +119,14 @@ class Plan:
             systems without one.
         costs: system -> the cell with its timing.
         training: the cell that times the training of the default head, if that head is wanted.
-        front: weight -> the cell decoded with it.
+        front: (weight, seed) -> the cell decoded with it.
     """
 
     size: Size
     decoded: dict[tuple[System, str, float | None, int], Cell] = field(default_factory=dict)
     costs: dict[tuple[str | None, ...], Cell] = field(default_factory=dict)
     training: Cell | None = None
-    front: dict[float, Cell] = field(default_factory=dict)
+    front: dict[tuple[float, int], Cell] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         timed = [*self.costs.values(), *([self.training] if self.training else [])]
@@ -164,7 +164,11 @@ class Planner:
                 place = (system, attribute, target, seed)
                 self._plan.decoded[place] = self._decode(*place)
         if set(FRONT) <= set(self._attributes) and self._wanted(FRONT_SYSTEM):
-            self._plan.front = {weight: self._front(weight) for weight in FRONT_WEIGHTS}
+            self._plan.front = {
+                (weight, seed): self._front(weight, seed)
+                for seed in self._seeds
+                for weight in FRONT_WEIGHTS
+            }
         for system in (BACKBONE, *DUAL_HEADS.values(), GENARM):
             if self._wanted(system):
                 self._plan.costs[tuple(system.parts.values())] = self._cost(system)
@@ -277,12 +281,13 @@ class Planner:
         at = "" if target is None else f", KL {target:g}"
         return Cell("decode", f"{kind}, {attribute}{at}, seed {seed}", options, needs)
 
-    def _front(self, weight: float) -> Cell:
+    def _front(self, weight: float, seed: int) -> Cell:
         system = FRONT_SYSTEM
-        cell = self._decode(system, FRONT[0], self._targets[0], 0)
+        cell = self._decode(system, FRONT[0], self._targets[0], seed)
         options = {**cell.options, "weights": [weight, 1.0 - weight]}
-        needs = {"model": self._train(system, FRONT, 0)}
-        return Cell("decode", f"{'+'.join(FRONT)}, weight {weight:g}", options, needs)
+        needs = {"model": self._train(system, FRONT, seed)}
+        label = f"{'+'.join(FRONT)}, weight {weight:g}, seed {seed}"
+        return Cell("decode", label, options, needs)
 
     def _cost(self, system: System) -> Cell:
         needs = {}

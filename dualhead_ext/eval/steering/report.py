@@ -114,13 +114,11 @@ def _run(plan: Plan, store: Store) -> Row:
         for r in records
     ]
     environments = {json.dumps(machine, sort_keys=True) for machine in machines}
-    front = {}
-    for weight, cell in plan.front.items():
-        record = store.record(cell)
-        if record is not None:
-            found = record["result"]
-            golds = {name: found["scores"][ATTRIBUTES[name].gold] for name in FRONT}
-            front[f"{weight:g}"] = golds | {"kl": found["kl"]}
+    of_weights: dict[float, list[Row]] = defaultdict(list)
+    for (weight, _), cell in plan.front.items():
+        if (record := store.record(cell)) is not None:
+            of_weights[weight].append(record["result"])
+    front = {f"{weight:g}": _mean_front(of_weights[weight]) for weight in sorted(of_weights)}
     costs = {}
     for parts, cell in plan.costs.items():
         if (record := store.record(cell)) is not None:
@@ -148,6 +146,18 @@ def _run(plan: Plan, store: Store) -> Row:
         "decoded": decoded,
         "missing": missing,
     }
+
+
+def _mean_front(decoded: Sequence[Row]) -> Row:
+    """The means over the seeds of one weight: {attribute: [mean, low, high]}, KL, seeds."""
+    golds = {
+        name: [
+            fmean(value)
+            for value in zip(*(r["scores"][ATTRIBUTES[name].gold] for r in decoded), strict=True)
+        ]
+        for name in FRONT
+    }
+    return golds | {"kl": fmean(r["kl"] for r in decoded), "seeds": len(decoded)}
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -259,16 +269,18 @@ def _out_of_reach(label: str, tried: Sequence[Sequence[float]]) -> str:
 
 
 def _front(run: Row) -> Table:
-    header = ("weight of sentiment", *(f"{n} ({ATTRIBUTES[n].gold}) [95 %]" for n in FRONT), "KL")
+    golds = (f"{n} ({ATTRIBUTES[n].gold}) [95 %]" for n in FRONT)
+    header = ("weight of sentiment", *golds, "KL", "seeds")
     rows = [
         [
             weight,
             *("{:.3f} [{:.3f}, {:.3f}]".format(*found[name]) for name in FRONT),
             f"{found['kl']:.3f}",
+            str(found["seeds"]),
         ]
         for weight, found in run["front"].items()
     ]
-    note = "One head with two objectives, weighted for each request; one seed."
+    note = "One head with two objectives, weighted for each request; means over seeds."
     return Table("front", "Two objectives", note, header, rows)
 
 
