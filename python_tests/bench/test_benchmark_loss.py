@@ -28,9 +28,12 @@ def tiny(**fields) -> loss_cases.LossCase:
     return loss_cases.LossCase(**TINY | fields)
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_a_case_runs(name):
-    case = tiny(format=name, compile=name == "fp32")
+@pytest.mark.parametrize(
+    "name, compiled",
+    [("fp32", False), ("bf16", False), pytest.param("fp32", True, marks=pytest.mark.slow)],
+)
+def test_a_case_runs(name, compiled):
+    case = tiny(format=name, compile=compiled)
     result = loss.run_case(case, seconds=0, min_rounds=2)
     rows = {row["contender"]: row for row in result.rows()}
     chunked = hasattr(torch.nn.functional, "linear_cross_entropy")

@@ -69,6 +69,7 @@ def test_train_and_steer(executed):
     assert (folder / "my-heads" / "dualhead_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_inspect_alpha(executed):
     done, folder = executed
     notebook = done["inspect_alpha"]

@@ -173,7 +173,7 @@ def relative_errors(problem, exact, wanted, options, call):
 ALLOWED = {"fp32": 1.1, "autocast": 1.05, "bf16": 1.15}
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("pays", [True, False], ids=["narrow products", "widened"])
 @pytest.mark.parametrize("kind", ALLOWED)
 def test_errors_are_at_most_those_of_eager(kind, pays, monkeypatch, seed):

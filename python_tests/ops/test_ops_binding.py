@@ -296,8 +296,7 @@ def test_opcheck(arguments):
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
-@pytest.mark.quick_cases(2)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gate, reward_head", [("attention", "full"), ("logit", "embedding")])
 def test_compiled_whole_equals_direct(backend, gate, reward_head, seed):
     """One whole graph, with other operations around the step, and caches that it writes.
