@@ -21,7 +21,14 @@ MAX_CHOICES = 128
 # OpenAI's default for completions; a chat may use the whole context.
 _MAX_TOKENS = 16
 # These do not change the answer.
-_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_IGNORED: tuple[str, ...] = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+)
 _IGNORED += ("parallel_tool_calls",)
 # Not supported: field -> values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -41,7 +48,16 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-_KNOWN = ("model", "n", "seed", "stop", "max_tokens", "stream", "stream_options", "ignore_eos")
+_KNOWN: tuple[str, ...] = (
+    "model",
+    "n",
+    "seed",
+    "stop",
+    "max_tokens",
+    "stream",
+    "stream_options",
+    "ignore_eos",
+)
 _KNOWN += ("return_token_ids", WHERE, *Sampling.FILTERS)
 _OF_CHAT = ("messages", "max_completion_tokens", "chat_template_kwargs")
 
@@ -172,7 +188,7 @@ def _sampling(body: dict[str, Any], defaults: Any) -> dict[str, Any]:
     for name, off in Sampling.FILTERS.items():
         own = getattr(defaults, name, None)
         value, limits = body.get(name, off if own is None else own), Sampling.LIMITS[name]
-        kind = int if name == "top_k" else (int, float)
+        kind: Any = int if name == "top_k" else (int, float)
         if name == "top_k" and value == -1:  # vLLM's word for off
             value = 0
         if isinstance(value, bool) or not isinstance(value, kind) or not limits.hold(value):

@@ -45,7 +45,8 @@ class Choice:
         self._reply = ReplyStream(engine.tokenizer, markers=what.stop, print=self._parts.append)
         self.ids: list[int] = []
         self.alpha: list[float] = []
-        self.text, self.finish_reason = "", None
+        self.text = ""
+        self.finish_reason: str | None = None
 
     async def write(self, send: Send) -> None:
         """Decode the text. send: called with each piece of it."""
@@ -79,7 +80,7 @@ class _Answer:
         if chat and what.stream:
             kind = "chat.completion.chunk"
         prefix = "chatcmpl" if chat else "cmpl"
-        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind}
+        self._head: dict[str, Any] = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind}
         self._head |= {"created": int(time.time()), "model": name}
 
     def usage(self) -> dict[str, int]:
@@ -143,7 +144,7 @@ class Server:
         return web.Response(status=200 if self._engine.alive else 503)
 
     async def _models(self, request: web.Request) -> web.Response:
-        own = {"id": self._name, "object": "model", "created": self._created}
+        own: dict[str, Any] = {"id": self._name, "object": "model", "created": self._created}
         own |= {"owned_by": "dualhead_ext", "max_model_len": self._engine.max_length}
         return web.json_response({"object": "list", "data": [own]})
 

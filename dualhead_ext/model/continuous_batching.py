@@ -77,9 +77,10 @@ class GatedBatchingManager(ContinuousBatchingManager):
         Raises:
             ValueError: the generation config samples, from one generator for all requests.
         """
-        if self.generation_config.do_sample:
+        config: Any = self.generation_config
+        if config.do_sample:
             raise ValueError("sample_per_request: do_sample must be False in the generation config")
-        chain = self.logit_processor
+        chain: Any = self.logit_processor
         chain.logits_processor[:] = [RequestSampling()]
         chain.tensors_required, chain.do_processing = 1, True
         chain.supported_keys |= RequestSampling.supported_kwargs
