@@ -7,7 +7,7 @@ it, on the CPU.
 One head and one kind of work take a few minutes; further calls add to the file.
 
 requests-N: N prompts of 16 to 128 tokens with 32 new tokens each, decoded at once; milliseconds per
-request, and requests per second. `serving_cases` says what the figures are.
+request, and requests per second. `engine_cost` says what the figures are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving_cases import HEADS, SIZES, add_row, backbone, gated, options, ratio_of
+from engine_cost import HEADS, SIZES, add_row, backbone, gated, options, ratio_of
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 WORK = {"requests-1": 1, "requests-8": 8}

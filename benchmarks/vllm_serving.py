@@ -7,7 +7,7 @@ This needs vLLM's environment (`make vllm-env`). One head and one kind of work t
 further calls add to the file. A plain and a gated engine run alternately in this process.
 
 decode-B: milliseconds of a decode step of B requests, the time of a text of 25 tokens minus that of
-one token, divided by 24. prefill: milliseconds of a prompt of 256 tokens. `serving_cases` says what
+one token, divided by 24. prefill: milliseconds of a prompt of 256 tokens. `engine_cost` says what
 the figures are.
 """
 
@@ -23,7 +23,7 @@ os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING"}
 
-from serving_cases import HEADS, SIZES, add_row, backbone, gated, options, ratio_of
+from engine_cost import HEADS, SIZES, add_row, backbone, gated, options, ratio_of
 from vllm import LLM, SamplingParams
 
 from dualhead_ext.model.export import export
