@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the CUDA decode kernels on the host backend and check a step against float64.
+"""Run bare decode kernels on the host and check a step against float64.
 
-The host backend is csrc/testing/host_cuda; it takes NumPy arrays. The tests of both paths use this
-module.
+The CUDA kernels run on the host backend, csrc/testing/host_cuda, and those for AVX-512 and AMX with
+emulated instructions, csrc/testing/host_x86. Both take NumPy arrays.
 """
 
 from __future__ import annotations
@@ -46,46 +46,69 @@ def guarded(shape, dtype, fill):
     return whole, view
 
 
+def run_guarded(call, arguments, record=False) -> Step:
+    """Run one step with guarded outputs. The new state is in the result, not in ``arguments``.
+
+    call: runs the kernels on a dict of arguments and outputs.
+    """
+    arguments = arguments | {k: arguments[k].copy() for k in STATE if k in arguments}
+    B, V = len(arguments["hidden"]), len(arguments["lm_weight"])
+    outputs = {
+        "logits": guarded((B, V), np.float32, np.nan),
+        "alpha": guarded((B,), np.float32, np.nan),
+        "gate_logit": guarded((B,), np.float32, np.nan),
+        "token": guarded((B,), np.int64, -7),
+        "logprob": guarded((B,), np.float32, np.nan),
+        "status": guarded((B,), np.int32, -7),
+    }
+    if record and "cache_u" in arguments:
+        outputs["attention"] = guarded(arguments["cache_u"].shape, np.float32, np.nan)
+    named = {f"out_{name}": view for name, (_, view) in outputs.items()}
+    if "lm_product" in arguments:  # in the same memory as the logits, as in the operator
+        named["out_logits"][...] = arguments["lm_product"]
+        named["lm_product"] = named["out_logits"]
+    call(arguments | named)
+    for name, (whole, view) in outputs.items():
+        bands = np.concatenate([whole[:GUARD], whole[GUARD + view.size :]])
+        assert (bands.view(np.uint8) == 0xA5).all(), f"{name}: written out of bounds"
+    results = {name: view for name, (_, view) in outputs.items()}
+    results["attention"] = results.get("attention")
+    return Step(**results, state={k: arguments[k] for k in STATE if k in arguments})
+
+
 def runner(testing_module):
     """A function that runs one step on the host backend."""
 
     def step(
         arguments, dtype="float32", *, record=False, blocks=3, threads=64, dirt=0xFF, **device
     ):
-        """Run one step. ``arguments`` do not change; the new state is in the result.
+        """device: options of the testing module's ``set_device``."""
 
-        device: options of the testing module's ``set_device``.
-        """
-        arguments = arguments | {k: arguments[k].copy() for k in STATE if k in arguments}
-        B, V = len(arguments["hidden"]), len(arguments["lm_weight"])
-        outputs = {
-            "logits": guarded((B, V), np.float32, np.nan),
-            "alpha": guarded((B,), np.float32, np.nan),
-            "gate_logit": guarded((B,), np.float32, np.nan),
-            "token": guarded((B,), np.int64, -7),
-            "logprob": guarded((B,), np.float32, np.nan),
-            "status": guarded((B,), np.int32, -7),
-        }
-        if record:
-            outputs["attention"] = guarded(arguments["cache_u"].shape, np.float32, np.nan)
-        named = {f"out_{name}": view for name, (_, view) in outputs.items()}
-        if "lm_product" in arguments:  # in the same memory as the logits, as in the operator
-            named["out_logits"][...] = arguments["lm_product"]
-            named["lm_product"] = named["out_logits"]
-        testing_module.set_device(**device)
-        try:
-            error = testing_module.decode_step(
-                arguments | named, dtype, blocks=blocks, threads=threads, dirt=dirt
-            )
-        finally:
-            testing_module.set_device()
-        assert error == "cudaSuccess", error
-        for name, (whole, view) in outputs.items():
-            bands = np.concatenate([whole[:GUARD], whole[GUARD + view.size :]])
-            assert (bands.view(np.uint8) == 0xA5).all(), f"{name}: written out of bounds"
-        results = {name: view for name, (_, view) in outputs.items()}
-        results["attention"] = results.get("attention")
-        return Step(**results, state={k: arguments[k] for k in STATE if k in arguments})
+        def call(named):
+            testing_module.set_device(**device)
+            try:
+                error = testing_module.decode_step(
+                    named, dtype, blocks=blocks, threads=threads, dirt=dirt
+                )
+            finally:
+                testing_module.set_device()
+            assert error == "cudaSuccess", error
+
+        return run_guarded(call, arguments, record)
+
+    return step
+
+
+def emulated_runner(testing_module, level):
+    """A function that runs one step of the CPU kernels of an emulated level."""
+
+    def step(arguments, dtype, *, record=False, ranges=False):
+        """ranges: the smallest ranges that threads may get, instead of one."""
+
+        def call(named):
+            testing_module.emulated_decode_step(named, dtype, level, ranges)
+
+        return run_guarded(call, arguments, record)
 
     return step
 

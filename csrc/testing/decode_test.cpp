@@ -16,6 +16,7 @@
 
 #include "check.h"
 #include "cuda_runtime.h"  // the host backend's
+#include "host_x86/levels.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/sampling.h"
@@ -301,9 +302,9 @@ Scratch scratch(size_t bytes, size_t alignment) {
   return Scratch(memory, &std::free);
 }
 
-void cpu_step(const DecodeParams& params) {
+void cpu_step(const DecodeParams& params, const cpu::Kernels& kernels) {
   const Scratch workspace = scratch(cpu::workspace_bytes(params), 64);
-  cpu::decode_step(params, cpu::chosen_kernels(), workspace.get(), &backwards);
+  cpu::decode_step(params, kernels, workspace.get(), &backwards);
 }
 
 }  // namespace
@@ -313,11 +314,19 @@ TEST(every_cpu_instruction_set_agrees_with_double) {
   int levels = 0;
   for (std::string name; std::getline(names, name, ','); ++levels) {
     cpu::force_kernels(name);
-    check_all(&cpu_step);
+    check_all([](const DecodeParams& params) { cpu_step(params, cpu::chosen_kernels()); });
   }
   cpu::force_kernels("");
   CHECK(levels >= 1);
 }
+
+#if defined(__x86_64__)
+TEST(every_emulated_instruction_set_agrees_with_double) {
+  for (const cpu::Kernels* kernels : cpu::kEmulatedLevels) {
+    check_all([=](const DecodeParams& params) { cpu_step(params, *kernels); });
+  }
+}
+#endif
 
 TEST(the_cuda_kernels_on_the_host_agree_with_double) {
   for (int compute_major : {8, 9}) {  // both copy mechanisms of the streaming path

@@ -1,22 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels on the host backend for pytest, without torch: takes NumPy arrays and writes the
-// results in place. bfloat16 and float16 arrays are passed as uint16 bits. Strides are read from
-// the arrays. Shapes are not checked; the binding of the operators does that.
+// The CUDA kernels on the host backend, and CPU kernels with emulated instructions, for pytest,
+// without torch: takes NumPy arrays and writes the results in place. bfloat16 and float16 arrays
+// are passed as uint16 bits. Strides are read from the arrays. Shapes are not checked; the binding
+// of the operators does that.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../decode_arguments.h"
+#include "../kernels/cpu/decode.h"
 #include "../kernels/cuda/decode.h"
 #include "../kernels/cuda/loss.h"
 #include "../kernels/cuda/primitives.cuh"
 #include "../kernels/cuda/stream_plan.h"
+#ifdef __x86_64__
+#include "host_x86/levels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -116,6 +124,44 @@ std::string decode_step(const py::dict& arguments, const std::string& dtype, int
       cuda::decode_step(params, workspace.get(), device, nullptr, {blocks, threads})));
 }
 
+// The levels whose instructions are emulated, e.g. "emulated_amx".
+std::vector<std::string> emulated_levels() {
+  std::vector<std::string> names;
+#ifdef __x86_64__
+  for (const cpu::Kernels* level : cpu::kEmulatedLevels) names.push_back(level->name);
+#endif
+  return names;
+}
+
+// Ranges of any size down to `grain`, as threads may get them. The last one runs first.
+void in_ranges(int64_t count, int64_t grain, cpu::RangeFunction body, void* context) {
+  for (int64_t begin = (count - 1) / grain * grain; count > 0 && begin >= 0; begin -= grain) {
+    body(begin, std::min(begin + grain, count), context);
+  }
+}
+
+void in_one_range(int64_t count, int64_t, cpu::RangeFunction body, void* context) {
+  body(0, count, context);
+}
+
+// One step of the CPU kernels of an emulated level, in the smallest ranges or in one. The workspace
+// has exactly the requested size and is filled with the byte `dirt` before.
+void emulated_decode_step(const py::dict& arguments, const std::string& dtype,
+                          const std::string& level, bool ranges, uint8_t dirt) {
+  const DecodeParams params = params_from(arguments, dtype_from(dtype));
+  const size_t bytes = cpu::workspace_bytes(params);
+  const std::unique_ptr<void, void (*)(void*)> workspace(std::aligned_alloc(64, bytes), std::free);
+  std::memset(workspace.get(), dirt, bytes);
+#ifdef __x86_64__
+  for (const cpu::Kernels* kernels : cpu::kEmulatedLevels) {
+    if (kernels->name != level) continue;
+    cpu::decode_step(params, *kernels, workspace.get(), ranges ? &in_ranges : &in_one_range);
+    return;
+  }
+#endif
+  throw std::invalid_argument("no emulated level " + level);
+}
+
 LossRowsParams loss_params_from(const py::dict& a) {
   const auto z_rm = py::array(a["z_rm"]);
   LossRowsParams p{};
@@ -191,6 +237,9 @@ PYBIND11_MODULE(dualhead_testing, m) {
   using namespace dualhead;  // NOLINT: only used for this list of names
   m.def("decode_step", &decode_step, py::arg("arguments"), py::arg("dtype"), py::arg("blocks") = 0,
         py::arg("threads") = 0, py::arg("device") = 0, py::arg("dirt") = 0xFF);
+  m.def("emulated_levels", &emulated_levels);
+  m.def("emulated_decode_step", &emulated_decode_step, py::arg("arguments"), py::arg("dtype"),
+        py::arg("level"), py::arg("ranges") = false, py::arg("dirt") = 0xFF);
   m.def("loss_rows", &loss_rows, py::arg("arguments"), py::arg("backward"), py::arg("device") = 0);
   m.def("set_device", &set_device, py::kw_only(), py::arg("multiprocessors") = 4,
         py::arg("blocks_per_multiprocessor") = 2, py::arg("cooperative_launch") = true,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..measurement.machine import ReadBandwidth, read_loops
+from ..measurement.machine import ReadBandwidth, best_read, read_loops
 from ..measurement.timing import Ratio, Timing, alternate, clock_of, copies_needed, ratio
 from ..quantization import FORMATS as QUANTIZED
 from .cases import FORMATS, SHARE_AT_THE_LIMIT, Case, Group, required_speedup
@@ -24,7 +24,7 @@ class CaseResult:
         copies: number of copies of weights and caches, used in turn.
         num_bytes: contender -> bytes that it must at least read from memory.
         compile_options: options of torch.compile; None if it did not take part.
-        read: memory bandwidth of a plain loop in the same rounds; None if none took part.
+        read: memory bandwidth of plain loops in the same rounds; None if none took part.
     """
 
     group: Group
@@ -121,8 +121,9 @@ def run_case(
     """Time all contenders of one case.
 
     Args:
-        read: its best method is timed in the same rounds, over all of the operands' memory: on a
-            shared host the bandwidth changes from second to second.
+        read: asks for the bandwidth in the same rounds, over all of the operands' memory: on a
+            shared host it changes from second to second. On the CPU all methods take part, and the
+            best one counts; on a GPU the best of ``read``.
     Raises:
         RuntimeError: there is no compiled kernel to time, or contenders disagree.
     """
@@ -148,8 +149,10 @@ def run_case(
             case, arguments, operands.copies[0], freeze, operands.memory, quantized
         )
         num_read, loops = read_loops(operands.memory) if read else (0, {})
+        if read and device.type == "cuda":
+            loops = {read.method: loops[read.method]}
         timings = alternate(
-            [*contenders, *([loops[read.method]] if read else [])],
+            [*contenders, *loops.values()],
             seconds=effort.seconds,
             min_rounds=effort.min_rounds,
             copies=count,
@@ -157,8 +160,7 @@ def run_case(
             clock=clock_of(device.type),
         )
     if read:
-        rate = num_read / timings.pop(read.method).us_median / 1e3
-        read = ReadBandwidth(rate, read.method, {read.method: rate})
+        read = best_read(num_read, {name: timings.pop(name) for name in loops})
     if case.compile:
         torch.compiler.reset()  # frees a frozen graph's weights
     head_alone = group.V * group.d * FORMATS[group.format].itemsize

@@ -121,7 +121,7 @@ def environment_lines(environment: dict[str, Any]) -> str:
         f"last-level cache {environment['last_level_cache_bytes'] / 2**20:.0f} MiB, "
         f"load {environment['load_average']}\n"
         f"torch {environment['torch']}, Python {environment['python']}, kernels "
-        f"{environment['isa']}, {environment['compiler']}\n"
+        f"{environment['isa']} ({environment['kind']}), {environment['compiler']}\n"
         f"commit {environment['commit']}, csrc {str(environment['csrc_sha256'])[:12]}"
     )
 
@@ -242,7 +242,9 @@ def _footer(results: dict[str, Any]) -> str:
     return (
         f"{results['device']}, {results.get('cores')} cores, {results.get('threads')} threads"
         + ("" if read is None else f", reads {read:.1f} GB/s")
-        + f"; torch {results.get('torch')}, kernels {results.get('isa')}, commit "
+        + f"; torch {results.get('torch')}, kernels {results.get('isa')}"
+        + (f" ({results['kind']})" if results.get("kind") else "")
+        + ", commit "
         f'{results.get("commit")}. Medians{cold}. "1.50x": takes 1.50 times as long as dualhead.'
     )
 

@@ -144,7 +144,7 @@ def run_group(
     """Run one group of the decode benchmark.
 
     Creates the weights, finds the fastest read loop over them, and times each case together with
-    that loop.
+    read loops.
 
     Args:
         add: adds a result to the report; default ``found.add``.

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from ..build_info import build_info
-from .timing import Contender, alternate, clock_of
+from .timing import Contender, Timing, alternate, clock_of
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_CPU_INFO = Path("/proc/cpuinfo")
+# Linux's name of a flag -> the kernels' level, best first.
+_LEVELS = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512bw": "avx512", "avx2": "avx2"}
+_FLAGS = {*_LEVELS, "amx_tile", "amx_int8", "avx512f", "avx512_vnni", "avx512_vbmi", "avx_vnni"}
+_FLAGS |= {"avx512_fp16", "f16c", "fma"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 # Used where Linux does not report cache sizes: more than nearly every desktop has.
 _ASSUMED_CACHE_BYTES = 64 * 2**20
@@ -46,6 +51,8 @@ def _describe_host(built: dict[str, Any]) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": _cpu_name(),
+        "kind": cpu_kind(),
+        "flags": sorted(_cpu_flags() & _FLAGS),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": last_level_cache_bytes(),
@@ -85,10 +92,32 @@ def _driver() -> str | None:
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_field(name: str) -> str:
+    """A line of CPU 0 in Linux's description; "" where it has none."""
+    for line in _CPU_INFO.read_text().splitlines():
+        if line.partition(":")[0].strip() == name:
             return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpu_field("flags").split())
+
+
+def cpu_kind() -> str:
+    """The processor's vendor and its best instructions for these kernels, e.g. "intel-amx",
+    "amd-avx512bf16", "amd-avx2". Its results are in benchmarks/results/cpu-<kind>.json.
+
+    It does not depend on DUALHEAD_FORCE_ISA.
+    """
+    vendors = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
+    vendor = vendors.get(_cpu_field("vendor_id"), platform.machine().lower())
+    flags = _cpu_flags()
+    level = next((level for flag, level in _LEVELS.items() if flag in flags), "portable")
+    return f"{vendor}-{level}"
 
 
 def _checkout_commit() -> str | None:
@@ -153,7 +182,7 @@ class ReadBandwidth:
 def read_loops(buffer: Tensor) -> tuple[int, dict[str, Contender]]:
     """Four ways to read ``buffer`` once with PyTorch's own multi-threaded loops: its sum as fp32,
     its sum as int64, its dot product with itself, and its product with a vector (rows of 4096 fp32
-    numbers).
+    numbers), which on the CPU is the GEMV of the vendor's library.
 
     Args:
         buffer: contiguous, any dtype, at least 16384 bytes.
@@ -193,6 +222,11 @@ def read_bandwidth(buffer: Tensor, seconds: float = 0.5, min_rounds: int = 5) ->
     clock = clock_of(buffer.device.type)
     contenders = list(loops.values())
     timings = alternate(contenders, seconds=seconds, min_rounds=min_rounds, warmup=1, clock=clock)
+    return best_read(num_bytes, timings)
+
+
+def best_read(num_bytes: int, timings: dict[str, Timing]) -> ReadBandwidth:
+    """The bandwidth by the timings of several loops that each read ``num_bytes``."""
     rates = {name: num_bytes / timing.us_median / 1e3 for name, timing in timings.items()}
     best = max(rates, key=rates.__getitem__)
     return ReadBandwidth(rates[best], best, rates)

@@ -156,6 +156,34 @@ def test_the_machine_is_described():
         assert found["commit"].removesuffix("-dirty") == head.stdout.strip()
 
 
+@pytest.mark.parametrize(
+    ("vendor", "flags", "kind"),
+    [
+        ("GenuineIntel", "avx2 avx512bw avx512_bf16 amx_bf16", "intel-amx"),
+        ("GenuineIntel", "avx2 avx512bw", "intel-avx512"),
+        ("AuthenticAMD", "avx2 avx512bw avx512_bf16", "amd-avx512bf16"),
+        ("AuthenticAMD", "fma avx2", "amd-avx2"),
+        ("AuthenticAMD", "sse2", "amd-portable"),
+    ],
+)
+def test_the_kind_of_a_processor(vendor, flags, kind, tmp_path, monkeypatch):
+    text = (
+        f"vendor_id\t: {vendor}\nmodel name\t: A Name\nflags\t\t: {flags}\n\nvendor_id\t: Other\n"
+    )
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    found = machine.describe()
+    assert (found["kind"], found["device"]) == (kind, "A Name")
+    assert set(found["flags"]) == set(flags.split()) - {"sse2"}
+
+
+def test_the_best_of_several_read_loops_counts():
+    timings = {"slow": Timing("slow", (4.0, 5.0, 6.0)), "fast": Timing("fast", (2.0, 9.0, 1.0))}
+    found = machine.best_read(10_000, timings)
+    assert (found.method, found.gb_per_s) == ("fast", 5.0)
+    assert found.methods == {"slow": 2.0, "fast": 5.0}
+
+
 def test_cold_is_four_caches_or_a_quarter_of_what_is_free(monkeypatch):
     free = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(machine.os, "sysconf", free.__getitem__)

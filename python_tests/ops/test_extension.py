@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -109,6 +110,16 @@ def test_the_isa_can_be_forced(isa):
     if isa not in dualhead_ext.build_info()["cpu_isa_levels"]:
         pytest.skip(f"this machine does not run {isa}")
     assert forced_isa(isa).stdout.strip() == isa
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16", "amx"])
+def test_an_isa_that_the_machine_lacks_fails(isa):
+    levels = dualhead_ext.build_info()["cpu_isa_levels"]
+    if isa in levels or platform.machine() != "x86_64":
+        pytest.skip(f"this machine runs {isa}, or is of another kind")
+    done = forced_isa(isa)
+    assert done.returncode != 0
+    assert f"this machine cannot run '{isa}'; it runs {','.join(levels)}" in done.stderr
 
 
 def test_an_unknown_isa_fails():

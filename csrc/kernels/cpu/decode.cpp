@@ -56,9 +56,7 @@ Step lay_out(const DecodeParams& p, Arena& arena) {
   if (p.dtype != DType::kFloat32) {
     s.hidden_bf16_stride = spread_stride<BFloat16>(p.d);
     s.hidden_bf16 = arena.take<BFloat16>(rows * s.hidden_bf16_stride);
-    if (p.quantization != Quantization::kNone) {
-      s.hidden_packed = arena.take<BFloat16>(rows * s.hidden_bf16_stride);
-    }
+    s.hidden_packed = arena.take<BFloat16>((rows + kTilePadding) * s.hidden_bf16_stride);
   }
   s.inner_stride = units(p.K * p.r, 16) * 16;
   s.inner = arena.take<float>(p.B * s.inner_stride);
@@ -301,6 +299,7 @@ void decode_step(const DecodeParams& params, const Kernels& kernels, void* works
   Step step = lay_out(params, arena);
   copy_hidden(step);
   if (has_cache(params)) place_columns(step);
+  if (step.hidden_packed && kernels.pack_requests) kernels.pack_requests(step);
   share(parallel, step, kernels.project, projection_units(params),
         kProjectionUnit * params.d * element_bytes(params));
   if (has_cache(params)) run_attention(step, kernels, parallel);

@@ -3,32 +3,21 @@
 // then attention over the cache. decode.cpp computes alpha from the heads' contexts. Included
 // inside a target region.
 
-// The hidden states in dtype X that multiply weights of dtype W.
-template <class W, class X>
-struct Hidden;
-template <class W>
-struct Hidden<W, float> {
-  static const float* data(const Step& s) { return s.hidden_f32; }
-  static int64_t stride(const Step& s) { return s.hidden_f32_stride; }
-};
-template <class W>
-struct Hidden<W, BFloat16> {
-  static const BFloat16* data(const Step& s) { return s.hidden_bf16; }
-  static int64_t stride(const Step& s) { return s.hidden_bf16_stride; }
-};
+// Weight rows that are multiplied at a time.
+constexpr int64_t kProjected = DUALHEAD_TILES ? kProjectionUnit : 4;
 
 inline void store_as(float* p, float x) { *p = x; }
 inline void store_as(BFloat16* p, float x) { *p = to_bfloat16(x); }
 
-// Rows [row, row + 4) of [W_Q; W_K], which has 2g rows, for all requests. Rows past the end repeat
-// the last one.
+// Rows from `row` on of [W_Q; W_K], which has 2g rows, for all requests. Rows past `end` repeat the
+// last one.
 template <class W>
 void project_keys_and_queries(const Step& s, int64_t row, int64_t end) {
   typedef typename OperandOf<W>::Type X;
   const DecodeParams& p = *s.params;
   const int64_t g = p.H * p.d_k;
-  const W* rows[4];
-  for (int64_t r = 0; r < 4; ++r) {
+  const W* rows[kProjected];
+  for (int64_t r = 0; r < kProjected; ++r) {
     const int64_t i = smaller(row + r, end - 1);
     rows[r] = (i < g ? static_cast<const W*>(p.q_weight) + i * p.d
                      : static_cast<const W*>(p.k_weight) + (i - g) * p.d);
@@ -36,11 +25,11 @@ void project_keys_and_queries(const Step& s, int64_t row, int64_t end) {
   float out[kBatchBlock][4 * kMaxGroups];
   for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
     const int64_t batch = smaller(kBatchBlock, p.B - b0);
-    const int64_t stride = Hidden<W, X>::stride(s) * s.hidden_rows;
+    const int64_t stride = Hidden<W, X>::request_stride(s);
     const X* x = Hidden<W, X>::data(s) + b0 * stride;
-    dot_rows<W, X>(rows, 1, rows[0] + 4 * p.d, x, stride, batch, p.d, out);
+    dot_rows<W, X>(rows, kProjected / 4, rows[0] + kProjected * p.d, x, stride, batch, p.d, out);
     for (int64_t b = b0; b < b0 + batch; ++b) {
-      for (int64_t i = row; i < smaller(row + 4, end); ++i) {
+      for (int64_t i = row; i < smaller(row + kProjected, end); ++i) {
         const float value = out[b - b0][i - row];
         if (i < g) {
           s.q[b * g + i] = value;
@@ -54,43 +43,44 @@ void project_keys_and_queries(const Step& s, int64_t row, int64_t end) {
   }
 }
 
-// Rows [row, row + 4) of U, which has H rows: in fp32, whatever the dtype of the other weights.
+// Rows from `row` on of U, which has H rows: in fp32, whatever the dtype of the other weights.
 inline void project_values(const Step& s, int64_t row, int64_t end) {
   const DecodeParams& p = *s.params;
-  const float* rows[4];
-  for (int64_t r = 0; r < 4; ++r) rows[r] = p.u_weight + smaller(row + r, end - 1) * p.d;
+  const float* rows[kProjected];
+  for (int64_t r = 0; r < kProjected; ++r) rows[r] = p.u_weight + smaller(row + r, end - 1) * p.d;
   float out[kBatchBlock][4 * kMaxGroups];
   for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
     const int64_t batch = smaller(kBatchBlock, p.B - b0);
-    const int64_t stride = s.hidden_f32_stride * s.hidden_rows;
+    const int64_t stride = Hidden<float, float>::request_stride(s);
     const float* x = s.hidden_f32 + b0 * stride;
-    dot_rows<float, float>(rows, 1, rows[0] + 4 * p.d, x, stride, batch, p.d, out);
+    dot_rows<float, float>(rows, kProjected / 4, rows[0] + kProjected * p.d, x, stride, batch, p.d,
+                           out);
     for (int64_t b = b0; b < b0 + batch; ++b) {
       if (s.column[b] < 0) continue;
-      for (int64_t h = row; h < smaller(row + 4, end); ++h) {
+      for (int64_t h = row; h < smaller(row + kProjected, end); ++h) {
         p.cache_u[(b * p.H + h) * p.S + s.column[b]] = out[b - b0][h - row];
       }
     }
   }
 }
 
-// Rows [row, row + 4) of a correction's D, which has K r rows.
+// Rows from `row` on of a correction's D, which has K r rows.
 template <class W>
 void project_inner(const Step& s, int64_t row, int64_t end) {
   typedef typename OperandOf<W>::Type X;
   const DecodeParams& p = *s.params;
-  const W* rows[4];
-  for (int64_t i = 0; i < 4; ++i) {
+  const W* rows[kProjected];
+  for (int64_t i = 0; i < kProjected; ++i) {
     rows[i] = static_cast<const W*>(p.reward_down) + smaller(row + i, end - 1) * p.d;
   }
-  const int64_t stride = Hidden<W, X>::stride(s) * s.hidden_rows;
+  const int64_t stride = Hidden<W, X>::request_stride(s);
   float out[kBatchBlock][4 * kMaxGroups];
   for (int64_t b0 = 0; b0 < p.B; b0 += kBatchBlock) {
     const int64_t batch = smaller(kBatchBlock, p.B - b0);
     const X* x = Hidden<W, X>::data(s) + b0 * stride;
-    dot_rows<W, X>(rows, 1, rows[0] + 4 * p.d, x, stride, batch, p.d, out);
+    dot_rows<W, X>(rows, kProjected / 4, rows[0] + kProjected * p.d, x, stride, batch, p.d, out);
     for (int64_t b = b0; b < b0 + batch; ++b) {
-      for (int64_t i = row; i < smaller(row + 4, end); ++i) {
+      for (int64_t i = row; i < smaller(row + kProjected, end); ++i) {
         s.inner[b * s.inner_stride + i] = out[b - b0][i - row];
       }
     }
@@ -110,7 +100,7 @@ void project_units(const Step& s, int64_t begin, int64_t end) {
     for (; unit < smaller(past, end); ++unit) {
       const int64_t first = (unit - start) * kProjectionUnit;
       const int64_t last = smaller(first + kProjectionUnit, counts[part]);
-      for (int64_t row = first; row < last; row += 4) parts[part](s, row, last);
+      for (int64_t row = first; row < last; row += kProjected) parts[part](s, row, last);
     }
   }
 }

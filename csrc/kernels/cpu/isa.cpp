@@ -7,21 +7,30 @@
 
 namespace dualhead::cpu {
 
-#if defined(__x86_64__)
-extern const Kernels avx512bf16_kernels;
-extern const Kernels avx512_kernels;
-extern const Kernels avx2_kernels;
-#endif
-extern const Kernels portable_kernels;
+namespace amx {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace portable {
+extern const Kernels kernels;
+}
 
 namespace {
 
 // Best first.
 const Kernels* const kLevels[] = {
 #if defined(__x86_64__)
-    &avx512bf16_kernels, &avx512_kernels, &avx2_kernels,
+    &amx::kernels, &avx512bf16::kernels, &avx512::kernels, &avx2::kernels,
 #endif
-    &portable_kernels};
+    &portable::kernels};
 
 std::string names(bool supported_only) {
   std::string text;
@@ -48,7 +57,7 @@ const Kernels* best() {
   for (const Kernels* level : kLevels) {
     if (level->supported()) return level;
   }
-  return &portable_kernels;
+  return &portable::kernels;
 }
 
 std::atomic<const Kernels*> forced{nullptr};

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses among the kernels compiled for several instruction sets, and declares what each provides.
 // The algorithms (dot_tile.h, int4_tile.h, gate.h, correction.h, vocabulary.h, loss_rows.h) are
-// written once and compiled once per instruction set by the isa_*.cpp files. Only simd_*.h and
-// packed_tile.h contain intrinsics.
+// written once and compiled once per instruction set by the isa_*.cpp files. Only simd_*.h,
+// packed_tile.h, tile_amx.h and tile_product.h contain intrinsics or assembly. Tests also compile
+// the files of AVX-512 and AMX with emulated intrinsics, so that they run on any machine
+// (csrc/testing/host_x86, DUALHEAD_EMULATED).
 #pragma once
 
 #include <cstdint>
@@ -19,6 +21,8 @@ constexpr int64_t kUnit = 64;
 constexpr int64_t kProjectionUnit = 16;
 // Requests whose logits of one unit are on the stack at the same time.
 constexpr int64_t kBatchBlock = 64;
+// Rows of zeros that packing may add to a block, to make its tiles equally large.
+constexpr int64_t kTilePadding = 3;
 
 inline int64_t units(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -28,7 +32,7 @@ struct Step {
   // (B, hidden_rows, d), padded rows: copies of hidden, widened to fp32 and, for bf16, unchanged.
   float* hidden_f32;
   BFloat16* hidden_bf16;
-  BFloat16* hidden_packed;  // in the order of packed_tile.h; bf16 with quantised heads only
+  BFloat16* hidden_packed;  // in the order of packed_tile.h or tile_product.h; null for fp32
   int64_t hidden_f32_stride, hidden_bf16_stride;  // between rows
   // Rows per request that the LM head multiplies: 1; or 2 for the probability mix of an embedding
   // head: h, then h + M h + c.
@@ -55,11 +59,13 @@ struct Step {
 struct Kernels {
   const char* name;
   bool (*supported)();
-  // Fills hidden_packed for the whole batch; null if the instruction set does not use it.
-  void (*pack_hidden)(const Step&);
+  // Fills hidden_packed with the rows of h, for `project`. Null if that does not use it.
+  void (*pack_requests)(const Step&);
   // Units of kProjectionUnit rows for the whole batch: W_Q (g), W_K (g), U (H) of the gate, then D
   // (K r) of a correction. Writes q, the cache's new column and inner.
   void (*project)(const Step&, int64_t begin, int64_t end);
+  // Fills hidden_packed with all rows, for `vocabulary`. Null if that does not use it.
+  void (*pack_hidden)(const Step&);
   // Units of kProjectionUnit inputs: applies an embedding head's change to the hidden states.
   void (*move_hidden)(const Step&, int64_t begin, int64_t end);
   // (row, head) pairs: attention over the cache, written to head_context and out_attention.

@@ -8,43 +8,35 @@
 #include "../weight_format.h"
 #include "isa.h"
 
+#ifndef DUALHEAD_ISA
 #define DUALHEAD_ISA avx512
+#endif
 #define DUALHEAD_NATIVE_BF16 0
+#define DUALHEAD_TILES 0
 
 // The headers of GCC 12 trigger this warning themselves (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#ifndef DUALHEAD_EMULATED
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
 
-namespace dualhead::cpu::avx512 {
+namespace dualhead::cpu::DUALHEAD_ISA {
 #include "simd_avx512.h"
 // Keep this order: the headers below use those above.
 #include "kernels.h"
-}  // namespace dualhead::cpu::avx512
+}  // namespace dualhead::cpu::DUALHEAD_ISA
 
+#ifndef DUALHEAD_EMULATED
 #pragma GCC pop_options
+#endif
 
-namespace dualhead::cpu {
-
-namespace {
+namespace dualhead::cpu::DUALHEAD_ISA {
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
-}  // namespace
-
-extern const Kernels avx512_kernels{"avx512",
-                                    &supported,
-                                    nullptr,
-                                    &avx512::project,
-                                    &avx512::move_hidden,
-                                    &avx512::attend,
-                                    &avx512::vocabulary,
-                                    &avx512::mix_probabilities,
-                                    &avx512::loss_rows,
-                                    &avx512::loss_rows_backward};
-
-}  // namespace dualhead::cpu
+}  // namespace dualhead::cpu::DUALHEAD_ISA
 
 #endif  // __x86_64__

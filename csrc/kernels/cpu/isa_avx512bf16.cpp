@@ -9,44 +9,36 @@
 #include "../weight_format.h"
 #include "isa.h"
 
+#ifndef DUALHEAD_ISA
 #define DUALHEAD_ISA avx512bf16
+#endif
 #define DUALHEAD_NATIVE_BF16 1
+#define DUALHEAD_TILES 0
 
 // The headers of GCC 12 trigger this warning themselves (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#ifndef DUALHEAD_EMULATED
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma")
+#endif
 
-namespace dualhead::cpu::avx512bf16 {
+namespace dualhead::cpu::DUALHEAD_ISA {
 #include "simd_avx512.h"
 // Keep this order: the headers below use those above.
 #include "kernels.h"
-}  // namespace dualhead::cpu::avx512bf16
+}  // namespace dualhead::cpu::DUALHEAD_ISA
 
+#ifndef DUALHEAD_EMULATED
 #pragma GCC pop_options
+#endif
 
-namespace dualhead::cpu {
-
-namespace {
+namespace dualhead::cpu::DUALHEAD_ISA {
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
-}  // namespace
-
-extern const Kernels avx512bf16_kernels{"avx512bf16",
-                                        &supported,
-                                        &avx512bf16::pack_hidden,
-                                        &avx512bf16::project,
-                                        &avx512bf16::move_hidden,
-                                        &avx512bf16::attend,
-                                        &avx512bf16::vocabulary,
-                                        &avx512bf16::mix_probabilities,
-                                        &avx512bf16::loss_rows,
-                                        &avx512bf16::loss_rows_backward};
-
-}  // namespace dualhead::cpu
+}  // namespace dualhead::cpu::DUALHEAD_ISA
 
 #endif  // __x86_64__

@@ -7,28 +7,14 @@
 
 #define DUALHEAD_ISA portable
 #define DUALHEAD_NATIVE_BF16 0
+#define DUALHEAD_TILES 0
 
-namespace dualhead::cpu::portable {
+namespace dualhead::cpu::DUALHEAD_ISA {
 #include "simd_portable.h"
 // Keep this order: the headers below use those above.
 #include "kernels.h"
-}  // namespace dualhead::cpu::portable
+}  // namespace dualhead::cpu::DUALHEAD_ISA
 
-namespace dualhead::cpu {
-
-namespace {
+namespace dualhead::cpu::DUALHEAD_ISA {
 bool supported() { return true; }
-}  // namespace
-
-extern const Kernels portable_kernels{"portable",
-                                      &supported,
-                                      nullptr,
-                                      &portable::project,
-                                      &portable::move_hidden,
-                                      &portable::attend,
-                                      &portable::vocabulary,
-                                      &portable::mix_probabilities,
-                                      &portable::loss_rows,
-                                      &portable::loss_rows_backward};
-
-}  // namespace dualhead::cpu
+}  // namespace dualhead::cpu::DUALHEAD_ISA

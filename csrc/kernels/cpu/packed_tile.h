@@ -3,21 +3,6 @@
 // every format, and NativeBf16Product multiplies them with bf16 hidden states. Included inside a
 // target region. The order of each sum is fixed, as in dot_tile.h.
 
-// bf16 hidden states in the order in which weights of type W are unpacked, padded with zeros to
-// whole steps.
-template <class W>
-struct PackedFor {
-  BFloat16 value;
-};
-
-template <class W>
-struct Hidden<W, PackedFor<W>> {
-  static const PackedFor<W>* data(const Step& s) {
-    return reinterpret_cast<const PackedFor<W>*>(s.hidden_packed);
-  }
-  static int64_t stride(const Step& s) { return s.hidden_bf16_stride; }
-};
-
 // The input, among 128, that the i-th packed position holds.
 inline int64_t packed_from(Quantization quantization, int64_t i) {
   if (quantization == Quantization::kInt4) {
@@ -29,21 +14,6 @@ inline int64_t packed_from(Quantization quantization, int64_t i) {
   // Unpacking takes 8 bytes of each 16: first the lower halves of 64 bytes, then the upper halves.
   const int64_t half = i % 64 / 32, n = i % 32;
   return i / 64 * 64 + n / 8 * 16 + half * 8 + n % 8;
-}
-
-inline void pack_hidden(const Step& s) {
-  const DecodeParams& p = *s.params;
-  int64_t from[128];
-  for (int64_t i = 0; i < 128; ++i) from[i] = packed_from(p.quantization, i);
-  for (int64_t b = 0; b < p.B * s.hidden_rows; ++b) {
-    const BFloat16* row = s.hidden_bf16 + b * s.hidden_bf16_stride;
-    BFloat16* to = s.hidden_packed + b * s.hidden_bf16_stride;
-    for (int64_t k = 0; k < p.d; k += 128) {
-      for (int64_t i = 0; i < 128; ++i) {
-        to[k + i] = k + from[i] < p.d ? row[k + from[i]] : BFloat16{0};
-      }
-    }
-  }
 }
 
 inline __m512i load_packed(const void* x) { return _mm512_loadu_si512(x); }
@@ -161,6 +131,14 @@ struct Int4Table {
 };
 constexpr Int4Table kInt4Table{};
 
+// The 128 numbers of a group in bf16, in the order of packed_from.
+inline void int4_numbers(__m512i line, __m512i numbers, __m512i (&w)[4]) {
+  w[0] = _mm512_permutexvar_epi16(line, numbers);
+  w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4), numbers);
+  w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), numbers);
+  w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), numbers);
+}
+
 template <>
 struct Tile<Int4Pair, PackedFor<Int4Pair>> {
   typedef Int4Row Row;
@@ -182,10 +160,8 @@ struct Tile<Int4Pair, PackedFor<Int4Pair>> {
       for (int r = 0; r < 4; ++r) {
         const __m512i line = load_packed(rows[r].at + k / 2);
         const F32 scale = splat(rows[r].scales[k / kStep]);
-        const __m512i w[4] = {_mm512_permutexvar_epi16(line, numbers),
-                              _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4), numbers),
-                              _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), numbers),
-                              _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), numbers)};
+        __m512i w[4];
+        int4_numbers(line, numbers, w);
 #pragma GCC unroll 4
         for (int b = 0; b < kBatch; ++b) {
           F32 part = {};
@@ -201,3 +177,23 @@ struct Tile<Int4Pair, PackedFor<Int4Pair>> {
     __builtin_memcpy(sums, sum, sizeof(sum));
   }
 };
+
+#if !DUALHEAD_TILES
+constexpr void (*pack_requests)(const Step&) = nullptr;
+
+void pack_hidden(const Step& s) {
+  const DecodeParams& p = *s.params;
+  if (p.quantization == Quantization::kNone) return;
+  int64_t from[128];
+  for (int64_t i = 0; i < 128; ++i) from[i] = packed_from(p.quantization, i);
+  for (int64_t b = 0; b < p.B * s.hidden_rows; ++b) {
+    const BFloat16* row = s.hidden_bf16 + b * s.hidden_bf16_stride;
+    BFloat16* to = s.hidden_packed + b * s.hidden_bf16_stride;
+    for (int64_t k = 0; k < p.d; k += 128) {
+      for (int64_t i = 0; i < 128; ++i) {
+        to[k + i] = k + from[i] < p.d ? row[k + from[i]] : BFloat16{0};
+      }
+    }
+  }
+}
+#endif

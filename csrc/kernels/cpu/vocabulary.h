@@ -216,7 +216,9 @@ void vocabulary_units(const Step& s, int64_t begin, int64_t end) {
 // has such tiles.
 template <class W>
 void quantized_units(const Step& s, int64_t begin, int64_t end) {
-#if DUALHEAD_NATIVE_BF16
+#if DUALHEAD_TILES
+  if (s.hidden_packed) return vocabulary_units<W, TiledFor<W>>(s, begin, end);
+#elif DUALHEAD_NATIVE_BF16
   if (s.hidden_packed) return vocabulary_units<W, PackedFor<W>>(s, begin, end);
 #endif
   vocabulary_units<W>(s, begin, end);
