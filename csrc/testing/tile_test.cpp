@@ -35,7 +35,8 @@ float product(float sum, const float (&weights)[4], const float (&x)[4]) {
 TEST(products_are_added_in_the_documented_order) {
   CHECK_EQUAL(product(5, {1, 2, 3, 4}, {1, 10, 100, 1000}), 4326.0f);
   const float big = 0x1p30f;
-  // Even inputs together, then odd inputs, then both. In the order of the inputs the 1 would be lost.
+  // Even inputs together, then odd inputs, then both. In the order of the inputs the 1 would be
+  // lost.
   CHECK_EQUAL(product(0, {1, 1, 1, 0}, {big, 1, -big, 0}), 1.0f);
   CHECK_EQUAL(product(0, {1, 1, 0, 1}, {1, big, 0, -big}), 1.0f);
   CHECK_EQUAL(product(0, {1, 0, 1, 1}, {1, 0, big, -big}), 0.0f);
