@@ -621,6 +621,13 @@ class DualHeadForCausalLM(_Extension):
         kwargs = {k: v for k, v in inputs.items() if k not in (*dropped, *_NEW_ARGUMENTS)}
         return self.get_decoder()(**kwargs, use_cache=False)[0]
 
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **others: Any) -> Any:
+        """transformers': a plain assistant drafts without the controls, which it does not know."""
+        if not isinstance(others.get("assistant_model"), DualHeadForCausalLM):
+            names = set(Controls.NAMES)
+            model_kwargs = {n: v for n, v in model_kwargs.items() if n not in names}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, **others)
+
     def get_decoder(self) -> nn.Module:
         """The module whose last hidden states the head reads."""
         return decoder_of(self, super().get_decoder())

@@ -76,6 +76,16 @@ def test_prompt_lookup_and_assisted_decoding(family):
     assert torch.equal(assisted[:, -NEW:], expected)
 
 
+def test_assisted_decoding_takes_the_controls():
+    """A plain assistant does not know them, a gated one drafts with them."""
+    model, batch = make_model("llama"), first_row(prompts())
+    expected = model.generate(**batch, **GREEDY, strength=3.0)
+    assert not torch.equal(expected, model.generate(**batch, **GREEDY))
+    for assistant in (make_backbone("llama"), make_model("llama")):
+        assisted = model.generate(**batch, **GREEDY, strength=3.0, assistant_model=assistant)
+        assert torch.equal(assisted, expected)
+
+
 def test_sampling_is_seeded_and_uses_the_mixture():
     model, batch = make_model("llama"), prompts()
     sampled = {"do_sample": True, "max_new_tokens": NEW, "top_k": 5, "num_return_sequences": 2}
