@@ -277,12 +277,20 @@ def test_a_head_that_no_row_needs_is_no_longer_read(
     assert K * one < bytes_read[1.0] <= K * one + early < bytes_read[0.5], bytes_read
 
 
-@pytest.mark.parametrize("B", [1, 16, 64])
-@pytest.mark.parametrize("d", [256, 576, 4096])
-def test_one_instruction_copies_a_kilobyte_or_more(testing_module, run, seed, d, B):
-    """The producer is a single lane: at 16.5 bytes per clock, it has 62 clocks to copy 1 KiB."""
-    arguments = aligned(np.random.default_rng(seed), "bfloat16", B=B, d=d, V=1024, gate="given")
-    run(arguments, "bfloat16", seed=seed)
+@pytest.mark.quick_cases(10)
+@pytest.mark.parametrize("format", ["bfloat16", "float16", "int8", "fp8", "int4"])
+@pytest.mark.parametrize(("d", "B"), [(2048, 64), (4096, 1), (4096, 9), (8192, 1)])
+def test_one_instruction_copies_a_kilobyte_or_more(testing_module, run, seed, format, d, B):
+    """The mean over a step, for the hidden sizes of the benchmark.
+
+    The producer is a single lane: at 16.5 bytes per clock, it has 62 clocks to copy 1 KiB.
+    """
+    rng = np.random.default_rng(seed)
+    dtype = "float16" if format == "float16" else "bfloat16"
+    arguments = aligned(rng, dtype, B=B, d=d, V=152, gate="given")
+    if format not in ("bfloat16", "float16"):
+        arguments = model.quantized(rng, arguments, format, apart=16)
+    run(arguments, dtype, seed=seed)
     assert testing_module.bytes_copied() >= 1024 * testing_module.boxes_copied() > 0
 
 
