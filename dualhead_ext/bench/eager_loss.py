@@ -30,7 +30,8 @@ def dual_head_loss(
 ) -> DualHeadLossOutput:
     """As `loss.reference.dual_head_loss`."""
     of_rows, rewards = reference.row_sums(hidden, labels, mask, gate_logit, heads, options, pairing)
-    lm_nll, entropy, kl, tokens = (of_rows[n] for n in ("lm_nll", "entropy", "kl", "tokens"))
-    sums = RowSums(lm_nll, rewards, entropy, kl, tokens)
+    names = ("lm_nll", "entropy", "kl", "reward_squares", "tokens")
+    lm_nll, entropy, kl, squares, tokens = (of_rows[name] for name in names)
+    sums = RowSums(lm_nll, rewards, entropy, kl, squares, tokens)
     gate_sums = {name: of_rows[name] for name in GATE_STATISTICS}
     return combine(sums, gate_sums, pairing, counts, options)

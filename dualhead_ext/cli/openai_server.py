@@ -208,7 +208,7 @@ async def _stream(request: web.Request, answer: _Answer) -> web.StreamResponse:
         if answer.chat:
             await response.write(answer.chunk(choice, role=True))
         await choice.write(send)
-        reason = {"finish_reason": choice.finish_reason}
+        reason: dict[str, Any] = {"finish_reason": choice.finish_reason}
         await response.write(answer.chunk(choice, **reason, **new_ids(choice)))
 
     try:

@@ -626,7 +626,8 @@ class DualHeadForCausalLM(_Extension):
         if not isinstance(others.get("assistant_model"), DualHeadForCausalLM):
             names = set(Controls.NAMES)
             model_kwargs = {n: v for n, v in model_kwargs.items() if n not in names}
-        return super()._get_candidate_generator(model_kwargs=model_kwargs, **others)
+        make = super()._get_candidate_generator  # type: ignore[misc]  # the backbone class has it
+        return make(model_kwargs=model_kwargs, **others)
 
     def get_decoder(self) -> nn.Module:
         """The module whose last hidden states the head reads."""

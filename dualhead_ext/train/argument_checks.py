@@ -72,8 +72,9 @@ def check_arguments(arguments: Any, left_out: typing.Collection[str]) -> None:
         TypeError: a value of another type.
         ValueError: a value outside its range.
     """
-    owner = type(arguments).__name__
-    for name, members in _types_of(type(arguments)).items():
+    kind: type = type(arguments)
+    owner = kind.__name__
+    for name, members in _types_of(kind).items():
         if name in left_out:
             continue
         value = getattr(arguments, name)
@@ -102,6 +103,5 @@ def _is_a(kind: type, value: Any) -> bool:
         return value is None
     if kind is bool:
         return isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1))
-    if isinstance(value, bool) or not isinstance(value, _KINDS[kind]):
-        return False
-    return not math.isnan(value)
+    of_kind = isinstance(value, _KINDS[kind]) and not isinstance(value, bool)
+    return of_kind and not math.isnan(value)
