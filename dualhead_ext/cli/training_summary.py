@@ -144,7 +144,7 @@ def warnings_of(
         found.append(
             f"alpha has collapsed to {side} ({percent(after.below)} of the tokens below 0.01, "
             f"{percent(after.above)} above 0.99); try --gate-learning-rate {gate_rate / 10:g}, "
-            "--gate-regularizer entropy --lambda-g 0.01, or --gate fixed"
+            "--reward-l2 0, --gate-regularizer entropy --lambda-g 0.01, or --gate fixed"
         )
     same = bool(replies) and all(before.text == after.text for _, before, after in replies)
     if same or after.kl < _NOTHING:

@@ -482,7 +482,7 @@ class DualHeadTrainer(StreamingTrainer):
             logger.warning(
                 "The gate has collapsed: alpha is below 0.01 for %.0f %% of the tokens and above "
                 "0.99 for %.0f %%; the logs hold its histogram. Smaller steps, "
-                "lm_reduction='mean', pref_on='mixed' or a larger lambda_g may help.",
+                "reward_l2=0, lm_reduction='mean', pref_on='mixed' or a larger lambda_g may help.",
                 100 * logs["gate/below_0.01"],
                 100 * logs["gate/above_0.99"],
             )
