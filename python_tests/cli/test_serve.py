@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dualhead_ext.data import embedded_backbone_path
 from dualhead_ext.model.continuous_batching import OLDEST
 
-pytest.importorskip("aiohttp")
+pytest.importorskip("aiohttp", reason="the extra serve is not installed")
 SUPPORTED = Version(transformers.__version__) >= Version(OLDEST)
 supported = pytest.mark.skipif(not SUPPORTED, reason="needs transformers 5.23")
 K = 2

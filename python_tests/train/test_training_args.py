@@ -19,6 +19,16 @@ def test_the_papers_preset_has_its_numbers(tmp_path):
     assert args.loss_options == LossOptions() and args.beta_r == 0.1 and args.lambda_g == 0.01
 
 
+def test_the_weight_on_squared_rewards_is_for_token_rewards(tmp_path):
+    def args(**changes):
+        return dh.DualHeadTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes)
+
+    assert args().reward_l2 == args().loss_options.reward_l2 > 0
+    assert args(preference="log_prob").loss_options.reward_l2 == 0
+    with pytest.raises(ValueError, match="reward_l2 must be 0 if preference is not"):
+        args(preference="log_prob", reward_l2=1.0)
+
+
 def test_a_run_of_any_length_logs_a_curve(tmp_path):
     """A short run logs every step, a longer one 20 to 40 times."""
     args = dh.DualHeadTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
