@@ -56,6 +56,7 @@ def main() -> None:
         output_dir=str(arguments.output),
         num_train_epochs=2,
         max_length=96,
+        reward_l2=0.0,  # with a weight on squared rewards, a trained gate opens on every token
         gate_learning_rate=1e-3,  # a trained gate needs smaller steps than the reward head
         pref_gate=1,  # token rewards are weighted by alpha, so that the gate learns from them
         save_strategy="no",

@@ -25,7 +25,11 @@ TRAINING_OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "preference": (str, (), "the reward of a response: token_reward, or log_prob as in the paper"),
     "pref_gate": (int, (), "1: token rewards are weighted by alpha; 0: they are not"),
     "kl_price": (float, (), "weight of the KL divergence from the backbone, per token"),
-    "reward_l2": (float, (), "weight of the mean squared token reward"),
+    "reward_l2": (
+        float,
+        (),
+        "weight of the mean squared token reward; take 0 with a trainable gate",
+    ),
     "beta_r": (float, (), "factor of the preference margin"),
     "lambda_r": (float, (), "weight of the preference term"),
     "lambda_g": (float, (), "weight of the gate's regulariser"),

@@ -113,7 +113,8 @@ class DualHeadTrainingArguments(TrainingArguments):
         "kl_price", "Weight of the KL divergence from the backbone, per token."
     )
     reward_l2: float | None = _of_preset(
-        "Weight of the mean squared token reward. It makes the reward go further at the same KL."
+        "Weight of the mean squared token reward. It makes the reward go further at the same KL. "
+        "Take 0 with a trainable gate, which otherwise opens on every token."
     )
     gate_regularizer: str | None = _of_preset(
         "entropy: keeps alpha away from 0 and 1; entropy_as_printed: the paper's sign; none.",
