@@ -340,7 +340,7 @@ def test_what_is_wrong_names_an_option(after, said, config, words):
     assert all(word in "; ".join(found) for word in words)
     options = {s for a in commands_of("train")._actions for s in a.option_strings}
     options |= {"--strength"}
-    assert set(re.findall(r"--[a-z-]+", "; ".join(found))) <= options
+    assert set(re.findall(r"--[a-z0-9-]+", "; ".join(found))) <= options
 
 
 def commands_of(name):
