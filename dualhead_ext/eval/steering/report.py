@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output of a run: results.json, all texts in texts.jsonl.gz, and a page with tables."""
+"""The output of a run: results.json, a page with tables, and what a later run resumes from: the
+cells' records and all texts.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,14 +17,17 @@ from ..paper.cells import Store, unfolded
 from ..paper.table import Table
 from ..scorers import scorer
 from ..text import words
+from . import json_lines
 from .attributes import ATTRIBUTES
 from .intervals import mean_interval
-from .plan import FRONT, Plan
-from .steps import pack, read_texts
+from .plan import BACKBONE, FRONT, Plan, System
+from .steps import TEXTS as TEXTS_OF_A_CELL
+from .steps import samples_file
 
 # Parts of a cell's environment that stay in its own record and are not copied to the run's.
 _OF_A_MOMENT = ("date", "load_average")
 RESULTS, TEXTS, RUN, PAGE = "results.json", "texts.jsonl.gz", "run.json", "README.md"
+CELLS, SAMPLES = "cells.jsonl.gz", "samples.jsonl.gz"
 Row = dict[str, Any]
 
 
@@ -57,9 +63,14 @@ def rows_of(plan: Plan, store: Store) -> tuple[list[Row], list[Row]]:
             }
         )
         if store.folder(cell).is_dir():
-            place = {**parts, "attribute": attribute, "kl_target": target, "seed": seed}
-            texts += [place | row for row in read_texts(store.folder(cell))]
+            place = _of_texts(system, attribute, target, seed)
+            texts += [place | row for row in json_lines.read(store.folder(cell) / TEXTS_OF_A_CELL)]
     return results, texts
+
+
+def _of_texts(system: System, attribute: str, target: float | None, seed: int) -> Row:
+    """What every text of a decoded cell says of its origin."""
+    return {**system.parts, "attribute": attribute, "kl_target": target, "seed": seed}
 
 
 def gains_of(texts: Sequence[Row]) -> list[Row]:
@@ -99,11 +110,60 @@ def write(plan: Plan, store: Store) -> list[Path]:
     results, texts = rows_of(plan, store)
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in results)
     (store.out / RESULTS).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    pack(texts, store.out / TEXTS)
+    json_lines.pack(texts, store.out / TEXTS)
+    cells = unfolded(plan.cells())
+    json_lines.pack([record for record in map(store.record, cells) if record], store.out / CELLS)
+    sampled = [cell for cell in cells if cell.step == "samples" and store.done(cell)]
+    json_lines.pack(
+        [
+            {"key": cell.key} | row
+            for cell in sampled
+            for row in json_lines.read(samples_file(store, cell.key))
+        ],
+        store.out / SAMPLES,
+    )
     run = _run(plan, store) | {"gains": gains_of(texts)}
     (store.out / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     (store.out / PAGE).write_text(page(results, texts, run), encoding="utf-8")
-    return [store.out / name for name in (RESULTS, TEXTS, RUN, PAGE)]
+    return [store.out / name for name in (RESULTS, TEXTS, RUN, CELLS, SAMPLES, PAGE)]
+
+
+def restore(plan: Plan, store: Store) -> None:
+    """Add the cells and texts of the folder's packed files, so that a run can resume from a
+    published report alone. Models are trained again if a remaining cell reads them.
+
+    Raises:
+        ValueError: a file is not one that :func:`write` wrote.
+    """
+    if not (store.out / CELLS).is_file():
+        return
+    _restore_samples(store)
+    for record in json_lines.unpack(store.out / CELLS):
+        key = str(record.get("key"))
+        if record.get("step") != "samples" or samples_file(store, key).is_file():
+            store.keep(record)
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in json_lines.unpack(store.out / TEXTS):
+        origin = {name: row.pop(name, None) for name in _of_texts(BACKBONE, "", None, 0)}
+        groups[json.dumps(origin)].append(row)
+    for place, cell in plan.decoded.items():
+        found = groups.get(json.dumps(_of_texts(*place)))
+        if found and store.done(cell) and not store.folder(cell).is_dir():
+            json_lines.write(found, store.folder(cell) / TEXTS_OF_A_CELL)
+
+
+def _restore_samples(store: Store) -> None:
+    if not (store.out / SAMPLES).is_file():
+        return
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in json_lines.unpack(store.out / SAMPLES):
+        groups[str(row.pop("key", ""))].append(row)
+    for key, rows in groups.items():
+        if not re.fullmatch("[0-9a-f]{16}", key):  # a part of a file's name
+            raise ValueError(f"suite: {SAMPLES} must name cells by 16 hex digits, got {key!r}")
+        path = samples_file(store, key)
+        if not path.is_file():
+            json_lines.write(rows, path)
 
 
 def _run(plan: Plan, store: Store) -> Row:
@@ -256,7 +316,9 @@ def page(results: Sequence[Row], texts: Sequence[Row], run: Row) -> str:
         lines.append(_costs(run).markdown())
     lines += [
         "`results.json`: one object for each system, attribute, target and seed. "
-        "`texts.jsonl.gz`: every decoded text. `run.json`: machine, strengths, trainings.",
+        "`texts.jsonl.gz`: every decoded text. `run.json`: machine, strengths, trainings. "
+        "`cells.jsonl.gz` and `samples.jsonl.gz`: what a run with `--out` on a copy of this folder "
+        "resumes from.",
         "",
     ]
     return "\n".join(lines)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ from ..paper.training_run import load_tokenizer
 from ..rollout import Backbone, Policy, Prefix, Rollout, read_prompts, response_logprobs, roll_out
 from ..sampling import batches, prompt_text, response, sample
 from ..text import mean_length
+from . import json_lines
 from .attributes import ATTRIBUTES, measured, prompts_of
 from .intervals import mean_interval
 from .policies import GatedPolicy, GuidedPolicy, SearchPolicy, TunedPolicy
@@ -87,15 +87,15 @@ def samples(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
     """options: backbone, prompts, split, count, numbers [first, end), seed, new_tokens. Resumes
     from the samples of an interrupted run.
     """
-    o, path = cell.options, samples_path(cell, store)
+    o, path = cell.options, samples_file(store, cell.key)
     use = store.data.use(o["backbone"])
     questions = prompts_of(o["prompts"], o["split"], o["count"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = read_samples(path) if path.is_file() else []
+    done = json_lines.read(path) if path.is_file() else []
     numbers = range(*o["numbers"])
     size = max(1, 96 // len(numbers))
     with open(path, "ab") as file:
-        file.truncate(sum(len(_line(row)) for row in done))
+        file.truncate(sum(len(json_lines.line(row)) for row in done))
         for part in batches(questions[len(done) :], size):
             found = sample(
                 use.model, use.tokenizer, use.texts(part), numbers, o["new_tokens"], seed=o["seed"]
@@ -106,25 +106,15 @@ def samples(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
                     "responses": [r.text for r in responses],
                     "ended": [r.ended for r in responses],
                 }
-                file.write(_line(row))
+                file.write(json_lines.line(row))
             file.flush()
             os.fsync(file.fileno())
     return {"rows": len(questions), "responses": len(questions) * len(numbers)}
 
 
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-
-
-def samples_path(cell: Cell, store: Store) -> Path:
+def samples_file(store: Store, key: str) -> Path:
     """The path of a cell's samples: next to the cells, since a retry empties the cell's folder."""
-    return store.out / "samples" / f"{cell.key}.jsonl"
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file of samples."""
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    return [json.loads(line) for line in whole.splitlines() if line]
+    return store.out / "samples" / f"{key}.jsonl"
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -136,7 +126,7 @@ def train(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
     """
     o, path = cell.options, store.data.use(cell.options["backbone"]).path
     rows = {
-        role: ranked_rows(read_samples(samples_path(need, store)), o["attributes"])
+        role: ranked_rows(json_lines.read(samples_file(store, need.key)), o["attributes"])
         for role, need in cell.needs.items()
     }
     if o["method"] != "dual_head":
@@ -169,9 +159,8 @@ def decode(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
             texts, figures = _steered(cell, store)
     except OutOfReach as error:
         return {"out_of_reach": error.tried}
-    with open(folder / TEXTS, "w", encoding="utf-8") as file:
-        for question, text in zip(questions, texts, strict=True):
-            file.write(json.dumps({"prompt": question, "text": text}, ensure_ascii=False) + "\n")
+    written = [{"prompt": q, "text": text} for q, text in zip(questions, texts, strict=True)]
+    json_lines.write(written, folder / TEXTS)
     names = dict.fromkeys(attribute.scorers)
     if o["weights"] is not None:  # two objectives: both are scored
         names |= dict.fromkeys(n for a in ATTRIBUTES.values() for n in a.scorers)
@@ -182,7 +171,7 @@ def decode(cell: Cell, store: Store, folder: Path | None) -> dict[str, Any]:
 def _best(cell: Cell, store: Store, questions: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The sample with the best gold score among n."""
     o, use = cell.options, store.data
-    parts = [read_samples(samples_path(need, store)) for need in cell.needs.values()]
+    parts = [json_lines.read(samples_file(store, need.key)) for need in cell.needs.values()]
     gold, texts, ended = ATTRIBUTES[o["attribute"]], [], []
     for question, *rows in zip(questions, *parts, strict=True):
         candidates = [text for row in rows for text in row["responses"]]
@@ -365,16 +354,3 @@ STEPS: dict[str, Step] = {
     "cost": Step(cost),
     "training_time": Step(training_time, writes=True, reads=False),
 }
-
-
-def read_texts(folder: Path) -> list[dict[str, str]]:
-    """The texts that :func:`decode` wrote."""
-    lines = (folder / TEXTS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def pack(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write rows as .jsonl.gz, byte for byte reproducible."""
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-        for row in rows:
-            file.write(_line(row))
