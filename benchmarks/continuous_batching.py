@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,12 @@ WORK = {"requests-1": 1, "requests-8": 8}
 NEW = 32
 
 
+def both_milliseconds(models: Sequence[Any], vocab: int, count: int) -> list[float]:
+    """For each model: CPU milliseconds per request."""
+    return [milliseconds(model, vocab, count) for model in models]
+
+
 def milliseconds(model: Any, vocab: int, count: int) -> float:
-    """CPU milliseconds per request."""
     prompts = [[(7 * i + j) % vocab for j in range(16 + 16 * (i % 8))] for i in range(count)]
     settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
     sizes = ContinuousBatchingConfig(
@@ -47,11 +53,8 @@ def main() -> None:
         for head in asked.head or HEADS:
             with_head = gated(path, head)
             for work in asked.work or WORK:
-                times = [
-                    lambda model=model, count=WORK[work]: milliseconds(model, vocab, count)
-                    for model in (plain, with_head)
-                ]
-                found = ratio_of(*times, asked.rounds)
+                both = partial(both_milliseconds, (plain, with_head), vocab, WORK[work])
+                found = ratio_of(both, asked.rounds)
                 rates = {
                     f"{name}_per_s": round(1e3 / found[f"{name}_ms"], 3)
                     for name in ("plain", "gated")

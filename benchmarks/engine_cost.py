@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def options(text: str, works: Iterable[str]) -> argparse.Namespace:
     parser.add_argument("--head", choices=HEADS, action="append")
     parser.add_argument("--work", choices=tuple(works), action="append")
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     return parser.parse_args()
 
 
@@ -83,13 +83,15 @@ def gated(path: Path, head: str) -> Any:
     return model
 
 
-def ratio_of(plain: Callable[[], float], gated: Callable[[], float], rounds: int) -> dict[str, Any]:
-    """Times of both in alternation; the first round is the warm-up."""
-    both = [(plain(), gated()) for _ in range(rounds + 1)][1:]
-    ratios = [a / b for a, b in both]
+def ratio_of(both: Callable[[], Sequence[float]], rounds: int) -> dict[str, Any]:
+    """both: milliseconds of the plain engine and of the gated one, in turns. The first round is the
+    warm-up.
+    """
+    found = [tuple(both()) for _ in range(rounds + 1)][1:]
+    ratios = [a / b for a, b in found]
     return {
-        "plain_ms": round(statistics.median(a for a, _ in both), 3),
-        "gated_ms": round(statistics.median(b for _, b in both), 3),
+        "plain_ms": round(statistics.median(a for a, _ in found), 3),
+        "gated_ms": round(statistics.median(b for _, b in found), 3),
         "ratio": round(statistics.median(ratios), 3),
         "lowest": round(min(ratios), 3),
         "highest": round(max(ratios), 3),

@@ -6,16 +6,19 @@
 This needs vLLM's environment (`make vllm-env`). One head and one kind of work take a few minutes;
 further calls add to the file. A plain and a gated engine run alternately in this process.
 
-decode-B: milliseconds of a decode step of B requests, the time of a text of 25 tokens minus that of
-one token, divided by 24. prefill: milliseconds of a prompt of 256 tokens. `engine_cost` says what
-the figures are.
+decode-B: milliseconds of a decode step of B requests; prefill: of a prompt of 256 tokens. The two
+engines take turns, one step each, and a round is 24 steps of both or one prompt. `engine_cost` says
+what the figures are.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from vllm import LLM, SamplingParams
 
 from dualhead_ext.model.export import export
 
-# (requests, tokens of a prompt, tokens after the first)
+# (requests, tokens of a prompt, decode steps)
 WORK = {"decode-1": (1, 16, 24), "decode-8": (8, 16, 24), "prefill": (1, 256, 0)}
 
 
@@ -40,23 +43,29 @@ def engine(folder: Path, **more: Any) -> LLM:
     )
 
 
-def seconds(llm: LLM, vocab: int, batch: int, length: int, new: int) -> float:
-    """CPU seconds of ``batch`` prompts of ``length`` tokens and ``new`` + 1 tokens for each."""
-    inputs = [
-        {"prompt_token_ids": [(7 * i + j) % vocab for j in range(length)]} for i in range(batch)
-    ]
+def milliseconds(
+    engines: Sequence[Any], vocab: int, batch: int, length: int, new: int
+) -> list[float]:
+    """For each engine: of a decode step, the median of ``new``, or of the prompt if that is 0.
+    ``batch`` prompts of ``length`` tokens.
+    """
     params = SamplingParams(temperature=0.0, max_tokens=new + 1, ignore_eos=True, detokenize=False)
-    start = time.process_time()
-    llm.generate(inputs, params, use_tqdm=False)
-    return time.process_time() - start
-
-
-def milliseconds(llm: LLM, vocab: int, batch: int, length: int, new: int) -> float:
-    """Of a decode step, or of a prompt if ``new`` is 0."""
-    first = seconds(llm, vocab, batch, length, 0)
-    if new == 0:
-        return 1e3 * first
-    return 1e3 * (seconds(llm, vocab, batch, length, new) - first) / new
+    first = []
+    for llm in engines:
+        start = time.process_time()
+        for i in range(batch):
+            ids = [(7 * i + j) % vocab for j in range(length)]
+            llm.add_request(str(i), {"prompt_token_ids": ids}, params)
+        llm.step()
+        first.append(1e3 * (time.process_time() - start))
+    times: list[list[float]] = [[] for _ in engines]
+    for _ in range(new):
+        for llm, found in zip(engines, times, strict=True):
+            start = time.process_time()
+            llm.step()
+            found.append(1e3 * (time.process_time() - start))
+    assert not any(llm.has_unfinished_requests() for llm in engines)
+    return first if new == 0 else [statistics.median(found) for found in times]
 
 
 def main() -> None:
@@ -70,15 +79,13 @@ def main() -> None:
             served = export(place / f"heads-{head}", place / f"served-{head}", path)
             with_head = engine(served)
             plain = engine(served, hf_overrides={"architectures": ["LlamaForCausalLM"]})
+            engines = [llm.llm_engine for llm in (plain, with_head)]
             for work in asked.work or WORK:
-                times = [
-                    lambda llm=llm, sizes=WORK[work]: milliseconds(llm, vocab, *sizes)
-                    for llm in (plain, with_head)
-                ]
+                both = partial(milliseconds, engines, vocab, *WORK[work])
                 row = {"reward_head": head, "work": work}
-                add_row(asked.results, asked.size, row | ratio_of(*times, asked.rounds))
-            for llm in (plain, with_head):
-                llm.llm_engine.engine_core.shutdown()
+                add_row(asked.results, asked.size, row | ratio_of(both, asked.rounds))
+            for one in engines:
+                one.engine_core.shutdown()
 
 
 if __name__ == "__main__":

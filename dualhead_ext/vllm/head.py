@@ -22,7 +22,7 @@ from ..config import DualHeadConfig
 from ..head import decoding, mixture
 from ..head.controls import Controls
 from ..head.dual_head import DualHeadOutput, GatedHead
-from ..head.gate import GATES, Gate, linear
+from ..head.gate import GATES, Gate
 from ..head.request_controls import with_own_alpha
 from ..head.reward_head import make_reward_head
 from ..ops.logits import postprocess
@@ -87,11 +87,9 @@ class ServedHead(GatedHead):
         gate.load_state_dict(parts["gate"])
         if gate.has_state:
             self.u_weight = gate.folded_values()  # computed from the trained weights
-            for name in ("q_weight", "k_weight"):
-                parameter = getattr(gate, name)
-                parameter.data = parameter.to(dtype)
-            for name in ("v_weight", "o_weight", "out_weight"):
-                delattr(gate, name)  # folded
+            self.qk_weight = torch.cat([gate.q_weight, gate.k_weight]).to(dtype)  # one product
+            for name in ("q_weight", "k_weight", "v_weight", "o_weight", "out_weight"):
+                delattr(gate, name)
         self.gate: Gate = gate.requires_grad_(False)
         reward = parts["reward_head"]
         if self.config.reward_head == "full":
@@ -116,9 +114,10 @@ class ServedHead(GatedHead):
         if self.attention is None:
             return self.gate(hidden)
         gate: Any = self.gate
-        k, u = gate.keys_and_values(hidden[None], self.u_weight, None)
-        q = linear(hidden, gate.q_weight).view(len(hidden), gate.num_heads, gate.head_dim)
-        return self.attention(q, k[0].transpose(0, 1), u[0].T) + gate.out_bias
+        qk = nn.functional.linear(hidden, self.qk_weight)
+        q, k = qk.view(len(hidden), 2, gate.num_heads, gate.head_dim).unbind(1)
+        u = nn.functional.linear(hidden.float(), self.u_weight)
+        return self.attention(q, k, u) + gate.out_bias
 
     # --- the two heads ---
 
