@@ -53,41 +53,39 @@ class GateAttention(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, name: str) -> None:
         super().__init__()
-        self._heads, self._dim = num_heads, head_dim
-        self._group, self._size = packing(num_heads, head_dim, head_sizes())
-        self._keys = -(-num_heads // self._group)
+        group, size = packing(num_heads, head_dim, head_sizes())
+        keys = -(-num_heads // group)
         # No cache_config: an fp8 cache or the model's sliding window must not apply to the gate.
         self.attention = Attention(
-            self._keys * self._group,
-            self._size,
-            head_dim**-0.5,
-            num_kv_heads=self._keys,
-            prefix=name,
+            keys * group, size, head_dim**-0.5, num_kv_heads=keys, prefix=name
         )
+        # Where each number of query, key and value comes from: a column of (q, k, both parts of u,
+        # 0). One gather then does what would take dozens of small operations in each step.
+        count = num_heads * head_dim
+        q, k = torch.arange(2 * count).view(2, num_heads, head_dim)
+        high, low = 2 * count + torch.arange(2 * num_heads).view(2, num_heads)
+        zero = 2 * count + 2 * num_heads
+        query = torch.full((keys * group, size), zero)
+        key, value = torch.full((2, keys, size), zero)
+        results = torch.empty(num_heads, 2, dtype=torch.int64)
+        for head in range(num_heads):
+            place, i = divmod(head, group)
+            own = slice(i * head_dim, (i + 1) * head_dim)
+            query[head, own], key[place, own] = q[head], k[head]
+            value[place, 2 * i], value[place, 2 * i + 1] = high[head], low[head]
+            results[head] = head * size + 2 * i + torch.arange(2)
+        columns = [part.flatten() for part in (query, key, value)]
+        self._widths = [len(part) for part in columns]
+        self.register_buffer("_columns", torch.cat(columns), persistent=False)
+        self.register_buffer("_results", results.flatten(), persistent=False)
 
-    def forward(self, q: Tensor, k: Tensor, u: Tensor) -> Tensor:
-        """q, k (T, H, d_k) in the model's dtype, u (T, H) fp32 -> sum of the heads' results (T,),
-        fp32.
+    def forward(self, qk: Tensor, u: Tensor) -> Tensor:
+        """qk (T, 2 H d_k) in the model's dtype, all queries and then all keys; u (T, H) fp32 -> sum
+        of the heads' results (T,), fp32.
         """
-        count, own = len(q), slice(0, self._heads)
-        shape = (count, self._keys, self._group)
-        query = q.new_zeros(count, self._keys, self._group, self._size)
-        key = q.new_zeros(count, self._keys, self._size)
-        value = torch.zeros_like(key)
-        parts = k.new_zeros(count, self._keys * self._group, self._dim)
-        parts[:, own] = k
-        key[..., : self._group * self._dim] = parts.view(count, self._keys, -1)
-        parts = torch.zeros_like(parts)
-        parts[:, own] = q
-        parts = parts.view(*shape, self._dim)
-        numbers = u.new_zeros(count, self._keys * self._group)
-        numbers[:, own] = u
-        high = numbers.to(value.dtype)
-        low = (numbers - high.to(numbers.dtype)).to(value.dtype)
-        value[..., : 2 * self._group] = torch.stack([high, low], -1).view(count, self._keys, -1)
-        for i in range(self._group):
-            query[:, :, i, i * self._dim : (i + 1) * self._dim] = parts[:, :, i]
-        out = self.attention(query.flatten(1), key.flatten(1), value.flatten(1))
-        out = out.view(*shape, self._size)
-        each = [out[:, :, i, 2 * i : 2 * i + 2].float().sum(-1) for i in range(self._group)]
-        return torch.stack(each, -1).flatten(1)[:, own].sum(-1)
+        high = u.to(qk.dtype)
+        low = (u - high).to(qk.dtype)
+        numbers = torch.cat([qk, high, low, qk.new_zeros(len(qk), 1)], 1)
+        parts = numbers.index_select(1, self._columns).split(self._widths, 1)
+        out = self.attention(*(part.contiguous() for part in parts))
+        return out.index_select(1, self._results).sum(1, dtype=torch.float32)

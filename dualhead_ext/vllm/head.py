@@ -113,11 +113,9 @@ class ServedHead(GatedHead):
         """Gate logits (T,) fp32 of hidden (T, d); their state is written to the cache."""
         if self.attention is None:
             return self.gate(hidden)
-        gate: Any = self.gate
         qk = nn.functional.linear(hidden, self.qk_weight)
-        q, k = qk.view(len(hidden), 2, gate.num_heads, gate.head_dim).unbind(1)
         u = nn.functional.linear(hidden.float(), self.u_weight)
-        return self.attention(q, k, u) + gate.out_bias
+        return self.attention(qk, u) + self.gate.out_bias
 
     # --- the two heads ---
 
@@ -155,7 +153,8 @@ class ServedHead(GatedHead):
 
     def padded(self, logits: Tensor) -> Tensor:
         """Pad rows to the width of every process; columns beyond the vocabulary are cut later."""
-        return nn.functional.pad(logits, (0, self._width - logits.shape[-1]))
+        missing = self._width - logits.shape[-1]
+        return nn.functional.pad(logits, (0, missing)) if missing else logits
 
     def _whole(self, logits: Tensor) -> Tensor:
         return tensor_model_parallel_all_gather(self.padded(logits))[..., : self._vocab]

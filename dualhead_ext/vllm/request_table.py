@@ -57,6 +57,7 @@ class RequestTable:
         self._requests: dict[int, Request] = {}
         self._host = torch.tensor(self._neutral).repeat(max_requests, 1)
         self._device = self._host.to(device)
+        self._neutral_row = torch.tensor(self._neutral, device=device)
         self._used: set[str] = set()
         self._asking: list[tuple[int, str, int]] = []
         self._alphas: OrderedDict[str, dict[int, float]] = OrderedDict()
@@ -118,7 +119,7 @@ class RequestTable:
         """
         plain = not self._used and self._device.device.type == "cpu"
         if query_start_loc is None or plain:  # a CUDA graph may be captured now: always the same
-            return self._device.new_tensor(self._neutral).expand(count, -1)
+            return self._neutral_row.expand(count, -1)
         positions = torch.arange(count, device=query_start_loc.device)
         found = torch.searchsorted(query_start_loc[1:].long(), positions, right=True)
         found = found.clamp(max=len(query_start_loc) - 2)
