@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The products of both heads as GEMMs of torch, with fp32 sums and results for every dtype of the
 // weights. What is multiplied is in the dtype of the weights: for a correction that includes M h +
-// c or A h. The CUDA decode step takes the products for batches for which its own kernels would
-// have to read the weights more than once (kernels/cuda/decode.h).
+// c or A h. The decode step takes the products for batches for which a GEMM is faster than its own
+// kernels (kernels/cuda/decode.h, kernels/cpu/decode.h).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "decode_binding.h"
+#include "head_products.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/isa.h"
 
@@ -23,7 +24,13 @@ DecodeResult decode_step_cpu(DecodeArguments&& arguments) {
   const cpu::Kernels& kernels = cpu::chosen_kernels();
   BoundDecode bound =
       bind_decode_step(std::move(arguments), {ScalarType::Float, ScalarType::BFloat16});
-  const DecodeParams& params = bound.params;
+  DecodeParams& params = bound.params;
+  HeadProducts products;  // must live until the step ends
+  if (cpu::wants_products(params, kernels)) {
+    products = head_products(bound.arguments, bound.logits);
+    params.lm_product = pointer<const float>(products.lm);
+    params.reward_product = pointer<const float>(products.reward);
+  }
   const Tensor workspace =
       allocate<1>({cpu::workspace_bytes(params)}, ScalarType::Byte, bound.arguments.hidden);
   cpu::decode_step(params, kernels, workspace.data_ptr(), &torch_parallel);

@@ -18,6 +18,14 @@ from dualhead_ext.quantization import format_of, quantize
 
 STATE = ("cache_k", "cache_u", "cache_valid", "cache_length", "draws")  # what a step writes
 CPU_ISAS = ops.cpu_isa_levels()
+# From this batch size on, fp32 heads take GEMMs at the portable level, whose bits depend on the
+# batch: DUALHEAD_GEMM_BATCH of csrc/kernels/cpu/isa_portable.cpp. test_ops_gemm.py has these cases.
+GEMM_BATCH = 32
+
+
+def takes_gemms(isa: str, dtype: torch.dtype, B: int) -> bool:
+    """Whether the CPU's step on heads that are not quantised takes GEMMs."""
+    return isa == "portable" and dtype == torch.float32 and B >= GEMM_BATCH
 
 
 def make_case(

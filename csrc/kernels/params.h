@@ -55,8 +55,9 @@ struct DecodeParams {
   const float* lm_scale;           // (V,), int4 (V, d / 128); null for kNone
   const float* reward_scale;       // (K, V), int4 (K, V, d / 128); null for kNone
   const float* objective_weights;  // (B, K), or null for 1/K each
-  // W h without bias or scale, if the caller has already computed it (CUDA, batches above 64).
-  // Null: the launch computes it. lm_product may be the same memory as out_logits.
+  // W h without bias or scale, if the caller has already computed it, for large batches (the CUDA
+  // and CPU decode.h say which). Null: the step computes it. lm_product may be the same memory as
+  // out_logits.
   const float* lm_product;      // (B, V)
   const float* reward_product;  // (K, B, V); kEmbedding: delta; kLowRank: delta without bias
 

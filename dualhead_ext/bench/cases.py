@@ -68,6 +68,7 @@ def plan(quick: bool = False) -> list[Group]:
                 Case(8, 256, compile=formats, quantized=formats),
                 Case(1, 256, sampled=True),
                 Case(1, 4096),
+                *(Case(B, 256) for B in ((16, 32, 64) if largest else (64,))),
             )
             groups.append(Group(d, V, name, cases))
     return groups

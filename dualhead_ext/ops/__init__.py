@@ -127,7 +127,8 @@ def decode_step(
     with ``f(z) = cap tanh(logit_scale z / cap)`` (``logit_softcap`` = cap; 0: no cap) and s =
     skip_threshold. Equals :func:`dualhead_ext.reference.decode_step` up to rounding, with fp32 sums
     everywhere. The result is deterministic: a row's bits depend neither on its batch nor on the
-    number of threads.
+    number of threads. Batches that take GEMMs are the exception (CUDA: beyond 64 rows that are not
+    quantised; the CPU's portable level: fp32 from 32 rows on); those repeat from run to run.
 
     All tensors are on one device. W stands for the dtype of the weights, float32 or bfloat16 (CUDA:
     also float16). Elements within a row of a weight must be adjacent; rows may have any stride.

@@ -18,6 +18,7 @@ from decode_cases import (
     quantized,
     rows,
     run,
+    takes_gemms,
     threads,
 )
 
@@ -89,8 +90,9 @@ def test_a_row_depends_neither_on_its_batch_nor_on_threads(
     isa, dtype, mix_probs, kind, format, seed
 ):
     d = 256 if format == "int4" else 131
+    B = 31 if takes_gemms(isa, dtype, 37) and format is None else 37
     case = make_case(
-        seed, 37, d, 150, 2, dtype, S=80, sample=True, controls=True, bias=True,
+        seed, B, d, 150, 2, dtype, S=80, sample=True, controls=True, bias=True,
         objective_weights=True, mix_probs=mix_probs, record_attention=True, **kind,
     )  # fmt: skip
     case["strength"][::5] = 0.0
@@ -99,7 +101,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_threads(
     whole, after = run(ops.decode_step, case)
     with threads(3):
         assert_same_bits(run(ops.decode_step, case)[0], whole, "threads")
-    for chosen in ([0], [36], [5, 10], [3, 4], [7, 1, 30], list(range(20, 37))):
+    for chosen in ([0], [B - 1], [5, 10], [3, 4], [7, 1, 30], list(range(20, B))):
         got, state = run(ops.decode_step, rows(case, chosen))
         assert_same_bits(got, type(whole)(*(x[chosen] for x in whole)), f"rows {chosen}")
         for name in STATE:

@@ -49,7 +49,8 @@ Step lay_out(const DecodeParams& p, Arena& arena) {
   Step s{};
   s.params = &p;
   const int64_t stats = p.B * units(p.V, kUnit);
-  s.hidden_rows = p.reward_head == RewardHead::kEmbedding && p.mix_probs ? 2 : 1;
+  const bool apart = p.reward_head == RewardHead::kEmbedding && p.mix_probs && !p.lm_product;
+  s.hidden_rows = apart ? 2 : 1;
   const int64_t rows = p.B * s.hidden_rows;
   s.hidden_f32_stride = spread_stride<float>(p.d);
   s.hidden_f32 = arena.take<float>(rows * s.hidden_f32_stride);
@@ -286,6 +287,11 @@ void finish_rows(const Step& s, int64_t begin, int64_t end) {
 
 }  // namespace
 
+bool wants_products(const DecodeParams& p, const Kernels& kernels) {
+  return kernels.gemm_batch > 0 && p.B >= kernels.gemm_batch && p.dtype == DType::kFloat32 &&
+         p.quantization == Quantization::kNone;
+}
+
 int64_t workspace_bytes(const DecodeParams& params) {
   Arena arena(nullptr);
   lay_out(params, arena);
@@ -304,12 +310,17 @@ void decode_step(const DecodeParams& params, const Kernels& kernels, void* works
         kProjectionUnit * params.d * element_bytes(params));
   if (has_cache(params)) run_attention(step, kernels, parallel);
   finish_gate(step);
-  choose_matrices(step);
-  if (params.reward_head == RewardHead::kEmbedding) move_hidden(step, kernels, parallel);
-  if (step.hidden_packed && kernels.pack_hidden) kernels.pack_hidden(step);
 
   const int64_t vocabulary_units = units(params.V, kUnit);
-  share(parallel, step, kernels.vocabulary, vocabulary_units, kUnit * vocabulary_row_bytes(step));
+  if (params.lm_product) {
+    share(parallel, step, kernels.mix_products, vocabulary_units,
+          kUnit * params.B * (1 + params.K) * 4);
+  } else {
+    choose_matrices(step);
+    if (params.reward_head == RewardHead::kEmbedding) move_hidden(step, kernels, parallel);
+    if (step.hidden_packed && kernels.pack_hidden) kernels.pack_hidden(step);
+    share(parallel, step, kernels.vocabulary, vocabulary_units, kUnit * vocabulary_row_bytes(step));
+  }
   if (params.mix_probs) {
     share(parallel, step, &normalise_rows, params.B, params.V * 4);
     share(parallel, step, kernels.mix_probabilities, vocabulary_units, params.B * kUnit * 8);

@@ -16,6 +16,10 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 // when all are done. The body must not throw.
 using ParallelFor = void (*)(int64_t count, int64_t grain, RangeFunction body, void* context);
 
+// Whether the caller should supply lm_product and reward_product, computed by GEMMs of torch. The
+// results then depend on the GEMM's choices, and so on the batch. They repeat from run to run.
+bool wants_products(const DecodeParams& params, const Kernels& kernels);
+
 // Bytes of scratch memory that decode_step needs: 64-byte aligned, with any contents.
 int64_t workspace_bytes(const DecodeParams& params);
 

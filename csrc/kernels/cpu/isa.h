@@ -59,6 +59,8 @@ struct Step {
 struct Kernels {
   const char* name;
   bool (*supported)();
+  // From this batch size on, GEMMs of fp32 heads are faster than `vocabulary` (decode.h); 0: never.
+  int64_t gemm_batch;
   // Fills hidden_packed with the rows of h, for `project`. Null if that does not use it.
   void (*pack_requests)(const Step&);
   // Units of kProjectionUnit rows for the whole batch: W_Q (g), W_K (g), U (H) of the gate, then D
@@ -73,6 +75,8 @@ struct Kernels {
   // Units of kUnit vocabulary rows for the whole batch: both products, the mixture (or, for the
   // probability mix, f of both), and the softmax sums of each unit.
   void (*vocabulary)(const Step&, int64_t begin, int64_t end);
+  // The same units, if the products are given.
+  void (*mix_products)(const Step&, int64_t begin, int64_t end);
   // The same units: the probability mix, once both log-sum-exps are known.
   void (*mix_probabilities)(const Step&, int64_t begin, int64_t end);
   // Rows of the training loss: the log-probabilities of the labels, then the gradients, which

@@ -11,6 +11,7 @@
 #define DUALHEAD_ISA avx2
 #define DUALHEAD_NATIVE_BF16 0
 #define DUALHEAD_TILES 0
+#define DUALHEAD_GEMM_BATCH 0
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")

@@ -13,6 +13,7 @@
 #endif
 #define DUALHEAD_NATIVE_BF16 0
 #define DUALHEAD_TILES 0
+#define DUALHEAD_GEMM_BATCH 0
 
 // The headers of GCC 12 trigger this warning themselves (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

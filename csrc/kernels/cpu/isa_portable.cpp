@@ -8,6 +8,7 @@
 #define DUALHEAD_ISA portable
 #define DUALHEAD_NATIVE_BF16 0
 #define DUALHEAD_TILES 0
+#define DUALHEAD_GEMM_BATCH 32
 
 namespace dualhead::cpu::DUALHEAD_ISA {
 #include "simd_portable.h"

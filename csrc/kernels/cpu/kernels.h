@@ -41,12 +41,14 @@ bool supported();  // compiled for the baseline
 #define DUALHEAD_NAME(name) DUALHEAD_TEXT(name)
 extern const Kernels kernels{DUALHEAD_NAME(DUALHEAD_ISA),
                              &supported,
+                             DUALHEAD_GEMM_BATCH,
                              pack_requests,
                              project,
                              pack_hidden,
                              move_hidden,
                              attend,
                              vocabulary,
+                             mix_products,
                              mix_probabilities,
                              loss_rows,
                              loss_rows_backward};

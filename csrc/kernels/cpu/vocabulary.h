@@ -124,9 +124,11 @@ inline void pad_unit(float* z, int64_t count) {
 inline void finish_mixture(const Step& s, int64_t unit, int64_t b, float* lm, const float* rm) {
   const DecodeParams& p = *s.params;
   const int64_t count = smaller(kUnit, p.V - unit * kUnit);
-  // An embedding head's mixture is already in the hidden state that the LM head multiplied.
-  const float a = p.reward_head == RewardHead::kEmbedding ? 0.0f : p.out_alpha[b];
-  const float kept = p.reward_head == RewardHead::kLowRank ? 1.0f : 1.0f - a;
+  // An embedding head's mixture is already in the hidden state that the LM head multiplied, unless
+  // the products are given.
+  const bool mixed = p.reward_head == RewardHead::kEmbedding && !p.lm_product;
+  const float a = mixed ? 0.0f : p.out_alpha[b];
+  const float kept = p.reward_head == RewardHead::kFull ? 1.0f - a : 1.0f;
   for (int64_t v = 0; v < kUnit; v += kLanes) {
     // Selects instead of multiplying by 0, so that an infinity in the unused head does not matter.
     F32 z = load(lm + v);
@@ -148,7 +150,8 @@ inline void finish_mixture(const Step& s, int64_t unit, int64_t b, float* lm, co
 inline void finish_apart(const Step& s, int64_t unit, int64_t b, float* lm, float* rm) {
   const DecodeParams& p = *s.params;
   const int64_t count = smaller(kUnit, p.V - unit * kUnit);
-  const bool corrects = p.reward_head == RewardHead::kLowRank;
+  const bool corrects = p.reward_head == RewardHead::kLowRank ||
+                        (p.reward_head == RewardHead::kEmbedding && p.lm_product);
   for (int64_t v = 0; v < kUnit; v += kLanes) {
     const F32 z_lm = load(lm + v);
     const F32 z_rm = corrects ? z_lm + load(rm + v) : load(rm + v);
@@ -239,6 +242,34 @@ void vocabulary(const Step& s, int64_t begin, int64_t end) {
     vocabulary_units<float>(s, begin, end);
   } else {
     vocabulary_units<BFloat16>(s, begin, end);
+  }
+}
+
+// The products of both heads are given: adds the biases, and finishes each unit.
+void mix_products(const Step& s, int64_t begin, int64_t end) {
+  const DecodeParams& p = *s.params;
+  // An embedding head's bias c is in its product.
+  const void* bias = p.reward_head == RewardHead::kEmbedding ? nullptr : p.reward_bias;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit * kUnit, count = smaller(kUnit, p.V - first);
+    for (int64_t b = 0; b < p.B; ++b) {
+      float lm[kUnit] = {}, rm[kUnit] = {};
+      const float* product = p.lm_product + b * p.V + first;
+      for (int64_t v = 0; v < count; ++v) {
+        lm[v] = product[v] + bias_at(p.lm_bias, p.dtype, first + v);
+      }
+      for (int64_t k = 0; k < p.K; ++k) {
+        product = p.reward_product + (k * p.B + b) * p.V + first;
+        for (int64_t v = 0; v < count; ++v) {
+          add_objective(p, b, k, product[v] + bias_at(bias, p.dtype, k * p.V + first + v), rm + v);
+        }
+      }
+      if (p.mix_probs) {
+        finish_apart(s, unit, b, lm, rm);
+      } else {
+        finish_mixture(s, unit, b, lm, rm);
+      }
+    }
   }
 }
 
