@@ -49,7 +49,8 @@ def _dual_head(reward_head: str, gate: str) -> System:
     options: dict[str, Any] = {"reward_head": reward_head, "gate": gate}
     if gate != "fixed":
         # At the reward head's learning rate the gate closes; this one ranks held-out pairs best.
-        options["gate_learning_rate"] = 1e-3
+        # With a weight on squared rewards it would open on every token.
+        options |= {"gate_learning_rate": 1e-3, "reward_l2": 0.0}
     return System("dual-head", "dual_head", reward_head, gate, options)
 
 
