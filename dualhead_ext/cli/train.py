@@ -10,14 +10,13 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..config import DualHeadConfig
 from ..data import PAIRS, RANKED
-from ..files.atomic import BusyFolderError
 from ..files.checkpoint import LostProcessError, SaveError
 from ..model.builtin_backbones import BUILTIN_BACKBONES, backbone_path
 from ..train.presets import head_of
@@ -53,13 +52,25 @@ def _train(arguments: Namespace) -> int | None:
     )
     with argument():
         quiet_transformers(arguments.backbone)
-        from ..data.rendering import is_raw
-        from . import training_files
-        from . import training_summary as summary
-        from .interruption import StopAfterStep, Stopped
-        from .progress import ProgressBars
+        from . import training_summary  # noqa: F401  names the extra that is missing
     check_device(arguments.device)
     trainer = _make_trainer(arguments, data, held_out)
+    with ExitStack() as held:
+        with argument("--output"):
+            held.enter_context(trainer.holding_output())
+        _check_unused(arguments)  # another run may have ended meanwhile
+        return _train_and_save(arguments, trainer, rows, held_out)
+
+
+def _train_and_save(
+    arguments: Namespace, trainer: DualHeadTrainer, rows: list[dict], held_out: list[dict]
+) -> int | None:
+    from ..data.rendering import is_raw
+    from . import training_files
+    from . import training_summary as summary
+    from .interruption import StopAfterStep, Stopped
+    from .progress import ProgressBars
+
     amount = RANKED if "responses" in rows[0] else PAIRS
     amount = f"a stream of {amount}" if arguments.streaming else f"{len(rows)} {amount}"
     print(f"{amount} to train on, {len(held_out)} held out", flush=True)
@@ -86,7 +97,7 @@ def _train(arguments: Namespace) -> int | None:
     except Stopped as stopped:
         bars.close()
         return _interrupted(f"stopped at step {stopped.step}; {_how_to_resume(arguments)}")
-    except (BusyFolderError, SaveError) as error:
+    except SaveError as error:
         raise UserError(f"--output: {one_line(error)}") from error
     except LostProcessError as error:
         raise UserError(one_line(error)) from error
@@ -189,6 +200,12 @@ def _check_output(arguments: Namespace) -> None:
     with argument("--resume"):
         if arguments.resume == "last" and latest_checkpoint(folder) is None:
             raise ValueError(f"expected a complete checkpoint in {folder}, found none")
+    _check_unused(arguments)
+
+
+def _check_unused(arguments: Namespace) -> None:
+    """Raise UserError if the output folder has files that only ``--overwrite`` may replace."""
+    folder = Path(arguments.output)
     if arguments.resume or arguments.overwrite or not folder.exists():
         return
     with argument("--output"):

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _TEMPORARY = re.compile(r"\.(.+)\.(\d{1,18})\.tmp", re.DOTALL)
 
@@ -24,25 +25,52 @@ class BusyFolderError(ValueError):
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = ".lock", wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder, which is a file in it. The system releases it when the process
-    ends. On a file system without locks, a warning is logged.
+    """Hold the lock of a folder, which is a file in it. A missing folder is made. At the end the
+    file is removed, and so are the folders made for it, unless they have been used. The system
+    releases the lock when the process ends. On a file system without locks, a warning is logged.
 
     Raises:
         BusyFolderError: another process holds it, and ``wait`` is False.
+        OSError: the disk.
     """
-    with open(folder / name, "wb") as file:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _locked_file(folder, name, wait):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise BusyFolderError(
-                f"{folder}: another run is writing to this folder; wait for it to end, or choose "
-                "another one"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            logger.warning("%s has no file locks: write to it from one run at a time", folder)
-        yield
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+                for path in made:
+                    path.rmdir()
+
+
+def _locked_file(folder: Path, name: str, wait: bool) -> BinaryIO:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(open(folder / name, "wb"))
+                _lock(file, folder, wait)
+                found = os.stat(folder / name)
+            except FileNotFoundError:  # whoever held the lock has removed its file
+                continue
+            if os.path.samestat(os.fstat(file.fileno()), found):
+                opened.pop_all()
+                return file
+
+
+def _lock(file: BinaryIO, folder: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise BusyFolderError(
+            f"{folder}: another run is writing to this folder; wait for it to end, or choose "
+            "another one"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        logger.warning("%s has no file locks: write to it from one run at a time", folder)
 
 
 def write_durably(path: Path, data: bytes) -> None:

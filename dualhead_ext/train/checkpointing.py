@@ -51,9 +51,31 @@ class CheckpointedTrainer(Trainer):
     args: DualHeadTrainingArguments
     _train_totals: Tensor | None = None  # of this process, since the last log
     _saving_tried = False
+    _holds_output = False
     _parameters: list[list[nn.Parameter]]  # of the optimizer's groups
 
     # --- saving ---
+
+    @contextlib.contextmanager
+    def holding_output(self) -> Iterator[None]:
+        """Keep other runs out of ``args.output_dir``. ``train`` and ``try_saving`` do it for as
+        long as they last; hold it around them for what comes in between and after. Collective.
+
+        Raises:
+            BusyFolderError: another run is writing to the folder. SaveError: it cannot be written.
+        """
+        if self._holds_output:
+            yield
+            return
+        with contextlib.ExitStack() as held:
+            with agree_on("taking the output folder"):
+                if self.args.should_save:
+                    held.enter_context(_lock_of(Path(self.args.output_dir)))
+            self._holds_output = True
+            try:
+                yield
+            finally:
+                self._holds_output = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write heads, tokenizer and arguments; called by save_model on writing processes."""
@@ -84,7 +106,12 @@ class CheckpointedTrainer(Trainer):
 
         Raises:
             SaveError: saving failed; the message says why.
+            BusyFolderError: another run is writing to ``args.output_dir``.
         """
+        with self.holding_output():
+            self._try_saving()
+
+    def _try_saving(self) -> None:
         self._saving_tried = True
         run_dir, own = Path(self.args.output_dir), {"random": random_state(self.args.device)}
         heads = self._whole_heads()
@@ -191,12 +218,7 @@ class CheckpointedTrainer(Trainer):
             LostProcessError: another process of the run has ended.
         """
         self._train_totals = None
-        with contextlib.ExitStack() as held, self._saying_who_is_lost():
-            with agree_on("taking the output folder"):
-                if self.args.should_save:
-                    folder = Path(self.args.output_dir)
-                    folder.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(locked(folder, LOCK_NAME, wait=False))
+        with self._saying_who_is_lost(), self.holding_output():
             if resume_from_checkpoint:
                 found: list[Any] = [None]
                 with agree_on("resuming"):
@@ -348,6 +370,19 @@ def _check_optimizer(stored: dict[str, Any], current: dict[str, Any], where: str
         raise ValueError(
             f"{where}: its optimizer has groups of {sizes[0]} parameters, this run's {sizes[1]}"
         )
+
+
+@contextlib.contextmanager
+def _lock_of(run_dir: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(run_dir, LOCK_NAME, wait=False))
+        except OSError as error:
+            raise SaveError(
+                f"DualHeadTrainer: {run_dir} cannot be written to ({error}); nothing has been "
+                "trained"
+            ) from error
+        yield
 
 
 def _what_is_safe(run_dir: Path) -> str:

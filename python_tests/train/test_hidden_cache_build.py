@@ -42,7 +42,7 @@ def test_another_run_waits_for_the_one_that_builds(tmp_path):
     index = (tmp_path / "cache" / "train" / "index.json").read_bytes()
     (tmp_path / "cache" / "train" / "index.json").unlink()
     calls = []
-    with open(tmp_path / "cache" / "train" / ".lock") as lock:
+    with open(tmp_path / "cache" / "train" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         other = threading.Thread(target=lambda: calls.append(run(tmp_path, tmp_path / "cache")[1]))
         other.start()

@@ -6,11 +6,15 @@ Errors are raised before training.
 """
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
+from command_line import TINY
 from tiny_models import make_model
 from trainer_cases import make_trainer, pairs
 
@@ -61,6 +65,88 @@ def test_the_lock_ends_with_the_run(tmp_path):
         broken.train()
     with locked(tmp_path, wait=False):
         pass
+
+
+def test_a_trial_save_leaves_the_folder_of_another_run_alone(tmp_path):
+    """The command tries to save long before it trains."""
+    staging = tmp_path / ".checkpoint-1.staging"
+    staging.mkdir()
+    trainer = make_trainer(tmp_path, **SAVE)
+    with locked(tmp_path, wait=False), pytest.raises(BusyFolderError):
+        trainer.try_saving()
+    assert staging.is_dir()
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    """Neither its file nor the folders that it made, unless they have been used."""
+    folder = tmp_path / "a" / "b"
+    with locked(folder):
+        assert folder.is_dir()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError), locked(folder):
+        (folder / "heads").touch()
+        raise ZeroDivisionError
+    assert os.listdir(folder) == ["heads"]
+    with locked(folder):
+        pass
+    assert os.listdir(folder) == ["heads"]
+
+
+def test_who_waits_for_a_lock_gets_the_one_of_the_file_that_is_there(tmp_path):
+    """The holder removes the file at its end, while others wait for it."""
+    inside, together = [], []
+
+    def work():
+        for _ in range(50):
+            with locked(tmp_path / "folder"):
+                inside.append(1)
+                together.append(len(inside))
+                time.sleep(1e-4)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert together == [1] * 200 and not list(tmp_path.glob("folder/*"))
+
+
+def test_the_command_holds_its_folder_until_the_heads_are_saved(tmp_path, monkeypatch, capsys):
+    """From before the trial save; and what another run has written meanwhile is not replaced."""
+    from dualhead_ext.cli import train, training_files, training_summary
+
+    words = ["train", *TINY, "--limit", "4", "--output", str(tmp_path / "heads")]
+    held = []
+
+    def try_to_lock(*arguments):
+        with pytest.raises(BusyFolderError), locked(tmp_path / "heads", wait=False):
+            pass
+        held.append(1)
+        return ""
+
+    monkeypatch.setattr(training_summary, "sample_before_and_after", try_to_lock)
+    monkeypatch.setattr(training_files, "write_plot", try_to_lock)
+    monkeypatch.setattr(training_summary, "print_replies", lambda replies: None)
+    monkeypatch.setattr(training_summary, "warnings_of", lambda *figures: [])
+    with locked(tmp_path / "heads", wait=False):
+        assert cli.main(words) == 2
+    assert "--output" in (said := capsys.readouterr().err) and "another run is writing" in said
+    assert not (tmp_path / "heads").exists()
+    assert cli.main(words) == 0
+    assert held == [1, 1] and ".lock" not in os.listdir(tmp_path / "heads")
+
+    make, other = train._make_trainer, tmp_path / "other"
+
+    def slowly(*given):
+        other.mkdir()
+        (other / "dualhead_config.json").touch()  # of a run that ends meanwhile
+        return make(*given)
+
+    monkeypatch.setattr(train, "_make_trainer", slowly)
+    assert cli.main([*words[:-1], str(other)]) == 2
+    assert "which holds dualhead_config.json" in capsys.readouterr().err
+    assert os.listdir(other) == ["dualhead_config.json"]
 
 
 def test_an_incomplete_checkpoint_is_not_finished(tmp_path):
