@@ -68,9 +68,9 @@ def _describe_heads(folder: str) -> dict[str, Any]:
         )
     with argument("heads"):
         quiet_transformers(EMBEDDED)
-        from ..model.head_folder import WEIGHTS_NAME, read_config
+        from ..model.head_folder import WEIGHTS_NAME, read_head_folder
 
-        stored = read_config(folder)
+        stored, _ = read_head_folder(folder)  # so that damaged weights are noticed
         size = os.path.getsize(os.path.join(folder, WEIGHTS_NAME))
     return {
         "heads": folder,

@@ -63,6 +63,11 @@ def _whole_number(method: str, name: str, value: Any) -> None:
         raise ValueError(f"GateCache.{method}: {name} must fit in 64 bits, got {value}")
 
 
+def _not_negative(method: str, name: str, value: int) -> None:
+    if value < 0:
+        raise ValueError(f"GateCache.{method}: {name} must be >= 0, got {value}")
+
+
 class GateCache:
     """The gate's state for one batch of requests. Make it with ``head.new_cache``; ``prefill`` and
     ``step`` fill it.
@@ -134,8 +139,9 @@ class GateCache:
         self._columns = None
 
     def require_room(self, operator: str, count: int) -> None:
-        """Raise ValueError unless ``count`` more columns fit."""
+        """Raise TypeError or ValueError unless ``count`` >= 0 more columns fit."""
         _whole_number("require_room", "count", count)
+        _not_negative("require_room", "count", count)
         if self.columns + count > self.max_length:
             raise ValueError(
                 f"{operator}: cache holds {self.columns} of max_length = {self.max_length} "
@@ -197,9 +203,10 @@ class GateCache:
         """Make room for at least ``max_length`` columns; the columns in use are kept.
 
         Raises:
-            TypeError: not an int.
+            TypeError, ValueError: not an int of at least 0. The cache stays as it was.
         """
         _whole_number("reserve", "max_length", max_length)
+        _not_negative("reserve", "max_length", max_length)
         extra = max_length - self.max_length
         if extra <= 0:
             return
@@ -262,8 +269,7 @@ class GateCache:
             TypeError, ValueError: not an int of at least 0. The cache stays as it was.
         """
         _whole_number("crop", "columns", columns)
-        if not 0 <= columns:
-            raise ValueError(f"GateCache.crop: columns must be >= 0, got {columns}")
+        _not_negative("crop", "columns", columns)
         self.length.clamp_(max=min(columns, self.max_length))
         self._columns = min(self.columns, columns)
 

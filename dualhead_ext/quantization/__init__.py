@@ -147,7 +147,7 @@ def quantize(weight: Tensor, name: str, calibration: Tensor | None = None) -> tu
             scales stay the same. Default: round each weight to the nearest value.
     Raises:
         ValueError: an unknown format, int4 with d not a multiple of 128, or calibration of another
-            shape or not finite.
+            shape, not finite, or beside a weight on meta.
         TypeError: not a floating-point weight, or one that is quantised already; calibration that
             is not a floating-point tensor.
     """
@@ -178,6 +178,10 @@ def calibration_factor(operator: str, calibration: Tensor | None, weight: Tensor
     if not isinstance(calibration, Tensor) or not calibration.is_floating_point():
         got = calibration.dtype if isinstance(calibration, Tensor) else type(calibration).__name__
         raise TypeError(f"{operator}: calibration must be floating-point hidden states, got {got}")
+    if calibration.is_meta:
+        raise ValueError(f"{operator}: calibration must have values, got a tensor on meta")
+    if weight.is_meta:
+        raise ValueError(f"{operator}: calibration needs a weight with values, got one on meta")
     d = weight.shape[-1]
     if calibration.dim() < 1 or calibration.shape[-1] != d or calibration.numel() == 0:
         raise ValueError(
@@ -243,9 +247,9 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     ``weight`` determines the format.
 
     Raises:
-        TypeError: ``weight`` is not quantised, ``scale`` is not float32 or float64, or ``dtype`` is
-            not a floating-point dtype.
-        ValueError: shapes that contradict each other.
+        TypeError: ``weight`` is not quantised, ``scale`` is not a dense tensor of float32 or
+            float64, or ``dtype`` is not a floating-point dtype.
+        ValueError: shapes that contradict each other, or only one of the two on meta.
     """
     _check_weight("dequantize", weight)
     name = format_of(weight)
@@ -255,6 +259,12 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     if not isinstance(scale, Tensor) or scale.dtype not in (torch.float32, torch.float64):
         got = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
         raise TypeError(f"dequantize: scale must be a float32 or float64 tensor, got {got}")
+    if scale.layout != torch.strided:
+        raise TypeError(f"dequantize: scale must be dense, got {scale.layout}")
+    if scale.is_meta != weight.is_meta:
+        raise ValueError(
+            f"dequantize: scale must be on {weight.device}, got a tensor on {scale.device}"
+        )
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dequantize: dtype must be a floating-point dtype, got {dtype!r}")
     d = weight.shape[-1] * (1 if weight_format.unpack is None else 2)

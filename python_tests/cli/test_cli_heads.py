@@ -52,6 +52,19 @@ def test_info_describes_heads(heads, quantized_heads, capsys):
     assert re.search(r"quantized +int4\n", capsys.readouterr().out)
 
 
+def test_info_refuses_damaged_weights(heads, tmp_path, capsys):
+    shutil.copytree(heads, tmp_path / "heads")
+    weights = tmp_path / "heads" / "dualhead_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert run("info", str(tmp_path / "heads")) == 2
+    assert re.search(r"heads: .*dualhead_model\.safetensors is damaged", capsys.readouterr().err)
+    weights.unlink()
+    assert run("info", str(tmp_path / "heads")) == 2
+    assert "holds no dualhead_model.safetensors" in capsys.readouterr().err
+
+
 def test_train_measures_saves_and_says_how_to_go_on(heads):
     out = (heads.parent / "out.txt").read_text()
     assert "6 pairs to train on, 4 held out" in out

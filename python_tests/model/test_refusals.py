@@ -114,6 +114,8 @@ BAD_CACHE_CALLS = {
     "crop-float": ("crop", (1.5,), TypeError, "columns"),
     "crop-string": ("crop", ("2",), TypeError, "columns"),
     "reserve-float": ("reserve", (99.5,), TypeError, "max_length"),
+    "reserve-negative": ("reserve", (-1,), ValueError, "max_length must be >= 0, got -1"),
+    "require-room-negative": ("require_room", ("step", -1), ValueError, "count must be >= 0"),
     "append-shape": (
         "append",
         (torch.zeros(B, 2, 1, 5), torch.zeros(B, 2, 1), torch.ones(B, 1).bool()),
@@ -157,6 +159,31 @@ def test_a_refused_call_leaves_the_cache(case):
         (lambda: quantize(torch.ones(8), "int8"), ValueError, r"weight must be \(..., V, d\)"),
         (lambda: quantize(torch.ones(0, 8), "int8"), ValueError, "not empty"),
         (lambda: quantize(torch.ones(4, 8), 8), ValueError, "format must be one of"),
+        *(
+            (
+                lambda w=weight: quantize(
+                    torch.ones(4, 8, device=w), "int8", torch.ones(2, 8, device="meta")
+                ),
+                ValueError,
+                "quantize: calibration must have values, got a tensor on meta",
+            )
+            for weight in ("cpu", "meta")
+        ),
+        (
+            lambda: quantize(torch.ones(4, 8, device="meta"), "int8", torch.ones(2, 8)),
+            ValueError,
+            "quantize: calibration needs a weight with values, got one on meta",
+        ),
+        (
+            lambda: dequantize(torch.ones(4, 8).char(), torch.ones(4, device="meta")),
+            ValueError,
+            "scale must be on cpu, got a tensor on meta",
+        ),
+        (
+            lambda: dequantize(torch.ones(4, 8).char(), torch.ones(4).to_sparse()),
+            TypeError,
+            "scale must be",
+        ),
         (lambda: dequantize(torch.ones(4, 8), torch.ones(4)), TypeError, "must be quantised"),
         (lambda: dequantize(torch.ones(4, 8).char(), None), TypeError, "scale must be"),
         (lambda: dequantize(torch.ones(4, 8).char(), torch.ones(5)), ValueError, "scale must be"),
