@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files.foreign import shown
 from .files import Rows, read_jsonl, rows_in, rows_of
 from .texts import (
     ASSISTANT,
@@ -100,8 +101,8 @@ class DataReport:
     def __str__(self) -> str:
         text = f"{self.source}: {self.kept} {self.unit}"
         for reason, lines in self.skipped.items():
-            shown = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
-            text += f"; skipped {len(lines)} ({reason}; {self.place} {shown})"
+            first = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
+            text += f"; skipped {len(lines)} ({reason}; {self.place} {first})"
         return text
 
 
@@ -155,7 +156,7 @@ def preference_rows(data: Any, source: str = "preference_rows") -> PreferenceDat
     """
     if isinstance(data, dict):
         raise TypeError(
-            f"{source} must be rows, got a {type(data).__name__} of {', '.join(map(str, data))}; "
+            f"{source} must be rows, got a {type(data).__name__} of {shown(data)}; "
             "pass one of these"
         )
     rows = rows_in(data)
@@ -247,7 +248,7 @@ def _layout_of(row: dict[str, Any]) -> str:
     if not there:
         raise ValueError(
             "expected columns chosen and rejected (and prompt), or prompt, responses and scores, "
-            f"got {', '.join(map(str, row)) or 'none'}"
+            f"got {shown(row) or 'none'}"
         )
     layout = RANKED if filled[RANKED] or PAIRS not in there else PAIRS
     for name in columns[layout]:
@@ -267,7 +268,7 @@ def _read_row(layout: str, number: int, row: dict[str, Any]) -> _Row:
             others["ended"] = _ended(row["ended"], len(responses))
     prompt = row.get("prompt")
     if prompt is None and layout == RANKED:
-        raise ValueError(f"expected columns prompt, responses and scores, got {', '.join(row)}")
+        raise ValueError(f"expected columns prompt, responses and scores, got {shown(row)}")
     responses = [text_of(response) for response in responses]
     prompt = None if prompt is None else text_of(prompt)
     if isinstance(prompt, str) and all(isinstance(response, list) for response in responses):

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..files.foreign import shown
+
 Row = dict[str, Any]
 
 _EXTRA = "pip install 'dualhead_ext[data]'"
@@ -201,7 +203,7 @@ def _folder_rows(
         wanted = split or (default_split if default_split in data else alone)
         if wanted not in data:
             raise ValueError(
-                f"{function}: split must be one of {', '.join(data)} for {path}, got {wanted!r}"
+                f"{function}: split must be one of {shown(data)} for {path}, got {wanted!r}"
             )
         data = data[wanted]
     elif split is not None:

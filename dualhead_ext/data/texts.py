@@ -8,6 +8,8 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any
 
+from ..files.foreign import shown
+
 ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
 Text = str | list[dict[str, Any]]
 
@@ -35,7 +37,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     message = {name: value for name, value in message.items() if value is not None}
     content, role = message.get("content"), message.get("role")
     if not isinstance(role, str):
-        raise ValueError(f"a message must have a role, got {', '.join(message) or 'nothing'}")
+        raise ValueError(f"a message must have a role, got {shown(message) or 'nothing'}")
     if isinstance(content, (list, tuple)):
         kinds = [part.get("type", "text") if isinstance(part, dict) else None for part in content]
         texts: list[Any] = [

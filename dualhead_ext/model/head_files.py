@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..config import DualHeadConfig
+from ..files.foreign import shown
 from ..head.dual_head import DualHead
 from ..quantization import FORMATS, format_of, storage_shapes
 from .shards import copy_whole
@@ -41,12 +42,6 @@ def head_state(head: Any, given: dict[str, Tensor] | None = None) -> dict[str, T
     if missing := sorted(name for name in names.values() if name not in source):
         raise ValueError(f"state_dict must hold the heads' tensors, {shown(missing)} are missing")
     return {name: source[n].detach().cpu().contiguous() for name, n in names.items()}
-
-
-def shown(names: list[str]) -> str:
-    """The first five names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(name[:80] for name in names[:5]) + more
 
 
 def check_head_state(

@@ -38,9 +38,8 @@ from torch import Tensor
 
 from ..config import FORMAT_NAMES, DualHeadConfig
 from ..files.atomic import leftovers, replace_files, sha256_of
-from ..files.foreign import brief
+from ..files.foreign import brief, shown
 from .fingerprint import VALUES
-from .head_files import shown
 
 FORMAT_VERSION = 2
 CONFIG_NAME = "dualhead_config.json"

@@ -112,6 +112,16 @@ def test_unusable_rows_are_skipped_and_said(tmp_path, caplog):
         ("[1]\n", ValueError, "row 0: expected an object, got int"),
         ("", ValueError, "no usable row"),
         ('{"a": 1}\n[1]\n', ValueError, "line 1: expected columns"),
+        (
+            json.dumps({"a" * 5000: 1} | {f"c{i}": 1 for i in range(500)}),
+            ValueError,
+            "line 1: expected columns .{,200}got a{40} .{,10}a{40}, c0, c1, c2, c3 and 496 more$",
+        ),
+        (
+            json.dumps({"prompt": "a", "chosen": [{"b" * 5000: 1}], "rejected": "c"}),
+            ValueError,
+            "a message must have a role, got b{40} .{,10}b{40}$",
+        ),
         (b"\xff\xfe\n", ValueError, "not UTF-16"),
         (b'{"chosen": "\xe9"}', ValueError, "not UTF-8"),
         ("[" * 100_000, ValueError, "not a JSON array"),
