@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import re
 import signal
@@ -131,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: after ``--help``, and for arguments that cannot be parsed (code 2).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as Python does it for standard error
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     with _Interrupts() as interrupts:
         try:

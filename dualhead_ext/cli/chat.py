@@ -17,7 +17,7 @@ from typing import Any
 
 from ..data.rendering import render_prompt
 from . import terminal as show
-from .decoding import context_of, decoding_options, objective_tensor
+from .decoding import as_utf8, context_of, decoding_options, objective_tensor
 from .errors import UserError, argument
 from .generation_options import STRENGTH, WEIGHTS
 from .models import check_heads, load, quiet_transformers
@@ -152,7 +152,8 @@ class Chat:
             return False
         try:
             if not line.startswith("/"):
-                self._check(line)
+                with argument():
+                    line = as_utf8(line)
                 self._answer(line)
             elif name in COMMANDS:
                 getattr(self, f"_{name[1:]}")(rest.strip())
@@ -167,13 +168,6 @@ class Chat:
             print(f"dualhead chat: {error}", file=sys.stderr, flush=True)
         return True
 
-    @staticmethod
-    def _check(text: str) -> None:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError("expected UTF-8 text, got other bytes") from None
-
     def settings(self) -> str:
         """The settings that commands change, in words."""
         words = f"strength {self.options.get('strength', 1.0):g}"
@@ -185,7 +179,8 @@ class Chat:
     def check_system(self) -> None:
         """Raise UserError if the chat template does not support a system message."""
         if self.system is not None:
-            self._check(self.system)
+            with argument():
+                self.system = as_utf8(self.system)
             self._prompt([{"role": "user", "content": "?"}])
 
     # --- the model's side ---

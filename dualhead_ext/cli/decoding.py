@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -10,6 +11,23 @@ from ..data import HUMAN
 from ..data.rendering import messages_of, render_prompt
 from ..head.controls import Controls, Sampling
 from .errors import UserError
+
+
+def as_utf8(text: str) -> str:
+    """A text from the command line or standard input. If the locale's encoding is not UTF-8, Python
+    represents the bytes of UTF-8 text as surrogates.
+
+    Raises:
+        ValueError: other bytes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise ValueError("expected UTF-8 text, got other bytes") from None
+    return text
 
 
 def check_length(length: int, model: Any, new_tokens: int) -> None:

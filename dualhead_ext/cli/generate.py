@@ -9,7 +9,7 @@ from typing import Any
 
 from ..head.controls import Controls
 from . import terminal as show
-from .decoding import check_length, controls_of, decoding_options, encode
+from .decoding import as_utf8, check_length, controls_of, decoding_options, encode
 from .errors import UserError, argument
 from .inspect import check_page, inspections, save_page
 from .models import check_heads, load, quiet_transformers
@@ -74,10 +74,8 @@ def _prompt(arguments: Namespace) -> str:
             raise UserError("prompt: expected an argument or text on standard input, got neither")
         with argument("standard input"):
             prompt = sys.stdin.read()
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # Python represents bytes that are not UTF-8 as surrogates
-        raise UserError("prompt: expected UTF-8 text, got other bytes") from None
+    with argument("prompt"):
+        prompt = as_utf8(prompt)
     if not arguments.raw:
         prompt = prompt.strip()
     if not prompt:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import terminal as show
-from .decoding import check_length, encode, gate_options
+from .decoding import as_utf8, check_length, encode, gate_options
 from .errors import UserError, argument
 from .models import check_heads, load, quiet_transformers
 
@@ -19,6 +19,10 @@ def inspect(arguments: Namespace) -> None:
     check_page(arguments)
     if not arguments.text:
         raise UserError("--text: expected some text, got none")
+    for name in ("text", "prompt"):
+        if (given := getattr(arguments, name)) is not None:
+            with argument(f"--{name}"):
+                setattr(arguments, name, as_utf8(given))
     check_heads(arguments)
     with argument():
         to = show.console(arguments.color)

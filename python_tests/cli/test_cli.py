@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line without heads: help, completion, info, training."""
 
+import io
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -19,6 +21,7 @@ import dualhead_ext as dh
 from dualhead_ext import cli
 from dualhead_ext.cli import commands
 from dualhead_ext.cli.completion import SHELLS
+from dualhead_ext.cli.decoding import as_utf8
 from dualhead_ext.cli.options import OPTIONS
 from dualhead_ext.model.head_folder import WEIGHTS_NAME
 
@@ -186,6 +189,28 @@ def test_hidden_states_are_computed_once(tmp_path, capsys, monkeypatch):
 def test_traceback_on_request(tmp_path):
     with pytest.raises(cli.UserError, match="expected a folder written by train"):
         run("generate", str(tmp_path / "none"), "hi", "--traceback")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"\u20ac \udcff"), ("utf-8", "€ \\udcff")]
+)
+def test_output_that_the_locale_cannot_write(encoding, shown, monkeypatch):
+    """A model's text, and names of files that are not text."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setitem(commands.COMMANDS, "info", lambda arguments: print("€ \udcff"))
+    assert run("info") == 0
+    assert written.getvalue().decode(encoding) == f"{shown}\n"
+
+
+def test_arguments_under_a_locale_other_than_utf8(monkeypatch):
+    """Python decodes them as ASCII; bytes that are not UTF-8 are refused all the same."""
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    given = "Grüße €".encode().decode("ascii", "surrogateescape")
+    assert as_utf8(given) == as_utf8("Grüße €") == "Grüße €"
+    for text in (b"\xe9t\xe9".decode("ascii", "surrogateescape"), "\ud800"):
+        with pytest.raises(ValueError, match="expected UTF-8 text, got other bytes"):
+            as_utf8(text)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

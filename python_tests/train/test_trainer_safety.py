@@ -256,6 +256,9 @@ def test_input_that_is_not_utf8(capsys, tmp_path):
     heads = tmp_path / "heads"
     heads.mkdir()
     assert "prompt: expected UTF-8 text" in refused(capsys, "generate", str(heads), "a\udce9")
+    for words in (("--text", "a\udce9"), ("--text", "a", "--prompt", "a\udce9")):
+        sentence = refused(capsys, "inspect", str(heads), *words)
+        assert f"{words[-2]}: expected UTF-8 text, got other bytes" in sentence
 
 
 def test_missing_extras_are_named(capsys, tmp_path, monkeypatch):
