@@ -112,6 +112,10 @@ class BatchingEngine:
             NotImplementedError: the versions or the backbone do not support it.
         """
         import transformers
+
+        from ..model.continuous_batching import check_version
+
+        check_version()  # older releases have not what is imported next
         from transformers.generation.continuous_batching.model_runner import (
             infer_max_single_request_tokens,
         )

@@ -236,14 +236,19 @@ def _make_trainer(arguments: Namespace, rows: Any, held_out: list[dict]) -> Dual
         given = {name: value for name, value in given.items() if value is not None}
         head = head_of(arguments.preset, given)
         model = DualHeadForCausalLM.from_backbone(path, dtype=dtype, **head)
-    with argument():
-        return DualHeadTrainer(
-            model,
-            training,
-            train_dataset=rows,
-            eval_dataset=held_out or None,
-            processing_class=tokenizer,
-        )
+    try:
+        with argument():
+            return DualHeadTrainer(
+                model,
+                training,
+                train_dataset=rows,
+                eval_dataset=held_out or None,
+                processing_class=tokenizer,
+            )
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # it makes the folder
+            raise UserError(f"--output: {error}") from error.__cause__
+        raise
 
 
 def _training_arguments(arguments: Namespace) -> DualHeadTrainingArguments:

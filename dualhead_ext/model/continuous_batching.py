@@ -177,6 +177,15 @@ def prompts_with_controls(
     ]
 
 
+def check_version() -> None:
+    """Raise NotImplementedError for a transformers whose paged cache has another layout."""
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise NotImplementedError(
+            f"continuous batching: the gated head needs transformers {OLDEST} or newer, got "
+            f"{transformers.__version__}; use generate"
+        )
+
+
 def batching_config(config: Any) -> Any:
     """The configuration of continuous batching, adjusted for a gated model.
 
@@ -184,11 +193,7 @@ def batching_config(config: Any) -> Any:
         NotImplementedError: transformers is too old; CUDA graphs, compilation or asynchronous
             batches.
     """
-    if Version(transformers.__version__) < Version(OLDEST):
-        raise NotImplementedError(
-            f"continuous batching: the gated head needs transformers {OLDEST} or newer, got "
-            f"{transformers.__version__}; use generate"
-        )
+    check_version()
     config = transformers.ContinuousBatchingConfig() if config is None else copy.copy(config)
     graphs = config.use_cuda_graph
     asked = {

@@ -25,7 +25,9 @@ from serving_cases import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dualhead_ext.cli.batching_engine import BatchingEngine
 from dualhead_ext.data import embedded_backbone_path
+from dualhead_ext.model import continuous_batching
 from dualhead_ext.model.continuous_batching import OLDEST
 
 pytest.importorskip("aiohttp", reason="the extra serve is not installed")
@@ -267,3 +269,13 @@ def test_sigterm_lets_requests_finish(server, model):  # keep this test last: it
         server.open("/health")
     log = server.log.read_text()
     assert "Traceback" not in log and "transformers' continuous batching" in log
+
+
+def test_an_older_transformers_is_refused(monkeypatch):
+    """By its version, before anything is imported that it does not have."""
+    from transformers.generation.continuous_batching import model_runner
+
+    monkeypatch.setattr(continuous_batching, "OLDEST", "99.0")
+    monkeypatch.delattr(model_runner, "infer_max_single_request_tokens", raising=False)
+    with pytest.raises(NotImplementedError, match=r"needs transformers 99\.0 or newer, got"):
+        BatchingEngine(None, None)

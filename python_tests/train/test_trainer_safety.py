@@ -261,6 +261,12 @@ def test_input_that_is_not_utf8(capsys, tmp_path):
         assert f"{words[-2]}: expected UTF-8 text, got other bytes" in sentence
 
 
+def test_a_folder_that_cannot_be_made_is_named(capsys):
+    """/proc is a folder that root may write to, as far as permissions say."""
+    sentence = refused(capsys, "train", *TINY, "--limit", "4", "--output", "/proc/heads")
+    assert sentence.startswith("dualhead train: --output: ")
+
+
 def test_missing_extras_are_named(capsys, tmp_path, monkeypatch):
     from dualhead_ext.cli.errors import missing_extra
 
