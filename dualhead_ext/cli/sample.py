@@ -11,8 +11,9 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..data import HUMAN, read_jsonl
 from ..eval.open_prompts import SPLITS, open_prompts
@@ -99,13 +100,14 @@ def _source(arguments: Namespace) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[FileIO]:
     """The file, locked, for reading and appending. An incomplete last line is removed."""
     with argument("--out"):
         if path.suffix != ".jsonl":
             raise ValueError(f"expected a file that ends in .jsonl, got {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")
+        # Unbuffered: closing a file would try again to write what did not fit on the disk.
+        file = open(path, "a+b", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,11 +119,11 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _rows_there(file: BinaryIO, name: str, source: str) -> set[str]:
+def _rows_there(file: FileIO, name: str, source: str) -> set[str]:
     """The prompts whose rows are in the file."""
     done = set()
     file.seek(0)
-    for line, text in enumerate(file, start=1):
+    for line, text in enumerate(file.read().splitlines(), start=1):
         try:
             row = json.loads(text)
             found, key = row["source"], _key(row["prompt"])
@@ -137,9 +139,7 @@ def _rows_there(file: BinaryIO, name: str, source: str) -> set[str]:
     return done
 
 
-def _append(
-    arguments: Namespace, prompts: list, judge: Scorer, source: str, file: BinaryIO
-) -> None:
+def _append(arguments: Namespace, prompts: list, judge: Scorer, source: str, file: FileIO) -> None:
     with argument():
         quiet_transformers(arguments.backbone)
     check_device(arguments.device)
@@ -157,10 +157,17 @@ def _append(
             for prompt, responses in zip(batch, found, strict=True):
                 row = ranked_row(prompt, responses, judge)
                 text = json.dumps(row | {"source": source}, ensure_ascii=False)
-                file.write(text.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+                with argument("--out"):
+                    _write(file, text.encode() + b"\n")
+            with argument("--out"):
+                os.fsync(file.fileno())
             bar.update(len(batch))
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def ranked_row(prompt: Any, responses: list, judge: Scorer) -> dict[str, Any]:

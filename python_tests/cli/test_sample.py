@@ -4,6 +4,7 @@
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -117,6 +118,20 @@ def test_mistakes_are_one_sentence(place, capsys):
     assert (place / "ranked.jsonl").read_bytes() == before
     assert not (place / "new.jsonl").exists()
     assert (place / "foreign.jsonl").read_text() == '{"prompt": "Why?"}\n'
+
+
+def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(place, capsys):
+    """The row that did not fit is cut off in the middle."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        assert run(*command()) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "dualhead sample: --out: [Errno 27] File too large\n" in capsys.readouterr().err
+    assert (place / "ranked.jsonl").stat().st_size == 1000
+    assert run(*command()) == 0
+    assert len({json.dumps(row["prompt"]) for row in rows_of(place / "ranked.jsonl")}) == 12
 
 
 def test_a_second_run_at_the_same_time_is_refused(place, capsys):
