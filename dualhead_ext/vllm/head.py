@@ -152,9 +152,11 @@ class ServedHead(GatedHead):
         return mixture.mix_logits(z_lm, z_rm, alpha, self.config.mix)[..., :-1]
 
     def padded(self, logits: Tensor) -> Tensor:
-        """Pad rows to the width of every process; columns beyond the vocabulary are cut later."""
+        """Pad rows to the width of every process; columns beyond the vocabulary are cut later. The
+        result is contiguous, as a gather needs it.
+        """
         missing = self._width - logits.shape[-1]
-        return nn.functional.pad(logits, (0, missing)) if missing else logits
+        return nn.functional.pad(logits, (0, missing)) if missing else logits.contiguous()
 
     def _whole(self, logits: Tensor) -> Tensor:
         return tensor_model_parallel_all_gather(self.padded(logits))[..., : self._vocab]
