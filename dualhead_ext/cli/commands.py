@@ -109,7 +109,7 @@ def evaluate(arguments: Namespace) -> int | None:
     if arguments.heads is not None:
         eval_heads.main(arguments)
         return None
-    with argument():
+    with argument(extra="steering" if arguments.suite == "steering" else "train"):
         quiet_transformers(EMBEDDED)
         if arguments.suite == "steering":
             from .eval_steering import main
@@ -167,7 +167,7 @@ def demo(arguments: Namespace) -> None:
 
 
 def _train_demo(arguments: Namespace) -> None:
-    with argument():
+    with argument(extra="train"):
         quiet_transformers(arguments.backbone)
         from . import demo as script
     others = ("command", "traceback", "argv", "parser", "web", "port")

@@ -20,9 +20,10 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def argument(name: str | None = None) -> Iterator[None]:
+def argument(name: str | None = None, extra: str | None = None) -> Iterator[None]:
     """Turn an error of the library about a user's input into a :class:`UserError` that names the
-    argument. Without ``name``, the error's message must name it.
+    argument. Without ``name``, the error's message must name it. extra: of this package, with all
+    that the command needs beyond "hf".
 
     Use it only around the reading and checking of input; a failure elsewhere is a bug.
     """
@@ -31,7 +32,7 @@ def argument(name: str | None = None) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        missing = missing_extra(error)
+        missing = missing_extra(error, extra)
         if missing is not None:
             raise UserError(missing) from error
         if isinstance(error, ModuleNotFoundError):
@@ -41,7 +42,7 @@ def argument(name: str | None = None) -> Iterator[None]:
         raise UserError(f"{name}: {one_line(error)}" if name else one_line(error)) from error
 
 
-def missing_extra(error: ImportError) -> str | None:
+def missing_extra(error: ImportError, instead_of_hf: str | None = None) -> str | None:
     """How to install the package that an import did not find, if an extra has it. The package is
     identified by the module's name, or by a name in the library's own message.
     """
@@ -49,6 +50,7 @@ def missing_extra(error: ImportError) -> str | None:
     for name, extra in extras():
         said = not package and re.search(rf"\b{re.escape(name)}\b", str(error))
         if name == package or (said and not importlib.util.find_spec(name)):
+            extra = instead_of_hf or extra if extra == "hf" else extra
             return (
                 f"the package {name} is not installed; install it with: "
                 f"pip install 'dualhead_ext[{extra}]'"

@@ -50,7 +50,7 @@ def _train(arguments: Namespace) -> int | None:
     data, rows, held_out = (training_data.stream if arguments.streaming else training_data.load)(
         arguments
     )
-    with argument():
+    with argument(extra="smollm2" if arguments.backbone == "smollm2" else "train"):
         quiet_transformers(arguments.backbone)
         from . import training_summary  # noqa: F401  names the extra that is missing
     check_device(arguments.device)

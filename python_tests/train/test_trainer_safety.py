@@ -275,6 +275,30 @@ def test_missing_extras_are_named(capsys, tmp_path, monkeypatch):
     words = "Using the `Trainer` with `PyTorch` requires `accelerate>=1.1.0`"
     assert "pip install 'dualhead_ext[train]'" in missing_extra(ImportError(words))
     assert missing_extra(ImportError("cannot import name 'x' from 'y'")) is None
+    assert "[hf]" in missing_extra(ImportError(name="transformers"))
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["train", "--output", "{dir}/h"], "train"),
+        (["train", "--output", "{dir}/h", "--backbone", "smollm2"], "smollm2"),
+        (["demo", "--output", "{dir}/h"], "train"),
+        (["eval", "--suite", "paper", "--scale", "tiny", "--out", "{dir}/e"], "train"),
+        (["eval", "--suite", "steering", "--out", "{dir}/e"], "steering"),
+    ],
+)
+def test_one_extra_has_all_that_a_command_needs(words, extra, capsys, tmp_path, monkeypatch):
+    """Not "hf" first and, after that is installed, another one."""
+
+    def without_transformers(backbone):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    for module in ("train", "commands"):
+        monkeypatch.setattr(f"dualhead_ext.cli.{module}.quiet_transformers", without_transformers)
+    sentence = refused(capsys, *(word.format(dir=tmp_path) for word in words))
+    assert sentence.endswith(f"install it with: pip install 'dualhead_ext[{extra}]'")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_that_train_prints_names_a_backbone_of_ones_own(tmp_path):
