@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..config import DualHeadConfig
 from ..measurement.timing import Contender, copies_needed
+from ..ops.huge_pages import use_huge_pages
 from ..quantization import quantize
 from .cases import FORMATS, Case, Group
 from .graphs import capture, gemm_step, gumbel_token
@@ -67,6 +68,7 @@ class Operands:
             # Draw one copy only: copies are cold because of their addresses, not their values.
             tensor[0].normal_(std=d**-0.5)
             tensor[1:] = tensor[0]
+        use_huge_pages([self.memory, gates, values])  # as a model's weights; for all contenders
         self.copies = [
             {
                 "lm_weight": self.memory[i, :V],
@@ -86,7 +88,10 @@ class Operands:
             q, scale = quantize(weights[f"{head}_weight"], name)
             weights |= {f"{head}_weight": q, f"{head}_scale": scale}
         count = copies_needed(bytes_of(weights), cold_bytes)
-        return [{n: w.clone() for n, w in weights.items()} for _ in range(count)]
+        copies = [{n: w.clone() for n, w in weights.items()} for _ in range(count)]
+        for weights in copies:
+            use_huge_pages(weights.values())
+        return copies
 
 
 def bytes_of(tensors: dict[str, Tensor]) -> int:

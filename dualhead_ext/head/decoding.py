@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..config import DualHeadConfig
+from ..ops.huge_pages import use_huge_pages
 from ..ops.logits import accumulator_dtype
 from ..quantization import format_of
 from .cache import DecodeWeights, GateCache, parameter_stamp
@@ -85,6 +86,7 @@ def decode_weights(head: Any) -> DecodeWeights:
             "u_weight": head.gate.folded_values().to(accumulator_dtype(dtype)),
             "gate_bias": head.gate.out_bias.detach().to(accumulator_dtype(dtype)),
         }
+    use_huge_pages(tensors.values())
     return DecodeWeights(tensors, stamp(head))
 
 
