@@ -59,7 +59,12 @@ def _train(arguments: Namespace) -> int | None:
         with argument("--output"):
             held.enter_context(trainer.holding_output())
         _check_unused(arguments)  # another run may have ended meanwhile
-        return _train_and_save(arguments, trainer, rows, held_out)
+        from ..train.hidden_cache import UnusableCacheError
+
+        try:
+            return _train_and_save(arguments, trainer, rows, held_out)
+        except UnusableCacheError as error:  # a shard is checked when it is first read
+            raise UserError(f"--cache-hidden: {one_line(error)}") from error
 
 
 def _train_and_save(

@@ -261,6 +261,19 @@ def test_input_that_is_not_utf8(capsys, tmp_path):
         assert f"{words[-2]}: expected UTF-8 text, got other bytes" in sentence
 
 
+def test_a_changed_bit_of_cached_states_is_one_sentence(capsys, tmp_path):
+    words = ["train", *TINY, "--limit", "4", "--cache-hidden", str(tmp_path / "cache"), "--output"]
+    assert cli.main([*words, str(tmp_path / "a")]) == 0
+    path = next((tmp_path / "cache" / "train").glob("hidden-*"))
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 0x40
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert cli.main([*words, str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().err  # behind a progress bar
+    assert f"dualhead train: --cache-hidden: {path}: has changed since" in said
+
+
 def test_a_folder_that_cannot_be_made_is_named(capsys):
     """/proc is a folder that root may write to, as far as permissions say."""
     sentence = refused(capsys, "train", *TINY, "--limit", "4", "--output", "/proc/heads")
