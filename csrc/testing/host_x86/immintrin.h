@@ -29,6 +29,7 @@ typedef uint64_t __mmask64;
 
 namespace host_x86 {
 
+// The lanes of a vector. Assigning to an element of the vector itself is lost under GCC 12's UBSan.
 template <class T, class V>
 struct Lanes {
   static constexpr int kCount = sizeof(V) / sizeof(T);
@@ -133,9 +134,12 @@ HOST_X86 __m256 _mm256_unpackhi_ps(__m256 a, __m256 b) {
   return __m256{a[2], b[2], a[3], b[3], a[6], b[6], a[7], b[7]};
 }
 HOST_X86 __m256 _mm256_shuffle_ps(__m256 a, __m256 b, int order) {
-  __m256 out{};
+  const host_x86::Lanes<float, __m256> x(a), y(b);
+  host_x86::Lanes<float, __m256> out;
   for (int half = 0; half < 8; half += 4) {
-    for (int i = 0; i < 4; ++i) out[half + i] = (i < 2 ? a : b)[half + (order >> 2 * i & 3)];
+    for (int i = 0; i < 4; ++i) {
+      out.at[half + i] = (i < 2 ? x : y).at[half + (order >> 2 * i & 3)];
+    }
   }
   return out;
 }
@@ -180,31 +184,38 @@ HOST_X86 __m512i _mm512_maskz_loadu_epi8(__mmask64 mask, const void* from) {
 HOST_X86 __m512 _mm512_set1_ps(float x) { return host_x86::splat<float, __m512>(x); }
 HOST_X86 __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 HOST_X86 __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
-  for (int i = 0; i < 16; ++i) c[i] = std::fma(a[i], b[i], c[i]);
-  return c;
+  const host_x86::Lanes<float, __m512> x(a), y(b);
+  host_x86::Lanes<float, __m512> sum(c);
+  for (int i = 0; i < 16; ++i) sum.at[i] = std::fma(x.at[i], y.at[i], sum.at[i]);
+  return sum;
 }
 HOST_X86 __m256 _mm512_castps512_ps256(__m512 x) { return host_x86::load<__m256>(&x); }
 HOST_X86 __m256 _mm512_extractf32x8_ps(__m512 x, int half) {
   return host_x86::load<__m256>(reinterpret_cast<const char*>(&x) + 32 * half);
 }
-HOST_X86 float _mm512_reduce_add_ps(__m512 x) {
+HOST_X86 float _mm512_reduce_add_ps(__m512 lanes) {
+  host_x86::Lanes<float, __m512> x(lanes);
   for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+    for (int i = 0; i < width; ++i) x.at[i] += x.at[i + width];
   }
-  return x[0];
+  return x.at[0];
 }
 // The second operand if either is NaN, like vmaxps.
-HOST_X86 float _mm512_reduce_max_ps(__m512 x) {
+HOST_X86 float _mm512_reduce_max_ps(__m512 lanes) {
+  host_x86::Lanes<float, __m512> x(lanes);
   for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+    for (int i = 0; i < width; ++i) {
+      x.at[i] = x.at[i] > x.at[i + width] ? x.at[i] : x.at[i + width];
+    }
   }
-  return x[0];
+  return x.at[0];
 }
-HOST_X86 __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+HOST_X86 __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
   const host_x86::Lanes<uint16_t, __m512bh> x(a), y(b);
+  host_x86::Lanes<float, __m512> sum(c);
   for (int i = 0; i < 16; ++i) {
-    const float odd = host_x86::multiply_add(x.at[2 * i + 1], y.at[2 * i + 1], sum[i]);
-    sum[i] = host_x86::multiply_add(x.at[2 * i], y.at[2 * i], odd);
+    const float odd = host_x86::multiply_add(x.at[2 * i + 1], y.at[2 * i + 1], sum.at[i]);
+    sum.at[i] = host_x86::multiply_add(x.at[2 * i], y.at[2 * i], odd);
   }
   return sum;
 }
@@ -247,8 +258,8 @@ HOST_X86 __m512 _mm512_cvtepi32_ps(__m512i x) {
 }
 HOST_X86 __m512 _mm512_cvtph_ps(__m256i x) {
   const host_x86::Lanes<uint16_t, __m256i> half(x);
-  __m512 out{};
-  for (int i = 0; i < 16; ++i) out[i] = host_x86::half_to_float(half.at[i]);
+  host_x86::Lanes<float, __m512> out;
+  for (int i = 0; i < 16; ++i) out.at[i] = host_x86::half_to_float(half.at[i]);
   return out;
 }
 HOST_X86 __mmask64 _mm512_cmpeq_epi8_mask(__m512i a, __m512i b) {
