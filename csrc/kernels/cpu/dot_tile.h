@@ -66,6 +66,7 @@ template <class W, class X>
 struct Tile {
   typedef Product<W, X> P;
   typedef const W* Row;
+  typedef W Weight;
   static constexpr int kMaxBatch = kMaxBatchTile;
   static constexpr int64_t kStep = P::kStep;
   static constexpr bool kSumsByTurn = true, kRowsAreLong = sizeof(W) == 4;
@@ -209,16 +210,25 @@ inline bool goes_by_row(int64_t batch, int64_t d) {
          batch * d * static_cast<int64_t>(sizeof(X)) <= kFewBytes;
 }
 
-// Whether few requests are computed with several rows side by side and without prefetches: long
-// rows in fp32. Each row is a stream for the hardware prefetchers, and more streams keep more reads
-// in flight. Measured alternately on Zen 3 (AVX2, one thread, d = 2048 and 4096): one request took
-// 0.85 to 0.95 of the time of four rows with prefetches, and 0.8 to 0.92 of that of MKL's product;
-// two requests took 0.93 to 0.98. One row at a time took 1.3 to 1.6 of eight. Streams end with
-// their page: rows of 4 KB or less took up to 1.7. Not measured with AVX-512.
-constexpr int64_t kLongRow = 2048;
+// Whether few requests are computed with several rows side by side and without prefetches: rows of
+// at least this many bytes. Each row is a stream for the hardware prefetchers, and more streams
+// keep more reads in flight. Measured alternately, one thread. Zen 3 (AVX2), fp32, d = 2048 and
+// 4096: one request took 0.85 to 0.95 of the time of four rows with prefetches, and 0.8 to 0.92 of
+// that of MKL's product; two requests took 0.93 to 0.98. One row at a time took 1.3 to 1.6 of
+// eight. Zen 4 (AVX-512), bf16, d = 4096: one request took 0.85 of the time of one row at a time,
+// two took 0.92; with prefetches 1 KB or 4 KB ahead one took 0.9. Streams end with their page: rows
+// of 4 KB or less took up to 1.7.
+constexpr int64_t kLongRow = 8192;
+// Widened bf16 rows are not: their arithmetic takes longer than the reads.
+template <class T>
+constexpr bool kSideBySide = T::kByRow || T::kRowsAreLong;
 template <class T>
 inline bool goes_side_by_side(int64_t batch, int64_t d) {
-  return T::kRowsAreLong && batch <= kFewRequests && d >= kLongRow;
+  if constexpr (kSideBySide<T>) {
+    return batch <= kFewRequests &&
+           d * static_cast<int64_t>(sizeof(typename T::Weight)) >= kLongRow;
+  }
+  return false;
 }
 
 template <class T, class X>
@@ -232,9 +242,9 @@ inline int64_t groups_at_once(int64_t batch, int64_t d) {
   }
 }
 
-// dot_rows row by row: one sequential stream, which the hardware prefetchers recognise and run
-// ahead of. Four rows side by side, prefetched four rows ahead, took 1.03 to 1.28 of the time
-// (measured alternately, at memory bandwidths of 45 and 80 GB/s).
+// dot_rows row by row, for shorter rows: one sequential stream, which the hardware prefetchers
+// recognise and run ahead of. Four rows side by side, prefetched four rows ahead, took 1.03 to 1.28
+// of the time (measured alternately, at memory bandwidths of 45 and 80 GB/s).
 template <class W, int kBatch, class X>
 void dot_single_rows(const W* const* rows, int64_t groups, const W* next, const X* x,
                      int64_t x_stride, int64_t d, float (*out)[4 * kMaxGroups]) {
@@ -315,7 +325,7 @@ void dot_rows(const typename Tile<W, X>::Row* rows, int64_t groups, const void* 
   if constexpr (kInTiles<X>) {
     T::dot_rows(rows, groups, next, x, batch, d, out);
   } else {
-    if constexpr (T::kRowsAreLong) {
+    if constexpr (kSideBySide<T>) {
       if (goes_side_by_side<T>(batch, d)) {
         return batch == 1 ? dot_side_by_side<W, 1>(rows, groups, x, x_stride, d, out)
                           : dot_side_by_side<W, 2>(rows, groups, x, x_stride, d, out);
