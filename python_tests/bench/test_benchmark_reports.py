@@ -261,8 +261,8 @@ def test_options_of_pytest(arguments, message):
 @pytest.mark.parametrize(
     ("document", "head", "file", "least"),
     [
-        ("README.md", "| d x V |", "cpu.json", 5),
-        ("docs/performance.md", "| d x V |", "cpu.json", 14),
+        ("README.md", "| d x V |", "cpu-amd-avx512bf16.json", 5),
+        ("docs/performance.md", "| d x V |", "cpu-amd-avx512bf16.json", 14),
         ("docs/performance.md", "| loss, d x V |", "cpu-loss.json", 6),
         ("docs/quantization.md", "| d x V |", "cpu-growth.json", 8),
     ],
