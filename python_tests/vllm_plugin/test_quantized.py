@@ -129,13 +129,14 @@ def test_int8_weights_and_activations(int8):
     """
     folder, exact, rounded = int8
     found = gated_answers(folder)
-    same = [
-        float((alpha - own_alpha).abs().max())
-        for (tokens, alpha), (own, own_alpha) in zip(found, rounded, strict=True)
-        if tokens == own
-    ]
-    assert len(same) >= 0.9 * len(found)
-    assert max(same) < 2e-2 and sorted(same)[len(same) // 4] < 1e-5
+    equal, distances = 0, []
+    for (tokens, alpha), (own, own_alpha) in zip(found, rounded, strict=True):
+        # Alpha of a token is computed before it: the first that differs still counts.
+        count = next((i for i, (a, b) in enumerate(zip(tokens, own, strict=True)) if a != b), NEW)
+        equal += count == NEW
+        distances.append(float((alpha - own_alpha)[: count + 1].abs().max()))
+    assert equal >= 0.8 * len(found)
+    assert max(distances) < 2e-2 and sorted(distances)[len(distances) // 4] < 1e-5
     # At the first token, where all texts are the same: this is what int8 itself changes.
     first = [float((a[0] - b[0]).abs()) for (_, a), (_, b) in zip(found, exact, strict=True)]
     assert 5e-4 < max(first) < 5e-2
