@@ -18,7 +18,7 @@ from dualhead_ext import cli
 from dualhead_ext.eval import sampling
 from dualhead_ext.eval.paper.cells import Store
 from dualhead_ext.eval.rollout import Backbone, read_prompts, response_logprobs, roll_out
-from dualhead_ext.eval.steering import goals, json_lines, report, steps, timing
+from dualhead_ext.eval.steering import goals, report, steps, timing
 from dualhead_ext.eval.steering.attributes import ATTRIBUTES, OPEN, PROVOKING, prompts_of
 from dualhead_ext.eval.steering.plan import KL_TARGETS, SIZES, Planner
 from dualhead_ext.eval.steering.policies import GatedPolicy, GuidedPolicy
@@ -367,26 +367,6 @@ def test_a_whole_run_as_a_user_starts_it(tmp_path, capsys, monkeypatch):
     assert "0 cells to compute" in capsys.readouterr().out
     for name in ("results.json", "run.json", report.TEXTS, report.CELLS, report.SAMPLES):
         assert (other / name).read_bytes() == (tmp_path / name).read_bytes(), name
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "message"),
-    [
-        (report.CELLS, [{"step": "decode", "key": "../../x"}], "must name its step and key"),
-        (report.SAMPLES, [{"key": "../x", "prompt": ""}], "must name cells by 16 hex digits"),
-        (report.TEXTS, None, "must be gzip with one JSON object per line"),
-    ],
-)
-def test_a_broken_report_is_not_resumed_from(tmp_path, name, rows, message):
-    plan = Planner(SIZES["tiny"], ["sentiment"], 1, [0.1])()
-    for each in (report.CELLS, report.SAMPLES, report.TEXTS):
-        json_lines.pack([], tmp_path / each)
-    if rows is None:
-        (tmp_path / name).write_bytes(b"text")
-    else:
-        json_lines.pack(rows, tmp_path / name)
-    with pytest.raises(ValueError, match=message):
-        report.restore(plan, Store(tmp_path, steps.STEPS))
 
 
 def test_mistakes_are_one_sentence(tmp_path, capsys):

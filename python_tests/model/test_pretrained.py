@@ -260,3 +260,37 @@ def test_arguments_that_are_refused(saved):
         dh.DualHeadForCausalLM.from_backbone(
             make_backbone("llama"), vocab_size=7, reward_head="full", gate="attention"
         )
+
+
+def test_arguments_of_from_pretrained(tmp_path):
+    make_backbone("llama").save_pretrained(tmp_path)
+    model = dh.DualHeadForCausalLM.from_backbone(
+        tmp_path,
+        attn_implementation="eager",
+        dtype=torch.bfloat16,
+        gate_num_heads=2,
+        reward_head="full",
+        gate="attention",
+    )
+    assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
+    assert model.dual_head_config.gate_num_heads == 2
+    with pytest.raises(TypeError, match="no_such_option"):
+        dh.DualHeadForCausalLM.from_backbone(
+            tmp_path, no_such_option=1, reward_head="full", gate="attention"
+        )
+    with pytest.raises(TypeError, match="unknown arguments attn_implementation"):
+        dh.DualHeadForCausalLM.from_backbone(
+            make_backbone("llama"),
+            attn_implementation="eager",
+            reward_head="full",
+            gate="attention",
+        )
+    model.save_pretrained(tmp_path / "heads")
+    again = dh.DualHeadForCausalLM.from_pretrained(
+        tmp_path / "heads", backbone=tmp_path, attn_implementation="eager"
+    )
+    assert again.config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="unknown arguments attn_implementation"):
+        dh.DualHeadForCausalLM.from_pretrained(
+            tmp_path / "heads", backbone=make_backbone("llama"), attn_implementation="eager"
+        )

@@ -290,3 +290,12 @@ def test_int4_of_a_trained_backbone_is_nearer_than_nearest_numbers():
     model.quantize("int4")
     by_rows = kl(model.lm_head.weight, model.lm_head.weight_scale)
     assert by_rows < 0.9 * nearest
+
+
+def test_dequantize_names_the_call_that_is_meant():
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="need to first quantize"):  # transformers' own message
+        model.dequantize()
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"quantised \(int8\).*detach\(model, dequantize=True\)"):
+        model.dequantize()

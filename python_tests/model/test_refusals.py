@@ -357,40 +357,6 @@ def test_heads_offloaded_later_are_one_sentence(tmp_path):
     assert not (tmp_path / "heads").exists()
 
 
-def test_arguments_of_from_pretrained(tmp_path):
-    make_backbone("llama").save_pretrained(tmp_path)
-    model = dh.DualHeadForCausalLM.from_backbone(
-        tmp_path,
-        attn_implementation="eager",
-        dtype=torch.bfloat16,
-        gate_num_heads=2,
-        reward_head="full",
-        gate="attention",
-    )
-    assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
-    assert model.dual_head_config.gate_num_heads == 2
-    with pytest.raises(TypeError, match="no_such_option"):
-        dh.DualHeadForCausalLM.from_backbone(
-            tmp_path, no_such_option=1, reward_head="full", gate="attention"
-        )
-    with pytest.raises(TypeError, match="unknown arguments attn_implementation"):
-        dh.DualHeadForCausalLM.from_backbone(
-            make_backbone("llama"),
-            attn_implementation="eager",
-            reward_head="full",
-            gate="attention",
-        )
-    model.save_pretrained(tmp_path / "heads")
-    again = dh.DualHeadForCausalLM.from_pretrained(
-        tmp_path / "heads", backbone=tmp_path, attn_implementation="eager"
-    )
-    assert again.config._attn_implementation == "eager"
-    with pytest.raises(TypeError, match="unknown arguments attn_implementation"):
-        dh.DualHeadForCausalLM.from_pretrained(
-            tmp_path / "heads", backbone=make_backbone("llama"), attn_implementation="eager"
-        )
-
-
 def test_a_prompt_without_tokens():
     model = make_model("llama")
     embeds = torch.zeros(1, 0, model.config.hidden_size)
@@ -403,12 +369,3 @@ def test_a_prompt_without_tokens():
             model.generate(**given, **GREEDY)
     ids = torch.zeros(1, 0, dtype=torch.long)  # valid: transformers takes empty ids with embeddings
     model.generate(input_ids=ids, inputs_embeds=torch.zeros(1, 2, embeds.shape[-1]), **GREEDY)
-
-
-def test_dequantize_names_the_call_that_is_meant():
-    model = make_model("llama")
-    with pytest.raises(ValueError, match="need to first quantize"):  # transformers' own message
-        model.dequantize()
-    model.quantize("int8")
-    with pytest.raises(ValueError, match=r"quantised \(int8\).*detach\(model, dequantize=True\)"):
-        model.dequantize()
