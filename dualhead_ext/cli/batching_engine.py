@@ -115,7 +115,7 @@ class BatchingEngine:
 
         from ..model.continuous_batching import check_version
 
-        check_version()  # older releases have not what is imported next
+        check_version()  # older releases lack what is imported next
         from transformers.generation.continuous_batching.model_runner import (
             infer_max_single_request_tokens,
         )

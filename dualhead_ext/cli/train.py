@@ -53,14 +53,14 @@ def _train(arguments: Namespace) -> int | None:
     with argument(extra="smollm2" if arguments.backbone == "smollm2" else "train"):
         quiet_transformers(arguments.backbone)
         from . import training_summary  # noqa: F401  names the extra that is missing
+    from ..train.hidden_cache import UnusableCacheError
+
     check_device(arguments.device)
     trainer = _make_trainer(arguments, data, held_out)
     with ExitStack() as held:
         with argument("--output"):
             held.enter_context(trainer.holding_output())
         _check_unused(arguments)  # another run may have ended meanwhile
-        from ..train.hidden_cache import UnusableCacheError
-
         try:
             return _train_and_save(arguments, trainer, rows, held_out)
         except UnusableCacheError as error:  # a shard is checked when it is first read

@@ -2,8 +2,8 @@
 """Huge pages for weights in the memory of the CPU.
 
 A decode step reads every weight once. With pages of 4 KB the processor looks up an address for
-every 4 KB that it reads, which in a virtual machine takes longer than the read. Linux merges pages
-to 2 MB where it is asked to: ``madvise(MADV_COLLAPSE)``, from Linux 6.1 on.
+every 4 KB that it reads, which takes time, most of all in a virtual machine. Linux merges pages to
+2 MB where it is asked to: ``madvise(MADV_COLLAPSE)``, from Linux 6.1 on.
 """
 
 from __future__ import annotations
