@@ -5,6 +5,7 @@ head: time, and memory beyond the gradients.
 - ``full``: a full head trained by log-probabilities with the language model term, as in
   :mod:`.loss`.
 - ``embedding``, ``lowrank``: the loss on token rewards alone.
+- ``embedding, LM``, ``lowrank, LM``: the same with the language model term.
 - ``embedding, KL``, ``lowrank, KL``: the same with a KL price.
 """
 
@@ -31,7 +32,12 @@ from .memory import peak_bytes
 
 # Limits for the loss on token rewards alone, as multiples of the full head's loss.
 TIME, MEMORY = 0.05, 0.1
-KL_PRICE = 0.1
+# Further terms of a correction's loss, by the ending of its name.
+TERMS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", LM": {"lm_on_chosen": True},
+    ", KL": {"kl_price": 0.1},
+}
 
 # Allowed relative difference of a loss and its gradients from the reference's, as in `loss`; by
 # autocast.
@@ -52,17 +58,16 @@ class CorrectionLoss:
         leaves: name -> tensor that gets a gradient.
     """
 
-    def __init__(self, batch: Batch, kind: str, kl_price: float) -> None:
+    def __init__(self, batch: Batch, kind: str, terms: dict[str, Any]) -> None:
         self.batch = batch
-        self.options = LossOptions(
-            preference="token_reward", pref_gate=1, lm_on_chosen=False, kl_price=kl_price
-        )
+        alone: dict[str, Any] = {"preference": "token_reward", "lm_on_chosen": False}
+        self.options = LossOptions(pref_gate=1, **alone | terms)
         made = correction(kind, batch.case.d, batch.case.V, torch.float32)
         self.leaves: dict[str, Tensor] = {
             name: x.requires_grad_() for name, x in made.items() if isinstance(x, Tensor)
         } | {"gate_logit": batch.gate_logit}
-        fields = dict.fromkeys(("lm_bias", "reward_weight", "objective_weights"))
-        self.heads = Heads(lm_weight=batch.lm_weight, **fields | made)
+        absent = dict.fromkeys(("lm_bias", "reward_weight", "objective_weights"))
+        self.heads = Heads(lm_weight=batch.lm_weight, **absent | made)
 
     def value(self, function: Callable[..., Any]) -> Tensor:
         """The loss computed by ``function``, a ``dual_head_loss`` of one of the modules."""
@@ -111,8 +116,8 @@ def run_case(case: LossCase, *, seconds: float, min_rounds: int = 5) -> Contest:
         "full": (lambda: batch.objective_value(chunked.dual_head_loss), batch.forget, batch.leaves)
     }
     for kind in RANKS:
-        for ending, price in (("", 0.0), (", KL", KL_PRICE)):
-            made = CorrectionLoss(batch, kind, price)
+        for ending, terms in TERMS.items():
+            made = CorrectionLoss(batch, kind, terms)
             made.check(f"{kind}{ending}")
             call = partial(made.value, chunked.dual_head_loss)
             contenders[f"{kind}{ending}"] = call, made.forget, made.leaves
@@ -127,7 +132,7 @@ def run_case(case: LossCase, *, seconds: float, min_rounds: int = 5) -> Contest:
     timings = alternate(timed, seconds=seconds, min_rounds=min_rounds, warmup=1)
     comparisons = {}
     for name in [name for name in timings if name != "full"]:
-        has_goals = (case.d, case.V) == LARGEST and "KL" not in name
+        has_goals = (case.d, case.V) == LARGEST and name in RANKS
         goals = (TIME, MEMORY) if has_goals else (None, None)
         comparisons[name] = [
             Comparison.of_times(timings[name], timings["full"], goals[0]),

@@ -5,7 +5,8 @@ The gradient of a pair's loss needs only the sums over that pair's own tokens. S
 whole pairs: products into a workspace, log-probabilities, sums, the preference coefficient, then
 the logits' gradients in place, dW and d(gate logit). Only a pair that is too long for the workspace
 is computed twice. Gradients are computed in forward and scaled in backward. Response tokens are
-gathered first; z_LM is computed only if the mixture needs it.
+gathered first; z_LM is computed only if the mixture needs it. Where nothing else reads z_LM or
+delta, the mixture of a correction is one sum of products, ``z_LM + sum_k w_k (alpha delta_k)``.
 
 Everything that determines sizes and chunks (lengths, objectives, their weights) is on the host, so
 nothing here waits for a device.
@@ -19,6 +20,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.logits import accumulator_dtype
@@ -60,7 +62,8 @@ class Maps:
 
     Args:
         inputs: `_INPUTS` by name, detached. reward_features: (K, N, m), the features of a
-            correction; None for a full head, which reads the hidden states.
+            correction, times alpha if it is `summed`; None for a full head, which reads the hidden
+            states.
         heads: their kind, and the weights of the objectives.
         wanted: whether the gradient of each input is needed.
     """
@@ -113,7 +116,8 @@ class Maps:
 
 class Pass:
     """One pass over a batch: :meth:`run` computes the sums of rows and, if wanted, the gradients.
-    known_lengths: the lengths, on the host. impl: see `rows.log_probabilities`.
+    known_lengths: the lengths, on the host. summed: see `is_summed`. impl: see
+    `rows.log_probabilities`.
     """
 
     def __init__(
@@ -126,9 +130,10 @@ class Pass:
         pairing: Pairing,
         counts: LossCounts,
         wanted: dict[str, bool],
+        summed: bool,
         impl: str | None,
     ) -> None:
-        self.impl = impl
+        self.impl, self.summed = impl, summed
         self.tokens, self.lengths, self.options = tokens, lengths, options
         self.pairing, self.counts, self.maps = pairing, counts, maps
         device = tokens.hidden.device
@@ -174,7 +179,8 @@ class Pass:
     def _rows_of_logits(self, plan: Plan) -> int:
         both = self.options.pref_on == "mixed"
         return sum(
-            sum(self._known[row] for row in rows) * (2 if mixture or both else 1)
+            sum(self._known[row] for row in rows)
+            * (2 if both or (mixture and not self.summed) else 1)
             for (mixture, _, _), rows in plan.items()
         )
 
@@ -183,7 +189,7 @@ class Pass:
         for (mixture, k, in_lm), rows in plan.items():
             job = Job(
                 self._tokens_of(rows),
-                ((self.maps.lm, 1.0),) if mixture or mixed else None,
+                ((self.maps.lm, 1.0),) if mixed or (mixture and not self.summed) else None,
                 self.maps.mixture if mixture else self.maps.objective(k),
                 in_lm,
                 k,
@@ -261,7 +267,7 @@ class Pass:
                 self.tokens.labels[job.index],
                 self.options,
                 mixed=job.needs_mixed,
-                reward=job.objective is not None and not job.pairs_mixed,
+                reward=job.needs_reward,
                 impl=self.impl,
             )
             held.append((job, rows))
@@ -271,7 +277,7 @@ class Pass:
 
     def _record(self, job: Job, rows: loss_rows.Rows) -> None:
         if job.in_lm:
-            self.lm_nll -= self._row_sums(job.index, rows.mixed)
+            self.lm_nll -= self._row_sums(job.index, rows.reward if job.summed else rows.mixed)
         if job.objective is not None:
             found = rows.mixed if job.pairs_mixed else rows.reward
             self.rewards[:, job.objective] += self._row_sums(job.index, found)
@@ -326,6 +332,8 @@ class Pass:
             pair = of_rewards[self.tokens.rows[job.index], job.objective]
         if job.in_lm:
             mixed = (mixed - 1.0) / self._lm_count
+        if job.summed:
+            mixed, pair = torch.zeros_like(mixed), mixed
         if pair is not None and job.pairs_mixed:
             mixed, pair = mixed + pair, None
         of_kl = None
@@ -430,15 +438,17 @@ def dual_head_loss(
     needs_logits = rewards is None or options.kl_price > 0.0
     if needs_logits or any(pairing.in_lm(options.lm_on_chosen)):
         picked = hidden[rows, columns]
+        summed = is_summed(heads, options)
         with torch.autocast(hidden.device.type, enabled=False):
-            features = None if heads.reward_head == "full" else heads.features(picked)
-        inputs = _inputs(picked, picked_gate, heads, features)
+            inputs = _inputs(picked, picked_gate, heads, summed)
 
         def run(wanted: dict[str, bool]) -> Pass:
             held = {name: None if x is None else x.detach() for name, x in inputs.items()}
             tokens = Tokens(rows, picked_labels, held["gate_logit"], held["hidden"])
             maps = Maps(held, heads, wanted)
-            work = Pass(tokens, counted, lengths, maps, options, pairing, counts, wanted, impl)
+            work = Pass(
+                tokens, counted, lengths, maps, options, pairing, counts, wanted, summed, impl
+            )
             with torch.autocast(hidden.device.type, enabled=False):
                 work.run()
             return work
@@ -457,15 +467,27 @@ def dual_head_loss(
     return out
 
 
+def is_summed(heads: Heads, options: LossOptions) -> bool:
+    """Whether the mixture's logits are computed as one sum of products: alpha multiplies the
+    features of a correction, and no term reads z_LM or delta alone.
+    """
+    corrects = heads.reward_head != "full" and options.mix == "logits"
+    return corrects and options.preference == "token_reward" and options.kl_price == 0.0
+
+
 def _inputs(
-    hidden: Tensor, gate_logit: Tensor, heads: Heads, features: Tensor | None
+    hidden: Tensor, gate_logit: Tensor, heads: Heads, summed: bool
 ) -> dict[str, Tensor | None]:
-    """`_INPUTS` by name."""
-    weights = {"full": heads.reward_weight, "lowrank": heads.reward_up, "embedding": None}
-    # The features of "embedding" already include its bias.
-    bias = None if heads.reward_head == "embedding" else heads.reward_bias
-    values = (
-        hidden, gate_logit, heads.lm_weight, heads.lm_bias, weights[heads.reward_head], bias,
-        features,
-    )  # fmt: skip
+    """`_INPUTS` by name. summed: see `is_summed`."""
+    weight, bias, features = heads.reward_weight, heads.reward_bias, None
+    if heads.reward_head != "full":
+        weight, features = heads.reward_up, heads.features(hidden)
+    if heads.reward_head == "embedding":
+        weight = bias = None  # the matrix is the LM head's, and the features include the bias
+    if summed:
+        if bias is not None:  # as one more column, which alpha multiplies too
+            weight = torch.cat((weight, bias.to(weight.dtype)[..., None]), -1)
+            features, bias = F.pad(features, (0, 1), value=1.0), None
+        features = torch.sigmoid(gate_logit)[:, None] * features
+    values = (hidden, gate_logit, heads.lm_weight, heads.lm_bias, weight, bias, features)
     return dict(zip(_INPUTS, values, strict=True))

@@ -67,7 +67,7 @@ class Job:
     Attributes:
         index: (n,), the tokens.
         lm: the terms of z_LM; None if nothing is mixed.
-        reward: the terms of z_RM.
+        reward: the terms of z_RM, or of the mixture if it is `summed`.
         in_lm: whether their log-probabilities are in the language-model term.
         objective: the reward head whose rewards they are part of, or None.
         pairs_mixed: whether rewards are log-probabilities of the mixture.
@@ -83,9 +83,20 @@ class Job:
     in_kl: bool = False
 
     @property
+    def summed(self) -> bool:
+        """Whether the mixture's logits are a single sum of terms."""
+        return self.in_lm and self.lm is None
+
+    @property
     def needs_mixed(self) -> bool:
-        """Whether the mixture's log-probabilities are needed."""
-        return self.in_lm or (self.objective is not None and self.pairs_mixed)
+        """Whether log-probabilities of z_LM mixed with z_RM are needed."""
+        in_lm = self.in_lm and not self.summed
+        return in_lm or (self.objective is not None and self.pairs_mixed)
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether log-probabilities of the `reward` terms are needed."""
+        return self.summed or (self.objective is not None and not self.pairs_mixed)
 
     @property
     def rows(self) -> int:

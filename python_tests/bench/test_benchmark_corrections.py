@@ -26,6 +26,7 @@ from dualhead_ext.bench import (
     runner,
     tables,
 )
+from dualhead_ext.bench.correction_steps import RANKS
 from dualhead_ext.loss import chunked
 from dualhead_ext.measurement.timing import Timing
 
@@ -178,10 +179,10 @@ def test_the_goals_are_those_of_one_request(monkeypatch):
 def test_losses_are_timed(name):
     case = loss_cases.LossCase(24, 77, name, tokens=32, pairs=2, compile=False)
     contest = correction_losses.run_case(case, seconds=0, min_rounds=2)
-    names = ["full", "embedding", "embedding, KL", "lowrank", "lowrank, KL"]
-    assert list(contest.figures) == names
+    corrections = [f"{kind}{terms}" for kind in RANKS for terms in ("", ", LM", ", KL")]
+    assert list(contest.figures) == ["full", *corrections]
     assert all(row["extra_bytes"] > 0 for row in contest.figures.values())
-    assert [row.get("rank") for row in contest.rows()] == [None, 16, 16, 64, 64]
+    assert [row.get("rank") for row in contest.rows()] == [None, *[16] * 3, *[64] * 3]
     compared = [(f.what, f.over) for f in contest.comparisons["lowrank, KL"]]
     assert compared == [("time", "full"), ("memory", "full")]
 
@@ -210,8 +211,8 @@ def test_a_wrong_loss_is_not_timed(what, monkeypatch):
 def test_the_goals_of_the_loss_are_for_token_rewards_alone(monkeypatch):
     case = correction_losses.plan()[0]
     assert (case.d, case.V, case.tokens) == (1024, 32000, 2048)
-    factors = {"full": 1.0, "embedding": 0.04, "embedding, KL": 2.0, "lowrank": 0.06}
-    factors |= {"lowrank, KL": 2.0}
+    factors = {"full": 1.0, "embedding": 0.04, "lowrank": 0.06}
+    factors |= {f"{kind}, {term}": 2.0 for kind in RANKS for term in ("LM", "KL")}
     made = {name: timing(name, factor) for name, factor in factors.items()}
     batch = correction_losses.Batch(TINY_LOSS)
     monkeypatch.setattr(correction_losses, "Batch", lambda case: batch)

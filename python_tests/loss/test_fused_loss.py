@@ -255,7 +255,8 @@ def test_three_products_where_the_lm_head_is_frozen(seed):
 def test_products_with_the_vocabulary_of_a_correction(head, name, seed):
     """Token rewards need no product with the vocabulary.
 
-    Otherwise there is one for z_LM and one for the correction. The correction's gradient takes two
+    With L_LM alone, an "embedding" mixture is one product, and "lowrank" one each by W_LM and B.
+    With a KL there is one for z_LM and one for the correction. The correction's gradient takes two
     for "lowrank", by B and by A h, and one for "embedding", by M h + c.
     """
     t = batch(seed, rows=4, length=9, d=5, vocab=50, dtype=torch.float32, head=head)
@@ -263,7 +264,9 @@ def test_products_with_the_vocabulary_of_a_correction(head, name, seed):
     with Products() as products:
         loss_and_gradients(t, wanted, **OPTION_SETS[name])
     forward = [shape[-1] == 50 for *_, shape in products.seen]
-    expected = (2, 1 if head == "embedding" else 2) if name != "token_reward_alone" else (0, 0)
+    expected = {"token_reward_alone": (0, 0), "token_reward": (1, 1)}.get(name, (2, 1))
+    if head == "lowrank" and name != "token_reward_alone":
+        expected = (2, 2)
     assert (sum(forward), len(forward) - sum(forward)) == expected
 
 
