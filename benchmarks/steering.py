@@ -4,7 +4,7 @@
     python benchmarks/steering.py
 
 Writes docs/steering.png, and the text between ``<!-- steering -->`` and ``<!-- /steering -->`` in
-README.md and docs/results.md.
+README.md, docs/results.md and docs/training.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dualhead_ext.eval.steering import goals
+from dualhead_ext.eval.steering import goals, report
 from dualhead_ext.eval.steering.attributes import ATTRIBUTES
 from dualhead_ext.measurement.figure import GREY, PALETTE, bare, blank, headline, save
 
@@ -202,6 +202,7 @@ def blocks(rows: list[dict[str, Any]], run: dict[str, Any]) -> dict[Path, str]:
         ROOT / "docs" / "results.md": "\n\n".join(
             (table(rows, "sentiment"), goals.table(rows, run), other_attributes(rows, _NEAR))
         ),
+        ROOT / "docs" / "training.md": "\n".join(report.sizes(run).lines()),
     }
 
 

@@ -20,7 +20,7 @@ from dualhead_ext.eval.paper.cells import Store
 from dualhead_ext.eval.rollout import Backbone, read_prompts, response_logprobs, roll_out
 from dualhead_ext.eval.steering import goals, report, steps, timing
 from dualhead_ext.eval.steering.attributes import ATTRIBUTES, OPEN, PROVOKING, prompts_of
-from dualhead_ext.eval.steering.plan import KL_TARGETS, SIZES, Planner
+from dualhead_ext.eval.steering.plan import KL_TARGETS, SIZED, SIZES, Planner
 from dualhead_ext.eval.steering.policies import GatedPolicy, GuidedPolicy
 from dualhead_ext.eval.steering.training import pairs_of, ranked_rows
 from dualhead_ext.head import calibration
@@ -220,6 +220,8 @@ def test_the_planned_cells_read_their_own_splits():
                 assert deeper.options["split"] == split
     keys = [cell.key for cell in plan.cells()]
     assert len(set(keys)) == len(keys)
+    own = {cell.key for cell in plan.sizes.values()} - {c.key for c in plan.decoded.values()}
+    assert len(plan.sizes) == 3 * len(SIZED) and len(own) == 3 * 5  # ranks above 0
     # Sentiment has every system. The other attributes have the winner, the paper's, GenARM, DPO and
     # best of 4.
     systems = {}
@@ -325,7 +327,7 @@ def test_a_whole_run_as_a_user_starts_it(tmp_path, capsys, monkeypatch):
     assert cli.main([*both, "--minutes", "0"]) == 3
     assert "cells are left" in capsys.readouterr().out
     assert cli.main(both) == 0
-    others = "paper,genarm,dpo,args,best-of-4,best-of-16"
+    others = "paper,genarm,dpo,args,best-of-4,best-of-16,dual-head-by-size"
     argv = [*argv, "sentiment", "--systems", f"{ours},{others}"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
@@ -351,6 +353,10 @@ def test_a_whole_run_as_a_user_starts_it(tmp_path, capsys, monkeypatch):
         assert row["gold"] == pytest.approx(sum(values) / len(values), rel=1e-5, abs=1e-6)
     run = json.loads((tmp_path / "run.json").read_text())
     assert list(run["front"]) == ["0", "0.25", "0.5", "0.75", "1"]
+    parameters = [row["parameters"] for row in run["sizes"].values()]
+    assert list(run["sizes"]) == list(SIZED) and parameters == sorted(parameters)
+    default = next(r for r in results if r["reward_head"] == "embedding")
+    assert run["sizes"]["embedding, rank 0"]["gold"][0] == pytest.approx(default["gold"], rel=1e-5)
     page = (tmp_path / "README.md").read_text()
     assert "Sentiment" in page and "dual-head embedding fixed" in page
     before = (tmp_path / "results.json").read_bytes()

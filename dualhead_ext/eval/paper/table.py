@@ -24,12 +24,16 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    def lines(self) -> list[str]:
+        """The header and the rows in Markdown."""
+        return [
+            f"| {' | '.join(self.header)} |",
+            "|" + " --- |" * len(self.header),
+            *(f"| {' | '.join(row)} |" for row in self.rows),
+        ]
+
     def markdown(self) -> str:
-        lines = [f"### {self.title}", "", self.note, ""]
-        lines.append(f"| {' | '.join(self.header)} |")
-        lines.append("|" + " --- |" * len(self.header))
-        lines += [f"| {' | '.join(row)} |" for row in self.rows]
-        return "\n".join(lines) + "\n"
+        return "\n".join([f"### {self.title}", "", self.note, "", *self.lines()]) + "\n"
 
     def latex(self) -> str:
         columns = "l" + "r" * (len(self.header) - 1)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...train.presets import PRESETS
@@ -17,6 +17,8 @@ SEEDS = 3
 TRAIN_SAMPLES = 6
 FRONT = ("sentiment", "readability")
 FRONT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+RANKED = "sentiment"
+RANKS = (0, 1, 4, 16, 64, 256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,13 @@ class System:
     def parts(self) -> dict[str, str | None]:
         return {"system": self.name, "reward_head": self.reward_head, "gate": self.gate}
 
+    @property
+    def label(self) -> str:
+        """The parts in a few words; a rank other than the default is one of them."""
+        rank = self.options.get("reward_rank")
+        named = None if rank is None else f"rank {rank}"
+        return " ".join(filter(None, (self.name, self.reward_head, named, self.gate)))
+
 
 def _dual_head(reward_head: str, gate: str) -> System:
     options: dict[str, Any] = {"reward_head": reward_head, "gate": gate}
@@ -54,6 +63,12 @@ def _dual_head(reward_head: str, gate: str) -> System:
     return System("dual-head", "dual_head", reward_head, gate, options)
 
 
+def _of_rank(rank: int) -> System:
+    """An embedding head with a fixed gate. Rank 0 is the default head."""
+    system = _dual_head("embedding", "fixed")
+    return replace(system, options={**system.options, "reward_rank": rank}) if rank else system
+
+
 BACKBONE = System("backbone")
 GATES = ("fixed", "linear", "attention")
 DUAL_HEADS = {
@@ -62,6 +77,12 @@ DUAL_HEADS = {
     for gate in GATES
 }
 FRONT_SYSTEM = DUAL_HEADS["embedding", "fixed"]
+# Reward heads by size: the number of trained parameters grows from d to V d.
+SIZED = {
+    **{f"embedding, rank {rank}": _of_rank(rank) for rank in RANKS},
+    "lowrank": DUAL_HEADS["lowrank", "fixed"],
+    "full": DUAL_HEADS["full", "fixed"],
+}
 PAPER = System("paper", "dual_head", "full", "attention", {"preset": "paper"})
 BEST_OF = tuple(System(f"best-of-{n}", best_of=n) for n in (4, 16))
 GENARM = System("genarm", "autoregressive_reward")
@@ -69,8 +90,10 @@ DPO = System("dpo", "dpo")
 # Its candidates alone are already far from the backbone, so its weight is the paper's.
 ARGS = System("args", "reward_model", strength=1.0)
 NAMES = ("backbone", "dual-head", "paper", "genarm", "dpo", "args", "best-of-4", "best-of-16")
-# One of the gated heads alone.
-VARIANTS = tuple(f"dual-head-{head}-{gate}" for head, gate in DUAL_HEADS)
+# The comparison of reward heads by size alone.
+BY_SIZE = "dual-head-by-size"
+# Some of the gated heads alone.
+VARIANTS = (*(f"dual-head-{head}-{gate}" for head, gate in DUAL_HEADS), BY_SIZE)
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,7 @@ class Plan:
         costs: system -> the cell with its timing.
         training: the cell that times the training of the default head, if that head is wanted.
         front: (weight, seed) -> the cell decoded with it.
+        sizes: (name in `SIZED`, seed) -> the cell decoded with that head, at the first target.
     """
 
     size: Size
@@ -128,10 +152,12 @@ class Plan:
     costs: dict[tuple[str | None, ...], Cell] = field(default_factory=dict)
     training: Cell | None = None
     front: dict[tuple[float, int], Cell] = field(default_factory=dict)
+    sizes: dict[tuple[str, int], Cell] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         timed = [*self.costs.values(), *([self.training] if self.training else [])]
-        return [*self.decoded.values(), *self.front.values(), *timed]
+        cells = [*self.decoded.values(), *self.front.values(), *self.sizes.values(), *timed]
+        return list({cell.key: cell for cell in cells}.values())  # some sizes are decoded anyway
 
 
 class Planner:
@@ -170,6 +196,12 @@ class Planner:
                 for seed in self._seeds
                 for weight in FRONT_WEIGHTS
             }
+        if RANKED in self._attributes and self._targets and self._wants_sizes():
+            self._plan.sizes = {
+                (name, seed): self._decode(system, RANKED, self._targets[0], seed)
+                for name, system in SIZED.items()
+                for seed in self._seeds
+            }
         for system in (BACKBONE, *DUAL_HEADS.values(), GENARM):
             if self._wanted(system):
                 self._plan.costs[tuple(system.parts.values())] = self._cost(system)
@@ -182,6 +214,9 @@ class Planner:
     def _wanted(self, system: System) -> bool:
         variant = "-".join(filter(None, system.parts.values()))
         return system.name in self._systems or variant in self._systems
+
+    def _wants_sizes(self) -> bool:
+        return not {FRONT_SYSTEM.name, BY_SIZE}.isdisjoint(self._systems)
 
     def _order(self) -> Iterator[tuple[str, System, float | None]]:
         """(attribute, system, target), the most important first."""
@@ -253,8 +288,8 @@ class Planner:
             "max_length": size.max_length,
             "seed": seed,
         }
-        kind = " ".join(filter(None, (system.name, system.reward_head, system.gate)))
-        return Cell("train", f"{kind}, {'+'.join(attributes)}, seed {seed}", options, needs)
+        label = f"{system.label}, {'+'.join(attributes)}, seed {seed}"
+        return Cell("train", label, options, needs)
 
     def _decode(self, system: System, attribute: str, target: float | None, seed: int) -> Cell:
         size, needs = self._size, {}
@@ -278,9 +313,8 @@ class Planner:
             "weights": None,
             "seed": seed,
         }
-        kind = " ".join(filter(None, (system.name, system.reward_head, system.gate)))
         at = "" if target is None else f", KL {target:g}"
-        return Cell("decode", f"{kind}, {attribute}{at}, seed {seed}", options, needs)
+        return Cell("decode", f"{system.label}, {attribute}{at}, seed {seed}", options, needs)
 
     def _front(self, weight: float, seed: int) -> Cell:
         system = FRONT_SYSTEM
@@ -299,5 +333,4 @@ class Planner:
             "method": system.method,
             "new_tokens": self._size.new_tokens,
         }
-        kind = " ".join(filter(None, (system.name, system.reward_head, system.gate)))
-        return Cell("cost", f"time of {kind}", options, needs)
+        return Cell("cost", f"time of {system.label}", options, needs)

@@ -20,7 +20,7 @@ from ..text import words
 from . import json_lines
 from .attributes import ATTRIBUTES
 from .intervals import mean_interval
-from .plan import BACKBONE, FRONT, Plan, System
+from .plan import BACKBONE, FRONT, RANKED, Plan, System
 from .steps import TEXTS as TEXTS_OF_A_CELL
 from .steps import samples_file
 
@@ -200,6 +200,7 @@ def _run(plan: Plan, store: Store) -> Row:
         "cells_of_the_whole_grid": len(unfolded(plan.cells())),
         "seconds": round(sum(r["seconds"] for r in records)),
         "front": front,
+        "sizes": _of_sizes(plan, store),
         "costs": costs,
         "trained": trained,
         "training_time": timed and timed["result"],
@@ -218,6 +219,31 @@ def _mean_front(decoded: Sequence[Row]) -> Row:
         for name in FRONT
     }
     return golds | {"kl": fmean(r["kl"] for r in decoded), "seeds": len(decoded)}
+
+
+def _of_sizes(plan: Plan, store: Store) -> dict[str, Row]:
+    """The reward heads by size: means over the seeds, by name."""
+    groups: dict[str, list[tuple[Row, Row]]] = defaultdict(list)
+    for (name, _), cell in plan.sizes.items():
+        decoded, trained = store.record(cell), store.record(cell.needs["model"])
+        if decoded and trained and "out_of_reach" not in decoded["result"]:
+            groups[name].append((decoded["result"], trained["result"]))
+    return {name: _mean_size(found) for name, found in groups.items()}
+
+
+def _mean_size(found: Sequence[tuple[Row, Row]]) -> Row:
+    decoded, trained = zip(*found, strict=True)
+    gold, *heldout = ATTRIBUTES[RANKED].scorers
+    return {
+        "parameters": trained[0]["parameters"],
+        "train_seconds": fmean(row["train_seconds"] for row in trained),
+        "held_out_accuracy": fmean(row["held_out_accuracy"] for row in trained),
+        "gold": [fmean(row["scores"][gold][i] for row in decoded) for i in range(3)],
+        "heldout": [fmean(row["scores"][heldout[0]][i] for row in decoded) for i in range(3)],
+        "kl": fmean(row["kl"] for row in decoded),
+        "perplexity": fmean(row["perplexity"] for row in decoded),
+        "seeds": len(found),
+    }
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -312,6 +338,8 @@ def page(results: Sequence[Row], texts: Sequence[Row], run: Row) -> str:
         lines.append("")
     if run["front"]:
         lines.append(_front(run).markdown())
+    if run["sizes"]:
+        lines.append(sizes(run).markdown())
     if run["costs"]:
         lines.append(_costs(run).markdown())
     lines += [
@@ -344,6 +372,31 @@ def _front(run: Row) -> Table:
     ]
     note = "One head with two objectives, weighted for each request; means over seeds."
     return Table("front", "Two objectives", note, header, rows)
+
+
+def sizes(run: Row) -> Table:
+    """Reward heads by size, the values of each as means over the seeds."""
+    found = ATTRIBUTES[RANKED]
+    header = (
+        "reward head, fixed gate", "trained parameters", "training, s", "held-out pairs right",
+        f"gold ({found.gold}) [95 %]", f"held out ({found.heldout[0]}) [95 %]", "KL", "perplexity",
+        "seeds",
+    )  # fmt: skip
+    rows = [
+        [
+            name,
+            f"{row['parameters']:,}",
+            f"{row['train_seconds']:.1f}",
+            f"{100 * row['held_out_accuracy']:.1f} %",
+            *("{:.3f} [{:.3f}, {:.3f}]".format(*row[score]) for score in ("gold", "heldout")),
+            f"{row['kl']:.3f}",
+            f"{row['perplexity']:.1f}",
+            str(row["seeds"]),
+        ]
+        for name, row in run["sizes"].items()
+    ]
+    note = f"Heads of all sizes, trained alike for {RANKED}; means over seeds."
+    return Table("sizes", "Reward heads by size", note, header, rows)
 
 
 def _costs(run: Row) -> Table:
