@@ -11,16 +11,20 @@ import os
 import sys
 import types
 
-import triton.backends
-
+# Before triton is imported: its library's functions (max, sum, ...) are interpreted or not from
+# their definition on.
 os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import triton.backends
+
 # vLLM asks whether Triton has a backend for CPUs. The interpreter never uses it.
 triton.backends.backends["cpu"] = types.SimpleNamespace(
     compiler=None, driver=types.SimpleNamespace(is_active=lambda: True)
 )
 
 from serving_cases import NEW, jobs  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm_cases import answers, engine, metric  # noqa: E402
 
 
@@ -30,11 +34,17 @@ def main(folder: str, out: str, num_objectives: str) -> None:
     work = jobs(int(num_objectives))
     found = answers(llm, work, NEW // 2)
     again = answers(llm, work[14:17], NEW // 2)  # of 260 tokens, which are in the cache now
+    try:
+        answers(llm, [(work[0][0], {"strenght": 1.0})], 1)
+        refused = ""
+    except VLLMValidationError as error:
+        refused = str(error)
     results = {
         "runner": type(runner).__module__,
         "found": [(tokens, alpha.tolist()) for tokens, alpha in found],
         "again": [(tokens, alpha.tolist()) for tokens, alpha in again],
         "hits": metric(llm, "prefix_cache_hits"),
+        "refused": refused,
     }
     with open(out, "w") as file:
         json.dump(results, file)

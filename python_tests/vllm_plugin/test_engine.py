@@ -12,6 +12,7 @@ import torch
 
 try:
     from vllm import SamplingParams
+    from vllm.compilation.counter import compilation_counter
     from vllm.exceptions import VLLMValidationError
     from vllm.model_executor.models import ModelRegistry
 except ImportError:
@@ -113,6 +114,18 @@ def test_a_cache_too_small_for_all_preempts(folder, model):
     try:
         check(answers(llm, work, 40), expected(model, work, 40))
         assert metric(llm, "num_preemptions") > before
+    finally:
+        close(llm)
+
+
+@pytest.mark.slow
+def test_compiled_by_torch(folder, wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # else an earlier run's code may be loaded
+    before = compilation_counter.num_aot_compiles
+    llm = engine(folder, enforce_eager=False)
+    try:
+        assert compilation_counter.num_aot_compiles > before
+        check(answers(llm, jobs(K)), wanted)
     finally:
         close(llm)
 

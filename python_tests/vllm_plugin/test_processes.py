@@ -16,6 +16,7 @@ pytest.importorskip("vllm.entrypoints", reason="vLLM is not in this environment:
 import vllm_cases  # noqa: F401  sets the environment of the processes
 from serving_cases import (
     NEW,
+    PATIENCE,
     WRONG,
     Server,
     answered,
@@ -45,29 +46,30 @@ def parallel(request, tmp_path_factory):
     return model, served(model, folder), folder
 
 
+def results_of(script, folder, out):
+    """What a script of the tests' folder writes to a file."""
+    done = subprocess.run(
+        [sys.executable, str(TESTS / script), str(folder), str(out), str(K)],
+        capture_output=True, text=True, cwd=TESTS, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
 def test_two_processes_share_the_vocabulary(parallel):
     model, folder, out = parallel
-    command = [sys.executable, str(TESTS / "vllm_parallel.py"), str(folder), str(out / "a.json")]
-    done = subprocess.run([*command, str(K)], capture_output=True, text=True, cwd=TESTS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((out / "a.json").read_text())
+    found = results_of("vllm_parallel.py", folder, out / "a.json")
     check([(tokens, torch.tensor(alpha)) for tokens, alpha in found], expected(model, jobs(K)))
 
 
-@pytest.mark.slow
 def test_the_second_runner_in_tritons_interpreter(model, tmp_path):
-    command = [sys.executable, str(TESTS / "vllm_second_runner.py")]
-    folder, out = served(model, tmp_path), tmp_path / "a.json"
-    done = subprocess.run(
-        [*command, str(folder), str(out), str(K)], capture_output=True, text=True, cwd=TESTS
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())
+    found = results_of("vllm_second_runner.py", served(model, tmp_path), tmp_path / "a.json")
     assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
     wanted = expected(model, jobs(K), NEW // 2)
     for name, own in (("found", wanted), ("again", wanted[14:17])):
         check([(tokens, torch.tensor(alpha)) for tokens, alpha in found[name]], own)
     assert found["hits"] > 0
+    assert "got strenght; did you mean strength" in found["refused"]
 
 
 # --- the server -----------------------------------------------------------------------------------
