@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that FSDP2 trains in two processes, and the same runs in one process, with equal steps."""
+"""Runs that FSDP2 trains in several processes, and the same in one process, with equal steps."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_models import make_model
 from trainer_cases import make_trainer, pairs
@@ -54,6 +55,9 @@ CASES = {
     ),
 }
 
+# Those that four processes train, in two copies.
+COPIED = ("rows", "tied", "embedding")
+
 
 def run(folder, name, resume=None, **changes):
     """The trainer of a case, after training."""
@@ -66,7 +70,34 @@ def run(folder, name, resume=None, **changes):
     return trainer
 
 
-def launched_with(configuration):
+def assert_close(found, expected):
+    """The same tensors, within 1e-5."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def assert_trained(name, found):
+    """The trained tensors of a case are not those that it starts from."""
+    start = dict(CASES[name][0]().named_parameters())
+    assert not any(torch.equal(start[n], value) for n, value in found.items() if n in start)
+
+
+def assert_same_figures(one, found):
+    """What several processes have logged and evaluated is what the trainer ``one`` has.
+
+    ``found`` has their "logs" and "metrics".
+    """
+    for ours, theirs in zip(one.state.log_history, found["logs"], strict=False):
+        for key in ("loss", "grad_norm", "rewards/margins", "gate/mean", "kl"):
+            if key in ours:
+                assert theirs[key] == pytest.approx(ours[key], rel=1e-3, abs=1e-4), key
+    metrics = one.evaluate()
+    for key in ("eval_loss", "eval_rewards/margins", "eval_gate/mean"):
+        assert found["metrics"][key] == pytest.approx(metrics[key], rel=1e-3, abs=1e-4), key
+
+
+def launched_with(configuration, processes=2):
     """The variables that ``accelerate launch`` sets for a file of examples/accelerate."""
     from accelerate.commands import launch
 
@@ -74,7 +105,7 @@ def launched_with(configuration):
     arguments, _, _ = launch._validate_launch_command(
         launch.launch_command_parser().parse_args(given)
     )
-    assert arguments.num_processes == 2
-    names = ("ACCELERATE_", "FSDP_")
+    assert arguments.num_processes == processes
+    names = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
     made = launch.prepare_multi_gpu_env(arguments)
     return {name: value for name, value in made.items() if name.startswith(names)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a script of this folder in two processes, with gloo."""
+"""Run a script of this folder in several processes, with gloo."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 
 
 def run_in_two_processes(script: str, folder: Path) -> None:
+    """:func:`run_in_processes` with two."""
+    run_in_processes(2, script, folder)
+
+
+def run_in_processes(count: int, script: str, folder: Path) -> None:
     """Run ``script`` with ``folder`` as its argument. It must end with :func:`leave`."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)),
             *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
             *(str(Path(__file__).parent / script), str(folder)),
         ],

@@ -9,7 +9,7 @@ import json
 
 import pytest
 import torch
-from fsdp_cases import CASES, run
+from fsdp_cases import CASES, assert_close, assert_same_figures, assert_trained, run
 from safetensors.torch import load_file
 from tiny_models import make_backbone
 from torchrun import run_in_two_processes
@@ -40,27 +40,14 @@ def two(folder, one):
     return json.loads((folder / "result.json").read_text())
 
 
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_heads_and_figures_of_one_process(folder, one, two, name):
     expected = heads(one[name].model)
     assert_close(load_file(folder / f"{name}.safetensors"), expected)
-    start = dict(CASES[name][0]().named_parameters())
-    assert not any(torch.equal(start[n], value) for n, value in expected.items() if n in start)
+    assert_trained(name, expected)
     logs = one[name].state.log_history
     assert len(two[name]["logs"]) == len(logs) + 1  # the last entry is the evaluation
-    for ours, theirs in zip(logs, two[name]["logs"], strict=False):
-        for key in ("loss", "grad_norm", "rewards/margins", "gate/mean", "kl"):
-            if key in ours:
-                assert theirs[key] == pytest.approx(ours[key], rel=1e-3, abs=1e-4), key
-    metrics = one[name].evaluate()
-    for key in ("eval_loss", "eval_rewards/margins", "eval_gate/mean"):
-        assert two[name]["metrics"][key] == pytest.approx(metrics[key], rel=1e-3, abs=1e-4), key
+    assert_same_figures(one[name], two[name])
     curve = one[name].model.dual_head_config.kl_curve
     torch.testing.assert_close(
         torch.tensor(two[name]["curve"] or []), torch.tensor(curve or []), rtol=1e-3, atol=1e-5
