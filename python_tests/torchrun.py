@@ -9,18 +9,20 @@ import sys
 from pathlib import Path
 
 
-def run_in_two_processes(script: str, folder: Path) -> None:
+def run_in_two_processes(script: str, folder: Path, *words: str) -> None:
     """:func:`run_in_processes` with two."""
-    run_in_processes(2, script, folder)
+    run_in_processes(2, script, folder, *words)
 
 
-def run_in_processes(count: int, script: str, folder: Path) -> None:
-    """Run ``script`` with ``folder`` as its argument. It must end with :func:`leave`."""
+def run_in_processes(count: int, script: str, folder: Path, *words: str) -> None:
+    """Run ``script`` with ``folder`` and ``words`` as its arguments. It must end with
+    :func:`leave`.
+    """
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)),
             *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-            *(str(Path(__file__).parent / script), str(folder)),
+            *(str(Path(__file__).parent / script), str(folder), *words),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

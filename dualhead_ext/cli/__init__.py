@@ -27,7 +27,6 @@ from .options import OPTIONS, OVERVIEW
 from .train_config import config_file, config_words
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
@@ -97,27 +96,31 @@ def _before_dashes(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 class _Interrupts:
-    """Raises KeyboardInterrupt at the first Ctrl-C, and remembers it: an import may turn it into
-    another error.
+    """Raises KeyboardInterrupt at the first Ctrl-C and SystemExit at the first SIGTERM, so that
+    files are closed, and remembers them: an import may turn either into another error.
     """
 
     def __init__(self) -> None:
-        self.seen = False
-        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        self.seen: list[int] = []
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Interrupts:
-        if self._in_main_thread:
-            self._before = signal.signal(signal.SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if not self.seen:  # a second Ctrl-C must not interrupt the handling of the first
-            self.seen = True
+        if signum in self.seen:  # a second one must not interrupt the handling of the first
+            return
+        self.seen.append(signum)
+        if signum == signal.SIGINT:
             raise KeyboardInterrupt
+        raise SystemExit(128 + signum)
 
     def __exit__(self, *error: Any) -> None:
-        if self._in_main_thread:
-            signal.signal(signal.SIGINT, signal.SIG_IGN if self.seen else self._before)
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if number in self.seen else before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; default ``sys.argv[1:]``.
     Returns:
-        0, or the command's exit code; 2 after a user error; 130 after Ctrl-C; 141 if the reader of
-        the output has closed it.
+        0, or the command's exit code; 2 after a user error; 130 after Ctrl-C; 143 after SIGTERM;
+        141 if the reader of the output has closed it.
     Raises:
         SystemExit: after ``--help``, and for arguments that cannot be parsed (code 2).
     """
@@ -146,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code or 0
         except UserError as error:
+            if interrupts.seen:
+                return 128 + interrupts.seen[0]
             if "--traceback" in words:
                 raise
             print(f"dualhead {words[0]}: {error}", file=sys.stderr)
@@ -156,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_BROKEN_PIPE
         except BaseException:
             if interrupts.seen:
-                return EXIT_INTERRUPTED
+                return 128 + interrupts.seen[0]
             raise
 
 

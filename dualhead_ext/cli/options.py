@@ -44,8 +44,8 @@ examples:
   dualhead train --config run.yaml --learning-rate 1e-3
   dualhead train --output heads --set max_grad_norm=0.5 --set bf16=true
 
-Ctrl-C stops the run and writes a checkpoint to continue from. --output gets the heads, their model
-card and training.png.
+Ctrl-C or SIGTERM stops the run and writes a checkpoint to continue from. --output gets the
+heads, their model card and training.png.
 Rows need prompt, chosen and rejected; or chosen and rejected as whole dialogues (HH-RLHF); or
 prompt, responses and scores."""
 

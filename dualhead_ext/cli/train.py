@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -28,8 +27,6 @@ from .training_options import TRAINING_OPTIONS
 if TYPE_CHECKING:
     from ..train.trainer import DualHeadTrainer, DualHeadTrainingArguments
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT
-
 
 def train(arguments: Namespace) -> int | None:
     """Train, measure on held-out rows, save, and print a summary; see :func:`_train`. Of several
@@ -38,8 +35,9 @@ def train(arguments: Namespace) -> int | None:
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if _quiet() else sys.stdout):
             return _train(arguments)
-    except KeyboardInterrupt:
-        return _interrupted(_after_interrupt(arguments))
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM, whose exit code follows from it
+        _say(_after_interrupt(arguments))
+        raise
 
 
 def _train(arguments: Namespace) -> int | None:
@@ -101,7 +99,8 @@ def _train_and_save(
             trainer.train(resume_from_checkpoint=_checkpoint(arguments))
     except Stopped as stopped:
         bars.close()
-        return _interrupted(f"stopped at step {stopped.step}; {_how_to_resume(arguments)}")
+        _say(f"stopped at step {stopped.step}; {_how_to_resume(arguments)}")
+        return stopped.exit_code
     except SaveError as error:
         raise UserError(f"--output: {one_line(error)}") from error
     except LostProcessError as error:
@@ -154,7 +153,7 @@ def resuming_command(argv: Sequence[str]) -> str:
 
 
 def _after_interrupt(arguments: Namespace) -> str:
-    """The message after a Ctrl-C that did not wait for a checkpoint."""
+    """The message after a signal that did not wait for a checkpoint."""
     from ..files.checkpoint import latest_checkpoint
 
     folder = Path(arguments.output)
@@ -170,10 +169,9 @@ def _how_to_resume(arguments: Namespace) -> str:
     return f"to resume: {resuming_command(arguments.argv)}"
 
 
-def _interrupted(message: str) -> int:
+def _say(message: str) -> None:
     if not _quiet():
         print(f"\n{message}", file=sys.stderr)
-    return EXIT_INTERRUPTED
 
 
 def _quiet() -> bool:
