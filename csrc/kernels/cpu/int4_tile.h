@@ -20,7 +20,7 @@ struct Tile<Int4Pair, float> {
   static void run(const Row* rows, Fetch fetch, const float* x, int64_t x_stride, int64_t begin,
                   int64_t end, F32 (*sums)[4]) {
     for (int64_t k = begin; k < end; k += kInt4Group) {
-      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, 3);
+      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, kToL2);
       fetch.at += kFetches * fetch.step;
       F32 part[kBatch][4] = {};
       for (int64_t i = 0; i < kHalf; i += kLanes) {

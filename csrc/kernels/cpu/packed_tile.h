@@ -96,7 +96,7 @@ struct Tile<W, PackedFor<W>> {
     F32 sum[kBatch][4];
     __builtin_memcpy(sum, sums, sizeof(sum));
     for (int64_t k = begin; k < end; k += kStep) {
-      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, 3);
+      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, kToL2);
       fetch.at += kFetches * fetch.step;
       const __mmask64 inside = end - k < kStep ? (uint64_t{1} << (end - k)) - 1 : ~uint64_t{0};
 #pragma GCC unroll 4
@@ -154,7 +154,7 @@ struct Tile<Int4Pair, PackedFor<Int4Pair>> {
     F32 sum[kBatch][4];
     __builtin_memcpy(sum, sums, sizeof(sum));
     for (int64_t k = begin; k < end; k += kStep) {
-      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, 3);
+      for (int i = 0; i < kFetches; ++i) __builtin_prefetch(fetch.at + i * fetch.step, 0, kToL2);
       fetch.at += kFetches * fetch.step;
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {

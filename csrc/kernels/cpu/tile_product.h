@@ -193,7 +193,7 @@ void tile_sums(const typename WeightTiles<W>::Row* rows, int64_t count, const ch
   const int64_t next_x = columns * padded_inputs(d), step = columns * kTileInputs;
   zero_sums<kRows, kColumns>();
   for (int64_t k = 0; k < d; k += T::kInputs) {
-    for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+    for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, kToL2);
     WeightTile weights[kRows];
     for (int64_t i = 0; i < kRows; ++i) {
       const int64_t inside = smaller(kTileRows, count - i * kTileRows);
