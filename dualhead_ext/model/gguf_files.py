@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +200,24 @@ def _convert(source: Path, folder: Path) -> None:
     # The GGUF's title is not a hub name.
     model.config.__dict__.pop("_model_name_or_path", None)
     model.save_pretrained(folder)
+    _set_special_tokens(tokenizer, fields)
     if splits == "smollm":
         _split_as_smollm(tokenizer)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is not None:
         tokenizer.model_max_length = context
     tokenizer.save_pretrained(folder)
+
+
+def _set_special_tokens(tokenizer: Any, fields: Mapping[str, Any]) -> None:
+    """Set the tokens that the file names. transformers 5.17 takes the beginning of a text for its
+    end, ignores the padding, and removes spaces before punctuation when it decodes.
+    """
+    for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        if (field := fields.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            setattr(tokenizer, f"{ours}_token", token)
+    tokenizer.clean_up_tokenization_spaces = False
 
 
 def _split_as_smollm(tokenizer) -> None:

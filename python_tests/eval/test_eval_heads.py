@@ -263,7 +263,10 @@ def test_what_stands_in_a_cell_reads_as_the_model_wrote_it():
     ("argv", "words"),
     [
         (["eval", "none", "--data", "pairs.jsonl"], "heads: expected a folder written by train"),
-        (["eval", "heads"], "expected --data, --prompts or both with HEADS, got neither"),
+        (
+            ["eval", "heads"],
+            "dualhead eval: expected --data, --prompts or both with HEADS, got neither",
+        ),
         (["eval", "heads", "--data", "none.jsonl"], "--data:"),
         ([*EVAL, "--prompts", "none.txt"], "--prompts:"),
         ([*EVAL, "--scorer", "nobody"], "--scorer: scorer: expected one of"),

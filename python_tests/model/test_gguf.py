@@ -48,6 +48,8 @@ def write_gguf(path, without=(), **options):
     writer.add_token_merges(["t h", "th e"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
     writer.add_chat_template(TEMPLATE)
     generator = torch.Generator().manual_seed(0)
     shapes = {"token_embd": (len(WORDS), width), "output": (len(WORDS), width)}
@@ -106,7 +108,11 @@ def test_its_numbers_tokenizer_and_template(file):
     assert tokenizer.tokenize("the a") == ["the", "\u0120", "a"]
     message = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(message, tokenize=False) == "[user] hi "
-    assert tokenizer.model_max_length == 128 and tokenizer.eos_token == "</s>"
+    assert tokenizer.model_max_length == 128
+    specials = [getattr(tokenizer, f"{name}_token") for name in ("unk", "bos", "eos", "pad")]
+    assert specials == ["<unk>", "<s>", "</s>", "</s>"]
+    assert tokenizer.decode(tokenizer.encode("a b [ th")) == "a b [ th"
+    assert not tokenizer.clean_up_tokenization_spaces
     assert model.generation_config.eos_token_id == 2
     other = dh.DualHeadForCausalLM.from_backbone(path.parent, gguf_file=path.name)
     assert other.config._name_or_path == model.config._name_or_path
