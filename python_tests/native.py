@@ -49,12 +49,14 @@ def build(folder: Path = FOLDER, *options: str, quiet: bool = True) -> Path:
     return folder
 
 
-def testing_module() -> ModuleType:
-    """The pybind11 module of csrc/testing, from this build and no other."""
-    found = list(build().glob("dualhead_testing*.so"))
+def testing_module(name: str = "dualhead_testing") -> ModuleType:
+    """A pybind11 module of csrc/testing, from this build and no other: dualhead_testing, or
+    dualhead_ordered, whose CUDA kernels report their memory accesses.
+    """
+    found = list(build().glob(f"{name}*.so"))
     if len(found) != 1:
-        raise RuntimeError(f"one dualhead_testing*.so must be in {FOLDER}, found {len(found)}")
-    spec = importlib.util.spec_from_file_location("dualhead_testing", found[0])
+        raise RuntimeError(f"one {name}*.so must be in {FOLDER}, found {len(found)}")
+    spec = importlib.util.spec_from_file_location(name, found[0])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

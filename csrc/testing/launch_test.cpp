@@ -64,6 +64,8 @@ TEST(threads_that_launch_different_plans_do_not_refuse_each_other) {
   for (std::thread& thread : threads) thread.join();
   CHECK_EQUAL(errors.load(), 0);
   CHECK_EQUAL(ran.load(), 2 * kLaunches * cuda::kWarp);
+  const auto kernel = reinterpret_cast<const void*>(count_threads);
+  CHECK_EQUAL(host_cuda::times_limit_was_set(kernel), 1);
 }
 
 TEST(more_shared_memory_than_there_is_is_refused) {

@@ -189,13 +189,14 @@ std::string loss_rows(const py::dict& arguments, bool backward, int device) {
 
 void set_device(int multiprocessors, int blocks_per_multiprocessor, bool cooperative_launch,
                 int compute_major, int compiled_major, int shared_kib, bool proxy_fences,
-                uint64_t seed, int skipped_grid_barrier, int skipped_block_barrier,
-                int skipped_copy_wait) {
+                bool releases, bool acquires, uint64_t seed, int skipped_grid_barrier,
+                int skipped_block_barrier, int skipped_copy_wait) {
   host_cuda::device() = {
       multiprocessors,    blocks_per_multiprocessor,
       cooperative_launch, compute_major,
       compiled_major,     shared_kib * 1024,
-      proxy_fences,       {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
+      proxy_fences,       releases,
+      acquires,           {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
 }
 
 // The plan of the streaming path; None if these arguments do not take that path.
@@ -233,7 +234,7 @@ py::array_t<uint16_t> rounded(const py::array_t<float>& values) {
 }  // namespace
 }  // namespace dualhead
 
-PYBIND11_MODULE(dualhead_testing, m) {
+PYBIND11_MODULE(DUALHEAD_MODULE, m) {
   using namespace dualhead;  // NOLINT: only used for this list of names
   m.def("decode_step", &decode_step, py::arg("arguments"), py::arg("dtype"), py::arg("blocks") = 0,
         py::arg("threads") = 0, py::arg("device") = 0, py::arg("dirt") = 0xFF);
@@ -244,7 +245,8 @@ PYBIND11_MODULE(dualhead_testing, m) {
   m.def("set_device", &set_device, py::kw_only(), py::arg("multiprocessors") = 4,
         py::arg("blocks_per_multiprocessor") = 2, py::arg("cooperative_launch") = true,
         py::arg("compute_major") = 9, py::arg("compiled_major") = 0, py::arg("shared_kib") = 227,
-        py::arg("proxy_fences") = true, py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,
+        py::arg("proxy_fences") = true, py::arg("releases") = true, py::arg("acquires") = true,
+        py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,
         py::arg("skipped_block_barrier") = -1, py::arg("skipped_copy_wait") = -1);
   m.def("error_text", [](int error) { return std::string(cuda::error_text(error)); });
   m.def("bytes_copied", &host_cuda::bytes_copied);

@@ -94,6 +94,17 @@ def test_every_plan_is_among_the_tested_ones(testing_module, seed):
     assert found == {(name, value) for name, many in values.items() for value in many}
 
 
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "fp8", "int4"])
+def test_the_ring_has_four_stages_or_more(testing_module, seed, format):
+    """At d = 4096 on an H200: with two, memory would wait while one of them is multiplied."""
+    rng = np.random.default_rng(seed)
+    for B in (1, 8, 9, 16, 17, 32, 33, 64):
+        arguments = aligned(rng, "bfloat16", B=B, d=4096, V=8, gate="given")
+        if format != "bfloat16":
+            arguments = model.quantized(rng, arguments, format, apart=16)
+        assert testing_module.stream_plan(arguments, "bfloat16")["stages"] >= 4, B
+
+
 @pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("engine", [BULK, PIECES], ids=["bulk", "pieces"])
 @pytest.mark.parametrize("B", [1, 8, 9, 40])

@@ -6,6 +6,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "workspace.h"
 
@@ -18,9 +21,21 @@ struct KernelFacts {
   int shared_bytes;  // the most dynamic shared memory that a block may have
 };
 
-// Also raises the kernel's shared memory limit to the most that a block may have. The limit belongs
-// to the kernel, not to a launch: if each launch set what it needs, another thread could lower the
-// limit between the setting and the launch.
+// Sets the most dynamic shared memory that a block of this kernel may have. The limit belongs to
+// the kernel, not to a launch: if each launch set what it needs, another thread could lower the
+// limit between the setting and the launch. So it is set once, to the most that the device has.
+inline cudaError_t raise_shared_limit(const void* kernel, int device, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> limits;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& limit = limits[{kernel, device}];
+  if (limit == bytes) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) limit = bytes;
+  return error;
+}
+
 inline cudaError_t kernel_facts(const void* kernel, int device, KernelFacts* facts) {
   cudaFuncAttributes attributes = {};
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
@@ -30,8 +45,7 @@ inline cudaError_t kernel_facts(const void* kernel, int device, KernelFacts* fac
   if (error != cudaSuccess) return error;
   facts->arch = attributes.ptxVersion;
   facts->shared_bytes = most - static_cast<int>(attributes.sharedSizeBytes);
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              facts->shared_bytes);
+  return raise_shared_limit(kernel, device, facts->shared_bytes);
 }
 
 // The largest grid that the device can hold at once, queried for exactly the kernel and shape of

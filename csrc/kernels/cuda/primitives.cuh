@@ -88,14 +88,18 @@ __device__ __forceinline__ void trap() {
 
 // Without ordering of its own: the same thread's next signal() orders it.
 __device__ __forceinline__ void raise(unsigned* counter, unsigned amount) {
+#if defined(__CUDACC__)
   atomicAdd(counter, amount);
+#else
+  host_cuda::raise(counter, amount);
+#endif
 }
 
 __device__ __forceinline__ void signal(unsigned* counter, unsigned amount) {
 #if defined(__CUDACC__)
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
 #else
-  atomicAdd(counter, amount);
+  host_cuda::signal(counter, amount);
 #endif
 }
 
@@ -106,7 +110,7 @@ __device__ __forceinline__ unsigned peek(const unsigned* counter) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 #else
-  return *counter;
+  return host_cuda::peek(counter);
 #endif
 }
 
@@ -115,6 +119,8 @@ __device__ __forceinline__ unsigned peek(const unsigned* counter) {
 __device__ __forceinline__ void acquire_fence() {
 #if defined(__CUDACC__)
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+  host_cuda::acquire_fence();
 #endif
 }
 
@@ -204,7 +210,9 @@ __device__ __forceinline__ bool has_reached(const unsigned* counter, unsigned ta
     acquire_fence();
     reached = 1;
   }
-  return exchange_from(reached, 0) != 0;
+  reached = exchange_from(reached, 0);
+  warp_barrier();  // an exchange alone orders no memory
+  return reached != 0;
 }
 
 // --- shared memory -------------------------------------------------------------------------------
@@ -534,6 +542,15 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_
     result |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7u) & 0xFFu) << 8 * i;
   }
   return result;
+#endif
+}
+
+// The place of the highest set bit of a positive number.
+__device__ __forceinline__ int highest_bit(int x) {
+#if defined(__CUDACC__)
+  return 31 - __clz(x);
+#else
+  return 31 - __builtin_clz(static_cast<unsigned>(x));
 #endif
 }
 

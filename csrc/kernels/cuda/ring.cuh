@@ -123,16 +123,22 @@ struct Producer {
   unsigned seen = 0;  // lane 0: the counter's value when it was last read
 
   // Once every row has its alpha, a head that no row needs is no longer read: nothing selects the
-  // values that its half of the tensor core tiles then holds. The warp's lanes agree. The counter
-  // was loaded one stage earlier, so that no stage waits for it.
+  // values that its half of the tensor core tiles then holds. Lane 0 looks, once per stage, at a
+  // value that it loaded one stage earlier, so that no stage waits for it; it fences once.
   __device__ __forceinline__ void learn_needs() {
     if (weighed) return;
     const unsigned* counter = s.ws.counter;
-    weighed = exchange_from(seen, 0) == static_cast<unsigned>(s.p.B);
-    if (lane_index() == 0) seen = peek(counter + kWeighedRows);
-    if (!weighed) return;
-    acquire_fence();
-    needs = Needs{peek(counter + kNeedLm) > 0, peek(counter + kNeedReward) > 0};
+    unsigned found = 0;
+    if (lane_index() == 0 && seen == static_cast<unsigned>(s.p.B)) {
+      acquire_fence();
+      found = 4u | (peek(counter + kNeedLm) > 0) | (peek(counter + kNeedReward) > 0) << 1;
+    } else if (lane_index() == 0) {
+      seen = peek(counter + kWeighedRows);
+    }
+    found = exchange_from(found, 0);
+    if (found == 0) return;
+    weighed = true;
+    needs = Needs{(found & 1u) != 0, (found & 2u) != 0};
   }
 
   __device__ __forceinline__ bool reads(int matrix) const {
@@ -159,51 +165,58 @@ struct Producer {
   }
 
   // Announces a stage and starts to copy its weights. They are read once, so L2 should evict them
-  // before anything else.
+  // before anything else. None of the loops around the copies is unrolled: a full tile is one box
+  // per block, so most of the unrolled code would only be skipped.
   __device__ __forceinline__ void copy_weights() const {
     const uint64_t policy = cache_policy(Keep::kFirstToGo);
-    const int blocks = s.blocks_of(chunk), own = units();
+    const int blocks = s.blocks_of(chunk), own = units(), matrix = 2 * pass;
+    const bool wanted[2] = {reads(matrix), reads(matrix + 1)};
     unsigned char* stage = stage_of(s.plan, slot);
     if constexpr (kBulk) {
       if (!elect_one()) return;
-      const int matrices = reads(2 * pass) + reads(2 * pass + 1);
       const int boxes = blocks * steps_of(kFormat) * s.terms;
-      mbarrier_expect(full_barrier(slot), (matrices * blocks * own * kUnit +
+      mbarrier_expect(full_barrier(slot), ((wanted[0] + wanted[1]) * blocks * own * kUnit +
                                            (s.plan.resident ? 0 : boxes * s.plan.batch_tile)) *
                                               kBlockBytes);
+#pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int m = 2 * pass + side;
-        if (!reads(m)) continue;
+        if (!wanted[side]) continue;
+        const bool lm = matrix + side == 0;
+        const TensorMap* maps = lm ? s.maps.lm : s.maps.reward;
+        const int plane = lm ? 0 : matrix + side - 1;
+        unsigned char* to = stage + side * s.plan.blocks * s.block_bytes();
+        int byte = chunk * s.plan.blocks * kBlockBytes;
+#pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
-          copy_block(stage + (side * s.plan.blocks + block) * s.block_bytes(), m,
-                     (chunk * s.plan.blocks + block) * kBlockBytes, own, policy);
+          copy_block(to, maps, byte, plane, own, policy);
+          to += s.block_bytes();
+          byte += kBlockBytes;
         }
       }
     } else {
       const int left = s.weight_bytes - chunk * s.plan.blocks * kBlockBytes;
       for (int side = 0; side < 2; ++side) {
-        const int m = 2 * pass + side;
-        if (!reads(m)) continue;
+        if (!wanted[side]) continue;
         copy_by_lanes(stage + side * s.plan.blocks * s.block_bytes(), s.tile_units * kUnit, blocks,
-                      left, policy, [&](int r) { return row_of(m, r); });
+                      left, policy, [&](int r) { return row_of(matrix + side, r); });
       }
     }
   }
 
-  // Copies one block of the tile's rows: one box per set bit of the number of units, the largest
+  // Copies one block of the rows of `left` units, at least one: one box per set bit, the largest
   // first.
-  __device__ __forceinline__ void copy_block(unsigned char* to, int m, int byte, int own,
-                                             uint64_t policy) const {
-    const int plane = m == 0 ? 0 : m - 1;
+  __device__ __forceinline__ void copy_block(unsigned char* to, const TensorMap* maps, int byte,
+                                             int plane, int left, uint64_t policy) const {
     Barrier* full = full_barrier(slot);
-    const TensorMap* maps = m == 0 ? s.maps.lm : s.maps.reward;
     int row = unit * kUnit;
-    for (int digit = kBoxes - 1; digit >= 0; --digit) {
-      if (!(own >> digit & 1)) continue;
+#pragma unroll 1
+    do {
+      const int digit = highest_bit(left);
       copy_box(to, maps + digit, byte, row, plane, full, policy);
       to += (kUnit << digit) * kBlockBytes;
       row += kUnit << digit;
-    }
+      left -= 1 << digit;
+    } while (left > 0);
   }
 
   // This chunk of row r of the tile in matrix m; null if there is no such row.
@@ -229,10 +242,12 @@ struct Producer {
       const int first = chunk * s.plan.blocks * kSteps * kBlockBytes;
       const int rows = s.plan.batch_tile, block_bytes = rows * kBlockBytes;
       unsigned char* to = stage_of(s.plan, slot) + s.plan.hidden_offset;
+#pragma unroll 1
       for (int term = 0; term < s.terms; ++term, to += s.plan.blocks * kSteps * block_bytes) {
         if constexpr (kBulk) {
           if (!elect_one()) continue;
           const int row = static_cast<int>(term * s.rows()) + b0;
+#pragma unroll 1
           for (int block = 0; block < blocks; ++block) {
             copy_box(to + block * block_bytes, &s.maps.hidden, first + block * kBlockBytes, row, 0,
                      full, policy);

@@ -13,6 +13,7 @@
 #include "cuda_fp16.h"
 #include "cuda_runtime.h"
 #include "grid.h"
+#include "order.h"
 
 namespace dualhead {
 namespace host_cuda {
@@ -178,11 +179,13 @@ void mbarrier_init(uint64_t* barrier, unsigned count) {
 
 void mbarrier_arrive(uint64_t* barrier) {
   step_back();
+  order_arrival(barrier);
   arrive(phase_of(barrier));
 }
 
 void mbarrier_expect(uint64_t* barrier, unsigned bytes) {
   step_back();
+  order_arrival(barrier);
   Phase& phase = phase_of(barrier);
   phase.bytes += bytes;
   arrive(phase);
@@ -195,6 +198,7 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
     land_some(1);  // no more than needed, so that a missing wait is noticed
     if (phase_of(barrier).parity == parity) nap();
   }
+  order_wait(barrier);
 }
 
 void note_store(const void* to) { stored[reinterpret_cast<uintptr_t>(to) / 16] = ++stores; }
@@ -239,6 +243,7 @@ void async_copy(void* to, const void* from, unsigned bytes) {
 }
 
 void async_copies_arrive(uint64_t* barrier) {
+  order_arrival(barrier);
   under_way[blockIdx.x].push_back({threadIdx.x, false, nullptr, nullptr, 0, barrier});
   maybe_land();
 }

@@ -19,6 +19,7 @@ thread_local cudaError_t last_error = cudaSuccess;
 struct SharedLimits {
   std::mutex mutex;
   std::map<const void*, size_t> of_kernel;
+  std::map<const void*, int> times;
 
   size_t get(const void* kernel) {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -29,6 +30,7 @@ struct SharedLimits {
   void set(const void* kernel, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex);
     of_kernel[kernel] = bytes;
+    ++times[kernel];
   }
 };
 
@@ -56,6 +58,11 @@ cudaError_t refusal(const cudaLaunchConfig_t& config, const void* kernel, bool c
 Device& device() {
   static Device the_device;
   return the_device;
+}
+
+int times_limit_was_set(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(shared_limits.mutex);
+  return shared_limits.times[kernel];
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,

@@ -14,6 +14,7 @@
 
 #include "async.h"
 #include "grid.h"
+#include "order.h"
 
 // --- language ------------------------------------------------------------------------------------
 
@@ -179,11 +180,15 @@ struct Device {
   int compute_major = 9;
   int compiled_major = 0;                   // of the kernels' code: 0 = the device's, -1 = none
   int shared_bytes_per_block = 227 * 1024;  // with cudaFuncSetAttribute; 48 KiB without
-  bool proxy_fences = true;                 // false: proxy_fence() does nothing (a seeded bug)
+  bool proxy_fences = true;  // false: proxy_fence() does nothing (a seeded bug); likewise:
+  bool releases = true, acquires = true;  // signal(), acquire_fence()
   Schedule schedule;
 };
 
 Device& device();
+
+// How often cudaFuncSetAttribute has succeeded for a kernel.
+int times_limit_was_set(const void* kernel);
 
 // Fails where a device would refuse the launch; otherwise runs body once per thread.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,

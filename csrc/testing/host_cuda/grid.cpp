@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "async.h"
+#include "order.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -237,6 +238,8 @@ void run_next(bool another_warp = false, bool last = false) {
   }
 }
 
+int warp_index(const Fiber& fiber) { return static_cast<int>(fiber.warp - grid_now->warps.data()); }
+
 void meet(Meeting* meeting, const char* name) {
   Fiber* self = fiber_now;
   if (meeting->waiting.empty()) meeting->name = name;
@@ -252,6 +255,9 @@ void meet(Meeting* meeting, const char* name) {
     return;
   }
   grid_now->naps = 0;
+  std::vector<int> warps{warp_of_thread()};
+  for (Fiber* fiber : meeting->waiting) warps.push_back(warp_index(*fiber));
+  order_meeting(std::move(warps));
   for (Fiber* fiber : meeting->waiting) make_ready(fiber);
   meeting->waiting.clear();
   step_back();  // the last to arrive need not be the first to leave
@@ -331,6 +337,7 @@ void run_grid(Index3 grid, Index3 block, size_t shared_bytes, bool cooperative, 
   grid_now = &now;
   fiber_now = nullptr;
   make_threads(&now);
+  forget_order(static_cast<int>(now.warps.size()));
   run_next();
   grid_now = nullptr;
   if (!now.error.empty()) throw std::runtime_error(now.error);
@@ -362,6 +369,7 @@ void wait_for_grid() {
 }
 
 void nap() {
+  order_nap();
   // Each nap lets other threads run to their next wait, so after this many in a row none makes
   // progress.
   if (++grid_now->naps > 1000 + 100 * grid_now->fibers.size()) {
@@ -383,6 +391,22 @@ void step_back() {
 void note_progress() { grid_now->naps = 0; }
 
 uint64_t schedule_seed() { return grid_now->schedule.seed; }
+
+bool in_grid() { return fiber_now != nullptr; }
+
+int warp_of_thread() { return warp_index(*fiber_now); }
+
+int lane_of_thread() { return fiber_now->lane; }
+
+bool is_private(const void* p) {
+  const auto within = [p](const void* first, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(first) < bytes;
+  };
+  return within(fiber_now->execution.stack, kStackBytes) ||
+         within(fiber_now->block->shared.get(), grid_now->shared_bytes);
+}
+
+std::string place_of_thread() { return place(*fiber_now); }
 
 int count_copy_wait() { return fiber_now->copy_waits++; }
 

@@ -4,10 +4,10 @@
 // barrier, an exchange within a warp, __nanosleep) or reaches an atomic. The next one is drawn from
 // a seed, so code without a necessary barrier is run in orders that break it.
 //
-// It differs from a device: memory is sequentially consistent, the lanes of a warp do not run in
-// lockstep, and expf and similar functions are the host's. It finds wrong indices, missing or
-// diverging barriers, reads of unwritten memory (shared memory is poisoned), deadlocks, and with
-// sanitizers accesses out of bounds.
+// It differs from a device: memory is sequentially consistent (but see order.h), the lanes of a
+// warp do not run in lockstep, and expf and similar functions are the host's. It finds wrong
+// indices, missing or diverging barriers, reads of unwritten memory (shared memory is poisoned),
+// deadlocks, and with sanitizers accesses out of bounds.
 #pragma once
 
 #include <cstddef>
@@ -51,11 +51,16 @@ void wait_for_grid();  // the grid barrier; an error unless the grid was launche
 void nap();            // __nanosleep: lets other warps go first
 void step_back();      // before an atomic: lets any ready thread go first
 
-// --- for async.cpp ---
+// --- for async.cpp and order.cpp ---
 [[noreturn]] void stop(std::string error);  // ends the grid; run_grid throws it
 void note_progress();                       // nap() gives up after too long without it
 uint64_t next_random();                     // drawn from the seed
 uint64_t schedule_seed();
+bool in_grid();        // whether a thread of a grid runs
+int warp_of_thread();  // the running thread's warp, counted over the grid
+int lane_of_thread();
+bool is_private(const void* p);  // on the running thread's stack, or in its block's shared memory
+std::string place_of_thread();
 int count_copy_wait();  // number of calls by this thread
 int skipped_copy_wait();
 // Every lane gives six words and gets those of all lanes, by lane. All 32 must call.
