@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report on the CUDA kernels' machine code, and the prediction that is based on it.
+"""The report on the CUDA kernels' machine code, and its limits.
 
 Listings written by hand are always tested. The built library is tested if nvcc and cuobjdump are
 there.
@@ -7,17 +7,14 @@ there.
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from build_backend import ROOT, libraries
 
-from tools.gpu import machine_code, prediction, timings
+from tools.gpu import limits, listing, machine_code, prediction
 
 FORMATS = ("bf16", "fp16", "int8", "fp8", "int4")
 
 
-def listing(*instructions, name="_ZN8dualhead13stream_kernelILNS0_6FormatE4ELb1EEEv"):
+def text_of(*instructions, name="_ZN8dualhead13stream_kernelILNS0_6FormatE4ELb1EEEv"):
     """A listing as cuobjdump prints it. Each instruction is (text, stall, scoreboard set,
     scoreboards waited for).
     """
@@ -31,7 +28,7 @@ def listing(*instructions, name="_ZN8dualhead13stream_kernelILNS0_6FormatE4ELb1E
 
 
 def report_of(*instructions):
-    [code] = machine_code.parse(listing(*instructions)).values()
+    [code] = listing.parse(text_of(*instructions)).values()
     return machine_code.report_of(code)
 
 
@@ -71,9 +68,7 @@ def test_loads_in_flight_are_those_before_the_first_wait():
     serial = report_of(
         plain(load, sets=0), plain(use, waits=1), plain(load, sets=0), plain("BRA 0x0")
     )
-    assert serial["global_loops"][0] | {"polls": 0} == {
-        "loads": 2, "before_a_wait": 1, "bits": 128, "products": 0, "polls": 0
-    }  # fmt: skip
+    assert serial["global_loops"] == [{"loads": 2, "before_a_wait": 1, "bits": 128, "products": 0}]
     many = report_of(
         *[plain(load, sets=1)] * 8, plain(use, waits=1), plain(use, waits=2), plain("BRA 0x0")
     )
@@ -118,21 +113,140 @@ def test_shared_loads_of_products_by_width():
 def test_fences_count_where_they_repeat():
     fences = [plain("MEMBAR.SC.GPU"), plain("CCTL.IVALL")]
     assert report_of(*fences)["membar_sc_in_loops"] == 0
-    found = report_of(*fences, plain("@P0 BRA 0x0"))
-    assert found["membar_sc_in_loops"] == found["l1_wipes_in_loops"] == 1
+    assert report_of(*fences, plain("@P0 BRA 0x0"))["membar_sc_in_loops"] == 1
+
+
+def polling(in_loop=(), after=("MEMBAR.ALL.GPU", "CCTL.IVALL"), load="LDG"):
+    """The report on a loop that polls a counter, or with LD the toolkit's grid barrier."""
+    look = plain(f"{load}.E.STRONG.GPU R0, desc[UR4][R2.64]", sets=0)
+    again = plain("@!P0 BRA 0x0")
+    found = report_of(
+        plain("NANOSLEEP 0x20"), look, *map(plain, in_loop), again, *map(plain, after)
+    )
+    [poll] = found["polls"]
+    return found, poll
+
+
+def test_a_poll_has_its_only_fence_behind_it():
+    found, poll = polling()
+    assert poll == {"of": "counter", "sleeps": True, "fences": 0, "fences_after": 1}
+    assert limits.fence_violations(found) == []
+    found, poll = polling(in_loop=["MEMBAR.ALL.GPU", "CCTL.IVALL"])
+    assert poll["fences"] == 2
+    assert limits.fence_violations(found) == ["2 fences in a loop that polls"]
+    found, _ = polling(after=[])
+    assert limits.fence_violations(found) == ["0 fences after a loop that polls, expected 1"]
+    found, poll = polling(in_loop=["CCTL.IVALL"], load="LD")
+    assert poll["of"] == "grid barrier" and limits.fence_violations(found) == []
+
+
+def test_the_shortest_path_leaves_out_what_a_branch_can_avoid():
+    [code] = listing.parse(
+        text_of(
+            plain("MOV R0, R1", 2),
+            plain("@P0 BRA 0x40", 5),
+            plain("MEMBAR.ALL.GPU", 6),
+            plain("BRA 0x50", 3),
+            plain("NOP", 1),
+            plain("UTMALDG.3D [UR8], [UR4]", 4),
+            plain("@P1 BRA 0x50", 5),
+            plain("BRA P2, 0x0", 5),
+        )
+    ).values()
+    loop = max(listing.loops(code), key=len)
+    path = listing.shortest_path(loop, [])
+    assert [one.address for one in path] == [0x00, 0x10, 0x40, 0x50, 0x60, 0x70]
+    assert listing.cycles_of(path) == 22
+    through = listing.shortest_path(loop, [loop[2], loop[5]])
+    assert listing.cycles_of(through) == 2 + 5 + 6 + 3 + 4 + 5 + 5
+    twice = listing.shortest_path(loop, [], lambda one: one.opcode == "UTMALDG.3D", least=2)
+    assert listing.cycles_of(twice) == 22 + 9, "another round of the inner loop"
+    with pytest.raises(ValueError, match="no way through"):
+        listing.shortest_path(loop, [loop[5], loop[2]])
+
+
+# A producer's loop: waits, announces, copies a box of each matrix in two loops, and one of hidden
+# states that a branch may leave out.
+PRODUCER = [
+    plain("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R3], R2", 2),
+    plain("@P1 BRA 0x30", 5),
+    plain("CCTL.IVALL", 4),
+    plain("SYNCS.ARRIVE.TRANS64 RZ, [UR9], R2", 10),
+    plain("NOP", 14),
+    plain("UTMALDG.3D [UR8], [UR4]", 10),
+    plain("@P0 BRA 0x50", 5),
+    plain("@P1 BRA 0x40", 1),
+    plain("NOP", 15),
+    plain("UTMALDG.3D [UR8], [UR4]", 10),
+    plain("@P0 BRA 0x90", 5),
+    plain("@P1 BRA 0x80", 1),
+    plain("@P2 BRA 0xf0", 5),
+    plain("UTMALDG.3D [UR8], [UR4]", 7),
+    plain("@P0 BRA 0xd0", 5),
+    plain("BRA P3, 0x0", 6),
+]
+
+
+def test_issue_cycles_of_a_stage():
+    [found] = report_of(*PRODUCER)["producers"]
+    assert found == {
+        "cycles": 2 + 5 + 10 + 30 + 31 + 5 + 6,
+        "cycles_with_hidden": 2 + 5 + 10 + 30 + 31 + 5 + 12 + 6,
+        "per_block": 31, "per_box": 15, "per_hidden_box": 12, "fences": 0,
+    }  # fmt: skip
+    # 7 units are boxes of 4, 2 and 1; two blocks of each of two matrices
+    last = limits.Stages(units=8, left=7, blocks=2, hidden=0)
+    assert last.issue_cycles(found, "bf16") == 89 + 2 * 31 + 4 * 2 * 15
+    assert last.bytes("bf16") == 7 * 8 * 256 * 2
+    full = limits.Stages(units=8, left=8, blocks=1, hidden=64)
+    assert full.issue_cycles(found, "int4") == 101 + 3 * 12
+    assert full.bytes("int4") == 16384 + 4 * 64 * 128
+    shares = limits.issue_shares(found, "bf16")
+    assert shares["one request, full stage"] == pytest.approx(151 / (32768 / 16.5), abs=1e-3)
+    mean = (3 * 151 + 271) / ((3 * 32768 + 28672) / 16.5)
+    assert shares["one request, mean"] == pytest.approx(mean, abs=1e-3)
+
+
+def loss_loop(hidden=0, after=90, exponentials=8):
+    """A loop over logits that loads eight of them; hidden, after: tens of cycles between the loads
+    and the wait for them, and behind it."""
+    wide = plain("LDG.E.128 R4, desc[UR4][R2.64]", 2, sets=0)
+    rows = [wide, wide, *[plain("NOP", 10)] * hidden, plain("FMUL R1, R4, R5", waits=1)]
+    rows += [plain("FFMA.SAT R1, R1, R2, 0.5")] * exponentials
+    return report_of(*rows, *[plain("NOP", 10)] * after, plain("@P0 BRA 0x0", 5))
+
+
+def test_loops_of_the_loss():
+    found = loss_loop() | {"registers": 55, "local_bytes": 0, "stack_bytes": 0}
+    [loop] = found["element_loops"]
+    assert loop == {
+        "instructions": 102, "stall_cycles": 918, "cycles_before_wait": 2,
+        "wide_loads": 2, "wide_stores": 0, "local_accesses": 0,
+    }  # fmt: skip
+    # two blocks of 512 threads with 56 registers; 2 cycles of the latency are hidden
+    assert limits.bytes_per_clock(loop, 55) == 1024 * 32 / (918 + 1598)
+    assert limits.loss_violations(found, stores=False) == ["13.0 bytes per clock, of 16.5"]
+    hidden = loss_loop(hidden=90, after=0)
+    good = found | {"element_loops": hidden["element_loops"]}
+    assert limits.loss_violations(good, stores=False) == []
+    assert "0 wide stores" in limits.loss_violations(good, stores=True)[0]
+    assert "stack" in limits.loss_violations(good | {"stack_bytes": 8}, False)[0]
+    slow = [good["element_loops"][0] | {"instructions": 249}]
+    assert "249 instructions" in limits.loss_violations(good | {"element_loops": slow}, False)[0]
+    assert loss_loop(exponentials=7)["element_loops"] == []
 
 
 def test_a_branch_to_itself_is_no_loop():
-    [code] = machine_code.parse(listing(plain("BRA 0x0"))).values()
-    assert machine_code.loops(code) == []
+    [code] = listing.parse(text_of(plain("BRA 0x0"))).values()
+    assert listing.loops(code) == []
 
 
 def test_what_cannot_be_read_is_an_error():
-    text = listing(plain("NOP")).replace("0x00000000", "oops", 3)
+    text = text_of(plain("NOP")).replace("0x00000000", "oops", 3)
     assert "oops" in text
-    broken = "\n".join(line for line in listing(plain("NOP")).splitlines()[:2])
+    broken = "\n".join(line for line in text_of(plain("NOP")).splitlines()[:2])
     with pytest.raises(ValueError, match="without control bits"):
-        machine_code.parse(broken + "\nnothing")
+        listing.parse(broken + "\nnothing")
 
 
 def test_names_are_the_same_from_build_to_build():
@@ -150,15 +264,23 @@ def test_limits_find_what_is_over_them():
     copies = {"copies": 8, "kind": "UTMALDG", "by_lanes": False, "stall_cycles_per_copy": 46}
     consumers = {"products": 8, "shared_loads": {"128": 2, "LDSM": 1}, "local_accesses": 0}
     projection = {"loads": 8, "before_a_wait": 8, "products": 8}
+    producer = {"cycles": 500, "cycles_with_hidden": 600, "fences": 0}
+    producer |= {"per_block": 90, "per_box": 50, "per_hidden_box": 40}
     good = {
         "copy_loops": [copies],
         "consumer_loops": [consumers],
         "global_loops": [projection],
         "membar_sc_in_loops": 0,
+        "polls": [],
+        "producers": [producer],
     }
-    assert machine_code.violations(good) == []
+    assert limits.violations(good, "bf16") == []
     for change, word in (
         ({"membar_sc_in_loops": 1}, "MEMBAR.SC"),
+        ({"producers": []}, "0 loops of a producer"),
+        ({"producers": [producer | {"fences": 1}]}, "1 fences in each stage"),
+        ({"producers": [producer | {"cycles": 900}]}, "one request, mean: the producer issues"),
+        ({"producers": [producer | {"cycles_with_hidden": 1250}]}, "64 requests, full stage"),
         ({"copy_loops": [copies | {"by_lanes": True}]}, "loop over lanes"),
         ({"copy_loops": [copies | {"stall_cycles_per_copy": 300}]}, "cycles per copy"),
         (
@@ -168,120 +290,60 @@ def test_limits_find_what_is_over_them():
         ({"consumer_loops": [consumers | {"local_accesses": 2}]}, "spilled"),
         ({"global_loops": [projection | {"before_a_wait": 1}]}, "projection"),
     ):
-        assert word in "; ".join(machine_code.violations(good | change)), change
-
-
-# --- the prediction -------------------------------------------------------------------------------
-
-
-def kernels(**changes):
-    return prediction.Kernel(
-        **{"cycles_per_copy": 45.0, "consumer_bytes_per_clock": 60.0} | changes
-    )
-
-
-def test_bytes_are_those_that_the_benchmark_counts():
-    """For a head in bf16, and for an int4 head with its scales."""
-    heads, everything = prediction.bytes_read(4096, 32000, 1, 256, "bf16")
-    assert heads == 2 * 32000 * 4096 * 2 and 0 < everything - heads < 0.02 * heads
-    assert prediction.bytes_read(4096, 32000, 1, 256, "int4")[0] == 2 * 32000 * (2048 + 32 * 4)
-
-
-def test_the_model_gives_what_an_h200_measured_of_the_version_that_ran():
-    """All twelve cases to 15 %, ten of them to 5 %: the constants explain more than one case."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200.json").read_text())
-    steps = {r["case"]: r["us_median"] for r in rows["timings"] if r.get("contender") == "step"}
-    ratios = []
-    for name, measured in steps.items():
-        case = timings.CASES[name]
-        found = prediction.predict(
-            kernels(), case.d, case.V, case.B, case.format, version=prediction.MEASURED_VERSION
-        )
-        ratios.append(found["us"] / measured)
-        assert ratios[-1] == pytest.approx(1.0, abs=0.15), name
-    assert len(ratios) == 12 and sum(abs(ratio - 1) < 0.05 for ratio in ratios) >= 10
-
-
-def test_the_longest_of_what_runs_side_by_side_counts():
-    case = (4096, 32000, 1, "bf16")
-    free = prediction.predict(kernels(), *case)
-    terms = ("start_us", "stream_us", "waves_us", "gate_us", "finish_us", "end_us")
-    assert free["us"] == pytest.approx(sum(free[name] for name in terms), abs=0.4)
-    slow = prediction.predict(kernels(cycles_per_copy=1000.0), *case)
-    assert slow["stream_us"] > 1.9 * free["stream_us"]
-    weak = prediction.predict(kernels(consumer_bytes_per_clock=8.0), *case)
-    assert weak["us"] > free["us"] + 100
-
-
-def test_a_late_alpha_and_the_ends_of_tiles_show():
-    many = prediction.predict(kernels(), 4096, 32000, 64, "bf16")
-    assert many["finish_us"] > 50, "two tiles of 60,000 clocks, as measured"
-    old = prediction.MEASURED_VERSION
-    assert prediction.predict(kernels(), 4096, 32000, 64, "bf16", version=old)["gate_us"] > 10
-    assert prediction.predict(kernels(), 4096, 32000, 1, "bf16")["gate_us"] == 0, "tiles can wait"
-
-
-def test_prediction_and_measurement_stand_side_by_side():
-    rows = [
-        {"case": name, "us": 100.0, "start_us": 9.0, "waves_us": 8.0, "gate_us": 0.0}
-        | {"finish_us": 1.0, "end_us": 2.0, "memory_us": 80.0}
-        for name in ("a", "b")
-    ]
-    measured = [
-        {"case": "a", "contender": "copy", "us_median": 50.0},
-        {"case": "a", "contender": "step", "us_median": 150.0},
-    ]
-    lines = prediction.beside({"rows": rows}, measured)
-    assert lines[2] == "| a | 100.0 | 150.0 | 1.50 |  | start 9.0 | 80.0 |"
-    assert lines[3] == "| b | 100.0 | not measured |  |  | start 9.0 | 80.0 |"
-
-
-def test_every_case_of_the_timings_is_predicted_and_says_so(library_report):
-    found = prediction.predictions(library_report)
-    assert [row["case"] for row in found["rows"]] == list(timings.CASES)
-    assert set(prediction.GOALS) <= set(timings.CASES)
-    assert found["note"].startswith("A PREDICTION")
-    assert all(row["predicted"] and row["us"] > row["memory_us"] for row in found["rows"])
-
-
-def test_a_committed_prediction_is_labelled():
-    path = prediction.RESULT
-    if path.is_file():
-        found = json.loads(path.read_text())
-        assert found["predicted"] is True and found["note"] == prediction.NOTE
-        assert "cases" not in found, "a results file's key, which documents quote"
+        assert word in "; ".join(limits.violations(good | change, "bf16")), change
 
 
 # --- what is built --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def library_report():
-    library = ROOT / "dualhead_ext" / "_C_cuda.so"
-    if not library.is_file():
-        pytest.skip("the CUDA library is not built (no nvcc)")
-    if machine_code.find_tool() is None:
-        pytest.skip("cuobjdump is neither on PATH nor in an installed Triton")
-    found = machine_code.report(library)
-    if not found:
-        pytest.skip("the CUDA library has no code for sm_90a")
-    return found
-
-
-@pytest.fixture
-def of_these_sources():
-    record = json.loads((ROOT / "dualhead_ext" / "_build_info.json").read_text())
-    if record["csrc_sha256"] != libraries.csrc_hash():
-        pytest.skip("the library that is built is of other sources than csrc/: make build")
 
 
 @pytest.mark.parametrize("corrects", [0, 1], ids=["full", "correction"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_streaming_kernels_keep_their_limits(library_report, of_these_sources, format, corrects):
     one = library_report[f"stream_kernel<{format}, 1, {corrects}>"]
-    assert machine_code.violations(one) == []
+    assert limits.violations(one, format) == []
     rate = prediction.kernel_of(one, format).consumer_bytes_per_clock
     assert rate >= prediction.least_consumer_rate(), "consumers are slower than memory"
+
+
+@pytest.mark.parametrize("pass_name", ["loss_rows_kernel", "loss_rows_backward_kernel"])
+def test_kernels_of_the_loss_keep_their_limits(library_report, of_these_sources, pass_name):
+    stores = pass_name == "loss_rows_backward_kernel"
+    assert limits.loss_violations(library_report[pass_name], stores) == []
+
+
+def most_in_flight(one, bits):
+    """Loads of that width that a loop without products issues before it waits for the first."""
+    loops = (loop for loop in one["global_loops"] if loop["bits"] == bits and not loop["products"])
+    return max(loop["before_a_wait"] for loop in loops)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_loads_are_in_flight_together(library_report, format):
+    """Hidden states of a step (sixteen bytes), and parts and keys of the token (eight bytes)."""
+    one = library_report[f"stream_kernel<{format}, 1, 0>"]
+    assert most_in_flight(one, 128) >= 8 and most_in_flight(one, 64) >= 16
+
+
+@pytest.mark.parametrize("corrects", [0, 1], ids=["full", "correction"])
+def test_the_plain_kernel_loads_sixteen_bytes(library_report, corrects):
+    """Where the rows are aligned: eight loads of weights, and those of hidden states."""
+    assert most_in_flight(library_report[f"decode_step_kernel<1, {corrects}>"], 128) >= 8
+
+
+def test_no_kernel_fences_where_it_polls(library_report, of_these_sources):
+    polls = {name: one["polls"] for name, one in library_report.items()}
+    assert all(limits.fence_violations(one) == [] for one in library_report.values())
+    for format in FORMATS:
+        assert any(poll["of"] == "counter" for poll in polls[f"stream_kernel<{format}, 1, 0>"])
+
+
+@pytest.mark.parametrize("corrects", [0, 1], ids=["full", "correction"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_kernel_of_another_copy_engine_traps(library_report, format, corrects):
+    """For sm_90a it has no code. It must not end as if it had computed something."""
+    other = library_report[f"stream_kernel<{format}, 0, {corrects}>"]
+    assert other["traps"] and other["instructions"] < 32
+    assert library_report[f"stream_kernel<{format}, 1, {corrects}>"]["instructions"] > 1000
 
 
 def test_the_report_has_every_hot_kernel(library_report):

@@ -7,9 +7,13 @@
 - registers, and bytes of stack and local memory;
 - loops around bulk copies (UBLKCP, UTMALDG): stall cycles per copy, and whether the copy itself is
   in a loop over lanes (``BRA.U.ANY``), which a copy whose address is not uniform becomes;
+- the producer's loop over stages: stall cycles of its shortest path through the wait for a slot,
+  the announcement and the copies, and those of each further block and box;
 - loops of the consumers, those around HMMA: stall cycles, instructions, shared loads by width;
 - loops with loads from global memory: how many are issued before the first waits for one of them;
-- fences in loops: MEMBAR.SC, and CCTL.IVALL, which empties L1.
+- loops that poll: fences in them, and the fences that follow;
+- loops of ordinary loads and stores (the loss): their widths, and loads in flight;
+- MEMBAR.SC in loops.
 
 The stall cycles are those that the compiler encodes in each instruction: how long a warp waits
 before its next instruction. Waiting for memory is not included, so they are a lower bound.
@@ -24,132 +28,149 @@ import os
 import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import limits
+from .listing import (
+    Instruction,
+    base,
+    cycles_of,
+    innermost,
+    loops,
+    parse,
+    shortest_path,
+    width,
+)
 from .processes import ROOT, run_command
 
 ARCH = "sm_90a"
+ANNOUNCEMENT, WAIT = "SYNCS.ARRIVE.TRANS64", "SYNCS.PHASECHK"  # of an mbarrier
 COPIES, PRODUCTS = ("UBLKCP", "UTMALDG"), ("HMMA", "IMMA")
 _LANE_LOOP_REACH = 12  # instructions after a copy in which its own loop over lanes would end
 _NO_BARRIER = 7  # of scoreboards: none
-_INSTRUCTION = re.compile(
-    r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);\s*/\* 0x[0-9a-f]{16} \*/"
-)
-_CONTROL = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
-_FUNCTION = re.compile(r"Function : (\S+)")
+_LONGEST_POLL = 8  # instructions of a loop that polls, and after it until its fence has ended
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction of a kernel.
-
-    Attributes:
-        opcode: the opcode with its modifiers, such as "LDS.128".
-        operands: the rest of its text.
-        stall: cycles until the warp's next instruction.
-        sets: the scoreboard that its result signals, or 7.
-        waits: bit mask of the scoreboards that it waits for.
-    """
-
-    address: int
-    opcode: str
-    operands: str
-    stall: int
-    sets: int
-    waits: int
-
-    @property
-    def target(self) -> int | None:
-        """The target address of a branch; None for other instructions."""
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands.strip())
-        return int(found[1], 16) if self.opcode.startswith("BRA") and found else None
-
-
-def parse(text: str) -> dict[str, list[Instruction]]:
-    """Parse the kernels in the output of ``cuobjdump -sass``.
-
-    Raises:
-        ValueError: an instruction has no control bits.
-    """
-    kernels: dict[str, list[Instruction]] = {}
-    current: list[Instruction] = []
-    lines = iter(text.splitlines())
-    for line in lines:
-        if named := _FUNCTION.search(line):
-            current = kernels.setdefault(named[1], [])
-        elif found := _INSTRUCTION.search(line):
-            control = _CONTROL.match(next(lines, ""))
-            if control is None:
-                raise ValueError(f"an instruction without control bits: {line}")
-            bits = int(control[1], 16)
-            current.append(
-                Instruction(
-                    address=int(found[1], 16),
-                    opcode=found[3],
-                    operands=found[4],
-                    stall=bits >> 41 & 0xF,
-                    sets=bits >> 46 & 0x7,
-                    waits=bits >> 52 & 0x3F,
-                )
-            )
-    return {name: code for name, code in kernels.items() if len(code) > 32}
-
-
-def loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The bodies of all loops: the instructions between a backward branch and its target."""
-    place = {one.address: i for i, one in enumerate(code)}
-    ends: dict[int, int] = {}
-    for i, one in enumerate(code):
-        start = place.get(one.target) if one.target is not None else None
-        if start is not None and start < i:
-            ends[start] = max(ends.get(start, 0), i)
-    return [code[start : end + 1] for start, end in sorted(ends.items())]
-
-
-def innermost(bodies: list[list[Instruction]]) -> list[list[Instruction]]:
-    """The loops that contain no other loop."""
-    spans = [(body[0].address, body[-1].address) for body in bodies]
-
-    def holds_another(span: tuple[int, int]) -> bool:
-        return any(o != span and span[0] <= o[0] and o[1] <= span[1] for o in spans)
-
-    return [body for body, span in zip(bodies, spans, strict=True) if not holds_another(span)]
-
-
-def _base(one: Instruction) -> str:
-    return one.opcode.partition(".")[0]
-
-
-def _width(one: Instruction) -> int:
-    """Bits per lane that a load takes."""
-    for part in one.opcode.split(".")[1:]:
-        if part in ("64", "128"):
-            return int(part)
-        if part in ("U8", "S8", "U16", "S16"):
-            return int(part[1:])
-    return 32
+def _is_exponential(one: Instruction) -> bool:
+    """expf begins with it."""
+    return one.opcode == "FFMA.SAT"
 
 
 def _copy_loops(code: list[Instruction], bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
     """The smallest loop around each copy. A loop over lanes is recognised by its final branch."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
     place = {one.address: i for i, one in enumerate(code)}
-    for one in [one for one in code if _base(one) in COPIES]:
+    for one in [one for one in code if base(one) in COPIES]:
         around = [b for b in bodies if b[0].address <= one.address <= b[-1].address]
         after = code[place[one.address] : place[one.address] + _LANE_LOOP_REACH]
         by_lanes = any(other.opcode == "BRA.U.ANY" for other in after)
         body = min(around, key=len) if around else [one]
-        copies = sum(_base(other) in COPIES for other in body)
+        copies = sum(base(other) in COPIES for other in body)
         found[body[0].address, body[-1].address] = {
             "copies": copies,
-            "kind": _base(one),
+            "kind": base(one),
             "by_lanes": by_lanes,
             "stall_cycles_per_copy": round(sum(other.stall for other in body) / copies, 1),
         }
     return list(found.values())
+
+
+FENCES = ("MEMBAR", "CCTL.IVALL", "FENCE")
+
+
+def _fences(body: list[Instruction]) -> int:
+    return sum(one.opcode.startswith(FENCES) for one in body)
+
+
+def _producers(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
+    """The loops over stages: those that wait for a slot, announce its bytes and copy.
+
+    The copies of weights are in a loop over blocks and one over boxes; the last copy is that of
+    hidden states. "cycles" counts one block and one box of each matrix.
+    """
+    found = []
+    announcements = {one.address: one for b in bodies for one in b if one.opcode == ANNOUNCEMENT}
+    for announced in announcements.values():
+        around = [b for b in bodies if b[0].address <= announced.address <= b[-1].address]
+        waiting = [b for b in around if any(one.opcode.startswith(WAIT) for one in b)]
+        loop = min(waiting, key=len, default=[])
+        copies = [one for one in loop if base(one) in COPIES]
+        if sum(one.opcode == ANNOUNCEMENT for one in loop) != 1 or len(copies) < 2:
+            continue
+        wait = next(one for one in loop if one.opcode.startswith(WAIT))
+        *weights, hidden = copies
+        nests = {
+            one.address: sorted(
+                (b for b in bodies if b[0].address <= one.address <= b[-1].address), key=len
+            )
+            for one in copies
+        }
+        path = shortest_path(loop, [wait, announced, *weights])
+        with_hidden = shortest_path(loop, [wait, announced, *copies])
+        found.append(
+            {
+                "cycles": cycles_of(path),
+                "cycles_with_hidden": cycles_of(with_hidden),
+                "per_block": max(cycles_of(nests[one.address][1]) for one in weights),
+                "per_box": max(cycles_of(nests[one.address][0]) for one in weights),
+                "per_hidden_box": cycles_of(nests[hidden.address][0]),
+                "fences": _fences(path),
+            }
+        )
+    return found
+
+
+def _polls(code: list[Instruction], inner: list[list[Instruction]]) -> list[dict[str, Any]]:
+    """The loops that wait for a value in global memory: our counters, and the toolkit's grid
+    barrier, which loads with generic addresses."""
+    place = {one.address: i for i, one in enumerate(code)}
+    found = []
+    for loop in inner:
+        loads = [one for one in loop if base(one) in ("LDG", "LD") and "STRONG" in one.opcode]
+        if not loads or len(loop) > _LONGEST_POLL:
+            continue
+        end = place[loop[-1].address] + 1
+        after = code[end : end + _LONGEST_POLL]
+        found.append(
+            {
+                "of": "counter" if base(loads[0]) == "LDG" else "grid barrier",
+                "sleeps": any(base(one) == "NANOSLEEP" for one in loop),
+                "fences": _fences(loop),
+                "fences_after": sum(one.opcode.startswith("MEMBAR.ALL.GPU") for one in after),
+            }
+        )
+    return found
+
+
+def _element_loops(inner: list[list[Instruction]]) -> list[dict[str, Any]]:
+    """Loops over logits that load and perhaps store four elements per access: those of
+    the loss. Counted is the shortest path through every wide access and an exponential for each
+    logit, so without the soft cap and single elements."""
+    found = []
+    for loop in inner:
+        wide = [one for one in loop if base(one) in ("LDG", "STG") and width(one) == 128]
+        loads = [one for one in wide if base(one) == "LDG"]
+        if not loads or sum(map(_is_exponential, loop)) < 4 * len(loads):
+            continue
+        path = shortest_path(loop, wide, _is_exponential, 4 * len(loads))
+        overlap = path[path.index(loads[-1]) :]
+        pending = 0
+        for one in loads:
+            pending |= 1 << one.sets
+        before = next((i for i, one in enumerate(overlap) if one.waits & pending), len(overlap))
+        found.append(
+            {
+                "instructions": len(path),
+                "stall_cycles": cycles_of(path),
+                "cycles_before_wait": cycles_of(overlap[:before]),
+                "wide_loads": len(loads),
+                "wide_stores": len(wide) - len(loads),
+                "local_accesses": sum(base(one) in ("LDL", "STL") for one in path),
+            }
+        )
+    return found
 
 
 def _consumer_loops(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
@@ -157,7 +178,7 @@ def _consumer_loops(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
     and unpacked."""
     found: dict[int, dict[str, Any]] = {}
     for inner in innermost(bodies):
-        if not any(_base(one) in PRODUCTS for one in inner):
+        if not any(base(one) in PRODUCTS for one in inner):
             continue
         start, end = inner[0].address, inner[-1].address
         around = [
@@ -166,15 +187,15 @@ def _consumer_loops(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
             if len(b) > len(inner) and b[0].address <= start and end <= b[-1].address
         ]
         body = min(around, key=len) if around else inner
-        shared = [one for one in body if _base(one) in ("LDS", "LDSM")]
+        shared = [one for one in body if base(one) in ("LDS", "LDSM")]
         if shared:
-            widths = Counter("LDSM" if _base(o) == "LDSM" else str(_width(o)) for o in shared)
+            widths = Counter("LDSM" if base(o) == "LDSM" else str(width(o)) for o in shared)
             found[body[0].address] = {
-                "products": sum(_base(one) in PRODUCTS for one in body),
+                "products": sum(base(one) in PRODUCTS for one in body),
                 "instructions": len(body),
                 "stall_cycles": sum(one.stall for one in body),
                 "shared_loads": dict(sorted(widths.items())),
-                "local_accesses": sum(_base(one) in ("LDL", "STL") for one in inner),
+                "local_accesses": sum(base(one) in ("LDL", "STL") for one in inner),
             }
     return list(found.values())
 
@@ -185,7 +206,7 @@ def loads_before_a_wait(body: list[Instruction]) -> int:
     for one in body:
         if one.waits & pending:
             break
-        if _base(one) in ("LDG", "LD"):
+        if base(one) in ("LDG", "LD"):
             count += 1
             pending |= 1 << one.sets if one.sets != _NO_BARRIER else 0
     return count
@@ -194,15 +215,14 @@ def loads_before_a_wait(body: list[Instruction]) -> int:
 def _global_loops(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
     found = []
     for body in bodies:
-        loads = [one for one in body if _base(one) in ("LDG", "LD")]
+        loads = [one for one in body if base(one) in ("LDG", "LD")]
         if loads:
             found.append(
                 {
                     "loads": len(loads),
                     "before_a_wait": loads_before_a_wait(body),
-                    "bits": min(_width(one) for one in loads),
-                    "products": sum(_base(one) == "HMMA" for one in body),
-                    "polls": any("STRONG" in one.opcode for one in loads),
+                    "bits": min(width(one) for one in loads),
+                    "products": sum(base(one) == "HMMA" for one in body),
                 }
             )
     return found
@@ -215,43 +235,15 @@ def report_of(code: list[Instruction]) -> dict[str, Any]:
     in_loops = {one.address: one for body in bodies for one in body}.values()
     return {
         "instructions": len(code),
+        "traps": any(base(one) == "BPT" and ".TRAP" in one.opcode for one in code),
         "copy_loops": _copy_loops(code, bodies),
         "consumer_loops": _consumer_loops(bodies),
         "global_loops": _global_loops(inner),
+        "producers": _producers(bodies),
+        "polls": _polls(code, inner),
+        "element_loops": _element_loops(inner),
         "membar_sc_in_loops": sum(one.opcode.startswith("MEMBAR.SC") for one in in_loops),
-        "l1_wipes_in_loops": sum(one.opcode.startswith("CCTL.IVALL") for one in in_loops),
     }
-
-
-# Limits of a streaming kernel. At a multiprocessor's share of the bandwidth, 16.5 bytes a clock, a
-# box of 64 rows of 128 bytes takes 496 clocks; its copy may take the producer an eighth of them.
-MOST_CYCLES_PER_COPY = 62
-LEAST_LOADS_IN_FLIGHT = 8  # minimum in the gate's projections
-
-
-def violations(one: dict[str, Any]) -> list[str]:
-    """A sentence for each limit that the report of a streaming kernel exceeds.
-
-    The limits of registers, and of spills outside these loops, are in
-    python_tests/csrc/test_cuda_compile.py.
-    """
-    found = []
-    if one["membar_sc_in_loops"]:
-        found.append(f"{one['membar_sc_in_loops']} MEMBAR.SC in loops")
-    for loop in one["copy_loops"]:
-        if loop["by_lanes"]:
-            found.append(f"{loop['kind']} in a loop over lanes")
-        elif loop["stall_cycles_per_copy"] > MOST_CYCLES_PER_COPY:
-            found.append(f"{loop['stall_cycles_per_copy']} stall cycles per copy")
-    for loop in one["consumer_loops"]:
-        if not set(loop["shared_loads"]) <= {"128", "LDSM"}:
-            found.append(f"shared loads by width, {loop['shared_loads']}, beside products")
-        if loop["local_accesses"]:
-            found.append(f"{loop['local_accesses']} spilled registers among products")
-    for loop in one["global_loops"]:
-        if loop["products"] and loop["before_a_wait"] < LEAST_LOADS_IN_FLIGHT:
-            found.append(f"a projection with {loop['before_a_wait']} loads before a wait")
-    return sorted(set(found))
 
 
 def short_name(mangled: str) -> str:
@@ -306,6 +298,9 @@ def report(path: Path, limit: float = 300) -> dict[str, dict[str, Any]]:
     return found
 
 
+PARTS = ("copy_loops", "producers", "consumer_loops", "global_loops", "polls", "element_loops")
+
+
 def in_words(reports: dict[str, dict[str, Any]]) -> str:
     """The reports as text for a terminal."""
     lines = []
@@ -313,9 +308,9 @@ def in_words(reports: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"{name}: {one['instructions']} instructions, {one['registers']} registers, "
             f"{one['local_bytes'] + one['stack_bytes']} bytes of stack and local memory; in loops "
-            f"{one['membar_sc_in_loops']} MEMBAR.SC, {one['l1_wipes_in_loops']} CCTL.IVALL"
+            f"{one['membar_sc_in_loops']} MEMBAR.SC"
         )
-        for part in ("copy_loops", "consumer_loops", "global_loops"):
+        for part in PARTS:
             rows = Counter(json.dumps(row) for row in one[part])
             lines += [f"  {part[:-1]} ({count}x): {row}" for row, count in rows.items()]
     return "\n".join(lines)
@@ -331,8 +326,19 @@ def main(arguments: list[str] | None = None) -> None:
     found = report(options.object)
     print(in_words(found))
     for name, one in found.items():
-        if name.startswith("stream_kernel"):
-            print(f"{name}: over the limits: {'; '.join(violations(one)) or 'nothing'}")
+        if name.startswith("stream_kernel") and one["copy_loops"]:
+            format = name.partition("<")[2].partition(",")[0]
+            for producer in one["producers"]:
+                print(f"{name}: share of issue cycles: {limits.issue_shares(producer, format)}")
+            over = limits.violations(one, format)
+        elif name.startswith("loss_rows"):
+            for loop in one["element_loops"]:
+                rate = limits.bytes_per_clock(loop, one["registers"])
+                print(f"{name}: {rate:.1f} bytes per clock of a multiprocessor")
+            over = limits.loss_violations(one, "backward" in name)
+        else:
+            over = limits.fence_violations(one)
+        print(f"{name}: over the limits: {'; '.join(over) or 'nothing'}")
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -7,7 +7,7 @@ The prediction is to be confirmed or corrected by measurement, row by row.
 
 The constants come from ``benchmarks/results/h200-timeline.json``, measured with the kernels of
 commit a7c479c. Given the properties of that version (``MEASURED_VERSION``), the model returns the
-measured times of its twelve cases to 15 %, ten of them to 5 % (test_machine_code.py). The present
+measured times of its twelve cases to 15 %, ten of them to 5 % (test_prediction.py). The present
 kernels have not run. In clocks of the busiest block::
 
     start   until the first grid barrier ends. Before it the projections, or the hidden states of
@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import limits
 from .processes import ROOT
 from .records import read_lines
 
@@ -98,13 +99,15 @@ class Kernel:
     """The properties of a kernel's machine code that the model needs.
 
     Attributes:
-        cycles_per_copy: the producer's stall cycles per bulk copy, in the loop with most copies.
+        cycles_per_copy: the producer's stall cycles per box.
+        cycles_per_stage: those of a stage besides.
         consumer_bytes_per_clock: bytes per clock that all consumers of a multiprocessor process,
             for one request.
     """
 
     cycles_per_copy: float
     consumer_bytes_per_clock: float
+    cycles_per_stage: float = 0.0
 
 
 def kernel_of(report: dict[str, Any], format: str) -> Kernel:
@@ -113,14 +116,16 @@ def kernel_of(report: dict[str, Any], format: str) -> Kernel:
     A tensor core product takes 16 x 16 weights (rows x inputs). The machine code does not show
     which loop serves one request; the slowest one is used.
     """
-    copies = report["copy_loops"]
-    slowest = max(copies, key=lambda loop: (loop["copies"], loop["stall_cycles_per_copy"]))
+    [producer] = report["producers"]
+    # As if each box were in a block of its own, as it is in a full tile.
+    per_copy = producer["per_block"]
+    per_stage = producer["cycles_with_hidden"] - 2 * per_copy
     rates = []
     for loop in report["consumer_loops"]:
         num_bytes = loop["products"] * 16 * 16 * BITS[format] / 8
         by_stalls = CONSUMERS * num_bytes / loop["stall_cycles"]
         rates.append(min(by_stalls, SCHEDULERS * num_bytes / loop["instructions"]))
-    return Kernel(slowest["stall_cycles_per_copy"], min(rates))
+    return Kernel(per_copy, min(rates), per_stage)
 
 
 @dataclass(frozen=True)
@@ -286,7 +291,7 @@ def predict(
         for _ in range(chunks):
             others = max(
                 boxes * BOX_CLOCKS,
-                boxes * kernel.cycles_per_copy,
+                kernel.cycles_per_stage + boxes * kernel.cycles_per_copy,
                 consumers,
                 UNDER_WAY_CLOCKS / (plan.stages if now > alpha else plan.under_way),
             )
@@ -348,6 +353,7 @@ def predictions(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "predicted": True,
         "constants": constants,
         "kernels": {name: vars(kernel) for name, kernel in kernels.items()},
+        **limits.summary(reports),
         "rows": rows,
     }
 
