@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches from several threads, and bulk copies without the fence that they need, on the host
-// backend.
+// Launches from several threads, bulk copies without the fence that they need, and wrong ways to
+// wait for a counter, on the host backend.
 #include "kernels/cuda/launch.cuh"
 
 #include <atomic>
@@ -46,7 +46,66 @@ std::string error_of_copy(bool fenced, bool stored_later) {
   return "";
 }
 
+// Runs two warps. Warp 1 signals twice, the second time once warp 0 has looked; warp 0 runs
+// `wait`(counter, seen), and sets `seen` when it has looked. Returns the error's text.
+template <typename Wait>
+std::string error_of_wait(Wait wait) {
+  unsigned counter = 0;
+  bool seen = false;
+  try {
+    host_cuda::run_grid({1, 1, 1}, {64, 1, 1}, 1024, false, {1, -1, -1, -1}, [&] {
+      if (threadIdx.x < 32) return wait(&counter, &seen);
+      if (threadIdx.x > 32) return;
+      cuda::signal(&counter, 1);
+      while (!seen) __nanosleep(32);
+      cuda::signal(&counter, 1);
+    });
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+bool contains(const std::string& text, const char* part) {
+  return text.find(part) != std::string::npos;
+}
+
 }  // namespace
+
+TEST(one_lane_polls_and_fences_once) {
+  const auto right = [](unsigned* counter, bool* seen) {
+    cuda::wait_for(counter, 1);
+    *seen = true;
+    cuda::warp_barrier();
+    cuda::wait_for(counter, 2);
+    cuda::warp_barrier();
+    CHECK(cuda::has_reached(counter, 2));
+  };
+  CHECK_EQUAL(error_of_wait(right), std::string());
+  const auto all_lanes = [](unsigned* counter, bool* seen) {
+    while (cuda::peek(counter) < 2) *seen = true, __nanosleep(32);
+    cuda::acquire_fence();
+  };
+  CHECK(contains(error_of_wait(all_lanes), "another lane of its warp looks at"));
+  const auto fence_each_time = [](unsigned* counter, bool* seen) {
+    if (threadIdx.x != 0) return;
+    for (;;) {
+      const unsigned value = cuda::peek(counter);
+      if (value > 0) *seen = true, cuda::acquire_fence();
+      if (value == 2) return;
+      __nanosleep(32);
+    }
+  };
+  CHECK(contains(error_of_wait(fence_each_time), "fences in a polling loop"));
+  const auto fence_too_early = [](unsigned* counter, bool* seen) {
+    if (threadIdx.x != 0) return;
+    *seen = true;
+    counter[0] = 0;
+    (void)cuda::peek(counter);
+    cuda::acquire_fence();
+  };
+  CHECK(contains(error_of_wait(fence_too_early), "before it has seen a signal"));
+}
 
 TEST(threads_that_launch_different_plans_do_not_refuse_each_other) {
   const int shared_bytes[] = {60 * 1024, 220 * 1024};
