@@ -16,7 +16,7 @@ from ..data import EMBEDDED, load_preference_data
 from ..eval.scorers import Scorer, scorer
 from .errors import UserError, argument
 from .models import check_device, check_heads, loading, quiet_transformers
-from .sample import load_prompts
+from .sample import failing_scorer, load_prompts
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 # Defaults of the options that only HEADS has.
@@ -53,7 +53,8 @@ def main(arguments: Namespace) -> None:
         _check_lengths(model, tokenizer, prompts, arguments.max_new_tokens)
     from ..eval.heads import report as pages
 
-    report = _measure(arguments, model, tokenizer, rows, prompts, strengths, scorers)
+    with failing_scorer():
+        report = _measure(arguments, model, tokenizer, rows, prompts, strengths, scorers)
     files = {pages.RESULTS: pages.to_json(report), pages.PAGE: pages.to_markdown(report).encode()}
     if report["plot"]:
         from ..eval.heads.plot import sweep_figure

@@ -15,11 +15,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ..data import HUMAN, read_jsonl
+from ..data import HUMAN, read_jsonl, read_lines
 from ..eval.open_prompts import SPLITS, open_prompts
-from ..eval.scorers import Scorer, scorer
+from ..eval.scorers import Scorer, ScorerError, scorer
 from ..model.builtin_backbones import backbone_path
-from .errors import UserError, argument
+from .errors import UserError, argument, one_line
 from .models import check_backbone, check_device, loading, quiet_transformers
 
 # Built-in prompts instead of a file: "open" or "open:SPLIT".
@@ -54,15 +54,14 @@ def load_prompts(name: str) -> list[str | list[dict[str, str]]]:
             "open:calibration" or "open:measure".
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a row without a prompt, or no prompt at all.
+        ValueError: a row without a prompt, no prompt at all, or a file that cannot be read.
     """
     if name == OPEN or name.startswith(f"{OPEN}:"):
         return [_prompt(text) for text in open_prompts(name.partition(":")[2] or SPLITS[0])]
     if name.endswith((".jsonl", ".jsonl.gz")):
         found = [_prompt_of(row, f"{name}, line {line}") for line, row in read_jsonl(name)]
     else:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-        found = [_prompt(line.strip()) for line in lines if line.strip()]
+        found = [_prompt(line.strip()) for line in read_lines(name) if line.strip()]
     unique = list({_key(prompt): prompt for prompt in found}.values())
     if not unique:
         raise ValueError(f"expected at least one prompt in {name}, got none")
@@ -155,13 +154,23 @@ def _append(arguments: Namespace, prompts: list, judge: Scorer, source: str, fil
         for batch in batches(prompts, size):
             found = responses_to(model, tokenizer, batch, *settings)
             for prompt, responses in zip(batch, found, strict=True):
-                row = ranked_row(prompt, responses, judge)
+                with failing_scorer():
+                    row = ranked_row(prompt, responses, judge)
                 text = json.dumps(row | {"source": source}, ensure_ascii=False)
                 with argument("--out"):
                     _write(file, text.encode() + b"\n")
             with argument("--out"):
                 os.fsync(file.fileno())
             bar.update(len(batch))
+
+
+@contextmanager
+def failing_scorer() -> Iterator[None]:
+    """A scorer's failure as a :class:`UserError`: it may be a function of the user's."""
+    try:
+        yield
+    except ScorerError as error:
+        raise UserError(f"--scorer: {one_line(error)}") from error
 
 
 def _write(file: FileIO, data: bytes) -> None:

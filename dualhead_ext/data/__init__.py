@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.foreign import shown
-from .files import Rows, read_jsonl, rows_in, rows_of
+from .files import Rows, read_jsonl, read_lines, rows_in, rows_of
 from .texts import (
     ASSISTANT,
     HUMAN,
@@ -44,6 +44,7 @@ __all__ = [
     "load_preference_data",
     "preference_rows",
     "read_jsonl",
+    "read_lines",
     "rows_of",
     "score_pairs",
 ]

@@ -246,16 +246,9 @@ def read_file(path: str | os.PathLike, function: str = "read_file") -> Rows:
         ImportError: Parquet without pyarrow.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"{function}: {path} is a folder; expected a file")
-    if not path.is_file():
-        raise FileNotFoundError(f"{function}: there is no file {path}")
-    opener, start = _opener(path)
+    opener, start = _opener(path, function)
     if start[:4] == b"PAR1":
         return _parquet_rows(function, path)
-    for magic, what in _NAMED.items():
-        if start.startswith(magic):
-            raise ValueError(f"{function}: {path} is {what}")
     encoding = _encoding(start)
     stem = path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path
     if stem.suffix in (".csv", ".tsv"):
@@ -265,8 +258,43 @@ def read_file(path: str | os.PathLike, function: str = "read_file") -> Rows:
     return Rows(_json_lines(path, opener, encoding), "line")
 
 
-def _opener(path: Path) -> tuple[Any, bytes]:
-    """(function that opens the file, its first uncompressed bytes), regardless of its name."""
+def read_lines(path: str | os.PathLike, function: str = "read_lines") -> list[str]:
+    """The lines of a text file in UTF-8 or UTF-16, which may be compressed, without their ends.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such file.
+        ValueError: not text, or the file is truncated.
+    """
+    path = Path(path).expanduser()
+    opener, start = _opener(path, function)
+    try:
+        with opener(path, "rt", encoding=_encoding(start)) as file:
+            return [line.rstrip("\n") for line in file]
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {_not_text(error)}") from error
+
+
+def _opener(path: Path, function: str) -> tuple[Any, bytes]:
+    """(function that opens the file, its first uncompressed bytes), regardless of its name.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such file.
+        ValueError: an archive, or a placeholder for a file.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{function}: {path} is a folder; expected a file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{function}: there is no file {path}")
+    opener, start = _first_bytes(path)
+    for magic, what in _NAMED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{function}: {path} is {what}")
+    return opener, start
+
+
+def _first_bytes(path: Path) -> tuple[Any, bytes]:
     with open(path, "rb") as file:
         start = file.read(256)
     opener: Any

@@ -25,6 +25,10 @@ Measure = Callable[[str, Sequence[str]], list[float]]
 REWARD_MODEL, JUDGE = "reward-model:", "judge:"
 
 
+class ScorerError(ValueError):
+    """A scorer failed, or did not return one finite number for each response."""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A scorer of texts.
@@ -43,18 +47,23 @@ class Scorer:
     higher_is_better: bool = True
     compares: bool = False
 
-    def rewards(self, prompt: str, responses: Sequence[str]) -> list[float]:
-        """``measure``, negated if less is better.
+    def checked(self, prompt: str, responses: Sequence[str]) -> list[float]:
+        """``measure``, checked.
 
         Raises:
-            ValueError: not one finite number for each response.
+            ScorerError: not one finite number for each response, or a user's function failed.
         """
         found = [float(value) for value in self.measure(prompt, responses)]
         if len(found) != len(responses) or not all(map(math.isfinite, found)):
-            raise ValueError(
+            raise ScorerError(
                 f"scorer {self.name}: expected {len(responses)} finite numbers, one for each "
                 f"response, got {found}"
             )
+        return found
+
+    def rewards(self, prompt: str, responses: Sequence[str]) -> list[float]:
+        """``checked``, negated if less is better."""
+        found = self.checked(prompt, responses)
         return found if self.higher_is_better else [-value for value in found]
 
 
@@ -194,7 +203,14 @@ def _function(name: str) -> Measure:
         raise ValueError(f"scorer {name}: module {module} has no {attribute}") from error
     if not callable(function):
         raise ValueError(f"scorer {name}: {attribute} must be a function, got {function!r}")
-    return lambda prompt, responses: [float(function(prompt, text)) for text in responses]
+
+    def measure(prompt: str, responses: Sequence[str]) -> list[float]:
+        try:
+            return [float(function(prompt, text)) for text in responses]
+        except Exception as error:
+            raise ScorerError(f"scorer {name}: {type(error).__name__}: {error}") from error
+
+    return measure
 
 
 def _reward_model(folder: str) -> Measure:

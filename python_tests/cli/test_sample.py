@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dualhead sample``: the command, and the rows that it writes."""
 
+import gzip
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualhead_ext as dh
 from dualhead_ext import cli
+from dualhead_ext.cli.sample import load_prompts
 from dualhead_ext.data.collate import tokenize_pairs
 from dualhead_ext.eval import sampling
 from dualhead_ext.eval.open_prompts import SPLITS, open_prompts
@@ -239,6 +241,49 @@ def test_ended_must_be_a_boolean_for_each_response(tmp_path):
 
 
 # --- the built-in prompts -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_questions_in_the_encodings_of_other_programs(tmp_path, encoding, compress):
+    """A line ends where a text editor ends it: not at a line separator within a question."""
+    text = "What is \u2028 this?\r\n\r\nWas heißt das?\n"
+    path = tmp_path / "questions.txt"
+    path.write_bytes(compress(text.encode(encoding)))
+    found = [prompt[0]["content"] for prompt in load_prompts(str(path))]
+    assert found == ["What is \u2028 this?", "Was heißt das?"]
+
+
+def test_questions_that_are_no_text_are_one_sentence(place, capsys):
+    whole = gzip.compress(b"What is this?\n" * 1000)
+    for data, words in (
+        ("Was heißt das?".encode("latin-1"), "questions.txt: not UTF-8"),
+        (whole[:-9], "questions.txt: cannot be read"),
+        (b"PK\x03\x04", "a zip archive: unpack it first"),
+    ):
+        (place / "questions.txt").write_bytes(data)
+        assert run(*command()) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("dualhead sample: --prompts: ") and words in error, error
+        assert error.count("\n") == 1
+
+
+def test_a_scorer_that_fails_is_one_sentence(place, capsys):
+    (place / "rule.py").write_text(
+        "def fails(prompt, response):\n    return response[10**6]\n"
+        "def nothing(prompt, response):\n    pass\n"
+        "def nan(prompt, response):\n    return float('nan')\n"
+    )
+    sys.modules.pop("rule", None)
+    for name, words in (
+        ("fails", "rule:fails: IndexError: string index out of range"),
+        ("nothing", "rule:nothing: TypeError"),
+        ("nan", "rule:nan: expected 3 finite numbers"),
+    ):
+        assert run(*command("--scorer", f"rule:{name}")) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("dualhead sample: --scorer: scorer ") and words in error, error
+    sys.modules.pop("rule", None)
 
 
 def test_splits_of_the_open_prompts_share_no_prompt_and_no_topic():

@@ -310,6 +310,21 @@ def test_mistakes_that_only_the_heads_know(place, capsys):
     assert not (place / "report").exists()
 
 
+def test_a_scorer_that_fails_is_one_sentence(place, capsys):
+    (place / "rule_that_fails.py").write_text(
+        "def fails(prompt, response):\n    return 1 / 0\n"
+        "def nan(prompt, response):\n    return float('nan')\n"
+    )
+    for name, words in (
+        ("fails", "--scorer: scorer rule_that_fails:fails: ZeroDivisionError: division by zero"),
+        ("nan", "--scorer: scorer rule_that_fails:nan: expected 2 finite numbers"),
+    ):
+        argv = ["--limit", "1", "--strengths", "1", "--scorer", f"rule_that_fails:{name}"]
+        assert run(*EVAL, *argv, "--out", "report") == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (place / "report").exists()
+
+
 def test_without_matplotlib_it_says_how_to_go_on(place, capsys, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(

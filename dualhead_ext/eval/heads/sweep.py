@@ -125,7 +125,7 @@ def sweep_figures(
     questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
     scored = {
         found.name: [
-            found.measure(question, [reply.text for reply in row])
+            found.checked(question, [reply.text for reply in row])
             for question, row in zip(questions, replies, strict=True)
         ]
         for found in scorers
