@@ -29,7 +29,8 @@ def head_logits(
         dtype = accumulator_dtype(hidden.dtype)
         hidden, weight = hidden.to(dtype), dequantize(weight, scale, dtype)
         bias = None if bias is None else bias.to(dtype)
-    logits = F.linear(hidden, weight, bias)
+    # For a slice of positions PyTorch would copy the weight B times in bf16.
+    logits = F.linear(hidden.contiguous(), weight, bias)
     return logits.to(accumulator_dtype(logits.dtype))
 
 
@@ -87,7 +88,7 @@ def correction(
         value = bias[k].to(dtype).expand(*hidden.shape[:-1], -1)
         if down is None:
             return value
-        return F.linear(F.linear(hidden, down[k]), up[k]).to(dtype) + value
+        return F.linear(F.linear(hidden.contiguous(), down[k]), up[k]).to(dtype) + value
 
     return weighted_sum(map(change, range(num_objectives)), num_objectives, objective_weights)
 

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from small_heads import D, V, make_head
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualhead_ext import reference
 from dualhead_ext.config import GATE_NAMES, MIX_NAMES, DualHeadConfig
@@ -131,6 +132,33 @@ def test_what_padding_holds_has_no_part(config):
         found.append((whole.gate_logit[real], whole.logits[real], prompt.logits[0], step.logits))
     for clean, dirty in zip(*found, strict=True):
         assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("reward_head", ["full", "embedding", "lowrank"])
+def test_no_copies_of_a_matrix_for_strided_hidden_states(reward_head):
+    """PyTorch copies the weight once per request for a bf16 product of (B, 1, d) slices."""
+    head = make_head(dtype=torch.bfloat16, reward_head=reward_head, reward_rank=2)
+    last = torch.randn(32, 5, D, dtype=torch.bfloat16)[:, -1:]
+    with torch.no_grad(), Copies() as copies:
+        head.reward_logits(last, head.lm_logits(last), None)
+    assert set(copies.products) == {2} and copies.largest == 32 * V
+
+
+class Copies(TorchDispatchMode):
+    """The dimensions of the products' operands, and the number of elements of the largest tensor
+    that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+            self.products.append(args[-1].dim())
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 def test_strength_zero_is_the_lm_head_itself():
