@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,14 @@ def add_row(path: Path, size: str, row: dict[str, Any]) -> None:
     """Add a row to a results file; it replaces one of the same head and work.
 
     Raises:
-        SystemExit: the file is of another machine, commit or size.
+        SystemExit: the file is of another machine, commit, version or size.
     """
-    new = describe("cpu") | {"size": size, "shape": SIZES[size], "rows": []}
+    loaded = (sys.modules.get(name) for name in ("transformers", "vllm"))
+    packages = {module.__name__: module.__version__ for module in loaded if module}
+    new = describe("cpu") | {"packages": packages}
+    new |= {"size": size, "shape": SIZES[size], "rows": []}
     found = json.loads(path.read_text()) if path.is_file() else new
-    for name in ("device", "commit", "csrc_sha256", "torch", "size"):
+    for name in ("device", "commit", "csrc_sha256", "torch", "packages", "size"):
         if found[name] != new[name]:
             raise SystemExit(f"{path}: its {name} is {found[name]}, this is {new[name]}")
     same = ("reward_head", "work")
