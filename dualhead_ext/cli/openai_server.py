@@ -23,8 +23,6 @@ from .openai_requests import Asked, BadRequest, asked
 from .reply import ReplyStream
 
 _MAX_BODY = 2**23
-# Seconds that requests may still take after SIGTERM.
-GRACE = 30.0
 Send = Callable[["Choice", str], Awaitable[None]]
 
 
@@ -246,9 +244,11 @@ def _error(code: int, message: str, param: str | None = None) -> web.Response:
     return web.json_response(_content(code, message, param), status=code)
 
 
-def run(engine: BatchingEngine, name: str, host: str, port: int, ready: Any = None) -> None:
+def run(
+    engine: BatchingEngine, name: str, host: str, port: int, grace: float, ready: Any = None
+) -> None:
     """Serve until SIGTERM or Ctrl-C. Then requests that are running may finish, for at most
-    :data:`GRACE` seconds; a second signal ends them.
+    ``grace`` seconds; a second signal ends them.
 
     Args:
         name: model name for clients.
@@ -258,12 +258,12 @@ def run(engine: BatchingEngine, name: str, host: str, port: int, ready: Any = No
     """
     engine.start()
     try:
-        asyncio.run(_serve(Server(engine, name).app(), host, port, ready))
+        asyncio.run(_serve(Server(engine, name).app(), host, port, grace, ready))
     finally:
         engine.stop()
 
 
-async def _serve(app: web.Application, host: str, port: int, ready: Any) -> None:
+async def _serve(app: web.Application, host: str, port: int, grace: float, ready: Any) -> None:
     loop, told, at_once = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
@@ -274,7 +274,7 @@ async def _serve(app: web.Application, host: str, port: int, ready: Any) -> None
     # handler_cancellation: a client that goes away ends its request.
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, handler_cancellation=True,
-        shutdown_timeout=GRACE,
+        shutdown_timeout=grace,
     )  # fmt: skip
     await runner.setup()
     try:

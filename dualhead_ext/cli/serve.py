@@ -15,6 +15,8 @@ from ..vllm import server
 from .errors import UserError, argument, one_line
 from .models import check_heads, load, quiet_transformers
 
+# Seconds that running requests may still take after SIGTERM.
+GRACE = 30
 _INSTALL = "https://docs.vllm.ai/en/latest/getting_started/installation"
 
 
@@ -53,7 +55,7 @@ def _with_vllm(arguments: Namespace, name: str) -> int:
         from ..model.export import export
         from ..model.served_folder import holds_backbone
     heads = Path(arguments.heads)
-    where = arguments.host, arguments.port, arguments.vllm_options
+    where = arguments.host, arguments.port, GRACE, arguments.vllm_options
     _announce(arguments, name, "vLLM", "; /health says when it is ready")
     if arguments.backbone is None and holds_backbone(heads):
         return server.run(heads, name, *where)
@@ -89,7 +91,7 @@ def _with_transformers(arguments: Namespace, name: str) -> int:
         _announce(arguments, name, "transformers' continuous batching", "")
 
     try:
-        openai_server.run(engine, name, arguments.host, arguments.port, ready)
+        openai_server.run(engine, name, arguments.host, arguments.port, GRACE, ready)
     except OSError as error:
         raise _port_error(arguments.host, arguments.port, error) from error
     return 0

@@ -29,6 +29,7 @@ from dualhead_ext.cli.batching_engine import BatchingEngine
 from dualhead_ext.data import embedded_backbone_path
 from dualhead_ext.model import continuous_batching
 from dualhead_ext.model.continuous_batching import OLDEST
+from dualhead_ext.vllm.server import environment
 
 pytest.importorskip("aiohttp", reason="the extra serve is not installed")
 SUPPORTED = Version(transformers.__version__) >= Version(OLDEST)
@@ -269,6 +270,16 @@ def test_sigterm_lets_requests_finish(server, model):  # keep this test last: it
         server.open("/health")
     log = server.log.read_text()
     assert "Traceback" not in log and "transformers' continuous batching" in log
+
+
+def test_vllms_cache_on_a_cpu(monkeypatch):
+    name = "VLLM_CPU_KVCACHE_SPACE"
+    monkeypatch.delenv(name, raising=False)
+    assert environment(["--dtype", "float32"])[name] == "4"
+    for option in ("--kv-cache-memory-bytes", "--gpu_memory_utilization=0.5"):
+        assert name not in environment(["--dtype", "float32", option])
+    monkeypatch.setenv(name, "9")
+    assert environment([])[name] == "9"
 
 
 def test_an_older_transformers_is_refused(monkeypatch):

@@ -160,8 +160,18 @@ def test_the_port_in_use_is_one_sentence(server):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_sigterm_ends_it_gracefully(server):  # keep this test last: it stops the server
-    assert server.stop() == 0
+def test_sigterm_lets_requests_finish(server):  # keep this test last: it stops the server
+    ids, own = jobs(K)[2]
+    body = request(ids, own) | {"stream": True, "max_tokens": 200}
+    with server.open("/v1/completions", body) as answer:
+        first = answer.readline()
+        assert server.process.poll() is None
+        server.process.terminate()
+        found = events([first, *answer])
+    assert server.process.wait(PATIENCE) == 0
+    choices = [event["choices"][0] for event in found if event["choices"]]
+    assert sum(len(choice.get("token_ids") or ()) for choice in choices) == 200
+    assert "length" in [choice["finish_reason"] for choice in choices]
     with pytest.raises(urllib.error.URLError):
         server.open("/health")
     assert "Traceback" not in server.log.read_text()
