@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,7 @@ from .requests import RETURN_ALPHA, WHERE
 
 _PATHS = ("/v1/completions", "/v1/chat/completions")
 _DONE = b"[DONE]"
+_POLL = 0.1  # seconds
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
@@ -136,8 +138,19 @@ class _Answer:
             await self._send(self._start | {"headers": headers})
             await self._send(message | {"body": body})
 
-    async def _alpha(self) -> list[float]:
-        found = (await self._engine.collective_rpc(METHOD, args=(self._name,)))[0]
+    async def _alpha(self) -> list[float] | None:
+        """None if the engine has ended. After SIGTERM it does so with the last request."""
+        call = asyncio.ensure_future(self._engine.collective_rpc(METHOD, args=(self._name,)))
+        while not (await asyncio.wait((call,), timeout=_POLL))[0]:
+            if not self._engine.is_running:
+                call.cancel()
+                return None
+        try:
+            found = call.result()[0]
+        except Exception:
+            if self._engine.is_running:
+                raise
+            return None
         return (found or [])[: self._count]
 
     async def _whole(self, body: bytes) -> bytes:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dualhead serve` without vLLM: concurrent clients get the texts that `generate()` writes."""
 
+import asyncio
 import json
 import socket
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from dualhead_ext.cli.batching_engine import BatchingEngine
 from dualhead_ext.data import embedded_backbone_path
 from dualhead_ext.model import continuous_batching
 from dualhead_ext.model.continuous_batching import OLDEST
+from dualhead_ext.vllm.answers import AlphaInAnswer
 from dualhead_ext.vllm.server import environment
 
 pytest.importorskip("aiohttp", reason="the extra serve is not installed")
@@ -280,6 +283,38 @@ def test_vllms_cache_on_a_cpu(monkeypatch):
         assert name not in environment(["--dtype", "float32", option])
     monkeypatch.setenv(name, "9")
     assert environment([])[name] == "9"
+
+
+@pytest.mark.parametrize("ended", ["silently", "with an error"])
+def test_alpha_is_null_if_vllms_engine_has_ended(ended):
+    """After SIGTERM, vLLM's engine may end between the last token and the question for alpha."""
+
+    class Engine:
+        is_running = False
+
+        async def collective_rpc(self, method, args):
+            if ended == "with an error":
+                raise RuntimeError("the engine is dead")
+            await asyncio.Event().wait()
+
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        body = json.dumps({"choices": [{"text": "good", "token_ids": [5]}]}).encode()
+        await send({"type": "http.response.body", "body": body})
+
+    async def receive():
+        body = json.dumps({"prompt": "a", "vllm_xargs": {"return_alpha": True}}).encode()
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(engine_client=Engine()))
+    asyncio.run(asyncio.wait_for(AlphaInAnswer(app)(scope, receive, send), 60))
+    assert json.loads(sent[-1]["body"])["choices"] == [{"text": "good", "alpha": None}]
 
 
 def test_an_older_transformers_is_refused(monkeypatch):

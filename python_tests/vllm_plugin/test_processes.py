@@ -172,6 +172,8 @@ def test_sigterm_lets_requests_finish(server):  # keep this test last: it stops 
     choices = [event["choices"][0] for event in found if event["choices"]]
     assert sum(len(choice.get("token_ids") or ()) for choice in choices) == 200
     assert "length" in [choice["finish_reason"] for choice in choices]
+    alpha = choices[-1]["alpha"]  # None if the engine was faster to end
+    assert alpha is None or len(alpha) == 200
     with pytest.raises(urllib.error.URLError):
         server.open("/health")
     assert "Traceback" not in server.log.read_text()
