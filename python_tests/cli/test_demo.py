@@ -20,6 +20,8 @@ FIGURE = r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]"
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     """(folder, what was printed)"""
+    for package in ("vaderSentiment", "afinn"):
+        pytest.importorskip(package, reason="the extra steering is not installed")
     from _pytest.monkeypatch import MonkeyPatch
 
     folder = tmp_path_factory.mktemp("demo") / "heads"
