@@ -1,0 +1,547 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Human preference pairs (HH-RLHF) on a real backbone: which rewards tell held-out pairs apart?
+
+    python benchmarks/hh_pairs.py states STATES --data DATA
+    python benchmarks/hh_pairs.py fit STATES FILE --data DATA
+    python benchmarks/hh_pairs.py table FILE
+
+DATA holds train.jsonl.gz and test.jsonl.gz. The first command runs the backbone once over all pairs
+and keeps in the folder STATES what the rewards read: the hidden states of the responses and their
+tokens' log-probabilities. The second trains each reward of `REWARDS` on them with each seed, and
+adds a row for it to FILE; it keeps the rows that are there. The third prints the rows as a Markdown
+table. With --minutes, the first two stop in between and continue the next time.
+
+A seed chooses the tenth of the training pairs that early stopping or the penalty is chosen on, and
+the order of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dualhead_ext as dh
+from dualhead_ext.data import load_preference_data
+from dualhead_ext.data.collate import PreferenceCollator, texts_of, tokenize_pairs
+from dualhead_ext.eval.metrics import text_length, wilson_interval
+from dualhead_ext.files.atomic import write_durably
+from dualhead_ext.measurement.machine import describe
+from dualhead_ext.model.builtin_backbones import backbone_path
+from dualhead_ext.train.hidden_cache import HiddenCollator
+
+# Pairs in a file of states and in a forward pass. Tokens of a prompt that are kept at least.
+SHARD, BATCH, PROMPT = 100, 4, 64
+SUBSETS = ("helpful-base", "harmless-base")
+SIDES = ("chosen", "rejected")
+
+
+@dataclass
+class Pair:
+    """A prompt and its two responses as tokens, the chosen one first.
+
+    Attributes:
+        spoken: 1 for a response's tokens that the assistant says.
+        characters: of each response.
+        states: for each of the n tokens of a response, and for the prompt's last token before them,
+            the backbone's hidden state, (n + 1, d).
+        log_probs: of each response's tokens under the backbone, (n,); of test pairs only.
+    """
+
+    subset: str
+    prompt: list[int]
+    responses: list[list[int]]
+    spoken: list[list[int]]
+    characters: list[int]
+    states: list[Tensor] = field(default_factory=list)
+    log_probs: list[Tensor] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    def texts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each response: its n spoken tokens, the states before each (n, d) and after each."""
+        for ids, spoken, states in zip(self.responses, self.spoken, self.states, strict=True):
+            at = torch.tensor(spoken).nonzero()[:, 0]
+            yield torch.tensor(ids)[at], states[at].float(), states[at + 1].float()
+
+
+def read_pairs(path: Path, tokenizer: Any, max_length: int, count: int | None = None) -> list[Pair]:
+    """The pairs of a file. Long prompts lose their beginning; responses stay whole."""
+    rows = load_preference_data(path)[:count]
+    coded, found = tokenize_pairs(rows, tokenizer, max_length=2**20), []
+    for row, tokens in zip(rows, coded, strict=True):
+        (ids, mask), (others, other_mask) = texts_of(tokens)
+        first = mask.index(1)
+        assert ids[:first] == others[:first] and other_mask.index(1) == first
+        responses, spoken = [ids[first:], others[first:]], [mask[first:], other_mask[first:]]
+        kept = max(max_length - max(map(len, responses)), PROMPT)
+        characters = [text_length(row[side]) for side in SIDES]
+        found.append(Pair(row["subset"], ids[:first][-kept:], responses, spoken, characters))
+    return found
+
+
+# --- hidden states --------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def states_of(decoder: Any, pairs: Sequence[Pair]) -> list[list[Tensor]]:
+    """`Pair.states` of each pair. The prompt, which both responses share, is computed once: the
+    responses follow it one after the other, and neither attends to the other.
+    """
+    longest = max(map(len, pairs))
+    ids = torch.zeros(len(pairs), longest, dtype=torch.int64)
+    positions = torch.zeros_like(ids)
+    mask = torch.ones(longest, longest, dtype=torch.bool).tril().repeat(len(pairs), 1, 1, 1)
+    for row, pair in enumerate(pairs):
+        start, (chosen, rejected) = len(pair.prompt), map(len, pair.responses)
+        ids[row, : len(pair)] = torch.tensor([*pair.prompt, *pair.responses[0], *pair.responses[1]])
+        places = [*range(start + chosen), *range(start, start + rejected)]
+        positions[row, : len(pair)] = torch.tensor(places)
+        mask[row, 0, start + chosen :, start : start + chosen] = False
+    out = decoder(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    found = []
+    for pair, states in zip(pairs, out.last_hidden_state, strict=True):
+        before = states[len(pair.prompt) - 1, None]
+        rest = states[len(pair.prompt) : len(pair)].split([*map(len, pair.responses)])
+        found.append([torch.cat((before, part)) for part in rest])
+    return found
+
+
+@torch.inference_mode()
+def log_probs_of(lm_weight: Tensor, ids: list[int], states: Tensor) -> Tensor:
+    """`Pair.log_probs` of a response, (n,). lm_weight: (V, d) in float32."""
+    logits = F.linear(states[:-1].float(), lm_weight)
+    return logits.gather(-1, torch.tensor(ids)[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _files(folder: Path, split: str, pairs: Sequence[Pair]) -> Iterator[tuple[Path, list[int]]]:
+    """The files of a split's states and the numbers of the pairs in each, by length."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]))
+    for start in range(0, len(order), SHARD):
+        yield folder / f"{split}-{start // SHARD:03}.safetensors", order[start : start + SHARD]
+
+
+def keep_states(model: Any, splits: dict[str, list[Pair]], folder: Path, until: float) -> None:
+    """Write the files that are missing in a folder of states.
+
+    Raises:
+        SystemExit: the time is over before all are written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lm_weight = model.lm_head.weight.float()
+    for split, pairs in splits.items():
+        for file, rows in _files(folder, split, pairs):
+            if file.is_file():
+                continue
+            if time.monotonic() > until:
+                raise SystemExit(f"{file.name} and later ones are missing: run this again")
+            begin, found = time.process_time(), {}
+            for i in range(0, len(rows), BATCH):
+                part = rows[i : i + BATCH]
+                states = states_of(model.get_decoder(), [pairs[row] for row in part])
+                for row, both in zip(part, states, strict=True):
+                    for side, ids, h in zip(SIDES, pairs[row].responses, both, strict=True):
+                        found[f"{row}-{side}"] = h.clone()
+                        if split == "test":  # for the rules; no reward is trained on them
+                            found[f"{row}-{side}-log-probs"] = log_probs_of(lm_weight, ids, h)
+            write_durably(file, save(found))
+            print(f"{file.name}: {time.process_time() - begin:.0f} s of CPU time", flush=True)
+
+
+def read_states(splits: dict[str, list[Pair]], folder: Path) -> None:
+    """Fill in `Pair.states` and `Pair.log_probs`."""
+    for split, pairs in splits.items():
+        for file, rows in _files(folder, split, pairs):
+            found = load_file(file)
+            for row in rows:
+                pairs[row].states = [found[f"{row}-{side}"] for side in SIDES]
+                if split == "test":
+                    pairs[row].log_probs = [found[f"{row}-{side}-log-probs"] for side in SIDES]
+
+
+# --- rewards --------------------------------------------------------------------------------------
+# Each gives the scores (P, 2) of the responses of the test pairs.
+
+
+@dataclass
+class Job:
+    """What a reward is trained on and measured on.
+
+    Attributes:
+        model: the gated backbone, whose heads are replaced for each reward.
+        held_out: a tenth of the training pairs; train is without it.
+    """
+
+    model: Any
+    train: list[Pair]
+    held_out: list[Pair]
+    test: list[Pair]
+    seed: int
+
+    def alone(self, subset: str) -> Job:
+        """The same with one subset for training."""
+        train, held_out = (
+            [pair for pair in pairs if pair.subset == subset]
+            for pairs in (self.train, self.held_out)
+        )
+        return Job(self.model, train, held_out, self.test, self.seed)
+
+
+def longer(job: Job) -> Tensor:
+    """The length in characters."""
+    return torch.tensor([pair.characters for pair in job.test], dtype=torch.float64)
+
+
+def log_probability(job: Job, mean: bool) -> Tensor:
+    """The log-probability under the backbone, summed or per token."""
+
+    def score(log_probs: Tensor, spoken: list[int]) -> float:
+        picked = log_probs[torch.tensor(spoken).bool()]
+        return float(picked.mean() if mean else picked.sum())
+
+    return torch.tensor([[*map(score, pair.log_probs, pair.spoken)] for pair in job.test])
+
+
+# Linear rewards: logistic regression on features of the two responses.
+
+
+def mean_state(pair: Pair) -> Tensor:
+    """The mean state after each token, (2, d)."""
+    return torch.stack([after.mean(0) for _, _, after in pair.texts()])
+
+
+def summed_state(pair: Pair) -> Tensor:
+    """The sum of these states, (2, d)."""
+    return torch.stack([after.sum(0) for _, _, after in pair.texts()])
+
+
+def last_state(pair: Pair) -> Tensor:
+    """The state after the end token, (2, d)."""
+    return torch.stack([after[-1] for _, _, after in pair.texts()])
+
+
+Features = Callable[[Pair], Tensor]
+PENALTIES = [10.0**power for power in range(-3, 2)]
+
+
+def discriminant(
+    job: Job, features: Features, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(u, the inverse of the features' spread): logistic regression of the pairs on the difference
+    of their features, with the penalty that is best on the held-out pairs. weights: of the pairs.
+    """
+    parts = (job.train, job.held_out)
+    stacked = [torch.stack([*map(features, pairs)]).double() for pairs in parts]
+    x, held_out = (values[:, 0] - values[:, 1] for values in stacked)
+    scale = x.square().mean(0).sqrt().clamp(min=1e-12).reciprocal()
+    weights = torch.ones(len(x)) if weights is None else weights
+    weights = (weights / weights.mean()).double()
+    found = []
+    for penalty in PENALTIES:
+        u = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+        solver = torch.optim.LBFGS([u], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss(u: Tensor = u, penalty: float = penalty, solver: Any = solver) -> Tensor:
+            solver.zero_grad()
+            value = -(weights * F.logsigmoid(x * scale @ u)).mean() + penalty / 2 * u.square().sum()
+            value.backward()
+            return value
+
+        solver.step(loss)
+        with torch.no_grad():
+            found.append((float(-F.logsigmoid(held_out * scale @ u).mean()), u.detach() * scale))
+    return min(found, key=lambda pair: pair[0])[1], scale
+
+
+def linear(job: Job, features: Features, weighted: bool = False) -> Tensor:
+    """A linear reward of features. weighted: each pair counts by how sure the same reward is of it,
+    |2 p - 1|, where it was fitted on the other half of the pairs.
+    """
+    weights = torch.ones(len(job.train))
+    if weighted:
+        for half in (0, 1):
+            other = Job(job.model, job.train[1 - half :: 2], job.held_out, [], job.seed)
+            u, _ = discriminant(other, features)
+            scores = torch.stack([*map(features, job.train[half::2])]).double() @ u
+            weights[half::2] = torch.tanh((scores[:, 0] - scores[:, 1]).abs() / 2).float()
+    u, _ = discriminant(job, features, weights)
+    return torch.stack([*map(features, job.test)]).double() @ u
+
+
+def linear_by_subset(job: Job, features: Features) -> Tensor:
+    """A linear reward for each subset."""
+    found = {name: linear(job.alone(name), features) for name in SUBSETS}
+    return torch.stack([found[pair.subset][i] for i, pair in enumerate(job.test)])
+
+
+# Token rewards: the package's heads and trainer.
+
+
+def new_head(job: Job, **head: Any) -> Any:
+    """The model with a new reward head and the fixed gate."""
+    torch.manual_seed(job.seed)
+    plain = dh.detach(job.model)
+    job.model = dh.DualHeadForCausalLM.from_backbone(plain, trial=False, **head)
+    return job.model
+
+
+@torch.no_grad()
+def token_scores(job: Job, mean: bool = False, objectives: bool = False) -> Tensor:
+    """The sums of the token rewards of the test pairs' responses, or their means."""
+    head = job.model.lm_head_module
+    rows = []
+    for pair in job.test:
+        k = SUBSETS.index(pair.subset) if objectives else 0
+        of_tokens = [
+            head.reward_head.token_rewards(before, ids, head.lm_weight)[k]
+            for ids, before, _ in pair.texts()
+        ]
+        rows.append([float(x.mean() if mean else x.sum()) for x in of_tokens])
+    return torch.tensor(rows)
+
+
+@dataclass
+class Rows:
+    """The trainer's rows of pairs, and a collator that adds their hidden states. Of a prompt they
+    have the last token only: the fixed gate reads no other.
+    """
+
+    pairs: Sequence[Pair]
+
+    def coded(self, objectives: bool) -> list[dict[str, Any]]:
+        """The rows. objectives: each subset has its own."""
+        rows = []
+        for number, pair in enumerate(self.pairs):
+            row = {"number": number, "objective": SUBSETS.index(pair.subset) if objectives else 0}
+            for side, ids, mask in zip(SIDES, pair.responses, pair.spoken, strict=True):
+                row[f"{side}_input_ids"] = [pair.prompt[-1], *ids]
+                row[f"{side}_completion_mask"] = [0, *mask]
+            rows.append(row)
+        return rows
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        states = [{"hidden_states": (self.pairs[r["number"]].states, torch.float32)} for r in rows]
+        collator = HiddenCollator(PreferenceCollator(pad_token_id=0))
+        return collator([row | own for row, own in zip(rows, states, strict=True)])
+
+
+def trained(job: Job, head: dict[str, Any], **training: Any) -> Tensor:
+    """Train a reward head with the default preset and early stopping; ``head`` and ``training``
+    override it.
+    """
+    model, objectives = new_head(job, **head), head.get("num_objectives", 1) > 1
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = dh.DualHeadTrainingArguments(
+            output_dir=folder,
+            seed=job.seed,
+            early_stopping_patience=2,
+            calibrate=False,
+            cache_hidden="none",  # the rows have their hidden states
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to="none",
+            **training,
+        )
+        rows = Rows([*job.train, *job.held_out])
+        coded, count = rows.coded(objectives), len(job.train)
+        trainer = dh.DualHeadTrainer(model, arguments, rows, coded[:count], coded[count:])
+        trainer.train()
+    mean = training.get("pref_reduction") == "mean"
+    return token_scores(job, mean, objectives)
+
+
+def folded(job: Job, rank: int, epochs: int = 6) -> Tensor:
+    """A value of the state, folded into token rewards.
+
+    Decoding cannot use V(h_t) = u h_t itself: it is the same for all next tokens, and cancels in
+    the softmax. The token y_t decides V(h_{t+1}). So delta_t(y_t) is fitted to it by least squares,
+    beside a linear function of h_t, which takes up what the prompt and the tokens before decide and
+    is then dropped.
+    """
+    u, _ = discriminant(job, mean_state)
+    model = new_head(job, reward_head="embedding", reward_rank=rank)
+    reward_head, weight = model.lm_head_module.reward_head, model.lm_head_module.lm_weight.detach()
+    texts = [text for pair in job.train for text in pair.texts()]
+    ids, before, after = (torch.cat(column) for column in zip(*texts, strict=True))
+    target = (after - before) @ u.float()
+    target = target / target.std()
+    rest = nn.Linear(before.shape[1], 1)
+    nn.init.zeros_(rest.weight)
+    parameters = [*reward_head.requires_grad_().parameters(), *rest.parameters()]
+    size = 1024
+    solver = torch.optim.Adam(parameters, 3e-3)
+    steps = epochs * -(-len(ids) // size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(solver, steps)
+    for _ in range(epochs):
+        for part in torch.randperm(len(ids)).split(size):
+            solver.zero_grad()
+            delta = reward_head.token_rewards(before[part], ids[part], weight)[0]
+            loss = (delta + rest(before[part])[:, 0] - target[part]).square().mean()
+            loss.backward()
+            solver.step()
+            schedule.step()
+    return token_scores(job)
+
+
+RULES: dict[str, Callable[[Job], Tensor]] = {
+    "mean log-probability": lambda job: log_probability(job, mean=True),
+    "summed log-probability": lambda job: log_probability(job, mean=False),
+    "the longer one": longer,
+}
+MEAN, NO_L2 = {"pref_reduction": "mean"}, {"reward_l2": 0.0}
+TWO = {"num_objectives": 2}
+REWARDS: dict[str, Callable[[Job], Tensor]] = RULES | {
+    "token rewards, default": lambda job: trained(job, {}),
+    "token rewards, rank 4": lambda job: trained(job, {"reward_rank": 4}),
+    "token rewards, rank 16": lambda job: trained(job, {"reward_rank": 16}),
+    "token rewards, rank 64": lambda job: trained(job, {"reward_rank": 64}),
+    "token rewards, lowrank 16": lambda job: trained(job, {"reward_head": "lowrank"}),
+    "token rewards, mean": lambda job: trained(job, {}, **MEAN),
+    "token rewards, mean, rank 16": lambda job: trained(job, {"reward_rank": 16}, **MEAN),
+    "token rewards, no penalty": lambda job: trained(job, {}, **NO_L2),
+    "token rewards, a fifth mislabelled": lambda job: trained(
+        job, {}, **NO_L2, label_smoothing=0.2
+    ),
+    "token rewards, a head for each subset": lambda job: trained(job, TWO),
+    "value of the state, summed": lambda job: linear(job, summed_state),
+    "value of the state, mean": lambda job: linear(job, mean_state),
+    "value of the state, last": lambda job: linear(job, last_state),
+    "value of the state, mean, pairs weighted": lambda job: linear(job, mean_state, weighted=True),
+    "value of the state, mean, one for each subset": lambda job: linear_by_subset(job, mean_state),
+    "value folded into token rewards, rank 0": lambda job: folded(job, 0),
+    "value folded into token rewards, rank 64": lambda job: folded(job, 64),
+}
+
+
+# --- rows and table -------------------------------------------------------------------------------
+
+
+def wins_of(scores: Tensor, pairs: Sequence[Pair]) -> dict[str, float]:
+    """The pairs that scores (P, 2) rank right: of all, and of each subset. A tie counts half."""
+    right = ((scores[:, 0] - scores[:, 1]).sign().double() + 1) / 2
+    found = {"all": float(right.sum())}
+    for name in SUBSETS:
+        found[name] = float(right[[pair.subset == name for pair in pairs]].sum())
+    return found
+
+
+def job_of(model: Any, splits: dict[str, list[Pair]], seed: int) -> Job:
+    """The job of a seed."""
+    pairs = splits["train"]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out, train = order[: len(order) // 10], order[len(order) // 10 :]
+    return Job(model, [pairs[i] for i in train], [pairs[i] for i in held_out], splits["test"], seed)
+
+
+def fit(options: argparse.Namespace, splits: dict[str, list[Pair]], until: float) -> None:
+    """Add the rows that are missing in the results file.
+
+    Raises:
+        SystemExit: the file is of another commit, version or setting, or the time is over.
+    """
+    test = splits["test"]
+    counts = {"all": len(test)}
+    counts |= {name: sum(pair.subset == name for pair in test) for name in SUBSETS}
+    new = describe("cpu") | {"packages": {"transformers": transformers.__version__}}
+    new |= {"backbone": options.backbone, "states": "bfloat16", "max_length": options.max_length}
+    new |= {"training_pairs": len(splits["train"]), "test_pairs": counts, "rows": []}
+    results = json.loads(options.file.read_text()) if options.file.is_file() else new
+    for name in ("device", "commit", "torch", "packages", "backbone", "max_length", "test_pairs"):
+        if results[name] != new[name]:
+            raise SystemExit(f"{options.file}: its {name} is {results[name]}, this is {new[name]}")
+    model = AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.float32)
+    model = dh.DualHeadForCausalLM.from_backbone(model, trial=False)
+    done = {(row["reward"], row["seed"]) for row in results["rows"]}
+    for seed in range(options.seeds):
+        for name, reward in REWARDS.items():
+            seeded = None if name in RULES else seed
+            if (name, seeded) in done or (seed and name in RULES):
+                continue
+            if time.monotonic() > until:
+                raise SystemExit(f"{name}, seed {seed}, and later ones are missing: run this again")
+            begin, job = time.process_time(), job_of(model, splits, seed)
+            scores = reward(job)
+            model = job.model
+            row = {"reward": name, "seed": seeded, "right": wins_of(scores, test)}
+            row["cpu_seconds"] = round(time.process_time() - begin, 1)
+            results["rows"].append(row)
+            print(row, flush=True)
+            write_durably(options.file, json.dumps(results, indent=1).encode() + b"\n")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The share of test pairs ranked right, in per cent with its 95 % interval (Wilson, over
+    pairs), means over seeds, and for all pairs the seeds.
+    """
+    names = list(results["test_pairs"])
+    lines = [f"| reward | {' | '.join(names)} | seeds |", "|" + " --- |" * (len(names) + 2)]
+    for reward in dict.fromkeys(row["reward"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["reward"] == reward]
+        cells = []
+        for name in names:
+            count, right = results["test_pairs"][name], fmean(row["right"][name] for row in rows)
+            low, high = wilson_interval(right, count)
+            cells.append(f"{100 * right / count:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        seeds = [100 * row["right"]["all"] / results["test_pairs"]["all"] for row in rows]
+        shown = ", ".join(f"{share:.1f}" for share in seeds) if len(rows) > 1 else "-"
+        lines.append(f"| {reward} | {' | '.join(cells)} | {shown} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("states", type=Path)
+    shared.add_argument("--data", type=Path, required=True)
+    shared.add_argument("--backbone", default="smollm2")
+    shared.add_argument("--max-length", type=int, default=512, help="tokens per text")
+    shared.add_argument("--pairs", type=int, help="of each split; default all")
+    shared.add_argument("--minutes", type=float, default=float("inf"))
+    commands.add_parser("states", parents=[shared])
+    fitting = commands.add_parser("fit", parents=[shared])
+    fitting.add_argument("--seeds", type=int, default=3)
+    for command in (fitting, commands.add_parser("table")):
+        command.add_argument("file", type=Path)
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table(json.loads(options.file.read_text())))
+        return
+    until = time.monotonic() + 60 * options.minutes
+    torch.set_num_threads(1)
+    options.path = backbone_path(options.backbone)
+    tokenizer = AutoTokenizer.from_pretrained(options.path)
+    splits = {
+        split: read_pairs(
+            options.data / f"{split}.jsonl.gz", tokenizer, options.max_length, options.pairs
+        )
+        for split in ("test", "train")
+    }
+    if options.command == "states":
+        model = AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.bfloat16).eval()
+        keep_states(model, splits, options.states, until)
+        return
+    read_states(splits, options.states)
+    fit(options, splits, until)
+
+
+if __name__ == "__main__":
+    main()
