@@ -79,8 +79,20 @@ class Pair:
             yield torch.tensor(ids)[at], states[at].float(), states[at + 1].float()
 
 
-def read_pairs(path: Path, tokenizer: Any, max_length: int, count: int | None = None) -> list[Pair]:
-    """The pairs of a file. Long prompts lose their beginning; responses stay whole."""
+def read_pairs(
+    path: Path,
+    tokenizer: Any,
+    max_length: int,
+    count: int | None = None,
+    longest: int | None = None,
+) -> list[Pair]:
+    """The pairs of a file. Long prompts lose their beginning; responses stay whole.
+
+    Args:
+        max_length: of the prompt with the longer response, in tokens.
+        count: the first rows only.
+        longest: without the pairs of which the prompt and both responses have more tokens.
+    """
     rows = load_preference_data(path)[:count]
     coded, found = tokenize_pairs(rows, tokenizer, max_length=2**20), []
     for row, tokens in zip(rows, coded, strict=True):
@@ -90,7 +102,9 @@ def read_pairs(path: Path, tokenizer: Any, max_length: int, count: int | None = 
         responses, spoken = [ids[first:], others[first:]], [mask[first:], other_mask[first:]]
         kept = max(max_length - max(map(len, responses)), PROMPT)
         characters = [text_length(row[side]) for side in SIDES]
-        found.append(Pair(row["subset"], ids[:first][-kept:], responses, spoken, characters))
+        pair = Pair(row["subset"], ids[:first][-kept:], responses, spoken, characters)
+        if longest is None or len(pair) <= longest:
+            found.append(pair)
     return found
 
 
@@ -129,7 +143,7 @@ def log_probs_of(lm_weight: Tensor, ids: list[int], states: Tensor) -> Tensor:
 
 
 def _files(folder: Path, split: str, pairs: Sequence[Pair]) -> Iterator[tuple[Path, list[int]]]:
-    """The files of a split's states and the numbers of the pairs in each, by length."""
+    """The files of a split's states and the numbers of the pairs in each, the shortest first."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]))
     for start in range(0, len(order), SHARD):
         yield folder / f"{split}-{start // SHARD:03}.safetensors", order[start : start + SHARD]
@@ -344,7 +358,7 @@ def trained(job: Job, head: dict[str, Any], **training: Any) -> Tensor:
         arguments = dh.DualHeadTrainingArguments(
             output_dir=folder,
             seed=job.seed,
-            early_stopping_patience=2,
+            early_stopping_patience=1,
             calibrate=False,
             cache_hidden="none",  # the rows have their hidden states
             use_cpu=True,
@@ -410,9 +424,6 @@ REWARDS: dict[str, Callable[[Job], Tensor]] = RULES | {
     "token rewards, mean": lambda job: trained(job, {}, **MEAN),
     "token rewards, mean, rank 16": lambda job: trained(job, {"reward_rank": 16}, **MEAN),
     "token rewards, no penalty": lambda job: trained(job, {}, **NO_L2),
-    "token rewards, a fifth mislabelled": lambda job: trained(
-        job, {}, **NO_L2, label_smoothing=0.2
-    ),
     "token rewards, a head for each subset": lambda job: trained(job, TWO),
     "value of the state, summed": lambda job: linear(job, summed_state),
     "value of the state, mean": lambda job: linear(job, mean_state),
@@ -458,9 +469,11 @@ def fit(options: argparse.Namespace, splits: dict[str, list[Pair]], until: float
     counts |= {name: sum(pair.subset == name for pair in test) for name in SUBSETS}
     new = describe("cpu") | {"packages": {"transformers": transformers.__version__}}
     new |= {"backbone": options.backbone, "states": "bfloat16", "max_length": options.max_length}
-    new |= {"training_pairs": len(splits["train"]), "test_pairs": counts, "rows": []}
+    new |= {"longest": options.longest, "training_pairs": len(splits["train"])}
+    new |= {"test_pairs": counts, "rows": []}
     results = json.loads(options.file.read_text()) if options.file.is_file() else new
-    for name in ("device", "commit", "torch", "packages", "backbone", "max_length", "test_pairs"):
+    settings = ("backbone", "max_length", "longest", "training_pairs", "test_pairs")
+    for name in ("device", "commit", "torch", "packages", *settings):
         if results[name] != new[name]:
             raise SystemExit(f"{options.file}: its {name} is {results[name]}, this is {new[name]}")
     model = AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.float32)
@@ -511,6 +524,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shared.add_argument("--backbone", default="smollm2")
     shared.add_argument("--max-length", type=int, default=512, help="tokens per text")
     shared.add_argument("--pairs", type=int, help="of each split; default all")
+    text = "leave out training pairs of which prompt and responses have more tokens; default none"
+    shared.add_argument("--longest", type=int, help=text)
     shared.add_argument("--minutes", type=float, default=float("inf"))
     commands.add_parser("states", parents=[shared])
     fitting = commands.add_parser("fit", parents=[shared])
@@ -524,12 +539,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     until = time.monotonic() + 60 * options.minutes
     options.path = backbone_path(options.backbone)
     tokenizer = AutoTokenizer.from_pretrained(options.path)
-    splits = {
-        split: read_pairs(
-            options.data / f"{split}.jsonl.gz", tokenizer, options.max_length, options.pairs
-        )
-        for split in ("test", "train")
-    }
+    splits = {}
+    for split, longest in (("test", None), ("train", options.longest)):
+        file, sizes = options.data / f"{split}.jsonl.gz", (options.max_length, options.pairs)
+        splits[split] = read_pairs(file, tokenizer, *sizes, longest)
     if options.command == "states":
         model = AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.bfloat16).eval()
         keep_states(model, splits, options.states, until)
