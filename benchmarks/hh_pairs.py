@@ -210,10 +210,20 @@ class Job:
         """The same with a quarter of the pairs for training."""
         return replace(self, train=self.train[::4])
 
+    def alone(self, subset: str) -> Job:
+        """The same with one subset for training."""
+        parts = (
+            [pair for pair in pairs if pair.subset == subset]
+            for pairs in (self.train, self.held_out)
+        )
+        return replace(self, **dict(zip(("train", "held_out"), parts, strict=True)))
 
-def longer(job: Job) -> Tensor:
-    """The length in characters."""
-    return torch.tensor([pair.characters for pair in job.test], dtype=torch.float64)
+
+def longer(job: Job, shorter: Sequence[str] = ()) -> Tensor:
+    """The length in characters, with the other sign in the subsets ``shorter``."""
+    signs = [-1 if pair.subset in shorter else 1 for pair in job.test]
+    rows = [[sign * n for n in pair.characters] for sign, pair in zip(signs, job.test, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def log_probability(job: Job, mean: bool) -> Tensor:
@@ -289,14 +299,9 @@ def linear(job: Job, features: Features, weighted: bool = False) -> Tensor:
     return torch.stack([*map(features, job.test)]).double() @ u
 
 
-def linear_by_subset(job: Job, features: Features) -> Tensor:
-    """A linear reward for each subset."""
-    found = {}
-    for name in SUBSETS:
-        train, held_out = (
-            [pair for pair in pairs if pair.subset == name] for pairs in (job.train, job.held_out)
-        )
-        found[name] = linear(replace(job, train=train, held_out=held_out), features)
+def by_subset(job: Job, reward: Callable[[Job], Tensor]) -> Tensor:
+    """A reward for each subset, trained on it alone."""
+    found = {name: reward(job.alone(name)) for name in SUBSETS}
     return torch.stack([found[pair.subset][i] for i, pair in enumerate(job.test)])
 
 
@@ -411,30 +416,30 @@ RULES: dict[str, Callable[[Job], Tensor]] = {
     "mean log-probability": lambda job: log_probability(job, mean=True),
     "summed log-probability": lambda job: log_probability(job, mean=False),
     "the longer one": longer,
+    "the longer helpful, the shorter harmless one": lambda job: longer(job, [SUBSETS[1]]),
 }
 MEAN, NO_L2 = {"pref_reduction": "mean"}, {"reward_l2": 0.0}
 TWO = {"num_objectives": 2}
 REWARDS: dict[str, Callable[[Job], Tensor]] = RULES | {
-    "token rewards, default": lambda job: trained(job, {}),
-    "token rewards, a quarter of the pairs": lambda job: trained(job.quarter(), {}),
+    "token rewards (default)": lambda job: trained(job, {}),
     "token rewards, rank 4": lambda job: trained(job, {"reward_rank": 4}),
     "token rewards, rank 16": lambda job: trained(job, {"reward_rank": 16}),
     "token rewards, rank 64": lambda job: trained(job, {"reward_rank": 64}),
     "token rewards, lowrank 16": lambda job: trained(job, {"reward_head": "lowrank"}),
     "token rewards, mean": lambda job: trained(job, {}, **MEAN),
-    "token rewards, mean, rank 16": lambda job: trained(job, {"reward_rank": 16}, **MEAN),
     "token rewards, no penalty": lambda job: trained(job, {}, **NO_L2),
-    "token rewards, a head for each subset": lambda job: trained(job, TWO),
-    "value of the state, summed": lambda job: linear(job, summed_state),
     "value of the state, mean": lambda job: linear(job, mean_state),
-    "value of the state, mean, a quarter of the pairs": lambda job: linear(
-        job.quarter(), mean_state
-    ),
-    "value of the state, last": lambda job: linear(job, last_state),
     "value of the state, mean, pairs weighted": lambda job: linear(job, mean_state, weighted=True),
-    "value of the state, mean, one for each subset": lambda job: linear_by_subset(job, mean_state),
-    "value folded into token rewards, rank 0": lambda job: folded(job, 0),
+    "value of the state, summed": lambda job: linear(job, summed_state),
+    "value of the state, last": lambda job: linear(job, last_state),
     "value folded into token rewards, rank 64": lambda job: folded(job, 64),
+    "two heads": lambda job: trained(job, TWO),
+    "two heads, a quarter of the pairs": lambda job: trained(job.quarter(), TWO),
+    "two heads, rank 16": lambda job: trained(job, TWO | {"reward_rank": 16}),
+    "two heads, mean": lambda job: trained(job, TWO, **MEAN),
+    "two values, mean": lambda job: by_subset(job, lambda job: linear(job, mean_state)),
+    "two values, summed": lambda job: by_subset(job, lambda job: linear(job, summed_state)),
+    "two values folded, rank 64": lambda job: by_subset(job, lambda job: folded(job, 64)),
 }
 
 

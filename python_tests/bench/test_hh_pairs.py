@@ -91,11 +91,11 @@ def test_a_long_prompt_loses_its_beginning_and_no_response(hh, data, monkeypatch
 @pytest.mark.parametrize(
     "reward",
     [
-        "token rewards, default",
-        "token rewards, a head for each subset",
+        "token rewards (default)",
+        "two heads",
         "value of the state, mean",
         "value of the state, mean, pairs weighted",
-        "value of the state, mean, one for each subset",
+        "two values, mean",
         "value folded into token rewards, rank 64",
     ],
 )
