@@ -4,12 +4,14 @@
     python benchmarks/hh_pairs.py states STATES --data DATA
     python benchmarks/hh_pairs.py fit STATES FILE --data DATA
     python benchmarks/hh_pairs.py table FILE
+    python benchmarks/hh_pairs.py decode STATES TEXTS --data DATA
 
 DATA holds train.jsonl.gz and test.jsonl.gz. The first command runs the backbone once over all pairs
 and keeps in the folder STATES what the rewards read: the hidden states of the responses and their
 tokens' log-probabilities. The second trains each reward of `REWARDS` on them with each seed, and
 adds a row for it to FILE; it keeps the rows that are there. The third prints the rows as a Markdown
-table. With --minutes, the first two stop in between and continue the next time.
+table. The fourth trains a head on each subset alone and decodes test prompts of this subset with
+it. With --minutes, the first two stop in between and continue the next time.
 
 A seed chooses the tenth of the training pairs that early stopping or the penalty is chosen on, and
 the order of training.
@@ -37,8 +39,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dualhead_ext as dh
 from dualhead_ext.data import load_preference_data
 from dualhead_ext.data.collate import PreferenceCollator, texts_of, tokenize_pairs
+from dualhead_ext.eval.likelihood import perplexity, token_mean
 from dualhead_ext.eval.metrics import text_length, wilson_interval
+from dualhead_ext.eval.text import diversity, mean_length
 from dualhead_ext.files.atomic import write_durably
+from dualhead_ext.head.calibration import calibrate, mean_kl, strength_of_kl
 from dualhead_ext.measurement.machine import describe
 from dualhead_ext.model.builtin_backbones import backbone_path
 from dualhead_ext.train.hidden_cache import HiddenCollator
@@ -463,26 +468,31 @@ def job_of(model: Any, splits: dict[str, list[Pair]], seed: int) -> Job:
     return Job(model, [pairs[i] for i in train], [pairs[i] for i in held_out], splits["test"], seed)
 
 
-def fit(options: argparse.Namespace, splits: dict[str, list[Pair]], until: float) -> None:
-    """Add the rows that are missing in the results file.
-
-    Raises:
-        SystemExit: the file is of another commit, version or setting, or the time is over.
-    """
+def described(options: argparse.Namespace, splits: dict[str, list[Pair]]) -> dict[str, Any]:
+    """The machine, the software, the settings, and the numbers of pairs."""
     test = splits["test"]
     counts = {"all": len(test)}
     counts |= {name: sum(pair.subset == name for pair in test) for name in SUBSETS}
     new = describe("cpu") | {"packages": {"transformers": transformers.__version__}}
     new |= {"backbone": options.backbone, "states": "bfloat16", "max_length": options.max_length}
     new |= {"longest": options.longest, "training_pairs": len(splits["train"])}
-    new |= {"test_pairs": counts, "rows": []}
+    return new | {"test_pairs": counts}
+
+
+def fit(
+    options: argparse.Namespace, model: Any, splits: dict[str, list[Pair]], until: float
+) -> None:
+    """Add the rows that are missing in the results file.
+
+    Raises:
+        SystemExit: the file is of another commit, version or setting, or the time is over.
+    """
+    new = described(options, splits) | {"rows": []}
     results = json.loads(options.file.read_text()) if options.file.is_file() else new
     settings = ("backbone", "max_length", "longest", "training_pairs", "test_pairs")
     for name in ("device", "commit", "torch", "packages", *settings):
         if results[name] != new[name]:
             raise SystemExit(f"{options.file}: its {name} is {results[name]}, this is {new[name]}")
-    model = AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.float32)
-    model = dh.DualHeadForCausalLM.from_backbone(model, trial=False)
     done = {(row["reward"], row["seed"]) for row in results["rows"]}
     for seed in range(options.seeds):
         for name, reward in REWARDS.items():
@@ -493,11 +503,72 @@ def fit(options: argparse.Namespace, splits: dict[str, list[Pair]], until: float
                 raise SystemExit(f"{name}, seed {seed}, and later ones are missing: run this again")
             begin, job = time.process_time(), job_of(model, splits, seed)
             scores = reward(job)
-            row = {"reward": name, "seed": seeded, "right": wins_of(scores, test)}
+            row = {"reward": name, "seed": seeded, "right": wins_of(scores, job.test)}
             row["cpu_seconds"] = round(time.process_time() - begin, 1)
             results["rows"].append(row)
             print(row, flush=True)
             write_durably(options.file, json.dumps(results, indent=1).encode() + b"\n")
+
+
+# --- decoded text ---------------------------------------------------------------------------------
+
+PROMPTS, NEW_TOKENS, KL = 32, 48, 0.1
+
+
+@torch.no_grad()
+def decode(job: Job, subset: str, tokenizer: Any) -> dict[str, Any]:
+    """Continue `PROMPTS` test prompts of a subset with the backbone and with the default head,
+    trained on the subset alone, at `KL` nats per token and with the same random numbers.
+    """
+    job = job.alone(subset)
+    with torch.enable_grad():
+        trained(job, {})
+    model, head = job.model, job.model.lm_head_module
+    hidden = torch.cat([before for pair in job.held_out for _, before, _ in pair.texts()])
+    prompts = [pair.prompt for pair in job.held_out]
+    calibrate(model, hidden, torch.zeros(len(hidden)), prompts, seed=job.seed)  # alpha = 1/2
+    strengths = {"backbone": 0.0, "steered": strength_of_kl(model.dual_head_config.kl_curve, KL)}
+    pairs = [pair for pair in job.test if pair.subset == subset]
+    pairs = pairs[:: max(1, len(pairs) // PROMPTS)][:PROMPTS]
+    width = max(len(pair.prompt) for pair in pairs)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(p.prompt)) + p.prompt for p in pairs])
+    mask = torch.tensor([[0] * (width - len(p.prompt)) + [1] * len(p.prompt) for p in pairs])
+    answers: dict[str, list[list[int]]] = {}
+    for name, strength in strengths.items():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, strength=strength, do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS, seeds=torch.arange(len(pairs)),
+        )  # fmt: skip
+        rows = out[:, width:].tolist()
+        answers[name] = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    kl: dict[str, list[Tensor]] = {name: [] for name in answers}
+    log_probs: dict[str, list[Tensor]] = {name: [] for name in answers}
+    for i, pair in enumerate(pairs):
+        written = replace(pair, responses=[answers[name][i] for name in answers])
+        states = states_of(model.get_decoder(), [written])[0]
+        for name, tokens, h in zip(answers, written.responses, states, strict=True):
+            zeros = torch.zeros(len(tokens))
+            kl[name].append(mean_kl(head, h[:-1], zeros, strengths[name]))
+            log_probs[name].append(log_probs_of(head.lm_weight.float(), tokens, h))
+    found: dict[str, Any] = {"subset": subset, "seed": job.seed, "strengths": strengths}
+    texts = {
+        name: [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        for name, rows in answers.items()
+    }
+    for name, rows in answers.items():
+        found[name] = {
+            "kl": token_mean(kl[name])._asdict(),
+            "perplexity": perplexity(log_probs[name])._asdict(),
+            "words": mean_length(texts[name]),
+            "diversity": diversity(texts[name], plus_one=False),
+            "ended": fmean(row[-1] == eos for row in rows),
+        }
+    found["texts"] = [
+        {"prompt": tokenizer.decode(pair.prompt), **{name: texts[name][i] for name in texts}}
+        for i, pair in enumerate(pairs)
+    ]
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
@@ -535,7 +606,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands.add_parser("states", parents=[shared])
     fitting = commands.add_parser("fit", parents=[shared])
     fitting.add_argument("--seeds", type=int, default=3)
-    for command in (fitting, commands.add_parser("table")):
+    decoding = commands.add_parser("decode", parents=[shared])
+    for command in (fitting, commands.add_parser("table"), decoding):
         command.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
     if options.command == "table":
@@ -553,7 +625,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_states(model, splits, options.states, until)
         return
     read_states(splits, options.states)
-    fit(options, splits, until)
+    model = AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.float32)
+    model = dh.DualHeadForCausalLM.from_backbone(model, trial=False)
+    if options.command == "fit":
+        fit(options, model, splits, until)
+        return
+    parts = [decode(job_of(model, splits, seed=0), name, tokenizer) for name in SUBSETS]
+    found = described(options, splits) | {"decoded": parts}
+    write_durably(options.file, json.dumps(found, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

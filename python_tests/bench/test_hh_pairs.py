@@ -145,3 +145,17 @@ def test_the_command(hh, data, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps(results | {"max_length": 9}))
     with pytest.raises(SystemExit, match="its max_length is 9, this is 512"):
         hh.main(fit)
+
+
+def test_decoded_text_is_at_the_kl(hh, splits, model, monkeypatch):
+    monkeypatch.setattr(hh, "PROMPTS", 8)
+    gated = dh.DualHeadForCausalLM.from_backbone(model, trial=False)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_backbone_path())
+    try:
+        found = hh.decode(hh.job_of(gated, splits, seed=0), "harmless-base", tokenizer)
+    finally:
+        dh.detach(gated)
+    assert found["backbone"]["kl"]["value"] == 0 and len(found["texts"]) == 8
+    assert 0.03 < found["steered"]["kl"]["value"] < 0.3
+    differ = [row["backbone"] != row["steered"] for row in found["texts"]]
+    assert sum(differ) >= 4, found["texts"]
