@@ -2,7 +2,7 @@
 """The benchmark of rewards on human preference pairs, with the embedded backbone."""
 
 import gzip
-import importlib.util
+import importlib
 import itertools
 import json
 import sys
@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dualhead_ext as dh
 from dualhead_ext.data import embedded_backbone_path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "hh_pairs.py"
+ROOT = Path(__file__).resolve().parents[2]
 GOOD, BAD = ("good", "kind", "happy", "nice"), ("bad", "cruel", "sad", "mean")
 THINGS = ("dog", "house", "friend", "garden", "song", "letter", "road", "lamp")
 
 
 @pytest.fixture(scope="module")
 def hh():
-    spec = importlib.util.spec_from_file_location("hh_pairs", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module("hh_pairs")
+    for name in ("hh_pairs", "hh_states"):
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_long_prompt_loses_its_beginning_and_no_response(hh, data, monkeypatch
     tokenizer = AutoTokenizer.from_pretrained(embedded_backbone_path())
     whole = hh.read_pairs(data / "test.jsonl.gz", tokenizer, 512)[0]
     longest = max(map(len, whole.responses))
-    monkeypatch.setattr(hh, "PROMPT", 3)
+    monkeypatch.setattr("hh_states.PROMPT", 3)
     for room, kept in ((longest + 5, 5), (4, 3)):
         cut = hh.read_pairs(data / "test.jsonl.gz", tokenizer, room)[0]
         assert cut.responses == whole.responses and cut.spoken == whole.spoken
@@ -119,7 +119,7 @@ def test_the_command(hh, data, tmp_path, monkeypatch, capsys):
     """States, then fits; both stop when their time is over and continue."""
     names = ("the longer one", "mean log-probability", "value of the state, last")
     monkeypatch.setattr(hh, "REWARDS", {name: hh.REWARDS[name] for name in names})
-    monkeypatch.setattr(hh, "SHARD", 6)
+    monkeypatch.setattr("hh_states.SHARD", 6)
     file, states = tmp_path / "found.json", str(tmp_path / "states")
     shared = ["--data", str(data), "--backbone", "embedded", "--pairs", "12"]
     with pytest.raises(SystemExit, match=r"test-000\.safetensors and later ones are missing"):
