@@ -494,9 +494,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "fit":
         fit(options, model, splits, until)
         return
-    parts = [decode(job_of(model, splits, seed=0), name, tokenizer) for name in SUBSETS]
-    found = described(options, splits) | {"decoded": parts}
-    write_durably(options.file, json.dumps(found, indent=1).encode() + b"\n")
+    found = described(options, splits) | {"decoded": []}
+    for name in SUBSETS:
+        found["decoded"].append(decode(job_of(model, splits, seed=0), name, tokenizer))
+        write_durably(options.file, json.dumps(found, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

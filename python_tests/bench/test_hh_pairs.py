@@ -145,6 +145,9 @@ def test_the_command(hh, data, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps(results | {"max_length": 9}))
     with pytest.raises(SystemExit, match="its max_length is 9, this is 512"):
         hh.main(fit)
+    monkeypatch.setattr(hh, "decode", lambda job, subset, tokenizer: subset)
+    hh.main(["decode", states, str(file), *shared])
+    assert json.loads(file.read_text())["decoded"] == ["helpful-base", "harmless-base"]
 
 
 def test_decoded_text_is_at_the_kl(hh, splits, model, monkeypatch):
