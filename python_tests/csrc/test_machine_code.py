@@ -236,6 +236,27 @@ def test_loops_of_the_loss():
     assert loss_loop(exponentials=7)["element_loops"] == []
 
 
+def test_fences_are_counted_with_what_they_belong_to():
+    fence, load = plain("MEMBAR.ALL.GPU"), plain("LDG.E.STRONG.GPU R4, desc[UR4][R2.64]")
+    add, drop = plain("REDG.E.ADD.STRONG.GPU [R2.64], R5"), plain("CCTL.IVALL")
+    init, seen = plain("SYNCS.EXCH.64 URZ, [UR6], UR4"), plain("FENCE.VIEW.ASYNC.S")
+    apart = [plain("NOP")] * 10
+    expected = {"releases": 0, "acquires": 0, "copy_fences": 0, "unfenced_mbarriers": 0}
+    for code, change in (
+        ([fence, add], {"releases": 1}),
+        ([add], {}),  # raise()
+        ([add, fence], {}),
+        ([load, fence, drop], {"acquires": 1}),
+        ([load, drop], {}),
+        ([load, *apart, fence, drop], {}),
+        ([fence, plain("ATOM.E.ADD.STRONG.GPU R4, [R2]"), drop], {}),  # the grid barrier
+        ([plain("FENCE.VIEW.ASYNC.G")], {"copy_fences": 1}),
+        ([init, seen, init, seen], {}),
+        ([seen, init, *apart], {"unfenced_mbarriers": 1}),
+    ):
+        assert report_of(*code)["order"] == expected | change, code
+
+
 def test_a_branch_to_itself_is_no_loop():
     [code] = listing.parse(text_of(plain("BRA 0x0"))).values()
     assert listing.loops(code) == []
@@ -335,6 +356,20 @@ def test_no_kernel_fences_where_it_polls(library_report, of_these_sources):
     assert all(limits.fence_violations(one) == [] for one in library_report.values())
     for format in FORMATS:
         assert any(poll["of"] == "counter" for poll in polls[f"stream_kernel<{format}, 1, 0>"])
+
+
+@pytest.mark.parametrize("corrects", [0, 1], ids=["full", "correction"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_signal_and_fence_is_compiled(library_report, of_these_sources, format, corrects):
+    """That each is necessary is tested on the host backend, which does not see these instructions.
+
+    Three phases of the gate signal and wait, and alpha is signalled; each of four sizes of a batch
+    looks for alpha and waits for it; the producer looks.
+    """
+    one = library_report[f"stream_kernel<{format}, 1, {corrects}>"]
+    assert one["order"] == {
+        "releases": 3 + 1, "acquires": 3 + 4 * 2 + 1, "copy_fences": 1, "unfenced_mbarriers": 0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("corrects", [0, 1], ids=["full", "correction"])

@@ -12,6 +12,7 @@
 - loops of the consumers, those around HMMA: stall cycles, instructions, shared loads by width;
 - loops with loads from global memory: how many are issued before the first waits for one of them;
 - loops that poll: fences in them, and the fences that follow;
+- what orders memory accesses: releases, acquires, the copy engine's fences;
 - loops of ordinary loads and stores (the loss): their widths, and loads in flight;
 - MEMBAR.SC in loops.
 
@@ -144,6 +145,35 @@ def _polls(code: list[Instruction], inner: list[list[Instruction]]) -> list[dict
     return found
 
 
+_REACH = 4  # instructions between a fence and what it belongs to
+
+
+def _order(code: list[Instruction]) -> dict[str, int]:
+    """The instructions that order memory accesses, without those of the toolkit's grid barrier.
+
+    - "releases": increments of a counter right behind a fence (red.release).
+    - "acquires": loads of a counter with a fence behind them that drops the multiprocessor's cache.
+    - "copy_fences": before the copy engine reads global memory that the grid wrote.
+    - "unfenced_mbarriers": mbarriers whose initialisation the copy engine may not see.
+    """
+    found = Counter(releases=0, acquires=0, copy_fences=0, unfenced_mbarriers=0)
+    for i, one in enumerate(code):
+        before, after = code[max(0, i - _REACH) : i], code[i + 1 : i + 1 + _REACH]
+        if base(one) == "REDG" and "STRONG.GPU" in one.opcode:
+            found["releases"] += any(o.opcode == "MEMBAR.ALL.GPU" for o in before)
+        elif one.opcode == "MEMBAR.ALL.GPU":
+            loads = code[max(0, i - 2 * _REACH) : i]
+            found["acquires"] += any(
+                base(o) == "LDG" and "STRONG.GPU" in o.opcode for o in loads
+            ) and any(o.opcode == "CCTL.IVALL" for o in after)
+        elif one.opcode == "FENCE.VIEW.ASYNC.G":
+            found["copy_fences"] += 1
+        elif one.opcode.startswith("SYNCS.EXCH"):
+            fenced = any(o.opcode == "FENCE.VIEW.ASYNC.S" for o in after)
+            found["unfenced_mbarriers"] += not fenced
+    return dict(found)
+
+
 def _element_loops(inner: list[list[Instruction]]) -> list[dict[str, Any]]:
     """Loops over logits that load and perhaps store four elements per access: those of
     the loss. Counted is the shortest path through every wide access and an exponential for each
@@ -241,6 +271,7 @@ def report_of(code: list[Instruction]) -> dict[str, Any]:
         "global_loops": _global_loops(inner),
         "producers": _producers(bodies),
         "polls": _polls(code, inner),
+        "order": _order(code),
         "element_loops": _element_loops(inner),
         "membar_sc_in_loops": sum(one.opcode.startswith("MEMBAR.SC") for one in in_loops),
     }
