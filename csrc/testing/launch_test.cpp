@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches from several threads, bulk copies without the fence that they need, and wrong ways to
-// wait for a counter, on the host backend.
+// Launches from several threads, bulk copies without the fence that they need, wrong ways to wait
+// for a counter, and accesses without an order, on the host backend.
 #include "kernels/cuda/launch.cuh"
 
 #include <atomic>
@@ -59,6 +59,23 @@ std::string error_of_wait(Wait wait) {
       cuda::signal(&counter, 1);
       while (!seen) __nanosleep(32);
       cuda::signal(&counter, 1);
+    });
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// Runs one warp: lane 0 writes to global memory, all lanes call `between`, and lane 1 reads.
+// Returns the error's text.
+template <typename Between>
+std::string error_of_read(Between between) {
+  static int written = 0;
+  try {
+    host_cuda::run_grid({1, 1, 1}, {32, 1, 1}, 1024, false, {0, -1, -1, -1}, [&] {
+      if (threadIdx.x == 0) host_cuda::note_access(&written, sizeof(written), true);
+      between();
+      if (threadIdx.x == 1) host_cuda::note_access(&written, sizeof(written), false);
     });
   } catch (const std::exception& error) {
     return error.what();
@@ -141,4 +158,46 @@ TEST(a_bulk_copy_of_what_the_grid_stored_needs_a_fence) {
     const std::string error = error_of_copy(fenced, fenced);  // no fence, or a store after it
     CHECK(error.find("without a proxy fence") != std::string::npos);
   }
+}
+
+TEST(an_exchange_within_a_warp_orders_no_memory) {
+  host_cuda::check_accesses();
+  CHECK_EQUAL(error_of_read([] { cuda::warp_barrier(); }), std::string());
+  const std::string error = error_of_read([] { (void)cuda::exchange_from(1, 0); });
+  CHECK(contains(error, "block 0 thread 1 reads what block 0 thread 0 wrote, without an order"));
+}
+
+TEST(a_counter_orders_only_for_who_fences) {
+  host_cuda::check_accesses();
+  unsigned counter = 0;
+  const auto signalled = [&](bool fences) {
+    counter = 0;
+    return error_of_read([&, fences] {
+      if (threadIdx.x == 0) cuda::signal(&counter, 1);
+      if (threadIdx.x != 1) return;
+      while (cuda::peek(&counter) == 0) __nanosleep(32);
+      if (fences) cuda::acquire_fence();
+    });
+  };
+  CHECK_EQUAL(signalled(true), std::string());
+  CHECK(contains(signalled(false), "without an order"));
+}
+
+TEST(a_raise_is_ordered_by_the_signal_that_follows) {
+  host_cuda::check_accesses();
+  unsigned counter[2];
+  const auto error_of = [&](bool raises_late) {
+    counter[0] = counter[1] = 0;
+    return error_of_read([&, raises_late] {
+      if (threadIdx.x == 0 && !raises_late) cuda::raise(counter, 1);
+      if (threadIdx.x == 0) cuda::signal(counter + 1, 1);
+      if (threadIdx.x == 0 && raises_late) cuda::raise(counter, 1);
+      if (threadIdx.x != 1) return;
+      while (cuda::peek(counter + 1) == 0) __nanosleep(32);
+      cuda::acquire_fence();
+      (void)cuda::peek(counter);
+    });
+  };
+  CHECK_EQUAL(error_of(false), std::string());
+  CHECK(contains(error_of(true), "looks at what block 0 thread 0 wrote, without an order"));
 }

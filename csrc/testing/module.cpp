@@ -10,10 +10,12 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../decode_arguments.h"
@@ -188,15 +190,24 @@ std::string loss_rows(const py::dict& arguments, bool backward, int device) {
 }
 
 void set_device(int multiprocessors, int blocks_per_multiprocessor, bool cooperative_launch,
-                int compute_major, int compiled_major, int shared_kib, bool proxy_fences,
-                bool releases, bool acquires, uint64_t seed, int skipped_grid_barrier,
-                int skipped_block_barrier, int skipped_copy_wait) {
-  host_cuda::device() = {
-      multiprocessors,    blocks_per_multiprocessor,
-      cooperative_launch, compute_major,
-      compiled_major,     shared_kib * 1024,
-      proxy_fences,       releases,
-      acquires,           {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
+                int compute_major, int compiled_major, int shared_kib, uintptr_t missing,
+                uint64_t seed, int skipped_grid_barrier, int skipped_block_barrier,
+                int skipped_copy_wait) {
+  host_cuda::device() = {multiprocessors,
+                         blocks_per_multiprocessor,
+                         cooperative_launch,
+                         compute_major,
+                         compiled_major,
+                         shared_kib * 1024,
+                         missing,
+                         {seed, skipped_grid_barrier, skipped_block_barrier, skipped_copy_wait}};
+}
+
+// The signals, fences and barriers of the last step: {address: (what, warp)}.
+std::map<uintptr_t, std::pair<std::string, int>> orderings() {
+  std::map<uintptr_t, std::pair<std::string, int>> found;
+  for (const auto& [address, one] : host_cuda::orderings()) found[address] = {one.what, one.warp};
+  return found;
 }
 
 // The plan of the streaming path; None if these arguments do not take that path.
@@ -245,9 +256,9 @@ PYBIND11_MODULE(DUALHEAD_MODULE, m) {
   m.def("set_device", &set_device, py::kw_only(), py::arg("multiprocessors") = 4,
         py::arg("blocks_per_multiprocessor") = 2, py::arg("cooperative_launch") = true,
         py::arg("compute_major") = 9, py::arg("compiled_major") = 0, py::arg("shared_kib") = 227,
-        py::arg("proxy_fences") = true, py::arg("releases") = true, py::arg("acquires") = true,
-        py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,
+        py::arg("missing") = 0, py::arg("seed") = 0, py::arg("skipped_grid_barrier") = -1,
         py::arg("skipped_block_barrier") = -1, py::arg("skipped_copy_wait") = -1);
+  m.def("orderings", &orderings);
   m.def("error_text", [](int error) { return std::string(cuda::error_text(error)); });
   m.def("bytes_copied", &host_cuda::bytes_copied);
   m.def("boxes_copied", &host_cuda::boxes_copied);

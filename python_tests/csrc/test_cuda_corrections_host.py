@@ -210,9 +210,11 @@ def differs(stream, arguments, **bug):
     return False
 
 
-@pytest.mark.parametrize("barrier", [0, 1])
+@pytest.mark.parametrize("barrier", [0, 1, 2])
 def test_a_missing_grid_barrier_is_seen(stream, seed, barrier):
-    """One barrier is before D h is read, the other before the rows that are computed from it."""
+    """One is before D h is read, one before the rows that are computed from it, and one before the
+    products of what has been loaded into shared memory.
+    """
     rng = np.random.default_rng(seed)
     arguments = aligned(rng, "bfloat16", reward_head="embedding", r=5, d=520, V=70)
     assert differs(stream, arguments, skipped_grid_barrier=barrier)

@@ -132,6 +132,7 @@ void start(const Copy& copy) {
   const auto bits = reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from);
   const unsigned unit = copy.bulk ? 1024 : copy.bytes;  // the swizzle's period, or the copy's size
   if (bits % unit != 0) stop("an asynchronous copy is not aligned");
+  check_copy(copy.to, nullptr, copy.bytes);
   std::memset(copy.to, 0xFF, copy.bytes);
   under_way[blockIdx.x].push_back(copy);
   maybe_land();
@@ -204,7 +205,8 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
 void note_store(const void* to) { stored[reinterpret_cast<uintptr_t>(to) / 16] = ++stores; }
 
 void proxy_fence() {
-  if (device().proxy_fences) fenced[{blockIdx.x, threadIdx.x}] = stores;
+  if (!has_effect("proxy fence", __builtin_return_address(0))) return;
+  fenced[{blockIdx.x, threadIdx.x}] = stores;
 }
 
 bool encode_map(const void* base, long long row_bytes, long long rows, long long row_stride,
@@ -229,9 +231,11 @@ void copy_box(void* to, const TensorMap& map, int byte, int row, int plane, uint
   for (int r = 0; r < map.box_rows && row + r < map.rows && plane < map.planes; ++r) {
     const long long left = map.row_bytes - byte;
     if (left <= 0) break;
-    check_fenced(static_cast<const unsigned char*>(map.base) + plane * map.plane_stride +
-                     (row + r) * map.row_stride + byte,
-                 static_cast<unsigned>(left < kBoxBytes ? left : kBoxBytes));
+    const unsigned char* from = static_cast<const unsigned char*>(map.base) +
+                                plane * map.plane_stride + (row + r) * map.row_stride + byte;
+    const auto bytes = static_cast<unsigned>(left < kBoxBytes ? left : kBoxBytes);
+    check_copy(nullptr, from, bytes);
+    check_fenced(from, bytes);
   }
   Copy copy{threadIdx.x, true, to, nullptr, 0, barrier, map, byte, row, plane};
   copy.bytes = static_cast<unsigned>(kBoxBytes * map.box_rows);
@@ -239,6 +243,7 @@ void copy_box(void* to, const TensorMap& map, int byte, int row, int plane, uint
 }
 
 void async_copy(void* to, const void* from, unsigned bytes) {
+  check_copy(nullptr, from, bytes);
   start({threadIdx.x, false, to, from, bytes, nullptr});
 }
 

@@ -238,9 +238,10 @@ void run_next(bool another_warp = false, bool last = false) {
   }
 }
 
-int warp_index(const Fiber& fiber) { return static_cast<int>(fiber.warp - grid_now->warps.data()); }
+int index_of(const Fiber& fiber) { return static_cast<int>(&fiber - grid_now->fibers.data()); }
 
-void meet(Meeting* meeting, const char* name) {
+// orders: memory, as a barrier does and an exchange does not.
+void meet(Meeting* meeting, const char* name, bool orders = true) {
   Fiber* self = fiber_now;
   if (meeting->waiting.empty()) meeting->name = name;
   if (std::strcmp(meeting->name, name) != 0) {
@@ -255,9 +256,13 @@ void meet(Meeting* meeting, const char* name) {
     return;
   }
   grid_now->naps = 0;
-  std::vector<int> warps{warp_of_thread()};
-  for (Fiber* fiber : meeting->waiting) warps.push_back(warp_index(*fiber));
-  order_meeting(std::move(warps));
+  if (orders) {
+    std::vector<int> met{thread_in_grid()};
+    for (Fiber* fiber : meeting->waiting) met.push_back(index_of(*fiber));
+    order_meeting(std::move(met));
+  } else {
+    order_exchange();
+  }
   for (Fiber* fiber : meeting->waiting) make_ready(fiber);
   meeting->waiting.clear();
   step_back();  // the last to arrive need not be the first to leave
@@ -337,7 +342,7 @@ void run_grid(Index3 grid, Index3 block, size_t shared_bytes, bool cooperative, 
   grid_now = &now;
   fiber_now = nullptr;
   make_threads(&now);
-  forget_order(static_cast<int>(now.warps.size()));
+  forget_order(static_cast<int>(now.fibers.size()));
   run_next();
   grid_now = nullptr;
   if (!now.error.empty()) throw std::runtime_error(now.error);
@@ -346,21 +351,26 @@ void run_grid(Index3 grid, Index3 block, size_t shared_bytes, bool cooperative, 
 unsigned char* shared_memory() { return fiber_now->block->shared.get(); }
 
 void wait_for_block() {
+  const void* caller = __builtin_return_address(0);
   if (fiber_now->block_barriers++ == grid_now->schedule.skipped_block_barrier) return;
-  meet(&fiber_now->block->meeting, "__syncthreads");
+  meet(&fiber_now->block->meeting, "__syncthreads", has_effect("block barrier", caller));
 }
 
 void wait_for_group(int group, int threads) {
+  const void* caller = __builtin_return_address(0);
   if (fiber_now->block_barriers++ == grid_now->schedule.skipped_block_barrier) return;
   Meeting& meeting = fiber_now->block->groups[group];
   if (meeting.waiting.empty()) meeting.expected = static_cast<size_t>(threads);
   if (meeting.expected != static_cast<size_t>(threads)) {
     stop("diverged: " + place(*fiber_now) + " expects another number of threads in its group");
   }
-  meet(&meeting, "a group's barrier");
+  meet(&meeting, "a group's barrier", has_effect("group barrier", caller));
 }
 
-void wait_for_warp() { meet(&fiber_now->warp->meeting, "__syncwarp"); }
+void wait_for_warp() {
+  const void* caller = __builtin_return_address(0);
+  meet(&fiber_now->warp->meeting, "__syncwarp", has_effect("warp barrier", caller));
+}
 
 void wait_for_grid() {
   if (!grid_now->cooperative) stop("a grid barrier in a launch that is not cooperative");
@@ -394,19 +404,25 @@ uint64_t schedule_seed() { return grid_now->schedule.seed; }
 
 bool in_grid() { return fiber_now != nullptr; }
 
-int warp_of_thread() { return warp_index(*fiber_now); }
+int thread_in_grid() { return index_of(*fiber_now); }
 
-int lane_of_thread() { return fiber_now->lane; }
+namespace {
 
-bool is_private(const void* p) {
-  const auto within = [p](const void* first, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(first) < bytes;
-  };
-  return within(fiber_now->execution.stack, kStackBytes) ||
-         within(fiber_now->block->shared.get(), grid_now->shared_bytes);
+bool within(const void* p, const void* first, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(first) < bytes;
+}
+
+}  // namespace
+
+bool on_stack(const void* p) { return within(p, fiber_now->execution.stack, kStackBytes); }
+
+bool in_shared_memory(const void* p) {
+  return within(p, fiber_now->block->shared.get(), grid_now->shared_bytes);
 }
 
 std::string place_of_thread() { return place(*fiber_now); }
+
+std::string place_of_thread(size_t thread) { return place(grid_now->fibers[thread]); }
 
 int count_copy_wait() { return fiber_now->copy_waits++; }
 
@@ -416,7 +432,7 @@ const uint32_t (*exchange_six(const uint32_t (&mine)[6]))[6] {
   Warp* warp = fiber_now->warp;
   uint32_t (*words)[6] = warp->words[fiber_now->exchanges++ % 2];
   std::memcpy(words[fiber_now->lane], mine, sizeof(mine));
-  meet(&warp->meeting, "a warp exchange");
+  meet(&warp->meeting, "a warp exchange", false);
   return words;
 }
 
@@ -424,7 +440,7 @@ uint64_t exchange(uint64_t value, int source) {
   Warp* warp = fiber_now->warp;
   uint64_t* slot = warp->slot[fiber_now->exchanges++ % 2];
   slot[fiber_now->lane] = value;
-  meet(&warp->meeting, "a warp exchange");
+  meet(&warp->meeting, "a warp exchange", false);
   return slot[source];
 }
 

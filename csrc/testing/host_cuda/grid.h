@@ -56,12 +56,13 @@ void step_back();      // before an atomic: lets any ready thread go first
 void note_progress();                       // nap() gives up after too long without it
 uint64_t next_random();                     // drawn from the seed
 uint64_t schedule_seed();
-bool in_grid();        // whether a thread of a grid runs
-int warp_of_thread();  // the running thread's warp, counted over the grid
-int lane_of_thread();
-bool is_private(const void* p);  // on the running thread's stack, or in its block's shared memory
+bool in_grid();                // whether a thread of a grid runs
+int thread_in_grid();          // the running thread, counted over the grid
+bool on_stack(const void* p);  // of the running thread
+bool in_shared_memory(const void* p);
 std::string place_of_thread();
-int count_copy_wait();  // number of calls by this thread
+std::string place_of_thread(size_t thread);  // counted over the grid
+int count_copy_wait();                       // number of calls by this thread
 int skipped_copy_wait();
 // Every lane gives six words and gets those of all lanes, by lane. All 32 must call.
 const uint32_t (*exchange_six(const uint32_t (&mine)[6]))[6];
