@@ -8,11 +8,14 @@ the tests need nvcc, but no GPU.
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from build_backend import ROOT, incremental, libraries, toolchain
+
+from tools.gpu.machine_code import find_tool, short_name
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,12 @@ needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvc
 
 @dataclass(frozen=True)
 class Compiled:
-    """archs: the requested architectures in ptxas' names. kernels: resources by object file."""
+    """archs: the requested architectures in ptxas' names; ptx: those of which PTX was asked for.
+    kernels: resources by object file.
+    """
 
     archs: set[str]
+    ptx: set[str]
     kernels: dict[Path, list[Resources]]
 
 
@@ -117,8 +123,13 @@ def compiled(request: pytest.FixtureRequest) -> Compiled:
         steps = [s for s in libraries.compile_steps("cuda", folder, tools) if ".cu" in s.title]
         with incremental.build_lock(folder):
             incremental.run_steps(steps)
-    names = {f"sm_{arch.removesuffix('+PTX').replace('.', '')}" for arch in archs}
-    return Compiled(names, {step.output: parse_resources(step.log.read_text()) for step in steps})
+    names = {arch: f"sm_{arch.removesuffix('+PTX').replace('.', '')}" for arch in archs}
+    ptx = {name for arch, name in names.items() if arch.endswith("+PTX")}
+    return Compiled(
+        set(names.values()),
+        ptx,
+        {step.output: parse_resources(step.log.read_text()) for step in steps},
+    )
 
 
 @needs_nvcc
@@ -130,6 +141,33 @@ def test_every_kernel_is_compiled_for_every_arch(compiled):
             archs = {one.arch for one in kernels if one.kernel == name}
             # For sm_100 the library also has PTX, but ptxas compiles it only once.
             assert archs == compiled.archs, f"{source}: {name} is compiled for {sorted(archs)}"
+
+
+@needs_nvcc
+def test_each_arch_has_code_for_its_own_copy_engine(compiled):
+    """A step is launched by the architecture that its code was compiled for; the kernels of the
+    other copy engine are empty but for a trap (test_machine_code.py), so they need few registers.
+    """
+    seen = set()
+    for one in (one for kernels in compiled.kernels.values() for one in kernels):
+        name = re.fullmatch(r"stream_kernel<\w+, ([01]), [01]>", short_name(one.kernel))
+        if name is None:
+            continue
+        boxes, own = name[1] == "1", int(re.sub(r"\D", "", one.arch)) >= 90
+        assert (one.registers > 100) == (boxes == own), f"{one.kernel} on {one.arch}"
+        seen.add((one.arch, boxes))
+    assert seen == {(arch, boxes) for arch in compiled.archs for boxes in (False, True)}
+
+
+@needs_nvcc
+def test_ptx_is_kept_where_it_was_asked_for(compiled):
+    """A device that is newer than all architectures compiles it."""
+    tool = find_tool()
+    if tool is None:
+        pytest.skip("cuobjdump is neither on PATH nor in an installed Triton")
+    for path in compiled.kernels:
+        listed = subprocess.run([tool, "-lptx", str(path)], capture_output=True, text=True).stdout
+        assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == compiled.ptx, path
 
 
 @needs_nvcc
