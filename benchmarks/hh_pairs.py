@@ -51,7 +51,7 @@ from dualhead_ext.eval.likelihood import perplexity, token_mean
 from dualhead_ext.eval.metrics import wilson_interval
 from dualhead_ext.eval.text import diversity, mean_length
 from dualhead_ext.files.atomic import write_durably
-from dualhead_ext.head.calibration import calibrate, mean_kl, strength_of_kl
+from dualhead_ext.head.calibration import mean_kl
 from dualhead_ext.measurement.machine import describe
 from dualhead_ext.model.builtin_backbones import backbone_path
 from dualhead_ext.train.hidden_cache import HiddenCollator
@@ -376,24 +376,34 @@ def fit(
 
 # --- decoded text ---------------------------------------------------------------------------------
 
-PROMPTS, NEW_TOKENS, KL = 32, 48, 0.1
+NEW_TOKENS, KL, STATES = 48, 0.1, 256
+
+
+def strength_at(head: Any, hidden: Tensor) -> float:
+    """The strength at which the KL from the backbone is `KL` nats at hidden states (N, d). The KL
+    grows nearly as the square of the strength.
+    """
+    hidden, strength = hidden[:: max(1, len(hidden) // STATES)], 1.0
+    for _ in range(5):
+        kl = mean_kl(head, hidden, torch.zeros(len(hidden)), strength)  # alpha = 1/2
+        strength *= float(KL / kl.mean()) ** 0.5
+    return strength
 
 
 @torch.no_grad()
-def decode(job: Job, subset: str, tokenizer: Any) -> dict[str, Any]:
-    """Continue `PROMPTS` test prompts of a subset with the backbone and with the default head,
-    trained on the subset alone, at `KL` nats per token and with the same random numbers.
+def decode(job: Job, subset: str, tokenizer: Any, prompts: int) -> dict[str, Any]:
+    """Continue test prompts of a subset with the backbone and with the default head, trained on the
+    subset alone, with the same random numbers. The strength is that of `KL` nats per token on
+    held-out responses; the KL of the decoded text is measured.
     """
     job = job.alone(subset)
     with torch.enable_grad():
         trained(job, {})
     model, head = job.model, job.model.lm_head_module
     hidden = torch.cat([before for pair in job.held_out for _, before, _ in pair.texts()])
-    prompts = [pair.prompt for pair in job.held_out]
-    calibrate(model, hidden, torch.zeros(len(hidden)), prompts, seed=job.seed)  # alpha = 1/2
-    strengths = {"backbone": 0.0, "steered": strength_of_kl(model.dual_head_config.kl_curve, KL)}
+    strengths = {"backbone": 0.0, "steered": strength_at(head, hidden)}
     pairs = [pair for pair in job.test if pair.subset == subset]
-    pairs = pairs[:: max(1, len(pairs) // PROMPTS)][:PROMPTS]
+    pairs = pairs[:: max(1, len(pairs) // prompts)][:prompts]
     width = max(len(pair.prompt) for pair in pairs)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(p.prompt)) + p.prompt for p in pairs])
@@ -471,6 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fitting = commands.add_parser("fit", parents=[shared])
     fitting.add_argument("--seeds", type=int, default=3)
     decoding = commands.add_parser("decode", parents=[shared])
+    decoding.add_argument("--prompts", type=int, default=32, help="of each subset")
     for command in (fitting, commands.add_parser("table"), decoding):
         command.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
@@ -495,8 +506,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fit(options, model, splits, until)
         return
     found = described(options, splits) | {"decoded": []}
+    job = job_of(model, splits, seed=0)
     for name in SUBSETS:
-        found["decoded"].append(decode(job_of(model, splits, seed=0), name, tokenizer))
+        found["decoded"].append(decode(job, name, tokenizer, options.prompts))
         write_durably(options.file, json.dumps(found, indent=1).encode() + b"\n")
 
 

@@ -145,17 +145,16 @@ def test_the_command(hh, data, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps(results | {"max_length": 9}))
     with pytest.raises(SystemExit, match="its max_length is 9, this is 512"):
         hh.main(fit)
-    monkeypatch.setattr(hh, "decode", lambda job, subset, tokenizer: subset)
+    monkeypatch.setattr(hh, "decode", lambda job, subset, tokenizer, prompts: subset)
     hh.main(["decode", states, str(file), *shared])
     assert json.loads(file.read_text())["decoded"] == ["helpful-base", "harmless-base"]
 
 
-def test_decoded_text_is_at_the_kl(hh, splits, model, monkeypatch):
-    monkeypatch.setattr(hh, "PROMPTS", 8)
+def test_decoded_text_is_at_the_kl(hh, splits, model):
     gated = dh.DualHeadForCausalLM.from_backbone(model, trial=False)
     tokenizer = AutoTokenizer.from_pretrained(embedded_backbone_path())
     try:
-        found = hh.decode(hh.job_of(gated, splits, seed=0), "harmless-base", tokenizer)
+        found = hh.decode(hh.job_of(gated, splits, seed=0), "harmless-base", tokenizer, 8)
     finally:
         dh.detach(gated)
     assert found["backbone"]["kl"]["value"] == 0 and len(found["texts"]) == 8
