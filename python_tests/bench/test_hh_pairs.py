@@ -161,3 +161,10 @@ def test_decoded_text_is_at_the_kl(hh, splits, model):
     assert 0.03 < found["steered"]["kl"]["value"] < 0.3
     differ = [row["backbone"] != row["steered"] for row in found["texts"]]
     assert sum(differ) >= 4, found["texts"]
+
+
+def test_the_documents_table_is_of_the_committed_results(hh):
+    text = (ROOT / "docs" / "results.md").read_text()
+    quoted = text.partition("<!-- hh-pairs -->\n")[2].partition("\n<!-- /hh-pairs -->")[0]
+    results = json.loads((ROOT / "benchmarks" / "results" / "hh-pairs.json").read_text())
+    assert quoted == hh.table(results)
