@@ -211,16 +211,18 @@ std::map<uintptr_t, std::pair<std::string, int>> orderings() {
 }
 
 // The plan of the streaming path; None if these arguments do not take that path.
-py::object stream_plan(const py::dict& arguments, const std::string& dtype, int shared_kib) {
+py::object stream_plan(const py::dict& arguments, const std::string& dtype, int shared_kib,
+                       int grid) {
   const DecodeParams params = params_from(arguments, dtype_from(dtype));
   cuda::StreamPlan plan;
-  if (!cuda::decode_streams(params) || !cuda::make_plan(params, shared_kib * 1024, &plan)) {
+  if (!cuda::decode_streams(params) || !cuda::make_plan(params, shared_kib * 1024, grid, &plan)) {
     return py::none();
   }
   py::dict found;
   found["batch_tile"] = plan.batch_tile, found["stages"] = plan.stages;
   found["blocks"] = plan.blocks, found["resident"] = plan.resident;
   found["shared_bytes"] = plan.shared_bytes, found["kept_tiles"] = plan.kept_tiles;
+  found["under_way"] = plan.under_way, found["projects_early"] = plan.projects_early;
   return found;
 }
 
@@ -266,7 +268,7 @@ PYBIND11_MODULE(DUALHEAD_MODULE, m) {
     return cuda::decode_wants_products(params_from(arguments, dtype_from(dtype)));
   });
   m.def("stream_plan", &stream_plan, py::arg("arguments"), py::arg("dtype"),
-        py::arg("shared_kib") = 227);
+        py::arg("shared_kib") = 227, py::arg("grid") = 132);
   m.def("bfloat16_to_float", &widened<BFloat16>);
   m.def("float16_to_float", &widened<cuda::Float16>);
   m.def("float_to_bfloat16", &rounded<BFloat16>);

@@ -14,6 +14,8 @@ import numpy_decode as model
 import pytest
 from cuda_host import check_row, check_step, runner, same_bits, stream_runner
 
+from tools.gpu import prediction
+
 DTYPES = ["bfloat16", "float16"]
 BULK, PIECES = 9, 8  # compute capability: 9 has bulk copies of rows, 8 copies 16 bytes per lane
 
@@ -103,6 +105,41 @@ def test_the_ring_has_four_stages_or_more(testing_module, seed, format):
         if format != "bfloat16":
             arguments = model.quantized(rng, arguments, format, apart=16)
         assert testing_module.stream_plan(arguments, "bfloat16")["stages"] >= 4, B
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("d", [4096, 8192])
+def test_the_prediction_knows_the_plans(testing_module, seed, format, d):
+    """The hidden sizes of the benchmark. Four blocks with 31 units each: as many as 132 blocks have
+    at V = 32000."""
+    rng = np.random.default_rng(seed)
+    for B in (1, 8, 9, 16, 17, 32, 33, 64):
+        arguments = aligned(rng, "bfloat16", B=B, d=d, V=992)
+        if format != "bf16":
+            arguments = model.quantized(rng, arguments, format, apart=16)
+        plan = testing_module.stream_plan(arguments, "bfloat16", grid=4)
+        known = prediction._plan(prediction.PRESENT, d, 32000, B, format, "full")
+        names = ("batch_tile", "blocks", "stages", "under_way", "projects_early")
+        found = [plan[name] for name in names]
+        wanted = [known.batch, known.blocks, known.stages, known.under_way, known.early]
+        assert found == wanted, B
+
+
+def test_the_whole_ring_is_under_way_where_alpha_comes_in_time(testing_module, seed):
+    """The gate's loads wait behind the ring. A block's tiles of bf16 last longer than that, those
+    of int4 and those of a small model do not."""
+    rng = np.random.default_rng(seed)
+
+    def whole(format=None, grid=4, **sizes):
+        arguments = aligned(rng, "bfloat16", **{"d": 4096, "V": 992} | sizes)
+        if format:
+            arguments = model.quantized(rng, arguments, format, apart=16)
+        plan = testing_module.stream_plan(arguments, "bfloat16", grid=grid)
+        return plan["under_way"] == plan["stages"]
+
+    assert whole(B=1) and whole(B=16) and whole(B=64) and whole("int8", B=1)
+    assert not whole("int4", B=1) and not whole(B=1, d=576) and not whole(B=1, grid=40)
+    assert whole("int4", B=1, gate="given"), "there is no gate to wait for"
 
 
 @pytest.mark.quick_cases(3)

@@ -290,6 +290,7 @@ def test_limits_find_what_is_over_them():
     good = {
         "copy_loops": [copies],
         "consumer_loops": [consumers],
+        "finish_loops": [{"rows": 32, "cycles": 850}],
         "global_loops": [projection],
         "membar_sc_in_loops": 0,
         "polls": [],
@@ -309,6 +310,7 @@ def test_limits_find_what_is_over_them():
             "shared loads",
         ),
         ({"consumer_loops": [consumers | {"local_accesses": 2}]}, "spilled"),
+        ({"finish_loops": [{"rows": 32, "cycles": 3400}]}, "at the end of a unit"),
         ({"global_loops": [projection | {"before_a_wait": 1}]}, "projection"),
     ):
         assert word in "; ".join(limits.violations(good | change, "bf16")), change
@@ -386,6 +388,8 @@ def test_the_report_has_every_hot_kernel(library_report):
     for name in (f"stream_kernel<{format}, 1, {kind}>" for format in FORMATS for kind in (0, 1)):
         one = library_report[name]
         assert one["copy_loops"] and one["consumer_loops"] and one["global_loops"]
+        rows = {loop["rows"] for loop in one["finish_loops"]}
+        assert rows == ({8, 16, 32} if name.endswith("0>") else set()), "a full head's sums move"
         assert {loop["kind"] for loop in one["copy_loops"]} <= set(machine_code.COPIES)
         assert 100 < one["registers"] <= 255
     others = {"decode_step_kernel<0, 0>", "loss_rows_kernel", "loss_rows_backward_kernel"}

@@ -16,6 +16,9 @@ LOSS_THREADS = 512  # of a block of the loss, at the vocabulary sizes of models
 MOST_CYCLES_PER_COPY = 62
 LEAST_LOADS_IN_FLIGHT = 8  # minimum in the gate's projections
 MOST_ISSUE_SHARE = 0.5  # of the clocks that a stage's bytes take
+# When a tile ends, of one unit and 32 rows. For 64 requests at d = 4096 a warp does that four
+# times: 5 % of the 127,000 clocks that the tile's bytes take in bf16.
+MOST_FINISH_CYCLES = 1_590
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ def violations(one: dict[str, Any], format: str) -> list[str]:
         for name, share in issue_shares(producer, format).items():
             if share > MOST_ISSUE_SHARE:
                 found.append(f"{name}: the producer issues for {share:.0%} of the bytes' clocks")
+    for loop in one["finish_loops"]:
+        if loop["cycles"] > MOST_FINISH_CYCLES:
+            found.append(
+                f"{loop['cycles']} stall cycles at the end of a unit of {loop['rows']} rows"
+            )
     for loop in one["consumer_loops"]:
         if not set(loop["shared_loads"]) <= {"128", "LDSM"}:
             found.append(f"shared loads by width, {loop['shared_loads']}, beside products")

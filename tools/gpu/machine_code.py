@@ -59,6 +59,11 @@ def _is_exponential(one: Instruction) -> bool:
     return one.opcode == "FFMA.SAT"
 
 
+def _is_power_of_two(one: Instruction) -> bool:
+    """expf ends with it."""
+    return one.opcode == "MUFU.EX2"
+
+
 def _copy_loops(code: list[Instruction], bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
     """The smallest loop around each copy. A loop over lanes is recognised by its final branch."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
@@ -230,6 +235,29 @@ def _consumer_loops(bodies: list[list[Instruction]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def _finish_loops(inner: list[list[Instruction]]) -> list[dict[str, Any]]:
+    """The loops that turn a tile's sums into logits: they move them through shared memory.
+
+    "rows": of the batch, that a warp finishes in one round; "cycles": stall cycles of the shortest
+    way with all of these sums and the exponential of each.
+    """
+    found = []
+    for body in inner:
+        stores = [one for one in body if base(one) == "STS"]
+        loads = [one for one in body if base(one) == "LDS"]
+        loads = [one for one in loads if stores and one.address > stores[0].address]
+        parts = [one for one in body if one.opcode == "STG.E.64"]
+        if not loads or not parts or any(base(one) in PRODUCTS + COPIES for one in body):
+            continue
+        entries = sum(width(one) // 32 for one in loads) // 2  # of a lane, of two matrices
+        paths = [
+            shortest_path(body, [*stores, *loads, part], _is_power_of_two, entries)
+            for part in parts
+        ]
+        found.append({"rows": 4 * entries, "cycles": min(map(cycles_of, paths))})
+    return found
+
+
 def loads_before_a_wait(body: list[Instruction]) -> int:
     """Number of loads from global memory that a loop's body issues before it waits for one."""
     pending, count = 0, 0
@@ -273,6 +301,7 @@ def report_of(code: list[Instruction]) -> dict[str, Any]:
         "polls": _polls(code, inner),
         "order": _order(code),
         "element_loops": _element_loops(inner),
+        "finish_loops": _finish_loops(inner),
         "membar_sc_in_loops": sum(one.opcode.startswith("MEMBAR.SC") for one in in_loops),
     }
 

@@ -18,7 +18,8 @@ kernels have not run. In clocks of the busiest block::
     waves   the slowest multiprocessor's share, where memory is what a stage waits for
     gate    how long tiles that cannot wait any longer wait for alpha: a chain of loads, each behind
             the bytes that are under way
-    finish  ends of tiles, as far as the ring does not hide them, and that of the last tile
+    finish  ends of tiles, as far as the ring does not hide them, and that of the last tile: what
+            a7c479c took, in proportion to the stall cycles
     end     the last grid barrier, and the token
 """
 
@@ -57,8 +58,10 @@ GATE_LOADS = 8.3  # attention and alpha, a chain of loads; the same for one requ
 PRODUCT_CLOCKS = {"bf16": 84, "fp16": 84, "int8": 65, "fp8": 65, "int4": 61}
 STAGE_CLOCKS, SCALES_CLOCKS = 150, 400
 LARGE_STAGE_CLOCKS = 1_395  # a warp's products of a stage for 64 requests, bf16
-# The end of a tensor core tile of 8 columns: 16 of them, for 64 requests, took 60,000 clocks.
+# The end of a tensor core tile of 8 columns: 16 of them, for 64 requests, took 60,000 clocks. The
+# shortest way through the loop that did it has FINISH_STALLS stall cycles; the rest was waiting.
 FINISH_CLOCKS = 60_000 / 16
+FINISH_STALLS = 870
 
 # --- the kernels ----------------------------------------------------------------------------------
 GATE_WARPS = 3  # of a block; they project
@@ -71,6 +74,10 @@ COLUMN_BYTES = 8 * 48 * 2 + 8 * 4 + 1  # of the gate's cache, for each column
 UNIT = 8  # vocabulary entries of a tile of the tensor cores
 ROW_BLOCK = 128  # bytes of a row in a box
 CORRECTION_LOADS = 4  # from D h to the corrected input of the LM head, behind its own barrier
+# stream_plan.h: bytes of a row's sums of a warp; what is under way if alpha would be late, and what
+# decides it.
+SUMS_BYTES = 2 * 12 * 4
+UNDER_WAY, MOST_AHEAD, IDLE_LOAD_BYTES = 64 * KIB, 128 * KIB, 28 * KIB
 BITS = {"bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4}
 GROUP = 128  # int4 weights that share an fp32 scale
 RESULT = ROOT / "benchmarks" / "results" / "predicted-h200.json"
@@ -101,6 +108,8 @@ class Kernel:
     Attributes:
         cycles_per_copy: the producer's stall cycles per box.
         cycles_per_stage: those of a stage besides.
+        finish_cycles: the consumers' stall cycles at the end of a tensor core tile of 8 columns, by
+            the columns that a warp finishes at once. Corrections have none: they end as in a7c479c.
         consumer_bytes_per_clock: bytes per clock that all consumers of a multiprocessor process,
             for one request.
     """
@@ -108,6 +117,7 @@ class Kernel:
     cycles_per_copy: float
     consumer_bytes_per_clock: float
     cycles_per_stage: float = 0.0
+    finish_cycles: dict[int, float] = field(default_factory=dict)
 
 
 def kernel_of(report: dict[str, Any], format: str) -> Kernel:
@@ -125,7 +135,11 @@ def kernel_of(report: dict[str, Any], format: str) -> Kernel:
         num_bytes = loop["products"] * 16 * 16 * BITS[format] / 8
         by_stalls = CONSUMERS * num_bytes / loop["stall_cycles"]
         rates.append(min(by_stalls, SCHEDULERS * num_bytes / loop["instructions"]))
-    return Kernel(per_copy, min(rates), per_stage)
+    finish: dict[int, float] = {}
+    for loop in report["finish_loops"]:
+        cycles = loop["cycles"] / (loop["rows"] / 8)
+        finish[loop["rows"]] = max(cycles, finish.get(loop["rows"], 0.0))
+    return Kernel(per_copy, min(rates), per_stage, finish)
 
 
 @dataclass(frozen=True)
@@ -133,17 +147,18 @@ class Version:
     """What the model must know of a version of the kernels besides its machine code.
 
     Attributes:
-        projects_early: the largest batch whose gate projects before the grid barrier.
-        under_way: bytes that may be under way until alpha is known.
+        plans_gate: whether `plan_gate` decides if the gate projects before the grid barrier, and
+            how much is under way until alpha is known. If not: behind it, and the whole ring.
         boxes_per_unit: whether a tile that is not full has a box for each unit, instead of one for
             each binary digit of their number.
+        moves_sums: whether the sums of a full head move through shared memory when a tile ends.
         kept_tiles: tiles that can wait for alpha, by whether the batch has more than 8 rows.
         products: dependent products of a consumer warp per stage.
     """
 
-    projects_early: int = 16
-    under_way: int = 64 * KIB
+    plans_gate: bool = True
     boxes_per_unit: bool = False
+    moves_sums: bool = True
     kept_tiles: tuple[int, int] = (4, 0)
     products: dict[str, int] = field(
         default_factory=lambda: {"bf16": 8, "fp16": 8, "int8": 16, "fp8": 16, "int4": 16}
@@ -152,9 +167,9 @@ class Version:
 
 PRESENT = Version()
 MEASURED_VERSION = Version(  # a7c479c, which ran
-    projects_early=0,
-    under_way=SHARED_BYTES,
+    plans_gate=False,
     boxes_per_unit=True,
+    moves_sums=False,
     kept_tiles=(4, 0),
     products={"bf16": 8, "fp16": 8, "int8": 16, "fp8": 16, "int4": 32},
 )
@@ -199,6 +214,7 @@ class _Plan:
     hidden: int  # bytes of a stage; 0 if hidden states are resident
     stages: int
     under_way: int  # stages until alpha is known
+    early: bool  # the gate projects before the grid barrier
 
     @property
     def tensor_tiles(self) -> int:
@@ -206,7 +222,8 @@ class _Plan:
         return self.units // CONSUMERS * (self.batch // 8)
 
 
-def _plan(version: Version, d: int, rows: int, format: str) -> _Plan:
+def _plan(version: Version, d: int, V: int, B: int, format: str, reward_head: str) -> _Plan:
+    rows = 8 * math.ceil(B / 4) if reward_head == "embedding" else B
     batch = 8
     while batch < rows:
         batch *= 2
@@ -220,16 +237,33 @@ def _plan(version: Version, d: int, rows: int, format: str) -> _Plan:
     hidden = 0 if resident else batch * ROW_BLOCK * blocks * steps
     tiles = units // CONSUMERS * (batch // 8)
     kept = version.kept_tiles[large] * tiles * 2 * UNIT * 8 * 4 * CONSUMERS
-    space = SHARED_BYTES - HEAD_BYTES - kept - (whole if resident else 0)
+    moves = version.moves_sums and reward_head == "full"
+    sums = SUMS_BYTES * min(batch, 32) * CONSUMERS if moves else 0
+    space = SHARED_BYTES - HEAD_BYTES - kept - sums - (whole if resident else 0)
     stages = min(8, space // (weights + hidden))
-    under_way = max(2, math.ceil(version.under_way / (weights + hidden)))
-    return _Plan(batch, units, blocks, weights, hidden, stages, min(stages, under_way))
+    early, under_way = reward_head != "full", stages
+    if version.plans_gate:
+        ahead = min(stages * (weights + hidden), MOST_AHEAD) + IDLE_LOAD_BYTES
+        waiting = min(
+            max(1, version.kept_tiles[large]) * units, math.ceil(_units(V, reward_head) / BLOCKS)
+        )
+        until_needed = waiting * 2 * UNIT * d * BITS[format] / 8
+        early = early or until_needed < (15 if B <= 16 else 20) * ahead
+        if until_needed < (9 if early else 15 if B <= 16 else 20) * ahead:
+            under_way = min(stages, max(2, math.ceil(UNDER_WAY / (weights + hidden))))
+    return _Plan(batch, units, blocks, weights, hidden, stages, under_way, early)
 
 
-def _start(version: Version, d: int, B: int, format: str) -> float:
+def _units(V: int, reward_head: str) -> int:
+    """Of all blocks; a correction's have entries of both halves of the vocabulary."""
+    units = math.ceil(V / UNIT)
+    return units if reward_head == "full" else math.ceil(units / 2)
+
+
+def _start(plan: _Plan, d: int, B: int, format: str) -> float:
     """Clocks until the first grid barrier ends."""
     own = RESIDENT_CLOCKS if BITS[format] == 16 else PREPARE_CLOCKS
-    if version.projects_early < B:
+    if not plan.early:
         return START_CLOCKS + own
     slices, warps = math.ceil(d / 512), BLOCKS * GATE_WARPS
     tiles = PROJECTED_ROWS // 16 * slices * math.ceil(B / 32)
@@ -256,11 +290,9 @@ def predict(
     version: Version = PRESENT,
 ) -> dict[str, float]:
     """Microseconds of a step and of each term."""
-    rows = 8 * math.ceil(B / 4) if reward_head == "embedding" else B
-    plan = _plan(version, d, rows, format)
+    plan = _plan(version, d, V, B, format, reward_head)
     rate = bytes_per_clock()
-    units = math.ceil(V / UNIT) if reward_head == "full" else math.ceil(V / UNIT / 2)
-    busiest = math.ceil(units / BLOCKS)
+    busiest = math.ceil(_units(V, reward_head) / BLOCKS)
     chunks = math.ceil(d * BITS[format] / 8 / ROW_BLOCK / plan.blocks)
     consumers = STAGE_CLOCKS + version.products[format] * PRODUCT_CLOCKS[format]
     consumers += SCALES_CLOCKS if format == "int4" else 0
@@ -269,17 +301,19 @@ def predict(
     by_instructions = plan.weights / kernel.consumer_bytes_per_clock
     consumers = max(consumers, by_instructions if plan.batch == 8 else 0.0)
 
-    start = _start(version, d, B, format)
+    start = _start(plan, d, B, format)
     under_way = plan.under_way * (plan.weights + plan.hidden)
     # If the consumers are slower than memory, the ring is full and a load waits for nothing.
     slow = consumers > plan.weights / rate
     load = UNDER_WAY_CLOCKS if slow else load_clocks(under_way)
     alpha = start + GATE_LOADS * load
-    if version.projects_early < B:
+    if not plan.early:
         alpha = START_CLOCKS + (_late_projection_loads(B) + GATE_LOADS) * load
     if reward_head != "full":
         start += BARRIER_CLOCKS + CORRECTION_LOADS * LATENCY
     finish = FINISH_CLOCKS * plan.tensor_tiles
+    if version.moves_sums and reward_head == "full":
+        finish *= kernel.finish_cycles[min(plan.batch, 32)] / FINISH_STALLS
     now, stream, from_memory, gate, ends = start, 0.0, 0.0, 0.0, 0.0
     early, waiting, known = plan.under_way, 0, False
     for first in range(0, busiest, plan.units):

@@ -24,12 +24,15 @@ __device__ __forceinline__ float postprocess(const DecodeParams& p, float z) {
   return dualhead::postprocess(p.logit_scale, p.logit_softcap, z);
 }
 
-// f((1 - a) z_LM + a z_RM). a = 0 and a = 1 select one head, so the values of the other do not
-// matter.
+// (1 - a) z_LM + a z_RM. a = 0 and a = 1 select one head, so the values of the other do not matter.
+__device__ __forceinline__ float mixture(float a, float lm, float reward) {
+  return a == 0.0f ? lm : a == 1.0f ? reward : fmaf(a, reward, (1.0f - a) * lm);
+}
+
+// f of it.
 __device__ __forceinline__ float mix_logits(const DecodeParams& p, float a, float lm,
                                             float reward) {
-  const float mixed = fmaf(a, reward, (1.0f - a) * lm);
-  return postprocess(p, a == 0.0f ? lm : a == 1.0f ? reward : mixed);
+  return postprocess(p, mixture(a, lm, reward));
 }
 
 // log((1 - a) exp(lm) + a exp(reward)) of log-probabilities; a = 0 and a = 1 select one.

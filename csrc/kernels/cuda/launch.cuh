@@ -17,8 +17,9 @@ namespace cuda {
 
 // Properties of a kernel on one device.
 struct KernelFacts {
-  int arch;          // architecture of its code (of its PTX, if the driver compiled that)
-  int shared_bytes;  // the most dynamic shared memory that a block may have
+  int arch;             // architecture of its code (of its PTX, if the driver compiled that)
+  int shared_bytes;     // the most dynamic shared memory that a block may have
+  int multiprocessors;  // of the device
 };
 
 // Sets the most dynamic shared memory that a block of this kernel may have. The limit belongs to
@@ -43,6 +44,8 @@ inline cudaError_t kernel_facts(const void* kernel, int device, KernelFacts* fac
   int most = 0;
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&facts->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
   facts->arch = attributes.ptxVersion;
   facts->shared_bytes = most - static_cast<int>(attributes.sharedSizeBytes);
   return raise_shared_limit(kernel, device, facts->shared_bytes);
@@ -52,19 +55,17 @@ inline cudaError_t kernel_facts(const void* kernel, int device, KernelFacts* fac
 // the launch. A grid that is too large would be refused, or deadlock at the first barrier.
 inline cudaError_t resident_blocks(const void* kernel, int device, int threads, int shared_bytes,
                                    int* blocks) {
-  int cooperative = 0, multiprocessors = 0, per_multiprocessor = 0;
+  int cooperative = 0, per_multiprocessor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
   if (error != cudaSuccess) return error;
   if (!cooperative) return cudaErrorNotSupported;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
   KernelFacts facts;
   error = kernel_facts(kernel, device, &facts);
   if (error != cudaSuccess) return error;
   if (shared_bytes > facts.shared_bytes) return cudaErrorInvalidConfiguration;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
                                                         static_cast<size_t>(shared_bytes));
-  *blocks = multiprocessors * per_multiprocessor;
+  *blocks = facts.multiprocessors * per_multiprocessor;
   return error;
 }
 

@@ -70,19 +70,12 @@ __device__ __noinline__ void gate_attention(const DecodeParams& p, const Workspa
   attend<16>(p, ws, gate_team());
 }
 
-// Whether the gate projects before the grid barrier, while memory is still idle. That takes about
-// six thousand clocks for a batch of 16; larger batches would delay the weights. With a correction
-// it always does, because the rows that the LM head multiplies depend on the projections.
-__device__ __forceinline__ bool projects_early(const DecodeParams& p) {
-  if (corrects(p)) return projection_rows(p) > 0;
-  return !p.gate_logit && p.B <= (p.dtype == DType::kFloat32 ? 2 : 16);
-}
-
-__device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws) {
+// early: whether the projections are complete.
+__device__ __noinline__ void gate(const DecodeParams& p, const Workspace& ws, bool early) {
   const Team team = gate_team();
   unsigned round = 0;
   if (!p.gate_logit) {
-    if (!projects_early(p)) {
+    if (!early) {
       gate_projections(p, ws);
       gate_barrier(ws, ++round);  // all slices of the projections are complete
     }
@@ -161,7 +154,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kCounters) ws.counter[threadIdx.x] = 0;
   block_barrier();  // the barriers are initialised
   const bool producer = warp_in_block() == kConsumers + kGateWarps;
-  const bool early = projects_early(p);
+  const bool early = plan.projects_early;
   constexpr int kStarters = (kGateWarps + 1) * kWarp;
   Fill weights{s}, hidden{s};
   int filled = 0;
@@ -208,7 +201,7 @@ __device__ __forceinline__ void step(const DecodeParams& p, const Workspace& ws,
       weights.copy_hidden();
     }
   } else if (warp_in_block() >= kConsumers) {
-    gate(p, ws);
+    gate(p, ws, early);
   } else {
     consume_by_batch<kFormat>(s);
   }
@@ -317,7 +310,8 @@ cudaError_t launch_stream_of(const DecodeParams& p, const Workspace& ws, int dev
   if (error != cudaSuccess) return error;
   const bool bulk = facts.arch >= kBulkArch;
   StreamPlan plan;
-  if (!make_plan(p, facts.shared_bytes, &plan)) return cudaErrorInvalidConfiguration;
+  const int64_t grid = blocks ? blocks : facts.multiprocessors;  // a block takes a whole one
+  if (!make_plan(p, facts.shared_bytes, grid, &plan)) return cudaErrorInvalidConfiguration;
   return bulk ? launch_format<true, kCorrects>(p, ws, plan, device, stream, blocks)
               : launch_format<false, kCorrects>(p, ws, plan, device, stream, blocks);
 }

@@ -38,13 +38,12 @@ __device__ __forceinline__ float row_scale(const DecodeParams& p, int64_t matrix
   return scale * unpacked_unit<kFormat>();
 }
 
-// Reduces over the eight lanes that hold one column of a tile, one entry each.
+// Reduces over the eight lanes that hold one column of a tile, one entry each. The order is that of
+// unit_reduce: lanes 8, 16 and 4 apart have rows 1, 2 and 4 apart (row_of_place).
 template <typename Combine, typename T>
 __device__ __forceinline__ T column_reduce(T value, Combine combine) {
 #pragma unroll
-  for (int offset = 4; offset < kWarp; offset *= 2) {
-    value = combine(value, exchange_xor(value, offset));
-  }
+  for (int offset : {8, 16, 4}) value = combine(value, exchange_xor(value, offset));
   return value;
 }
 
@@ -121,19 +120,255 @@ __device__ __forceinline__ void finish_correction(const DecodeParams& p, const W
   }
 }
 
+// How a warp turns the sums of a unit into logits: the sums move through shared memory from the
+// lanes of the tensor core, each with one entry of several rows, to lanes that each have several
+// entries of one row. So a row's alpha is loaded once, the logits are stored side by side, and
+// little is exchanged between lanes. All 32 lanes share the unit's eight entries of 8, 16 or 32
+// rows; 64 rows take two turns.
+template <int kTiles>
+struct Turn {
+  static constexpr int kTurns = kTiles > 4 ? kTiles / 4 : 1;
+  static constexpr int kTurnTiles = kTiles / kTurns;
+  static constexpr int kRows = 8 * kTurnTiles;
+  static constexpr int kRowLanes = kWarp / kRows;  // lanes that share a row
+  static constexpr int kEntries = kUnit / kRowLanes;
+
+  static __device__ __forceinline__ int row() { return lane_index() / kRowLanes; }
+  static __device__ __forceinline__ int first_entry() {
+    return lane_index() % kRowLanes * kEntries;
+  }
+};
+
+// Reduces over kLanes neighbouring lanes; all get the same.
+template <int kLanes, typename Combine, typename T>
+__device__ __forceinline__ T lane_reduce(T value, Combine combine) {
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) {
+    value = combine(value, exchange_xor(value, offset));
+  }
+  return value;
+}
+
+// Reduces over a unit's entries, `kEntries` of them in each lane. The order is the same for any
+// number of entries in a lane.
+template <int kEntries, typename Combine, typename T>
+__device__ __forceinline__ T unit_reduce(const T (&values)[kEntries], Combine combine) {
+  T own[kEntries];
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) own[i] = values[i];
+#pragma unroll
+  for (int width = 1; width < kEntries; width *= 2) {
+#pragma unroll
+    for (int i = 0; i < kEntries; i += 2 * width) own[i] = combine(own[i], own[i + width]);
+  }
+  return lane_reduce<kUnit / kEntries>(own[0], combine);
+}
+
+template <int kEntries>
+__device__ __forceinline__ SoftmaxPart unit_part(const float (&z)[kEntries]) {
+  const float max = unit_reduce(z, [](float a, float b) { return fmaxf(a, b); });
+  // Without mass the sum is 0, or NaN if a logit is NaN, as in warp_softmax_part.
+  const float least = max == -INFINITY ? 0.0f : max;
+  float e[kEntries];
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) e[i] = expf(z[i] - least);
+  return SoftmaxPart{max, unit_reduce(e, [](float a, float b) { return a + b; })};
+}
+
+// The largest key of entries v ... v + count - 1 of row b; 0 if there are none.
+template <int kEntries>
+__device__ __forceinline__ unsigned long long best_key(const DecodeParams& p, int64_t b, int64_t v,
+                                                       int count, const float (&z)[kEntries]) {
+  if (count <= 0) return 0;
+  if (is_sampled(p, b)) {
+    unsigned long long best = 0;
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      const unsigned long long key = i < count ? score_key(p, b, v + i, z[i]) : 0;
+      best = key > best ? key : best;
+    }
+    return best;
+  }
+  // The largest of the greedy keys, without computing each: of equal logits the first one. Entries
+  // that do not exist are -inf and follow those that do.
+  float largest = z[0];
+  int at = 0;
+#pragma unroll
+  for (int i = 1; i < kEntries; ++i) {
+    const bool larger = ordered_bits(z[i]) > ordered_bits(largest);
+    largest = larger ? z[i] : largest, at = larger ? i : at;
+  }
+  return rank_key(largest, v + at);
+}
+
+// Neighbours in shared memory; four or eight are aligned to sixteen bytes.
+template <int kEntries>
+__device__ __forceinline__ void load_sums(const float* from, float (&sums)[kEntries]) {
+  if constexpr (kEntries % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kEntries; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      sums[i] = four.x, sums[i + 1] = four.y, sums[i + 2] = four.z, sums[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) sums[i] = from[i];
+  }
+}
+
+// Stores the first `count` of the neighbours.
+template <int kEntries>
+__device__ __forceinline__ void store_entries(float* to, const float (&z)[kEntries], int count) {
+  if constexpr (kEntries % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kEntries; i += 4) {
+      const int left = count - i < 4 ? count - i : 4;
+      store_four(to + i, Four{{z[i], z[i + 1], z[i + 2], z[i + 3]}}, left);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      if (i < count) to[i] = z[i];
+    }
+  }
+}
+
+// f of the logits that exist; the others become -inf. Not inlined: a cap takes a hyperbolic tangent
+// per entry, which would be most of the code.
+static __device__ __noinline__ float capped(const DecodeParams& p, float z) {
+  return postprocess(p, z);
+}
+
+template <int kEntries>
+__device__ __forceinline__ void postprocess_entries(const DecodeParams& p, int count,
+                                                    float (&z)[kEntries]) {
+  if (p.logit_softcap > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) z[i] = capped(p, z[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) z[i] *= p.logit_scale;
+  }
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) z[i] = i < count ? z[i] : -INFINITY;
+}
+
+// Stores the logits of row b for `count` entries from v on and, together with the row's other
+// lanes, the unit's summary.
+template <int kEntries>
+__device__ __forceinline__ void finish_entries(const DecodeParams& p, const Workspace& ws, int unit,
+                                               int64_t v, int64_t b, int count,
+                                               float (&lm)[kEntries], float (&reward)[kEntries]) {
+  const int64_t at = b * p.V + v, slot = b * ceil_div(p.V, kUnit) + unit;
+  const bool reports = b < p.B && v % kUnit == 0;  // the lane of the unit's first entry
+  if (p.mix_probs) {
+    postprocess_entries(p, count, lm);
+    postprocess_entries(p, count, reward);
+    store_entries(p.out_logits + at, lm, count);
+    store_entries(ws.reward_logits + at, reward, count);
+    const SoftmaxPart part_lm = unit_part(lm), part_reward = unit_part(reward);
+    if (reports) ws.part[0][slot] = part_lm, ws.part[1][slot] = part_reward;
+    return;
+  }
+  const float a = b < p.B ? p.out_alpha[b] : 0.0f;
+  float z[kEntries];
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) z[i] = mixture(a, lm[i], reward[i]);
+  postprocess_entries(p, count, z);
+  store_entries(p.out_logits + at, z, count);
+  const SoftmaxPart part = unit_part(z);
+  const unsigned long long key = lane_reduce<kUnit / kEntries>(
+      best_key(p, b, v, count, z),
+      [](unsigned long long x, unsigned long long y) { return x > y ? x : y; });
+  if (reports) ws.part[0][slot] = part, ws.best_key[slot] = key;
+}
+
 // Turns a tile's sums into logits. If more objectives follow, the sums so far are kept in memory,
 // and the same lanes read them in the next pass.
-template <Format kFormat, int kTiles, int kUnits, bool kCorrects>
-__device__ __forceinline__ void finish_pass(const Stream<kCorrects>& s, int unit0, int b0, int pass,
+template <Format kFormat, int kTiles, int kUnits>
+__device__ __forceinline__ void finish_pass(const Stream<false>& s, int unit0, int b0, int pass,
                                             const float (&z)[kUnits][kTiles][4]) {
+  using Own = Turn<kTiles>;
+  constexpr int kEntries = Own::kEntries, kTurnTiles = Own::kTurnTiles;
   const DecodeParams& p = s.p;
   const int64_t m = 2 * pass;  // the pass's matrices are m and m + 1
   const bool last = pass == s.passes - 1, second = m + 1 <= p.K;
-  const auto add = [&](float reward, int64_t b, int64_t k, float product) {
-    return fmaf(objective_weight(p, b, k), product, reward);
-  };
-  // Not unrolled: one copy of the code for all tiles of all units, two columns at a time, with the
-  // sums selected from their registers. Unrolled, it would be most of the kernel.
+  float* low_sums = reinterpret_cast<float*>(shared_memory() + s.plan.sums_offset) +
+                    warp_in_block() * 2 * Own::kRows * kSumsPitch;
+  float* high_sums = low_sums + Own::kRows * kSumsPitch;
+  // Not unrolled: one copy of the code for all turns, with the sums selected from their registers.
+  // Unrolled, it would be most of the kernel.
+#pragma unroll 1
+  for (int i = 0; i < kUnits * Own::kTurns; ++i) {
+    const int unit = unit0 + warp_in_block() + i / Own::kTurns * kConsumers;
+    if (unit >= s.end) return;  // true for the whole warp
+    const int first_row = b0 + i % Own::kTurns * Own::kRows;
+    const int own_entry = row_of_place(lane_index() / 4);
+    const int64_t own_v = static_cast<int64_t>(unit) * kUnit + own_entry;
+    const bool there = own_v < p.V, pair = there && second;
+    const float low_bias = there ? bias_of(p, p.dtype, m, own_v) : 0.0f;
+    const float high_bias = pair ? bias_of(p, p.dtype, m + 1, own_v) : 0.0f;
+    const float low_scale = there ? row_scale<kFormat>(p, m, own_v) : 1.0f;
+    const float high_scale = pair ? row_scale<kFormat>(p, m + 1, own_v) : 1.0f;
+#pragma unroll
+    for (int t = 0; t < kTurnTiles; ++t) {
+      float own[4] = {};
+#pragma unroll
+      for (int j = 0; j < kUnits * Own::kTurns; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          own[c] = j == i ? z[j / Own::kTurns][j % Own::kTurns * kTurnTiles + t][c] : own[c];
+        }
+      }
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int row = 8 * t + row_of_place(2 * (lane_index() % 4) + column);
+        float low = own[column], high = own[2 + column];
+        if (steps_of(kFormat) > 1) {
+          const float scale = first_row + row < p.B ? s.operand_scale[first_row + row] : 1.0f;
+          low = low * low_scale * scale, high = high * high_scale * scale;
+        }
+        low_sums[row * kSumsPitch + own_entry] = low + low_bias;
+        high_sums[row * kSumsPitch + own_entry] = high + high_bias;
+      }
+    }
+    warp_barrier();  // the lanes below read what others have stored
+    const int64_t b = first_row + Own::row(),
+                  v = static_cast<int64_t>(unit) * kUnit + Own::first_entry();
+    const int64_t left = b < p.B && v < p.V ? p.V - v : 0;
+    const int count = static_cast<int>(left < kEntries ? left : kEntries);
+    const int64_t at = b * p.V + v;
+    float lm[kEntries], reward[kEntries];
+    load_sums(low_sums + Own::row() * kSumsPitch + Own::first_entry(), lm);
+    load_sums(high_sums + Own::row() * kSumsPitch + Own::first_entry(), reward);
+    const float weight = second && count > 0 ? objective_weight(p, b, m) : 0.0f;
+    if (pass == 0) {
+#pragma unroll
+      for (int e = 0; e < kEntries; ++e) reward[e] = second ? fmaf(weight, reward[e], 0.0f) : 0.0f;
+    } else {
+      const float low_weight = count > 0 ? objective_weight(p, b, m - 1) : 0.0f;
+#pragma unroll
+      for (int e = 0; e < kEntries; ++e) {
+        if (e >= count) continue;
+        const float so_far = fmaf(low_weight, lm[e], s.ws.reward_logits[at + e]);
+        reward[e] = second ? fmaf(weight, reward[e], so_far) : so_far;
+        lm[e] = p.out_logits[at + e];
+      }
+    }
+    if (last) {
+      finish_entries(p, s.ws, unit, v, b, count, lm, reward);
+    } else {
+      store_entries(p.out_logits + at, lm, count);
+      store_entries(s.ws.reward_logits + at, reward, count);
+    }
+    warp_barrier();  // the next unit's sums take the place of these
+  }
+}
+
+// The same for a correction, which has one pass.
+template <Format kFormat, int kTiles, int kUnits>
+__device__ __forceinline__ void finish_pass(const Stream<true>& s, int unit0, int b0, int,
+                                            const float (&z)[kUnits][kTiles][4]) {
 #pragma unroll 1
   for (int i = 0; i < kUnits * kTiles; ++i) {
     float own[4] = {};
@@ -142,45 +377,10 @@ __device__ __forceinline__ void finish_pass(const Stream<kCorrects>& s, int unit
 #pragma unroll
       for (int c = 0; c < 4; ++c) own[c] = j == i ? z[j / kTiles][j % kTiles][c] : own[c];
     }
-    Entry entry;
-    entry.unit = unit0 + warp_in_block() + i / kTiles * kConsumers;
-    if (entry.unit >= s.end) return;  // true for the whole warp
-    if constexpr (kCorrects) {
-      finish_correction<kFormat>(p, s.ws, s.operand_scale, entry.unit, b0 + 8 * (i % kTiles),
-                                 own[0], own[1], own[2], own[3]);
-      continue;
-    }
-    entry.v = static_cast<int64_t>(entry.unit) * kUnit + row_of_place(lane_index() / 4);
-    entry.there = entry.v < p.V;
-    const bool pair = entry.there && second;
-    const float low_bias = entry.there ? bias_of(p, p.dtype, m, entry.v) : 0.0f;
-    const float high_bias = pair ? bias_of(p, p.dtype, m + 1, entry.v) : 0.0f;
-    const float low_scale = entry.there ? row_scale<kFormat>(p, m, entry.v) : 1.0f;
-    const float high_scale = pair ? row_scale<kFormat>(p, m + 1, entry.v) : 1.0f;
-#pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      const int64_t b = static_cast<int64_t>(b0) + 8 * (i % kTiles) +
-                        row_of_place(2 * (lane_index() % 4) + column);
-      const bool real = entry.there && b < p.B;
-      const int64_t at = b * p.V + entry.v;
-      float low = column == 0 ? own[0] : own[1], high = column == 0 ? own[2] : own[3];
-      if (steps_of(kFormat) > 1) {
-        const float unit = real ? s.operand_scale[b] : 1.0f;
-        low = low * low_scale * unit, high = high * high_scale * unit;
-      }
-      low += low_bias, high += high_bias;
-      float lm = low, reward = 0.0f;
-      if (real && pass > 0) {
-        lm = p.out_logits[at];
-        reward = add(s.ws.reward_logits[at], b, m - 1, low);
-      }
-      if (real && second) reward = add(reward, b, m, high);
-      if (last) {
-        finish_entry(p, s.ws, entry, b, real, lm, reward);
-      } else if (real) {
-        p.out_logits[at] = lm, s.ws.reward_logits[at] = reward;
-      }
-    }
+    const int unit = unit0 + warp_in_block() + i / kTiles * kConsumers;
+    if (unit >= s.end) return;  // true for the whole warp
+    finish_correction<kFormat>(s.p, s.ws, s.operand_scale, unit, b0 + 8 * (i % kTiles), own[0],
+                               own[1], own[2], own[3]);
   }
 }
 

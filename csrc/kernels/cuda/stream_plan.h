@@ -97,14 +97,29 @@ struct StreamPlan {
   int32_t ring_offset;    // into shared memory, as are the following
   int32_t kept_offset;    // of the products of tiles that wait for alpha
   int32_t kept_tiles;     // per warp
+  int32_t sums_offset;    // of the sums on their way to the lanes that finish them
   int32_t shared_bytes;
-  bool resident;  // all hidden states stay in shared memory
+  bool resident;        // all hidden states stay in shared memory
+  bool projects_early;  // the gate projects before the grid barrier, while memory is still idle
 };
 
 // A load waits behind all bytes that its multiprocessor has requested. With 128 KiB in flight that
-// is about 7,000 clocks on an H200, which each phase of the gate would pay. 64 KiB keep the memory
-// busy.
+// is about 7,000 clocks on an H200, which each of the gate's loads would pay. With 64 KiB it is
+// less, but the stream then runs at two thirds of its speed. So alpha gets these 64 KiB only where
+// tiles would wait for it.
 constexpr int64_t kUnderWay = 64 << 10;
+
+// Of a ring's bytes a load waits for no more than these: behind a full ring the slowest took 9,000
+// clocks. And what idle memory could deliver during a load, 1,600 clocks at 17.6 bytes.
+constexpr int64_t kMostAhead = 128 << 10, kIdleLoad = 28 << 10;
+
+// Loads from the grid barrier to alpha, each of which waits for the one before: 8.3 by the clocks
+// of an H200, and 6.0 more, for larger batches 10.3, if the projections come behind the barrier.
+// With the gate's logit given there is one.
+inline int64_t loads_until_alpha(const DecodeParams& p, bool early) {
+  if (p.gate_logit) return 2;
+  return early ? 9 : p.B <= 16 ? 15 : 20;
+}
 
 // Bytes of shared memory below the ring: its barriers, and scales.
 constexpr int kHeadBytes = 1024;
@@ -126,6 +141,15 @@ DUALHEAD_HD constexpr int64_t kept_bytes(Format format, int batch_tiles) {
          units_per_warp(format, batch_tiles);
 }
 
+// A row of sums in shared memory: a unit's eight, and four that are not used, so that eight lanes
+// which read sixteen bytes of eight rows use all 32 banks once.
+constexpr int kSumsPitch = 12;
+
+// Bytes of the sums that all consumers finish at once: two matrices, at most 32 rows.
+DUALHEAD_HD constexpr int64_t sums_bytes(int64_t batch_tile) {
+  return int64_t{4} * 2 * kSumsPitch * kConsumers * (batch_tile < 32 ? batch_tile : 32);
+}
+
 // Tries one plan: a batch tile, `blocks` of each row per stage, and room for the products of
 // kept_tiles tiles.
 inline bool try_plan(const DecodeParams& p, int64_t shared_bytes, int64_t batch_tile,
@@ -139,26 +163,26 @@ inline bool try_plan(const DecodeParams& p, int64_t shared_bytes, int64_t batch_
   const int64_t row_blocks = ceil_div(2 * p.d / steps_of(format), kRowBlock);
   const int64_t whole = row * row_blocks * steps_of(format);
   const int64_t kept = kept_tiles * kept_bytes(format, static_cast<int>(batch_tiles));
-  const int64_t space = shared_bytes - kHeadBytes - kept;
+  const int64_t sums = corrects(p) ? 0 : sums_bytes(batch_tile);
+  const int64_t space = shared_bytes - kHeadBytes - kept - sums;
   // If resident, every block reads them only once; but the ring must keep enough stages.
   const bool resident = product_rows(p) <= batch_tile && whole <= space / 2 &&
                         (space - whole) / weights >= least_stages;
   const int64_t stage = weights + (resident ? 0 : row * blocks * steps_of(format));
   const int64_t ring = kHeadBytes + (resident ? whole : 0);
-  const int64_t fit = (shared_bytes - kept - ring) / stage;
+  const int64_t fit = (shared_bytes - kept - sums - ring) / stage;
   const int64_t stages = fit < kMaxStages ? fit : kMaxStages;
   if (stages < least_stages) return false;
   plan->batch_tile = static_cast<int32_t>(batch_tile);
   plan->stages = static_cast<int32_t>(stages);
-  const int64_t under_way = ceil_div(kUnderWay, stage) > 2 ? ceil_div(kUnderWay, stage) : 2;
-  plan->under_way = static_cast<int32_t>(under_way < stages ? under_way : stages);
   plan->blocks = static_cast<int32_t>(blocks);
   plan->stage_bytes = static_cast<int32_t>(stage);
   plan->hidden_offset = static_cast<int32_t>(resident ? kHeadBytes : weights);
   plan->ring_offset = static_cast<int32_t>(ring);
   plan->kept_offset = static_cast<int32_t>(ring + stages * stage);
   plan->kept_tiles = static_cast<int32_t>(kept_tiles);
-  plan->shared_bytes = static_cast<int32_t>(ring + stages * stage + kept);
+  plan->sums_offset = static_cast<int32_t>(ring + stages * stage + kept);
+  plan->shared_bytes = static_cast<int32_t>(ring + stages * stage + kept + sums);
   plan->resident = resident;
   return true;
 }
@@ -191,18 +215,53 @@ inline bool wants_products(const DecodeParams& p) {
 // Larger batches have tiles of twice the rows, and alpha is known before the first one ends.
 constexpr int64_t kKeptTiles = 4;
 
-// The plan for a device with this much shared memory per block; false if none fits.
+// Decides how the gate runs beside the stream, so that alpha comes before the tiles of a block that
+// can wait for it have passed. Each of the gate's loads takes the time of the ring's bytes. In this
+// order, the cheapest first: project behind the grid barrier; project before it, which at d = 4096
+// delays the stream by 6,000 clocks for one request and 16,000 for 64; and leave a part of the ring
+// empty until alpha is known.
+inline void plan_gate(const DecodeParams& p, int64_t grid, StreamPlan* plan) {
+  const Format format = format_of(p);
+  const int64_t stage = plan->stage_bytes, ring = plan->stages * stage;
+  const int64_t ahead = (ring < kMostAhead ? ring : kMostAhead) + kIdleLoad;
+  const int64_t tile_units = kConsumers * units_per_warp(format, plan->batch_tile / 8);
+  const int64_t units = ceil_div(corrects(p) ? half_units(p) : ceil_div(p.V, kUnit), grid);
+  const int64_t waiting = (plan->kept_tiles > 1 ? plan->kept_tiles : 1) * tile_units;
+  const int64_t passes = corrects(p) ? 1 : (p.K + 2) / 2;
+  const int64_t unit_bytes = passes * 2 * kUnit * (2 * p.d / steps_of(format));
+  const int64_t until_needed = (waiting < units ? waiting : units) * unit_bytes;
+  const auto comes_in_time = [&](bool early) {
+    return until_needed >= loads_until_alpha(p, early) * ahead;
+  };
+  // Early fp32 projections of more than two requests would take too long. With a correction, the
+  // rows that the LM head multiplies depend on them.
+  const int64_t most = p.dtype == DType::kFloat32 ? 2 : kMaxBatchTile;
+  const bool can_be_early = !p.gate_logit && p.B <= most;
+  plan->projects_early = corrects(p) || (can_be_early && !comes_in_time(false));
+  const int64_t least = ceil_div(kUnderWay, stage) > 2 ? ceil_div(kUnderWay, stage) : 2;
+  const bool whole = comes_in_time(plan->projects_early) || least > plan->stages;
+  plan->under_way = static_cast<int32_t>(whole ? plan->stages : least);
+}
+
+// The plan for a device with this much shared memory per block and a grid of so many blocks; false
+// if none fits.
 //
-// Worked example, H200, bf16, d = 4096, B = 1: of the 227 KiB of a block, hidden states take 64 and
-// kept products 16. Two blocks of 128 rows are 32 KiB per stage, so there are four stages. Memory
-// delivers 16.5 bytes per clock to a multiprocessor, so a stage takes 1,990 clocks. With a latency
-// of 1,600 clocks 26 KiB must be in flight; at least 96 are (64 until alpha is known).
-inline bool make_plan(const DecodeParams& p, int64_t shared_bytes, StreamPlan* plan) {
+// Worked example, H200, bf16, d = 4096, B = 1: of the 227 KiB of a block, hidden states take 64,
+// kept products 16 and sums 6. Two blocks of 128 rows are 32 KiB per stage, so there are four
+// stages. Memory delivers 16.5 bytes per clock to a multiprocessor, so a stage takes 1,990 clocks.
+// With a latency of 1,600 clocks 26 KiB must be in flight; at least 96 are. At V = 32000 a block
+// has 31 units of 128 KiB, which all can wait: 3.9 MiB. The gate's fifteen loads, projections
+// included, take the time of 2.3 MiB. So it projects behind the barrier, and the whole ring is
+// under way from the start. int4's tiles are a quarter of that: it projects early, and 64 KiB are
+// under way.
+inline bool make_plan(const DecodeParams& p, int64_t shared_bytes, int64_t grid, StreamPlan* plan) {
   int64_t most = 8;
   while (most < kMaxBatchTile && most < product_rows(p)) most *= 2;
   const auto fits = [&](int64_t batch_tile, int64_t kept, int64_t stages) {
     for (int64_t blocks : {2, 1}) {
-      if (try_plan(p, shared_bytes, batch_tile, blocks, kept, stages, plan)) return true;
+      if (!try_plan(p, shared_bytes, batch_tile, blocks, kept, stages, plan)) continue;
+      plan_gate(p, grid, plan);
+      return true;
     }
     return false;
   };
