@@ -24,7 +24,7 @@ from cuda_host import CLOSE, check_step, runner, same_bits, stream_runner
 # are filled again.
 CASES = {
     "one request": dict(B=1, d=584, V=150, S=150, lengths=[140]),
-    "late projections": dict(B=20, d=136, V=65),
+    "late projections": dict(B=66, d=144, V=65, quantized="int8"),
     "objectives": dict(B=3, d=136, V=65, K=3),
     "prepared": dict(B=20, d=2048, V=20, quantized="int8"),
     "int4": dict(B=3, d=512, V=150, quantized="int4"),
