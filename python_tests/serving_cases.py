@@ -26,7 +26,7 @@ import dualhead_ext as dh
 from dualhead_ext.data import embedded_backbone_path
 from dualhead_ext.model.export import export
 
-PATIENCE = 600  # seconds, for a server that takes about ten to start
+PATIENCE = 180  # seconds, for a server that takes about ten to start
 NEW = 16
 
 
