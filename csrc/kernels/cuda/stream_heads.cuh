@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The consumer warps of the streaming path. They multiply both heads of a tile of units from the
-// ring and, while the products are still in registers, compute the mixture, the logits, and each
-// unit's softmax part and best token. They wait for alpha only after the products.
+// ring. When a tile ends, they compute the mixture, the logits, and each unit's softmax part and
+// best token. They wait for alpha only after the products.
 #pragma once
 
 #include "fragments.cuh"
@@ -233,12 +233,12 @@ __device__ __forceinline__ void store_entries(float* to, const float (&z)[kEntri
   }
 }
 
-// f of the logits that exist; the others become -inf. Not inlined: a cap takes a hyperbolic tangent
-// per entry, which would be most of the code.
+// Not inlined: a cap takes a hyperbolic tangent per entry, which would be most of the code.
 static __device__ __noinline__ float capped(const DecodeParams& p, float z) {
   return postprocess(p, z);
 }
 
+// f of the logits that exist; the others become -inf.
 template <int kEntries>
 __device__ __forceinline__ void postprocess_entries(const DecodeParams& p, int count,
                                                     float (&z)[kEntries]) {

@@ -115,7 +115,7 @@ constexpr int64_t kMostAhead = 128 << 10, kIdleLoad = 28 << 10;
 
 // Loads from the grid barrier to alpha, each of which waits for the one before: 8.3 by the clocks
 // of an H200, and 6.0 more, for larger batches 10.3, if the projections come behind the barrier.
-// With the gate's logit given there is one.
+// With the gate's logit given, alpha and the counter of rows are left.
 inline int64_t loads_until_alpha(const DecodeParams& p, bool early) {
   if (p.gate_logit) return 2;
   return early ? 9 : p.B <= 16 ? 15 : 20;
